@@ -1,0 +1,122 @@
+"""Named plug-ins and call-strings such as `"ldam(max_margin=0.5)"`.
+
+A call-string is at once a command-line value, a spec field, an input to the store's hash and a table label.
+A factory's positional-only parameters are its context, supplied by the program (class counts, say); all others
+are hyperparameters with defaults, which a call-string may set.
+"""
+
+import ast
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from tailscope.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Entry(Generic[T]):
+    """A registered factory with its hyperparameters' defaults and the first line of its docstring."""
+
+    name: str
+    factory: Callable[..., T]
+    defaults: dict[str, Any]
+    summary: str
+
+
+class Registry(Generic[T]):
+    """The factories of one kind of thing, by name.
+
+    >>> losses = Registry("loss")
+    >>> @losses.register("focal")
+    ... def focal(counts, /, gamma=2.0):
+    ...     "Focal loss."
+    ...     return (counts, gamma)
+    >>> losses.make("focal(gamma=1)", [5, 1])
+    ([5, 1], 1)
+    >>> losses.canonical("focal")
+    'focal(gamma=2.0)'
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, Entry[T]] = {}
+
+    def register(self, name: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
+        """Return a decorator that registers a factory under `name`; every hyperparameter needs a default."""
+
+        def add(factory: Callable[..., T]) -> Callable[..., T]:
+            if name in self._entries:
+                raise ValueError(f"{self.kind} {name!r} is registered twice")
+            parameters = inspect.signature(factory).parameters.values()
+            hyper = [p for p in parameters if p.kind is not p.POSITIONAL_ONLY]
+            without = [p.name for p in hyper if p.default is p.empty]
+            if without:
+                raise ValueError(f"{self.kind} {name!r}: hyperparameters without a default: {without}")
+            summary = (inspect.getdoc(factory) or "").split("\n")[0]
+            self._entries[name] = Entry(name, factory, {p.name: p.default for p in hyper}, summary)
+            return factory
+
+        return add
+
+    def __iter__(self) -> Iterator[Entry[T]]:
+        return iter(self._entries.values())
+
+    def parse(self, call: str) -> tuple[Entry[T], dict[str, Any]]:
+        """Split a call-string into its entry and all hyperparameters, defaults filled in.
+
+        Raises:
+            UserError: the string is malformed, or names an unknown entry or hyperparameter (the known are listed).
+        """
+        name, args, kwargs = split_call(call, self.kind)
+        if name not in self._entries:
+            raise UserError(f"unknown {self.kind} {name!r}; known: {', '.join(sorted(self._entries))}")
+        entry = self._entries[name]
+        if len(args) > len(entry.defaults):
+            raise UserError(f"{self.kind} {call!r}: takes at most {len(entry.defaults)} arguments")
+        positional = dict(zip(entry.defaults, args, strict=False))
+        unknown = [k for k in kwargs if k not in entry.defaults]
+        if unknown:
+            known = ", ".join(entry.defaults) or "none"
+            raise UserError(f"{self.kind} {call!r}: unknown argument {unknown[0]!r}; known: {known}")
+        twice = [k for k in kwargs if k in positional]
+        if twice:
+            raise UserError(f"{self.kind} {call!r}: argument {twice[0]!r} is given twice")
+        return entry, {**entry.defaults, **positional, **kwargs}
+
+    def canonical(self, call: str) -> str:
+        """Return the call-string with every hyperparameter written out: equal meaning, equal text, equal hash."""
+        entry, values = self.parse(call)
+        if not values:
+            return entry.name
+        return f"{entry.name}({', '.join(f'{k}={v!r}' for k, v in values.items())})"
+
+    def make(self, call: str, *context: Any) -> T:
+        """Build what the call-string names, with the program's `context` as positional arguments."""
+        entry, values = self.parse(call)
+        return entry.factory(*context, **values)
+
+
+def split_call(call: str, kind: str = "method") -> tuple[str, list[Any], dict[str, Any]]:
+    """Split `"name(1, b=2)"` into name, positional and keyword literals, without evaluating any code.
+
+    >>> split_call("crop(4, mode='zero')")
+    ('crop', [4], {'mode': 'zero'})
+
+    Raises:
+        UserError: the text is not a name or a call with literal arguments.
+    """
+    try:
+        node = ast.parse(call.strip(), mode="eval").body
+        if isinstance(node, ast.Name):
+            return node.id, [], {}
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            args = [ast.literal_eval(a) for a in node.args]
+            kwargs = {k.arg: ast.literal_eval(k.value) for k in node.keywords if k.arg is not None}
+            if len(kwargs) == len(node.keywords):
+                return node.func.id, args, kwargs
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        pass
+    raise UserError(f"{kind} {call!r}: expected a name or a call with plain values, like 'name(0.5)'")
