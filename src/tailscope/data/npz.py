@@ -1,0 +1,139 @@
+"""Read an image `.npz` and check every field: what is wrong is said in one line, and nothing is ever unpickled."""
+
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tailscope.data.imageset import ImageSet
+from tailscope.errors import UserError
+
+FIELDS = ("train_images", "train_labels", "test_images", "test_labels")
+_UNREADABLE = (ValueError, OSError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
+
+
+def read(path: Path) -> tuple[ImageSet, ImageSet]:
+    """Return the training and the test set of an image `.npz`.
+
+    The file holds `train_images` and `test_images` uint8 [N,H,W,C] with C from 1 to 4 (or [N,H,W], taken as C = 1),
+    `train_labels` and `test_labels` integers [N], and optionally `class_names` [C].
+
+    Raises:
+        UserError: the file is missing, unreadable, or holds something else.
+    """
+    arrays = _read_arrays(path)
+    for split in ("train", "test"):
+        name = f"{split}_images"
+        arrays[name] = _checked_images(f"{path}: {name}", arrays[name])
+        _check_labels(f"{path}: {split}_labels", arrays[f"{split}_labels"], len(arrays[name]))
+    shapes = [arrays[f"{split}_images"].shape[1:] for split in ("train", "test")]
+    if shapes[0] != shapes[1]:
+        raise UserError(f"{path}: train_images are {shapes[0]} (height, width, channels), test_images {shapes[1]}")
+    names = _class_names(path, arrays)
+    for split in ("train", "test"):
+        _check_range(f"{path}: {split}_labels", arrays[f"{split}_labels"], names)
+    return _image_set(arrays, "train", names), _image_set(arrays, "test", names)
+
+
+def _image_set(arrays: dict[str, npt.NDArray[Any]], split: str, names: tuple[str, ...]) -> ImageSet:
+    images = torch.from_numpy(np.ascontiguousarray(arrays[f"{split}_images"]))
+    return ImageSet(images, torch.from_numpy(arrays[f"{split}_labels"].astype(np.int64)), names)
+
+
+def _read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        loaded = np.load(path, allow_pickle=False)
+    except _UNREADABLE as error:
+        raise UserError(f"{path}: not a readable .npz, empty or truncated ({_line(error)})") from None
+    if isinstance(loaded, np.ndarray):
+        raise UserError(f"{path}: holds a single array; save the fields with np.savez")
+    with loaded:
+        missing = [name for name in FIELDS if name not in loaded]
+        if missing:
+            raise UserError(f"{path}: no field {missing[0]!r}; needs {', '.join(FIELDS)}")
+        wanted = [*FIELDS, *(["class_names"] if "class_names" in loaded else [])]
+        return {name: _read_array(path, loaded, name) for name in wanted}
+
+
+def _read_array(path: Path, loaded: Any, name: str) -> npt.NDArray[Any]:
+    try:
+        array: npt.NDArray[Any] = loaded[name]
+    except _UNREADABLE as error:
+        if "Object arrays" in str(error):
+            raise UserError(
+                f"{path}: {name} holds Python objects, which are never unpickled; save plain arrays"
+            ) from None
+        raise UserError(f"{path}: {name} cannot be read, truncated or damaged ({_line(error)})") from None
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{path}: {name} is not an array")
+    return array
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _checked_images(where: str, images: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """Return the images as [N,H,W,C]."""
+    if images.dtype != np.uint8:
+        raise UserError(f"{where} is {images.dtype}; expected uint8, 0 to 255")
+    if images.ndim not in (3, 4):
+        raise UserError(f"{where} has shape {images.shape}; expected [N,H,W,C]")
+    images = images[..., None] if images.ndim == 3 else images
+    if 0 in images.shape:
+        raise UserError(f"{where} is empty: shape {images.shape}")
+    if images.shape[3] > 4:
+        raise UserError(f"{where} has shape {images.shape}; expected [N,H,W,C] with 1 to 4 channels last")
+    return images
+
+
+def _check_labels(where: str, labels: npt.NDArray[Any], length: int) -> None:
+    if labels.dtype.kind not in "iu":
+        raise UserError(f"{where} is {labels.dtype}; expected integers")
+    if labels.ndim != 1:
+        raise UserError(f"{where} has shape {labels.shape}; expected [N]")
+    if len(labels) != length:
+        raise UserError(f"{where} has {len(labels)} labels for {length} images")
+    if int(labels.min()) < 0:
+        raise UserError(f"{where}: label {labels.min()} in row {int(labels.argmin())} is negative; labels run 0 to C-1")
+
+
+def _class_names(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> tuple[str, ...]:
+    """Return one name a class; without `class_names` the largest training label gives the number of classes."""
+    classes = int(arrays["train_labels"].max()) + 1
+    if classes < 2:
+        raise UserError(f"{path}: train_labels holds a single class; at least two are needed")
+    if "class_names" not in arrays:
+        if classes > len(arrays["train_labels"]):
+            absent = int(np.setdiff1d(np.arange(len(arrays["train_labels"])), arrays["train_labels"])[0])
+            raise UserError(
+                f"{path}: class {absent} of 0 to {classes - 1} has no training images; number them 0 to C-1"
+            )
+        return tuple(str(k) for k in range(classes))
+    names = arrays["class_names"]
+    if names.dtype.kind not in "US" or names.ndim != 1:
+        raise UserError(f"{path}: class_names is {names.dtype} {names.shape}; expected text [C]")
+    if names.dtype.kind == "S":
+        names = np.char.decode(names, "utf-8", "replace")
+    if len(names) < classes:
+        raise UserError(f"{path}: class_names has {len(names)} names, but train_labels run to {classes - 1}")
+    unique, times = np.unique(names, return_counts=True)
+    if times.max() > 1:
+        raise UserError(f"{path}: class_names has {unique[times.argmax()]!r} {times.max()} times; names must differ")
+    return tuple(str(name) for name in names)
+
+
+def _check_range(where: str, labels: npt.NDArray[Any], names: tuple[str, ...]) -> None:
+    if int(labels.max()) >= len(names):
+        raise UserError(f"{where}: label {labels.max()} is outside 0 to {len(names) - 1}")
+    empty = np.flatnonzero(np.bincount(labels.astype(np.int64), minlength=len(names)) == 0)
+    if len(empty):
+        k = int(empty[0])
+        split = "training" if where.endswith("train_labels") else "test"
+        raise UserError(f"{where}: class {k} ({names[k]}) of 0 to {len(names) - 1} has no {split} images")
