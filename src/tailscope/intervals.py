@@ -1,0 +1,176 @@
+"""Confidence intervals for statistics observed once per (seed, test item).
+
+Two questions, two intervals. *What would other trainings give on this test set?* is answered by Student's t over
+the seeds. *What would other trainings give on other test images?* adds the variance between items, by MOVER (the
+method of variance estimates recovery: Howe 1974; Zou & Donner 2008), which keeps its coverage at three seeds where
+bootstraps, binomial intervals and Satterthwaite's approximation do not.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+FloatArray = NDArray[np.float64]
+Bounds = tuple[float, float]
+Z = float(stats.norm.ppf(0.975))
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its 95 % intervals; all in the unit of the values.
+
+    Attributes:
+        estimate: the mean over seeds and items.
+        ci95: for new seeds and new test items ("mover"); with one seed, for this very training on new test items
+            ("item"); None with two seeds or with a single item.
+        ci95_seeds: for new seeds on these test items (t over seeds); None below three seeds.
+        kind: how `ci95` was made.
+    """
+
+    estimate: float
+    ci95: Bounds | None
+    ci95_seeds: Bounds | None
+    kind: Literal["mover", "item"] | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return `points`, `ci95` and `ci95_seeds` as result files hold them."""
+        return {"points": self.estimate, "ci95": as_list(self.ci95), "ci95_seeds": as_list(self.ci95_seeds)}
+
+    def excludes_zero(self) -> bool:
+        """Return whether `ci95` exists and lies on one side of 0."""
+        return self.ci95 is not None and (self.ci95[0] > 0 or self.ci95[1] < 0)
+
+
+def as_list(bounds: Bounds | None) -> list[float] | None:
+    """Return an interval as JSON has it."""
+    return None if bounds is None else list(bounds)
+
+
+def paired(values: ArrayLike) -> Interval:
+    """Estimate the mean of any statistic that has one value per seed and test item.
+
+    Differences between models are paired by passing the per-item differences, so `paired(correct_a - correct_b)`
+    (as floats) compares two accuracies.
+
+    Args:
+        values: [S, M], seeds by test items.
+
+    Raises:
+        ValueError: `values` is not a matrix of finite numbers with at least one entry.
+
+    >>> paired([[1, 0, 1, 1], [1, 0, 0, 1], [1, 1, 1, 1]]).estimate
+    0.75
+    >>> paired([[1, 0, 1, 1], [1, 0, 0, 1]]).ci95 is None
+    True
+    """
+    matrix = _matrix(values)
+    seeds = len(matrix)
+    estimate = float(matrix.mean())
+    by_seed, by_item = (float(v[0, 0]) for v in variance_components(matrix[None]))
+    if seeds < 3:
+        item_only = seeds == 1 and matrix.shape[1] > 1
+        ci95 = _around(estimate, Z * by_item**0.5) if item_only else None
+        return Interval(estimate, ci95, None, "item" if item_only else None)
+    t = float(stats.t.ppf(0.975, seeds - 1))
+    over_seeds = _around(estimate, t * by_seed**0.5)
+    if matrix.shape[1] < 2:
+        return Interval(estimate, None, over_seeds, None)
+    return Interval(estimate, _around(estimate, (t**2 * by_seed + Z**2 * by_item) ** 0.5), over_seeds, "mover")
+
+
+def proportion(correct: ArrayLike) -> Interval:
+    """Estimate an accuracy from 0/1 outcomes [S, M]: `paired`, kept within [0, 1].
+
+    With one seed the item interval is Wilson's (1927), which does not collapse where every item, or none, is right.
+
+    >>> [round(bound, 3) for bound in proportion([[1] * 20]).ci95]
+    [0.839, 1.0]
+    """
+    outcomes = _matrix(correct)
+    if not np.isin(outcomes, (0.0, 1.0)).all():
+        raise ValueError("an accuracy needs outcomes that are 0 or 1")
+    interval = paired(outcomes)
+    if len(outcomes) == 1:
+        wilson = stats.binomtest(int(outcomes.sum()), outcomes.size).proportion_ci(0.95, method="wilson")
+        return Interval(interval.estimate, (float(wilson.low), float(wilson.high)), None, "item")
+    return Interval(interval.estimate, _clip(interval.ci95), _clip(interval.ci95_seeds), interval.kind)
+
+
+def ratio(numerator: ArrayLike, denominator: ArrayLike) -> Bounds | None:
+    """Return Fieller's (1954) 95 % interval for mean(numerator) / mean(denominator), or None where it is unbounded.
+
+    The covariance is the total one, of seeds and items, referred to t with S - 1 degrees of freedom (conservative);
+    with one seed it is that of the items, referred to the normal distribution. Two seeds have no interval.
+
+    Args:
+        numerator: [S, M].
+        denominator: [S, M], of the same seeds and items.
+    """
+    both = np.stack([_matrix(numerator), _matrix(denominator)])
+    seeds, items = both.shape[1:]
+    if seeds == 2 or items < 2:
+        return None
+    squared = Z**2 if seeds == 1 else float(stats.t.ppf(0.975, seeds - 1)) ** 2
+    by_seed, by_item = variance_components(both)
+    covariance = squared * (by_seed + by_item)
+    means = both.mean(axis=(1, 2))
+    # The interval is where (R - x G)^2 <= t^2 Var(R - x G): a quadratic a x^2 - 2 b x + c <= 0.
+    (c, b), (_, a) = np.outer(means, means) - covariance
+    if a <= 0:
+        return None
+    half_width = max(0.0, b**2 - a * c) ** 0.5
+    return float((b - half_width) / a), float((b + half_width) / a)
+
+
+def variance_components(values: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Split the covariance of K means, each over S seeds and M items, into seed and item parts.
+
+    The seed part is the covariance of the per-seed means over S; it holds the seed-by-item residual. The item part is
+    the covariance of the per-item means over M, less the residual that they too contain; where that correction would
+    make it negative it is cut at 0 (its nearest positive semi-definite matrix). With one seed the residual cannot be
+    told from the item part and stays in it.
+
+    Args:
+        values: [K, S, M].
+
+    Returns:
+        two [K, K] matrices; their sum estimates the covariance over new seeds and new items.
+    """
+    statistics, seeds, items = values.shape
+    seed_means, item_means = values.mean(axis=2), values.mean(axis=1)
+    none = np.zeros((statistics, statistics))
+    by_seed = _covariance(seed_means) / seeds if seeds > 1 else none
+    if items < 2:
+        return by_seed, none
+    by_item = _covariance(item_means) / items
+    if seeds > 1:
+        centred = values - seed_means[:, :, None] - item_means[:, None, :] + seed_means.mean(axis=1)[:, None, None]
+        residual = np.einsum("ksm,lsm->kl", centred, centred) / ((seeds - 1) * (items - 1))
+        by_item = by_item - residual / (seeds * items)
+    eigenvalues, vectors = np.linalg.eigh(by_item)
+    return by_seed, (vectors * np.maximum(eigenvalues, 0.0)) @ vectors.T
+
+
+def _covariance(rows: FloatArray) -> FloatArray:
+    """Return the sample covariance [K, K] of K variables in rows."""
+    centred = rows - rows.mean(axis=1, keepdims=True)
+    product: FloatArray = centred @ centred.T
+    return product / (rows.shape[1] - 1)
+
+
+def _matrix(values: ArrayLike) -> FloatArray:
+    matrix = np.asarray(values, dtype=np.float64)
+    if matrix.ndim != 2 or matrix.size == 0 or not np.isfinite(matrix).all():
+        raise ValueError(f"expected finite values of shape [seeds, items], got shape {matrix.shape}")
+    return matrix
+
+
+def _around(centre: float, half_width: float) -> Bounds:
+    return centre - half_width, centre + half_width
+
+
+def _clip(bounds: Bounds | None) -> Bounds | None:
+    return None if bounds is None else (max(0.0, bounds[0]), min(1.0, bounds[1]))
