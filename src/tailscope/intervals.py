@@ -157,8 +157,8 @@ def variance_components(values: FloatArray) -> tuple[FloatArray, FloatArray]:
 def _covariance(rows: FloatArray) -> FloatArray:
     """Return the sample covariance [K, K] of K variables in rows."""
     centred = rows - rows.mean(axis=1, keepdims=True)
-    product: FloatArray = centred @ centred.T
-    return product / (rows.shape[1] - 1)
+    covariance: FloatArray = centred @ centred.T / (rows.shape[1] - 1)
+    return covariance
 
 
 def _matrix(values: ArrayLike) -> FloatArray:
