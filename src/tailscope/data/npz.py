@@ -47,18 +47,19 @@ def _image_set(arrays: dict[str, npt.NDArray[Any]], split: str, names: tuple[str
 def _read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    try:
-        loaded = np.load(path, allow_pickle=False)
-    except _UNREADABLE as error:
-        raise UserError(f"{path}: not a readable .npz, empty or truncated ({_line(error)})") from None
-    if isinstance(loaded, np.ndarray):
-        raise UserError(f"{path}: holds a single array; save the fields with np.savez")
-    with loaded:
-        missing = [name for name in FIELDS if name not in loaded]
-        if missing:
-            raise UserError(f"{path}: no field {missing[0]!r}; needs {', '.join(FIELDS)}")
-        wanted = [*FIELDS, *(["class_names"] if "class_names" in loaded else [])]
-        return {name: _read_array(path, loaded, name) for name in wanted}
+    with path.open("rb") as file:  # opened here because np.load leaves a file that is no zip open
+        try:
+            loaded = np.load(file, allow_pickle=False)
+        except _UNREADABLE as error:
+            raise UserError(f"{path}: not a readable .npz, empty or truncated ({_line(error)})") from None
+        if isinstance(loaded, np.ndarray):
+            raise UserError(f"{path}: holds a single array; save the fields with np.savez")
+        with loaded:
+            missing = [name for name in FIELDS if name not in loaded]
+            if missing:
+                raise UserError(f"{path}: no field {missing[0]!r}; needs {', '.join(FIELDS)}")
+            wanted = [*FIELDS, *(["class_names"] if "class_names" in loaded else [])]
+            return {name: _read_array(path, loaded, name) for name in wanted}
 
 
 def _read_array(path: Path, loaded: Any, name: str) -> npt.NDArray[Any]:
@@ -125,7 +126,9 @@ def _class_names(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> tuple[str, 
         raise UserError(f"{path}: class_names has {len(names)} names, but train_labels run to {classes - 1}")
     unique, times = np.unique(names, return_counts=True)
     if times.max() > 1:
-        raise UserError(f"{path}: class_names has {unique[times.argmax()]!r} {times.max()} times; names must differ")
+        raise UserError(
+            f"{path}: class_names has {str(unique[times.argmax()])!r} {times.max()} times; names must differ"
+        )
     return tuple(str(name) for name in names)
 
 

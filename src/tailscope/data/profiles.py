@@ -108,11 +108,12 @@ def _number(profile: str, text: str) -> float:
 
 
 def _checked_counts(where: str, values: Sequence[object]) -> tuple[int, ...]:
+    counts = []
     for k, value in enumerate(values):
-        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-        if isinstance(value, bool) or not whole or value < 1:  # type: ignore[operator]
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < 1 or value % 1 != 0:
             raise UserError(f"profile {where!r}: count {k} is {value!r}; counts are whole numbers of at least 1")
-    return tuple(int(v) for v in values)  # type: ignore[call-overload]
+        counts.append(int(value))
+    return tuple(counts)
 
 
 def _read_counts(path: str) -> list[object]:
