@@ -1,0 +1,39 @@
+"""Samplers against the frequencies they promise."""
+
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from tailscope.methods import SAMPLERS
+
+COUNTS = torch.tensor([100, 0, 25, 9, 1, 0])
+LABELS = torch.arange(6).repeat_interleave(COUNTS)[torch.randperm(135, generator=torch.Generator().manual_seed(0))]
+NONEMPTY = COUNTS[COUNTS > 0].double()
+
+
+def draw(name, n, seed=0):
+    return SAMPLERS.make(name, LABELS, 6)(n, torch.Generator().manual_seed(seed))
+
+
+def test_instance_is_successive_permutations():
+    indices = draw("instance", 300)
+    everything = torch.arange(135)
+    assert torch.equal(indices[:135].sort().values, everything)
+    assert torch.equal(indices[135:270].sort().values, everything)
+    assert len(indices[270:].unique()) == 30
+    assert not torch.equal(indices[:135], indices[135:270])
+
+
+@pytest.mark.parametrize(("name", "power"), [("class_balanced", 0.0), ("square_root", 0.5)])
+def test_classes_and_images_have_the_promised_frequencies(name, power):
+    n = 100_000
+    indices = draw(name, n)
+    share = NONEMPTY**power / (NONEMPTY**power).sum()
+    drawn = torch.bincount(LABELS[indices], minlength=6)
+    assert drawn[COUNTS == 0].sum() == 0
+    assert chisquare(drawn[COUNTS > 0].numpy(), (n * share).numpy()).pvalue > 0.001
+    per_image = torch.bincount(indices, minlength=135)
+    for k in torch.nonzero(COUNTS).flatten():
+        times = per_image[LABELS.eq(k)]
+        assert (times > 0).all()
+        assert len(times) == 1 or chisquare(times.numpy()).pvalue > 0.001
