@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from tailscope.methods import AUGMENTATIONS, LOSSES, SAMPLERS
+from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, SAMPLERS
 
 COUNTS = torch.tensor([40, 12, 5, 1])
 LABELS = torch.arange(4).repeat_interleave(COUNTS)
-REGISTRIES = [AUGMENTATIONS, LOSSES, SAMPLERS]
+REGISTRIES = [AUGMENTATIONS, LOSSES, MIXINGS, SAMPLERS]
 
 
 def generator(seed=0):
@@ -76,3 +76,44 @@ def test_loss(name, dtype):
     values.mean().backward()
     assert logits.grad.isfinite().all()
     assert logits.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", names(LOSSES))
+def test_loss_of_certain_predictions_is_finite(name):
+    logits = torch.tensor([[1e4, -1e4, 0, 0], [-1e4, 1e4, 0, 0]]).requires_grad_()
+    for labels in (torch.tensor([0, 1]), torch.tensor([1, 0])):
+        values = LOSSES.make(name, COUNTS)(logits, labels)
+        assert values.isfinite().all()
+        (gradient,) = torch.autograd.grad(values.sum(), logits)
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("name", names(LOSSES))
+def test_loss_allows_classes_without_images(name):
+    logits = torch.randn(8, 6, generator=generator()).requires_grad_()
+    labels = torch.arange(8) % 4
+    values = LOSSES.make(name, torch.tensor([40, 12, 5, 1, 0, 0]))(logits, labels)
+    assert values.isfinite().all()
+    values.sum().backward()
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", names(LOSSES))
+def test_loss_compiles_as_one_graph(name):
+    loss = LOSSES.make(name, COUNTS)
+    logits, labels = torch.randn(8, 4, generator=generator()), torch.arange(8) % 4
+    compiled = torch.compile(loss, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(logits, labels), loss(logits, labels))
+
+
+@pytest.mark.parametrize("name", names(MIXINGS))
+def test_mixing(name):
+    mixing = MIXINGS.make(name)
+    lam, partner = mixing.draw(5, 32, generator())
+    assert (lam.dtype, lam.shape, partner.dtype, partner.shape) == (torch.float32, (5,), torch.int64, (5, 32))
+    assert ((lam >= 0) & (lam <= 1)).all()
+    assert torch.equal(partner.sort(1).values, torch.arange(32).expand(5, 32))
+    again = mixing.draw(5, 32, generator())
+    assert torch.equal(lam, again[0])
+    assert torch.equal(partner, again[1])
+    assert not torch.equal(lam, mixing.draw(5, 32, generator(1))[0])

@@ -3,6 +3,7 @@
 from tailscope.methods.augmentations import AUGMENTATIONS
 from tailscope.methods.autoaugment import BatchedAutoAugment
 from tailscope.methods.losses import LOSSES
+from tailscope.methods.mixing import MIXINGS
 from tailscope.methods.samplers import SAMPLERS
 
-__all__ = ["AUGMENTATIONS", "LOSSES", "SAMPLERS", "BatchedAutoAugment"]
+__all__ = ["AUGMENTATIONS", "LOSSES", "MIXINGS", "SAMPLERS", "BatchedAutoAugment"]

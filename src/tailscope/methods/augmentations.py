@@ -1,7 +1,8 @@
 """Augmentations of whole batches of uint8 images, on the images' device.
 
 An augmentation takes (images uint8 [n, H, W, C], generator on the images' device) and returns images of the same
-shape. Every image has draws of its own; nothing loops over images. Normalisation is not an augmentation.
+shape. Every image has draws of its own; nothing loops over images. What an image draws depends on its place in the
+call, so a run that is to be repeated must cut its data into the same calls. Normalisation is not an augmentation.
 """
 
 from collections.abc import Callable, Sequence

@@ -95,7 +95,7 @@ def autoaugment(policy: str = "cifar10", exclude: Sequence[str] = ()) -> Batched
     """AutoAugment with a draw for every image (Cubuk et al. 2019; torchvision's policies).
 
     No policy flips images, so only `flip` mirrors them. Some change what a digit or a letter is: `exclude=("invert",)`
-    keeps dark and light apart.
+    keeps dark and light apart. By torchvision's rule Equalize leaves images of fewer than 256 pixels as they are.
 
     Args:
         policy: "cifar10", "imagenet" or "svhn".

@@ -2,15 +2,19 @@
 
 A factory takes the training counts (int64 [C], on the device of the logits) and returns `loss(logits, labels)`:
 logits [B, C] of any float type, labels int64 [B], result float32 [B]. Nothing is reduced: the mean, MixUp's weights
-and any other weighting happen in the caller. All arithmetic is in float32.
+and any other weighting happen in the caller. All arithmetic is in float32. Classes without training images may have
+a column in the logits; they are no one's label.
 """
 
+import math
 from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
 from torch.nn.functional import cross_entropy as softmax_cross_entropy
+from torch.nn.functional import log_softmax
 
+from tailscope.errors import UserError
 from tailscope.registry import Registry
 
 Loss: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -26,3 +30,145 @@ def cross_entropy(counts: torch.Tensor, /) -> Loss:
         return softmax_cross_entropy(logits.float(), labels, reduction="none")
 
     return loss
+
+
+@LOSSES.register("label_smoothing")
+def label_smoothing(counts: torch.Tensor, /, epsilon: float = 0.1) -> Loss:
+    """Cross-entropy with targets (1 - epsilon) * one-hot + epsilon / C (Szegedy et al. 2016)."""
+    _require(0 <= epsilon <= 1, f"label_smoothing(epsilon={epsilon}): epsilon must lie in [0, 1]")
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return softmax_cross_entropy(logits.float(), labels, reduction="none", label_smoothing=epsilon)
+
+    return loss
+
+
+@LOSSES.register("label_aware_smoothing")
+def label_aware_smoothing(counts: torch.Tensor, /, head: float = 0.4, tail: float = 0.1) -> Loss:
+    """Cross-entropy with more smoothing for frequent classes, in the concave form (Zhong et al. 2021, MiSLAS).
+
+    The target of class y is 1 - e_y, that of each other class e_y / (C - 1), where e_y = tail + (head - tail) *
+    sin(pi / 2 * (n_y - n_min) / (n_max - n_min)). Where all counts are equal, e_y = tail.
+
+    Args:
+        counts: images per class, int64 [C].
+        head: smoothing of the most frequent class.
+        tail: smoothing of the rarest class.
+    """
+    _require(0 <= tail <= head < 1, f"label_aware_smoothing(head={head}, tail={tail}): need 0 <= tail <= head < 1")
+    present = counts[counts > 0]
+    position = (counts - present.min()).clamp(min=0) / (present.max() - present.min()).clamp(min=1)
+    smoothing = tail + (head - tail) * torch.sin(0.5 * math.pi * position.float())
+    others = max(len(counts) - 1, 1)
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        negative = -log_softmax(logits.float(), 1)
+        own = negative.gather(1, labels[:, None]).squeeze(1)
+        share = smoothing[labels]
+        return (1 - share) * own + share * (negative.sum(1) - own) / others
+
+    return loss
+
+
+@LOSSES.register("focal")
+def focal(counts: torch.Tensor, /, gamma: float = 2.0) -> Loss:
+    """Focal loss on the softmax, -(1 - p_y)^gamma * log p_y (after Lin et al. 2017, who use sigmoids)."""
+    _require(gamma >= 0, f"focal(gamma={gamma}): gamma must be 0 or more")
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        log_p = log_softmax(logits.float(), 1)
+        own = labels[:, None]
+        # log(1 - p_y) from the other classes: 1 - p_y itself vanishes, and so would the gradient's accuracy.
+        log_rest = log_p.scatter(1, own, -math.inf).logsumexp(1)
+        return -(gamma * log_rest).exp() * log_p.gather(1, own).squeeze(1)
+
+    return loss
+
+
+@LOSSES.register("class_balanced")
+def class_balanced(counts: torch.Tensor, /, beta: float = 0.9999) -> Loss:
+    """Cross-entropy weighted by the inverse effective number of images, (1 - beta) / (1 - beta^n_y) (Cui et al. 2019).
+
+    The weights are scaled to a mean of 1 over the classes that have images.
+    """
+    _require(0 <= beta < 1, f"class_balanced(beta={beta}): beta must lie in [0, 1)")
+    inverse = (1 - beta) / (1 - beta ** counts.double())
+    inverse = torch.where(counts > 0, inverse, 0.0)
+    weights = (inverse * (counts > 0).sum() / inverse.sum()).float()
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return weights[labels] * softmax_cross_entropy(logits.float(), labels, reduction="none")
+
+    return loss
+
+
+@LOSSES.register("balanced_softmax")
+def balanced_softmax(counts: torch.Tensor, /) -> Loss:
+    """Cross-entropy of logits + log n (Ren et al. 2020): `logit_adjustment` at tau = 1."""
+    return logit_adjustment(counts, tau=1.0)
+
+
+@LOSSES.register("logit_adjustment")
+def logit_adjustment(counts: torch.Tensor, /, tau: float = 1.0) -> Loss:
+    """Cross-entropy of logits + tau * log(class share) (Menon et al. 2021, equation 10).
+
+    The model is trained with the adjustment and tested without it. Classes without images are left out of the softmax.
+    """
+    _require(tau >= 0, f"logit_adjustment(tau={tau}): tau must be 0 or more")
+    adjustment = torch.where(counts > 0, tau * (counts / counts.sum()).log(), -math.inf)
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return softmax_cross_entropy(logits.float() + adjustment, labels, reduction="none")
+
+    return loss
+
+
+@LOSSES.register("ldam")
+def ldam(counts: torch.Tensor, /, max_margin: float = 0.5, scale: float = 30.0) -> Loss:
+    """Label-distribution-aware margin loss, margins in proportion to n^-1/4 (Cao et al. 2019).
+
+    Cross-entropy of scale * logits after the margin of y is taken from the logit of y. Made for cosine logits (features
+    and weights normalised): `scale` and `max_margin`, the rarest class's margin, have no natural size otherwise.
+    """
+    _require(scale > 0, f"ldam(scale={scale}): scale must be positive")
+    _require(max_margin >= 0, f"ldam(max_margin={max_margin}): max_margin must be 0 or more")
+    margins = torch.where(counts > 0, max_margin * (counts[counts > 0].min() / counts) ** 0.25, 0.0)
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        own = labels[:, None]
+        lowered = logits.float().scatter_add(1, own, -margins[own])
+        return softmax_cross_entropy(scale * lowered, labels, reduction="none")
+
+    return loss
+
+
+@LOSSES.register("equalization")
+def equalization(counts: torch.Tensor, /, gamma: float = 0.95, threshold: float = 0.003) -> Loss:
+    """Softmax equalization loss: rare classes are spared as negatives of other classes' images (Tan et al. 2020).
+
+    In the softmax's denominator a class other than y whose share of the training images is below `threshold` gets the
+    weight 1 - gamma. The paper drops such a class altogether with probability gamma, for each image anew; the weight is
+    the mean of that draw, which keeps the loss deterministic (by Jensen it bounds the drawn loss's mean from above).
+    Where no class is rarer than the threshold, this is cross-entropy.
+
+    Args:
+        counts: images per class, int64 [C].
+        gamma: probability of sparing, in [0, 1).
+        threshold: share of the training images below which a class is rare, lambda in the paper.
+    """
+    _require(0 <= gamma < 1, f"equalization(gamma={gamma}): gamma must lie in [0, 1)")
+    log_weight = torch.where(counts / counts.sum() < threshold, math.log1p(-gamma), 0.0)
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        own = labels[:, None]
+        weighted = logits.float() + log_weight
+        weighted = weighted.scatter(1, own, logits.float().gather(1, own))
+        return softmax_cross_entropy(weighted, labels, reduction="none")
+
+    return loss
+
+
+def _require(condition: bool, message: str) -> None:
+    """Raise UserError with the message unless the condition holds."""
+    if not condition:
+        raise UserError(message)

@@ -1,0 +1,133 @@
+"""Losses against their formulas, written out in double precision one sample at a time."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import softmax
+
+from tailscope.errors import UserError
+from tailscope.methods import LOSSES
+
+COUNTS = [500, 60, 60, 7, 1]
+TOTAL = sum(COUNTS)
+LOGITS = 3 * torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(40) % 5
+
+
+def cross_entropy(z, y):
+    return -math.log(softmax(z)[y])
+
+
+def smoothed(z, targets):
+    return -sum(t * math.log(p) for t, p in zip(targets, softmax(z), strict=True))
+
+
+def focal(z, y, gamma):
+    p = softmax(z)[y]
+    return -((1 - p) ** gamma) * math.log(p)
+
+
+def class_balanced(z, y, beta):
+    weights = [(1 - beta) / (1 - beta**n) for n in COUNTS]
+    return weights[y] * len(COUNTS) / sum(weights) * cross_entropy(z, y)
+
+
+def logit_adjusted(z, y, tau):
+    return cross_entropy([v + tau * math.log(n / TOTAL) for v, n in zip(z, COUNTS, strict=True)], y)
+
+
+def ldam(z, y, max_margin, scale):
+    margins = [n**-0.25 for n in COUNTS]
+    margin = max_margin * margins[y] / max(margins)
+    return cross_entropy([scale * (v - margin * (k == y)) for k, v in enumerate(z)], y)
+
+
+def equalization(z, y, gamma, threshold):
+    def weight(k):
+        return 1 - gamma if COUNTS[k] / TOTAL < threshold and k != y else 1
+
+    return -math.log(math.exp(z[y]) / sum(weight(k) * math.exp(v) for k, v in enumerate(z)))
+
+
+def label_smoothing(z, y, epsilon):
+    return smoothed(z, [(1 - epsilon) * (k == y) + epsilon / 5 for k in range(5)])
+
+
+def label_aware_smoothing(z, y, head, tail):
+    e = tail + (head - tail) * math.sin(math.pi * (COUNTS[y] - 1) / (2 * (500 - 1)))
+    return smoothed(z, [1 - e if k == y else e / 4 for k in range(5)])
+
+
+CASES = [
+    ("cross_entropy", cross_entropy),
+    ("focal", lambda z, y: focal(z, y, 2)),
+    ("focal(gamma=0.5)", lambda z, y: focal(z, y, 0.5)),
+    ("class_balanced", lambda z, y: class_balanced(z, y, 0.9999)),
+    ("class_balanced(beta=0.9)", lambda z, y: class_balanced(z, y, 0.9)),
+    ("class_balanced(beta=0)", cross_entropy),
+    ("balanced_softmax", lambda z, y: cross_entropy([v + math.log(n) for v, n in zip(z, COUNTS, strict=True)], y)),
+    ("logit_adjustment(tau=1.5)", lambda z, y: logit_adjusted(z, y, 1.5)),
+    ("ldam", lambda z, y: ldam(z, y, 0.5, 30)),
+    ("ldam(max_margin=0.3, scale=2)", lambda z, y: ldam(z, y, 0.3, 2)),
+    ("equalization", lambda z, y: equalization(z, y, 0.95, 0.003)),
+    ("equalization(gamma=0.5, threshold=0.05)", lambda z, y: equalization(z, y, 0.5, 0.05)),
+    ("label_smoothing", lambda z, y: label_smoothing(z, y, 0.1)),
+    ("label_aware_smoothing", lambda z, y: label_aware_smoothing(z, y, 0.4, 0.1)),
+]
+
+
+@pytest.mark.parametrize(("call", "formula"), CASES, ids=[call for call, _ in CASES])
+def test_loss_is_its_formula(call, formula):
+    got = LOSSES.make(call, torch.tensor(COUNTS))(LOGITS, LABELS)
+    expected = [formula(z, y) for z, y in zip(LOGITS.double().tolist(), LABELS.tolist(), strict=True)]
+    np.testing.assert_allclose(got.numpy(), expected, rtol=2e-5, atol=2e-6)
+
+
+def test_every_loss_has_a_formula_here():
+    assert {call.split("(")[0] for call, _ in CASES} == {entry.name for entry in LOSSES}
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in LOSSES])
+def test_gradient_is_the_finite_difference(name):
+    loss = LOSSES.make(name, torch.tensor(COUNTS))
+    logits = LOGITS[:5].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(logits, LABELS[:5]).sum(), logits)
+    step = 1e-2
+    for k in range(5):
+        nudge = step * torch.eye(5)[k]
+        difference = (loss(logits + nudge, LABELS[:5]) - loss(logits - nudge, LABELS[:5])) / (2 * step)
+        torch.testing.assert_close(gradient[:, k], difference.detach(), rtol=2e-2, atol=2e-2)
+
+
+def test_bfloat16_logits_lose_nothing_but_their_own_rounding():
+    for entry in LOSSES:
+        loss = LOSSES.make(entry.name, torch.tensor(COUNTS))
+        rounded = LOGITS.bfloat16()
+        assert torch.equal(loss(rounded, LABELS), loss(rounded.float(), LABELS)), entry.name
+
+
+def test_equal_counts_turn_the_counted_losses_into_cross_entropy():
+    counts = torch.full((5,), 30)
+    expected = LOSSES.make("cross_entropy", counts)(LOGITS, LABELS)
+    for call in ("class_balanced", "balanced_softmax", "equalization", "label_aware_smoothing(tail=0.0)"):
+        torch.testing.assert_close(LOSSES.make(call, counts)(LOGITS, LABELS), expected)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "focal(gamma=-1)",
+        "class_balanced(beta=1)",
+        "logit_adjustment(tau=-1)",
+        "ldam(scale=0)",
+        "ldam(max_margin=-1)",
+        "equalization(gamma=1)",
+        "label_smoothing(epsilon=2)",
+        "label_aware_smoothing(head=0.1, tail=0.2)",
+    ],
+)
+def test_hyperparameters_out_of_range_are_named(call):
+    with pytest.raises(UserError, match=call.split("(")[0]):
+        LOSSES.make(call, torch.tensor(COUNTS))
