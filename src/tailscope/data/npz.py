@@ -34,8 +34,7 @@ def read(path: Path) -> tuple[ImageSet, ImageSet]:
     if shapes[0] != shapes[1]:
         raise UserError(f"{path}: train_images are {shapes[0]} (height, width, channels), test_images {shapes[1]}")
     names = _class_names(path, arrays)
-    for split in ("train", "test"):
-        _check_range(f"{path}: {split}_labels", arrays[f"{split}_labels"], names)
+    _check_range(path, arrays, names)
     return _image_set(arrays, "train", names), _image_set(arrays, "test", names)
 
 
@@ -132,11 +131,12 @@ def _class_names(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> tuple[str, 
     return tuple(str(name) for name in names)
 
 
-def _check_range(where: str, labels: npt.NDArray[Any], names: tuple[str, ...]) -> None:
-    if int(labels.max()) >= len(names):
-        raise UserError(f"{where}: label {labels.max()} is outside 0 to {len(names) - 1}")
-    empty = np.flatnonzero(np.bincount(labels.astype(np.int64), minlength=len(names)) == 0)
+def _check_range(path: Path, arrays: dict[str, npt.NDArray[Any]], names: tuple[str, ...]) -> None:
+    for field in ("train_labels", "test_labels"):
+        if int(arrays[field].max()) >= len(names):
+            raise UserError(f"{path}: {field}: label {arrays[field].max()} is outside 0 to {len(names) - 1}")
+    # A class without test images only has no accuracy; one without training images cannot be learnt.
+    empty = np.flatnonzero(np.bincount(arrays["train_labels"].astype(np.int64), minlength=len(names)) == 0)
     if len(empty):
         k = int(empty[0])
-        split = "training" if where.endswith("train_labels") else "test"
-        raise UserError(f"{where}: class {k} ({names[k]}) of 0 to {len(names) - 1} has no {split} images")
+        raise UserError(f"{path}: class {k} ({names[k]}) of 0 to {len(names) - 1} has no training images")
