@@ -1,0 +1,137 @@
+"""The house rules that no linter checks: sizes, docstrings, types, and no text that only holds on one machine."""
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SOURCES = sorted((REPOSITORY / "src").rglob("*.py"))
+MAX_FILE_LINES = 300
+MAX_FUNCTION_LINES = 60
+
+# Written in pieces, so that this file passes its own check.
+HOSTS = [
+    ("python" + "hosted", "org"),
+    ("pypi", "org"),
+    ("registry", "npmjs"),
+    ("download", "pytorch"),
+    ("deb", "debian"),
+]
+FOLDERS = ["root", "work", "home"]
+BESIDE = "../" + "shared"
+FORBIDDEN = re.compile(
+    "|".join([*(re.escape(".".join(host)) for host in HOSTS), *(rf"(?<![\w.]){f'/{folder}/'}" for folder in FOLDERS)])
+)
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def functions(node: ast.AST, *, public: bool = True) -> Iterator[tuple[Function, bool]]:
+    """Yield every function under `node`, and whether users can reach it by name."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, Function):
+            yield child, public and not child.name.startswith("_")
+            yield from functions(child, public=False)
+        elif isinstance(child, ast.ClassDef):
+            yield from functions(child, public=public and not child.name.startswith("_"))
+        else:
+            yield from functions(child, public=public)
+
+
+def lines_without_docstring(function: Function) -> int:
+    body = function.body[1:] if ast.get_docstring(function) else function.body
+    return (function.end_lineno or 0) - body[0].lineno + 1 if body else 0
+
+
+def unannotated(function: Function) -> list[str]:
+    arguments = function.args
+    every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
+    names = [a.arg for a in every if a is not None and a.annotation is None and a.arg not in ("self", "cls")]
+    return names if function.returns is not None else [*names, "return"]
+
+
+def broken_rules(text: str) -> list[str]:
+    """Return what a source file does against the rules, one line each."""
+    tree = ast.parse(text)
+    broken = []
+    if len(text.splitlines()) > MAX_FILE_LINES:
+        broken.append(f"file has more than {MAX_FILE_LINES} lines")
+    if not ast.get_docstring(tree):
+        broken.append("module has no docstring")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_") and not ast.get_docstring(node):
+            broken.append(f"class {node.name} has no docstring")
+    for function, public in functions(tree):
+        if lines_without_docstring(function) > MAX_FUNCTION_LINES:
+            broken.append(f"{function.name} has more than {MAX_FUNCTION_LINES} lines")
+        if public and not ast.get_docstring(function):
+            broken.append(f"{function.name} has no docstring")
+        if public and unannotated(function):
+            broken.append(f"{function.name} lacks types: {', '.join(unannotated(function))}")
+    return broken
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_sources_keep_the_rules(path: Path) -> None:
+    assert broken_rules(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "breaks"),
+    [
+        ("x = 1", ["module has no docstring"]),
+        ('"""M."""\n' + "x = 1\n" * 300, ["file has more than 300 lines"]),
+        ('"""M."""\ndef f() -> None:\n    x = 1', ["f has no docstring"]),
+        (
+            '"""M."""\nclass A:\n    def f(self) -> None:\n        x = 1',
+            ["class A has no docstring", "f has no docstring"],
+        ),
+        ('"""M."""\ndef f(a, *, b: int, **c):\n    "D."', ["f lacks types: a, c, return"]),
+        ('"""M."""\ndef _f() -> None:\n    "D."\n' + "    x = 1\n" * 61, ["_f has more than 60 lines"]),
+        ('"""M."""\ndef f() -> None:\n    "D."\n' + "    x = 1\n" * 60 + "def _g(a): return a", []),
+        ('"""M."""\nclass _A:\n    def f(self): return 1', []),
+        ('"""M."""\nif True:\n    async def f() -> None: ...', ["f has no docstring"]),
+    ],
+)
+def test_the_rules_catch_what_breaks_them(text: str, breaks: list[str]) -> None:
+    assert broken_rules(text) == breaks
+
+
+def tracked_text() -> Iterator[tuple[Path, str]]:
+    """Yield the repository's text files and their content."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    for name in filter(None, listed.stdout.split("\0")):
+        path = REPOSITORY / name
+        if path.is_file() and b"\0" not in (content := path.read_bytes())[:8000]:
+            yield path, content.decode("utf-8", "replace")
+
+
+def test_no_registry_hosts_and_no_paths_of_one_machine() -> None:
+    found = [
+        f"{path.relative_to(REPOSITORY)}: {m[0]}" for path, text in tracked_text() for m in FORBIDDEN.finditer(text)
+    ]
+    assert found == []
+
+
+def test_only_the_fixtures_know_what_lies_beside_the_repository() -> None:
+    named = [path.relative_to(REPOSITORY).as_posix() for path, text in tracked_text() if BESIDE in text]
+    assert set(named) <= {"tests/conftest.py"}
+
+
+@pytest.mark.parametrize(
+    ("text", "is_forbidden"),
+    [
+        (f"https://files.{'.'.join(HOSTS[0])}/packages", True),
+        (f"index-url = https://{'.'.join(HOSTS[1])}/simple", True),
+        (f"open('/{FOLDERS[1]}/data.npz')", True),
+        (f"results: /{FOLDERS[0]}/out", True),
+        ("docs/work/plan.md, framework/x, see ./home/page", False),
+    ],
+)
+def test_the_search_finds_what_it_should(text: str, is_forbidden: bool) -> None:
+    assert bool(FORBIDDEN.search(text)) == is_forbidden
