@@ -1,0 +1,87 @@
+"""The verbs as Python functions: the same nouns as the command line, results as dictionaries."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tailscope.data.sources import ImageData
+from tailscope.data.sources import load as load
+from tailscope.experiments import geometry as _geometry
+from tailscope.experiments import ladder as _ladder
+from tailscope.experiments import swap as _swap
+from tailscope.experiments.lab import Lab
+from tailscope.experiments.settings import Settings, parse_seeds
+from tailscope.store import Store
+from tailscope.training.recipes import recipe_by_name
+from tailscope.training.runtime import Runtime
+
+
+def swap(data: ImageData, **options: Any) -> dict[str, Any]:
+    """Swap the data set between the two stages and attribute the gap: `swap.json` as a dictionary.
+
+    Args:
+        data: what `load` returned.
+        options: as for `run`.
+    """
+    return run(_swap.swap, data, **options)
+
+
+def ladder(data: ImageData, **options: Any) -> dict[str, Any]:
+    """Climb the augmentation ladder on the long-tailed set: `ladder.json` as a dictionary; options as for `run`."""
+    return run(_ladder.ladder, data, **options)
+
+
+def geometry(data: ImageData, **options: Any) -> dict[str, Any]:
+    """Measure what the representation does to each class: `geometry.json` as a dictionary; options as for `run`."""
+    return run(_geometry.geometry, data, **options)
+
+
+def run(
+    experiment: Callable[[Lab, Settings], dict[str, Any]],
+    data: ImageData,
+    *,
+    profile: str = "exp:100",
+    recipe: str = "fast",
+    seeds: int | Sequence[int] = 3,
+    protocol: str = "nested",
+    subset_seed: int | None = None,
+    matched: bool = False,
+    permutations: int = 999,
+    store: Path | str | None = None,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Run one experiment.
+
+    Args:
+        experiment: one of the functions of `tailscope.experiments`.
+        data: the data set.
+        profile: shape of the long-tailed training counts, such as `exp:100`.
+        recipe: demo, fast, paper or paper-as-printed.
+        seeds: a number N (0 ... N-1) or the seeds themselves.
+        protocol: rule that draws the subset: nested or ldam.
+        subset_seed: one subset for all seeds; None lets each seed draw its own.
+        matched: adds the class-balanced level with as many images as lt.
+        permutations: of the geometry's tests.
+        store: folder of trained stages; default `$TAILSCOPE_STORE`, else `~/.cache/tailscope/store`.
+        device: auto, cpu or cuda.
+
+    Raises:
+        UserError: an option is wrong, in one line.
+    """
+    chosen = parse_seeds(seeds if isinstance(seeds, int) else ",".join(map(str, seeds)) + ",")
+    settings = Settings(
+        profile=profile,
+        protocol=protocol,
+        recipe=recipe_by_name(recipe),
+        seeds=chosen,
+        subset_seed=subset_seed,
+        matched=matched,
+        permutations=permutations,
+    )
+    return experiment(Lab(data, Store(Path(store) if store else default_store()), Runtime.choose(device)), settings)
+
+
+def default_store() -> Path:
+    """Return `$TAILSCOPE_STORE`, else the user's cache folder."""
+    return Path(os.environ.get("TAILSCOPE_STORE") or Path.home() / ".cache" / "tailscope" / "store")

@@ -1,0 +1,1 @@
+"""Experiments: each is a plan of runs that ends in a table. They read test accuracy; training never does."""

@@ -1,0 +1,109 @@
+"""Figures 4 to 8: what long-tailed training does to each class in feature space."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from tailscope.experiments.lab import Backbone, Lab, TrainingSet
+from tailscope.experiments.results import header, provenance
+from tailscope.experiments.settings import Settings
+from tailscope.experiments.swap import training_sets
+from tailscope.geometry import describe
+
+ENCODERS = {"lt": ("lt", False), "lt+mixup": ("lt", True), "true": ("true", False)}
+"""Each encoder's training set and whether stage 1 mixes."""
+
+
+def geometry(lab: Lab, settings: Settings) -> dict[str, Any]:
+    """Describe every class under three encoders, for every seed.
+
+    The seen samples are always D_LT. `paper` takes as unseen D* without D_LT, which the true encoder has trained on;
+    `calibrated` the test images, which no encoder has trained on.
+
+    Returns:
+        The result: see the documentation of `geometry.json`.
+    """
+    encoders: dict[str, dict[str, Any]] = {name: {"seeds": {}} for name in ENCODERS}
+    rows, lt_sets = [], []
+    for seed in settings.seeds:
+        sets = training_sets(lab, settings, seed)
+        lt_sets.append(sets["lt"])
+        for name, (data, mix) in ENCODERS.items():
+            stage1 = settings.recipe.backbone(sets[data].spec, mix=mix)
+            backbone = lab.backbone(stage1, sets[data].rows, seed, f"seed {seed}: encoder {name}")
+            encoders[name]["seeds"][str(seed)] = _measure(lab, settings, backbone, sets["lt"], f"seed {seed}: {name}")
+            rows.append(provenance(name, seed, backbone, stage1, None, (data, None)))
+    for encoder in encoders.values():
+        encoder["mean"] = {variant: _mean_over_seeds(encoder["seeds"], variant) for variant in ("paper", "calibrated")}
+    result = header("geometry", settings, lab, lt_sets)
+    if not settings.recipe.converged:
+        result["warnings"].append("geometry not converged: within-class variance keeps shrinking in longer training")
+    return {**result, "provenance": rows, "encoders": encoders}
+
+
+def _measure(lab: Lab, settings: Settings, backbone: Backbone, lt: TrainingSet, label: str) -> dict[str, Any]:
+    """Return the `paper` and the `calibrated` description of one encoder."""
+    train, test = lab.clean_features(backbone, "train"), lab.clean_features(backbone, "test")
+    labels = lab.data.train.labels
+    seen = torch.from_numpy(lt.rows)
+    is_unseen = torch.ones(len(labels), dtype=torch.bool)
+    is_unseen[seen] = False
+    unseen = {
+        "paper": (train[is_unseen], labels[is_unseen]),
+        "calibrated": (test, lab.data.test.labels),
+    }
+    described = {}
+    for variant, (features, classes) in unseen.items():
+        with lab.runtime.progress.task(f"{label}, geometry ({variant})", lab.data.train.num_classes) as advance:
+            done = 0
+
+            def tick(finished: int, _: int, advance: Any = advance) -> None:
+                nonlocal done
+                advance(finished - done)
+                done = finished
+
+            described[variant] = describe(
+                train[seen],
+                labels[seen],
+                features,
+                classes,
+                lab.data.train.class_names,
+                permutations=settings.permutations,
+                progress=tick,
+            ).to_json()
+    return described
+
+
+def _mean_over_seeds(runs: Mapping[str, Any], variant: str) -> dict[str, Any]:
+    """Return the mean over seeds of every number of every class and group."""
+    per_seed = [run[variant] for run in runs.values()]
+    groups = {}
+    for name in per_seed[0]["groups"]:
+        entries = [run["groups"][name] for run in per_seed if run["groups"][name] is not None]
+        groups[name] = mean_entry(entries) if entries else None
+    classes = [mean_entry(entries) for entries in zip(*(run["classes"] for run in per_seed), strict=True)]
+    return {"classes": classes, "groups": groups}
+
+
+def mean_entry(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the field-wise mean of entries; None where a field is undefined in any of them, text as in the first.
+
+    A mean of p or q values is descriptive only: it is no p or q value itself.
+
+    >>> mean_entry([{"name": "a", "x": 1.0, "y": None}, {"name": "a", "x": 3.0, "y": 1.0}])
+    {'name': 'a', 'x': 2.0, 'y': None}
+    """
+    found: dict[str, Any] = {}
+    for field, first in entries[0].items():
+        values = [entry[field] for entry in entries]
+        if any(value is None for value in values):
+            found[field] = None
+        elif isinstance(first, list):
+            found[field] = np.mean(values, axis=0).tolist()
+        elif isinstance(first, float):
+            found[field] = float(np.mean(values))
+        else:
+            found[field] = first if all(value == first for value in values) else float(np.mean(values))
+    return found

@@ -1,0 +1,75 @@
+"""What the user asked for: one frozen value that every experiment takes and every result file repeats."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from tailscope.data.profiles import canonical
+from tailscope.data.sources import ImageData
+from tailscope.errors import UserError
+from tailscope.training.recipes import Recipe
+
+
+class Settings(BaseModel):
+    """The data, the shape of its tail, the recipe and the seeds of an experiment.
+
+    Attributes:
+        profile: shape of the long-tailed training counts.
+        protocol: rule that draws the subset.
+        recipe: how the stages are trained.
+        seeds: one run of everything for each.
+        subset_seed: draws the same subset for all seeds; None lets each seed draw its own.
+        matched: adds the third level, class-balanced with as many images as lt.
+        permutations: of the geometry's tests; 0 leaves calibration out.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    profile: str
+    protocol: str
+    recipe: Recipe
+    seeds: tuple[int, ...]
+    subset_seed: int | None = None
+    matched: bool = False
+    permutations: int = 999
+
+    def spec(self, data: ImageData) -> dict[str, Any]:
+        """Return what a result depends on, as result files store it."""
+        return {
+            **self.model_dump(mode="json"),
+            "profile": canonical(self.profile),
+            "data": data.name,
+            "fingerprint": data.fingerprint,
+        }
+
+    def subset_seed_of(self, seed: int) -> int:
+        """Return the seed that draws the subset of a run."""
+        return seed if self.subset_seed is None else self.subset_seed
+
+
+def parse_seeds(text: str | int) -> tuple[int, ...]:
+    """Return the seeds that `N` (0 ... N-1) or a list `0,3` means.
+
+    >>> parse_seeds("3"), parse_seeds("0,3"), parse_seeds("7,")
+    ((0, 1, 2), (0, 3), (7,))
+
+    Raises:
+        UserError: there is no seed, or one is negative, repeated or not a whole number.
+    """
+    parts = [part.strip() for part in str(text).split(",") if part.strip()]
+    if not parts or not all(part.isdecimal() for part in parts):
+        raise UserError(f"--seeds {text}: expected a number of seeds of at least 1, or a list like 0,3")
+    values = [int(part) for part in parts]
+    if "," in str(text):
+        if len(set(values)) < len(values):
+            raise UserError(f"--seeds {text}: a seed is given twice")
+        return tuple(values)
+    if values[0] < 1:
+        raise UserError(f"--seeds {text}: at least one seed is needed")
+    return tuple(range(values[0]))
+
+
+def store_root(out: Path, store: Path | None) -> Path:
+    """Return the folder of trained stages: the given one, or OUT/store."""
+    return store if store is not None else out / "store"

@@ -1,0 +1,107 @@
+"""CIFAR ResNets (He et al. 2016, section 4.2) with option-A shortcuts, and a tiny one for 8x8 images."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tailscope.registry import Registry
+
+MODELS: Registry["CifarResNet"] = Registry("model")
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions; the shortcut subsamples and pads channels with zeros (option A: no parameters)."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.stride = stride
+        self.padding = (channels - in_channels) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in, H, W] -> [B, out, H/stride, W/stride]."""
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.stride != 1 or self.padding:
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
+        return F.relu(out + x)
+
+
+class CifarResNet(nn.Module):
+    """A residual network of depth 6n+2: three stages of n blocks with 1x, 2x and 4x `width` channels.
+
+    `forward(x) == classifier(features(x))`; `features` returns the globally average-pooled [B, 4 * width] vectors.
+    """
+
+    def __init__(self, depth: int, width: int, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        if depth % 6 != 2:
+            raise ValueError(f"depth {depth} is not 6n+2")
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = _stage(blocks, width, width, 1)
+        self.layer2 = _stage(blocks, width, 2 * width, 2)
+        self.layer3 = _stage(blocks, 2 * width, 4 * width, 2)
+        self.classifier = nn.Linear(4 * width, num_classes)
+        self.feature_dim = 4 * width
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Images [B, C, H, W], normalised -> penultimate features [B, 4 * width]."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return x.mean(dim=(2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [B, C, H, W], normalised -> logits [B, classes]."""
+        logits: Tensor = self.classifier(self.features(x))
+        return logits
+
+
+def _stage(blocks: int, in_channels: int, channels: int, stride: int) -> nn.Sequential:
+    first = BasicBlock(in_channels, channels, stride)
+    return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
+
+
+@MODELS.register("resnet20")
+def resnet20(in_channels: int, num_classes: int, /, width: int = 16) -> CifarResNet:
+    """ResNet-20 for 32x32 images, 64-d features."""
+    return CifarResNet(20, width, in_channels, num_classes)
+
+
+@MODELS.register("resnet32")
+def resnet32(in_channels: int, num_classes: int, /, width: int = 16) -> CifarResNet:
+    """ResNet-32 for 32x32 images, 64-d features: the paper's CIFAR backbone."""
+    return CifarResNet(32, width, in_channels, num_classes)
+
+
+@MODELS.register("resnet44")
+def resnet44(in_channels: int, num_classes: int, /, width: int = 16) -> CifarResNet:
+    """ResNet-44 for 32x32 images, 64-d features."""
+    return CifarResNet(44, width, in_channels, num_classes)
+
+
+@MODELS.register("resnet56")
+def resnet56(in_channels: int, num_classes: int, /, width: int = 16) -> CifarResNet:
+    """ResNet-56 for 32x32 images, 64-d features."""
+    return CifarResNet(56, width, in_channels, num_classes)
+
+
+@MODELS.register("resnet8")
+def resnet8(in_channels: int, num_classes: int, /, width: int = 8) -> CifarResNet:
+    """ResNet-8, a tiny network for 8x8 images (digits), 32-d features."""
+    return CifarResNet(8, width, in_channels, num_classes)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of trainable parameters.
+
+    >>> count_parameters(MODELS.make("resnet32", 3, 10))
+    464154
+    """
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -1,0 +1,161 @@
+"""Content-addressed artifacts on disk: trained stages and extracted features.
+
+An entry is a folder `STORE/kind/key/` with `tensors.safetensors`, `meta.json` and, written last, `DONE`. It is
+built in a folder of its own and renamed into place, so a reader sees all of it or nothing. A lock per entry lets two
+runs share a store: the second waits for the first and then finds the work done. Nothing is ever pickled.
+"""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tailscope.errors import UserError
+
+Tensors = dict[str, Tensor]
+Meta = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A stored entry: named tensors and a JSON description."""
+
+    tensors: Tensors
+    meta: Meta
+
+
+class Store:
+    """A folder of artifacts addressed by kind and key."""
+
+    def __init__(self, root: Path) -> None:
+        """Open (and create) the store at `root`.
+
+        Raises:
+            UserError: the folder cannot be created or written.
+        """
+        self.root = root
+        make_folder(root, "--store")
+
+    def has(self, kind: str, key: str) -> bool:
+        """Whether the entry is complete."""
+        return (self._entry(kind, key) / "DONE").is_file()
+
+    def read(self, kind: str, key: str) -> Artifact:
+        """Read a complete entry.
+
+        Raises:
+            UserError: a file of the entry is damaged.
+        """
+        entry = self._entry(kind, key)
+        return Artifact(load_tensors(entry / "tensors.safetensors"), self.meta(kind, key))
+
+    def meta(self, kind: str, key: str) -> Meta:
+        """Read only an entry's description."""
+        path = self._entry(kind, key) / "meta.json"
+        try:
+            meta: Meta = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: damaged ({error}); delete its folder to compute it again") from error
+        return meta
+
+    def get_or_make(self, kind: str, key: str, make: Callable[[Path], tuple[Tensors, Meta]]) -> tuple[Artifact, bool]:
+        """Return the entry and whether it was there already, computing and storing it if not.
+
+        `make` gets a scratch folder that outlives a killed run: a place for checkpoints, removed on success.
+        """
+        if self.has(kind, key):
+            return self.read(kind, key), True
+        with self._locked(kind, key):
+            if self.has(kind, key):
+                return self.read(kind, key), True
+            scratch = self.root / "scratch" / f"{kind}-{key}"
+            scratch.mkdir(parents=True, exist_ok=True)
+            tensors, meta = make(scratch)
+            self._write(kind, key, tensors, meta)
+            shutil.rmtree(scratch, ignore_errors=True)
+        return Artifact(tensors, meta), False
+
+    def _entry(self, kind: str, key: str) -> Path:
+        return self.root / kind / key
+
+    def _write(self, kind: str, key: str, tensors: Tensors, meta: Meta) -> None:
+        entry = self._entry(kind, key)
+        building = self.root / "scratch" / f"building-{key}-{uuid.uuid4().hex[:8]}"
+        building.mkdir(parents=True)
+        save_file(
+            {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, building / "tensors.safetensors"
+        )
+        (building / "meta.json").write_text(json.dumps(meta, indent=1))
+        (building / "DONE").write_text("")
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        if entry.exists():  # without DONE, or get_or_make would not have come here
+            shutil.rmtree(entry)
+        building.rename(entry)
+
+    @contextmanager
+    def _locked(self, kind: str, key: str) -> Iterator[None]:
+        locks = self.root / "locks"
+        locks.mkdir(exist_ok=True)
+        with FileLock(locks / f"{kind}-{key}.lock"):
+            yield
+
+
+def load_tensors(path: Path) -> Tensors:
+    """Read a safetensors file.
+
+    Raises:
+        UserError: it is missing, truncated or something else.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read as safetensors ({error})") from error
+
+
+def save_tensors(path: Path, tensors: Tensors, meta: Meta) -> None:
+    """Write tensors with a JSON description in the file's header, atomically: a checkpoint."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    header = {"meta": json.dumps(meta)}
+    save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, partial, metadata=header)
+    partial.replace(path)
+
+
+def load_checkpoint(path: Path) -> Artifact:
+    """Read what `save_tensors` wrote."""
+    tensors = load_tensors(path)
+    with safe_open(path, framework="pt") as file:
+        return Artifact(tensors, json.loads(file.metadata()["meta"]))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically; NaN and infinities are refused: undefined must be None."""
+    text = json.dumps(value, indent=1, allow_nan=False)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(text + "\n")
+    partial.replace(path)
+
+
+def make_folder(path: Path, option: str) -> Path:
+    """Create a folder and check that it can be written.
+
+    Raises:
+        UserError: it cannot, naming the command-line option that asked for it.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".{uuid.uuid4().hex}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be written ({error.strerror}); choose another folder") from error
+    return path

@@ -1,0 +1,1 @@
+"""One training loop, two stages, and the recipes they follow as data."""

@@ -1,0 +1,112 @@
+"""Where and how fast a run computes. Nothing here changes a result beyond rounding, so none of it is in any key."""
+
+import ctypes
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from tailscope.errors import UserError
+from tailscope.progress import Progress, Quiet
+
+COMPILE_FROM_STEPS = {"cpu": 2_000, "cuda": 2_000}
+"""From how many planned steps on compiling the step pays for its warm-up (measured: docs/performance.md)."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A device, its low precision, whether steps are compiled, and who is told about progress."""
+
+    device: torch.device
+    low_precision: torch.dtype
+    compile: bool | None = None
+    progress: Progress = field(default_factory=Quiet)
+
+    @classmethod
+    def choose(
+        cls, device: str = "auto", *, compile: bool | None = None, progress: Progress | None = None
+    ) -> "Runtime":
+        """Pick the device and what it can do; tune the process's allocator.
+
+        Args:
+            device: auto, cpu, cuda or cuda:N.
+            compile: True or False overrides the decision by the planned number of steps.
+            progress: receives the work done.
+
+        Raises:
+            UserError: the device is unknown or not there.
+        """
+        keep_freed_memory()
+        torch.set_flush_denormal(True)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device.split(":")[0] not in ("cpu", "cuda"):
+            raise UserError(f"--device {device}: known are auto, cpu and cuda")
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError(f"--device {device}: this machine has no CUDA device that PyTorch can use; take cpu")
+        low = torch.bfloat16 if has_bf16(device) else torch.float32
+        return cls(torch.device(device), low, compile, progress or Quiet())
+
+    def dtype(self, precision: Literal["auto", "fp32"]) -> torch.dtype:
+        """Return the type of convolutions and matrix products under a recipe's precision."""
+        return torch.float32 if precision == "fp32" else self.low_precision
+
+    def should_compile(self, steps: int) -> bool:
+        """Whether a training of `steps` steps compiles its step: a function of the plan, so a resumed run agrees."""
+        if self.compile is not None:
+            return self.compile
+        return steps >= COMPILE_FROM_STEPS[self.device.type] and can_compile()
+
+    def describe(self) -> dict[str, str | int | None]:
+        """Return the hardware for a result file."""
+        gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
+        return {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def has_bf16(device: str) -> bool:
+    """Whether bf16 is native there; where it is emulated, fp32 is faster."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_capability()[0] >= 8
+    flags = torch.backends.cpu.get_cpu_capability()
+    return flags.startswith("AVX512") and torch.ops.mkldnn._is_mkldnn_bf16_supported() and _cpu_flag("avx512_bf16")
+
+
+def can_compile() -> bool:
+    """Whether torch.compile can work here: it needs a C++ compiler, and Linux to be dependable."""
+    return sys.platform == "linux" and shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc's allocator to keep the memory that a step frees.
+
+    By default every large activation is mapped and unmapped anew, and up to half of the CPU time of a training step
+    goes into page faults. Elsewhere (musl, macOS, Windows) nothing is done.
+    """
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+        return
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(m_mmap_threshold, 1 << 30)
+    libc.mallopt(m_trim_threshold, (1 << 31) - 1)
+
+
+def cpu_name() -> str:
+    """Return the processor's name."""
+    try:
+        with Path("/proc/cpuinfo").open() as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _cpu_flag(name: str) -> bool:
+    try:
+        with Path("/proc/cpuinfo").open() as lines:
+            return any(line.startswith("flags") and name in line.split() for line in lines)
+    except OSError:
+        return False

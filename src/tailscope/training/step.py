@@ -1,0 +1,116 @@
+"""One optimisation step: uint8 images in, a loss out, parameters moved."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tailscope.methods.losses import Loss
+from tailscope.models import CifarResNet
+from tailscope.spec import TrainSpec
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """Per-channel mean and standard deviation of pixels, float32 [C], in units of 0...255."""
+
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def of(cls, images: Tensor) -> "Normalizer":
+        """Measure uint8 images [N, H, W, C]; constant channels get a standard deviation of 1."""
+        # A histogram is exact and needs no floating copy of the data set.
+        values = torch.arange(256, dtype=torch.float64)
+        channels = [torch.bincount(c.reshape(-1).cpu(), minlength=256).double() for c in images.unbind(-1)]
+        mean = torch.stack([(h @ values) / h.sum() for h in channels])
+        square = torch.stack([(h @ values**2) / h.sum() for h in channels])
+        std = (square - mean**2).clamp(min=0).sqrt()
+        return cls(mean.float(), torch.where(std > 0, std, 1.0).float())
+
+    def to(self, device: torch.device) -> "Normalizer":
+        """Move to a device."""
+        return Normalizer(self.mean.to(device), self.std.to(device))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Uint8 [B, H, W, C] -> float32 [B, C, H, W], channels-last in memory."""
+        return ((images.float() - self.mean) / self.std).permute(0, 3, 1, 2)
+
+
+LossFunction = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+
+
+def loss_function(model: CifarResNet, loss: Loss, normalize: Normalizer, dtype: torch.dtype) -> LossFunction:
+    """Return (images uint8 [B,H,W,C], labels [B], lam, partner [B]) -> mean loss.
+
+    With `lam` (a scalar tensor) the batch is mixed: x = lam x + (1-lam) x[partner], and the loss is the same mixture
+    of the two labels' losses (Zhang et al. 2018, equation 1).
+    """
+    device_type = normalize.mean.device.type
+
+    def compute(images: Tensor, labels: Tensor, lam: Tensor | None, partner: Tensor | None) -> Tensor:
+        x = normalize(images)
+        if lam is not None and partner is not None:
+            x = lam * x + (1 - lam) * x[partner]
+        # Weights are cast once a step in any case; the cache would keep stale casts alive across compiled steps.
+        with torch.autocast(device_type, dtype=dtype, enabled=dtype != torch.float32, cache_enabled=False):
+            logits = model(x)
+        losses = loss(logits, labels)
+        if lam is not None and partner is not None:
+            losses = lam * losses + (1 - lam) * loss(logits, labels[partner])
+        return losses.mean()
+
+    return compute
+
+
+class Stepper:
+    """Runs steps of a model: compiled for full batches, eager for the short last batch of an epoch."""
+
+    def __init__(self, model: CifarResNet, compute: LossFunction, train: TrainSpec, *, compile: bool) -> None:
+        self._model = model
+        self._eager = compute
+        self._full = torch.compile(compute, dynamic=False) if compile else compute
+        self._batch = train.batch
+        self._learning_rate = train.learning_rate
+        self.optimizer = torch.optim.SGD(
+            model.parameters(),
+            lr=train.learning_rate,
+            momentum=train.momentum,
+            nesterov=train.nesterov,
+            weight_decay=train.weight_decay,
+            fused=True,
+        )
+
+    def __call__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        multiplier: float,
+        lam: Tensor | None = None,
+        partner: Tensor | None = None,
+    ) -> Tensor:
+        """Take one step at `multiplier` times the base learning rate; return the detached loss, still on the device."""
+        compute = self._full if len(labels) == self._batch else self._eager
+        self.optimizer.param_groups[0]["lr"] = self._learning_rate * multiplier
+        loss = compute(images, labels, lam, partner)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return parameters, buffers and momentum as named tensors."""
+        momentum = {
+            f"momentum.{name}": self.optimizer.state[p]["momentum_buffer"]
+            for name, p in self._model.named_parameters()
+            if p in self.optimizer.state
+        }
+        return {**{f"model.{k}": v for k, v in self._model.state_dict().items()}, **momentum}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Continue from what `state` returned."""
+        model = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
+        self._model.load_state_dict(model)
+        for name, p in self._model.named_parameters():
+            self.optimizer.state[p]["momentum_buffer"] = state[f"momentum.{name}"].to(p.device)

@@ -1,0 +1,224 @@
+"""What the command line's verbs do, between parsing options and printing."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tailscope import report
+from tailscope.data import splits
+from tailscope.data.profiles import KNOWN, canonical, resolve
+from tailscope.data.sources import load
+from tailscope.experiments.geometry import geometry
+from tailscope.experiments.lab import Lab
+from tailscope.experiments.ladder import ladder
+from tailscope.experiments.results import check_free, versions, write
+from tailscope.experiments.settings import Settings, parse_seeds
+from tailscope.experiments.swap import swap
+from tailscope.groups import assign_groups
+from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, SAMPLERS
+from tailscope.models import MODELS
+from tailscope.progress import Bars, Progress, Quiet
+from tailscope.registry import Registry
+from tailscope.store import Store, make_folder
+from tailscope.training.recipes import RECIPES, recipe_by_name
+from tailscope.training.runtime import Runtime
+from tailscope.training.schedules import SCHEDULES
+
+EXPERIMENTS: dict[str, Callable[[Lab, Settings], dict[str, Any]]] = {
+    "swap": swap,
+    "ladder": ladder,
+    "geometry": geometry,
+}
+REGISTRIES: dict[str, Registry[Any]] = {
+    "models": MODELS,
+    "losses": LOSSES,
+    "samplers": SAMPLERS,
+    "augmentations": AUGMENTATIONS,
+    "mixings": MIXINGS,
+    "schedules": SCHEDULES,
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of an experiment's verb, as typed."""
+
+    data: str
+    profile: str
+    recipe: str
+    seeds: str
+    out: Path
+    protocol: str = "nested"
+    subset_seed: int | None = None
+    matched: bool = False
+    permutations: int = 999
+    data_root: Path | None = None
+    store: Path | None = None
+    device: str = "auto"
+    overwrite: bool = False
+
+    def settings(self) -> Settings:
+        """Return the checked part that decides results."""
+        return Settings(
+            profile=canonical(self.profile),
+            protocol=self.protocol,
+            recipe=recipe_by_name(self.recipe),
+            seeds=parse_seeds(self.seeds),
+            subset_seed=self.subset_seed,
+            matched=self.matched,
+            permutations=self.permutations,
+        )
+
+
+def experiments(request: Request, verbs: Sequence[str], console: Console) -> dict[str, dict[str, Any]]:
+    """Run experiments that share an OUT and a store, write their results, and build the report.
+
+    Everything that can be refused is refused before the first training.
+
+    Raises:
+        UserError: an option, the data or OUT is not usable.
+    """
+    settings = request.settings()
+    data = load(request.data, data_root=request.data_root)
+    for seed in settings.seeds:
+        splits.subset(
+            data.train.labels,
+            resolve(settings.profile, data.train.counts()),
+            protocol=settings.protocol,
+            seed=settings.subset_seed_of(seed),
+        )
+    make_folder(request.out, "--out")
+    spec = settings.spec(data)
+    for verb in verbs:
+        if verb in EXPERIMENTS:
+            check_free(request.out, verb, spec, overwrite=request.overwrite)
+    results: dict[str, dict[str, Any]] = {}
+    if "subset" in verbs:
+        first = settings.subset_seed_of(settings.seeds[0])
+        subset(request.data, settings.profile, settings.protocol, first, request.out, overwrite=request.overwrite)
+    with _progress(console) as progress:
+        runtime = Runtime.choose(request.device, progress=progress)
+        lab = Lab(data, Store(request.store or request.out / "store"), runtime)
+        for verb in verbs:
+            if verb in EXPERIMENTS:
+                results[verb] = EXPERIMENTS[verb](lab, settings)
+                write(request.out, verb, results[verb])
+    if lab.trained == 0:
+        console.print(f"Nothing was trained: all {lab.recalled} stages were in the store.")
+    report.build(request.out)
+    return results
+
+
+class _QuietContext(Quiet):
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def _progress(console: Console) -> Bars | _QuietContext:
+    """Return bars on a terminal, silence elsewhere."""
+    return Bars(console) if console.is_terminal else _QuietContext()
+
+
+def subset(
+    source: str,
+    profile: str,
+    protocol: str,
+    seed: int,
+    out: Path | None,
+    *,
+    data_root: Path | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Draw a long-tailed subset and, with `out`, write OUT/subset.json.
+
+    Raises:
+        UserError: an option, the data or OUT is not usable.
+    """
+    data = load(source, data_root=data_root)
+    drawn = splits.subset(data.train.labels, resolve(profile, data.train.counts()), protocol=protocol, seed=seed)
+    groups, rule = assign_groups(drawn.counts)
+    spec = {
+        "data": data.name,
+        "fingerprint": data.fingerprint,
+        "profile": canonical(profile),
+        "protocol": protocol,
+        "seed": seed,
+    }
+    result = {
+        "schema": "tailscope.subset/1",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "spec": spec,
+        "environment": {"versions": versions()},
+        "dataset": {"name": data.name, "class_names": list(data.train.class_names)},
+        "counts": drawn.counts,
+        "groups": groups,
+        "groups_rule": rule,
+        "sha256": drawn.sha256,
+        "indices": [kept.tolist() for kept in drawn.indices],
+    }
+    if out is not None:
+        make_folder(out, "--out")
+        check_free(out, "subset", spec, overwrite=overwrite)
+        write(out, "subset", result)
+    return result
+
+
+def show_subset(result: dict[str, Any], out: Path | None, console: Console) -> None:
+    """Print a subset's counts as a bar chart, and its fingerprint."""
+    counts = result["counts"]
+    console.print(f"{sum(counts):,} images, counts {' '.join(map(str, counts))}", highlight=False)
+    console.print(f"sha256 {result['sha256']}", highlight=False)
+    table = Table("class", "group", "images", "", box=None)
+    for name, group, n in zip(result["dataset"]["class_names"], result["groups"], counts, strict=True):
+        table.add_row(_plain(name), group or "-", str(n), "█" * max(1, round(40 * n / max(counts))))
+    if len(counts) <= 100:
+        console.print(table)
+    if out is not None:
+        console.print(f"written: {out / 'subset.json'}", highlight=False)
+
+
+def show_story(out: Path, console: Console) -> None:
+    """Print the story in ten lines and name the report."""
+    table = Table(show_header=False, box=None)
+    for name, value in report.story.summary_rows(report.load(out)):
+        table.add_row(_plain(name), _plain(value))
+    console.print(table)
+    console.print(f"report: {out / 'report.html'}", highlight=False)
+
+
+def list_methods() -> dict[str, Any]:
+    """Return every registered entry with its defaults, and the recipes."""
+    listed: dict[str, Any] = {
+        kind: [{"name": e.name, "defaults": e.defaults, "summary": e.summary} for e in registry]
+        for kind, registry in REGISTRIES.items()
+    }
+    listed["recipes"] = [recipe.model_dump(mode="json") for recipe in RECIPES.values()]
+    listed["profiles"] = KNOWN.split(", ")
+    return listed
+
+
+def show_methods(console: Console) -> None:
+    """Print what `list_methods` returns as tables."""
+    for kind, registry in REGISTRIES.items():
+        table = Table("call", "what it is", title=kind, title_justify="left")
+        for entry in registry:
+            table.add_row(_plain(registry.canonical(entry.name)), _plain(entry.summary))
+        console.print(table)
+    table = Table("recipe", "what it does", title="recipes", title_justify="left")
+    for recipe in RECIPES.values():
+        table.add_row(recipe.name, _plain(recipe.card))
+    console.print(table)
+    console.print(f"profiles: {KNOWN}", highlight=False)
+
+
+def _plain(text: str) -> str:
+    """Return text in which rich finds no markup."""
+    return text.replace("[", r"\[")
