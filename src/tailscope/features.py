@@ -31,7 +31,8 @@ def extract(
     model.eval()
     normalize = normalize.to(runtime.device)
     rows = []
-    with runtime.progress.task(label, len(images)) as advance, torch.inference_mode():
+    threads = runtime.threads_for(images, BATCH)
+    with threads, runtime.progress.task(label, len(images)) as advance, torch.inference_mode():
         for batch in torch.split(images, BATCH):
             x = normalize(batch.to(runtime.device, non_blocking=True))
             with torch.autocast(runtime.device.type, dtype=dtype, enabled=dtype != torch.float32):

@@ -85,8 +85,8 @@ RECIPES = {
         Recipe(
             name="demo",
             card="Digits in seconds: ResNet-8, 400 one-cycle steps a backbone, 500 steps a classifier. Crops by 1"
-            " pixel, flips nothing (a mirrored digit is another sign), AutoAugment without flips and inversion. Shortened:"
-            " geometry is not converged.",
+            " pixel, flips nothing (a mirrored digit is another sign), AutoAugment without flips and inversion."
+            " Shortened: geometry is not converged.",
             converged=False,
             model="resnet8",
             stage1=TrainSpec(

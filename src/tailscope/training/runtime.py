@@ -5,17 +5,23 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from tailscope.errors import UserError
 from tailscope.progress import Progress, Quiet
 
 COMPILE_FROM_STEPS = {"cpu": 2_000, "cuda": 2_000}
 """From how many planned steps on compiling the step pays for its warm-up (measured: docs/performance.md)."""
+
+SHARED_FROM_PIXELS = 50_000
+"""From how many pixels a batch on the CPU threads share the work (128 CIFAR images have 131,072, 64 digits 4,096)."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,21 @@ class Runtime:
         if self.compile is not None:
             return self.compile
         return steps >= COMPILE_FROM_STEPS[self.device.type] and can_compile()
+
+    @contextmanager
+    def threads_for(self, images: Tensor, batch: int) -> Iterator[None]:
+        """Compute on one CPU thread while batches are too small to share out.
+
+        On 8x8 digits waiting for the other threads costs more than they bring, and many times more when another
+        process has one of the cores.
+        """
+        threads = torch.get_num_threads()
+        if batch * images.shape[1] * images.shape[2] < SHARED_FROM_PIXELS:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
     def describe(self) -> dict[str, str | int | None]:
         """Return the hardware for a result file."""

@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,26 +60,19 @@ def train_backbone(
     Returns:
         The model's state, and a description: losses per epoch, seconds, images/s and how it ran.
     """
-    assert spec.model is not None
     images, labels = data.images.to(runtime.device), data.labels.to(runtime.device)
     epochs, steps = spec.train.lengths(len(labels))
-    per_epoch = -(-len(labels) // spec.train.batch)
-    model = new_model(spec.model, images.shape[-1], data.num_classes, seed).to(runtime.device).train()
-    loss = LOSSES.make(spec.loss, torch.tensor(data.counts(), device=runtime.device))
-    compute = loss_function(model, loss, normalize.to(runtime.device), runtime.dtype(spec.train.precision))
-    compiled = runtime.should_compile(steps)
-    stepper = Stepper(model, compute, spec.train, compile=compiled)
-    multipliers = SCHEDULES.make(spec.train.schedule, steps, per_epoch)
-    history = _resume(scratch, stepper)
-
+    stepper = _stepper(spec, data, normalize, seed, runtime)
     batches = _Batches(spec, images, labels, data.num_classes, seed)
-    with runtime.progress.task(
-        label, steps * spec.train.batch, history.epochs * per_epoch * spec.train.batch
-    ) as advance:
+    multipliers = SCHEDULES.make(spec.train.schedule, steps, batches.per_epoch)
+    history = _resume(scratch, stepper)
+    planned, done = (n * spec.train.batch for n in (steps, history.epochs * batches.per_epoch))
+    threads = runtime.threads_for(images, spec.train.batch)
+    with threads, runtime.progress.task(label, planned, done) as advance:
         for epoch in range(history.epochs, epochs):
             started = time.monotonic()
             losses = []
-            rates = multipliers[epoch * per_epoch : (epoch + 1) * per_epoch]
+            rates = multipliers[epoch * batches.per_epoch : (epoch + 1) * batches.per_epoch]
             for rate, batch in zip(rates, batches.epoch(epoch, len(rates)), strict=True):
                 losses.append(stepper(batch.images, batch.labels, rate, batch.lam, batch.partner))
                 advance(spec.train.batch)
@@ -88,22 +80,30 @@ def train_backbone(
             history.epochs = epoch + 1
             history.seconds += time.monotonic() - started
             save_tensors(scratch / "checkpoint.safetensors", stepper.state(), vars(history))
-    seen = sum(min(spec.train.batch, len(labels) - i % per_epoch * spec.train.batch) for i in range(steps))
-    meta: dict[str, Any] = {
+    return stepper.model.state_dict(), {
         "spec": spec.model_dump(mode="json"),
         "seed": seed,
         "epochs": epochs,
         "steps": steps,
-        "parameters": count_parameters(model),
+        "parameters": count_parameters(stepper.model),
         "losses": history.losses,
         "precision": str(runtime.dtype(spec.train.precision)).removeprefix("torch."),
-        "compiled": compiled,
+        "compiled": stepper.compiled,
         "device": runtime.describe(),
         "seconds": history.seconds,
-        "images_per_second": seen / max(history.seconds, 1e-9),
+        "images_per_second": batches.images_in(steps) / max(history.seconds, 1e-9),
         "selection": "last epoch",
     }
-    return model.state_dict(), meta
+
+
+def _stepper(spec: StageSpec, data: ImageSet, normalize: Normalizer, seed: int, runtime: Runtime) -> Stepper:
+    """Build the model, its loss and its optimiser on the runtime's device."""
+    assert spec.model is not None
+    model = new_model(spec.model, data.images.shape[-1], data.num_classes, seed).to(runtime.device).train()
+    loss = LOSSES.make(spec.loss, torch.tensor(data.counts(), device=runtime.device))
+    compute = loss_function(model, loss, normalize.to(runtime.device), runtime.dtype(spec.train.precision))
+    _, steps = spec.train.lengths(len(data))
+    return Stepper(model, compute, spec.train, compile=runtime.should_compile(steps))
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,12 @@ class _Batches:
         self._sampler = SAMPLERS.make(spec.sampler, labels, num_classes)
         self._augment = build(spec.augment)
         self._mixing = MIXINGS.make(spec.mix) if spec.mix else None
+        self.per_epoch = -(-len(labels) // spec.train.batch)
+
+    def images_in(self, steps: int) -> int:
+        """Return how many images the first `steps` steps see; an epoch's last batch may be short."""
+        epochs, rest = divmod(steps, self.per_epoch)
+        return epochs * len(self._labels) + rest * self._batch
 
     def epoch(self, epoch: int, steps: int) -> Iterator[Batch]:
         """Yield the first `steps` batches of an epoch."""

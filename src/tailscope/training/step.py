@@ -68,7 +68,8 @@ class Stepper:
     """Runs steps of a model: compiled for full batches, eager for the short last batch of an epoch."""
 
     def __init__(self, model: CifarResNet, compute: LossFunction, train: TrainSpec, *, compile: bool) -> None:
-        self._model = model
+        self.model = model
+        self.compiled = compile
         self._eager = compute
         self._full = torch.compile(compute, dynamic=False) if compile else compute
         self._batch = train.batch
@@ -103,14 +104,14 @@ class Stepper:
         """Return parameters, buffers and momentum as named tensors."""
         momentum = {
             f"momentum.{name}": self.optimizer.state[p]["momentum_buffer"]
-            for name, p in self._model.named_parameters()
+            for name, p in self.model.named_parameters()
             if p in self.optimizer.state
         }
-        return {**{f"model.{k}": v for k, v in self._model.state_dict().items()}, **momentum}
+        return {**{f"model.{k}": v for k, v in self.model.state_dict().items()}, **momentum}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Continue from what `state` returned."""
         model = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
-        self._model.load_state_dict(model)
-        for name, p in self._model.named_parameters():
+        self.model.load_state_dict(model)
+        for name, p in self.model.named_parameters():
             self.optimizer.state[p]["momentum_buffer"] = state[f"momentum.{name}"].to(p.device)
