@@ -1,6 +1,6 @@
 """Is the classifier or the representation the bottleneck on long-tailed digits? About half a minute on two cores.
 
-    python examples/swap_digits.py
+python examples/swap_digits.py
 """
 
 import tailscope
