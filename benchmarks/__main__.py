@@ -1,0 +1,85 @@
+"""Command line: `python -m benchmarks [--quick] [--only train,swap]`, or `python -m benchmarks table` for the document.
+
+Full records go to results/bench and from there into docs/performance.md; quick ones to out/bench-quick.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks import record, table
+from benchmarks.record import Options
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RECORDS = REPOSITORY / "results" / "bench"
+DOCUMENT = REPOSITORY / "docs" / "performance.md"
+NAMES = ("train", "augment", "swap", "stage2", "geometry", "scaling", "breakdown")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the chosen benchmarks, or fill the document's tables."""
+    asked = _parse(arguments)
+    if asked.action == "table":
+        return fill_document(check=asked.check)
+    unknown = [name for name in asked.only if name not in NAMES]
+    if unknown:
+        print(f"error: --only {unknown[0]}: known are {', '.join(NAMES)}", file=sys.stderr)
+        return 2
+    options = Options("quick" if asked.quick else "full", find_images(asked.data_root), asked.device)
+    folder = asked.out or (REPOSITORY / "out" / "bench-quick" if asked.quick else RECORDS)
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # every run compiles anew, so that warm-ups are comparable
+        for name in asked.only or NAMES:
+            run(name, options, folder)
+    if folder == RECORDS:
+        fill_document(check=False)
+    return 0
+
+
+def run(name: str, options: Options, folder: Path) -> Path:
+    """Run one benchmark, print its table, and write its record."""
+    print(f"== {name} ({options.size})", flush=True)
+    hardware = record.hardware(options)
+    content = importlib.import_module(f"benchmarks.{name}").run(options).to_json(hardware)
+    path = record.write(folder, content)
+    print(table.table(content), f"\nwritten: {path}\n", flush=True)
+    return path
+
+
+def fill_document(*, check: bool) -> int:
+    """Fill the tables of docs/performance.md; with `check`, only say whether they are up to date."""
+    text = DOCUMENT.read_text()
+    filled = table.render(text, record.read(RECORDS))
+    if check:
+        print("docs/performance.md is " + ("up to date" if text == filled else "out of date"))
+        return int(text != filled)
+    DOCUMENT.write_text(filled)
+    return 0
+
+
+def find_images(data_root: Path | None) -> str | None:
+    """Return the path of cifar10.npz, or None: then the images are random."""
+    root = data_root or Path(os.environ.get("TAILSCOPE_DATA") or Path.home() / ".cache" / "tailscope" / "data")
+    path = root / "cifar10.npz"
+    if data_root and not path.is_file():
+        raise SystemExit(f"error: --data-root {data_root}: holds no cifar10.npz")
+    return str(path) if path.is_file() else None
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("action", nargs="?", choices=("run", "table"), default="run", help="table: fill the document")
+    parser.add_argument("--quick", action="store_true", help="minutes instead of the better part of an hour")
+    parser.add_argument("--only", default=(), type=lambda text: text.split(","), help=f"some of {','.join(NAMES)}")
+    parser.add_argument("--data-root", type=Path, help="folder with cifar10.npz [default: $TAILSCOPE_DATA]")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--out", type=Path, help="folder of the records")
+    parser.add_argument("--check", action="store_true", help="with table: fail where the document is out of date")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

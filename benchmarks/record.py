@@ -1,0 +1,140 @@
+"""What a benchmark leaves behind: rows, with the machine and the versions that gave them, as JSON."""
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.measure import Spread
+from benchmarks.workers import Arm, Worker
+
+PACKAGES = ("tailscope", "torch", "torchvision", "lightning", "numpy", "scikit-learn")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the benchmarks run.
+
+    Attributes:
+        size: full is what is published; quick shows in minutes that all works and roughly what comes out; tiny is
+            for tests.
+        data: an image `.npz` with CIFAR-10, or None for random images of its shape.
+        device: cpu or cuda.
+    """
+
+    size: Literal["full", "quick", "tiny"] = "full"
+    data: str | None = None
+    device: str = "cpu"
+
+    @property
+    def inline(self) -> bool:
+        """Whether arms run in threads of this process instead of processes of their own."""
+        return self.size == "tiny"
+
+    @property
+    def images_note(self) -> str:
+        """What the images were."""
+        return "CIFAR-10" if self.data else "random images of CIFAR-10's shape"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table.
+
+    Attributes:
+        what: the arm, with what it was measured on.
+        value: the measurement.
+        unit: of the value.
+        ratio: a comparison, paired by rounds.
+        ratio_is: what was divided by what.
+        goal: what the ratio should reach; at most, where `at_most`.
+        note: anything a reader must know to judge the number.
+    """
+
+    what: str
+    value: Spread
+    unit: str
+    ratio: Spread | None = None
+    ratio_is: str = ""
+    goal: float | None = None
+    at_most: bool = False
+    note: str = ""
+
+    @property
+    def reached(self) -> bool | None:
+        """Whether the median ratio reaches the goal; None without a goal."""
+        if self.goal is None or self.ratio is None:
+            return None
+        return self.ratio.median <= self.goal if self.at_most else self.ratio.median >= self.goal
+
+
+@dataclass
+class Record:
+    """A benchmark's result file."""
+
+    name: str
+    options: Options
+    rows: list[Row] = field(default_factory=list)
+    raw: dict[str, Any] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+
+    def to_json(self, hardware: dict[str, Any]) -> dict[str, Any]:
+        """Return the file's content."""
+        return {
+            "benchmark": self.name,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
+            "size": self.options.size,
+            "images": self.options.images_note,
+            "seconds": round(time.monotonic() - self.started, 1),
+            "environment": {"versions": versions(), "hardware": hardware},
+            "rows": [{**asdict(row), "reached": row.reached} for row in self.rows],
+            "raw": self.raw,
+        }
+
+
+def write(folder: Path, content: dict[str, Any]) -> Path:
+    """Write FOLDER/NAME.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{content['benchmark']}.json"
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    return path
+
+
+def read(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return every record in a folder by name."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that matter here."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware(options: Options) -> dict[str, Any]:
+    """Return the machine, asked in a process of its own: this one stays free of PyTorch and small."""
+    with Worker(Arm("benchmarks.arms.common:machine", {"device": options.device}), inline=options.inline) as worker:
+        return {**worker.wait_until_ready(), "load_before": _load()}
+
+
+def _load() -> list[float]:
+    """Return the machine's load averages: a busy machine's numbers are worth little."""
+    return [round(load, 2) for load in os.getloadavg()]
+
+
+def joined(parts: Sequence[str]) -> str:
+    """Join the parts of a note that are not empty."""
+    return "; ".join(part for part in parts if part)
