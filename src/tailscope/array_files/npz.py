@@ -1,0 +1,50 @@
+"""NumPy's `.npz`, read without pickle."""
+
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from tailscope.array_files.text import Array, Arrays, one_line
+from tailscope.errors import UserError
+
+_UNREADABLE = (ValueError, OSError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
+
+
+def read(path: Path, wanted: Sequence[str]) -> Arrays:
+    """Return those of the wanted fields that the file has.
+
+    Raises:
+        UserError: the file is damaged, or a wanted field holds Python objects.
+    """
+    with path.open("rb") as file:  # opened here because np.load leaves a file that is no zip open
+        try:
+            loaded = np.load(file, allow_pickle=False)
+        except _UNREADABLE as error:
+            raise UserError(f"{path}: not a readable .npz, or truncated ({one_line(error)})") from None
+        if isinstance(loaded, np.ndarray):
+            raise UserError(f"{path}: holds a single array; save the fields with np.savez")
+        with loaded:
+            return {name: _field(path, loaded, name) for name in wanted if name in loaded}
+
+
+def write(file: BinaryIO, arrays: Arrays) -> None:
+    """Write the arrays, uncompressed: features do not compress."""
+    np.savez(file, allow_pickle=False, **arrays)
+
+
+def _field(path: Path, loaded: Any, name: str) -> Array:
+    try:
+        array = loaded[name]
+    except _UNREADABLE as error:
+        if "Object arrays" in str(error):
+            raise UserError(
+                f"{path}: {name} holds Python objects, which are never unpickled; save plain arrays"
+            ) from None
+        raise UserError(f"{path}: {name} cannot be read, truncated or damaged ({one_line(error)})") from None
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{path}: {name} is not an array")
+    return array
