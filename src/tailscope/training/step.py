@@ -114,4 +114,6 @@ class Stepper:
         model = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
         self.model.load_state_dict(model)
         for name, p in self.model.named_parameters():
-            self.optimizer.state[p]["momentum_buffer"] = state[f"momentum.{name}"].to(p.device)
+            if f"momentum.{name}" in state:  # there is none without momentum
+                # The fused optimiser pairs elements by their place in memory: the layout must be the parameter's.
+                self.optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(state[f"momentum.{name}"])

@@ -1,0 +1,57 @@
+"""Tiny trainings that several test files run."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tailscope.data.imageset import ImageSet
+from tailscope.data.sources import load
+from tailscope.spec import DataSpec, StageSpec, TrainSpec
+from tailscope.training.runtime import Runtime
+from tailscope.training.stage1 import train_backbone
+from tailscope.training.step import Normalizer
+
+CPU = Runtime(torch.device("cpu"), torch.float32, compile=False)
+
+
+@cache
+def digits(images: int = 300) -> ImageSet:
+    """The first training images of the digits."""
+    return load("digits").train.take(range(images))
+
+
+def data_spec(images: ImageSet) -> DataSpec:
+    return DataSpec(
+        name="tiny",
+        fingerprint=images.fingerprint(),
+        profile="full",
+        protocol="nested",
+        subset_seed=0,
+        indices_sha256="",
+        counts=tuple(images.counts()),
+    )
+
+
+def stage1_spec(images: ImageSet, *, steps: int = 12, batch: int = 64, **changes: Any) -> StageSpec:
+    """ResNet-8 with crops and a one-cycle schedule; 300 images are five steps an epoch, the last one short."""
+    train = {"learning_rate": 0.1, "nesterov": True, "weight_decay": 5e-4, "schedule": "onecycle"}
+    train |= changes.pop("train", {})
+    values = {"model": "resnet8", "augment": ("crop(padding=1)",), **changes}
+    return StageSpec(data=data_spec(images), train=TrainSpec(steps=steps, batch=batch, **train), **values)
+
+
+def train_stage1(
+    spec: StageSpec, images: ImageSet, scratch: Path, *, seed: int = 0, runtime: Runtime = CPU
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Train as an experiment does."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    return train_backbone(spec, images, Normalizer.of(images.images), seed, runtime, scratch, "tiny")
+
+
+def assert_same_state(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    """Every tensor is equal to the bit."""
+    assert a.keys() == b.keys()
+    differing = [name for name in a if not torch.equal(a[name], b[name])]
+    assert differing == []
