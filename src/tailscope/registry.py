@@ -7,6 +7,7 @@ are hyperparameters with defaults, which a call-string may set.
 
 import ast
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -35,7 +36,7 @@ class Registry(Generic[T]):
     ...     "Focal loss."
     ...     return (counts, gamma)
     >>> losses.make("focal(gamma=1)", [5, 1])
-    ([5, 1], 1)
+    ([5, 1], 1.0)
     >>> losses.canonical("focal")
     'focal(gamma=2.0)'
     """
@@ -68,7 +69,8 @@ class Registry(Generic[T]):
         """Split a call-string into its entry and all hyperparameters, defaults filled in.
 
         Raises:
-            UserError: the string is malformed, or names an unknown entry or hyperparameter (the known are listed).
+            UserError: the string is malformed, names an unknown entry or hyperparameter (the known are listed), or a
+                value is of another type than its default.
         """
         name, args, kwargs = split_call(call, self.kind)
         if name not in self._entries:
@@ -84,7 +86,10 @@ class Registry(Generic[T]):
         twice = [k for k in kwargs if k in positional]
         if twice:
             raise UserError(f"{self.kind} {call!r}: argument {twice[0]!r} is given twice")
-        return entry, {**entry.defaults, **positional, **kwargs}
+        given = {
+            k: _like(entry.defaults[k], v, f"{self.kind} {call!r}: {k}") for k, v in {**positional, **kwargs}.items()
+        }
+        return entry, {**entry.defaults, **given}
 
     def canonical(self, call: str) -> str:
         """Return the call-string with every hyperparameter written out: equal meaning, equal text, equal hash."""
@@ -97,6 +102,25 @@ class Registry(Generic[T]):
         """Build what the call-string names, with the program's `context` as positional arguments."""
         entry, values = self.parse(call)
         return entry.factory(*context, **values)
+
+
+def _like(default: Any, value: Any, where: str) -> Any:
+    """Return the value in its default's type: 1 and 1.0, or a list and a tuple, mean the same and spell the same.
+
+    Raises:
+        UserError: it is of another type, or not finite.
+    """
+    if isinstance(default, float) and type(value) is int and abs(value) < 2**53:
+        value = float(value)
+    if isinstance(default, tuple) and isinstance(value, list):
+        value = tuple(value)
+    if isinstance(value, tuple) and default:
+        value = tuple(_like(default[0], element, where) for element in value)
+    if default is not None and type(value) is not type(default):
+        raise UserError(f"{where}={value!r}: expected {type(default).__name__}, like {default!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}={value!r}: expected a finite number")
+    return value
 
 
 def split_call(call: str, kind: str = "method") -> tuple[str, list[Any], dict[str, Any]]:
