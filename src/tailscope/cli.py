@@ -4,18 +4,19 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 
 import tailscope
 from tailscope.errors import UserError
 
+INTERRUPTED = 130
+"""The exit code of a process ended by SIGINT, as shells have it."""
+
 app = typer.Typer(
     name="tailscope",
     help="Is the classifier or the representation the bottleneck of a long-tailed data set, for which classes, and how "
     "sure is that?",
-    no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -52,14 +53,15 @@ Permutations = Annotated[int, typer.Option(min=0, help="Permutations of each tes
 def main() -> None:
     """Run the command line; the entry point."""
     try:
-        code = app(standalone_mode=False)
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except UserError as error:
         code = _fail(str(error))
-    except click.ClickException as error:
+    except typer.TyperException as error:
         code = _fail(error.format_message())
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
+        code = INTERRUPTED
+    if code == INTERRUPTED:  # typer turns the interrupt of a running verb into this code
         print("\ninterrupted; the same command continues where this one stopped", file=sys.stderr)  # noqa: T201
-        code = 130
     sys.exit(code if isinstance(code, int) else 0)
 
 
