@@ -1,18 +1,19 @@
 """What the command line's verbs do, between parsing options and printing."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from tailscope import report
 from tailscope.data import splits
 from tailscope.data.profiles import KNOWN, canonical, resolve
-from tailscope.data.sources import load
+from tailscope.data.sources import ImageData, load
 from tailscope.experiments.geometry import geometry
 from tailscope.experiments.lab import Lab
 from tailscope.experiments.ladder import ladder
@@ -84,6 +85,7 @@ def experiments(request: Request, verbs: Sequence[str], console: Console) -> dic
         UserError: an option, the data or OUT is not usable.
     """
     settings = request.settings()
+    runtime = Runtime.choose(request.device)
     data = load(request.data, data_root=request.data_root)
     for seed in settings.seeds:
         splits.subset(
@@ -92,20 +94,20 @@ def experiments(request: Request, verbs: Sequence[str], console: Console) -> dic
             protocol=settings.protocol,
             seed=settings.subset_seed_of(seed),
         )
+    first = settings.subset_seed_of(settings.seeds[0])
+    drawn = describe_subset(data, settings.profile, settings.protocol, first)
     make_folder(request.out, "--out")
-    spec = settings.spec(data)
     for verb in verbs:
-        if verb in EXPERIMENTS:
-            check_free(request.out, verb, spec, overwrite=request.overwrite)
+        spec = drawn["spec"] if verb == "subset" else settings.spec(data)
+        check_free(request.out, verb, spec, overwrite=request.overwrite)
+    store = Store(request.store or request.out / "store")
     results: dict[str, dict[str, Any]] = {}
-    if "subset" in verbs:
-        first = settings.subset_seed_of(settings.seeds[0])
-        subset(request.data, settings.profile, settings.protocol, first, request.out, overwrite=request.overwrite)
     with _progress(console) as progress:
-        runtime = Runtime.choose(request.device, progress=progress)
-        lab = Lab(data, Store(request.store or request.out / "store"), runtime)
+        lab = Lab(data, store, replace(runtime, progress=progress))
         for verb in verbs:
-            if verb in EXPERIMENTS:
+            if verb == "subset":
+                write(request.out, verb, drawn)
+            else:
                 results[verb] = EXPERIMENTS[verb](lab, settings)
                 write(request.out, verb, results[verb])
     if lab.trained == 0:
@@ -143,19 +145,32 @@ def subset(
         UserError: an option, the data or OUT is not usable.
     """
     data = load(source, data_root=data_root)
+    result = describe_subset(data, profile, protocol, seed)
+    if out is not None:
+        make_folder(out, "--out")
+        check_free(out, "subset", result["spec"], overwrite=overwrite)
+        write(out, "subset", result)
+    return result
+
+
+def describe_subset(data: ImageData, profile: str, protocol: str, seed: int) -> dict[str, Any]:
+    """Draw a long-tailed subset and return it as `subset.json` holds it.
+
+    Raises:
+        UserError: the profile, protocol or seed does not fit the data.
+    """
     drawn = splits.subset(data.train.labels, resolve(profile, data.train.counts()), protocol=protocol, seed=seed)
     groups, rule = assign_groups(drawn.counts)
-    spec = {
-        "data": data.name,
-        "fingerprint": data.fingerprint,
-        "profile": canonical(profile),
-        "protocol": protocol,
-        "seed": seed,
-    }
-    result = {
+    return {
         "schema": "tailscope.subset/1",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "spec": spec,
+        "spec": {
+            "data": data.name,
+            "fingerprint": data.fingerprint,
+            "profile": canonical(profile),
+            "protocol": protocol,
+            "seed": seed,
+        },
         "environment": {"versions": versions()},
         "dataset": {"name": data.name, "class_names": list(data.train.class_names)},
         "counts": drawn.counts,
@@ -164,11 +179,6 @@ def subset(
         "sha256": drawn.sha256,
         "indices": [kept.tolist() for kept in drawn.indices],
     }
-    if out is not None:
-        make_folder(out, "--out")
-        check_free(out, "subset", spec, overwrite=overwrite)
-        write(out, "subset", result)
-    return result
 
 
 def show_subset(result: dict[str, Any], out: Path | None, console: Console) -> None:
@@ -219,6 +229,6 @@ def show_methods(console: Console) -> None:
     console.print(f"profiles: {KNOWN}", highlight=False)
 
 
-def _plain(text: str) -> str:
-    """Return text in which rich finds no markup."""
-    return text.replace("[", r"\[")
+def _plain(text: str) -> Text:
+    """Return text in which rich looks for no markup."""
+    return Text(text)

@@ -123,7 +123,7 @@ def check_free(out: Path, verb: str, spec: dict[str, Any], *, overwrite: bool) -
     if overwrite or not path.exists():
         return
     try:
-        stored = json.loads(path.read_text())["spec"]
+        stored = dict(json.loads(path.read_text())["spec"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path}: exists but is no readable result; use another --out or --overwrite") from None
     if stored != spec:

@@ -11,6 +11,11 @@ from tailscope.errors import UserError
 from tailscope.training.recipes import Recipe
 
 
+MAX_SEEDS = 1_000
+MAX_DIGITS = 30
+"""Limits that only a slip of the pen exceeds."""
+
+
 class Settings(BaseModel):
     """The data, the shape of its tail, the recipe and the seeds of an experiment.
 
@@ -55,10 +60,10 @@ def parse_seeds(text: str | int) -> tuple[int, ...]:
     ((0, 1, 2), (0, 3), (7,))
 
     Raises:
-        UserError: there is no seed, or one is negative, repeated or not a whole number.
+        UserError: there is no seed or a great many, or one is negative, repeated or not a whole number.
     """
     parts = [part.strip() for part in str(text).split(",") if part.strip()]
-    if not parts or not all(part.isdecimal() for part in parts):
+    if not parts or not all(part.isdecimal() and len(part) <= MAX_DIGITS for part in parts):
         raise UserError(f"--seeds {text}: expected a number of seeds of at least 1, or a list like 0,3")
     values = [int(part) for part in parts]
     if "," in str(text):
@@ -67,6 +72,8 @@ def parse_seeds(text: str | int) -> tuple[int, ...]:
         return tuple(values)
     if values[0] < 1:
         raise UserError(f"--seeds {text}: at least one seed is needed")
+    if values[0] > MAX_SEEDS:
+        raise UserError(f"--seeds {text}: more than {MAX_SEEDS:,} seeds; for the seed {text} itself write `{text},`")
     return tuple(range(values[0]))
 
 
