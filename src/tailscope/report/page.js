@@ -1,0 +1,99 @@
+"use strict";
+(() => {
+  const read = (id) => JSON.parse(document.getElementById(id).textContent);
+  const columns = read("report-data");
+  const specs = read("report-specs");
+  const config = read("report-config");
+  const cache = {};
+
+  // Rows are stored as columns, which is smaller.
+  function rowsOf(name) {
+    if (!cache[name]) {
+      const fields = Object.keys(columns[name]);
+      const count = fields.length ? columns[name][fields[0]].length : 0;
+      cache[name] = Array.from({ length: count }, (_, i) =>
+        Object.fromEntries(fields.map((field) => [field, columns[name][field][i]])));
+    }
+    return cache[name];
+  }
+
+  // ---- charts: drawn once, when first visible; the style sheet recolours them
+  async function draw(box) {
+    if (box.dataset.drawn || box.offsetParent === null) return;
+    box.dataset.drawn = "started";
+    const { spec, rows } = specs[box.dataset.spec];
+    const own = Object.fromEntries(rows.map((name) => [name, rowsOf(name)]));
+    const options = { mode: "vega-lite", renderer: "svg", actions: false, ast: true, config, tooltip: { theme: "custom" } };
+    await vegaEmbed(box, { ...spec, datasets: { ...spec.datasets, ...own } }, options);
+    box.dataset.drawn = "yes";
+  }
+  async function drawAll() {
+    for (const box of document.querySelectorAll(".chart")) await draw(box);
+    document.body.dataset.ready = "yes";
+  }
+  for (const input of document.querySelectorAll("input[name=variant]")) {
+    const show = () => { if (input.checked) { document.body.dataset.shown = input.value; drawAll(); } };
+    input.addEventListener("change", show);
+    if (input.checked) document.body.dataset.shown = input.value;
+  }
+  drawAll();
+
+  // ---- tables: sort by a heading; undefined values stay last in both directions
+  function value(cell, numeric) {
+    const text = cell.textContent.trim();
+    if (!numeric) return text === "–" ? null : text;
+    const number = parseFloat(text.replace(/^</, "").replace(/,/g, "").replace("−", "-"));
+    return Number.isNaN(number) ? null : number;
+  }
+  const words = new Intl.Collator("en", { numeric: true });
+  function sort(table, index) {
+    const heads = [...table.tHead.rows[0].cells];
+    const numeric = heads[index].dataset.type === "number";
+    const direction = heads[index].getAttribute("aria-sort") === "ascending" ? "descending" : "ascending";
+    heads.forEach((head, k) => head.setAttribute("aria-sort", k === index ? direction : "none"));
+    const sign = direction === "ascending" ? 1 : -1;
+    const body = table.tBodies[0];
+    const entries = [...body.rows].map((row) => [value(row.cells[index], numeric), row]);
+    entries.sort(([a], [b]) => {
+      if (a === null || b === null) return (a === null) - (b === null);
+      return sign * (numeric ? a - b : words.compare(a, b));
+    });
+    body.append(...entries.map(([, row]) => row));
+  }
+  for (const table of document.querySelectorAll("table.sortable")) {
+    const heads = [...table.tHead.rows[0].cells];
+    heads.forEach((head, index) => {
+      head.querySelector("button").addEventListener("click", () => sort(table, index));
+      if (head.dataset.type !== "number") return;
+      for (const row of table.tBodies[0].rows) row.cells[index].classList.add("number");
+    });
+  }
+
+  // ---- the class table's filter
+  const find = document.getElementById("find");
+  const group = document.getElementById("group");
+  const shown = document.getElementById("shown");
+  const entries = [...document.querySelectorAll("#class-scroll tbody tr")];
+  const texts = entries.map((row) => row.textContent.toLowerCase());
+  function filter() {
+    const wanted = find.value.trim().toLowerCase();
+    const only = group ? group.value : "";
+    let count = 0;
+    entries.forEach((row, k) => {
+      const keep = texts[k].includes(wanted) && (!only || row.dataset.group === only);
+      row.hidden = !keep;
+      count += keep;
+    });
+    shown.textContent = count === entries.length ? `${count} classes` : `${count} of ${entries.length} classes`;
+  }
+  find.addEventListener("input", filter);
+  if (group) group.addEventListener("change", filter);
+
+  // ---- paper shows what a click would
+  let closed = [];
+  addEventListener("beforeprint", () => {
+    closed = [...document.querySelectorAll("details:not([open])")];
+    closed.forEach((entry) => { entry.open = true; });
+  });
+  addEventListener("afterprint", () => closed.forEach((entry) => { entry.open = false; }));
+})();

@@ -1,0 +1,113 @@
+"""Reading the stored results of one directory. The report reads nothing else and computes no experiment."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tailscope.errors import UserError
+
+Result = dict[str, Any]
+Results = Mapping[str, Result]
+
+COMMON = ("schema", "dataset", "recipe", "counts", "groups", "groups_rule", "seeds", "warnings", "provenance")
+
+# What each verb's file must hold; a new verb is added here, in `story`, `figures` and the template.
+REQUIRED: dict[str, tuple[str, ...]] = {
+    "swap": (*COMMON, "cells", "attribution"),
+    "ladder": (*COMMON, "augmentations"),
+    "geometry": (*COMMON, "encoders"),
+    "claims": ("schema", "claims"),
+}
+TRAINED = ("swap", "ladder", "geometry")
+
+
+def load(out: Path | str) -> dict[str, Result]:
+    """Read the result files in `out`, by verb.
+
+    Raises:
+        UserError: there is none, or one is truncated, of an unknown schema, or lacks a field.
+    """
+    out = Path(out)
+    found = {verb: out / f"{verb}.json" for verb in REQUIRED if (out / f"{verb}.json").is_file()}
+    if not any(verb in found for verb in TRAINED):
+        names = ", ".join(f"{verb}.json" for verb in TRAINED)
+        raise UserError(f"{out}: no results to report; run one of the verbs that write {names}")
+    return {verb: _read(path, verb) for verb, path in found.items()}
+
+
+def first(results: Results) -> Result:
+    """Return the result that describes the data: swap's, else the first of the others."""
+    return next(results[verb] for verb in TRAINED if verb in results)
+
+
+def mismatches(results: Results) -> list[str]:
+    """Return a warning for each file that another data set, profile or recipe made than the first."""
+    reference = first(results)
+    name = next(verb for verb in TRAINED if verb in results)
+    found = []
+    for verb in TRAINED:
+        if verb not in results:
+            continue
+        for field, here, there in _identity(reference, results[verb]):
+            if here != there:
+                found.append(f"{verb}.json and {name}.json differ in their {field}: do not compare their numbers")
+    return found
+
+
+def ranks(counts: list[int]) -> list[int]:
+    """Return each class's frequency rank: 1 has the most training images, ties by index.
+
+    >>> ranks([5, 50, 5])
+    [2, 1, 3]
+    """
+    order = sorted(range(len(counts)), key=lambda k: (-counts[k], k))
+    rank = [0] * len(counts)
+    for position, k in enumerate(order, start=1):
+        rank[k] = position
+    return rank
+
+
+def _identity(a: Result, b: Result) -> list[tuple[str, Any, Any]]:
+    return [
+        ("data set", a["dataset"]["name"], b["dataset"]["name"]),
+        ("counts", a["counts"], b["counts"]),
+        ("recipe", a["recipe"]["name"], b["recipe"]["name"]),
+    ]
+
+
+def _read(path: Path, verb: str) -> Result:
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); run the verb again with --overwrite") from None
+    schema = f"tailscope.{verb}/1"
+    if not isinstance(result, dict) or result.get("schema") != schema:
+        found = result.get("schema") if isinstance(result, dict) else type(result).__name__
+        raise UserError(
+            f"{path}: field 'schema' is {found!r}, expected {schema!r}; run the verb again with --overwrite"
+        )
+    _check_fields(path, result, verb)
+    return result
+
+
+def _check_fields(path: Path, result: Result, verb: str) -> None:
+    for field in REQUIRED[verb]:
+        if field not in result:
+            raise UserError(f"{path}: field {field!r} is missing; run the verb again with --overwrite")
+    if verb == "claims":
+        return
+    lengths = {
+        "counts": len(result["counts"]),
+        "groups": len(result["groups"]),
+        "dataset.class_names": len(result["dataset"]["class_names"]),
+    }
+    if len(set(lengths.values())) > 1:
+        text = ", ".join(f"{field} {length}" for field, length in lengths.items())
+        raise UserError(f"{path}: fields of different lengths ({text}); run the verb again with --overwrite")
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is no JSON number")

@@ -1,0 +1,107 @@
+"""Numbers as readers see them: per cent, points, degrees, intervals. Undefined is an en dash, never 0."""
+
+from collections.abc import Sequence
+from typing import Any
+
+DASH = "–"
+MINUS = "\u2212"
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    """Return `value` with `digits` decimals and a real minus sign; an en dash where it is undefined.
+
+    >>> number(-0.26, 1), number(None), number(-0.01, 1), number(12406, 0)
+    ('−0.3', '–', '0.0', '12,406')
+    """
+    if value is None:
+        return DASH
+    text = f"{value:,.{digits}f}"
+    return text.lstrip("-") if float(text.replace(",", "")) == 0 else text.replace("-", MINUS)
+
+
+def significant(value: float | None, digits: int = 3) -> str:
+    """Return `value` with that many significant digits, for quantities without a natural scale.
+
+    >>> significant(12.3456), significant(0.000123), significant(None)
+    ('12.3', '0.000123', '–')
+    """
+    return DASH if value is None else f"{value:.{digits}g}".replace("-", MINUS)
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """Return a fraction in per cent.
+
+    >>> percent(0.7212), percent(None)
+    ('72.1 %', '–')
+    """
+    return DASH if value is None else f"{number(100 * value, digits)} %"
+
+
+def points(value: float | None) -> str:
+    """Return a difference of fractions in percentage points.
+
+    >>> points(0.209)
+    '20.9'
+    """
+    return DASH if value is None else number(100 * value)
+
+
+def interval(bounds: Sequence[float] | None, digits: int = 1, scale: float = 100.0) -> str:
+    """Return an interval in brackets, times `scale`; nothing where there is none.
+
+    >>> interval([0.184, 0.2335]), interval(None)
+    ('[18.4, 23.4]', '')
+    """
+    if bounds is None:
+        return ""
+    low, high = (number(scale * bound, digits) for bound in bounds)
+    return f"[{low}, {high}]"
+
+
+def with_interval(value: str, bounds: Sequence[float] | None, digits: int = 1, scale: float = 100.0) -> str:
+    """Return an already written value, followed by its interval if it has one.
+
+    >>> with_interval("61 %", [0.52, 0.70], digits=0)
+    '61 % [52, 70]'
+    """
+    return f"{value} {interval(bounds, digits, scale)}".rstrip()
+
+
+def p_value(value: float | None) -> str:
+    """Return a p or q value.
+
+    >>> p_value(0.0004), p_value(0.031)
+    ('<0.001', '0.031')
+    """
+    if value is None:
+        return DASH
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def plural(count: int, noun: str) -> str:
+    """Return a count with its noun.
+
+    >>> plural(1, "seed"), plural(3, "class")
+    ('1 seed', '3 classes')
+    """
+    suffix = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{suffix}"
+
+
+def listed(items: Sequence[Any]) -> str:
+    """Return items as prose.
+
+    >>> listed(["a", "b", "c"])
+    'a, b and c'
+    """
+    words = [str(item) for item in items]
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
+
+
+def arrow(cell: str) -> str:
+    """Return the name of a cell as prose.
+
+    >>> arrow("true->lt")
+    'true → lt'
+    """
+    return cell.replace("->", " → ")
