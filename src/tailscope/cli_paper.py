@@ -1,0 +1,77 @@
+"""The verb `reproduce`: the paper's tables and figures from one command."""
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from tailscope.cli import DataRoot, Device, Json, Out, Overwrite, Seeds, StoreRoot, app
+
+What = Annotated[str, typer.Argument(metavar="WHAT", help="table1, fig2, fig3, ... fig8, or all.")]
+DatasetName = Annotated[str, typer.Option("--dataset", help="cifar10-lt or cifar100-lt.")]
+Recipe = Annotated[str | None, typer.Option("--recipe", help="Another recipe than the paper's. [default: paper]")]
+Quick = Annotated[bool, typer.Option("--quick", help="A shortened run, recipe fast: a first look, no reproduction.")]
+PlanOnly = Annotated[bool, typer.Option("--plan", help="Only say what would be trained and how long it would take.")]
+
+
+@app.command()
+def reproduce(
+    what: What,
+    dataset: DatasetName = "cifar10-lt",
+    out: Out = Path("reproduction"),
+    seeds: Seeds = "3",
+    quick: Quick = False,
+    plan: PlanOnly = False,
+    recipe: Recipe = None,
+    data_root: DataRoot = None,
+    store: StoreRoot = None,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Reproduce the paper's tables and figures, beside its printed numbers, and check its claims.
+
+    Says first what will be trained, what is stored already and about how long it takes. Interrupted at any point, the
+    same command continues. Writes swap.json, ladder.json and geometry.json, claims.json, tables/paper-* and the report.
+
+    Examples: `tailscope reproduce table1 --dataset cifar10-lt --data-root DIR --quick --seeds 1`;
+    `tailscope reproduce all --dataset cifar10-lt --data-root DIR --plan`
+    """
+    from tailscope import report
+    from tailscope.paper.reproduce import Request, run_reproduce
+    from tailscope.progress import Bars, Quiet
+
+    console = Console(stderr=as_json)
+    request = Request(what, dataset, out, seeds, recipe, quick, data_root, store, device, overwrite)
+    with Bars(console) if console.is_terminal else nullcontext(Quiet()) as progress:
+        done = run_reproduce(
+            request,
+            tell=lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True),
+            progress=progress,
+            plan_only=plan,
+        )
+    if not plan:
+        report.build(out)
+    if as_json:
+        typer.echo(json.dumps({k: v for k, v in done.items() if k != "results"}, indent=1, allow_nan=False))
+    elif not plan:
+        _show(done, out, console)
+
+
+def _show(done: dict[str, Any], out: Path, console: Console) -> None:
+    """Print the printed tables beside ours, and what becomes of the claims."""
+    from rich.table import Table
+
+    from tailscope.paper.claims import tally
+
+    for name in ("table1", "fig3"):
+        if name in done["tables"]:
+            table = Table("", "paper", "ours, %: mean ± sd (seeds)", "difference, points", box=None)
+            for row in done["tables"][name]:
+                table.add_row(row["label"], row["paper_written"], row["written"], row["difference_written"])
+            console.print(table)
+    console.print(f"claims: {tally(done['claims'])}; {done['label']}", highlight=False, markup=False)
+    console.print(f"report: {out / 'report.html'}, tables: {out / 'tables'}", highlight=False, markup=False)

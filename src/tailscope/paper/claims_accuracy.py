@@ -1,0 +1,94 @@
+"""The claims about accuracy: Table 1's (Figure 2's) and Figure 3's orderings."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import pairwise
+
+from tailscope.paper import published
+from tailscope.paper.evidence import Evidence
+from tailscope.paper.verdicts import Claim, positive
+
+AUGMENTATIONS = {
+    "none": "no augmentation",
+    "mixup": "MixUp",
+    "autoaugment": "AutoAugment",
+    "autoaugment+mixup": "AutoAugment + MixUp",
+}
+RUNGS = {
+    "stage1": "Stage I",
+    "stage2": "Stage II",
+    "stage2_aa": "Stage II + AA",
+    "bound": "Empirical bound",
+}
+TABLE1 = (
+    (
+        "representation-is-the-bottleneck",
+        "true→lt beats lt→true: the representation is a larger bottleneck than the classifier",
+        "true->lt",
+        "lt->true",
+    ),
+    ("better-classifier-helps", "On the long-tailed backbone, a classifier trained on D* beats one trained on D_LT",
+     "lt->true", "lt->lt"),
+    ("true-true-is-best", "On the true backbone, a classifier trained on D* beats one trained on D_LT",
+     "true->true", "true->lt"),
+)  # fmt: skip
+
+
+def label(row: str) -> str:
+    """Return a row's name for readers.
+
+    >>> label("true->lt"), label("mixup: stage2_aa")
+    ('true→lt', 'Stage II + AA (MixUp)')
+    """
+    name, _, rung = row.partition(": ")
+    return f"{RUNGS[rung]} ({AUGMENTATIONS[name]})" if rung else row.replace("->", "→")
+
+
+def table1(evidence: Evidence) -> Iterator[Claim]:
+    """Yield the orderings of Table 1, next to each other in the paper's order of accuracy."""
+    if "swap" not in evidence.results:
+        return
+    printed = published.table1(evidence.dataset or "")
+    for name, sentence, higher, lower in TABLE1:
+        yield _ordering(evidence, f"table1/{name}", sentence, "Table 1, Figure 2", (higher, lower), printed)
+
+
+def figure3(evidence: Evidence) -> Iterator[Claim]:
+    """Yield every ordering of Figure 3 within a column and within a row, neighbours in the paper's order.
+
+    Neighbours imply the rest. Nothing is yielded for data that the paper has no Figure 3 of.
+    """
+    printed = published.figure3(evidence.dataset or "")
+    if "ladder" not in evidence.results or not printed:
+        return
+    for name, title in AUGMENTATIONS.items():
+        climbing = sorted(RUNGS, key=lambda rung: printed[f"{name}: {rung}"])
+        for lower, higher in pairwise(climbing):
+            sentence = f"With {title} in stage 1, {RUNGS[higher]} is above {RUNGS[lower]}"
+            rows = f"{name}: {higher}", f"{name}: {lower}"
+            yield _ordering(evidence, f"fig3/{name}/{higher}-above-{lower}", sentence, "Figure 3", rows, printed)
+    for rung, title in RUNGS.items():
+        climbing = sorted(AUGMENTATIONS, key=lambda name: printed[f"{name}: {rung}"])
+        for lower, higher in pairwise(climbing):
+            sentence = f"At {title}, {AUGMENTATIONS[higher]} is above {AUGMENTATIONS[lower]}"
+            rows = f"{higher}: {rung}", f"{lower}: {rung}"
+            yield _ordering(evidence, f"fig3/{rung}/{higher}-above-{lower}", sentence, "Figure 3", rows, printed)
+
+
+def _ordering(
+    evidence: Evidence, name: str, sentence: str, figure: str, rows: tuple[str, str], printed: Mapping[str, float]
+) -> Claim:
+    """Decide that the first of two rows has the higher accuracy."""
+    higher, lower = rows
+    claim = Claim(
+        name,
+        sentence,
+        figure,
+        f"accuracy of {label(higher)} − accuracy of {label(lower)}",
+        published=round(printed[higher] - printed[lower], 6) if printed else None,
+    )
+    seeds = len(evidence.accuracies()[higher])
+    decided = positive(claim.measured(evidence.difference(higher, lower), seeds))
+    if decided.verdict == "undecided" or evidence.recipe["converged"]:
+        return decided
+    return replace(decided, reason=f"after the shortened recipe {evidence.recipe['name']}, not the paper's")

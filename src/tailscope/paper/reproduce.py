@@ -1,0 +1,170 @@
+"""From one request to the paper's tables: plan, train or recall, decide the claims, write everything side by side."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tailscope.data.sources import load
+from tailscope.errors import UserError
+from tailscope.experiments.geometry import geometry
+from tailscope.experiments.lab import Lab
+from tailscope.experiments.ladder import ladder
+from tailscope.experiments.results import check_free, write
+from tailscope.experiments.settings import Settings, parse_seeds, store_root
+from tailscope.experiments.swap import swap
+from tailscope.paper import claims, side_by_side, targets
+from tailscope.paper.evidence import Evidence
+from tailscope.paper.plan import Plan, make_plan
+from tailscope.paper.runs import Outcomes, outcomes
+from tailscope.paper.timing import duration, measure
+from tailscope.progress import Progress
+from tailscope.report.results import load as load_results
+from tailscope.store import Store, make_folder
+from tailscope.training.recipes import recipe_by_name
+from tailscope.training.runtime import Runtime
+
+EXPERIMENTS: dict[str, Callable[[Lab, Settings], dict[str, Any]]] = {
+    "swap": swap,
+    "ladder": ladder,
+    "geometry": geometry,
+}
+QUICK, PAPER = "fast", "paper"
+Tell = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be reproduced, and how.
+
+    Attributes:
+        what: table1, fig2 ... fig8, or all.
+        dataset: cifar10-lt or cifar100-lt.
+        out: folder for results.
+        seeds: N or a list; the subset's seed is always 0.
+        recipe: name of a recipe; by default the paper's.
+        quick: a shortened run with the recipe `fast`, which is no reproduction.
+        data_root, store, device, overwrite: as for every experiment.
+    """
+
+    what: str
+    dataset: str
+    out: Path
+    seeds: str = "3"
+    recipe: str | None = None
+    quick: bool = False
+    data_root: Path | None = None
+    store: Path | None = None
+    device: str = "auto"
+    overwrite: bool = False
+
+    def settings(self) -> Settings:
+        """Return the checked part that decides results.
+
+        Raises:
+            UserError: the recipe, the seeds or the data set is not usable.
+        """
+        if self.quick and self.recipe not in (None, QUICK):
+            raise UserError(f"--quick means --recipe {QUICK}; leave out --recipe {self.recipe} or --quick")
+        known = targets.benchmark(self.dataset)
+        return Settings(
+            profile=known.profile,
+            protocol=known.protocol,
+            recipe=recipe_by_name(self.recipe or (QUICK if self.quick else PAPER)),
+            seeds=parse_seeds(self.seeds),
+            subset_seed=targets.SUBSET_SEED,
+        )
+
+
+def run_reproduce(
+    request: Request, *, tell: Tell = print, progress: Progress | None = None, plan_only: bool = False
+) -> dict[str, Any]:
+    """Say what will be trained and how long it takes; train it; write results, claims and tables to OUT.
+
+    OUT gets swap.json, ladder.json and geometry.json as far as they are asked for, claims.json and
+    tables/paper-*.{csv,md,tex}. Results of the same spec that OUT already holds join the claims and the tables.
+    A killed run continues where it stopped when it is started again: every finished stage is in the store, and an
+    unfinished one has a checkpoint after every epoch.
+
+    Args:
+        request: what to do.
+        tell: receives lines for people.
+        progress: receives the work done.
+        plan_only: stop after the plan.
+
+    Returns:
+        `label` (what the results may be called), `plan`, and unless `plan_only`: `results`, `claims` and `tables`
+        (rows by table).
+
+    Raises:
+        UserError: something about the request, the data or OUT is not usable; before any training.
+    """
+    settings = request.settings()
+    wanted = targets.experiments(request.what, request.dataset)
+    runtime = Runtime.choose(request.device)
+    data = load(targets.benchmark(request.dataset).data, data_root=request.data_root)
+    make_folder(request.out, "--out")
+    for experiment in wanted:
+        check_free(request.out, experiment, settings.spec(data), overwrite=request.overwrite)
+    lab = Lab(data, Store(store_root(request.out, request.store)), runtime)
+    plan = make_plan(lab, settings, wanted)
+    label = side_by_side.label_of(settings.recipe.model_dump())
+    _tell_plan(tell, request, settings, plan, label)
+    done: dict[str, Any] = {"label": label, "plan": asdict(plan)}
+    if not plan.complete:
+        seconds = measure(lab, settings.recipe, plan).estimate(plan)
+        done["estimated_seconds"] = seconds
+        tell(
+            f"estimated time here: {duration(seconds)}; measured on single steps, not compiled, so long trainings take "
+            "less; geometry's tests come on top"
+        )
+    if plan_only:
+        return done
+    if progress is not None:
+        lab.runtime = replace(runtime, progress=progress)
+    for experiment in wanted:
+        write(request.out, experiment, EXPERIMENTS[experiment](lab, settings))
+    return {**done, **conclude(lab, settings, request.out)}
+
+
+def conclude(lab: Lab, settings: Settings, out: Path) -> dict[str, Any]:
+    """Decide the claims and build the tables on every result in OUT that has this spec; write both.
+
+    Returns:
+        `results` by experiment, `claims` as claims.json has them, `tables`: rows by name.
+    """
+    spec = settings.spec(lab.data)
+    found = {verb: result for verb, result in load_results(out).items() if verb in EXPERIMENTS}
+    results = {verb: result for verb, result in found.items() if result["spec"] == spec}
+    evidence = Evidence(results, _recalled(lab, settings, results))
+    document = claims.document(evidence, claims.check(evidence), datetime.now(UTC).isoformat(timespec="seconds"))
+    write(out, "claims", document)
+    tables = list(side_by_side.build(evidence))
+    side_by_side.write(out, tables)
+    return {
+        "results": results,
+        "claims": document["claims"],
+        "tables": {numbers.name: list(numbers.rows) for numbers, _ in tables},
+    }
+
+
+def _recalled(lab: Lab, settings: Settings, results: Mapping[str, Any]) -> Outcomes:
+    """Return the per-item outcomes of those results whose stages are all stored."""
+    found: Outcomes = {}
+    for experiment in ("swap", "ladder"):
+        if experiment in results and make_plan(lab, settings, [experiment]).complete:
+            found |= outcomes(lab, settings, experiment)
+    return found
+
+
+def _tell_plan(tell: Tell, request: Request, settings: Settings, plan: Plan, label: str) -> None:
+    seeds = " ".join(map(str, settings.seeds))
+    tell(f"{request.what} of {request.dataset}, seeds {seeds}, subset seed {settings.subset_seed}; {label}")
+    for backbone in plan.backbones:
+        work = "stored" if backbone.stored else f"to train: {backbone.steps:,} steps, {backbone.images:,} images"
+        tell(f"  seed {backbone.seed}, backbone {backbone.encoder}: {work}")
+    if plan.classifiers or plan.classifiers_stored:
+        tell(f"  classifiers: {plan.classifiers} to fit, {plan.classifiers_stored} stored")
+    if plan.complete:
+        tell("  nothing to train: every stage is stored")
