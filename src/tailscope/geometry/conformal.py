@@ -1,0 +1,88 @@
+"""Measures of one class that compare every training sample with every unseen one, whose value under chance is known.
+
+A centre computed from the training samples is always nearer to them than to others, simply because they are in it.
+Leave-one-out and conformal forms (Vovk, Gammerman & Shafer 2005) undo that: each sample is compared with a centre that
+either holds both or neither, so that exchangeable training and unseen samples give 0, 1 / (n + 1) and 1/2 exactly,
+for every class size. All of it in float64: the comparisons are between nearly equal cosines.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TIE = 1e-12
+TRIM = 0.1
+BLOCK_PAIRS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Matched comparisons of one class; None where undefined."""
+
+    spread_gap_deg: float | None = None
+    spread_gap_trimmed_deg: float | None = None
+    escape_conformal: float | None = None
+    escape_rank: float | None = None
+
+
+def compare_pairs(train: Tensor, unseen: Tensor) -> Pairs:
+    """Return the matched gap and the conformal escape of one class from its rows [n, d] and [m, d].
+
+    - `spread_gap_deg`: mean over unseen u and train j of the angle between u and the mean of the others, minus the
+      mean over j of the angle between j and the same mean; 0 by chance. `spread_gap_trimmed_deg` leaves out the
+      tenth of either set that is furthest away.
+    - `escape_conformal`: u joins the training samples; how often is it the furthest of n + 1 from their common mean?
+    - `escape_rank`: the share of training samples nearer to that mean than u, ties counted half; 1/2 by chance.
+
+    Undefined for fewer than two training samples or without unseen ones.
+
+    >>> train = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    >>> found = compare_pairs(train, torch.tensor([[-1.0, 1.0]]))
+    >>> round(found.spread_gap_deg, 4), found.escape_conformal, found.escape_rank
+    (0.0, 0.0, 0.5)
+    """
+    n, m = len(train), len(unseen)
+    if n < 2 or m < 1:
+        return Pairs()
+    x = train.double()
+    total = x.sum(dim=0)
+    inner = x @ total  # <x_i, s>
+    length = torch.linalg.vector_norm(x, dim=1)
+    without = torch.linalg.vector_norm(total - x, dim=1)  # |s - x_i|
+    outside, furthest, rank = [], [], []
+    for block in torch.split(unseen, max(1, BLOCK_PAIRS // n)):
+        u = block.double()
+        dots = u @ x.T
+        sums = u @ total
+        size = torch.linalg.vector_norm(u, dim=1)
+        angle = torch.acos(((sums[:, None] - dots) / (size[:, None] * without)).clamp(-1, 1))
+        outside.append(angle.mean(dim=1))
+        # Cosines with the centre of n + 1, all times |s + u|, which does not change their order.
+        closeness = ((sums + size * size) / size)[:, None]
+        margin = TIE * torch.linalg.vector_norm(total + u, dim=1)[:, None]
+        lead = (dots + inner) / length - closeness
+        furthest.append((lead > margin).all(dim=1))
+        rank.append((lead > margin).double().mean(dim=1) + (lead.abs() <= margin).double().mean(dim=1) / 2)
+    inside = torch.acos(((inner - length * length) / (length * without)).clamp(-1, 1))
+    out = torch.rad2deg(torch.cat(outside))
+    own = torch.rad2deg(inside)
+    gap = (out.mean() - own.mean()).item()
+    return Pairs(
+        spread_gap_deg=gap if math.isfinite(gap) else None,
+        spread_gap_trimmed_deg=_trimmed_mean(out) - _trimmed_mean(own) if math.isfinite(gap) else None,
+        escape_conformal=torch.cat(furthest).double().mean().item(),
+        escape_rank=torch.cat(rank).mean().item(),
+    )
+
+
+def _trimmed_mean(values: Tensor) -> float:
+    """Return the mean without the largest tenth; a fraction of a value is left out by its weight."""
+    weight = torch.ones_like(values)
+    drop = TRIM * len(values)
+    whole = int(drop)
+    if whole:
+        weight[-whole:] = 0
+    weight[len(values) - whole - 1] -= drop - whole
+    return ((values.sort().values * weight).sum() / weight.sum()).item()

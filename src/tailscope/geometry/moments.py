@@ -1,0 +1,171 @@
+"""Second moments of one class: size, shape and dimension of its cloud of features.
+
+Raw moments of few samples in many dimensions are biased: the Frobenius norm of the sample covariance and the share
+of its first principal component are both far too large. Beside the raw values stand the unbiased estimators of
+Himeno & Yamada (2014), the noise-reduced first eigenvalue of Yata & Aoshima (2012) and a cross-validated one, which
+errs low where the raw one errs high.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.linalg
+import scipy.sparse.linalg
+import torch
+from torch import Tensor
+
+EXACT_ORDER = 128
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of one class; None where undefined."""
+
+    variance: float | None = None
+    covariance_norm: float | None = None
+    covariance_norm_unbiased: float | None = None
+    effective_rank: float | None = None
+    first_pc_share: float | None = None
+    first_pc_share_low: float | None = None
+    first_pc_share_noise_reduced: float | None = None
+
+
+def moments(centered: Tensor, order: Tensor) -> Moments:
+    """Return the second moments of a class from its centred rows [n, d].
+
+    With the sample covariance S (denominator n - 1) and its largest eigenvalue l: `variance` = tr S,
+    `covariance_norm` = ||S||_F, `first_pc_share` = l / tr S, `first_pc_share_noise_reduced` =
+    (l - (tr S - l) / (n - 2)) / tr S. `first_pc_share_low` finds the first direction on one half of the rows and
+    measures the variance along it on the other half, both ways round; its expectation is at most the true value.
+    `covariance_norm_unbiased` and `effective_rank` = (tr Sigma)^2 / ||Sigma||_F^2 use unbiased estimators of the
+    squares and need 4 rows.
+
+    Args:
+        centered: rows minus their mean, float32 or float64.
+        order: a random permutation of 0 ... n-1; its first half is one half of the cross-validation.
+
+    >>> rows = torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]], dtype=torch.float64)
+    >>> found = moments(rows, torch.tensor([0, 2, 1, 3]))
+    >>> round(found.variance, 4), round(found.first_pc_share, 4)
+    (6.6667, 0.9)
+    """
+    n, d = centered.shape
+    if n < 2:
+        return Moments()
+    if n <= EXACT_ORDER:
+        centered = centered.double()  # the unbiased estimators of few samples are small differences of large numbers
+    lengths = torch.linalg.vector_norm(centered, dim=1).double().square()
+    trace = lengths.sum().item() / (n - 1)
+    halves = order[: (n + 1) // 2], order[(n + 1) // 2 :]
+    spectrum = _from_gram if n <= d else _from_covariance
+    norm, first, low = spectrum(centered, halves)
+    norm_squared, trace_squared = _unbiased_squares(n, trace, norm, lengths.square().sum().item() / (n - 1))
+    positive = trace > 0
+    return Moments(
+        variance=trace,
+        covariance_norm=norm,
+        covariance_norm_unbiased=None if norm_squared is None else math.sqrt(norm_squared),
+        effective_rank=trace_squared / norm_squared if norm_squared and trace_squared is not None else None,
+        first_pc_share=first / trace if positive else None,
+        first_pc_share_low=low / trace if positive and low is not None else None,
+        first_pc_share_noise_reduced=(first - (trace - first) / (n - 2)) / trace if positive and n > 2 else None,
+    )
+
+
+def _unbiased_squares(n: int, trace: float, norm: float, fourth: float) -> tuple[float | None, float | None]:
+    """Return unbiased estimates of ||Sigma||_F^2 and (tr Sigma)^2 (Himeno & Yamada 2014, distribution-free)."""
+    if n < 4:
+        return None, None
+    scale = (n - 1) / (n * (n - 2) * (n - 3))
+    norm_squared = scale * ((n - 1) * (n - 2) * norm**2 + trace**2 - n * fourth)
+    trace_squared = scale * (2 * norm**2 + (n * n - 3 * n + 1) * trace**2 - n * fourth)
+    return max(0.0, norm_squared), max(0.0, trace_squared)  # both are means of squares: below 0 only by rounding
+
+
+def _from_gram(rows: Tensor, halves: tuple[Tensor, Tensor]) -> tuple[float, float, float | None]:
+    """Return ||S||_F, the first eigenvalue and its cross-validated estimate from the n x n matrix of inner products.
+
+    S and the Gram matrix of the rows over n - 1 have the same non-zero eigenvalues.
+    """
+    n = len(rows)
+    gram = (rows @ rows.T).double()
+    norm = torch.linalg.matrix_norm(gram).item() / (n - 1)
+    first = top_eigenpair(gram)[0] / (n - 1)
+    if n < 4:
+        return norm, first, None
+    estimates = []
+    for a, b in (halves, halves[::-1]):
+        own = gram[a][:, a]
+        mean = own.mean(dim=0)
+        value, vector = top_eigenpair(own - mean[:, None] - mean[None, :] + mean.mean())
+        along = gram[b][:, a] @ (vector - vector.mean())
+        estimates.append(along.var().item() / value if value > 0 else 0.0)
+    return norm, first, sum(estimates) / 2
+
+
+def _from_covariance(rows: Tensor, halves: tuple[Tensor, Tensor]) -> tuple[float, float, float | None]:
+    """Return the same three numbers from the d x d covariances of the two halves; their sum gives the whole."""
+    n = len(rows)
+    scatters, covariances = [], []
+    for half in halves:
+        part = rows[half]
+        mean = part.mean(dim=0, dtype=torch.float64)
+        scatter = _scatter(part)
+        scatters.append(scatter)
+        covariances.append((scatter - len(half) * torch.outer(mean, mean)) / max(1, len(half) - 1))
+    whole = (scatters[0] + scatters[1]) / (n - 1)
+    norm = torch.linalg.matrix_norm(whole).item()
+    first = top_eigenpair(whole)[0]
+    if n < 4:
+        return norm, first, None
+    estimates = []
+    for a, b in (covariances, covariances[::-1]):
+        vector = top_eigenpair(a)[1]
+        estimates.append((vector @ b @ vector).item())
+    return norm, first, sum(estimates) / 2
+
+
+def _scatter(rows: Tensor) -> Tensor:
+    """Return rows' rows in float64: products in the rows' own precision over 1,024 rows at a time, sums in float64."""
+    total = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+    for block in torch.split(rows, 1024):
+        total += block.T @ block
+    return total
+
+
+def top_eigenpair(matrix: Tensor) -> tuple[float, Tensor]:
+    """Return the largest eigenvalue and its unit eigenvector of a symmetric positive semi-definite float64 matrix.
+
+    Matrices up to order 128 go to LAPACK, larger ones to Lanczos iterations (ARPACK) whose residual is checked;
+    where it is too large, LAPACK decides.
+
+    >>> value, vector = top_eigenpair(torch.diag(torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64)))
+    >>> round(value, 6), vector.abs().tolist()
+    (3.0, [0.0, 1.0, 0.0])
+    """
+    order = len(matrix)
+    if order > EXACT_ORDER:
+        pair = _lanczos(matrix)
+        if pair is not None:
+            return pair
+    values, vectors = scipy.linalg.eigh(matrix.cpu().numpy(), subset_by_index=[order - 1, order - 1])
+    return float(values[0]), torch.from_numpy(vectors[:, 0].copy()).to(matrix.device)
+
+
+def _lanczos(matrix: Tensor) -> tuple[float, Tensor] | None:
+    def product(vector: np.ndarray) -> np.ndarray:
+        result: np.ndarray = (matrix @ torch.from_numpy(vector).to(matrix.device)).cpu().numpy()
+        return result
+
+    order = len(matrix)
+    start = np.random.default_rng(0).standard_normal(order)  # fixed: the same matrix always gives the same digits
+    operator = scipy.sparse.linalg.LinearOperator((order, order), matvec=product, dtype=np.float64)
+    try:
+        values, vectors = scipy.sparse.linalg.eigsh(operator, k=1, v0=start, tol=1e-9, maxiter=50)
+    except scipy.sparse.linalg.ArpackError:
+        return None
+    vector = torch.from_numpy(vectors[:, 0].copy()).to(matrix.device)
+    value = float(values[0])
+    residual = torch.linalg.vector_norm(matrix @ vector - value * vector).item()
+    return (value, vector) if residual <= 1e-7 * value else None
