@@ -56,15 +56,18 @@ class Store:
         Raises:
             UserError: a file of the entry is damaged.
         """
-        entry = self._entry(kind, key)
-        return Artifact(load_tensors(entry / "tensors.safetensors"), self.meta(kind, key))
+        try:
+            tensors = load_tensors(self._entry(kind, key) / "tensors.safetensors")
+        except UserError as error:
+            raise UserError(f"{error}; delete its folder to compute it again") from None
+        return Artifact(tensors, self.meta(kind, key))
 
     def meta(self, kind: str, key: str) -> Meta:
         """Read only an entry's description."""
         path = self._entry(kind, key) / "meta.json"
         try:
-            meta: Meta = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+            meta: Meta = dict(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{path}: damaged ({error}); delete its folder to compute it again") from error
         return meta
 
@@ -81,17 +84,17 @@ class Store:
             scratch = self.root / "scratch" / f"{kind}-{key}"
             scratch.mkdir(parents=True, exist_ok=True)
             tensors, meta = make(scratch)
-            self._write(kind, key, tensors, meta)
+            self._write(self._entry(kind, key), scratch / "entry", tensors, meta)
             shutil.rmtree(scratch, ignore_errors=True)
         return Artifact(tensors, meta), False
 
     def _entry(self, kind: str, key: str) -> Path:
         return self.root / kind / key
 
-    def _write(self, kind: str, key: str, tensors: Tensors, meta: Meta) -> None:
-        entry = self._entry(kind, key)
-        building = self.root / "scratch" / f"building-{key}-{uuid.uuid4().hex[:8]}"
-        building.mkdir(parents=True)
+    @staticmethod
+    def _write(entry: Path, building: Path, tensors: Tensors, meta: Meta) -> None:
+        shutil.rmtree(building, ignore_errors=True)  # left by a killed run
+        building.mkdir()
         save_file(
             {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, building / "tensors.safetensors"
         )
@@ -119,7 +122,7 @@ def load_tensors(path: Path) -> Tensors:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read as safetensors ({error})") from error
+        raise UserError(f"{path}: cannot be read as safetensors ({' '.join(str(error).split())})") from error
 
 
 def save_tensors(path: Path, tensors: Tensors, meta: Meta) -> None:
@@ -131,8 +134,15 @@ def save_tensors(path: Path, tensors: Tensors, meta: Meta) -> None:
 
 
 def load_checkpoint(path: Path) -> Artifact:
-    """Read what `save_tensors` wrote."""
-    tensors = load_tensors(path)
+    """Read what `save_tensors` wrote.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        tensors = load_tensors(path)
+    except UserError as error:
+        raise UserError(f"{error}; delete it to start again") from None
     with safe_open(path, framework="pt") as file:
         return Artifact(tensors, json.loads(file.metadata()["meta"]))
 
