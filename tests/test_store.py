@@ -14,7 +14,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tailscope import store as store_module
 from tailscope.errors import UserError
 from tailscope.store import (
     Store,
@@ -173,7 +172,8 @@ def test_damage_is_one_line_that_names_the_file_and_the_mend(tmp_path, name, dam
 KILLED_WRITER = """
 import os, signal, sys
 from pathlib import Path
-from test_store import META, TENSORS, store_module
+from test_store import META, TENSORS
+from tailscope import store as store_module
 from tailscope.store import Store
 
 def die(*_, **__):
