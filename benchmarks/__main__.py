@@ -8,7 +8,9 @@ import importlib
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
 from benchmarks import record, table
 from benchmarks.record import Options
@@ -32,18 +34,20 @@ def main(arguments: list[str] | None = None) -> int:
     folder = asked.out or (REPOSITORY / "out" / "bench-quick" if asked.quick else RECORDS)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # every run compiles anew, so that warm-ups are comparable
+        hardware = record.hardware(options)
         for name in asked.only or NAMES:
-            run(name, options, folder)
+            run(name, options, folder, hardware)
     if folder == RECORDS:
         fill_document(check=False)
     return 0
 
 
-def run(name: str, options: Options, folder: Path) -> Path:
+def run(name: str, options: Options, folder: Path, hardware: dict[str, Any]) -> Path:
     """Run one benchmark, print its table, and write its record."""
     print(f"== {name} ({options.size})", flush=True)
-    hardware = record.hardware(options)
-    content = importlib.import_module(f"benchmarks.{name}").run(options).to_json(hardware)
+    started, load = time.monotonic(), os.getloadavg()[0]
+    found = importlib.import_module(f"benchmarks.{name}").run(options)
+    content = found.to_json(hardware, load, time.monotonic() - started)
     path = record.write(folder, content)
     print(table.table(content), f"\nwritten: {path}\n", flush=True)
     return path

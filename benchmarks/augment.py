@@ -23,7 +23,7 @@ class Size:
 
 SIZES = {
     "full": Size(49_152, 128, "resnet32", 3, 8.0, True, 64, 2),
-    "quick": Size(1_024, 128, "resnet32", 2, 2.0, False, 8, 0),
+    "quick": Size(512, 128, "resnet32", 1, 1.5, False, 4, 0),
     "tiny": Size(32, 16, "resnet8(width=8)", 1, 0.0, False, 2, 0),
 }
 VARIANTS = {"plain": {}, "mixup": {"mixup": True}, "autoaugment": {"autoaugment": True}}
@@ -38,7 +38,7 @@ def run(options: Options) -> Record:
     arms |= {f"textbook_{name}": textbook(size, options, size.workers, **change) for name, change in VARIANTS.items()}
     measured = interleave(arms, rounds=size.rounds, seconds=size.seconds, inline=options.inline)
     record = Record("augment", options)
-    record.raw = {name: {"seconds_per_image": m.per_item, "images": m.items} for name, m in measured.items()}
+    record.raw = {name: m.raw() for name, m in measured.items()}
     for name in VARIANTS:
         mine, rival = measured[f"ours_{name}"], measured[f"textbook_{name}"]
         cost = paired(measured["ours_plain"].per_item, mine.per_item) if name != "plain" else None

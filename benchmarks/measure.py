@@ -60,6 +60,15 @@ class Measured:
         """The process's largest resident memory."""
         return max(s.peak_bytes for s in self.slices)
 
+    def raw(self) -> dict[str, Any]:
+        """Return what a record keeps of it."""
+        return {
+            "seconds_per_item": self.per_item,
+            "items": self.items,
+            "warm_up_seconds": self.warm_up.seconds,
+            "peak_bytes": self.peak_bytes,
+        }
+
 
 def paired(slow: Sequence[float], fast: Sequence[float]) -> Spread:
     """Return the ratios slow / fast round by round.

@@ -1,10 +1,8 @@
 """What a benchmark leaves behind: rows, with the machine and the versions that gave them, as JSON."""
 
 import json
-import os
 import platform
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -83,17 +81,23 @@ class Record:
     options: Options
     rows: list[Row] = field(default_factory=list)
     raw: dict[str, Any] = field(default_factory=dict)
-    started: float = field(default_factory=time.monotonic)
 
-    def to_json(self, hardware: dict[str, Any]) -> dict[str, Any]:
-        """Return the file's content."""
+    def to_json(self, hardware: dict[str, Any], load_before: float, seconds: float) -> dict[str, Any]:
+        """Return the file's content.
+
+        Args:
+            hardware: what `hardware` returned.
+            load_before: the machine's load average before; a busy machine's numbers are worth little.
+            seconds: how long the benchmark took.
+        """
         return {
             "benchmark": self.name,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
             "size": self.options.size,
             "images": self.options.images_note,
-            "seconds": round(time.monotonic() - self.started, 1),
+            "seconds": round(seconds, 1),
+            "load_before": round(load_before, 2),
             "environment": {"versions": versions(), "hardware": hardware},
             "rows": [{**asdict(row), "reached": row.reached} for row in self.rows],
             "raw": self.raw,
@@ -127,12 +131,7 @@ def versions() -> dict[str, str]:
 def hardware(options: Options) -> dict[str, Any]:
     """Return the machine, asked in a process of its own: this one stays free of PyTorch and small."""
     with Worker(Arm("benchmarks.arms.common:machine", {"device": options.device}), inline=options.inline) as worker:
-        return {**worker.wait_until_ready(), "load_before": _load()}
-
-
-def _load() -> list[float]:
-    """Return the machine's load averages: a busy machine's numbers are worth little."""
-    return [round(load, 2) for load in os.getloadavg()]
+        return worker.wait_until_ready()
 
 
 def joined(parts: Sequence[str]) -> str:

@@ -75,26 +75,20 @@ def _chunk(steps: int) -> int:
 
 def _measure(record: Record, task: str, unit: str, full: int, arm: Callable[[int], Arm], size: Size, note: str) -> None:
     """Add a task's three rows."""
-    arms = {part: arm(full // part) for part in PARTS}
-    per_call = task == "stage 2, fit"  # a whole fit is one item there
-    by_name = {PARTS[part]: a for part, a in arms.items()}
-    seconds = 0.0 if record.options.inline else 1.0
-    measured = interleave(by_name, rounds=size.rounds, seconds=seconds, inline=record.options.inline)
-    whole = [s / (full if per_call else 1) for s in measured["all"].per_item]
+    arms = {name: arm(full // part) for part, name in PARTS.items()}
+    inline = record.options.inline
+    measured = interleave(arms, rounds=size.rounds, seconds=0.0 if inline else 1.0, inline=inline)
     for part, name in PARTS.items():
-        units = full // part
-        times = [s / (units if per_call else 1) for s in measured[name].per_item]
-        peak = measured[name].peak_bytes / 1e6
+        found = measured[name]
+        seconds = found.seconds_per_item
         record.rows.append(
             Row(
-                f"{task}: {name}, {units:,}",
-                Spread.of([t * 1e6 for t in times]),
+                f"{task}: {name}, {full // part:,}",
+                Spread(seconds.median * 1e6, seconds.low * 1e6, seconds.high * 1e6),
                 unit,
-                None if part == 1 else paired(whole, times),
+                None if part == 1 else paired(measured["all"].per_item, found.per_item),
                 "" if part == 1 else "all / this",
-                note=joined([f"process's peak memory {peak:,.0f} MB", note]),
+                note=joined([f"process's peak memory {found.peak_bytes / 1e6:,.0f} MB", note]),
             )
         )
-    record.raw[task] = {
-        name: {"seconds_per_item": m.per_item, "peak_bytes": m.peak_bytes} for name, m in measured.items()
-    }
+    record.raw[task] = {name: m.raw() for name, m in measured.items()}

@@ -25,7 +25,7 @@ class Size:
 
 SIZES = {
     "full": Size(5_000, "resnet32", 64, 5, 6.0, 2),
-    "quick": Size(1_000, "resnet32", 64, 2, 2.0, 0),
+    "quick": Size(512, "resnet32", 64, 2, 1.5, 0),
     "tiny": Size(40, "resnet8(width=8)", 32, 1, 0.0, 0),
 }
 
@@ -53,13 +53,13 @@ def run(options: Options) -> Record:
     )
     record = Record("stage2", options)
     record.rows = _rows(measured, size, options)
-    record.raw = {name: {"seconds_per_item": m.per_item, "items": m.items} for name, m in measured.items()}
+    record.raw = {name: m.raw() for name, m in measured.items()}
     return record
 
 
 def _rows(measured: dict[str, Measured], size: Size, options: Options) -> list[Row]:
     images = EPOCHS * size.images
-    fits = measured["fit"].per_item
+    fits = [s * size.images for s in measured["fit"].per_item]
     extraction, rerun, textbook = ([s * images for s in measured[n].per_item] for n in ("extract", "rerun", "textbook"))
 
     def fraction(name: str) -> str:

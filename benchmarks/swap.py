@@ -29,7 +29,7 @@ class Size:
 
 SIZES = {
     "full": Size(5_000, 1_000, 600, 128, "resnet32", EPOCHS, "exp:100", 40.0, 6.0, (0, 2)),
-    "quick": Size(500, 100, 40, 128, "resnet32", EPOCHS, "exp:100", 10.0, 2.0, (0,)),
+    "quick": Size(500, 100, 16, 128, "resnet32", EPOCHS, "exp:100", 8.0, 1.5, (0,)),
     "tiny": Size(60, 20, 4, 16, "resnet8(width=8)", EPOCHS, "exp:2", 0.0, 0.0, (0,)),
 }
 
@@ -111,7 +111,7 @@ def _rows(
     stage2_images = 2 * EPOCHS * sum(sizes)
     rival = [a.per_item * stage1_images + b.per_item * stage2_images for a, b in zip(*theirs, strict=True)]
     seen = [sum(s.items for s in slices) for slices in theirs]
-    result = mine[-1].result or {}
+    trainings = (mine[-1].result or {})["trainings"]
     return [
         Row(
             "tailscope: two backbones, four classifiers on shared views, evaluation",
@@ -120,7 +120,7 @@ def _rows(
             note=joined(
                 [
                     f"{size.steps} steps a backbone, |lt| = {sizes[0]:,}, |true| = {sizes[1]:,}, {size.views} views",
-                    f"stage 1 took {result['stage1_seconds']:.0f} s of it",
+                    f"{trainings} trainings in all",
                     options.images_note,
                 ]
             ),

@@ -72,8 +72,7 @@ def caption(record: dict[str, Any]) -> str:
     hardware, versions = environment["hardware"], environment["versions"]
     machine = f"{hardware['cpu']}, {hardware['threads']} threads" + (f", {hardware['gpu']}" if hardware["gpu"] else "")
     packages = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "tailscope")
-    load = hardware["load_before"][0]
     return (
-        f"{record['created'][:10]}, {machine} (load before: {load:g}), {packages}; {record['size']} size,"
-        f" {record['seconds'] / 60:.1f} minutes. Median (lowest–highest) of the rounds."
+        f"{record['created'][:10]}, {machine} (load before: {record['load_before']:g}), {packages};"
+        f" {record['size']} size, {record['seconds'] / 60:.1f} minutes. Median (lowest–highest) of the rounds."
     )

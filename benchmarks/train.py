@@ -24,7 +24,7 @@ class Size:
 
 SIZES = {
     "full": Size(49_152, 128, "resnet32", 3, 8.0, True, 64, (0, 2)),
-    "quick": Size(1_024, 128, "resnet32", 2, 2.0, False, 8, (0,)),
+    "quick": Size(512, 128, "resnet32", 2, 1.5, False, 4, (0,)),
     "tiny": Size(32, 16, "resnet8(width=8)", 1, 0.0, False, 2, (0,)),
 }
 SETTLE = 4
@@ -42,7 +42,7 @@ def run(options: Options) -> Record:
         inline=options.inline,
     )
     record.rows = _rows(measured, {name: workers for name, (_, workers) in rivals.items()}, size, options)
-    record.raw = {name: {"seconds_per_image": m.per_item, "images": m.items} for name, m in measured.items()}
+    record.raw = {name: m.raw() for name, m in measured.items()}
     return record
 
 
@@ -61,7 +61,7 @@ def textbook(size: Any, options: Options, workers: int, **changes: Any) -> Arm:
         "data": options.data, "images": size.images, "batch": size.batch, "model": size.model,
         "workers": workers, "device": options.device,
     }  # fmt: skip
-    return Arm("benchmarks.arms.textbook:train", {**settings, **changes}, settle=SETTLE)
+    return Arm("benchmarks.arms.textbook:train", {**settings, **changes}, settle=SETTLE if workers else 0)
 
 
 def _loop(name: str, size: Size, options: Options) -> dict[int, Arm]:

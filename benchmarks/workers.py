@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, Self
 
+PAUSE = 0.3  # seconds
+
 
 class Stop(Exception):
     """The parent has measured enough; raised inside an arm by `Pace`."""
@@ -145,6 +147,7 @@ class Worker:
     def __init__(self, arm: Arm, *, inline: bool = False) -> None:
         """Start the arm; with `inline` in a thread of this process, which suits tests and nothing else."""
         self.arm = arm
+        self._pause = 0.0 if inline else PAUSE
         self._connection, child = multiprocessing.Pipe()
         self._runner: Any
         if inline:
@@ -177,7 +180,8 @@ class Worker:
         return self._run(0, 0.0, self.arm.warm_up) if self.arm.warm_up else Slice(0, 0, 0.0, 0)
 
     def run(self, seconds: float) -> Slice:
-        """Run a slice of at least `seconds`."""
+        """Run a slice of at least `seconds`, once what the last arm's data workers still had to load is loaded."""
+        time.sleep(self._pause)
         return self._run(self.arm.settle, seconds, self.arm.multiple)
 
     def _run(self, settle: int, seconds: float, multiple: int) -> Slice:

@@ -26,6 +26,7 @@ from tailscope.geometry import describe
 from tailscope.models import MODELS
 
 TINY = Options(size="tiny")
+MACHINE = {"cpu": "c", "threads": 1, "gpu": None}
 TURNS: list[str] = []
 
 
@@ -107,7 +108,7 @@ def test_every_benchmark_runs(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = importlib.import_module(f"benchmarks.{name}").run(TINY)
-    content = json.loads(json.dumps(found.to_json({"cpu": "c", "threads": 1, "gpu": None, "load_before": [0.0]})))
+    content = json.loads(json.dumps(found.to_json(MACHINE, 0.0, 1.0)))
     assert content["benchmark"] == name
     assert content["rows"]
     for row in content["rows"]:
@@ -126,7 +127,7 @@ def test_the_goals_of_the_rows_are_judged_by_the_median() -> None:
 
 def test_the_document_is_filled_from_the_records_and_keeps_its_prose(tmp_path: Path) -> None:
     made = Record("train", TINY, [Row("a|b", Spread(2.0, 1.0, 3.0), "s", Spread.of([5.0]), "ours / this", 4.0)])
-    content = made.to_json({"cpu": "c", "threads": 1, "gpu": None, "load_before": [0.5]})
+    content = made.to_json(MACHINE, 0.5, 60.0)
     record.write(tmp_path, content)
     text = "Prose.\n<!-- bench:train -->\nold\n<!-- /bench -->\nMore.\n<!-- bench:swap -->\n<!-- /bench -->\n"
     filled = table.render(text, record.read(tmp_path))

@@ -32,7 +32,7 @@ def extract_views(pace: Pace, *, data: str | None, images: int, model: str, devi
 
 
 def fit(pace: Pace, *, images: int, dimension: int, views: int, epochs: int, device: str) -> None:
-    """Fit a classifier on stored views, a whole fit a step."""
+    """Fit a classifier on stored views, a whole fit a step; items are images of one view."""
     on_device(pace, device)
     runtime = Runtime.choose(device)
     labels = torch.arange(images) % CLASSES
@@ -45,7 +45,7 @@ def fit(pace: Pace, *, images: int, dimension: int, views: int, epochs: int, dev
     pace.ready()
     while True:
         fit_classifier(spec, stored, counts, 0)
-        pace.step()
+        pace.step(images)
 
 
 def rerun(pace: Pace, *, data: str | None, images: int, batch: int, model: str, device: str) -> None:

@@ -1,5 +1,6 @@
 """The textbook loop in Lightning: the same data, the same network, float32, with everything optional switched off."""
 
+import logging
 import warnings
 from typing import Any
 
@@ -46,6 +47,7 @@ class Steps(lightning.Callback):
 def train(pace: Pace, *, data: str | None, images: int, batch: int, model: str, workers: int, device: str) -> None:
     """Train the network."""
     on_device(pace, device)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # it advertises
     loader = make_loader(load_images(data, images), batch, workers, device)
     module = Classifier(model)
     trainer = lightning.Trainer(
