@@ -13,12 +13,13 @@ from tailscope.geometry.calibration import (
     GAP,
     Count,
     Draws,
-    GroupTest,
     Units,
     continue_draws,
     draw,
     false_discovery,
+    group_p,
     needs_more,
+    standardize,
 )
 from tailscope.geometry.moments import moments, top_eigenpair
 from tailscope.geometry.permutation import STATISTICS, all_subsets, make_pool, statistics, subsets
@@ -247,12 +248,13 @@ def test_groups_see_what_single_classes_cannot():
     assert result.groups["tail"]["variance"] == pytest.approx(np.mean([e["variance"] for e in tail]))
 
 
-def test_group_test_is_the_sum_of_standardised_statistics():
+def test_group_test_is_the_sum_of_standardized_statistics():
     rng = np.random.default_rng(0)
     values = rng.normal(size=(3, len(STATISTICS), 100))
-    test = GroupTest(99)
-    for part in values:
-        test.add(Draws(torch.from_numpy(part), False, 0.0), GAP, rng)
-    standard = [(part[GAP] - part[GAP].mean()) / part[GAP].std() for part in values]
-    total = np.sum(standard, axis=0)
-    assert test.p(two_sided=False) == pytest.approx((total[1:] >= total[0]).sum() / 100 + 1 / 100)
+    parts = [standardize(Draws(torch.from_numpy(part), False, 0.0), GAP, 99, rng) for part in values]
+    total = np.sum([(part[GAP] - part[GAP].mean()) / part[GAP].std() for part in values], axis=0)
+    assert group_p(parts, two_sided=False) == pytest.approx((1 + (total[1:] >= total[0]).sum()) / 100)
+    assert group_p([], two_sided=False) is None
+    few = standardize(Draws(torch.from_numpy(values[0][:, :5]), True, 0.0), GAP, 99, rng)
+    assert few.shape == (100,)
+    assert len(np.unique(few)) == 5

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
@@ -153,31 +153,27 @@ def false_discovery(p: Sequence[float | None]) -> list[float | None]:
     return [None if value is None else float(next(q)) for value in p]
 
 
-@dataclass
-class GroupTest:
-    """Sum over a group's classes of one standardised statistic, with the same draw index in every class."""
+def standardize(draws: Draws, statistic: int, number: int, rng: np.random.Generator) -> np.ndarray | None:
+    """Return a class's statistic at mean 0 and deviation 1 over the observed split and `number` others, [1 + number].
 
-    draws: int
-    total: np.ndarray | None = field(default=None)
+    None where any is undefined. A class with too few splits for so many different ones has splits drawn among them.
+    """
+    values: np.ndarray = draws.values[statistic].numpy()
+    if not np.isfinite(values).all():
+        return None
+    if draws.complete:
+        values = np.concatenate([values[:1], rng.choice(values, number)])
+    deviation = values.std()
+    return (values - values.mean()) / deviation if deviation > draws.tolerance else np.zeros_like(values)
 
-    def add(self, draws: Draws, statistic: int, rng: np.random.Generator) -> None:
-        """Add a class; classes where the statistic is undefined are left out."""
-        values = draws.values[statistic].numpy()
-        if not np.isfinite(values).all():
-            return
-        if draws.complete:  # too few splits for B different ones: draw among them, the observed one first
-            values = np.concatenate([values[:1], rng.choice(values, self.draws)])
-        deviation = values.std()
-        standard = (values - values.mean()) / deviation if deviation > draws.tolerance else np.zeros_like(values)
-        self.total = standard if self.total is None else self.total + standard
 
-    def p(self, two_sided: bool) -> float | None:
-        """Return the permutation p-value of the sum; None where no class took part."""
-        if self.total is None:
-            return None
-        total = torch.from_numpy(self.total)
-        high, low = _exceeds(total[1:], total[0].item(), 1e-9)
-        return Count(0.0, int(high.sum()), int(low.sum()), self.draws, False, 0.0).p(two_sided)
+def group_p(standardized: Sequence[np.ndarray], two_sided: bool) -> float | None:
+    """Return the permutation p-value of the sum of the classes' statistics, the same draw index in every class."""
+    if not standardized:
+        return None
+    total = torch.from_numpy(np.sum(standardized, axis=0))
+    high, low = _exceeds(total[1:], total[0].item(), 1e-9)
+    return Count(0.0, int(high.sum()), int(low.sum()), len(total) - 1, False, 0.0).p(two_sided)
 
 
 def _exceeds(values: Tensor, observed: float, tolerance: float) -> tuple[Tensor, Tensor]:

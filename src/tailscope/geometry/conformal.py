@@ -51,7 +51,7 @@ def compare_pairs(train: Tensor, unseen: Tensor) -> Pairs:
     inner = x @ total  # <x_i, s>
     length = torch.linalg.vector_norm(x, dim=1)
     without = torch.linalg.vector_norm(total - x, dim=1)  # |s - x_i|
-    outside, furthest, rank = [], [], []
+    outside, nearer, tied = [], [], []
     for block in torch.split(unseen, max(1, BLOCK_PAIRS // n)):
         u = block.double()
         dots = u @ x.T
@@ -63,17 +63,18 @@ def compare_pairs(train: Tensor, unseen: Tensor) -> Pairs:
         closeness = ((sums + size * size) / size)[:, None]
         margin = TIE * torch.linalg.vector_norm(total + u, dim=1)[:, None]
         lead = (dots + inner) / length - closeness
-        furthest.append((lead > margin).all(dim=1))
-        rank.append((lead > margin).double().mean(dim=1) + (lead.abs() <= margin).double().mean(dim=1) / 2)
+        nearer.append((lead > margin).sum(dim=1))
+        tied.append((lead >= -margin).sum(dim=1) - nearer[-1])
     inside = torch.acos(((inner - length * length) / (length * without)).clamp(-1, 1))
     out = torch.rad2deg(torch.cat(outside))
     own = torch.rad2deg(inside)
     gap = (out.mean() - own.mean()).item()
+    ahead = torch.cat(nearer).double()
     return Pairs(
         spread_gap_deg=gap if math.isfinite(gap) else None,
         spread_gap_trimmed_deg=_trimmed_mean(out) - _trimmed_mean(own) if math.isfinite(gap) else None,
-        escape_conformal=torch.cat(furthest).double().mean().item(),
-        escape_rank=torch.cat(rank).mean().item(),
+        escape_conformal=(ahead == n).double().mean().item(),
+        escape_rank=(ahead + torch.cat(tied) / 2).mean().item() / n,
     )
 
 

@@ -12,11 +12,12 @@ from tailscope.errors import UserError
 from tailscope.geometry.angles import nearest_center, sample_angles
 from tailscope.geometry.centers import Centers, class_centers, separation_by_chance
 from tailscope.geometry.fields import Entry
-from tailscope.geometry.measure import gather, measure_class
+from tailscope.geometry.measure import Facts, gather, measure_class
 from tailscope.geometry.notes import class_notes, input_notes, verdict_notes
+from tailscope.geometry.parallel import map_classes
 from tailscope.geometry.pooling import pool_groups
 from tailscope.geometry.rows import ClassRows, group_rows
-from tailscope.geometry.significance import ClassTests, UnitMaker
+from tailscope.geometry.significance import Chance, ClassTests, UnitMaker, group_p_values
 from tailscope.groups import assign_groups
 from tailscope.seeds import numpy_stream
 
@@ -94,19 +95,23 @@ def describe(
     centers = class_centers(train, unseen)
     units = UnitMaker(train, unseen, train_bursts, unseen_bursts)
     tests = ClassTests(train, unseen, units, permutations, alpha, seed, keys)
-    entries, facts = [], []
-    for k, name in enumerate(class_names):
+
+    def one(k: int) -> tuple[Entry, Facts, Chance]:
         rows = gather(train, unseen, k)
-        calibrated = tests.run(rows, k, groups[k])
-        halves = numpy_stream(seed, "geometry", "halves", keys[k])
-        entry, fact = measure_class(rows, train.count(k), k, centers, halves)
-        entries.append({**entry, **calibrated, "index": k, "name": str(name), "group": groups[k]})
+        chance = tests.run(rows, k)
+        entry, fact = measure_class(rows, train.count(k), k, centers, numpy_stream(seed, "geometry", "halves", keys[k]))
+        return {**entry, **chance.nulls, "index": k, "name": str(class_names[k]), "group": groups[k]}, fact, chance
+
+    entries, facts, chances = [], [], []
+    for entry, fact, chance in map_classes(one, len(class_names), train_features.device):
+        entries.append(entry)
         facts.append(fact)
+        chances.append(chance)
         if progress is not None:
-            progress(k + 1, len(class_names))
-    chance = separation_by_chance(train, unseen, centers, permutations, numpy_stream(seed, "geometry", "separation"))
-    _separate(entries, train, unseen, centers, chance)
-    differing = tests.finish(entries)
+            progress(len(entries), len(class_names))
+    stream = numpy_stream(seed, "geometry", "separation")
+    _separate(entries, train, unseen, centers, separation_by_chance(train, unseen, centers, permutations, stream))
+    differing = tests.finish(entries, chances)
     _excesses(entries)
     dropped = [a + b for a, b in zip(train.dropped, unseen.dropped, strict=True)]
     dead = int((~(train.alive | unseen.alive)).sum())
@@ -115,7 +120,7 @@ def describe(
         *class_notes(entries, facts, dropped),
         *verdict_notes(entries, differing),
     ]
-    return GeometryResult(entries, pool_groups(entries, tests.groups, alpha), rule, warnings)
+    return GeometryResult(entries, pool_groups(entries, group_p_values(chances), alpha), rule, warnings)
 
 
 def _check(train: Tensor, unseen: Tensor, class_names: Sequence[str], permutations: int, alpha: float) -> None:

@@ -179,7 +179,12 @@ def _trace(deviations: Tensor, mean: Tensor) -> float:
 
 
 def _quantiles(angles: Tensor) -> list[float]:
-    found: list[float] = torch.from_numpy(np.quantile(angles.cpu().numpy(), QUANTILES)).tolist()
+    """Interpolate linearly between order statistics, as NumPy does."""
+    ordered = angles.sort().values
+    place = torch.tensor(QUANTILES, dtype=torch.float64, device=angles.device) * (len(angles) - 1)
+    below = place.long()
+    above = (below + 1).clamp(max=len(angles) - 1)
+    found: list[float] = torch.lerp(ordered[below], ordered[above], place - below).tolist()
     return found
 
 

@@ -15,7 +15,7 @@ import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
-EXACT_ORDER = 128
+EXACT_ORDER = 100
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,8 @@ def moments(centered: Tensor, order: Tensor) -> Moments:
         centered = centered.double()  # the unbiased estimators of few samples are small differences of large numbers
     lengths = torch.linalg.vector_norm(centered, dim=1).double().square()
     trace = lengths.sum().item() / (n - 1)
-    halves = order[: (n + 1) // 2], order[(n + 1) // 2 :]
     spectrum = _from_gram if n <= d else _from_covariance
-    norm, first, low = spectrum(centered, halves)
+    norm, first, low = spectrum(centered[order])
     norm_squared, trace_squared = _unbiased_squares(n, trace, norm, lengths.square().sum().item() / (n - 1))
     positive = trace > 0
     return Moments(
@@ -83,7 +82,7 @@ def _unbiased_squares(n: int, trace: float, norm: float, fourth: float) -> tuple
     return max(0.0, norm_squared), max(0.0, trace_squared)  # both are means of squares: below 0 only by rounding
 
 
-def _from_gram(rows: Tensor, halves: tuple[Tensor, Tensor]) -> tuple[float, float, float | None]:
+def _from_gram(rows: Tensor) -> tuple[float, float, float | None]:
     """Return ||S||_F, the first eigenvalue and its cross-validated estimate from the n x n matrix of inner products.
 
     S and the Gram matrix of the rows over n - 1 have the same non-zero eigenvalues.
@@ -94,26 +93,25 @@ def _from_gram(rows: Tensor, halves: tuple[Tensor, Tensor]) -> tuple[float, floa
     first = top_eigenpair(gram)[0] / (n - 1)
     if n < 4:
         return norm, first, None
+    half = (n + 1) // 2
     estimates = []
-    for a, b in (halves, halves[::-1]):
-        own = gram[a][:, a]
+    for a, b in ((slice(half), slice(half, n)), (slice(half, n), slice(half))):
+        own = gram[a, a]
         mean = own.mean(dim=0)
-        value, vector = top_eigenpair(own - mean[:, None] - mean[None, :] + mean.mean())
-        along = gram[b][:, a] @ (vector - vector.mean())
+        value, vector = top_eigenpair(own - mean[:, None] - mean + mean.mean())
+        along = gram[b, a] @ (vector - vector.mean())
         estimates.append(along.var().item() / value if value > 0 else 0.0)
     return norm, first, sum(estimates) / 2
 
 
-def _from_covariance(rows: Tensor, halves: tuple[Tensor, Tensor]) -> tuple[float, float, float | None]:
+def _from_covariance(rows: Tensor) -> tuple[float, float, float | None]:
     """Return the same three numbers from the d x d covariances of the two halves; their sum gives the whole."""
     n = len(rows)
     scatters, covariances = [], []
-    for half in halves:
-        part = rows[half]
-        mean = part.mean(dim=0, dtype=torch.float64)
-        scatter = _scatter(part)
-        scatters.append(scatter)
-        covariances.append((scatter - len(half) * torch.outer(mean, mean)) / max(1, len(half) - 1))
+    for half in torch.split(rows, (n + 1) // 2):
+        mean = half.mean(dim=0, dtype=torch.float64)
+        scatters.append(_scatter(half))
+        covariances.append((scatters[-1] - len(half) * torch.outer(mean, mean)) / max(1, len(half) - 1))
     whole = (scatters[0] + scatters[1]) / (n - 1)
     norm = torch.linalg.matrix_norm(whole).item()
     first = top_eigenpair(whole)[0]
@@ -144,28 +142,20 @@ def top_eigenpair(matrix: Tensor) -> tuple[float, Tensor]:
     >>> round(value, 6), vector.abs().tolist()
     (3.0, [0.0, 1.0, 0.0])
     """
-    order = len(matrix)
-    if order > EXACT_ORDER:
-        pair = _lanczos(matrix)
-        if pair is not None:
-            return pair
-    values, vectors = scipy.linalg.eigh(matrix.cpu().numpy(), subset_by_index=[order - 1, order - 1])
-    return float(values[0]), torch.from_numpy(vectors[:, 0].copy()).to(matrix.device)
+    array, order = matrix.cpu().numpy(), len(matrix)
+    pair = _lanczos(array) if order > EXACT_ORDER else None
+    if pair is None:
+        values, vectors = scipy.linalg.eigh(array, subset_by_index=[order - 1, order - 1])
+        pair = values[0], vectors[:, 0]
+    return float(pair[0]), torch.from_numpy(pair[1].copy()).to(matrix.device)
 
 
-def _lanczos(matrix: Tensor) -> tuple[float, Tensor] | None:
-    def product(vector: np.ndarray) -> np.ndarray:
-        result: np.ndarray = (matrix @ torch.from_numpy(vector).to(matrix.device)).cpu().numpy()
-        return result
-
-    order = len(matrix)
-    start = np.random.default_rng(0).standard_normal(order)  # fixed: the same matrix always gives the same digits
-    operator = scipy.sparse.linalg.LinearOperator((order, order), matvec=product, dtype=np.float64)
+def _lanczos(matrix: np.ndarray) -> tuple[float, np.ndarray] | None:
+    """Return the pair if the iterations converge to a small residual, else None."""
+    start = np.random.default_rng(0).standard_normal(len(matrix))  # fixed: the same matrix always gives the same digits
     try:
-        values, vectors = scipy.sparse.linalg.eigsh(operator, k=1, v0=start, tol=1e-9, maxiter=50)
+        values, vectors = scipy.sparse.linalg.eigsh(matrix, k=1, ncv=12, v0=start, tol=1e-9, maxiter=100)
     except scipy.sparse.linalg.ArpackError:
         return None
-    vector = torch.from_numpy(vectors[:, 0].copy()).to(matrix.device)
-    value = float(values[0])
-    residual = torch.linalg.vector_norm(matrix @ vector - value * vector).item()
-    return (value, vector) if residual <= 1e-7 * value else None
+    residual = matrix @ vectors[:, 0] - values[0] * vectors[:, 0]
+    return (values[0], vectors[:, 0]) if np.linalg.norm(residual) <= 1e-7 * values[0] else None

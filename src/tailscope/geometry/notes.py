@@ -69,17 +69,16 @@ def class_notes(entries: Sequence[Entry], facts: Sequence[Facts], dropped: Seque
     return [f"{text}: {names}" for names, text in found if names]
 
 
-def verdict_notes(entries: Sequence[Entry], unit_flags: Sequence[bool | None]) -> list[str]:
+def verdict_notes(entries: Sequence[Entry], differing: Sequence[bool]) -> list[str]:
     """Return warnings about verdicts that depend on a convention, on label noise, or on the sheer number of samples."""
-    noisy, small, differ = [], [], []
-    for entry, unit in zip(entries, unit_flags, strict=True):
+    noisy, small = [], []
+    for entry in entries:
         flagged = entry["spread_gap_flagged"]
         if flagged and entry["spread_gap_trimmed_deg"] < entry["spread_gap_deg"] / 2:
             noisy.append(entry)
         if flagged and not entry["spread_gap_material"]:
             small.append(entry)
-        if flagged is not None and unit is not None and flagged != unit:
-            differ.append(entry)
+    differ = [entry for entry, does in zip(entries, differing, strict=True) if does]
     found = [
         (_named(noisy), "the gap halves without the furthest tenth of samples: it may be label noise among the unseen"),
         (_named(small), "significant but small gap (below 2 degrees, rank below 0.6)"),

@@ -1,6 +1,9 @@
 """Verdicts on classes: permutation tests of every class, continued where many classes demand it, then BH."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +20,14 @@ from tailscope.geometry.calibration import (
     continue_draws,
     draw,
     false_discovery,
+    group_p,
     needs_more,
+    standardize,
 )
 from tailscope.geometry.fields import Entry
 from tailscope.geometry.measure import gather
+from tailscope.geometry.parallel import map_classes
 from tailscope.geometry.permutation import make_pool
-from tailscope.geometry.pooling import GroupTests
 from tailscope.geometry.rows import ClassRows
 from tailscope.seeds import numpy_stream
 
@@ -62,8 +67,22 @@ class UnitMaker:
         return Units(np.concatenate([first[1], seen + second[1]]), seen, total)
 
 
+@dataclass(frozen=True)
+class Chance:
+    """What permutations say about one class: values by chance, and per test of `TESTS` the comparison with them.
+
+    `counts` are None below 5 training samples; `units` compares with centres that are means of unit vectors;
+    `standardized` holds each test's values for the group tests.
+    """
+
+    nulls: Entry = field(default_factory=dict)
+    counts: tuple[Count | None, ...] = (None, None)
+    units: tuple[Count | None, ...] = (None, None)
+    standardized: tuple[np.ndarray | None, ...] = (None, None)
+
+
 class ClassTests:
-    """Permutation tests of all classes: `run` once a class, then `finish`."""
+    """Permutation tests of all classes: `run` once a class, in any thread, then `finish`."""
 
     def __init__(
         self, train: ClassRows, unseen: ClassRows, units: UnitMaker,
@@ -72,76 +91,93 @@ class ClassTests:
         self._sides = train, unseen
         self._units = units
         self._permutations, self._alpha, self._seed, self._keys = permutations, alpha, seed, keys
-        self.groups = GroupTests(permutations) if permutations else None
-        # Per test: the comparison with raw and with unit vectors of each class that gets a verdict.
-        self._counts: dict[str, list[Count | None]] = {field: [] for field, _, _ in TESTS}
-        self._unit_counts: dict[str, list[Count | None]] = {field: [] for field, _, _ in TESTS}
 
-    def run(self, rows: Tensor, k: int, group: str | None) -> Entry:
-        """Permute class k, whose rows [n + m, d] hold training samples first; return its values by chance."""
+    def run(self, rows: Tensor, k: int) -> Chance:
+        """Permute class k, whose rows [n + m, d] hold training samples first."""
         n, m = (side.count(k) for side in self._sides)
-        verdict = n >= VERDICT_SAMPLES and m > 0
-        found: Entry = {}
-        counts: list[list[Count | None]] = [[None] * len(TESTS)] * 2
-        if self.groups is not None and n and m:
-            pools = [make_pool(rows)]
-            if verdict:
-                pools.append(make_pool(torch.nn.functional.normalize(rows, dim=1)))
-            rng = numpy_stream(self._seed, "geometry", "permute", self._keys[k])
-            drawn = draw(pools, self._units.units(k), self._permutations, rng, resolution_deg(rows.dtype))
-            self.groups.add(group, drawn[0], rng)
-            ratio = drawn[0].null("log_variance_ratio")
-            found = {
-                "center_shift_null_deg": drawn[0].null("shift"),
-                "spread_gap_null_deg": drawn[0].null("gap"),
-                "spread_train_null_deg": drawn[0].null("spread"),
-                "escape_rate_null": drawn[0].null("escape"),
-                "variance_ratio_null": None if ratio is None else float(np.exp(ratio)),
-            }
-            if verdict:
-                counts = [[draws.count(statistic) for _, statistic, _ in TESTS] for draws in drawn]
-        for i, (field, _, _) in enumerate(TESTS):
-            self._counts[field].append(counts[0][i])
-            self._unit_counts[field].append(counts[1][i])
-        return found
+        if not (self._permutations and n and m):
+            return Chance()
+        pools = [make_pool(rows)]
+        if n >= VERDICT_SAMPLES:
+            pools.append(make_pool(torch.nn.functional.normalize(rows, dim=1)))
+        rng = numpy_stream(self._seed, "geometry", "permute", self._keys[k])
+        drawn = draw(pools, self._units.units(k), self._permutations, rng, resolution_deg(rows.dtype))
+        raw = drawn[0]
+        ratio = raw.null("log_variance_ratio")
+        nulls = {
+            "center_shift_null_deg": raw.null("shift"),
+            "spread_gap_null_deg": raw.null("gap"),
+            "spread_train_null_deg": raw.null("spread"),
+            "escape_rate_null": raw.null("escape"),
+            "variance_ratio_null": None if ratio is None else float(np.exp(ratio)),
+        }
+        standardized = tuple(standardize(raw, statistic, self._permutations, rng) for _, statistic, _ in TESTS)
+        if n < VERDICT_SAMPLES:
+            return Chance(nulls, standardized=standardized)
+        counts, units = (tuple(draws.count(statistic) for _, statistic, _ in TESTS) for draws in drawn)
+        return Chance(nulls, counts, units, standardized)
 
-    def finish(self, entries: Sequence[Entry]) -> list[bool]:
+    def finish(self, entries: Sequence[Entry], chances: Sequence[Chance]) -> list[bool]:
         """Fill in p, q and verdicts; return for which classes unit vectors would change the verdict on the gap."""
-        differing = [False] * len(entries)
-        for field, statistic, two_sided in TESTS:
-            p = _p_values(self._counts[field], two_sided)
-            unit_p = _p_values(self._unit_counts[field], two_sided)
-            if field == "spread_gap":
-                flags = zip(false_discovery(p), false_discovery(unit_p), strict=True)
-                differing = [
-                    a is not None and b is not None and (a <= self._alpha) != (b <= self._alpha) for a, b in flags
-                ]
-            draws = [None if count is None else count.draws for count in self._counts[field]]
-            self._continue(field, statistic, two_sided, p, draws)
-            q = false_discovery(p)
-            for entry, *values, number in zip(entries, p, q, unit_p, draws, strict=True):
-                entry[f"{field}_p"], entry[f"{field}_q"], entry[f"{field}_unit_p"] = values
-                entry[f"{field}_permutations"] = number
-                entry[f"{field}_flagged"] = None if values[1] is None else values[1] <= self._alpha
+        differing: list[bool] = []
+        for i, (name, _, two_sided) in enumerate(TESTS):
+            counts = [chance.counts[i] for chance in chances]
+            p = _p_values(counts, two_sided)
+            unit_p = _p_values([chance.units[i] for chance in chances], two_sided)
+            if name == "spread_gap":
+                differing = [a != b for a, b in zip(self._flags(p), self._flags(unit_p), strict=True)]
+            draws = [None if count is None else count.draws for count in counts]
+            self._continue(i, counts, p, draws)
+            columns: dict[str, Sequence[Any]] = {
+                "p": p,
+                "q": false_discovery(p),
+                "flagged": self._flags(p),
+                "unit_p": unit_p,
+                "permutations": draws,
+            }
+            for part, column in columns.items():
+                for entry, value in zip(entries, column, strict=True):
+                    entry[f"{name}_{part}"] = value
         for entry in entries:
             if entry["spread_gap_deg"] is not None and entry["train_count"] >= VERDICT_SAMPLES:
                 large = entry["spread_gap_deg"] >= MATERIAL_GAP_DEG
                 entry["spread_gap_material"] = bool(large or entry["escape_rank"] >= MATERIAL_RANK)
         return differing
 
+    def _flags(self, p: Sequence[float | None]) -> list[bool | None]:
+        return [None if q is None else q <= self._alpha for q in false_discovery(p)]
+
     def _continue(
-        self, field: str, statistic: int, two_sided: bool, p: list[float | None], draws: list[int | None]
+        self, test: int, counts: Sequence[Count | None], p: list[float | None], draws: list[int | None]
     ) -> None:
         """Draw more permutations, in place, where their number alone keeps classes from being flagged."""
+        name, statistic, two_sided = TESTS[test]
         sides = 2 if two_sided else 1
         if not needs_more(p, sides / (self._permutations + 1), self._alpha):
             return
-        limit = int(np.ceil(sides * sum(value is not None for value in p) / self._alpha))
-        for k, count in enumerate(self._counts[field]):
-            if count is not None and count.is_open(two_sided) and limit > count.draws:
-                pool = make_pool(gather(*self._sides, k))
-                rng = numpy_stream(self._seed, "geometry", "continue", field, self._keys[k])
-                p[k], draws[k] = continue_draws(pool, self._units.units(k), count, statistic, limit, two_sided, rng)
+        limit = math.ceil(sides * sum(value is not None for value in p) / self._alpha)
+        found = [(k, c) for k, c in enumerate(counts) if c is not None and c.is_open(two_sided) and c.draws < limit]
+
+        def one(i: int) -> tuple[float, int]:
+            k, count = found[i]
+            rng = numpy_stream(self._seed, "geometry", "continue", name, self._keys[k])
+            pool = make_pool(gather(*self._sides, k))
+            return continue_draws(pool, self._units.units(k), count, statistic, limit, two_sided, rng)
+
+        longer = map_classes(one, len(found), self._sides[0].features.device)
+        for (k, _), (value, number) in zip(found, longer, strict=True):
+            p[k], draws[k] = value, number
+
+
+def group_p_values(chances: Sequence[Chance]) -> Callable[[str, Sequence[int]], float | None]:
+    """Return the function that tests a group of classes: (test, classes) to the p-value, None where undefined."""
+
+    def p(name: str, classes: Sequence[int]) -> float | None:
+        i, two_sided = next((i, test[2]) for i, test in enumerate(TESTS) if test[0] == name)
+        parts = [chances[k].standardized[i] for k in classes]
+        return group_p([part for part in parts if part is not None], two_sided)
+
+    return p
 
 
 def _p_values(counts: Sequence[Count | None], two_sided: bool) -> list[float | None]:
