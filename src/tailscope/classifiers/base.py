@@ -110,3 +110,18 @@ def row_blocks(rows: int, classes: int) -> Iterator[slice]:
     step = max(1, LOGITS_AT_ONCE // classes)
     for start in range(0, rows, step):
         yield slice(start, start + step)
+
+
+def stratified_holdout(codes: IntArray, seed: int) -> NDArray[np.bool_]:
+    """Return which samples to hold out: a fifth of each class, at least one, but none of a class with one sample.
+
+    >>> int(stratified_holdout(np.array([0] * 10 + [1] * 2 + [2]), seed=0).sum())
+    3
+    """
+    generator = np.random.default_rng(seed)
+    held_out = np.zeros(len(codes), dtype=bool)
+    for k in range(codes.max() + 1):
+        members = generator.permutation(np.flatnonzero(codes == k))
+        if len(members) > 1:
+            held_out[members[: max(1, round(0.2 * len(members)))]] = True
+    return held_out

@@ -8,9 +8,17 @@ Each has `base`, the linear classifier that it starts from: a call-string of thi
 from typing import Literal, Self
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from tailscope.classifiers.base import CLASSIFIERS, Floats, IntArray, LinearClassifier, fit_base, row_blocks
+from tailscope.classifiers.base import (
+    CLASSIFIERS,
+    Floats,
+    IntArray,
+    LinearClassifier,
+    fit_base,
+    row_blocks,
+    stratified_holdout,
+)
 
 TAUS = np.linspace(0, 2, 21)
 
@@ -43,10 +51,10 @@ class TauNorm(LinearClassifier):
 
     Args:
         base: the classifier to normalise.
-        tau: 0 leaves the base as it is, 1 gives all classes the same norm; "holdout" chooses from 0, 0.1, ... 2 by
-            mean recall on a fifth of each class held out from training (classes with one sample have no say; ties
-            go to the smallest), then starts again from all samples. That is honest only for features that were not
-            trained on these samples: otherwise choose tau on unseen samples.
+        tau: 0 keeps the weights, 1 gives all classes the same norm. None chooses from 0, 0.1, ... 2 by mean recall on
+            a fifth of each class held out of training (classes with one sample have no say; ties go to the
+            smallest); then trains on all samples. `tau_` tells. Such a choice is honest only where the encoder was
+            not trained on these samples: otherwise choose tau on unseen ones.
         bias: "centre" (ours) writes the base around the mean training feature, then drops its bias there, so that the
             features' origin does not matter. "drop" drops the bias as it is, as the authors' code does: harmless
             where training kept it small, ruinous after a softmax regression with a free bias on features far from
@@ -58,7 +66,7 @@ class TauNorm(LinearClassifier):
         self,
         *,
         base: str | LinearClassifier = "softmax",
-        tau: float | Literal["holdout"] = "holdout",
+        tau: float | None = None,
         bias: Literal["centre", "drop", "scale", "keep"] = "centre",
         random_state: int = 0,
     ) -> None:
@@ -72,12 +80,7 @@ class TauNorm(LinearClassifier):
         features, codes = self._training_data(X, y)
         if self.bias not in ("centre", "drop", "scale", "keep"):
             raise ValueError(f"bias must be 'centre', 'drop', 'scale' or 'keep', got {self.bias!r}")
-        if isinstance(self.tau, str):
-            if self.tau != "holdout":
-                raise ValueError(f"tau must be a number or 'holdout', got {self.tau!r}")
-            self.tau_ = self._choose_tau(features, codes)
-        else:
-            self.tau_ = float(self.tau)
+        self.tau_ = self._choose_tau(features, codes) if self.tau is None else self.tau
         base = fit_base(self.base, features, self.classes_[codes])
         norms, divided, kept = self._parts(base, features)
         self.coef_ = base.coef_ / norms[:, None] ** self.tau_
@@ -85,7 +88,7 @@ class TauNorm(LinearClassifier):
         return self
 
     def _choose_tau(self, features: Floats, codes: IntArray) -> float:
-        held_out = stratified_holdout(codes, 0.2, np.random.default_rng(self.random_state))
+        held_out = stratified_holdout(codes, self.random_state)
         if not held_out.any():
             return 0.0
         base = fit_base(self.base, features[~held_out], self.classes_[codes[~held_out]])
@@ -113,17 +116,3 @@ class TauNorm(LinearClassifier):
             "keep": (nothing, base.intercept_),
         }[self.bias]
         return np.where(norms > 0, norms, 1).astype(norms.dtype), divided, kept
-
-
-def stratified_holdout(codes: IntArray, share: float, generator: np.random.Generator) -> NDArray[np.bool_]:
-    """Return which samples to hold out: of each class `share`, at least one, but none of a class with one sample.
-
-    >>> int(stratified_holdout(np.array([0] * 10 + [1] * 2 + [2]), 0.2, np.random.default_rng(0)).sum())
-    3
-    """
-    held_out = np.zeros(len(codes), dtype=bool)
-    for k in range(codes.max() + 1):
-        members = generator.permutation(np.flatnonzero(codes == k))
-        if len(members) > 1:
-            held_out[members[: max(1, round(share * len(members)))]] = True
-    return held_out

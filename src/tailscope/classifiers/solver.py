@@ -87,6 +87,7 @@ def fit_softmax(
     stopping: Stopping,
     offset: Floats | None = None,
     smoothing: Floats | None = None,
+    start: tuple[Floats, Floats] | None = None,
 ) -> tuple[Floats, Floats, int]:
     """Fit multinomial logistic regression, with what the long-tailed variants add to it.
 
@@ -105,6 +106,7 @@ def fit_softmax(
         stopping: tolerance and limit.
         offset: [C] added to the logits in training only.
         smoothing: [C] in [0, 1).
+        start: weight [C, d] and bias [C] to begin at instead of 0.
 
     Returns:
         weight [C, d], bias [C], number of iterations.
@@ -114,7 +116,7 @@ def fit_softmax(
     classes = len(class_weight)
     dtype = features.dtype
     sample_weight = torch.tensor(class_weight, dtype=dtype)[labels] / rows
-    mean, variance, basis = _damped_whitening(features, sample_weight, l2)
+    mean, variance, basis, inverse = _damped_whitening(features, sample_weight, l2)
     shift = torch.tensor(np.zeros(classes) if offset is None else offset, dtype=dtype)
     smooth = None if smoothing is None else torch.tensor(smoothing, dtype=dtype)[labels] * classes / (classes - 1)
 
@@ -132,8 +134,11 @@ def fit_softmax(
             loss = loss + smooth[block] * (logits.gather(1, target[:, None])[:, 0] - logits.mean(dim=1))
         return loss @ sample_weight[block]
 
-    start = [torch.zeros(classes, dims, dtype=dtype), torch.zeros(classes, dtype=dtype)]
-    (weight, bias), iterations = minimise(start, expand, row_loss, rows, classes, stopping)
+    first = [torch.zeros(classes, dims, dtype=dtype), torch.zeros(classes, dtype=dtype)]
+    if start is not None:
+        weight, bias = (torch.tensor(value, dtype=dtype) for value in start)
+        first = [weight @ inverse, bias + weight @ mean]
+    (weight, bias), iterations = minimise(first, expand, row_loss, rows, classes, stopping)
     return weight.numpy(), bias.numpy(), iterations
 
 
@@ -142,8 +147,8 @@ def shared_tensor(X: Floats) -> Tensor:
     return torch.from_numpy(np.require(X, requirements=["C", "W"]))
 
 
-def _damped_whitening(features: Tensor, sample_weight: Tensor, l2: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the weighted mean [d], the mean variance, and the matrix [d, d] that takes coordinates to weights.
+def _damped_whitening(features: Tensor, sample_weight: Tensor, l2: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the weighted mean [d], the mean variance, and [d, d] matrices B and A: W = z B' and z = W A.
 
     Half the covariance bounds the curvature of the cross-entropy (Böhning 1992). A tenth of the mean variance is added
     to it, because full whitening also stretches directions that carry little but noise, which slows the search.
@@ -161,4 +166,4 @@ def _damped_whitening(features: Tensor, sample_weight: Tensor, l2: float) -> tup
     eigenvalues, vectors = torch.linalg.eigh(covariance)
     scale = (0.5 * eigenvalues.clamp(min=0) + (l2 + 0.1) * variance).rsqrt()
     dtype = features.dtype
-    return mean, variance.to(dtype), (vectors * scale).to(dtype)
+    return mean, variance.to(dtype), (vectors * scale).to(dtype), (vectors / scale).to(dtype)
