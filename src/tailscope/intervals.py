@@ -39,6 +39,15 @@ class Interval:
         """Return `points`, `ci95` and `ci95_seeds` as result files hold them."""
         return {"points": self.estimate, "ci95": as_list(self.ci95), "ci95_seeds": as_list(self.ci95_seeds)}
 
+    def widened(self, factor: float) -> "Interval":
+        """Return the same estimate with intervals `factor` times as wide, for standard errors known to be too small."""
+
+        def widen(bounds: Bounds | None) -> Bounds | None:
+            centre = self.estimate
+            return bounds and (centre + factor * (bounds[0] - centre), centre + factor * (bounds[1] - centre))
+
+        return Interval(self.estimate, widen(self.ci95), widen(self.ci95_seeds), self.kind)
+
     def excludes_zero(self) -> bool:
         """Return whether `ci95` exists and lies on one side of 0."""
         return self.ci95 is not None and (self.ci95[0] > 0 or self.ci95[1] < 0)
