@@ -1,7 +1,7 @@
 """Every claim of the paper as a checked statement."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tailscope.paper.claims_accuracy import figure3, table1
@@ -29,7 +29,7 @@ def document(evidence: Evidence, claims: Sequence[Claim], created: str) -> dict[
     }
 
 
-def tally(claims: Sequence[dict[str, Any]]) -> str:
+def tally(claims: Sequence[Mapping[str, Any]]) -> str:
     """Return how many claims hold, fail and are undecided.
 
     >>> tally([{"verdict": "holds"}, {"verdict": "holds"}, {"verdict": "fails"}])

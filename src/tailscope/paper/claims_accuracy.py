@@ -46,11 +46,10 @@ def label(row: str) -> str:
 
 def table1(evidence: Evidence) -> Iterator[Claim]:
     """Yield the orderings of Table 1, next to each other in the paper's order of accuracy."""
-    if "swap" not in evidence.results:
-        return
-    printed = published.table1(evidence.dataset or "")
+    rows, printed = evidence.accuracies(), published.table1(evidence.dataset or "")
     for name, sentence, higher, lower in TABLE1:
-        yield _ordering(evidence, f"table1/{name}", sentence, "Table 1, Figure 2", (higher, lower), printed)
+        if higher in rows and lower in rows:
+            yield _ordering(evidence, f"table1/{name}", sentence, "Table 1, Figure 2", (higher, lower), printed)
 
 
 def figure3(evidence: Evidence) -> Iterator[Claim]:
@@ -58,21 +57,24 @@ def figure3(evidence: Evidence) -> Iterator[Claim]:
 
     Neighbours imply the rest. Nothing is yielded for data that the paper has no Figure 3 of.
     """
-    printed = published.figure3(evidence.dataset or "")
-    if "ladder" not in evidence.results or not printed:
-        return
+    rows, printed = evidence.accuracies(), published.figure3(evidence.dataset or "")
+    for name, sentence, higher, lower in _figure3_orderings(printed) if printed else ():
+        if higher in rows and lower in rows:
+            yield _ordering(evidence, f"fig3/{name}", sentence, "Figure 3", (higher, lower), printed)
+
+
+def _figure3_orderings(printed: Mapping[str, float]) -> Iterator[tuple[str, str, str, str]]:
+    """Yield (name, sentence, higher row, lower row)."""
     for name, title in AUGMENTATIONS.items():
         climbing = sorted(RUNGS, key=lambda rung: printed[f"{name}: {rung}"])
-        for lower, higher in pairwise(climbing):
-            sentence = f"With {title} in stage 1, {RUNGS[higher]} is above {RUNGS[lower]}"
-            rows = f"{name}: {higher}", f"{name}: {lower}"
-            yield _ordering(evidence, f"fig3/{name}/{higher}-above-{lower}", sentence, "Figure 3", rows, printed)
+        for low, high in pairwise(climbing):
+            sentence = f"With {title} in stage 1, {RUNGS[high]} is above {RUNGS[low]}"
+            yield f"{name}/{high}-above-{low}", sentence, f"{name}: {high}", f"{name}: {low}"
     for rung, title in RUNGS.items():
         climbing = sorted(AUGMENTATIONS, key=lambda name: printed[f"{name}: {rung}"])
-        for lower, higher in pairwise(climbing):
-            sentence = f"At {title}, {AUGMENTATIONS[higher]} is above {AUGMENTATIONS[lower]}"
-            rows = f"{higher}: {rung}", f"{lower}: {rung}"
-            yield _ordering(evidence, f"fig3/{rung}/{higher}-above-{lower}", sentence, "Figure 3", rows, printed)
+        for low, high in pairwise(climbing):
+            sentence = f"{title}: {AUGMENTATIONS[high]} is above {AUGMENTATIONS[low]}"
+            yield f"{rung}/{high}-above-{low}", sentence, f"{high}: {rung}", f"{low}: {rung}"
 
 
 def _ordering(

@@ -71,7 +71,7 @@ def build(evidence: Evidence) -> Iterator[tuple[Table, Table]]:
     for name, printed in (("table1", published.table1(dataset)), ("fig3", published.figure3(dataset))):
         ours = {row: accuracy for row, accuracy in rows.items() if (": " in row) == (name == "fig3")}
         if ours:
-            yield _accuracies(name, made_by, {row: ours[row] for row in printed or ours}, printed)
+            yield _accuracies(name, made_by, {row: ours[row] for row in printed or ours if row in ours}, printed)
     if "geometry" in evidence.results:
         for name in FIGURES:
             yield _figure(name, made_by, evidence.results["geometry"])

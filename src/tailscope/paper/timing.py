@@ -49,7 +49,7 @@ class Rates:
         return training + plan.views * self.view + plan.clean * self.clean
 
 
-def measure(lab: Lab, recipe: Recipe, plan: Plan, seconds: float = SECONDS) -> Rates:
+def measure(lab: Lab, recipe: Recipe, plan: Plan, seconds: float | None = None) -> Rates:
     """Time what the plan needs on the first training images: steps, augmentation, extraction.
 
     Steps are timed without compiling, which would take longer than the measurement may. Long trainings compile
@@ -59,11 +59,11 @@ def measure(lab: Lab, recipe: Recipe, plan: Plan, seconds: float = SECONDS) -> R
         lab: the data and the runtime.
         recipe: the model, the batches and the precision.
         plan: names the augmentations.
-        seconds: how long everything together may take.
+        seconds: how long everything together may take; default `SECONDS`.
     """
     runtime = replace(lab.runtime, progress=Quiet())
     augmentations = {b.augment for b in plan.backbones}
-    share = seconds / (4 + len(augmentations))
+    share = (SECONDS if seconds is None else seconds) / (4 + len(augmentations))
     images = lab.data.train.images
     model = new_model(recipe.model, images.shape[-1], lab.data.train.num_classes, seed=0).to(runtime.device)
     augmented = images[:AUGMENTED].to(runtime.device)

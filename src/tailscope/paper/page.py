@@ -1,0 +1,198 @@
+"""Generate the page of reproductions: `python -m tailscope.paper.page results docs/reproduction.md`.
+
+Every folder under `results` that holds result files has a block in the page, between two comments that name it:
+
+    <!-- results: cifar10-fast -->
+    ...
+    <!-- /results: cifar10-fast -->
+
+Blocks are written anew, `overview` among them; everything outside of them is prose that stays as it is. A folder
+without a block gets one at the end. With `--check` nothing is written, and the exit code says whether the page is up to
+date.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tailscope.errors import UserError
+from tailscope.paper import claims, side_by_side
+from tailscope.paper.evidence import Evidence
+from tailscope.paper.timing import duration
+from tailscope.report.files import write as write_file
+from tailscope.report.results import Result, load
+from tailscope.report.table_model import Column, Table
+from tailscope.report.tables import to_markdown
+from tailscope.report.text import DASH, listed, plural, significant, with_interval
+
+BLOCK = re.compile(r"<!-- results: (?P<name>\S+) -->\n.*?<!-- /results: (?P=name) -->", re.DOTALL)
+OPENING = re.compile(r"<!-- /?results: (\S+) -->")
+TRAINED = ("swap", "ladder", "geometry")
+OVERVIEW = "overview"
+
+
+def generate(results: Path, text: str) -> str:
+    """Return the page `text` with every block written anew from the folders under `results`.
+
+    Raises:
+        UserError: there are no results, the page names some that are not there, a block's end is missing, or a folder
+            mixes data sets or recipes.
+    """
+    folders = _folders(results)
+    if not folders:
+        raise UserError(f"{results}: no folder with result files; run `tailscope reproduce` with --out in it")
+    named = OPENING.findall(text)
+    for name in named:
+        if name not in folders and name != OVERVIEW:
+            raise UserError(f"the page's block 'results: {name}' has no result files in {results / name}")
+    stored = {name: _read(folder) for name, folder in folders.items()}
+    blocks = {OVERVIEW: _overview(stored), **{name: _block(name, found) for name, found in stored.items()}}
+    for name in stored:
+        if name not in named:
+            text = f"{text.rstrip()}\n\n{_marked(name, '')}\n"
+    if len(OPENING.findall(text)) != 2 * len(BLOCK.findall(text)):
+        raise UserError("the page has a block 'results: NAME' without its end '/results: NAME', or the other way round")
+    return BLOCK.sub(lambda block: _marked(block["name"], blocks[block["name"]]), text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write or check the page; return the exit code: 0, 1 (out of date) or 2 (a mistake, told in one line)."""
+    parser = argparse.ArgumentParser(prog="python -m tailscope.paper.page", description=str(__doc__).split("\n")[0])
+    parser.add_argument("results", type=Path, help="folder with a folder of result files for each reproduction")
+    parser.add_argument("page", type=Path, help="Markdown file whose blocks are written anew")
+    parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
+    options = parser.parse_args(arguments)
+    try:
+        old = options.page.read_text(encoding="utf-8")
+        new = generate(options.results, old)
+        if options.check and new != old:
+            print(f"{options.page} is out of date", file=sys.stderr)  # noqa: T201
+            return 1
+        if not options.check:
+            write_file(options.page, new)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    return 0
+
+
+def _folders(results: Path) -> dict[str, Path]:
+    """Return the folders with result files by their path below `results`."""
+    found = {path.parent for verb in TRAINED for path in results.rglob(f"{verb}.json")}
+    return {folder.relative_to(results).as_posix(): folder for folder in sorted(found)}
+
+
+def _read(folder: Path) -> dict[str, Result]:
+    """Return a folder's results by verb; `claims` are decided anew where there is no claims.json."""
+    found = load(folder)
+    trained = {verb: found[verb] for verb in TRAINED if verb in found}
+    identities = {(r["dataset"]["name"], r["recipe"]["name"], str(r["spec"].get("profile"))) for r in trained.values()}
+    if len(identities) > 1:
+        raise UserError(f"{folder}: holds results of different data sets or recipes; give each a folder of its own")
+    if "claims" not in found:
+        evidence = Evidence(trained)
+        trained["claims"] = claims.document(evidence, claims.check(evidence), "")
+    else:
+        trained["claims"] = found["claims"]
+    return trained
+
+
+def _overview(stored: Mapping[str, Mapping[str, Result]]) -> str:
+    rows = []
+    for name, results in stored.items():
+        evidence = _evidence(results)
+        rows.append(
+            {
+                "folder": f"results/{name}",
+                "dataset": _dataset(evidence),
+                "recipe": side_by_side.label_of(evidence.recipe),
+                "seeds": _seeds(evidence),
+                "hardware": _hardware(evidence),
+                "claims": claims.tally(results["claims"]["claims"]),
+            }
+        )
+    return to_markdown(Table(OVERVIEW, "What was run", [Column(field, field) for field in rows[0]], rows))
+
+
+def _block(name: str, results: Mapping[str, Result]) -> str:
+    evidence = _evidence(results)
+    parts = [f"### {_dataset(evidence)}, {side_by_side.label_of(evidence.recipe)}", _card(name, evidence)]
+    parts += [to_markdown(written) for _, written in side_by_side.build(evidence)]
+    if results["claims"]["claims"]:
+        parts.append(to_markdown(_claims(results["claims"]["claims"])))
+    return "\n".join(f"{part.rstrip()}\n" for part in parts)
+
+
+def _card(name: str, evidence: Evidence) -> str:
+    """Return what a reader must know to compare these numbers with others."""
+    cards = [row for result in evidence.results.values() for row in result["provenance"]]
+    trained = {row["key"]: row for row in cards}
+    seconds = sum(row["seconds"] for row in trained.values())
+    first = next(iter(evidence.results.values()))
+    versions = first["environment"]["versions"]
+    parameters = listed(sorted({f"{row['model']} ({row['parameters']:,} parameters)" for row in cards}))
+    lines = [
+        f"- Recipe `{evidence.recipe['name']}`: {evidence.recipe['card']}",
+        f"- Seeds {_seeds(evidence)}; long-tailed subset {listed(sorted({h[:16] for h in first['subset_sha256']}))}… "
+        f"({sum(first['counts']):,} images)",
+        f"- {parameters}; {plural(len(trained), 'backbone')}, {duration(seconds)} of training on {_hardware(evidence)}",
+        f"- {', '.join(f'{package} {version}' for package, version in versions.items())}",
+        f"- Files: `results/{name}`",
+    ]
+    return "\n".join(lines)
+
+
+def _claims(stored: Sequence[Mapping[str, Any]]) -> Table:
+    rows = [
+        {
+            **claim,
+            "paper": significant(claim.get("published")),
+            "ours": with_interval(significant(claim["estimate"]), claim["ci95"], 3, 1.0),
+            "direction": DASH if claim.get("as_claimed") is None else "yes" if claim["as_claimed"] else "no",
+            "why": claim.get("reason") or DASH,
+        }
+        for claim in stored
+    ]
+    columns = [
+        Column("figure", "where"),
+        Column("claim", "claim"),
+        Column("statistic", "what decides it"),
+        Column("paper", "paper"),
+        Column("ours", "ours [95 %]"),
+        Column("direction", "estimate as claimed"),
+        Column("verdict", "verdict"),
+        Column("why", "why"),
+    ]
+    return Table("claims", f"The paper's claims on these results: {claims.tally(stored)}", columns, rows)
+
+
+def _evidence(results: Mapping[str, Result]) -> Evidence:
+    return Evidence({verb: results[verb] for verb in TRAINED if verb in results})
+
+
+def _dataset(evidence: Evidence) -> str:
+    first = next(iter(evidence.results.values()))
+    return evidence.dataset or str(first["dataset"]["name"])
+
+
+def _seeds(evidence: Evidence) -> str:
+    """Return the seeds, by experiment where they differ."""
+    seeds = {verb: " ".join(map(str, result["seeds"])) for verb, result in evidence.results.items()}
+    if len(set(seeds.values())) == 1:
+        return next(iter(seeds.values()))
+    return ", ".join(f"{verb} {text}" for verb, text in seeds.items())
+
+
+def _hardware(evidence: Evidence) -> str:
+    return listed(sorted({row["device"] for r in evidence.results.values() for row in r["provenance"]}))
+
+
+def _marked(name: str, content: str) -> str:
+    return f"<!-- results: {name} -->\n{content}<!-- /results: {name} -->"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

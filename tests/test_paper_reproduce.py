@@ -1,0 +1,224 @@
+"""`reproduce` on scikit-learn's digits with recipes of a few steps: plan, resume, claims, refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+import tailscope.cli_paper  # registers the verb
+from tailscope.data.sources import load
+from tailscope.errors import UserError
+from tailscope.experiments.lab import Lab
+from tailscope.intervals import paired
+from tailscope.paper import targets
+from tailscope.paper.plan import make_plan
+from tailscope.paper.reproduce import EXPERIMENTS, Request, run_reproduce
+from tailscope.paper.runs import outcomes, runs
+from tailscope.paper.timing import Rates, duration, measure
+from tailscope.store import Store
+from tailscope.training.recipes import RECIPES, Recipe
+from tailscope.training.runtime import Runtime
+
+BENCHMARK = targets.Benchmark("digits", "exp:20", "nested", tuple(targets.EXPERIMENT))
+TINY = Recipe.model_validate(
+    RECIPES["demo"].model_dump()
+    | {
+        "name": "tiny",
+        "stage1": {"epochs": 3, "batch": 64, "learning_rate": 0.1, "precision": "fp32"},
+        "stage2": {"steps": 20, "batch": 64, "learning_rate": 0.1, "precision": "fp32"},
+        "views": 1,
+    }
+)
+# What a process of its own needs to know this file's recipe and data set.
+CHILD = f"""
+from pathlib import Path
+from tailscope.paper import targets
+from tailscope.paper.reproduce import Request, run_reproduce
+from tailscope.training.recipes import RECIPES, Recipe
+RECIPES["tiny"] = Recipe.model_validate_json({TINY.model_dump_json()!r})
+targets.BENCHMARKS["digits-lt"] = targets.Benchmark("digits", "exp:20", "nested", tuple(targets.EXPERIMENT))
+"""
+SLEEP_AFTER_A_CHECKPOINT = """
+import time
+from tailscope.training import stage1
+save = stage1.save_tensors
+stage1.save_tensors = lambda *checkpoint: (save(*checkpoint), time.sleep(600))
+"""
+
+
+@pytest.fixture(autouse=True)
+def _known(monkeypatch):
+    monkeypatch.setitem(RECIPES, "tiny", TINY)
+    monkeypatch.setitem(targets.BENCHMARKS, "digits-lt", BENCHMARK)
+    monkeypatch.setattr("tailscope.paper.timing.SECONDS", 0.05)
+
+
+def request_of(out, what="table1", **options):
+    return Request(what, "digits-lt", out, **{"seeds": "1", "recipe": "tiny", **options})
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits")
+
+
+def test_the_plan_is_told_before_the_work_and_kept(tmp_path):
+    told = []
+    done = run_reproduce(request_of(tmp_path), tell=told.append)
+    text = "\n".join(told)
+    assert "seeds 0, subset seed 0; recipe tiny: shortened, NOT a reproduction" in text
+    assert "backbone lt: to train" in text
+    assert "classifiers: 4 to fit, 0 stored" in text
+    assert "estimated time here" in text
+    assert set(done["results"]) == {"swap"}
+    assert {path.name for path in (tmp_path / "tables").iterdir()} == {
+        f"paper-table1.{s}" for s in ("csv", "md", "tex")
+    }
+    stored = json.loads((tmp_path / "claims.json").read_text())
+    assert stored["claims"] == done["claims"]
+    assert {claim["ci95_kind"] for claim in stored["claims"]} == {"item"}
+    assert {claim["verdict"] for claim in stored["claims"]} == {"undecided"}
+
+    told.clear()
+    again = run_reproduce(request_of(tmp_path, "fig2"), tell=told.append)
+    assert "  nothing to train: every stage is stored" in told
+    assert "estimated time" not in "\n".join(told)
+    assert again["results"]["swap"]["cells"] == done["results"]["swap"]["cells"]
+
+
+def test_runs_list_exactly_what_the_experiments_train(tmp_path, digits):
+    settings = request_of(tmp_path).settings().model_copy(update={"permutations": 0})
+    lab = Lab(digits, Store(tmp_path), Runtime.choose("cpu"))
+    everything = list(EXPERIMENTS)
+    before = make_plan(lab, settings, everything)
+    assert [b.encoder for b in before.backbones] == ["lt", "true", "lt+mixup", "lt+autoaugment", "lt+autoaugment+mixup"]
+    assert (before.classifiers, before.classifiers_stored) == (4 + 12 - 1, 0)  # the bound of `none` is lt->true
+    assert before.backbones[0].images == 3 * sum(lab.long_tailed("exp:20", "nested", 0).spec.counts)
+    results = {name: experiment(lab, settings) for name, experiment in EXPERIMENTS.items()}
+    assert lab.trained == 5 + 15
+    after = make_plan(lab, settings, everything)
+    assert after.complete
+    assert (after.views, after.to_train) == (0, [])
+    for name in everything:
+        listed = [(run.row, run.seed, run.backbone_key) for run in runs(lab, settings, name)]
+        assert listed == [(row["row"], row["seed"], row["key"]) for row in results[name]["provenance"]]
+    recalled = outcomes(lab, settings, "ladder")
+    for name, rungs in results["ladder"]["augmentations"].items():
+        for rung, cell in rungs.items():
+            assert recalled[f"{name}: {rung}"].mean(1).tolist() == cell["accuracy"]
+    right = outcomes(lab, settings, "swap")
+    difference = paired(right["true->lt"].astype(float) - right["lt->true"])
+    parts = results["swap"]["attribution"]
+    expected = parts["representation"]["points"] - parts["classifier"]["points"]
+    assert difference.estimate == pytest.approx(expected)
+
+
+def test_time_is_what_the_rates_say(tmp_path, digits):
+    settings = request_of(tmp_path).settings()
+    lab = Lab(digits, Store(tmp_path), Runtime.choose("cpu"))
+    plan = make_plan(lab, settings, ["swap"])
+    augment = plan.backbones[0].augment
+    rates = Rates(step=2.0, augment={augment: 1.0}, view=10.0, clean=100.0)
+    images = sum(b.images for b in plan.backbones)
+    assert plan.views == 2 * len(digits.train)  # one view of D* a backbone, shared by its classifiers
+    assert plan.clean == 2 * len(digits.test)
+    assert rates.estimate(plan) == 3 * images + 10 * plan.views + 100 * plan.clean
+    measured = measure(lab, settings.recipe, plan, seconds=0.1)
+    assert min(measured.step, measured.view, measured.clean, *measured.augment.values()) > 0
+    assert duration(3600 * 2) == "2 h 0 min"
+
+
+def test_only_the_plan_trains_nothing(tmp_path):
+    done = run_reproduce(request_of(tmp_path, "all"), tell=lambda text: None, plan_only=True)
+    assert len(done["plan"]["backbones"]) == 5
+    assert done["estimated_seconds"] > 0
+    assert not (tmp_path / "store" / "stage1").exists()
+    assert not (tmp_path / "claims.json").exists()
+
+
+def test_a_killed_run_started_again_gives_the_same_numbers(tmp_path):
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    call = f"run_reproduce(Request('table1', 'digits-lt', Path({str(killed)!r}), seeds='1', recipe='tiny'))"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", CHILD + SLEEP_AFTER_A_CHECKPOINT + call], env=environment, stdout=subprocess.DEVNULL
+    )
+    checkpoints = "store/scratch/stage1-*/checkpoint.safetensors"
+    try:
+        while not list(killed.glob(checkpoints)):
+            assert process.poll() is None, "ended before its first checkpoint"
+            time.sleep(0.05)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (killed / "swap.json").exists()
+    resumed, uninterrupted = (run_reproduce(request_of(out), tell=lambda text: None) for out in (killed, whole))
+    assert resumed["results"]["swap"]["cells"] == uninterrupted["results"]["swap"]["cells"]
+    assert resumed["claims"] == uninterrupted["claims"]
+    assert not list(killed.glob(checkpoints))  # it was this backbone that went on
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request("table2", "cifar10-lt", None), "reproduce table2: unknown; known: table1, fig2"),
+        (Request("table1", "imagenet-lt", None), "--dataset imagenet-lt: cannot be reproduced here"),
+        (Request("fig3", "cifar100-lt", None), "`tailscope ladder --data cifar100` runs the experiment"),
+        (Request("table1", "cifar10-lt", None, quick=True, recipe="paper"), "--quick means --recipe fast"),
+        (Request("table1", "cifar10-lt", None, recipe="papper"), "--recipe papper: unknown"),
+        (Request("table1", "cifar10-lt", None, seeds="0"), "--seeds 0"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_loaded(request_, message):
+    with pytest.raises(UserError) as error:
+        run_reproduce(request_)
+    assert message in str(error.value)
+
+
+def test_results_of_another_spec_are_kept_and_left_out(tmp_path):
+    run_reproduce(request_of(tmp_path), tell=lambda text: None)
+    with pytest.raises(UserError, match="another spec"):
+        run_reproduce(request_of(tmp_path, seeds="2"), tell=lambda text: None)
+    stored = json.loads((tmp_path / "swap.json").read_text())
+    (tmp_path / "ladder.json").write_text(
+        json.dumps(stored | {"schema": "tailscope.ladder/1", "augmentations": {}, "spec": {"recipe": "other"}})
+    )
+    done = run_reproduce(request_of(tmp_path), tell=lambda text: None)
+    assert set(done["results"]) == {"swap"}
+
+
+def test_quick_is_the_recipe_fast_and_the_default_the_papers():
+    assert Request("table1", "cifar10-lt", None, quick=True).settings().recipe.name == "fast"
+    settings = Request("table1", "cifar10-lt", None).settings()
+    assert (settings.recipe.name, settings.subset_seed, settings.protocol) == ("paper", 0, "ldam")
+    assert settings.seeds == (0, 1, 2)
+
+
+def test_the_verb_prints_json_and_help_loads_no_torch(tmp_path, monkeypatch):
+    monkeypatch.setattr("tailscope.report.build", lambda out: out / "report.html")
+    options = [
+        "reproduce",
+        "table1",
+        "--dataset",
+        "digits-lt",
+        "--recipe",
+        "tiny",
+        "--seeds",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
+    result = CliRunner().invoke(tailscope.cli_paper.app, [*options, "--json"], catch_exceptions=False)
+    done = json.loads(result.stdout)
+    assert done["label"].endswith("NOT a reproduction")
+    assert len(done["claims"]) == 3
+    shown = CliRunner().invoke(tailscope.cli_paper.app, options, catch_exceptions=False).stdout
+    assert "true→lt" in shown
+    assert "3 undecided" in shown
+    quick = "import sys, tailscope.cli_paper; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", quick], check=True)

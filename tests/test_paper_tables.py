@@ -1,0 +1,180 @@
+"""The tables beside the paper's, and the page generated from stored results."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+
+import result_factory as factory
+from tailscope.errors import UserError
+from tailscope.paper import published
+from tailscope.paper.evidence import Evidence
+from tailscope.paper.page import generate, main
+from tailscope.paper.side_by_side import build, write
+from tailscope.report.tables import to_csv, to_markdown
+
+PROSE = "# Title\n\nWhy ours differ: *because*.\n"
+OVERVIEW = "<!-- results: overview -->\n<!-- /results: overview -->\n"
+
+
+def tables(**results):
+    return {numbers.name: (numbers, written) for numbers, written in build(Evidence(results))}
+
+
+def read_csv(table):
+    return list(csv.DictReader(io.StringIO(to_csv(table))))
+
+
+def cifar(make, **options):
+    return make(name="cifar10", **{"converged": True, **options})
+
+
+def test_table_1_is_paper_ours_difference():
+    swap = cifar(factory.swap)
+    numbers, written = tables(swap=swap)["table1"]
+    rows = {row["cell"]: row for row in read_csv(numbers)}
+    for cell, paper in published.table1("cifar10-lt").items():
+        accuracy = swap["cells"][cell]["accuracy"]
+        mean = sum(accuracy) / 3
+        sd = (sum((a - mean) ** 2 for a in accuracy) / 2) ** 0.5
+        row = rows[cell]
+        assert float(row["paper"]) == paper
+        assert float(row["ours"]) == pytest.approx(mean)
+        assert float(row["ours_sd"]) == pytest.approx(sd)
+        assert float(row["difference"]) == pytest.approx(mean - paper)
+        assert row["close"] == ("yes" if abs(mean - paper) <= 0.015 else "no")
+        shown = f"| {100 * paper:.2f} % | {100 * mean:.2f} ± {100 * sd:.2f} (3) |"
+        assert shown in to_markdown(written)
+    assert "NOT" not in written.title
+
+
+def test_figure_3_has_its_sixteen_cells_even_for_one_seed():
+    numbers, written = tables(ladder=cifar(factory.ladder, seeds=1))["fig3"]
+    rows = read_csv(numbers)
+    assert {row["cell"] for row in rows} == set(published.figure3("cifar10-lt"))
+    assert {row["ours_sd"] for row in rows} == {""}
+    assert "±" not in to_markdown(written).split(":---")[-1]
+
+
+def test_a_shortened_recipe_is_never_called_a_reproduction():
+    for _, written in tables(swap=cifar(factory.swap, converged=False)).values():
+        assert "NOT a reproduction" in written.title
+
+
+def test_figures_4_to_8_hold_each_groups_mean_and_deviation():
+    geometry = cifar(factory.geometry)
+    found = tables(geometry=geometry)
+    assert set(found) == {"fig4", "fig5", "fig6", "fig7", "fig8"}
+    row = next(r for r in read_csv(found["fig8"][0]) if (r["measure"], r["encoder"]) == ("center_shift_deg", "lt"))
+    seeds = geometry["encoders"]["lt"]["seeds"].values()
+    values = [run["paper"]["groups"]["tail"]["center_shift_deg"] for run in seeds]
+    assert float(row["tail"]) == pytest.approx(np.mean(values))
+    assert float(row["tail_sd"]) == pytest.approx(np.std(values, ddof=1))
+
+
+def test_an_undefined_group_is_empty_not_zero():
+    geometry = cifar(factory.geometry)
+    for run in geometry["encoders"]["lt"]["seeds"].values():
+        run["paper"]["groups"]["head"] = None
+    row = read_csv(tables(geometry=geometry)["fig4"][0])[0]
+    assert (row["head"], row["head_sd"]) == ("", "")
+    assert "–" in to_markdown(tables(geometry=geometry)["fig4"][1])
+
+
+def test_data_without_printed_numbers_get_ours_alone():
+    numbers, written = tables(swap=factory.swap())["table1"]
+    assert {(row["paper"], row["difference"], row["close"]) for row in read_csv(numbers)} == {("", "", "")}
+    assert "–" in to_markdown(written)
+
+
+def test_a_partial_table_shows_the_cells_there_are():
+    swap = cifar(factory.swap)
+    swap["cells"] = {cell: swap["cells"][cell] for cell in ("lt->lt", "lt->true")}
+    assert [row["cell"] for row in read_csv(tables(swap=swap)["table1"][0])] == ["lt->lt", "lt->true"]
+
+
+def test_every_table_is_written_in_three_formats(tmp_path):
+    paths = write(tmp_path, list(build(Evidence({"swap": cifar(factory.swap)}))))
+    assert sorted(p.name for p in paths) == ["paper-table1.csv", "paper-table1.md", "paper-table1.tex"]
+    assert r"\begin{tabular}" in (tmp_path / "tables" / "paper-table1.tex").read_text()
+
+
+# -- the page ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def results(tmp_path):
+    root = tmp_path / "results"
+    factory.write(root / "cifar10-paper", swap=cifar(factory.swap), claims=factory.claims())
+    factory.write(root / "cifar10-fast", swap=cifar(factory.swap, seeds=1, converged=False))
+    return root
+
+
+def test_the_page_keeps_prose_and_writes_blocks(results):
+    page = generate(results, f"{PROSE}\n{OVERVIEW}\nMore prose.\n")
+    assert page.startswith(PROSE)
+    assert "\nMore prose.\n" in page
+    for name in ("cifar10-paper", "cifar10-fast"):
+        assert page.count(f"<!-- results: {name} -->") == page.count(f"<!-- /results: {name} -->") == 1
+    fast = page.split("<!-- results: cifar10-fast -->")[1].split("<!-- /results")[0]
+    assert "NOT a reproduction" in fast
+    assert "3 are needed" in fast  # claims are decided where there is no claims.json
+    assert "MixUp shrinks the escape rate" in page  # and taken from it where there is
+    assert "| results/cifar10-fast | cifar10-lt |" in page
+
+
+def test_the_page_is_stable_and_prose_within_it_stays(results):
+    page = generate(results, PROSE + OVERVIEW)
+    assert generate(results, page) == page
+    commented = page.replace(
+        "<!-- results: cifar10-paper -->", "The gap has a cause.\n\n<!-- results: cifar10-paper -->"
+    )
+    assert generate(results, commented) == commented
+
+
+def test_new_results_change_the_page(results):
+    page = generate(results, PROSE)
+    path = results / "cifar10-paper" / "swap.json"
+    stored = json.loads(path.read_text())
+    stored["cells"]["lt->lt"]["accuracy"] = [0.7, 0.71, 0.72]
+    path.write_text(json.dumps(stored))
+    assert "71.00 ± 1.00 (3)" in generate(results, page)
+
+
+def test_a_page_of_results_that_are_gone_is_refused(results):
+    with pytest.raises(UserError, match=r"block 'results: old' has no result files"):
+        generate(results, "<!-- results: old -->\n<!-- /results: old -->\n")
+    with pytest.raises(UserError, match="without its end"):
+        generate(results, "<!-- results: cifar10-fast -->\n")
+    with pytest.raises(UserError, match="no folder with result files"):
+        generate(results / "cifar10-fast" / "nothing", PROSE)
+
+
+def test_a_folder_of_two_recipes_is_refused(results):
+    factory.write(results / "cifar10-fast", ladder=cifar(factory.ladder))
+    with pytest.raises(UserError, match="different data sets or recipes"):
+        generate(results, PROSE)
+
+
+def test_check_tells_whether_the_page_is_up_to_date(results, tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text(PROSE)
+    assert main([str(results), str(page), "--check"]) == 1
+    assert page.read_text() == PROSE
+    assert main([str(results), str(page)]) == 0
+    assert main([str(results), str(page), "--check"]) == 0
+    assert main([str(results), str(tmp_path / "missing.md")]) == 2
+    assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_the_committed_page_says_what_the_committed_results_say():
+    from conftest import REPOSITORY
+
+    if not (REPOSITORY / "results").is_dir():
+        pytest.skip("no results in this checkout")
+    page = (REPOSITORY / "docs" / "reproduction.md").read_text(encoding="utf-8")
+    assert generate(REPOSITORY / "results", page) == page, (
+        "run: python -m tailscope.paper.page results docs/reproduction.md"
+    )
