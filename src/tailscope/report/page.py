@@ -41,12 +41,12 @@ def build(out: Path | str, *, figures: bool = True) -> Path:
             save(figure, panels[figure.name], data, out / "figures")
     table_files.write(out, found)
     context = _context(found, drawn, panels) | {"data": charts.columns(data), "files": figures}
-    return write(out / "report.html", _template().render(context))
+    return write(out / "report.html", template("template.html.j2").render(context))
 
 
 def _context(found: Results, drawn: list[Figure], panels: dict[str, list[Spec]]) -> dict[str, Any]:
     result = results.first(found)
-    shown = {figure.name: _entry(figure) for figure in drawn}
+    shown = {figure.name: entry(figure) for figure in drawn}
     tables = {table.name: table for table in table_contents.tables(found)}
     if "geometry" in found:
         tables |= {f"measures-{name}": table_contents.measures(found, name) for name in VARIANTS}
@@ -70,11 +70,11 @@ def _context(found: Results, drawn: list[Figure], panels: dict[str, list[Spec]])
         "measures": [*measures.PAPER, *measures.CALIBRATED] if "geometry" in found else [],
         "sources": ", ".join(f"{verb}.json" for verb in found),
         "version": tailscope.__version__,
-        "specs": _specs(drawn, panels),
+        "specs": specs(drawn, panels),
         "config": look.config(PAGE_FONT, legend=False),
-        "style": Markup(_colours() + _asset("page.css")),
-        "script": Markup(_asset("page.js")),
-        "vega": Markup(_vega()),
+        "style": Markup(style()),
+        "script": Markup(asset("page.js")),
+        "vega": Markup(vega()),
     }
 
 
@@ -85,7 +85,8 @@ def warnings(found: Results) -> list[str]:
     return list(dict.fromkeys([*texts, *results.mismatches(found)]))
 
 
-def _entry(figure: Figure) -> dict[str, Any]:
+def entry(figure: Figure) -> dict[str, Any]:
+    """Return what the template's macro `figure` needs."""
     parts = [
         {"title": panel.title, "legend": panel.keys, "id": f"{figure.name}-{k}"}
         for k, panel in enumerate(figure.panels)
@@ -94,7 +95,7 @@ def _entry(figure: Figure) -> dict[str, Any]:
     return {"figure": figure, "panels": parts, "shared_keys": shared}
 
 
-def _specs(drawn: list[Figure], panels: dict[str, list[Spec]]) -> dict[str, Any]:
+def specs(drawn: list[Figure], panels: dict[str, list[Spec]]) -> dict[str, Any]:
     """Return each panel's description for its container, with the names of the rows that it needs."""
     found = {}
     for figure in drawn:
@@ -140,13 +141,13 @@ def _class_note(found: Results) -> str:
     return " ".join([*parts, "An en dash means undefined."])
 
 
-def _colours() -> str:
-    """Return the colours as CSS variables: light, dark where the reader prefers it, always light on paper."""
+def style() -> str:
+    """Return the style sheet, after the colours as CSS variables: light, dark where preferred, light on paper."""
     light = _variables(look.LIGHT | {"wash": WASH["light"]})
     dark = _variables(look.DARK | {"wash": WASH["dark"]})
     return (
         f":root {{ {light} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
-        f"@media print {{ :root {{ {light} }} }}\n"
+        f"@media print {{ :root {{ {light} }} }}\n" + asset("page.css")
     )
 
 
@@ -155,17 +156,22 @@ def _variables(colours: dict[str, str]) -> str:
 
 
 @cache
-def _vega() -> str:
+def vega() -> str:
     """Return the Vega runtime as one script; nothing in it may end the script early."""
     bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     return bundle.replace("</script", "<\\/script")
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """Return a file of this package as text."""
     return package_files("tailscope.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _template() -> Any:
+def template(name: str) -> Any:
+    """Return a template; the macros that stand before the page in `template.html.j2` are there in every one."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["prose"] = lambda text: text.replace(" %", "\u00a0%").replace(" → ", "\u00a0→\u00a0")
-    return environment.from_string(_asset("template.html.j2"))
+    text = asset(name)
+    if name != "template.html.j2":
+        text = asset("template.html.j2").split("<!doctype html>")[0] + text
+    return environment.from_string(text)
