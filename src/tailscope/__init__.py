@@ -3,11 +3,15 @@
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["ladder", "load", "swap"]
+__all__ = ["diagnose", "ladder", "load", "swap"]
 
 
 def __getattr__(name: str) -> Any:
     """Import the Python API on first use, so that `tailscope --help` need not wait for PyTorch."""
+    if name == "diagnose":
+        from tailscope.diagnosis import diagnose
+
+        return diagnose
     if name in __all__:
         from tailscope import api
 

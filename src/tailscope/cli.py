@@ -252,3 +252,6 @@ def _print_json(value: Any) -> None:
     import json
 
     typer.echo(json.dumps(value, indent=1, allow_nan=False))
+
+
+from tailscope import cli_diagnose  # noqa: E402, F401 - registers its verb

@@ -4,7 +4,7 @@
 """
 
 from tailscope.report import story, tables
-from tailscope.report.page import build
+from tailscope.report.pages import build
 from tailscope.report.results import load
 
 __all__ = ["build", "load", "story", "tables"]

@@ -1,0 +1,225 @@
+"""`diagnose`: measure, judge, advise, and put everything together as `diagnosis.json` holds it."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tailscope.diagnosis.advice import advise
+from tailscope.diagnosis.encoders import compare, pair_up, same_names
+from tailscope.diagnosis.inputs import Inputs, Source, as_table, bursts, read
+from tailscope.diagnosis.neighbours import confusable_pairs
+from tailscope.diagnosis.outcomes import Outcomes, score
+from tailscope.diagnosis.verdict import accuracies, judge
+from tailscope.errors import UserError
+from tailscope.experiments.results import versions
+from tailscope.geometry import describe
+from tailscope.linear_classifier import LinearClassifier
+from tailscope.progress import Progress, Quiet
+from tailscope.training.runtime import Runtime
+
+Several = Source | Sequence[Source]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a diagnosis depends on besides its inputs.
+
+    Attributes:
+        ceiling: the accuracy that would be perfect, in (0, 1].
+        permutations: of each test; 0 leaves the tests out.
+        alpha: false discovery rate at which classes and groups are flagged.
+        verdict: whether to fit classifiers and judge.
+        drop_duplicates: whether unseen samples that are also training samples are left out.
+        seed: of permutations, folds and hold-outs.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    ceiling: float = 1.0
+    permutations: int = 999
+    alpha: float = 0.05
+    verdict: bool = True
+    drop_duplicates: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ceiling <= 1:
+            raise UserError(f"--ceiling {self.ceiling}: expected an accuracy above 0 and at most 1")
+        if not 0 < self.alpha < 1:
+            raise UserError(f"--alpha {self.alpha}: expected a number between 0 and 1")
+        if self.permutations < 0 or self.seed < 0:
+            raise UserError("--permutations and --seed: expected whole numbers of at least 0")
+
+
+def diagnose(
+    train: Several,
+    unseen: Several,
+    *,
+    test: Several | None = None,
+    classifier: LinearClassifier | Path | str | Sequence[Path | str] | None = None,
+    ceiling: float = 1.0,
+    permutations: int = 999,
+    alpha: float = 0.05,
+    verdict: bool = True,
+    drop_duplicates: bool = False,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Say where accuracy is lost on given features, for which classes, how sure that is, and what to try.
+
+    Args:
+        train: features of the training samples, a `FeatureTable` or a file; or a list of them, one an encoder.
+        unseen: features of samples from the true distribution that had no part in training; a list like `train`.
+        test: features that only score, or None: then the unseen samples score, cross-fitted.
+        classifier: the linear classifier in use, or None for a softmax regression on the training features.
+        ceiling: the accuracy that would be perfect, in (0, 1].
+        permutations: of each test; 0 leaves the tests out.
+        alpha: false discovery rate at which classes and groups are flagged.
+        verdict: False leaves out everything that fits classifiers.
+        drop_duplicates: leave out unseen samples that are also training samples.
+        seed: of permutations, folds and hold-outs.
+        progress: is told how far the work is.
+
+    Returns:
+        `diagnosis.json` as a dictionary.
+
+    Raises:
+        UserError: an input or option is wrong, in one line.
+    """
+    settings = Settings(ceiling, permutations, alpha, verdict, drop_duplicates, seed)
+    return run(prepare(train, unseen, test, classifier, settings), settings, progress or Quiet())
+
+
+def prepare(
+    train: Several, unseen: Several, test: Several | None, classifier: Any, settings: Settings
+) -> dict[str, Inputs]:
+    """Read and check the inputs of every encoder; of several, the samples are paired.
+
+    Raises:
+        UserError: as `read`; or the lists differ in length or samples.
+    """
+    trains, others = _many(train), [_many(given) for given in (unseen, test, classifier)]
+    for given, option in zip(others, ("--unseen", "--test", "--classifier"), strict=True):
+        if given and len(given) != len(trains):
+            raise UserError(f"{option}: {len(given)} given for {len(trains)} --train; give one for each, in this order")
+    if not trains or not others[0]:
+        raise UserError("--train and --unseen: give both")
+    filled = [given or [None] * len(trains) for given in others]
+    found: dict[str, Inputs] = {}
+    for first, second, third, linear in zip(trains, *filled, strict=True):
+        table = as_table(first)
+        reference = next(iter(found.values()), None)
+        if reference is not None:
+            table = same_names(reference.train, table)
+        inputs = read(table, second, third, linear, drop_duplicates=settings.drop_duplicates)
+        name = _free_name(Path(table.source).stem, found)
+        found[name] = inputs if reference is None else _paired(reference, inputs)
+    return found
+
+
+def spec(inputs: dict[str, Inputs], settings: Settings) -> dict[str, Any]:
+    """Return what the result depends on: the numbers of every input, and the settings."""
+    return {"encoders": {name: one.fingerprints() for name, one in inputs.items()}, **asdict(settings)}
+
+
+def run(inputs: dict[str, Inputs], settings: Settings, progress: Progress) -> dict[str, Any]:
+    """Diagnose prepared inputs; of several encoders the first is the reference, flat at the top of the result.
+
+    Raises:
+        UserError: the unseen samples are too few for a verdict.
+    """
+    results, outcomes = {}, {}
+    for name, one in inputs.items():
+        results[name], outcomes[name] = _one(one, settings, progress)
+    first = next(iter(inputs.values()))
+    result = {
+        "schema": "tailscope.diagnosis/1",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["tailscope", *sys.argv[1:]]),
+        "spec": spec(inputs, settings),
+        "environment": {"versions": versions(), "hardware": Runtime.choose("cpu").describe()},
+        "dataset": {
+            "name": next(iter(inputs)),
+            "class_names": list(first.names),
+            "train_images": len(first.train),
+            "unseen_images": len(first.unseen),
+            "test_images": None if first.test is None else len(first.test),
+        },
+        **results[next(iter(inputs))],
+    }
+    if len(inputs) > 1:
+        result |= {"encoders": results, "comparison": compare(inputs, results, outcomes)}
+    return result
+
+
+def _one(inputs: Inputs, settings: Settings, progress: Progress) -> tuple[dict[str, Any], Outcomes | None]:
+    """Return the part of a diagnosis that is one encoder's."""
+    train, unseen, names = inputs.train, inputs.unseen, inputs.names
+    first, second = bursts(train, unseen)
+    with progress.task("geometry", len(names)) as advance:
+        geometry = describe(
+            train.features,
+            train.labels,
+            unseen.features,
+            unseen.labels,
+            names,
+            permutations=settings.permutations,
+            alpha=settings.alpha,
+            seed=settings.seed,
+            train_bursts=first,
+            unseen_bursts=second,
+            progress=lambda done, total: advance(1),
+        )
+    warnings = [*inputs.warnings, *geometry.warnings]
+    outcomes = score(inputs, settings.seed, progress) if settings.verdict else None
+    seen = (None, None) if outcomes is None else (outcomes.labels, outcomes.predicted)
+    pairs = confusable_pairs(train, unseen, names, *seen)
+    accuracy = verdict = None
+    advice: list[dict[str, Any]] = []
+    if outcomes is not None:
+        accuracy = accuracies(outcomes, [entry["group"] for entry in geometry.classes])
+        verdict, caveats = judge(outcomes, geometry.classes, geometry.groups, settings.ceiling)
+        advice = advise(accuracy, verdict, geometry.classes, pairs)
+        warnings += caveats
+    result = {
+        "counts": train.counts(),
+        "groups_rule": geometry.groups_rule,
+        "classes": geometry.classes,
+        "groups": geometry.groups,
+        "accuracy": accuracy,
+        "verdict": verdict,
+        "advice": advice,
+        "pairs": pairs,
+        "warnings": list(dict.fromkeys(warnings)),
+    }
+    return result, outcomes
+
+
+def _paired(reference: Inputs, inputs: Inputs) -> Inputs:
+    """Return another encoder's inputs with the samples in the reference's order."""
+    if inputs.names != reference.names or (inputs.test is None) != (reference.test is None):
+        raise UserError(f"{inputs.train.source}: other classes than {reference.train.source}; compare the same data")
+    test = None
+    if inputs.test is not None and reference.test is not None:
+        test = pair_up(reference.test, inputs.test)
+    train, unseen = pair_up(reference.train, inputs.train), pair_up(reference.unseen, inputs.unseen)
+    return Inputs(train, unseen, test, inputs.classifier, inputs.names, inputs.warnings)
+
+
+def _many(given: Any) -> list[Any]:
+    if given is None:
+        return []
+    return list(given) if isinstance(given, list | tuple) else [given]
+
+
+def _free_name(name: str, taken: dict[str, Inputs]) -> str:
+    """Return the name, numbered where it is taken."""
+    number, free = 1, name
+    while free in taken:
+        number += 1
+        free = f"{name} {number}"
+    return free

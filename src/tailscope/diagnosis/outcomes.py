@@ -1,0 +1,209 @@
+"""Who gets which sample right: the classifier in use, the best remedy, and a classifier of the true distribution."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.exceptions import ConvergenceWarning
+
+from tailscope.bounds import INFLATION, Bound, Selection, cross_fitted, held_out, select_nested
+from tailscope.classifiers import LinearClassifier, LogitAdjustment, NearestClassMean, SoftmaxRegression, TauNorm
+from tailscope.classifiers.base import FeatureClassifier, Floats, IntArray
+from tailscope.classifiers.softmax import balanced_weights
+from tailscope.classifiers.solver import Stopping, fit_softmax
+from tailscope.diagnosis.inputs import Inputs, bursts
+from tailscope.errors import UserError
+from tailscope.feature_table import FeatureTable
+from tailscope.intervals import proportion
+from tailscope.progress import Progress
+
+BoolArray = npt.NDArray[np.bool_]
+FOLDS = 5
+TOL = 1e-4
+LARGE_TOL, LARGE = 1e-3, 10**10  # beyond so many rows * features * classes, tolerance gives way to time
+TAUS = (0.5, 1.0, 1.5)
+MAX_ITER = 500
+STEPS = ("current", "remedies", "bound")
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What each classifier gets right among the same m scored samples.
+
+    Attributes:
+        labels: [m].
+        predicted: [m], by the classifier in use.
+        current: [m] of bool.
+        current_name: the file of the classifier in use, or how it was fitted.
+        rebalanced: the best remedy, chosen on samples that it is not scored on.
+        remedies: accuracy of every remedy on all unseen samples.
+        bound: a classifier fitted to the true distribution.
+        inflation: by which intervals of differences to the bound are widened.
+        notes: warnings.
+    """
+
+    labels: IntArray
+    predicted: IntArray
+    current: BoolArray
+    current_name: str
+    rebalanced: Selection
+    remedies: dict[str, float]
+    bound: Bound
+    inflation: float
+    notes: tuple[str, ...]
+
+
+class FixedClassifier(LinearClassifier):
+    """A linear classifier that `fit` leaves as it is, so that remedies adjust it instead of training another.
+
+    Args:
+        weight: [C, d].
+        bias: [C].
+    """
+
+    def __init__(self, weight: Floats, bias: Floats) -> None:
+        self.weight = weight
+        self.bias = bias
+        self.coef_, self.intercept_ = weight, bias
+        self.classes_ = np.arange(len(weight))
+        self.n_features_in_ = weight.shape[1]
+
+    def fit(self, X: npt.ArrayLike, y: npt.ArrayLike) -> Self:
+        """Do nothing."""
+        return self
+
+    def __sklearn_clone__(self) -> Self:
+        return self
+
+
+def score(inputs: Inputs, seed: int, progress: Progress) -> Outcomes:
+    """Fit and score every classifier that a verdict compares.
+
+    Raises:
+        UserError: the unseen samples are too few to fit or to choose a classifier on.
+    """
+    train, unseen = _arrays(inputs.train), _arrays(inputs.unseen)
+    scored = unseen if inputs.test is None else _arrays(inputs.test)
+    notes: list[str] = []
+    with progress.task("classifiers", len(STEPS)) as advance, _convergence(notes):
+        current, name = _current(inputs, *train)
+        predicted = _predict(current, scored[0])
+        advance(1)
+        fitted = remedies(current, *train)
+        right = {text: _predict(remedy, unseen[0]) == unseen[1] for text, remedy in fitted.items()}
+        rebalanced = _rebalanced(inputs, fitted, right, scored, seed)
+        advance(1)
+        bound = _bound(inputs, unseen, scored, seed)
+        advance(1)
+    return Outcomes(
+        scored[1],
+        predicted,
+        predicted == scored[1],
+        name,
+        rebalanced,
+        {text: float(correct.mean()) for text, correct in right.items()},
+        bound,
+        INFLATION if inputs.test is None else 1.0,
+        tuple(notes),
+    )
+
+
+def remedies(base: FixedClassifier, features: Floats, labels: IntArray) -> dict[str, FeatureClassifier]:
+    """Return what re-balances a classifier on frozen features, fitted to training samples, simplest first.
+
+    The last, class-balanced retraining, is cRT's objective, searched from the classifier in use.
+    """
+    found: dict[str, FeatureClassifier] = {}
+    for tau in TAUS:
+        found[f"logit_adjustment(tau={tau})"] = LogitAdjustment(base=base, tau=tau)
+    for tau in TAUS:
+        found[f"tau_norm(tau={tau})"] = TauNorm(base=base, tau=tau)
+    found["ncm"] = NearestClassMean()
+    for remedy in found.values():
+        remedy.fit(features, labels)
+    stopping = Stopping(tolerance(features, len(base.classes_)), MAX_ITER)
+    balance, start = balanced_weights(np.bincount(labels)), (base.coef_, base.intercept_)
+    weight, bias, _ = fit_softmax(features, labels, balance, SoftmaxRegression().l2, stopping, start=start)
+    return found | {"crt": FixedClassifier(weight, bias)}
+
+
+def tolerance(features: Floats, classes: int) -> float:
+    """Return at which relative change a softmax regression stops."""
+    return LARGE_TOL if features.size * classes > LARGE else TOL
+
+
+def _arrays(table: FeatureTable) -> tuple[Floats, IntArray]:
+    """Return features in 32 or 64 bits, and labels."""
+    features = table.features if table.features.dtype.itemsize >= 4 else table.features.float()
+    return features.numpy(), table.labels.numpy()
+
+
+def _current(inputs: Inputs, features: Floats, labels: IntArray) -> tuple[FixedClassifier, str]:
+    given = inputs.classifier
+    if given is not None:
+        weight, bias = (tensor.numpy().astype(features.dtype) for tensor in (given.weight, given.bias))
+        return FixedClassifier(weight, bias), given.source
+    model = SoftmaxRegression(tol=tolerance(features, len(inputs.names)), max_iter=MAX_ITER).fit(features, labels)
+    return FixedClassifier(model.coef_, model.intercept_), "softmax regression on the training features"
+
+
+def _predict(model: FeatureClassifier, features: Floats) -> IntArray:
+    predicted: IntArray = model.predict(features)
+    return predicted
+
+
+def _rebalanced(
+    inputs: Inputs,
+    fitted: dict[str, FeatureClassifier],
+    right: dict[str, BoolArray],
+    scored: tuple[Floats, IntArray],
+    seed: int,
+) -> Selection:
+    """Choose a remedy on unseen samples and score it on others: on the test set, or nested where there is none."""
+    labels = inputs.unseen.labels.numpy()
+    if inputs.test is None:
+        codes = bursts(inputs.unseen)[0]
+        units = len(labels) if codes is None else len(codes.unique())
+        if units < 2:
+            raise UserError(f"{inputs.unseen.source}: too few samples for a verdict; give more, or use --no-verdict")
+        return select_nested(
+            right, labels, folds=min(FOLDS, units), bursts=None if codes is None else codes.numpy(), seed=seed
+        )
+    best = max(right, key=lambda name: right[name].mean())
+    correct = _predict(fitted[best], scored[0]) == scored[1]
+    return Selection(correct, proportion(correct[None]), (best,), best)
+
+
+def _bound(inputs: Inputs, unseen: tuple[Floats, IntArray], scored: tuple[Floats, IntArray], seed: int) -> Bound:
+    classifier = f"softmax(choose_l2=True, tol={tolerance(unseen[0], len(inputs.names))})"
+    try:
+        if inputs.test is not None:
+            return held_out(*unseen, *scored, classifier=classifier, seed=seed)
+        codes = bursts(inputs.unseen)[0]
+        together = None if codes is None else codes.numpy()
+        return cross_fitted(*unseen, classifier=classifier, folds=FOLDS, bursts=together, seed=seed)
+    except ValueError as error:
+        why = " ".join(str(error).split())
+        raise UserError(
+            f"{inputs.unseen.source}: no classifier can be fitted to the unseen samples ({why}); give more samples, or "
+            "use --no-verdict"
+        ) from None
+
+
+@contextmanager
+def _convergence(notes: list[str]) -> Iterator[None]:
+    """Turn solvers' warnings into notes, each once."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
+        yield
+    found: dict[str, Any] = {}
+    for entry in caught:
+        if issubclass(entry.category, ConvergenceWarning):
+            found[f"a classifier {entry.message}"] = None
+        else:
+            warnings.warn_explicit(entry.message, entry.category, entry.filename, entry.lineno)
+    notes.extend(found)
