@@ -1,0 +1,110 @@
+"""From a model's name and a checkpoint to an `Encoder`."""
+
+from pathlib import Path
+
+import torch
+
+from tailscope import seeds
+from tailscope.encoders import architectures, checkpoints
+from tailscope.encoders.architectures import Architecture
+from tailscope.encoders.checkpoints import Checkpoint
+from tailscope.encoders.encoder import Encoder, explains, measure, probe
+from tailscope.encoders.preprocessing import Wishes
+from tailscope.errors import UserError
+from tailscope.linear_classifier import LinearClassifier
+from tailscope.models import MODELS
+
+_UNTRAINED = {"timm": "random", "torchvision": "random", "project": "random", "user": "as the factory made them"}
+
+
+def load(
+    model: str,
+    checkpoint: Path | None = None,
+    *,
+    pretrained: bool = False,
+    channels: int = 3,
+    wishes: Wishes | None = None,
+) -> Encoder:
+    """Build a network, load its weights, and find its penultimate features.
+
+    Args:
+        model: one of the project's (`resnet32`, `resnet10`, `resnet32(width=64)`), `torchvision:NAME`, `timm:NAME` or
+            any timm name, or `module:factory` of the user's own.
+        checkpoint: local weights (see `tailscope.encoders.checkpoints`). Without, weights are random, and the same in
+            every process.
+        pretrained: take the weights that timm or torchvision publish, from their cache or the network.
+        channels: of the images, for the project's models without a checkpoint.
+        wishes: size and normalisation of the input, where the model's own are not wanted.
+
+    Raises:
+        UserError: the model is unknown or needs a package that is not installed; the checkpoint is missing, damaged or
+            does not fit; no pretrained weights can be had; or the model does not give features [B, d].
+    """
+    if checkpoint is not None and pretrained:
+        raise UserError("--checkpoint and --pretrained: give one of them")
+    kind, name = _kind(model)
+    if pretrained and kind in ("project", "user"):
+        raise UserError(f"--pretrained: there are no published weights of {model}; give a file with --checkpoint")
+    stored = None if checkpoint is None else checkpoints.read(checkpoint)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeds.derive(0, "encoder"))
+        built = _build(kind, name, stored, pretrained, channels, wishes or Wishes())
+    notes, classifier = [], None
+    if stored is not None:
+        classifier = checkpoints.fit(stored, built.model, model, built.classifiers)
+    elif pretrained or kind == "user":
+        classifier = _own_classifier(model, built)
+    else:
+        notes.append(f"{model}: the weights are random; give --checkpoint FILE for trained ones")
+    built.model.eval().requires_grad_(False)
+    x = probe(built.preprocessing)
+    features = measure(model, built.model, built.function, x)
+    if classifier is not None and not explains(classifier, built.model, features, x):
+        classifier = None
+        notes.append(f"{model}: its classifier is not linear in the features and was left out")
+    weights = checkpoint.name if checkpoint is not None else "pretrained" if pretrained else _UNTRAINED[kind]
+    return Encoder(
+        model,
+        built.model,
+        built.function,
+        built.how,
+        built.preprocessing,
+        features.shape[1],
+        weights,
+        classifier,
+        tuple(notes),
+    )
+
+
+def _kind(model: str) -> tuple[str, str]:
+    """Split a model's name into its kind and what names it there."""
+    kind, colon, name = model.partition(":")
+    if colon:
+        return (kind, name) if kind in ("timm", "torchvision") else ("user", model)
+    own = {entry.name for entry in MODELS}
+    return ("project" if model.partition("(")[0].strip() in own else "timm"), model
+
+
+def _build(
+    kind: str, name: str, stored: Checkpoint | None, pretrained: bool, channels: int, wishes: Wishes
+) -> Architecture:
+    if kind == "timm":
+        return architectures.from_timm(name, pretrained, wishes)
+    if kind == "torchvision":
+        return architectures.from_torchvision(name, pretrained, wishes)
+    if kind == "user":
+        return architectures.from_user(name, wishes)
+    foreign = False
+    if stored is not None:
+        foreign = stored.classifier is not None or stored.classifier_prefix(("classifier",)) != "classifier"
+        stem = stored.state.get("conv1.weight")
+        channels = channels if stem is None or stem.ndim != 4 else stem.shape[1]
+    return architectures.project(name, channels, foreign, wishes)
+
+
+def _own_classifier(model: str, built: Architecture) -> LinearClassifier | None:
+    """Return the classifier that a trained model came with."""
+    layer = built.model.get_submodule(built.classifiers[0]) if len(built.classifiers) == 1 else None
+    if not isinstance(layer, torch.nn.Linear):
+        return None
+    return LinearClassifier.from_arrays(layer.weight, layer.bias, source=model)

@@ -1,0 +1,155 @@
+"""From names to a feature file: what `tailscope features` does."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from tailscope.array_files import one_line
+from tailscope.data.decoding import find_unreadable, refuse
+from tailscope.data.opening import OpenedImages, open_images
+from tailscope.data.streams import ImageStream
+from tailscope.encoders.encoder import Encoder
+from tailscope.encoders.extraction import Options, extract_to_file
+from tailscope.encoders.loading import load
+from tailscope.encoders.preprocessing import Normalization, Wishes
+from tailscope.errors import UserError
+from tailscope.training.runtime import Runtime
+from tailscope.training.step import Normalizer
+
+
+@dataclass(frozen=True)
+class FeaturesResult:
+    """What was written.
+
+    Attributes:
+        features: the feature file.
+        rows: N.
+        width: d.
+        classes: number of classes that the data set knows.
+        resumed: rows that were there from a killed run.
+        skipped: images that could not be read and are not in the file.
+        classifier: the file with the checkpoint's classifier, or None where there is none.
+        warnings: what the user should know.
+    """
+
+    features: Path
+    rows: int
+    width: int
+    classes: int
+    resumed: int
+    skipped: int
+    classifier: Path | None
+    warnings: tuple[str, ...]
+
+
+def run_features(
+    model: str,
+    data: str,
+    out: Path,
+    *,
+    checkpoint: Path | None = None,
+    pretrained: bool = False,
+    split: str | None = None,
+    subset: Path | None = None,
+    data_root: Path | None = None,
+    normalize: str | None = None,
+    image_size: int | None = None,
+    verify: bool = False,
+    overwrite: bool = False,
+    options: Options | None = None,
+    runtime: Runtime | None = None,
+) -> FeaturesResult:
+    """Extract features with any encoder from any images, to a file; its classifier goes beside it.
+
+    Args:
+        model: see `tailscope.encoders.load`.
+        data: see `tailscope.data.opening.open_images`.
+        out: the feature file, `.npz`, `.safetensors` or `.parquet`. A checkpoint's classifier goes to
+            `NAME.classifier.npz` beside it.
+        checkpoint: local weights.
+        pretrained: take published weights of timm or torchvision.
+        split: of the data; needed where there are several.
+        subset: a `subset.json`: only those images, in its order.
+        data_root: where CIFAR, or the images of list files, lie.
+        normalize: `imagenet`, `cifar`, `data`, `none` or MEANS/DEVIATIONS, in place of the model's own.
+        image_size: height and width of the input, in place of the model's own.
+        verify: decode every image before anything else, and report all that cannot be read.
+        overwrite: replace `out`.
+        options: precision, batch, workers, what to do with unreadable images.
+        runtime: device and progress; default: automatic and silent.
+
+    Raises:
+        UserError: as the functions it calls; or `out` is there already.
+    """
+    options, runtime = options or Options(), runtime or Runtime.choose()
+    if out.exists() and not overwrite:
+        raise UserError(f"--out {out}: is there already; --overwrite replaces it")
+    opened = open_images(data, data_root=data_root)
+    split, images = opened.split(split)
+    if subset is not None:
+        images = images.take(_subset_rows(subset, len(images.labels)))
+    if verify:
+        _verify(images, options, runtime)
+    wishes = Wishes(normalize, image_size, _statistics(opened))
+    channels = opened.in_memory.images.shape[-1] if opened.in_memory is not None else 3
+    encoder = load(model, checkpoint, pretrained=pretrained, channels=channels, wishes=wishes)
+    if not encoder.preprocessing.one_size and opened.in_memory is None:
+        raise UserError(f"{data}: the images may differ in size, and {model} takes them as they are; give --image-size")
+    warnings = list(encoder.notes)
+    for note in warnings:
+        runtime.progress.note(note)
+    extraction = extract_to_file(encoder, images, out, runtime, options, {"data": data, "split": split})
+    if extraction.skipped:
+        warnings.append(str(refuse(images, extraction.skipped)))
+    return FeaturesResult(
+        out,
+        len(extraction.table),
+        encoder.width,
+        len(images.class_names),
+        extraction.resumed,
+        len(extraction.skipped),
+        _write_classifier(encoder, out),
+        tuple(warnings),
+    )
+
+
+def _verify(images: ImageStream, options: Options, runtime: Runtime) -> None:
+    """Decode everything; tell each image that cannot be read, and stop unless those are to be skipped."""
+    unreadable = find_unreadable(images, workers=options.workers, progress=runtime.progress)
+    for bad in unreadable:
+        runtime.progress.note(f"{bad.where}: {bad.reason}")
+    if unreadable and not options.skip_unreadable:
+        raise refuse(images, unreadable)
+
+
+def _subset_rows(path: Path, images: int) -> npt.NDArray[np.int64]:
+    """Return the rows that a `subset.json` keeps, classes ascending, in the order drawn."""
+    try:
+        by_class = json.loads(path.read_text())["indices"]
+        rows = np.concatenate([np.asarray(kept, dtype=np.int64) for kept in by_class])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"--subset {path}: no subset.json with 'indices' per class ({one_line(error)})") from None
+    if len(rows) == 0 or rows.min() < 0 or rows.max() >= images:
+        raise UserError(f"--subset {path}: its indices are not rows of these {images} images; was it drawn from them?")
+    return rows
+
+
+def _statistics(opened: OpenedImages) -> Normalization | None:
+    """Return the pixel statistics of the training split, where it is in memory."""
+    if opened.in_memory is None:
+        return None
+    measured = Normalizer.of(opened.in_memory.images)
+    mean, std = (tuple(v / 255 for v in t.tolist()) for t in (measured.mean, measured.std))
+    return Normalization(mean, std)
+
+
+def _write_classifier(encoder: Encoder, out: Path) -> Path | None:
+    """Write the encoder's classifier, if it has one, beside the features."""
+    if encoder.classifier is None:
+        return None
+    path = out.with_name(f"{out.stem}.classifier.npz")
+    encoder.classifier.save(path)
+    return path

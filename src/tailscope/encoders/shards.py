@@ -1,0 +1,109 @@
+"""Parts of an extraction on disk, so that a killed run continues where it stopped.
+
+They lie beside the output, in `OUT.shards/`: `spec.json` says what they are parts of; each shard, named by the first of
+its images, holds `features` [n, d] and `rows` [n], and is written whole or not at all.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import safe_open
+from torch import Tensor
+
+from tailscope.data.decoding import Unreadable
+from tailscope.errors import UserError
+from tailscope.spec import digest
+from tailscope.store import load_tensors, make_folder, save_tensors, write_json
+
+
+class Shards:
+    """The shards of one extraction of `total` images, `size` images each."""
+
+    def __init__(self, out: Path, total: int, size: int) -> None:
+        """Create the folder beside `out`.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        self.folder = make_folder(out.with_name(f"{out.name}.shards"), "--out")
+        self.total = total
+        self._size = size
+        self.starts = range(0, total, size)
+
+    def images(self, start: int) -> range:
+        """Return the rows of the images of a shard."""
+        return range(start, min(start + self._size, self.total))
+
+    def is_done(self, start: int) -> bool:
+        """Whether the shard is there."""
+        return self._path(start).is_file()
+
+    def write(self, start: int, features: Tensor, rows: Tensor, unreadable: list[Unreadable]) -> None:
+        """Store a shard: features [n, d] of the images `rows` [n], and what could not be read."""
+        meta = {"readable": len(rows), "unreadable": unreadable}
+        save_tensors(self._path(start), {"features": features, "rows": rows}, meta)
+
+    def read(self, start: int) -> tuple[Tensor, Tensor]:
+        """Return features and rows."""
+        tensors = load_tensors(self._path(start))
+        return tensors["features"], tensors["rows"]
+
+    def readable(self) -> int:
+        """Return how many images the shards that are there have features of."""
+        return sum(int(self._meta(start)["readable"]) for start in self.starts if self.is_done(start))
+
+    def unreadable(self) -> list[Unreadable]:
+        """Return the images that could not be read, in order."""
+        return [
+            Unreadable(*bad) for start in self.starts if self.is_done(start) for bad in self._meta(start)["unreadable"]
+        ]
+
+    @contextmanager
+    def opened(self, spec: dict[str, Any]) -> Iterator[None]:
+        """Keep other processes out, check that shards from before are of the same `spec`; remove the folder on success.
+
+        Raises:
+            UserError: another process is at work there, or the shards are of another extraction; the first field of
+                the spec that differs is named.
+        """
+        lock = FileLock(self.folder / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise UserError(f"{self.folder}: another process is extracting these features; wait for it") from None
+        try:
+            self._require_same(spec)
+            yield
+        finally:
+            lock.release()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _require_same(self, spec: dict[str, Any]) -> None:
+        path = self.folder / "spec.json"
+        if not path.is_file():
+            write_json(path, spec)
+            return
+        try:
+            found = json.loads(path.read_text())
+        except ValueError:
+            found = {}
+        if digest(found) != digest(spec):
+            field = next((k for k in spec if found.get(k) != spec[k]), "fields")
+            old, new = (str(s.get(field))[:60] for s in (found, spec))
+            raise UserError(
+                f"{self.folder}: its shards are of another extraction ({field} was {old!r}, is {new!r}); delete the "
+                "folder or choose another --out"
+            )
+
+    def _path(self, start: int) -> Path:
+        return self.folder / f"{start:09d}.safetensors"
+
+    def _meta(self, start: int) -> dict[str, Any]:
+        with safe_open(self._path(start), framework="pt") as file:
+            meta: dict[str, Any] = json.loads(file.metadata()["meta"])
+        return meta

@@ -1,0 +1,304 @@
+"""Extraction to files: the features of a plain forward pass, whatever is killed, skipped or sharded."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from filelock import FileLock
+from PIL import Image
+from torch import Tensor, nn
+
+from tailscope.data import sources
+from tailscope.data.opening import open_images
+from tailscope.data.streams import ImageStream
+from tailscope.encoders import Encoder, Options, extract_to_file, load, run_features
+from tailscope.encoders.preprocessing import Wishes
+from tailscope.errors import UserError
+from tailscope.feature_table import FeatureTable, align
+from tailscope.linear_classifier import LinearClassifier
+from tailscope.models import MODELS
+from tailscope.progress import Quiet
+from tailscope.training.runtime import Runtime
+from tailscope.training.step import Normalizer
+
+CPU = Runtime(torch.device("cpu"), torch.bfloat16)
+SMALL = Options(batch=16, shard=100)
+
+
+@pytest.fixture(scope="module")
+def images() -> ImageStream:
+    """Return 250 of the digits."""
+    return open_images("digits").splits["train"].take(np.arange(0, 1250, 5))
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return load("resnet8", channels=1, wishes=Wishes(normalize="0.3/0.4"))
+
+
+@pytest.fixture(scope="module")
+def expected(encoder: Encoder, images: ImageStream) -> Tensor:
+    """The features without any of our machinery."""
+    pixels = torch.from_numpy(np.stack([np.asarray(images.image(i)) for i in range(250)])).float()[:, None] / 255
+    with torch.no_grad():
+        return encoder.model.features((pixels - 0.3) / 0.4)
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".parquet"])
+def test_features_labels_and_ids(tmp_path: Path, encoder, images, expected, suffix: str) -> None:
+    out = tmp_path / f"f{suffix}"
+    done = extract_to_file(encoder, images, out, CPU, SMALL, {"data": "digits"})
+    table = FeatureTable.load(out)
+    torch.testing.assert_close(table.features, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(table.features, done.table.features)
+    assert table.labels.tolist() == images.labels.tolist()
+    assert table.ids.tolist() == [f"train:{row}" for row in range(0, 1250, 5)]
+    assert table.class_names is None
+    assert table.provenance["data"] == "digits"
+    assert table.provenance["weights_sha256"] == encoder.weights_sha256()
+    assert leftovers(tmp_path) == [out.name]
+
+
+def test_float16_is_rounding(tmp_path: Path, encoder, images, expected) -> None:
+    done = extract_to_file(encoder, images, tmp_path / "f.npz", CPU, replace(SMALL, stored="float16"))
+    assert done.table.features.dtype == torch.float16
+    torch.testing.assert_close(done.table.features.float(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_mixed_precision_is_close_and_off_by_default(tmp_path: Path, encoder, images, expected) -> None:
+    auto = extract_to_file(encoder, images, tmp_path / "f.npz", CPU, replace(SMALL, precision="auto")).table
+    assert auto.provenance["precision"] == "bfloat16"
+    difference = (auto.features - expected).abs()
+    assert 1e-4 < difference.max() < 0.1 * expected.abs().max()
+
+
+class Killed(Exception):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+def dying_after(encoder: Encoder, batches: int) -> tuple[Encoder, list[int]]:
+    """Return an encoder that counts the images it sees, and dies after some batches."""
+    seen: list[int] = []
+
+    def function(model: nn.Module, x: Tensor) -> Tensor:
+        if len(seen) == batches:
+            raise Killed
+        seen.append(len(x))
+        return encoder.function(model, x)
+
+    return replace(encoder, function=function), seen
+
+
+def test_a_killed_extraction_continues(tmp_path: Path, encoder, images, expected) -> None:
+    out = tmp_path / "f.npz"
+    dying, _ = dying_after(encoder, 11)  # a shard is 7 batches: dies in the second
+    with pytest.raises(Killed):
+        extract_to_file(dying, images, out, CPU, SMALL)
+    assert not out.exists()
+    (tmp_path / "f.npz.shards" / "000000100.safetensors.1.partial").write_bytes(b"half a shard")
+    counting, seen = dying_after(encoder, 1000)
+    done = extract_to_file(counting, images, out, CPU, replace(SMALL, batch=50))
+    assert (done.resumed, sum(seen)) == (100, 150)
+    torch.testing.assert_close(FeatureTable.load(out).features, expected, rtol=1e-5, atol=1e-6)
+    assert leftovers(tmp_path) == ["f.npz"]
+
+
+@pytest.mark.parametrize("change", ["weights", "preprocessing", "images", "stored", "precision"])
+def test_shards_of_another_extraction_are_never_mixed_in(tmp_path: Path, encoder, images, change: str) -> None:
+    out = tmp_path / "f.npz"
+    with pytest.raises(Killed):
+        extract_to_file(dying_after(encoder, 8)[0], images, out, CPU, SMALL)
+    options, other, stream = SMALL, encoder, images
+    if change == "weights":
+        other = load("resnet8(width=16)", channels=1, wishes=Wishes(normalize="0.3/0.4"))
+    if change == "preprocessing":
+        other = load("resnet8", channels=1, wishes=Wishes(normalize="0.3/0.41"))
+    if change == "images":
+        stream = images.take(np.arange(249, -1, -1))
+    if change == "stored":
+        options = replace(SMALL, stored="float16")
+    if change == "precision":
+        options = replace(SMALL, precision="auto")
+    field = {"weights": "model"}.get(change, change)
+    with pytest.raises(UserError, match=rf"f.npz.shards: its shards are of another extraction \({field} was .*delete"):
+        extract_to_file(other, stream, out, CPU, options)
+
+
+def test_two_processes_do_not_write_the_same_shards(tmp_path: Path, encoder, images) -> None:
+    folder = tmp_path / "f.npz.shards"
+    folder.mkdir()
+    with FileLock(folder / ".lock"), pytest.raises(UserError, match="another process is extracting"):
+        extract_to_file(encoder, images, tmp_path / "f.npz", CPU, SMALL)
+
+
+def test_features_that_are_not_finite_are_refused(tmp_path: Path, encoder, images) -> None:
+    nan = replace(
+        encoder, function=lambda m, x: encoder.function(m, x).masked_fill(x.mean((1, 2, 3))[:, None] > 0, torch.nan)
+    )
+    with pytest.raises(UserError, match=r"digits: float32 features of images 0 to 99: \d+ of 100 rows hold NaN"):
+        extract_to_file(nan, images, tmp_path / "f.npz", CPU, SMALL)
+    huge = replace(encoder, function=lambda m, x: encoder.function(m, x) + 1e5)
+    with pytest.raises(UserError, match=r"float16 features of images 0 to 99: 100 of 100 rows"):
+        extract_to_file(huge, images, tmp_path / "g.npz", CPU, replace(SMALL, stored="float16"))
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path, encoder, images) -> None:
+    dying, _ = dying_after(encoder, 0)
+    for out, says in [(tmp_path / "f.csv", "unknown format"), (tmp_path / "absent" / "f.npz", "cannot be written")]:
+        with pytest.raises(UserError, match=says):
+            extract_to_file(dying, images, out, CPU, SMALL)
+
+
+def test_progress_counts_what_was_there(tmp_path: Path, encoder, images) -> None:
+    with pytest.raises(Killed):
+        extract_to_file(dying_after(encoder, 8)[0], images, tmp_path / "f.npz", CPU, SMALL)
+    told: list[int] = []
+
+    class Recorder(Quiet):
+        def task(self, description: str, total: int, done: int = 0):
+            assert (description, total, done) == ("features of digits", 250, 100)
+            return super().task(description, total, done)
+
+        def note(self, text: str) -> None:
+            told.append(text)
+
+    extract_to_file(encoder, images, tmp_path / "f.npz", replace(CPU, progress=Recorder()), SMALL)
+    assert told == [f"writing {tmp_path / 'f.npz'}: 250 rows, d = 32"]
+
+
+# -- run_features: what the command line calls ------------------------------------------------------------------
+
+
+def tree(root: Path, images: int = 4) -> None:
+    for k, name in enumerate(["ant", "bee"]):
+        for i in range(images):
+            path = root / name / f"{i}.{'jpg' if i % 2 else 'png'}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng(10 * k + i).integers(0, 256, (20 + i, 30, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(path)
+
+
+def test_run_on_a_tree_with_a_torchvision_checkpoint(tmp_path: Path) -> None:
+    tree(tmp_path / "data" / "train")
+    tree(tmp_path / "data" / "val", images=1)
+    model = MODELS.make("resnet10(width=8)", 3, 2)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "c.pth")
+    results = [
+        run_features(
+            "resnet10(width=8)",
+            f"folder:{tmp_path / 'data'}",
+            tmp_path / f"{split}.npz",
+            checkpoint=tmp_path / "c.pth",
+            split=split,
+            image_size=32,
+            runtime=CPU,
+        )
+        for split in ("train", "val")
+    ]
+    assert [(r.rows, r.width, r.classes, r.skipped) for r in results] == [(8, 64, 2, 0), (2, 64, 2, 0)]
+    train, val = align(FeatureTable.load(tmp_path / "train.npz"), FeatureTable.load(tmp_path / "val.npz"))
+    assert train.class_names == ("ant", "bee")
+    assert val.ids.tolist() == ["val/ant/0.png", "val/bee/0.png"]
+    assert torch.equal(val.features[0], train.features[0])  # the same pixels
+    classifier = LinearClassifier.load(results[0].classifier)
+    assert results[0].classifier.name == "train.classifier.npz"
+    assert torch.equal(classifier.weight, model.classifier.weight.detach())
+    assert train.provenance["split"] == "train"
+
+
+def test_our_own_backbone_gets_the_normalisation_it_was_trained_with(tmp_path: Path) -> None:
+    data = sources.load("digits")
+    model = MODELS.make("resnet8", 1, 10).eval()
+    torch.save(model.state_dict(), tmp_path / "c.pth")
+    kept = data.train.labels.argsort(stable=True).split(data.train.counts())
+    (tmp_path / "subset.json").write_text(json.dumps({"indices": [rows[:3].tolist() for rows in kept]}))
+    run_features(
+        "resnet8",
+        "digits",
+        tmp_path / "f.safetensors",
+        checkpoint=tmp_path / "c.pth",
+        split="train",
+        subset=tmp_path / "subset.json",
+        runtime=CPU,
+    )
+    rows = torch.cat([rows[:3] for rows in kept])
+    with torch.no_grad():
+        expected = model.features(Normalizer.of(data.train.images)(data.train.images[rows]))
+    table = FeatureTable.load(tmp_path / "f.safetensors")
+    torch.testing.assert_close(table.features, expected, rtol=1e-4, atol=1e-5)
+    assert table.counts() == [3] * 10
+
+
+def test_unreadable_images_stop_or_are_skipped(tmp_path: Path) -> None:
+    tree(tmp_path)
+    (tmp_path / "ant" / "1.jpg").write_bytes(b"no image")
+    lines = ["ant/0.png 0", "ant/1.jpg 0", "bee/9.png 1", "bee/1.jpg 1"]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+
+    def run(name: str, **options):
+        return run_features(
+            "resnet8",
+            f"list:{tmp_path / 'list.txt'}",
+            tmp_path / name,
+            normalize="cifar",
+            image_size=16,
+            runtime=CPU,
+            **options,
+        )
+
+    both = r"2 images cannot be read: list.txt line 2: ant/1.jpg .*; list.txt line 3: bee/9.png \(missing\)"
+    with pytest.raises(UserError, match=both):
+        run("stops.npz")
+    with pytest.raises(UserError, match=both):
+        run("verified.npz", verify=True)
+    assert not (tmp_path / "verified.npz.shards").exists()
+    result = run("skips.npz", options=Options(skip_unreadable=True))
+    assert (result.rows, result.skipped) == (2, 2)
+    assert "2 images cannot be read" in result.warnings[-1]
+    table = FeatureTable.load(tmp_path / "skips.npz")
+    assert table.ids.tolist() == ["ant/0.png", "bee/1.jpg"]
+    assert table.labels.tolist() == [0, 1]
+    (tmp_path / "list.txt").write_text("\n".join(lines[1:3]))
+    with pytest.raises(UserError, match="2 images cannot be read"):
+        run("nothing.npz", options=Options(skip_unreadable=True))
+
+
+def test_bad_runs(tmp_path: Path) -> None:
+    tree(tmp_path / "data")
+    out = tmp_path / "f.npz"
+
+    def run(model: str = "resnet8", data: str = "digits", **options):
+        run_features(model, data, out, **{"split": "train", "runtime": CPU, **options})
+
+    bad_subset = tmp_path / "subset.json"
+    cases = [
+        ({"split": None}, "digits has the splits train, test"),
+        (
+            {"data": f"folder:{tmp_path / 'data'}", "split": None, "normalize": "cifar"},
+            "may differ in size.*--image-size",
+        ),
+        ({"normalize": "imagenet"}, "--normalize imagenet: is for 3 channels, the model takes 1"),
+        ({"subset": bad_subset}, "no subset.json"),
+        ({"image_size": 0}, "--image-size 0"),
+    ]
+    for options, says in cases:
+        with pytest.raises(UserError, match=says):
+            run(**options)
+    for content in ["{}", '{"indices": [["a"]]}', '{"indices": 3}', '{"indices": []}']:
+        bad_subset.write_text(content)
+        with pytest.raises(UserError, match=r"no subset.json"):
+            run(subset=bad_subset)
+    bad_subset.write_text('{"indices": [[0], [9999]]}')
+    with pytest.raises(UserError, match="are not rows of these 1297 images"):
+        run(subset=bad_subset)
+    out.write_text("something of the user's")
+    with pytest.raises(UserError, match="is there already; --overwrite replaces it"):
+        run()
+    assert out.read_text() == "something of the user's"
