@@ -46,7 +46,7 @@ def run(options: Options) -> Record:
     for permutations in size.permutations:
         settings = {**geometry, "permutations": permutations, "device": options.device}
         parts = _profile("geometry", settings, options)
-        what = f"geometry {size.shape}, {permutations} permutations"
+        what = f"geometry {size.shape}, {permutations} permutations, one thread"
         record.rows += _rows(what, parts, "whole", "ms", 1000.0)
         record.raw[what] = parts
     return record
