@@ -16,7 +16,7 @@ FLAGS = {"spread_gap_q": "spread_gap_flags", "center_shift_q": "center_shift_fla
 def classes(results: Results, variant: str) -> list[Row]:
     """Return one row an encoder and class: profile, every measure's mean over seeds, its range, flags, quantiles.
 
-    A measure `m` that differs between seeds has `m_min` and `m_max`, its range over them. `spread_gap_flags` and
+    `m_min` and `m_max` are the range of a measure `m` over the seeds, None where they agree. `spread_gap_flags` and
     `center_shift_flags` count the seeds whose q is at most 0.05 (`_text`: "2 of 3"), `seeds` those that were measured.
     """
     by_index = {row["index"]: row for row in profile(results)}
@@ -74,8 +74,8 @@ def _measures(mean: Result, entries: Sequence[Result]) -> Row:
     for field in BY_FIELD:
         row[field] = mean.get(field)
         values = [entry[field] for entry in entries if entry.get(field) is not None]
-        if values and min(values) < max(values):
-            row[f"{field}_min"], row[f"{field}_max"] = min(values), max(values)
+        apart = len(values) > 1 and min(values) < max(values)
+        row[f"{field}_min"], row[f"{field}_max"] = (min(values), max(values)) if apart else (None, None)
     for q_field, flag in FLAGS.items():
         tested = [entry[q_field] for entry in entries if entry.get(q_field) is not None]
         row[flag] = sum(q <= Q_LINE for q in tested)

@@ -10,13 +10,34 @@ from tailscope.errors import UserError
 Result = dict[str, Any]
 Results = Mapping[str, Result]
 
-COMMON = ("schema", "dataset", "recipe", "counts", "groups", "groups_rule", "seeds", "warnings", "provenance")
+COMMON = (
+    "schema",
+    "dataset/name",
+    "dataset/class_names",
+    "recipe/name",
+    "recipe/card",
+    "recipe/converged",
+    "counts",
+    "groups",
+    "groups_rule",
+    "seeds",
+    "warnings",
+    "provenance",
+)
 
-# What each verb's file must hold; a new verb is added here, in `story`, `figures` and the template.
+PARTS = ("gap", "gap_ci95", "representation", "classifier", "interaction", "interaction_ci95")
+
+# What each verb's file must hold, with the path of each field; `*` is every entry. A new verb is added here, in
+# `story`, `charts` and the template.
 REQUIRED: dict[str, tuple[str, ...]] = {
-    "swap": (*COMMON, "cells", "attribution"),
+    "swap": (
+        *COMMON,
+        *(f"cells/{b}->{c}" for b in ("lt", "true") for c in ("lt", "true")),
+        *(f"cells/*/{field}" for field in ("accuracy", "mean", "ci95", "per_class", "groups")),
+        *(f"attribution/{part}" for part in PARTS),
+    ),
     "ladder": (*COMMON, "augmentations"),
-    "geometry": (*COMMON, "encoders"),
+    "geometry": (*COMMON, "encoders/*/seeds", "encoders/*/mean/paper/classes", "encoders/*/mean/calibrated/classes"),
     "claims": ("schema", "claims"),
 }
 TRAINED = ("swap", "ladder", "geometry")
@@ -95,8 +116,9 @@ def _read(path: Path, verb: str) -> Result:
 
 def _check_fields(path: Path, result: Result, verb: str) -> None:
     for field in REQUIRED[verb]:
-        if field not in result:
-            raise UserError(f"{path}: field {field!r} is missing; run the verb again with --overwrite")
+        missing = _missing(result, field.split("/"))
+        if missing is not None:
+            raise UserError(f"{path}: field '{missing}' is missing; run the verb again with --overwrite")
     if verb == "claims":
         return
     lengths = {
@@ -107,6 +129,20 @@ def _check_fields(path: Path, result: Result, verb: str) -> None:
     if len(set(lengths.values())) > 1:
         text = ", ".join(f"{field} {length}" for field, length in lengths.items())
         raise UserError(f"{path}: fields of different lengths ({text}); run the verb again with --overwrite")
+
+
+def _missing(node: Any, steps: list[str]) -> str | None:
+    """Return the path of the first field on the way that is not there, None if all are."""
+    if not steps:
+        return None
+    names = list(node) if steps[0] == "*" and isinstance(node, dict) else steps[:1]
+    for name in names:
+        if not isinstance(node, dict) or name not in node:
+            return name
+        below = _missing(node[name], steps[1:])
+        if below is not None:
+            return f"{name}.{below}"
+    return None
 
 
 def _refuse(constant: str) -> float:
