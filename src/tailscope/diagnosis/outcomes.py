@@ -167,7 +167,7 @@ def _rebalanced(
     labels = inputs.unseen.labels.numpy()
     if inputs.test is None:
         codes = bursts(inputs.unseen)[0]
-        units = len(labels) if codes is None else len(codes.unique())
+        units = len(labels) if codes is None else len(np.unique(codes.numpy()))
         if units < 2:
             raise UserError(f"{inputs.unseen.source}: too few samples for a verdict; give more, or use --no-verdict")
         return select_nested(

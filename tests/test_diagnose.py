@@ -1,0 +1,256 @@
+"""Diagnoses of planted features, and each number against one computed another way."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from sklearn.linear_model import LogisticRegression
+
+import tailscope
+from diagnosis_cases import CLASSES, COUNTS, FEW, UNSEEN, head_biased, noise, scattered, separable, table
+from tailscope.bounds import select_nested
+from tailscope.diagnosis import outcomes
+from tailscope.diagnosis.encoders import linear_cka
+from tailscope.diagnosis.neighbours import closest, confusable_pairs
+from tailscope.diagnosis.verdict import decide
+from tailscope.errors import UserError
+from tailscope.geometry import FIELDS
+from tailscope.intervals import Interval
+
+
+@pytest.fixture(scope="module")
+def biased():
+    train, unseen = separable()
+    return tailscope.diagnose(table(*train), table(*unseen), classifier=head_biased(), **FEW)
+
+
+@pytest.fixture(scope="module")
+def lost():
+    train, unseen = scattered()
+    return tailscope.diagnose(table(*train), table(*unseen), **FEW)
+
+
+def test_a_classifier_biased_to_the_head_is_the_bottleneck(biased):
+    verdict = biased["verdict"]
+    assert verdict["bottleneck"] == "classifier"
+    assert verdict["groups"]["tail"]["bottleneck"] == "classifier"
+    assert verdict["classifier_gap"]["ci95"][0] > verdict["representation_gap"]["ci95"][1]
+    assert {biased["classes"][k]["group"] for k in (6, 7, 8)} == {"tail"}
+    assert all(verdict["classes"][k]["bottleneck"] == "classifier" for k in (6, 7, 8))
+    advice = biased["advice"][0]
+    assert advice["about"] == "classifier"
+    assert advice["remedy"] == biased["accuracy"]["rebalanced"]["classifier"]
+    assert advice["gain"] == verdict["rebalancing_gap"]
+
+
+def test_scattered_tail_samples_are_the_representations_fault(lost):
+    verdict = lost["verdict"]
+    assert verdict["bottleneck"] == "representation"
+    assert verdict["group_tested"] in ("body", "tail")
+    assert lost["groups"][verdict["group_tested"]]["spread_gap_flagged"]
+    assert verdict["groups"]["tail"]["bottleneck"] == "representation"
+    assert verdict["groups"]["head"]["bottleneck"] != "representation"
+    assert lost["advice"][0]["about"] == "representation"
+    assert lost["advice"][0]["at_most"]
+    assert lost["advice"][0]["gain"] == {k: verdict["representation_gap"][k] for k in ("points", "ci95")}
+
+
+def test_without_permutations_the_representation_is_never_blamed():
+    train, unseen = scattered()
+    found = tailscope.diagnose(table(*train), table(*unseen), permutations=0)
+    assert found["verdict"]["bottleneck"] == "undecided"
+    assert "not tested" in found["verdict"]["reason"]
+    assert all(entry["spread_gap_p"] is None for entry in found["classes"])
+
+
+def test_pure_noise_says_so():
+    train, unseen = noise()
+    found = tailscope.diagnose(table(*train), table(*unseen), **FEW)
+    assert found["verdict"]["bottleneck"] == "undecided"
+    assert not found["verdict"]["above_chance"]
+    assert {part["bottleneck"] for part in found["verdict"]["classes"]} == {"undecided"}
+    assert any(text.startswith("these features carry no class information") for text in found["warnings"])
+    assert found["advice"][0]["about"] == "evidence"
+
+
+def test_numbers_are_what_they_are_defined_as(biased):
+    _, (features, labels) = separable()
+    model = head_biased()
+    predicted = (features.astype(np.float32) @ model.weight.numpy().T.astype(np.float32) + model.bias.numpy()).argmax(1)
+    accuracy, verdict = biased["accuracy"], biased["verdict"]
+    assert accuracy["current"]["mean"] == pytest.approx((predicted == labels).mean())
+    recall = [(predicted[labels == k] == k).mean() for k in range(CLASSES)]
+    assert accuracy["current"]["per_class"] == pytest.approx(recall)
+    assert accuracy["current"]["groups"]["tail"] == pytest.approx(np.mean(recall[6:]))
+    means = {name: cell["mean"] for name, cell in accuracy.items()}
+    assert verdict["classifier_gap"]["points"] == pytest.approx(means["classifier_bound"] - means["current"])
+    assert verdict["rebalancing_gap"]["points"] == pytest.approx(means["rebalanced"] - means["current"])
+    assert verdict["representation_gap"]["points"] == pytest.approx(1 - means["classifier_bound"])
+    assert verdict["difference"]["points"] == pytest.approx(2 * means["classifier_bound"] - means["current"] - 1)
+    tail = [k for k in range(CLASSES) if biased["classes"][k]["group"] == "tail"]
+    here = np.isin(labels, tail)
+    assert verdict["groups"]["tail"]["current"] == pytest.approx((predicted[here] == labels[here]).mean())
+    assert verdict["groups"]["tail"]["scored"] == here.sum()
+
+
+def test_the_fitted_classifier_is_a_softmax_regression_on_the_training_features(lost):
+    (features, labels), (unseen, truth) = scattered()
+    variance = features.var(axis=0).mean()
+    theirs = LogisticRegression(C=1 / (len(labels) * 1e-3 * variance), tol=1e-8, max_iter=5000).fit(features, labels)
+    assert lost["accuracy"]["current"]["mean"] == pytest.approx(theirs.score(unseen, truth), abs=0.01)
+
+
+def test_fields_of_a_diagnosis(lost):
+    assert json.loads(json.dumps(lost, allow_nan=False)) == lost
+    assert lost["schema"] == "tailscope.diagnosis/1"
+    assert lost["counts"] == list(COUNTS)
+    assert all(set(entry) == set(FIELDS) for entry in lost["classes"])
+    assert lost["dataset"]["unseen_images"] == UNSEEN * CLASSES
+    assert set(lost["accuracy"]["rebalanced"]["remedies"]) >= {"ncm", "crt"}
+    assert len(lost["accuracy"]["rebalanced"]["chosen"]) == 5
+    assert lost["verdict"]["intervals"].startswith("item")
+    assert "not an upper bound" in lost["accuracy"]["classifier_bound"]["notes"]
+
+
+def test_the_same_seed_gives_the_same_diagnosis(biased):
+    train, unseen = separable()
+    again = tailscope.diagnose(table(*train), table(*unseen), classifier=head_biased(), **FEW)
+    for field in ("classes", "accuracy", "verdict", "pairs"):
+        assert again[field] == biased[field]
+
+
+def test_a_test_set_only_scores():
+    (features, labels), _ = separable()
+    _, unseen = separable(1)
+    _, (scored, truth) = separable(2)
+    given = {"classifier": head_biased(), "permutations": 0}
+    found = tailscope.diagnose(table(features, labels), table(*unseen), test=table(scored, truth), **given)
+    other = tailscope.diagnose(table(features, labels), table(*unseen), **given)
+    assert found["classes"] == other["classes"]
+    assert found["accuracy"]["rebalanced"]["remedies"] == other["accuracy"]["rebalanced"]["remedies"]
+    remedies = found["accuracy"]["rebalanced"]["remedies"]
+    assert found["accuracy"]["rebalanced"]["chosen"] == [max(remedies, key=remedies.get)]
+    model = head_biased()
+    predicted = (scored @ model.weight.numpy().T + model.bias.numpy()).argmax(1)
+    assert found["accuracy"]["current"]["mean"] == pytest.approx((predicted == truth).mean(), abs=0.005)
+
+
+def test_no_verdict_leaves_out_what_fits_classifiers():
+    train, unseen = separable()
+    found = tailscope.diagnose(table(*train), table(*unseen), verdict=False, permutations=0)
+    assert found["accuracy"] is found["verdict"] is None
+    assert found["advice"] == []
+    assert len(found["pairs"]) == 10
+    assert found["pairs"][0]["first_as_second"] is None
+
+
+def test_two_classes_have_no_groups_but_a_verdict():
+    (features, labels), (unseen, truth) = separable()
+    found = tailscope.diagnose(
+        table(features[labels < 2], labels[labels < 2]), table(unseen[truth < 2], truth[truth < 2]), **FEW
+    )
+    assert found["groups"] == {"head": None, "body": None, "tail": None}
+    assert found["verdict"]["bottleneck"] in ("classifier", "representation", "undecided")
+    assert found["accuracy"]["current"]["mean"] > 0.95
+
+
+@pytest.mark.parametrize(
+    ("bounds", "memorised", "expected"),
+    [
+        ((0.1, 0.2), None, "classifier"),
+        ((0.1, 0.2), True, "classifier"),
+        ((-0.1, 0.2), True, "undecided"),
+        ((-0.2, -0.1), True, "representation"),
+        ((-0.2, -0.1), False, "undecided"),
+        ((-0.2, -0.1), None, "undecided"),
+        (None, True, "undecided"),
+    ],
+)
+def test_the_rule(bounds, memorised, expected):
+    assert decide(Interval(0.0, bounds, None, "item"), memorised)[0] == expected
+
+
+def test_pairs_are_the_smallest_angles_of_all():
+    train, unseen = separable(3)
+    found = confusable_pairs(table(*train), table(*unseen), [str(k) for k in range(CLASSES)], most=5)
+    features, labels = (np.concatenate(parts) for parts in zip(train, unseen, strict=True))
+    means = np.stack([features[labels == k].mean(axis=0) for k in range(CLASSES)])
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    angles = {(i, j): np.degrees(np.arccos(means[i] @ means[j])) for i in range(CLASSES) for j in range(i + 1, CLASSES)}
+    best = sorted(angles, key=angles.get)[:5]
+    assert [(pair["first_index"], pair["second_index"]) for pair in found] == best
+    assert [pair["angle_deg"] for pair in found] == pytest.approx([angles[pair] for pair in best], abs=1e-3)
+
+
+def test_closest_pairs_over_several_blocks():
+    unit = torch.nn.functional.normalize(torch.randn(1100, 3, generator=torch.manual_seed(0)), dim=1)
+    cosine = (unit @ unit.T).triu(diagonal=1)
+    cosine[cosine == 0] = -2
+    flat = cosine.flatten().topk(10).indices
+    assert closest(unit, 10) == [(int(i) // 1100, int(i) % 1100) for i in flat]
+
+
+def test_linear_cka_is_the_kernels_alignment():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(60, 5)), rng.normal(size=(60, 8))
+    y[:, :3] += x[:, :3]
+    centre = np.eye(60) - 1 / 60
+    k, m = (centre @ z @ z.T @ centre for z in (x, y))
+    expected = (k * m).sum() / np.sqrt((k * k).sum() * (m * m).sum())
+    assert linear_cka(torch.from_numpy(x), torch.from_numpy(y)) == pytest.approx(expected)
+    assert linear_cka(torch.ones(9, 2), torch.randn(9, 2)) is None
+
+
+@pytest.fixture(scope="module")
+def compared():
+    (features, labels), (unseen, truth) = scattered()
+    ids, unseen_ids = np.arange(len(labels)), np.arange(len(truth))
+    (good, _), (good_unseen, _) = separable(4)
+    shuffled = np.random.default_rng(0).permutation(len(labels))
+    trains = [table(features, labels, ids=ids, source="bad.npz")]
+    trains.append(table(2 * good[shuffled, :9], labels[shuffled], ids=ids[shuffled], source="good.npz"))
+    others = [table(unseen, truth, ids=unseen_ids), table(2 * good_unseen[:, :9], truth, ids=unseen_ids)]
+    return tailscope.diagnose(trains, others, permutations=19)
+
+
+def test_encoders_are_compared_by_paired_intervals(compared):
+    found = compared
+    assert list(found["encoders"]) == ["bad", "good"]
+    assert {field: found[field] for field in found["encoders"]["bad"]} == found["encoders"]["bad"]
+    other = found["comparison"]["encoders"]["good"]
+    assert other["accuracy"]["classifier_bound"]["ci95"][0] > 0.3
+    gains = [found["encoders"][name]["accuracy"]["current"]["mean"] for name in ("bad", "good")]
+    assert other["accuracy"]["current"]["points"] == pytest.approx(gains[1] - gains[0])
+    spread = other["groups"]["tail"]["localises"]
+    assert spread["better"] == "other"
+    entries = [found["encoders"][name]["classes"] for name in ("bad", "good")]
+    differences = np.array([b["spread_gap_deg"] - a["spread_gap_deg"] for a, b in zip(*entries, strict=True)])[6:]
+    low, high = stats.ttest_1samp(differences, 0).confidence_interval()
+    assert spread["difference"] == pytest.approx(differences.mean())
+    assert spread["ci95"] == pytest.approx([low, high])
+
+
+def test_encoders_of_other_samples_cannot_be_compared():
+    train, unseen = separable()
+    fewer = (train[0][1:], train[1][1:])
+    with pytest.raises(UserError, match="its samples are not those of"):
+        tailscope.diagnose([table(*train), table(*fewer)], [table(*unseen)] * 2, permutations=0, verdict=False)
+    with pytest.raises(UserError, match="1 given for 2 --train"):
+        tailscope.diagnose([table(*train)] * 2, table(*unseen))
+
+
+def test_bursts_stay_together(monkeypatch):
+    (features, labels), (unseen, truth) = separable()
+    bursts = np.array([f"b{k // 2}" for k in range(len(truth))])
+    folds = []
+
+    def spy(right, labels, **options):
+        folds.append(options["bursts"])
+        return select_nested(right, labels, **options)
+
+    monkeypatch.setattr(outcomes, "select_nested", spy)
+    tailscope.diagnose(table(features, labels), table(unseen, truth, groups=bursts), permutations=0)
+    assert (folds[0][::2] == folds[0][1::2]).all()
+    assert len(np.unique(folds[0])) == len(truth) // 2

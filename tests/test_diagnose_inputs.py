@@ -1,0 +1,218 @@
+"""What `diagnose` refuses, in one line and with exit code 2, and what it only warns about."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import tailscope
+from diagnosis_cases import head_biased, separable, table
+from tailscope import cli
+from tailscope.diagnosis.inputs import read
+from tailscope.errors import UserError
+from tailscope.feature_table import FeatureTable
+
+QUICK = ("--permutations", "0", "--no-verdict", "--no-report")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tailscope", "diagnose", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        return ended.value.code, printed.out, printed.err
+
+    return command
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A folder with train.npz and unseen.npz, and a function that changes fields of one of them."""
+    fields = {}
+    for name, (features, labels) in zip(("train", "unseen"), separable(), strict=True):
+        names = [f"class {k}" for k in range(9)]
+        fields[name] = {"features": features.astype(np.float32), "labels": labels, "class_names": names}
+        np.savez(tmp_path / f"{name}.npz", **fields[name])
+
+    def change(name, **changed):
+        stored = fields[name] | changed
+        np.savez(tmp_path / f"{name}.npz", **{field: value for field, value in stored.items() if value is not None})
+
+    change.folder = tmp_path
+    change.fields = fields
+    return change
+
+
+def nan(files):
+    features = files.fields["unseen"]["features"].copy()
+    features[[3, 7], 1] = np.nan
+    files("unseen", features=features)
+
+
+def short(files):
+    files("unseen", features=files.fields["unseen"]["features"][:, :5])
+
+
+def missing_class(files):
+    kept = files.fields["train"]["labels"] != 4
+    files("train", features=files.fields["train"]["features"][kept], labels=files.fields["train"]["labels"][kept])
+
+
+def float_labels(files):
+    files("train", labels=files.fields["train"]["labels"] + 0.5)
+
+
+def few_names(files):
+    files("train", class_names=["a", "b"])
+
+
+def other_names(files):
+    files("unseen", class_names=[f"class {k}" for k in range(8)] + ["zebra"])
+
+
+def empty(files):
+    (files.folder / "unseen.npz").write_bytes(b"")
+
+
+def truncated(files):
+    path = files.folder / "unseen.npz"
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def objects(files):
+    np.savez(files.folder / "unseen.npz", features=np.array([{}], dtype=object), labels=np.array([0]))
+
+
+def absent(files):
+    (files.folder / "unseen.npz").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (nan, ("unseen.npz", "2 of 450 rows hold NaN or infinity", "the first is row 3")),
+        (short, ("unseen.npz", "d = 5", "d = 12")),
+        (missing_class, ("train.npz", "no training samples of 'class 4'")),
+        (float_labels, ("train.npz", "labels is float64", "integers")),
+        (few_names, ("train.npz", "class_names has 2 names")),
+        (other_names, ("unseen.npz", "lacks 'class 8'", "'zebra'")),
+        (empty, ("unseen.npz", "the file is empty")),
+        (truncated, ("unseen.npz",)),
+        (objects, ("unseen.npz",)),
+        (absent, ("unseen.npz", "no such file")),
+    ],
+)
+def test_bad_files_are_one_line_and_exit_code_2(run, files, damage, words):
+    damage(files)
+    code, out, err = run("--train", files.folder / "train.npz", "--unseen", files.folder / "unseen.npz", *QUICK)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert all(word in err for word in words), err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--ceiling", "0"), "--ceiling 0.0: expected"),
+        (("--ceiling", "87"), "--ceiling 87.0: expected"),
+        (("--alpha", "1"), "--alpha 1.0: expected"),
+        (("--permutations", "-1"), "permutations"),
+        (("--train", "x.npz"), "1 given for 2 --train"),
+        (("--classifier", "no.npz"), "no.npz: no such file"),
+    ],
+)
+def test_bad_options_are_one_line_and_exit_code_2(run, files, tmp_path, options, words):
+    given = ("--train", files.folder / "train.npz", "--unseen", files.folder / "unseen.npz", "--out", tmp_path / "out")
+    code, out, err = run(*given, *options)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert words in err
+
+
+def test_a_classifier_of_another_width_is_refused(tmp_path):
+    train, unseen = separable()
+    path = tmp_path / "classifier.npz"
+    head_biased().save(path)
+    with pytest.raises(UserError, match=r"classifier.npz: weight takes d = 12, but .* has d = 6"):
+        read(table(train[0][:, :6], train[1]), table(unseen[0][:, :6], unseen[1]), classifier=path)
+
+
+def test_the_verb_is_there_before_torch_is_imported():
+    code = (
+        "import sys, tailscope.cli as c; assert 'torch' not in sys.modules; "
+        "print([x.callback.__name__ for x in c.app.registered_commands])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "'diagnose'" in shown.stdout
+
+
+def test_a_result_of_another_spec_is_not_replaced(run, files, tmp_path):
+    given = ("--train", files.folder / "train.npz", "--unseen", files.folder / "unseen.npz", "--out", tmp_path / "out")
+    assert run(*given, *QUICK)[0] == 0
+    assert run(*given, *QUICK)[0] == 0
+    code, _, err = run(*given, *QUICK, "--seed", "1")
+    assert code == 2
+    assert "seed differ" in err
+    assert run(*given, *QUICK, "--seed", "1", "--overwrite")[0] == 0
+
+
+def test_what_is_only_warned_about(run, files, tmp_path):
+    features, labels = files.fields["train"]["features"].copy(), files.fields["train"]["labels"]
+    features[0] = 0
+    kept = [*np.flatnonzero(labels != 8), np.flatnonzero(labels == 8)[0]]
+    unseen, truth = files.fields["unseen"]["features"].copy(), files.fields["unseen"]["labels"]
+    unseen[0] = features[1]
+    files("train", features=features[kept], labels=labels[kept])
+    files("unseen", features=unseen[truth != 2], labels=truth[truth != 2])
+    code, out, err = run(
+        "--train", files.folder / "train.npz", "--unseen", files.folder / "unseen.npz", *QUICK, "--json",
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    text = "\n".join(json.loads(out)["warnings"])
+    assert "1 feature vectors of length 0" in text
+    assert "1 training sample: spread, width, gap and escape undefined, see the group: class 8" in text
+    assert "no unseen samples: shift, gap and escape not assessable: class 2" in text
+    assert "1 of 400 samples of" in text
+    stored = json.loads((tmp_path / "out" / "diagnosis.json").read_text())
+    assert stored["classes"][8]["spread_train_deg"] is None
+    assert stored["classes"][2]["center_shift_deg"] is None
+
+
+def test_duplicates_are_counted_by_copies_and_ids_and_dropped_on_demand():
+    (features, labels), (unseen, truth) = separable()
+    copied = unseen.copy()
+    copied[:4] = features[:4]
+    train = table(features, labels, ids=np.arange(len(labels)))
+    held_out = table(copied, truth, ids=np.concatenate([[7], 10_000 + np.arange(len(truth) - 1)]))
+    kept = read(train, held_out)
+    assert len(kept.unseen) == len(truth)
+    assert kept.warnings[0].startswith("4 of 450 samples")
+    dropped = read(train, held_out, drop_duplicates=True)
+    assert len(dropped.unseen) == len(truth) - 4
+    assert "they were dropped" in dropped.warnings[0]
+    with pytest.raises(UserError, match="nothing is left"):
+        read(train, train, drop_duplicates=True)
+
+
+def test_an_uneven_scored_set_is_warned_about():
+    train, (unseen, truth) = separable()
+    kept = np.concatenate([np.flatnonzero(truth == 0), np.flatnonzero(truth > 0)[::5]])
+    warnings = read(table(*train), table(unseen[kept], truth[kept])).warnings
+    assert any("10 to 50 samples a class" in text for text in warnings)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_every_floating_type_gives_a_verdict(dtype, tmp_path):
+    train, unseen = (FeatureTable.from_arrays(features.astype(dtype), labels) for features, labels in separable())
+    for name, one in (("train", train), ("unseen", unseen)):
+        one.save(tmp_path / f"{name}.safetensors")
+    found = tailscope.diagnose(
+        tmp_path / "train.safetensors", tmp_path / "unseen.safetensors", permutations=0, classifier=head_biased()
+    )
+    assert found["verdict"]["bottleneck"] == "classifier"

@@ -1,0 +1,114 @@
+"""The report of a diagnosis, the page of measures, and the tutorial, which is run as it is written."""
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+import tailscope
+from diagnosis_cases import head_biased, scattered, separable, table
+from tailscope import cli, report
+from tailscope.errors import UserError
+from tailscope.experiments.results import write
+from tailscope.geometry import FIELDS
+from tailscope.report import diagnosis_rows, diagnosis_story, diagnosis_tables, measures_page
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TUTORIAL = REPOSITORY / "docs" / "tutorial-digits.md"
+
+
+@pytest.fixture(scope="module")
+def result():
+    train, unseen = separable()
+    names = {"class_names": [f"<b>{k}</b>" for k in range(9)]}
+    return tailscope.diagnose(
+        table(*train, **names), table(*unseen, **names), classifier=head_biased(), permutations=99
+    )
+
+
+@pytest.fixture(scope="module")
+def page(result, tmp_path_factory):
+    out = tmp_path_factory.mktemp("diagnosis")
+    write(out, "diagnosis", result)
+    return report.build(out)
+
+
+def test_the_page_says_the_verdict_first(page, result):
+    text = page.read_text(encoding="utf-8")
+    assert page.name == "report.html"
+    heading = re.search(r"<h1>(.*?)</h1>", text)[1].replace("\u00a0", " ")
+    assert heading == diagnosis_story.headline(result)
+    assert heading.startswith("The classifier is the bottleneck")
+    assert "<b>3</b>" not in text.split("<script")[0]
+    assert "http://" not in text.split("<script")[0]
+    assert {path.stem for path in (page.parent / "figures").glob("*.svg")} == {"waterfall", "scatter"}
+
+
+def test_every_measure_has_an_explanation_and_a_definition(page):
+    text = page.read_text(encoding="utf-8")
+    shown = re.findall(r'<dt id="measure-(\w+)">', text)
+    assert set(diagnosis_tables.SHOWN) <= set(shown) <= set(FIELDS)
+
+
+def test_the_waterfall_adds_up(result):
+    bars = diagnosis_rows.steps(result)
+    assert [bar["from"] for bar in bars[1:]] == [bar["to"] for bar in bars[:-1]]
+    assert bars[0]["to"] == pytest.approx(100 * result["accuracy"]["current"]["mean"])
+    assert bars[-1]["to"] == 100
+
+
+def test_tables_hold_what_the_result_holds(page, result):
+    lines = (page.parent / "tables" / "diagnosis-classes.csv").read_text().splitlines()
+    assert len(lines) == 1 + len(result["classes"])
+    heads = lines[0].split(",")
+    first = dict(zip(heads, lines[1].split(","), strict=True))
+    assert float(first["recall_current"]) == result["accuracy"]["current"]["per_class"][0]
+    assert float(first["spread_gap_deg"]) == result["classes"][0]["spread_gap_deg"]
+    assert first["bottleneck"] == result["verdict"]["classes"][0]["bottleneck"]
+
+
+@pytest.mark.parametrize("options", [{"verdict": False}, {}], ids=["measured", "compared"])
+def test_other_pages(options, tmp_path):
+    train, unseen = scattered()
+    given = ([table(*train)] * 2, [table(*unseen)] * 2) if not options else (table(*train), table(*unseen))
+    write(tmp_path, "diagnosis", tailscope.diagnose(*given, permutations=9, **options))
+    text = report.build(tmp_path, figures=False).read_text(encoding="utf-8")
+    assert ('id="encoders"' in text) == (not options)
+    assert ("Measured, without a verdict" in text) == bool(options)
+
+
+def test_a_damaged_diagnosis_is_refused(result, tmp_path):
+    path = tmp_path / "diagnosis.json"
+    for stored, words in [("{", "cannot be read"), ("{}", "schema")]:
+        path.write_text(stored)
+        with pytest.raises(UserError, match=words):
+            report.build(tmp_path)
+    path.write_text(json.dumps({key: value for key, value in result.items() if key != "pairs"}))
+    with pytest.raises(UserError, match="'pairs' is missing"):
+        report.build(tmp_path)
+
+
+def test_the_page_of_measures_is_current():
+    assert (REPOSITORY / "docs" / "measures.md").read_text(encoding="utf-8") == measures_page.text()
+
+
+def test_the_tutorial_runs_as_it_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    space = {}
+    blocks = re.findall(r"```(python|console)\n(.*?)```", TUTORIAL.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert [kind for kind, _ in blocks].count("console") == 3
+    for kind, text in blocks:
+        if kind == "python":
+            exec(compile(text, TUTORIAL.name, "exec"), space)
+        for line in text.splitlines() if kind == "console" else []:
+            monkeypatch.setattr(sys, "argv", [*shlex.split(line.removeprefix("$ ")), "--permutations", "99"])
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+            assert ended.value.code == 0, capsys.readouterr().err
+    assert {path.parent.name for path in tmp_path.glob("*/report.html")} == {"pixels", "network", "compared"}
+    found = json.loads((tmp_path / "network" / "diagnosis.json").read_text())
+    assert found["dataset"]["class_names"][9] == "digit 9"
+    assert "localises" in (tmp_path / "compared" / "tables" / "diagnosis-comparison.csv").read_text()
