@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import sys
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,16 +48,20 @@ class Runtime:
         Raises:
             UserError: the device is unknown or not there.
         """
-        keep_freed_memory()
-        torch.set_flush_denormal(True)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device.split(":")[0] not in ("cpu", "cuda"):
-            raise UserError(f"--device {device}: known are auto, cpu and cuda")
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise UserError(f"--device {device}: this machine has no CUDA device that PyTorch can use; take cpu")
+        try:
+            chosen = torch.device(device)
+        except RuntimeError:
+            chosen = torch.device("meta")
+        if chosen.type not in ("cpu", "cuda"):
+            raise UserError(f"--device {device}: known are auto, cpu, cuda and cuda:N")
+        if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+            raise UserError(f"--device {device}: this machine has no such CUDA device that PyTorch can use; take cpu")
+        keep_freed_memory()
+        torch.set_flush_denormal(True)
         low = torch.bfloat16 if has_bf16(device) else torch.float32
-        return cls(torch.device(device), low, compile, progress or Quiet())
+        return cls(chosen, low, compile, progress or Quiet())
 
     def dtype(self, precision: Literal["auto", "fp32"]) -> torch.dtype:
         """Return the type of convolutions and matrix products under a recipe's precision."""
@@ -98,8 +103,9 @@ def has_bf16(device: str) -> bool:
 
 
 def can_compile() -> bool:
-    """Whether torch.compile can work here: it needs a C++ compiler, and Linux to be dependable."""
-    return sys.platform == "linux" and shutil.which(os.environ.get("CXX", "g++")) is not None
+    """Whether torch.compile can work here: a C++ compiler, Python's headers, and Linux, where it is dependable."""
+    headers = Path(sysconfig.get_path("include", scheme="posix_prefix"), "Python.h")
+    return sys.platform == "linux" and headers.is_file() and shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def keep_freed_memory() -> None:
