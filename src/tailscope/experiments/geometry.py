@@ -88,12 +88,13 @@ def _mean_over_seeds(runs: Mapping[str, Any], variant: str) -> dict[str, Any]:
 
 
 def mean_entry(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the field-wise mean of entries; None where a field is undefined in any of them, text as in the first.
+    """Return the field-wise mean of entries; None where a field is undefined in any of them.
 
+    What is no measurement (names, counts, the number of the nearest class, flags) is kept where all agree, else None.
     A mean of p or q values is descriptive only: it is no p or q value itself.
 
-    >>> mean_entry([{"name": "a", "x": 1.0, "y": None}, {"name": "a", "x": 3.0, "y": 1.0}])
-    {'name': 'a', 'x': 2.0, 'y': None}
+    >>> mean_entry([{"name": "a", "nearest": 1, "x": 1.0, "y": None}, {"name": "a", "nearest": 4, "x": 3.0, "y": 1.0}])
+    {'name': 'a', 'nearest': None, 'x': 2.0, 'y': None}
     """
     found: dict[str, Any] = {}
     for field, first in entries[0].items():
@@ -105,5 +106,5 @@ def mean_entry(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         elif isinstance(first, float):
             found[field] = float(np.mean(values))
         else:
-            found[field] = first if all(value == first for value in values) else float(np.mean(values))
+            found[field] = first if all(value == first for value in values) else None
     return found
