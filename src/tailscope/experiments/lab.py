@@ -17,6 +17,7 @@ from torch import Tensor
 from tailscope.data import splits
 from tailscope.data.profiles import canonical, resolve
 from tailscope.data.sources import ImageData
+from tailscope.errors import UserError
 from tailscope.features import extract
 from tailscope.methods import SAMPLERS
 from tailscope.methods.augmentations import build
@@ -55,6 +56,7 @@ class Lab:
     """Everything that runs on one data set share: its pixel statistics, the store and the runtime."""
 
     def __init__(self, data: ImageData, store: Store, runtime: Runtime) -> None:
+        _check_size(data)
         self.data = data
         self.store = store
         self.runtime = runtime
@@ -218,3 +220,14 @@ class Lab:
         else:
             self.trained += 1
         self.runtime.progress.note(f"{'stored already' if found else 'done'}: {label}")
+
+
+def _check_size(data: ImageData) -> None:
+    """Refuse images that the networks' two halvings leave as one pixel, which batch normalisation cannot train on.
+
+    Raises:
+        UserError: both sides are shorter than 5 pixels.
+    """
+    height, width = data.train.images.shape[1:3]
+    if max(height, width) < 5:
+        raise UserError(f"{data.name}: images of {height} x {width} pixels are too small; one side needs at least 5")

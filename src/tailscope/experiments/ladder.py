@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from tailscope.attribution import summarize
+from tailscope.errors import UserError
 from tailscope.experiments.lab import Backbone, Lab, TrainingSet
 from tailscope.experiments.results import header, provenance
 from tailscope.experiments.settings import Settings
@@ -28,7 +29,13 @@ def ladder(lab: Lab, settings: Settings) -> dict[str, Any]:
 
     Returns:
         The result: see the documentation of `ladder.json`.
+
+    Raises:
+        UserError: AutoAugment cannot take the images.
     """
+    channels = lab.data.train.images.shape[-1]
+    if channels not in (1, 3):
+        raise UserError(f"{lab.data.name}: images have {channels} channels; the ladder's AutoAugment takes 1 or 3")
     correct: dict[str, dict[str, list[Any]]] = {}
     rows, lt_sets = [], []
     for seed in settings.seeds:

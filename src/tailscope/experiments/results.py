@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shlex
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -33,7 +34,7 @@ def header(verb: str, settings: Settings, lab: Lab, lt_sets: Sequence[TrainingSe
     return {
         "schema": f"tailscope.{verb}/1",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["tailscope", *sys.argv[1:]]),
+        "command": shlex.join(["tailscope", *sys.argv[1:]]),
         "spec": settings.spec(lab.data),
         "environment": {"versions": versions(), "hardware": lab.runtime.describe()},
         "dataset": {
@@ -120,6 +121,8 @@ def check_free(out: Path, verb: str, spec: dict[str, Any], *, overwrite: bool) -
         UserError: OUT holds a result of this verb from another spec, or one that cannot be read.
     """
     path = out / f"{verb}.json"
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; use another --out")
     if overwrite or not path.exists():
         return
     try:

@@ -10,7 +10,6 @@ from tailscope.data.sources import ImageData
 from tailscope.errors import UserError
 from tailscope.training.recipes import Recipe
 
-
 MAX_SEEDS = 1_000
 MAX_DIGITS = 30
 """Limits that only a slip of the pen exceeds."""
