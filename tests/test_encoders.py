@@ -1,6 +1,5 @@
 """Encoders of every kind of name: penultimate features against hooks, preprocessing against the libraries' own."""
 
-import importlib
 import sys
 from pathlib import Path
 from urllib.error import URLError
@@ -26,6 +25,11 @@ def noise(width: int = 300, height: int = 200, mode: str = "RGB") -> Image.Image
     return Image.fromarray(pixels).convert(mode)
 
 
+def close(actual: Tensor, expected: Tensor) -> None:
+    """Equal up to rounding, of sums as large as the largest."""
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
 def input_of(model: nn.Module, layer: str, x: Tensor) -> Tensor:
     """Oracle: what a forward hook of PyTorch sees enter the layer."""
     seen = []
@@ -43,7 +47,7 @@ def test_timm_features_are_what_its_classifier_sees(name: str) -> None:
     encoder = load(name if name == "test_vit" else f"timm:{name}")
     x = torch.rand(2, 3, 160, 160)
     oracle = input_of(encoder.model, encoder.model.pretrained_cfg["classifier"], x)
-    torch.testing.assert_close(encoder.features(x), oracle)
+    close(encoder.features(x), oracle)
     assert encoder.width == oracle.shape[1]
     assert encoder.classifier is None
     assert "weights are random" in encoder.notes[0]
@@ -64,7 +68,7 @@ def test_timm_preprocessing_is_timms_own() -> None:
 def test_torchvision_features_are_what_its_classifier_sees(name: str) -> None:
     encoder = load(f"torchvision:{name}")
     x = torch.rand(2, 3, 64, 64)
-    torch.testing.assert_close(encoder.features(x), input_of(encoder.model, last_linear(encoder.model), x))
+    close(encoder.features(x), input_of(encoder.model, last_linear(encoder.model), x))
 
 
 @pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "efficientnet_b1", "swin_t"])
@@ -81,8 +85,26 @@ def test_torchvision_preprocessing_is_that_of_its_weights(name: str, monkeypatch
 
 
 # One of each family; the regnets cannot be built without memory, so one is built above.
-FAMILIES = """alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s googlenet inception_v3 maxvit_t mnasnet0_5
-    mobilenet_v2 mobilenet_v3_small resnet18 shufflenet_v2_x0_5 squeezenet1_0 swin_t swin_v2_t vgg11 vit_b_16""".split()
+FAMILIES = [
+    "alexnet",
+    "convnext_tiny",
+    "densenet121",
+    "efficientnet_b0",
+    "efficientnet_v2_s",
+    "googlenet",
+    "inception_v3",
+    "maxvit_t",
+    "mnasnet0_5",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "resnet18",
+    "shufflenet_v2_x0_5",
+    "squeezenet1_0",
+    "swin_t",
+    "swin_v2_t",
+    "vgg11",
+    "vit_b_16",
+]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -158,103 +180,6 @@ def test_bad_normalisations(wish: str) -> None:
         Wishes().normalization(IMAGENET, 1)
 
 
-OWN = '''
-import torch
-from torch import nn
-from helper_beside import SIZE
-
-class WithMethod(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body, self.top = nn.Linear(3 * SIZE * SIZE, 5), nn.Linear(5, 4)
-    def features(self, x):
-        return self.body(x.flatten(1)).relu()
-    def forward(self, x):
-        return self.top(self.features(x))
-
-class Headless(nn.Module):
-    """Ends in a product that is no layer, as CLIP's image encoders do."""
-    def __init__(self):
-        super().__init__()
-        self.body, self.projection = nn.Linear(3 * SIZE * SIZE, 5), nn.Parameter(torch.ones(5, 2))
-    def forward(self, x):
-        return self.body(x.flatten(1)) @ self.projection
-
-def transform(image):
-    return torch.full((3, SIZE, SIZE), image.size[0] / 100)
-
-def plain(hidden=6):
-    return nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, hidden), nn.ReLU(), nn.Linear(hidden, 4)), transform
-def with_method():
-    return WithMethod(), transform
-def headless():
-    return Headless(), transform
-def own_size():
-    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 24 * 24, 4))
-def maps():
-    return nn.Conv2d(3, 2, 1)
-def pairs():
-    return "model", "transform"
-def broken():
-    raise KeyError("weights.pt")
-'''
-
-
-@pytest.fixture
-def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_encoders.py").write_text(OWN)
-    (tmp_path / "helper_beside.py").write_text("SIZE = 4")
-    monkeypatch.chdir(tmp_path)
-    importlib.invalidate_caches()
-    yield
-    for name in ("my_encoders", "helper_beside"):
-        sys.modules.pop(name, None)
-
-
-@pytest.mark.usefixtures("own_module")
-def test_factories_of_the_user() -> None:
-    before = list(sys.path)
-    x = torch.rand(3, 3, 4, 4)
-
-    plain = load("my_encoders:plain(hidden=9)")
-    assert (plain.width, plain.how) == (9, "input of 3")
-    torch.testing.assert_close(plain.classifier.logits(plain.features(x)), plain.model(x))
-    assert plain.preprocessing(noise(50, 40)).unique().tolist() == [0.5]
-
-    method = load("my_encoders:with_method")
-    assert (method.width, method.how) == (5, "features(x)")
-    torch.testing.assert_close(method.classifier.logits(method.features(x)), method.model(x))
-
-    headless = load("my_encoders:headless")
-    assert (headless.width, headless.how, headless.classifier) == (2, "output", None)
-    assert torch.equal(headless.features(x), headless.model(x))
-
-    sized = load("my_encoders:own_size", wishes=Wishes(image_size=24, normalize="none"))
-    assert sized.preprocessing(noise()).shape == (3, 24, 24)
-    assert sized.width == 3 * 24 * 24
-    assert sys.path == before
-
-
-@pytest.mark.usefixtures("own_module")
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [
-        ("my_encoders:absent", "AttributeError: module 'my_encoders' has no attribute 'absent'"),
-        ("no_such_module:make", "ModuleNotFoundError: No module named 'no_such_module'"),
-        ("my_encoders:broken", "KeyError: 'weights.pt'"),
-        ("my_encoders:pairs", "returned a str, not a torch.nn.Module"),
-        ("my_encoders:maps", r"its features are \[2, 2, 224, 224\], not \[B, d\]"),
-        ("my_encoders:own_size", r"fails on an input of shape \[2, 3, 224, 224\] .* try --image-size"),
-        ("my_encoders:plain(hidden=open('x'))", "factory .* expected a name or a call with plain values"),
-        ("my_encoders:", "factory ''"),
-    ],
-)
-def test_factories_that_fail(name: str, says: str) -> None:
-    with pytest.raises(UserError, match=says) as caught:
-        load(name)
-    assert "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize(
     ("name", "says"),
     [
@@ -309,7 +234,7 @@ def test_published_weights_in_torchvisions_cache_come_with_their_classifier(
     encoder = load("torchvision:shufflenet_v2_x0_5", pretrained=True)
     x = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(encoder.classifier.logits(encoder.features(x)), model(x))
+        close(encoder.classifier.logits(encoder.features(x)), model(x))
     assert encoder.weights == "pretrained"
     assert encoder.notes == ()
 

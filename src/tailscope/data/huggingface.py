@@ -67,7 +67,7 @@ def load(source: str) -> dict[str, HuggingFaceImages]:
         raise UserError(f"hf:{source}: cannot be loaded ({one_line(error)})") from None
     image_column = _column_of_type(source, dataset.features, "Image")
     label_column = _column_of_type(source, dataset.features, "ClassLabel")
-    labels = np.asarray(dataset[label_column], dtype=np.int64)
+    labels = np.asarray(dataset[label_column][:], dtype=np.int64)
     names = tuple(str(n) for n in dataset.features[label_column].names)
     if len(labels) == 0 or labels.min() < 0:
         raise UserError(f"hf:{source}: {'no rows' if len(labels) == 0 else 'rows without a label (-1)'}")

@@ -85,12 +85,12 @@ class Shards:
 
     def _require_same(self, spec: dict[str, Any]) -> None:
         path = self.folder / "spec.json"
-        if not path.is_file():
+        if not any(self.folder.glob("*.safetensors")):
             write_json(path, spec)
             return
         try:
             found = json.loads(path.read_text())
-        except ValueError:
+        except (OSError, ValueError):
             found = {}
         if digest(found) != digest(spec):
             field = next((k for k in spec if found.get(k) != spec[k]), "fields")
