@@ -34,7 +34,7 @@ def header(verb: str, settings: Settings, lab: Lab, lt_sets: Sequence[TrainingSe
     return {
         "schema": f"tailscope.{verb}/1",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["tailscope", *sys.argv[1:]]),
+        "command": command_line(sys.argv[1:]),
         "spec": settings.spec(lab.data),
         "environment": {"versions": versions(), "hardware": lab.runtime.describe()},
         "dataset": {
@@ -56,6 +56,19 @@ def header(verb: str, settings: Settings, lab: Lab, lt_sets: Sequence[TrainingSe
         "warnings": [] if settings.recipe.converged else [f"recipe {settings.recipe.name}: {settings.recipe.card}"],
         "provenance": [],
     }
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """Return the command with absolute paths cut to their last part: the rest means nothing on another machine.
+
+    >>> command_line(["swap", "--data", "cifar10", "--data-root", "/home/me/data", "--out=/tmp/here"])
+    'tailscope swap --data cifar10 --data-root data --out=here'
+    """
+    shown = []
+    for argument in arguments:
+        option, equals, value = argument.rpartition("=")
+        shown.append(f"{option}{equals}{Path(value).name}" if Path(value).is_absolute() else argument)
+    return shlex.join(["tailscope", *shown])
 
 
 def provenance(
