@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from benchmarks import __main__ as command
 from benchmarks import record, table
 from benchmarks.arms.common import load_images
@@ -21,7 +22,6 @@ from benchmarks.record import Options, Record, Row
 from benchmarks.shapes import Shape, flops, train_counts
 from benchmarks.swap import images_trained
 from benchmarks.workers import Arm, Pace, Slice, Worker
-
 from tailscope.geometry import describe
 from tailscope.models import MODELS
 

@@ -61,8 +61,8 @@ def header(verb: str, settings: Settings, lab: Lab, lt_sets: Sequence[TrainingSe
 def command_line(arguments: Sequence[str]) -> str:
     """Return the command with absolute paths cut to their last part: the rest means nothing on another machine.
 
-    >>> command_line(["swap", "--data", "cifar10", "--data-root", "/home/me/data", "--out=/tmp/here"])
-    'tailscope swap --data cifar10 --data-root data --out=here'
+    >>> command_line(["swap", "--data", "cifar10", "--data-root", "/data/cifar", "--out=/data/here"])
+    'tailscope swap --data cifar10 --data-root cifar --out=here'
     """
     shown = []
     for argument in arguments:
