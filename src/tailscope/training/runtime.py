@@ -1,6 +1,7 @@
 """Where and how fast a run computes. Nothing here changes a result beyond rounding, so none of it is in any key."""
 
 import ctypes
+import logging
 import os
 import platform
 import shutil
