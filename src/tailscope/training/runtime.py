@@ -106,6 +106,8 @@ def has_bf16(device: str) -> bool:
 def can_compile() -> bool:
     """Whether torch.compile can work here: a C++ compiler, Python's headers, and Linux, where it is dependable."""
     headers = Path(sysconfig.get_path("include", scheme="posix_prefix"), "Python.h")
+    if not torch.cuda.is_available():  # a CUDA toolkit without a device is worth no warning
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     return sys.platform == "linux" and headers.is_file() and shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
