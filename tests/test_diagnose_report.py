@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shlex
 import sys
 from pathlib import Path
@@ -93,6 +94,14 @@ def test_a_damaged_diagnosis_is_refused(result, tmp_path):
 
 def test_the_page_of_measures_is_current():
     assert (REPOSITORY / "docs" / "measures.md").read_text(encoding="utf-8") == measures_page.text()
+
+
+def test_the_notebook_is_the_tutorial():
+    maker = runpy.run_path(str(REPOSITORY / "examples" / "make_notebook.py"))
+    made = maker["notebook"](TUTORIAL.read_text(encoding="utf-8"))
+    assert (REPOSITORY / "examples" / "tutorial-digits.ipynb").read_text(encoding="utf-8") == made
+    kinds = [cell["cell_type"] for cell in json.loads(made)["cells"]]
+    assert kinds.count("code") == 6
 
 
 def test_the_tutorial_runs_as_it_is_written(tmp_path, monkeypatch, capsys):

@@ -13,12 +13,12 @@ import numpy as np
 
 from tailscope.attribution import summarize
 from tailscope.bounds import difference
-from tailscope.diagnosis.outcomes import Outcomes
+from tailscope.diagnosis.outcomes import BoolArray, Outcomes
 from tailscope.geometry.calibration import VERDICT_SAMPLES
 from tailscope.geometry.fields import Entry
 from tailscope.geometry.notes import FEW_UNSEEN
 from tailscope.groups import GROUPS
-from tailscope.intervals import FloatArray, Interval, as_list
+from tailscope.intervals import FloatArray, Interval, as_list, proportion
 
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
 UNDECIDED = "undecided"
@@ -43,7 +43,7 @@ def accuracies(outcomes: Outcomes, groups: Sequence[str | None]) -> dict[str, An
         "remedies": outcomes.remedies,
     }
     cells["classifier_bound"] |= {
-        "ci95": _clipped(bound.accuracy),
+        "ci95": list(_reach(bound.correct, outcomes.inflation)),
         "extrapolated": None if bound.extrapolated is None else _gap(bound.extrapolated),
         "notes": list(bound.notes),
     }
@@ -80,7 +80,7 @@ def judge(
     every = np.arange(len(outcomes.labels))
     verdict = _part(outcomes, every, ceiling, tested)
     chance = float(np.bincount(outcomes.labels).max() / len(outcomes.labels))
-    informative = bool(outcomes.bound.accuracy.ci95 and outcomes.bound.accuracy.ci95[0] > chance)
+    informative = _reach(outcomes.bound.correct, outcomes.inflation)[0] > chance
     warnings = [*outcomes.notes]
     if not informative:
         for part in (verdict, *by_group.values()):
@@ -104,6 +104,7 @@ def _part(outcomes: Outcomes, rows: IntArray, ceiling: float, memorised: bool | 
     """Return the gaps and the bottleneck among some of the scored samples."""
     current, bound = (a[rows].astype(np.float64) for a in (outcomes.current, outcomes.bound.correct))
     rebalanced = outcomes.rebalanced.correct[rows]
+    low, high = _reach(bound, outcomes.inflation)
     inflation = outcomes.inflation
     contrast = difference(2 * bound - current, np.full(len(rows), ceiling), inflation)
     bottleneck, reason = decide(contrast, memorised)
@@ -115,7 +116,11 @@ def _part(outcomes: Outcomes, rows: IntArray, ceiling: float, memorised: bool | 
         "classifier_bound": float(bound.mean()),
         "classifier_gap": _gap(difference(bound, current, inflation)),
         "rebalancing_gap": _gap(difference(rebalanced, current, inflation)),
-        "representation_gap": {**_gap(difference(np.full(len(rows), ceiling), bound, inflation)), "at_most": True},
+        "representation_gap": {
+            "points": float(ceiling - bound.mean()),
+            "ci95": [ceiling - high, ceiling - low],
+            "at_most": True,
+        },
         "difference": _gap(contrast),
     }
 
@@ -198,6 +203,7 @@ def _gap(interval: Interval) -> dict[str, Any]:
     return {"points": interval.estimate, "ci95": as_list(interval.ci95)}
 
 
-def _clipped(interval: Interval) -> list[float] | None:
-    bounds = as_list(interval.ci95)
-    return None if bounds is None else [max(0.0, bounds[0]), min(1.0, bounds[1])]
+def _reach(correct: FloatArray | BoolArray, inflation: float) -> tuple[float, float]:
+    """Return the interval of the bound's accuracy: Wilson's, widened about the estimate, within [0, 1]."""
+    low, high = proportion(correct[None]).widened(inflation).ci95 or (0.0, 1.0)
+    return max(0.0, low), min(1.0, high)

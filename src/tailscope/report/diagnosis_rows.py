@@ -127,7 +127,9 @@ def comparisons(result: Result) -> list[Row]:
         names = {"reference": stored["reference"], "other": encoder}
         for kind, gap in (entry["accuracy"] or {}).items():
             points, low, high = _ends(gap)
-            better = None if low is None or high is None or low <= 0 <= high else names["other" if low > 0 else "reference"]
+            better = (
+                None if low is None or high is None or low <= 0 <= high else names["other" if low > 0 else "reference"]
+            )
             found.append(
                 {
                     "encoder": encoder,
