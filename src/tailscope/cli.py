@@ -1,5 +1,6 @@
 """The command line: one verb per experiment. Mistakes of the user are one line and exit code 2."""
 
+import io
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,6 +53,9 @@ Permutations = Annotated[int, typer.Option(min=0, help="Permutations of each tes
 
 def main() -> None:
     """Run the command line; the entry point."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a console without Unicode shows "?" instead of failing
+            stream.reconfigure(errors="replace")
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except UserError as error:
@@ -209,7 +213,10 @@ def report(
     out: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with result files.")],
     figures: Annotated[bool, typer.Option(help="Also write every chart as SVG, PNG and PDF.")] = True,
 ) -> None:
-    """Build report.html, figures and tables from the stored results in DIR. Nothing is computed anew."""
+    """Build report.html, figures and tables from the stored results in DIR. Nothing is computed anew.
+
+    Example: `tailscope report out`
+    """
     from tailscope.report import build
 
     typer.echo(build(out, figures=figures))
@@ -217,7 +224,10 @@ def report(
 
 @app.command()
 def methods(as_json: Json = False) -> None:
-    """List every loss, sampler, augmentation, mixing, model, schedule, profile and recipe with its defaults."""
+    """List every loss, sampler, augmentation, mixing, model, schedule, profile and recipe with its defaults.
+
+    Example: `tailscope methods --json`
+    """
     from tailscope import verbs
 
     if as_json:
@@ -254,4 +264,4 @@ def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=1, allow_nan=False))
 
 
-from tailscope import cli_diagnose  # noqa: E402, F401 - registers its verb
+from tailscope import cli_diagnose, cli_features, cli_paper  # noqa: E402, F401 - they register their verbs

@@ -1,0 +1,112 @@
+"""The verb `features`: extract features with any encoder, for `diagnose`."""
+
+import json
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from tailscope.cli import DataRoot, Device, Json, Overwrite, app
+
+Model = Annotated[
+    str, typer.Option(help="timm:NAME, torchvision:NAME, resnet32 and its like, or module:factory of your own.")
+]
+Images = Annotated[
+    str, typer.Option("--data", help="digits, cifar10, cifar100, PATH.npz, folder:PATH, list:FILES or hf:NAME.")
+]
+File = Annotated[Path, typer.Option("--out", help="Feature file to write: .npz, .safetensors or .parquet.")]
+Checkpoint = Annotated[
+    Path | None, typer.Option(help="Local weights; also the layouts of LDAM-DRW, MiSLAS and classifier-balancing.")
+]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="Published weights of timm or torchvision.")]
+Split = Annotated[str | None, typer.Option(help="Split of the data; needed where there are several.")]
+Subset = Annotated[Path | None, typer.Option(help="A subset.json: only those images, in its order.")]
+Normalize = Annotated[str | None, typer.Option(help="imagenet, cifar, data, none or MEANS/DEVIATIONS.")]
+ImageSize = Annotated[int | None, typer.Option(min=1, help="Height and width of the input.")]
+Verify = Annotated[bool, typer.Option("--verify", help="Decode every image first and report all that cannot be read.")]
+Skip = Annotated[bool, typer.Option("--skip-unreadable", help="Leave out images that cannot be read, with a count.")]
+Mixed = Annotated[bool, typer.Option("--mixed", help="bfloat16 where the device has it; geometry wants fp32.")]
+Half = Annotated[bool, typer.Option("--half", help="Store float16: half the size, three significant digits.")]
+Batch = Annotated[int, typer.Option(min=1, help="Images at a time.")]
+Workers = Annotated[int | None, typer.Option(min=0, help="Processes that decode images.")]
+
+
+@app.command()
+def features(
+    model: Model,
+    data: Images,
+    out: File,
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = False,
+    split: Split = None,
+    subset: Subset = None,
+    data_root: DataRoot = None,
+    normalize: Normalize = None,
+    image_size: ImageSize = None,
+    verify: Verify = False,
+    skip_unreadable: Skip = False,
+    mixed: Mixed = False,
+    half: Half = False,
+    batch: Batch = 64,
+    workers: Workers = None,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Extract features with any encoder from any images. Interrupted, the same command continues.
+
+    A checkpoint's classifier is written beside the features, for `diagnose --classifier`.
+
+    Examples: `tailscope features --model timm:resnet50 --checkpoint w.pth --data folder:photos --out f.npz`;
+    `tailscope features --model resnet32 --checkpoint ldam.pth.tar --data cifar10 --split test --out unseen.npz`
+    """
+    from tailscope.encoders.extraction import Options
+    from tailscope.encoders.run import run_features
+    from tailscope.progress import Bars, Quiet
+    from tailscope.training.runtime import Runtime
+
+    console = Console(stderr=as_json)
+    options = Options(
+        precision="auto" if mixed else "fp32",
+        stored="float16" if half else "float32",
+        batch=batch,
+        workers=workers,
+        skip_unreadable=skip_unreadable,
+    )
+    with Bars(console) if console.is_terminal else nullcontext(Quiet()) as progress:
+        written = run_features(
+            model,
+            data,
+            out,
+            checkpoint=checkpoint,
+            pretrained=pretrained,
+            split=split,
+            subset=subset,
+            data_root=data_root,
+            normalize=normalize,
+            image_size=image_size,
+            verify=verify,
+            overwrite=overwrite,
+            options=options,
+            runtime=Runtime.choose(device, progress=progress),
+        )
+    if as_json:
+        typer.echo(json.dumps(asdict(written), indent=1, default=str, allow_nan=False))
+    else:
+        _show(asdict(written), console)
+
+
+def _show(written: dict[str, Any], console: Console) -> None:
+    """Say what was written, and what to mind."""
+    for warning in written["warnings"]:
+        console.out(f"warning: {warning}", highlight=False)
+    console.out(
+        f"{written['features']}: {written['rows']:,} rows of {written['width']} features, {written['classes']} classes"
+        f" ({written['resumed']:,} rows were there, {written['skipped']:,} images skipped)",
+        highlight=False,
+    )
+    if written["classifier"] is not None:
+        console.out(f"{written['classifier']}: the checkpoint's classifier", highlight=False)
