@@ -1,5 +1,7 @@
 """What must not change a result, and what inputs at the edge must give."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -47,7 +49,9 @@ def test_permuting_classes_permutes_results(seed, order):
     sets = made_up(seed)
     new = torch.tensor(order).argsort()  # class order[i] becomes class i
     moved = [sets[0], new[sets[1]], sets[2], new[sets[3]]]
-    before = describe(*sets, names(4), permutations=29).classes
+    result = describe(*sets, names(4), permutations=29)
+    json.dumps(result.to_json(), allow_nan=False)
+    before = result.classes
     after = describe(*moved, [names(4)[k] for k in order], permutations=29).classes
     chance = ("nearest_center_train_null_deg", "nearest_center_train_excess_deg")  # one stream for all classes
     classes = ("nearest_center_train_class", "nearest_center_true_class")
@@ -107,6 +111,21 @@ def test_lower_precision_inputs_are_measured_in_float32(dtype):
     assert_close(
         describe(*sets, names(4), permutations=9).classes, describe(*as_float32, names(4), permutations=9).classes
     )
+
+
+def test_threads_change_no_digit():
+    sets = made_up(2, most=60)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            results.append(describe(*sets, names(4), permutations=49))
+            assert torch.get_num_threads() == number
+    finally:
+        torch.set_num_threads(threads)
+    assert_close(results[0].classes, results[1].classes, relative=1e-9)
+    assert results[0].warnings == results[1].warnings
 
 
 def test_inputs_are_left_as_they_were():

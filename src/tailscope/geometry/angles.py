@@ -89,7 +89,7 @@ def sample_angles(rows: ClassRows, centers: list[Tensor]) -> list[Tensor]:
     classes = len(centers[0])
     labels = rows.labels()
     sums = [torch.zeros(classes, dtype=torch.float64, device=unit.device) for _ in centers]
-    for start, block in rows.blocks(max(64, (1 << 20) // len(unit))):
+    for start, block in rows.blocks(max(512, (1 << 20) // len(unit))):
         own = labels[start : start + len(block)]
         norm = torch.linalg.vector_norm(block, dim=1)
         cosines = block @ unit.T
@@ -97,8 +97,12 @@ def sample_angles(rows: ClassRows, centers: list[Tensor]) -> list[Tensor]:
             part = cosines[:, i * classes : (i + 1) * classes]
             part.index_fill_(1, unusable[i], -math.inf)
             part.scatter_(1, own[:, None], -math.inf)
-            best = part.max(dim=1)
-            angle = _angle_from_cosine(block, directions, best.values / norm, best.indices)
+            largest = part.amax(dim=1)
+            angle = torch.rad2deg(torch.acos((largest.double() / norm).clamp(-1, 1)))
+            angle[torch.isinf(largest)] = math.nan
+            close = (largest > 0.98 * norm).nonzero().flatten()
+            if len(close):
+                angle[close] = _angle_to_own(block[close], directions[part[close].argmax(dim=1)])
             sums[i].index_add_(0, own, angle)
     counts = torch.bincount(labels, minlength=classes)
     return [total / counts for total in sums]
@@ -113,14 +117,8 @@ def unit_centers(centers: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return unit.to(dtype), usable
 
 
-def _angle_from_cosine(rows: Tensor, unit: Tensor, cosine: Tensor, nearest: Tensor) -> Tensor:
-    """Return degrees, float64 [n]; NaN where no centre was eligible (cosine -inf)."""
-    wide = torch.where(torch.isinf(cosine), math.nan, cosine.double().clamp(-1.0, 1.0))
-    angle = torch.rad2deg(torch.acos(wide))
-    close = (cosine > 0.98).nonzero().flatten()
-    if len(close):
-        x, c = rows[close], unit[nearest[close]]
-        along = (x * c).sum(dim=1)
-        across = torch.linalg.vector_norm(x - along[:, None] * c, dim=1)
-        angle[close] = torch.rad2deg(torch.atan2(across.double(), along.double()))
-    return angle
+def _angle_to_own(rows: Tensor, directions: Tensor) -> Tensor:
+    """Return degrees, float64 [n], between each row and its own unit vector, without the arc cosine."""
+    along = (rows * directions).sum(dim=1)
+    across = torch.linalg.vector_norm(rows - along[:, None] * directions, dim=1)
+    return torch.rad2deg(torch.atan2(across.double(), along.double()))

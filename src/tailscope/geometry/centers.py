@@ -35,7 +35,7 @@ def _class_sums(rows: ClassRows) -> Tensor:
     sums = rows.features.new_zeros(classes, rows.features.shape[1], dtype=torch.float64)
     for k in range(classes):
         if rows.count(k):
-            sums[k] = rows.features[rows.index(k)].sum(dim=0, dtype=torch.float64)
+            sums[k] = rows.features.index_select(0, rows.index(k)).sum(dim=0, dtype=torch.float64)
     return sums
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 TIE = 1e-12
 TRIM = 0.1
-BLOCK_PAIRS = 1 << 20
+BLOCK_PAIRS = 1 << 18
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tailscope.errors import UserError
-from tailscope.geometry.angles import nearest_center, sample_angles
+from tailscope.geometry.angles import angle_between, nearest_center, sample_angles
 from tailscope.geometry.centers import Centers, class_centers, separation_by_chance
 from tailscope.geometry.fields import Entry
 from tailscope.geometry.measure import Facts, gather, measure_class
@@ -157,7 +157,7 @@ def _stream_keys(class_names: Sequence[str]) -> list[str]:
 
 
 def _separate(entries: Sequence[Entry], train: ClassRows, unseen: ClassRows, centers: Centers, chance: Tensor) -> None:
-    """Fill in the distances between centres, and between samples and the nearest wrong centre."""
+    """Fill in the angles between centres, and between samples and the nearest wrong centre."""
     angle_s, class_s = nearest_center(centers.train)
     angle_t, class_t = nearest_center(centers.true)
     from_train = sample_angles(train, [centers.train, centers.true])
@@ -166,6 +166,8 @@ def _separate(entries: Sequence[Entry], train: ClassRows, unseen: ClassRows, cen
     m = torch.tensor(unseen.starts).diff().to(from_unseen.device)
     to_true = torch.where(n > 0, n * from_train[1], 0) + torch.where(m > 0, m * from_unseen, 0)
     columns = {
+        "center_shift_deg": torch.where(m > 0, angle_between(centers.train, centers.true), torch.nan),
+        "center_shift_unseen_deg": angle_between(centers.train, centers.unseen),
         "nearest_center_train_deg": angle_s,
         "nearest_center_train_class": class_s,
         "nearest_center_train_null_deg": chance,

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tailscope.geometry.angles import angle_between, angles_to, resolution_deg
+from tailscope.geometry.angles import angles_to, resolution_deg
 from tailscope.geometry.centers import Centers, shift_by_chance
 from tailscope.geometry.conformal import compare_pairs
 from tailscope.geometry.duplicates import find_copies
@@ -111,12 +111,10 @@ def _compactness(sample: Sample) -> Entry:
 
 
 def _comparison(sample: Sample) -> Entry:
-    """Compare S with U: shift, lengths, matched gap and conformal escape."""
+    """Compare S with U: lengths, matched gap and conformal escape."""
     lengths = torch.linalg.vector_norm(sample.rows, dim=1)
     pairs = compare_pairs(sample.rows[: sample.n], sample.rows[sample.n :])
     return {
-        "center_shift_deg": _number(angle_between(sample.mean_s, sample.mean_t)),
-        "center_shift_unseen_deg": _number(angle_between(sample.mean_s, sample.mean_u)),
         "norm_ratio": (lengths[: sample.n].mean() / lengths[sample.n :].mean()).item(),
         "escape_conformal_null": None if pairs.escape_conformal is None else 1 / (sample.n + 1),
         **vars(pairs),

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 MOST_WORKERS = 8
 
@@ -21,9 +22,11 @@ def map_classes(function: Callable[[int], T], classes: int, device: torch.device
     if workers == 1:
         yield from map(function, range(classes))
         return
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,))
+    own = threads // workers
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(own,))
     try:
-        yield from pool.map(function, range(classes))
+        with threadpool_limits(own, user_api="blas"):  # of NumPy and SciPy; torch is told by the initializer
+            yield from pool.map(function, range(classes))
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # else threads that start later would inherit the workers' number

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tailscope.geometry.angles import resolution_deg
 
-CHUNK_ELEMENTS = 1 << 19
+CHUNK_ELEMENTS = 1 << 18
 STATISTICS = ("shift", "gap", "spread", "escape", "log_variance_ratio")
 
 

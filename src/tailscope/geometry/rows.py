@@ -41,7 +41,7 @@ class ClassRows:
     def blocks(self, size: int) -> Iterator[tuple[int, Tensor]]:
         """Yield (position in `order`, rows [<= size, d]) over all classes."""
         for start in range(0, len(self.order), size):
-            yield start, self.features[self.order[start : start + size]].to(self.dtype)
+            yield start, self.features.index_select(0, self.order[start : start + size]).to(self.dtype)
 
     def labels(self) -> Tensor:
         """Return the class of each entry of `order`."""
