@@ -94,7 +94,9 @@ class LinearClassifier:
         if self.weight.shape[1] != width:
             raise UserError(f"{self.source}: weight takes d = {self.weight.shape[1]}, but {source} has d = {width}")
         if len(self.weight) != len(class_names):
-            raise UserError(f"{self.source}: weight has {len(self.weight)} rows for {len(class_names)} classes of {source}")
+            raise UserError(
+                f"{self.source}: weight has {len(self.weight)} rows for {len(class_names)} classes of {source}"
+            )
         if self.class_names is None:
             return replace(self, class_names=tuple(class_names))
         order = torch.from_numpy(match_names(source, class_names, self.source, self.class_names))
