@@ -128,7 +128,9 @@ def test_scratch_outlives_a_failure_and_not_a_success(tmp_path):
     assert not any((tmp_path / "scratch").iterdir())
 
 
-@pytest.mark.parametrize("broken", [{"meta": {1, 2}}, {"meta": {"x": object()}}, {"tensors": {"a": 3}}], ids=str)
+@pytest.mark.parametrize(
+    "broken", [{"meta": {1, 2}}, {"meta": {"x": object()}}, {"tensors": {"a": 3}}], ids=["set", "object", "number"]
+)
 def test_what_cannot_be_written_leaves_no_entry(tmp_path, broken):
     store = Store(tmp_path)
     tensors, meta = broken.get("tensors", TENSORS), broken.get("meta", META)
