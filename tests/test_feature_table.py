@@ -255,3 +255,10 @@ def test_provenance_is_json_in_every_format(tmp_path: Path) -> None:
     table().save(tmp_path / "t.npz")
     with np.load(tmp_path / "t.npz") as file:
         assert json.loads(str(file["provenance"])) == {"encoder": "resnet32"}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_others_may_read_what_was_saved(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / "plain").touch()
+    table().save(tmp_path / f"t{suffix}")
+    assert (tmp_path / f"t{suffix}").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -9,7 +9,6 @@ import os
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 from tailscope.array_files import npz, parquet, tensors
 from tailscope.array_files.text import Array, Arrays, one_line
@@ -22,7 +21,7 @@ _READERS: dict[str, Callable[[Path, Sequence[str]], Arrays]] = {
     ".safetensors": tensors.read,
     ".parquet": parquet.read,
 }
-_WRITERS: dict[str, Callable[[BinaryIO, Arrays], None]] = {
+_WRITERS: dict[str, Callable[[Path, Arrays], None]] = {
     ".npz": npz.write,
     ".safetensors": tensors.write,
     ".parquet": parquet.write,
@@ -71,8 +70,7 @@ def write(path: Path, arrays: Arrays) -> None:
     check_writable(path)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        with partial.open("wb") as file:
-            _WRITERS[path.suffix](file, arrays)
+        _WRITERS[path.suffix](partial, arrays)
         partial.replace(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or one_line(error)})") from error

@@ -4,7 +4,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -31,9 +31,10 @@ def read(path: Path, wanted: Sequence[str]) -> Arrays:
             return {name: _field(path, loaded, name) for name in wanted if name in loaded}
 
 
-def write(file: BinaryIO, arrays: Arrays) -> None:
+def write(path: Path, arrays: Arrays) -> None:
     """Write the arrays, uncompressed: features do not compress."""
-    np.savez(file, allow_pickle=False, **arrays)
+    with path.open("wb") as file:  # to a path, np.savez would append ".npz"
+        np.savez(file, allow_pickle=False, **arrays)
 
 
 def _field(path: Path, loaded: Any, name: str) -> Array:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -29,11 +28,21 @@ def read(path: Path, wanted: Sequence[str]) -> Arrays:
     return arrays | header_to_arrays(path, {k: v for k, v in header.items() if k in wanted})
 
 
-def write(file: BinaryIO, arrays: Arrays) -> None:
-    """Write the arrays; `class_names` and `provenance` go to the header."""
+def write(path: Path, arrays: Arrays) -> None:
+    """Write the arrays; `class_names` and `provenance` go to the header.
+
+    Raises:
+        OSError: the disk refuses.
+    """
     header = arrays_to_header(arrays)
     tensors = {name: _to_tensor(array) for name, array in arrays.items() if name not in header}
-    save_file(tensors, file.name, metadata=header)
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(tensors, path, metadata=header)
+    except SafetensorError as error:
+        raise OSError(one_line(error)) from error
+    path.chmod(mode)  # safetensors leaves files that only their owner can read
 
 
 def _to_array(tensor: torch.Tensor) -> Array:
