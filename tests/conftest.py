@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,3 +51,22 @@ def cifar10_npz() -> Path:
 def cifar100_npz() -> Path:
     """CIFAR-100 as an image `.npz`."""
     return unpacked("cifar100")
+
+
+@pytest.fixture
+def tailscope_(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
+    """Run the command line in this process, with the recipe `demo` cut to a few steps; return code, out and err."""
+    from experiment_setups import TINY
+    from tailscope import cli
+    from tailscope.training.recipes import RECIPES
+
+    monkeypatch.setitem(RECIPES, "demo", TINY)
+
+    def run(*arguments: object) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["tailscope", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        return SimpleNamespace(code=ended.value.code, out=printed.out, err=printed.err)
+
+    return run

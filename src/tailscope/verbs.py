@@ -184,15 +184,15 @@ def describe_subset(data: ImageData, profile: str, protocol: str, seed: int) -> 
 def show_subset(result: dict[str, Any], out: Path | None, console: Console) -> None:
     """Print a subset's counts as a bar chart, and its fingerprint."""
     counts = result["counts"]
-    console.print(f"{sum(counts):,} images, counts {' '.join(map(str, counts))}", highlight=False)
-    console.print(f"sha256 {result['sha256']}", highlight=False)
+    console.out(f"{sum(counts):,} images, counts {' '.join(map(str, counts))}", highlight=False)
+    console.out(f"sha256 {result['sha256']}", highlight=False)
     table = Table("class", "group", "images", "", box=None)
     for name, group, n in zip(result["dataset"]["class_names"], result["groups"], counts, strict=True):
         table.add_row(_plain(name), group or "-", str(n), "█" * max(1, round(40 * n / max(counts))))
     if len(counts) <= 100:
         console.print(table)
     if out is not None:
-        console.print(f"written: {out / 'subset.json'}", highlight=False)
+        console.out(f"written: {out / 'subset.json'}", highlight=False)
 
 
 def show_story(out: Path, console: Console) -> None:
@@ -201,7 +201,7 @@ def show_story(out: Path, console: Console) -> None:
     for name, value in report.story.summary_rows(report.load(out)):
         table.add_row(_plain(name), _plain(value))
     console.print(table)
-    console.print(f"report: {out / 'report.html'}", highlight=False)
+    console.out(f"report: {out / 'report.html'}", highlight=False)
 
 
 def list_methods() -> dict[str, Any]:
