@@ -60,7 +60,6 @@ class Runtime:
         if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
             raise UserError(f"--device {device}: this machine has no such CUDA device that PyTorch can use; take cpu")
         keep_freed_memory()
-        torch.set_flush_denormal(True)
         low = torch.bfloat16 if has_bf16(device) else torch.float32
         return cls(chosen, low, compile, progress or Quiet())
 
