@@ -29,7 +29,7 @@ TINY = Recipe.model_validate(
     RECIPES["demo"].model_dump()
     | {
         "name": "tiny",
-        "stage1": {"epochs": 3, "batch": 64, "learning_rate": 0.1, "precision": "fp32"},
+        "stage1": {"epochs": 2, "batch": 64, "learning_rate": 0.1, "precision": "fp32"},
         "stage2": {"steps": 20, "batch": 64, "learning_rate": 0.1, "precision": "fp32"},
         "views": 1,
     }
@@ -51,11 +51,13 @@ stage1.save_tensors = lambda *checkpoint: (save(*checkpoint), time.sleep(600))
 """
 
 
-@pytest.fixture(autouse=True)
-def _known(monkeypatch):
-    monkeypatch.setitem(RECIPES, "tiny", TINY)
-    monkeypatch.setitem(targets.BENCHMARKS, "digits-lt", BENCHMARK)
-    monkeypatch.setattr("tailscope.paper.timing.SECONDS", 0.05)
+@pytest.fixture(autouse=True, scope="module")
+def _known():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(RECIPES, "tiny", TINY)
+        patch.setitem(targets.BENCHMARKS, "digits-lt", BENCHMARK)
+        patch.setattr("tailscope.paper.timing.SECONDS", 0.05)
+        yield
 
 
 def request_of(out, what="table1", **options):
@@ -67,25 +69,32 @@ def digits():
     return load("digits")
 
 
-def test_the_plan_is_told_before_the_work_and_kept(tmp_path):
-    told = []
-    done = run_reproduce(request_of(tmp_path), tell=told.append)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished Table 1: its folder, what was told, what was returned."""
+    out, told = tmp_path_factory.mktemp("finished"), []
+    return out, told, run_reproduce(request_of(out), tell=told.append)
+
+
+def test_the_plan_is_told_before_the_work_and_results_are_written(finished):
+    out, told, done = finished
     text = "\n".join(told)
     assert "seeds 0, subset seed 0; recipe tiny: shortened, NOT a reproduction" in text
     assert "backbone lt: to train" in text
     assert "classifiers: 4 to fit, 0 stored" in text
     assert "estimated time here" in text
     assert set(done["results"]) == {"swap"}
-    assert {path.name for path in (tmp_path / "tables").iterdir()} == {
-        f"paper-table1.{s}" for s in ("csv", "md", "tex")
-    }
-    stored = json.loads((tmp_path / "claims.json").read_text())
+    assert {path.suffix for path in (out / "tables").glob("paper-table1.*")} == {".csv", ".md", ".tex"}
+    stored = json.loads((out / "claims.json").read_text())
     assert stored["claims"] == done["claims"]
     assert {claim["ci95_kind"] for claim in stored["claims"]} == {"item"}
     assert {claim["verdict"] for claim in stored["claims"]} == {"undecided"}
 
-    told.clear()
-    again = run_reproduce(request_of(tmp_path, "fig2"), tell=told.append)
+
+def test_a_second_run_trains_nothing(finished):
+    out, _, done = finished
+    told = []
+    again = run_reproduce(request_of(out, "fig2"), tell=told.append)
     assert "  nothing to train: every stage is stored" in told
     assert "estimated time" not in "\n".join(told)
     assert again["results"]["swap"]["cells"] == done["results"]["swap"]["cells"]
@@ -98,7 +107,7 @@ def test_runs_list_exactly_what_the_experiments_train(tmp_path, digits):
     before = make_plan(lab, settings, everything)
     assert [b.encoder for b in before.backbones] == ["lt", "true", "lt+mixup", "lt+autoaugment", "lt+autoaugment+mixup"]
     assert (before.classifiers, before.classifiers_stored) == (4 + 12 - 1, 0)  # the bound of `none` is lt->true
-    assert before.backbones[0].images == 3 * sum(lab.long_tailed("exp:20", "nested", 0).spec.counts)
+    assert before.backbones[0].images == 2 * sum(lab.long_tailed("exp:20", "nested", 0).spec.counts)
     results = {name: experiment(lab, settings) for name, experiment in EXPERIMENTS.items()}
     assert lab.trained == 5 + 15
     after = make_plan(lab, settings, everything)
@@ -127,7 +136,7 @@ def test_time_is_what_the_rates_say(tmp_path, digits):
     images = sum(b.images for b in plan.backbones)
     assert plan.views == 2 * len(digits.train)  # one view of D* a backbone, shared by its classifiers
     assert plan.clean == 2 * len(digits.test)
-    assert rates.estimate(plan) == 3 * images + 10 * plan.views + 100 * plan.clean
+    assert rates.estimate(plan) == (2 + 1) * images + 10 * plan.views + 100 * plan.clean
     measured = measure(lab, settings.recipe, plan, seconds=0.1)
     assert min(measured.step, measured.view, measured.clean, *measured.augment.values()) > 0
     assert duration(3600 * 2) == "2 h 0 min"
@@ -141,8 +150,8 @@ def test_only_the_plan_trains_nothing(tmp_path):
     assert not (tmp_path / "claims.json").exists()
 
 
-def test_a_killed_run_started_again_gives_the_same_numbers(tmp_path):
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
+def test_a_killed_run_started_again_gives_the_same_numbers(finished, tmp_path):
+    killed, (_, _, uninterrupted) = tmp_path / "killed", finished
     call = f"run_reproduce(Request('table1', 'digits-lt', Path({str(killed)!r}), seeds='1', recipe='tiny'))"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -157,7 +166,7 @@ def test_a_killed_run_started_again_gives_the_same_numbers(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not (killed / "swap.json").exists()
-    resumed, uninterrupted = (run_reproduce(request_of(out), tell=lambda text: None) for out in (killed, whole))
+    resumed = run_reproduce(request_of(killed), tell=lambda text: None)
     assert resumed["results"]["swap"]["cells"] == uninterrupted["results"]["swap"]["cells"]
     assert resumed["claims"] == uninterrupted["claims"]
     assert not list(killed.glob(checkpoints))  # it was this backbone that went on
@@ -180,16 +189,17 @@ def test_mistakes_are_told_before_anything_is_loaded(request_, message):
     assert message in str(error.value)
 
 
-def test_results_of_another_spec_are_kept_and_left_out(tmp_path):
-    run_reproduce(request_of(tmp_path), tell=lambda text: None)
+def test_results_of_another_spec_are_kept_and_left_out(finished):
+    out = finished[0]
     with pytest.raises(UserError, match="another spec"):
-        run_reproduce(request_of(tmp_path, seeds="2"), tell=lambda text: None)
-    stored = json.loads((tmp_path / "swap.json").read_text())
-    (tmp_path / "ladder.json").write_text(
-        json.dumps(stored | {"schema": "tailscope.ladder/1", "augmentations": {}, "spec": {"recipe": "other"}})
-    )
-    done = run_reproduce(request_of(tmp_path), tell=lambda text: None)
+        run_reproduce(request_of(out, seeds="2"), tell=lambda text: None)
+    other = json.loads((out / "swap.json").read_text())
+    other |= {"schema": "tailscope.ladder/1", "augmentations": {}, "spec": {"recipe": "other"}}
+    (out / "ladder.json").write_text(json.dumps(other))
+    done = run_reproduce(request_of(out), tell=lambda text: None)
     assert set(done["results"]) == {"swap"}
+    assert json.loads((out / "ladder.json").read_text()) == other
+    (out / "ladder.json").unlink()
 
 
 def test_quick_is_the_recipe_fast_and_the_default_the_papers():
@@ -199,7 +209,7 @@ def test_quick_is_the_recipe_fast_and_the_default_the_papers():
     assert settings.seeds == (0, 1, 2)
 
 
-def test_the_verb_prints_json_and_help_loads_no_torch(tmp_path, monkeypatch):
+def test_the_verb_prints_json_and_help_loads_no_torch(finished, monkeypatch):
     monkeypatch.setattr("tailscope.report.build", lambda out: out / "report.html")
     options = [
         "reproduce",
@@ -211,7 +221,7 @@ def test_the_verb_prints_json_and_help_loads_no_torch(tmp_path, monkeypatch):
         "--seeds",
         "1",
         "--out",
-        str(tmp_path),
+        str(finished[0]),
     ]
     result = CliRunner().invoke(tailscope.cli_paper.app, [*options, "--json"], catch_exceptions=False)
     done = json.loads(result.stdout)
