@@ -156,6 +156,24 @@ def test_two_classes_have_no_groups_but_a_verdict():
     assert found["accuracy"]["current"]["mean"] > 0.95
 
 
+@pytest.mark.parametrize("kept", [slice(0, 1), slice(0, 40)], ids=["one sample", "one class"])
+def test_too_little_for_a_verdict_is_refused(kept):
+    train, (unseen, truth) = separable()
+    few = table(unseen[kept], truth[kept], source="few.npz")
+    with pytest.raises(UserError, match=r"few\.npz: .*--no-verdict"):
+        tailscope.diagnose(table(*train), few, permutations=0)
+    assert tailscope.diagnose(table(*train), few, permutations=0, verdict=False)["verdict"] is None
+
+
+def test_large_problems_are_cross_fitted_in_fewer_folds(monkeypatch, biased):
+    monkeypatch.setattr(outcomes, "LARGE", 1)
+    train, unseen = separable()
+    found = tailscope.diagnose(table(*train), table(*unseen), classifier=head_biased(), permutations=0)
+    assert "cross-fitted in 3 folds" in found["accuracy"]["classifier_bound"]["notes"]
+    assert "cross-fitted in 5 folds" in biased["accuracy"]["classifier_bound"]["notes"]
+    assert found["accuracy"]["classifier_bound"]["mean"] == pytest.approx(1, abs=0.02)
+
+
 @pytest.mark.parametrize(
     ("bounds", "memorised", "expected"),
     [

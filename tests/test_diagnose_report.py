@@ -1,5 +1,6 @@
 """The report of a diagnosis, the page of measures, and the tutorial, which is run as it is written."""
 
+import functools
 import json
 import re
 import runpy
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import result_factory
 import tailscope
 from diagnosis_cases import head_biased, scattered, separable, table
 from tailscope import cli, report
@@ -81,6 +83,14 @@ def test_other_pages(options, tmp_path):
     assert ("Measured, without a verdict" in text) == bool(options)
 
 
+def test_a_diagnosis_beside_experiments_has_a_page_of_its_own(result, tmp_path):
+    result_factory.write(tmp_path, swap=result_factory.swap(seeds=1))
+    write(tmp_path, "diagnosis", result)
+    assert report.build(tmp_path, figures=False) == tmp_path / "report.html"
+    assert diagnosis_story.headline(result) not in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "From the current accuracy to the ceiling" in (tmp_path / "diagnosis.html").read_text(encoding="utf-8")
+
+
 def test_a_damaged_diagnosis_is_refused(result, tmp_path):
     path = tmp_path / "diagnosis.json"
     for stored, words in [("{", "cannot be read"), ("{}", "schema")]:
@@ -106,6 +116,7 @@ def test_the_notebook_is_the_tutorial():
 
 def test_the_tutorial_runs_as_it_is_written(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "build", functools.partial(report.build, figures=False))
     space = {}
     blocks = re.findall(r"```(python|console)\n(.*?)```", TUTORIAL.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert [kind for kind, _ in blocks].count("console") == 3
