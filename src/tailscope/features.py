@@ -31,11 +31,16 @@ def extract(
     model.eval()
     normalize = normalize.to(runtime.device)
     rows = []
-    threads = runtime.threads_for(images, BATCH)
-    with threads, runtime.progress.task(label, len(images)) as advance, torch.inference_mode():
+    low = dtype != torch.float32
+    with (
+        runtime.threads_for(images, BATCH),
+        runtime.progress.task(label, len(images)) as advance,
+        torch.inference_mode(),
+        torch.backends.cudnn.flags(enabled=True, allow_tf32=low),  # float32 means float32: geometry needs the digits
+    ):
         for batch in torch.split(images, BATCH):
             x = normalize(batch.to(runtime.device, non_blocking=True))
-            with torch.autocast(runtime.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            with torch.autocast(runtime.device.type, dtype=dtype, enabled=low):
                 rows.append(model.features(x).cpu())
             advance(len(batch))
     # Tensors made in inference mode cannot take part in autograd later; a clone outside of it can.
