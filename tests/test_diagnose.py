@@ -51,7 +51,8 @@ def test_scattered_tail_samples_are_the_representations_fault(lost):
     assert verdict["group_tested"] in ("body", "tail")
     assert lost["groups"][verdict["group_tested"]]["spread_gap_flagged"]
     assert verdict["groups"]["tail"]["bottleneck"] == "representation"
-    assert verdict["groups"]["head"]["bottleneck"] != "representation"
+    assert verdict["groups"]["head"]["bottleneck"] == "undecided"
+    assert verdict["groups"]["head"]["reason"].endswith("nothing to gain")
     assert lost["advice"][0]["about"] == "representation"
     assert lost["advice"][0]["at_most"]
     assert lost["advice"][0]["gain"] == {k: verdict["representation_gap"][k] for k in ("points", "ci95")}

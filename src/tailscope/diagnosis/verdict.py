@@ -22,6 +22,7 @@ from tailscope.intervals import FloatArray, Interval, as_list, proportion
 
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
 UNDECIDED = "undecided"
+NEGLIGIBLE = 0.01
 NO_INFORMATION = "these features carry no class information"
 
 
@@ -61,8 +62,8 @@ def judge(
     `bottleneck` is "classifier" where the paired interval of classifier gap minus representation gap lies above 0;
     "representation" where it lies below 0 and the permutation test of `spread_gap` rejects: of the group that loses
     most for all samples, of the group or class itself for its own; else "undecided". Features on which the bound is not
-    above chance decide nothing, and classes with fewer than 5 training or 30 scored samples have none of
-    their own.
+    above chance decide nothing. Neither does a current accuracy within a point of the ceiling, and classes with fewer
+    than 5 training or 30 scored samples have no verdict of their own.
 
     Args:
         outcomes: who gets which sample right.
@@ -108,6 +109,8 @@ def _part(outcomes: Outcomes, rows: IntArray, ceiling: float, memorised: bool | 
     inflation = outcomes.inflation
     contrast = difference(2 * bound - current, np.full(len(rows), ceiling), inflation)
     bottleneck, reason = decide(contrast, memorised)
+    if ceiling - current.mean() < NEGLIGIBLE:
+        bottleneck, reason = UNDECIDED, "the current accuracy is within a point of the ceiling: nothing to gain"
     return {
         "bottleneck": bottleneck,
         "reason": reason,

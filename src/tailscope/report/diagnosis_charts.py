@@ -8,7 +8,6 @@ from tailscope.report import diagnosis_rows
 from tailscope.report.figure import Figure, Panel
 from tailscope.report.look import GROUP_KEYS, PART_KEYS, Key, css
 from tailscope.report.marks import MANY, Chart, class_tooltip, colour_scale, reference, rows_of
-from tailscope.report.measures import BY_FIELD
 from tailscope.report.results import Result
 from tailscope.report.rows import Row
 
@@ -78,7 +77,9 @@ def scatter(result: Result) -> Figure:
     return Figure(
         "scatter",
         "Every class by its number of training samples",
-        "One point a class. " + " ".join(BY_FIELD[field].meaning for field, *_ in SCATTERS[:2]),
+        "One point a class. How far its centre turns when unseen samples join, beyond what so few training samples "
+        "explain; how far out unseen samples lie among training samples; how near the next class is; and how many of "
+        "its samples are recognised. Lines mark no difference.",
         "",
         panels,
     )
