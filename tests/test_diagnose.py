@@ -166,13 +166,12 @@ def test_too_little_for_a_verdict_is_refused(kept):
     assert tailscope.diagnose(table(*train), few, permutations=0, verdict=False)["verdict"] is None
 
 
-def test_large_problems_are_cross_fitted_in_fewer_folds(monkeypatch, biased):
+def test_large_problems_are_solved_less_exactly_to_the_same_end(monkeypatch):
     monkeypatch.setattr(outcomes, "LARGE", 1)
     train, unseen = separable()
     found = tailscope.diagnose(table(*train), table(*unseen), classifier=head_biased(), permutations=0)
-    assert "cross-fitted in 3 folds" in found["accuracy"]["classifier_bound"]["notes"]
-    assert "cross-fitted in 5 folds" in biased["accuracy"]["classifier_bound"]["notes"]
-    assert found["accuracy"]["classifier_bound"]["mean"] == pytest.approx(1, abs=0.02)
+    assert found["accuracy"]["classifier_bound"]["mean"] == pytest.approx(1, abs=0.01)
+    assert "cross-fitted in 5 folds" in found["accuracy"]["classifier_bound"]["notes"]
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,7 @@ from tailscope.progress import Progress
 BoolArray = npt.NDArray[np.bool_]
 FOLDS = 5
 TOL = 1e-4
-# Beyond so many rows * features * classes, tolerance and folds give way to time: minutes for a thousand classes.
-LARGE, LARGE_TOL, LARGE_FOLDS = 10**10, 1e-3, 3
+LARGE_TOL, LARGE = 1e-3, 10**10  # beyond so many rows * features * classes, tolerance gives way to time
 TAUS = (0.5, 1.0, 1.5)
 MAX_ITER = 500
 STEPS = ("current", "remedies", "bound")
@@ -134,12 +133,7 @@ def remedies(base: FixedClassifier, features: Floats, labels: IntArray) -> dict[
 
 def tolerance(features: Floats, classes: int) -> float:
     """Return at which relative change a softmax regression stops."""
-    return LARGE_TOL if is_large(features, classes) else TOL
-
-
-def is_large(features: Floats, classes: int) -> bool:
-    """Return whether a softmax regression takes so long that a diagnosis fits fewer and stops them earlier."""
-    return features.size * classes > LARGE
+    return LARGE_TOL if features.size * classes > LARGE else TOL
 
 
 def _arrays(table: FeatureTable) -> tuple[Floats, IntArray]:
@@ -186,13 +180,12 @@ def _rebalanced(
 
 def _bound(inputs: Inputs, unseen: tuple[Floats, IntArray], scored: tuple[Floats, IntArray], seed: int) -> Bound:
     classifier = f"softmax(choose_l2=True, tol={tolerance(unseen[0], len(inputs.names))})"
-    folds = LARGE_FOLDS if is_large(unseen[0], len(inputs.names)) else FOLDS
     try:
         if inputs.test is not None:
             return held_out(*unseen, *scored, classifier=classifier, seed=seed)
         codes = bursts(inputs.unseen)[0]
         together = None if codes is None else codes.numpy()
-        return cross_fitted(*unseen, classifier=classifier, folds=folds, bursts=together, seed=seed)
+        return cross_fitted(*unseen, classifier=classifier, folds=FOLDS, bursts=together, seed=seed)
     except ValueError as error:
         why = " ".join(str(error).split())
         raise UserError(
