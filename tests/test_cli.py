@@ -154,18 +154,18 @@ def test_odd_paths_and_class_names_are_printed_as_they_are(tailscope_, tmp_path,
     monkeypatch.setenv("COLUMNS", "200")
     folder = tmp_path / ODD
     folder.mkdir(parents=True)
-    labels = np.repeat([0, 1, 2], 20)
-    images = np.random.default_rng(0).integers(0, 256, (60, 9, 7), dtype=np.uint8)
+    labels = np.repeat([0, 1, 2, 3], 20)
+    images = np.random.default_rng(0).integers(0, 256, (80, 9, 7), dtype=np.uint8)
     np.savez(
         folder / "data [x].npz",
         train_images=images,
         train_labels=labels,
         test_images=images,
         test_labels=labels,
-        class_names=np.array(NAMES),
+        class_names=np.array([*NAMES, "\x1b[2Jgone\u202e caf\udce9"]),
     )
     data = ("--data", folder / "data [x].npz", "--profile", "exp:20")
-    subset = tailscope_("subset", *data, "--out", folder / "out")
+    assert "\x1b" not in (subset := tailscope_("subset", *data, "--out", folder / "out")).out
     assert (subset.code, subset.err) == (0, "")
     assert f"written: {folder / 'out' / 'subset.json'}\n" in subset.out
     assert all(name in subset.out for name in NAMES)

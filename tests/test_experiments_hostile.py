@@ -47,7 +47,12 @@ HOSTILE = {
     "full": ([25, 9, 3], (8, 8, 1), "full"),
     "step": ([20, 20, 20], (8, 8, 1), "step:20"),
 }
-NAMES = ("<script>alert('a, \"b\"')</script>", "[/bold] \\[red]", "\u202eRTL \U0001f600 caf\u00e9\n2", "=1+1|`$(x)`")
+NAMES = (
+    "<script>alert('a, \"b\"')</script>",
+    "[/bold] \\[red]",
+    "\u202eRTL \U0001f600 caf\u00e9\n2\x00\x1b[2J\udce9",
+    "=1+1|`$(x)`",
+)
 
 
 @pytest.mark.parametrize(("counts", "shape", "profile"), HOSTILE.values(), ids=HOSTILE)

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 import tailscope
-from tailscope.errors import UserError
+from tailscope.errors import UserError, one_line
 
 INTERRUPTED = 130
 """The exit code of a process ended by SIGINT, as shells have it."""
@@ -71,7 +71,7 @@ def main() -> None:
 
 def _fail(message: str) -> int:
     """Print one line to standard error and return the exit code of a mistake."""
-    print("error: " + " ".join(message.split()), file=sys.stderr)  # noqa: T201
+    print(f"error: {one_line(message)}", file=sys.stderr)  # noqa: T201
     return 2
 
 

@@ -19,7 +19,7 @@ def derive(seed: int, *path: str | int) -> int:
     False
     """
     text = "/".join([str(seed), *map(str, path)])
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+    return int.from_bytes(hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:8], "little") >> 1
 
 
 def torch_stream(seed: int, *path: str | int, device: str | torch.device = "cpu") -> torch.Generator:

@@ -14,6 +14,7 @@ from tailscope import report
 from tailscope.data import splits
 from tailscope.data.profiles import KNOWN, canonical, resolve
 from tailscope.data.sources import ImageData, load
+from tailscope.errors import one_line
 from tailscope.experiments.geometry import geometry
 from tailscope.experiments.lab import Lab
 from tailscope.experiments.ladder import ladder
@@ -230,5 +231,5 @@ def show_methods(console: Console) -> None:
 
 
 def _plain(text: str) -> Text:
-    """Return text in which rich looks for no markup."""
-    return Text(text)
+    """Return text in which rich looks for no markup and a terminal for no commands."""
+    return Text(one_line(text))

@@ -8,6 +8,7 @@ from tailscope.errors import UserError
 from tailscope.groups import GROUPS
 from tailscope.report.results import Result, ranks
 from tailscope.report.rows import Row
+from tailscope.report.text import writable
 
 SCHEMA = "tailscope.diagnosis/1"
 FIELDS = ("dataset", "counts", "classes", "groups", "accuracy", "verdict", "advice", "pairs", "warnings", "spec")
@@ -21,7 +22,7 @@ def load(path: Path) -> Result:
         UserError: it is no diagnosis, or lacks a field.
     """
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = writable(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); run diagnose again with --overwrite") from None
     schema = result.get("schema") if isinstance(result, dict) else None

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tailscope.errors import UserError
+from tailscope.report.text import writable
 
 Result = dict[str, Any]
 Results = Mapping[str, Result]
@@ -99,7 +100,7 @@ def _identity(a: Result, b: Result) -> list[tuple[str, Any, Any]]:
 
 def _read(path: Path, verb: str) -> Result:
     try:
-        result = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+        result = writable(json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:

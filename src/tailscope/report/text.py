@@ -1,10 +1,30 @@
 """Numbers as readers see them: per cent, points, degrees, intervals. Undefined is an en dash, never 0."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 DASH = "–"
 MINUS = "\u2212"
+# Control characters, which XML cannot hold, and halves of surrogate pairs, which UTF-8 cannot.
+UNWRITABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff\ud800-\udfff]")
+
+
+def writable(value: Any) -> Any:
+    r"""Return a JSON value whose texts fit into any file: names of classes may hold anything.
+
+    The library that draws the figures ends the whole process at characters that XML does not know.
+
+    >>> writable({"names": ["a", "b\x1b[31m"], "n": 3})
+    {'names': ['a', 'b�[31m'], 'n': 3}
+    """
+    if isinstance(value, str):
+        return UNWRITABLE.sub("\ufffd", value)
+    if isinstance(value, list):
+        return [writable(item) for item in value]
+    if isinstance(value, dict):
+        return {writable(key): writable(item) for key, item in value.items()}
+    return value
 
 
 def number(value: float | None, digits: int = 1) -> str:
