@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from tailscope.geometry.parallel import map_parallel
 from tailscope.geometry.rows import BLOCK_ELEMENTS, ClassRows
 
 
@@ -87,25 +88,24 @@ def sample_angles(rows: ClassRows, centers: list[Tensor]) -> list[Tensor]:
     unusable = [(~usable).nonzero().flatten() for _, usable in parts]
     unit = torch.cat([directions for directions, _ in parts])
     classes = len(centers[0])
-    labels = rows.labels()
-    sums = [torch.zeros(classes, dtype=torch.float64, device=unit.device) for _ in centers]
-    for start, block in rows.blocks(max(512, (1 << 20) // len(unit))):
-        own = labels[start : start + len(block)]
+    labels = torch.split(rows.labels(), max(512, (1 << 20) // len(unit)))
+    order = torch.split(rows.order, max(512, (1 << 20) // len(unit)))
+
+    def one(i: int) -> list[Tensor]:
+        block = rows.features.index_select(0, order[i]).to(rows.dtype)
         norm = torch.linalg.vector_norm(block, dim=1)
-        cosines = block @ unit.T
-        for i, (directions, _) in enumerate(parts):
-            part = cosines[:, i * classes : (i + 1) * classes]
-            part.index_fill_(1, unusable[i], -math.inf)
-            part.scatter_(1, own[:, None], -math.inf)
-            largest = part.amax(dim=1)
-            angle = torch.rad2deg(torch.acos((largest.double() / norm).clamp(-1, 1)))
-            angle[torch.isinf(largest)] = math.nan
-            close = (largest > 0.98 * norm).nonzero().flatten()
-            if len(close):
-                angle[close] = _angle_to_own(block[close], directions[part[close].argmax(dim=1)])
-            sums[i].index_add_(0, own, angle)
-    counts = torch.bincount(labels, minlength=classes)
-    return [total / counts for total in sums]
+        cosines = torch.split(block @ unit.T, classes, dim=1)
+        angles = []
+        for (directions, _), gone, part in zip(parts, unusable, cosines, strict=True):
+            part.index_fill_(1, gone, -math.inf)
+            part.scatter_(1, labels[i][:, None], -math.inf)
+            angles.append(_smallest_angle(block, norm, directions, part))
+        return angles
+
+    sums = torch.zeros(len(centers), classes, dtype=torch.float64, device=unit.device)
+    for own, angles in zip(labels, map_parallel(one, len(order), unit.device), strict=True):
+        sums.index_add_(1, own, torch.stack(angles))
+    return list(sums / torch.bincount(rows.labels(), minlength=classes))
 
 
 def unit_centers(centers: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -117,8 +117,18 @@ def unit_centers(centers: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return unit.to(dtype), usable
 
 
-def _angle_to_own(rows: Tensor, directions: Tensor) -> Tensor:
-    """Return degrees, float64 [n], between each row and its own unit vector, without the arc cosine."""
-    along = (rows * directions).sum(dim=1)
-    across = torch.linalg.vector_norm(rows - along[:, None] * directions, dim=1)
-    return torch.rad2deg(torch.atan2(across.double(), along.double()))
+def _smallest_angle(rows: Tensor, norm: Tensor, directions: Tensor, dots: Tensor) -> Tensor:
+    """Return the angle in degrees, float64 [n], that belongs to the largest of each row's dots [n, C] with directions.
+
+    NaN where every dot is -inf. Near 0 the angle is computed again without the arc cosine.
+    """
+    largest = dots.amax(dim=1)
+    angle = torch.acos((largest.double() / norm).clamp(-1, 1))
+    angle[torch.isinf(largest)] = math.nan
+    close = (largest > 0.98 * norm).nonzero().flatten()
+    if len(close):
+        x, nearest = rows[close], directions[dots[close].argmax(dim=1)]
+        along = (x * nearest).sum(dim=1)
+        across = torch.linalg.vector_norm(x - along[:, None] * nearest, dim=1)
+        angle[close] = torch.atan2(across.double(), along.double())
+    return torch.rad2deg(angle)

@@ -14,7 +14,7 @@ from tailscope.geometry.centers import Centers, class_centers, separation_by_cha
 from tailscope.geometry.fields import Entry
 from tailscope.geometry.measure import Facts, gather, measure_class
 from tailscope.geometry.notes import class_notes, input_notes, verdict_notes
-from tailscope.geometry.parallel import map_classes
+from tailscope.geometry.parallel import map_parallel
 from tailscope.geometry.pooling import pool_groups
 from tailscope.geometry.rows import ClassRows, group_rows
 from tailscope.geometry.significance import Chance, ClassTests, UnitMaker, group_p_values
@@ -103,7 +103,7 @@ def describe(
         return {**entry, **chance.nulls, "index": k, "name": str(class_names[k]), "group": groups[k]}, fact, chance
 
     entries, facts, chances = [], [], []
-    for entry, fact, chance in map_classes(one, len(class_names), train_features.device):
+    for entry, fact, chance in map_parallel(one, len(class_names), train_features.device):
         entries.append(entry)
         facts.append(fact)
         chances.append(chance)

@@ -1,4 +1,4 @@
-"""Classes are independent: measure several at once, one CPU thread each."""
+"""Classes, and blocks of samples, are independent: measure several at once, one CPU thread each."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,21 +12,21 @@ MOST_WORKERS = 8
 T = TypeVar("T")
 
 
-def map_classes(function: Callable[[int], T], classes: int, device: torch.device) -> Iterator[T]:
+def map_parallel(function: Callable[[int], T], number: int, device: torch.device) -> Iterator[T]:
     """Yield function(0), function(1), ... in order, computed ahead by threads that share torch's CPU threads.
 
-    A class is too small to keep several threads busy by itself. On an accelerator one thread issues all work.
+    One class is too small to keep several threads busy. On an accelerator one thread issues all work.
     """
     threads = torch.get_num_threads()
-    workers = min(threads, classes, MOST_WORKERS) if device.type == "cpu" else 1
+    workers = min(threads, number, MOST_WORKERS) if device.type == "cpu" else 1
     if workers == 1:
-        yield from map(function, range(classes))
+        yield from map(function, range(number))
         return
     own = threads // workers
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(own,))
     try:
         with threadpool_limits(own, user_api="blas"):  # of NumPy and SciPy; torch is told by the initializer
-            yield from pool.map(function, range(classes))
+            yield from pool.map(function, range(number))
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # else threads that start later would inherit the workers' number

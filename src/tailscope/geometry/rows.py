@@ -1,6 +1,6 @@
 """Rows of a feature matrix, grouped by class once and checked once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,11 +37,6 @@ class ClassRows:
     def count(self, k: int) -> int:
         """Return the number of usable rows of class k."""
         return self.starts[k + 1] - self.starts[k]
-
-    def blocks(self, size: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield (position in `order`, rows [<= size, d]) over all classes."""
-        for start in range(0, len(self.order), size):
-            yield start, self.features.index_select(0, self.order[start : start + size]).to(self.dtype)
 
     def labels(self) -> Tensor:
         """Return the class of each entry of `order`."""

@@ -26,7 +26,7 @@ from tailscope.geometry.calibration import (
 )
 from tailscope.geometry.fields import Entry
 from tailscope.geometry.measure import gather
-from tailscope.geometry.parallel import map_classes
+from tailscope.geometry.parallel import map_parallel
 from tailscope.geometry.permutation import make_pool
 from tailscope.geometry.rows import ClassRows
 from tailscope.seeds import numpy_stream
@@ -164,7 +164,7 @@ class ClassTests:
             pool = make_pool(gather(*self._sides, k))
             return continue_draws(pool, self._units.units(k), count, statistic, limit, two_sided, rng)
 
-        longer = map_classes(one, len(found), self._sides[0].features.device)
+        longer = map_parallel(one, len(found), self._sides[0].features.device)
         for (k, _), (value, number) in zip(found, longer, strict=True):
             p[k], draws[k] = value, number
 
