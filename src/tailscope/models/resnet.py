@@ -3,7 +3,6 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tailscope.models.batchnorm import BatchNorm2d
 from tailscope.registry import Registry
 
 MODELS: Registry["CifarResNet"] = Registry("model")
@@ -15,9 +14,9 @@ class BasicBlock(nn.Module):
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
-        self.bn1 = BatchNorm2d(channels)
+        self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        self.bn2 = BatchNorm2d(channels)
+        self.bn2 = nn.BatchNorm2d(channels)
         self.stride = stride
         self.padding = (channels - in_channels) // 2
 
@@ -42,7 +41,7 @@ class CifarResNet(nn.Module):
             raise ValueError(f"depth {depth} is not 6n+2")
         blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
-        self.bn1 = BatchNorm2d(width)
+        self.bn1 = nn.BatchNorm2d(width)
         self.layer1 = _stage(blocks, width, width, 1)
         self.layer2 = _stage(blocks, width, 2 * width, 2)
         self.layer3 = _stage(blocks, 2 * width, 4 * width, 2)
