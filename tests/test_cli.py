@@ -1,18 +1,22 @@
 """The command line: what each verb prints and writes, and how an interrupt goes on."""
 
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 import tailscope
-from experiment_setups import CPU, timeless
+from experiment_setups import CPU, TINY, timeless
 from tailscope import cli, verbs
 from tailscope.experiments.lab import Lab
+from tailscope.training.recipes import RECIPES
 from tailscope.training.runtime import Runtime
 
 VERBS = [command.name or command.callback.__name__ for command in cli.app.registered_commands]
@@ -91,6 +95,21 @@ def test_a_swap_prints_its_story_and_the_same_again_trains_nothing(tailscope_, t
     assert again.err == "Nothing was trained: all 6 stages were in the store.\n"
     assert timeless(json.loads(again.out)) == timeless(stored)
     assert timeless(json.loads((tmp_path / "swap.json").read_text())) == timeless(stored)
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_terminal_shows_bars_with_speed_and_what_is_done(monkeypatch, tmp_path):
+    monkeypatch.setitem(RECIPES, "demo", TINY)
+    request = verbs.Request("digits", "exp:100", "demo", "1", tmp_path)
+    shown = []
+    for _ in range(2):
+        terminal = Console(file=io.StringIO(), force_terminal=True, width=100)
+        verbs.experiments(request, ["swap"], terminal)
+        shown.append(terminal.file.getvalue())
+    assert re.search(r"seed 0: backbone on lt.*[\d,]+/s", shown[0])
+    assert shown[0].count("done: seed 0") == 6
+    assert shown[1].count("stored already: seed 0") == 6
+    assert "Nothing was trained" in shown[1]
 
 
 @pytest.mark.usefixtures("no_report")
