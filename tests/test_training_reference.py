@@ -17,6 +17,8 @@ from tailscope.training.step import Normalizer
 from training_setups import CPU, assert_same_state, digits, stage1_spec, train_stage1
 
 STEPS = 20
+RATE = 0.02
+"""Low, for at a rate that trains well rounding that moves one unit across zero grows to a per cent in 20 steps."""
 
 
 def textbook(spec, images: ImageSet, seed: int) -> tuple[nn.Module, list[float]]:
@@ -40,9 +42,9 @@ def textbook(spec, images: ImageSet, seed: int) -> tuple[nn.Module, list[float]]
         mixes = list(zip(*MIXINGS.make("mixup").draw(full, 64, mix_stream), strict=True))
         mixes += zip(*MIXINGS.make("mixup").draw(1, rest, mix_stream), strict=True) if rest else []
         for (lam, partner), xb, yb in zip(mixes, x.split(64), y.split(64), strict=True):
-            # One cycle: from 0.01 up to 0.1 over the first quarter of the steps, then down to 0.
+            # One cycle: from a tenth of the rate up to it over the first quarter of the steps, then down to 0.
             t = len(losses) / STEPS
-            optimizer.param_groups[0]["lr"] = 0.01 + 0.09 * t / 0.25 if t < 0.25 else 0.1 * (1 - t) / 0.75
+            optimizer.param_groups[0]["lr"] = RATE * (0.1 + 0.9 * t / 0.25 if t < 0.25 else (1 - t) / 0.75)
             optimizer.zero_grad()
             if spec.mix:
                 logits = model(lam * xb + (1 - lam) * xb[partner])
@@ -63,11 +65,11 @@ def epoch_means(losses: list[float], per_epoch: int) -> list[float]:
 @pytest.mark.parametrize("mix", [None, "mixup"], ids=["plain", "mixup"])
 def test_twenty_steps_equal_the_textbook(mix, tmp_path):
     images = digits()  # 300: four full batches and a short one an epoch
-    spec = stage1_spec(images, steps=STEPS, mix=mix)
+    spec = stage1_spec(images, steps=STEPS, mix=mix, train={"learning_rate": RATE})
     state, meta = train_stage1(spec, images, tmp_path, seed=3)
     model, losses = textbook(spec, images, seed=3)
     assert meta["losses"] == pytest.approx(epoch_means(losses, 5), rel=2e-4)
-    assert losses[-1] < 0.7 * losses[0]  # it did learn, so an equality of untrained models is not what is seen
+    assert losses[-1] < 0.9 * losses[0]  # it did learn, so an equality of untrained models is not what is seen
     for name, expected in model.state_dict().items():
         torch.testing.assert_close(state[name], expected, rtol=2e-3, atol=2e-3, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -75,13 +77,14 @@ def test_twenty_steps_equal_the_textbook(mix, tmp_path):
 def test_the_comparison_with_the_textbook_can_fail(tmp_path):
     images = digits()
     _, losses = textbook(stage1_spec(images), images, seed=3)
-    for changes in (
-        {"train": {"weight_decay": 0.0}},
-        {"train": {"nesterov": False}},
-        {"augment": ()},
-        {"mix": "mixup"},
-    ):
-        _, meta = train_stage1(stage1_spec(images, steps=STEPS, **changes), images, tmp_path / str(changes), seed=3)
+    differing = [
+        *({"train": change} for change in ({"nesterov": False}, {"momentum": 0.89}, {"learning_rate": 1.02 * RATE})),
+        *({"augment": ()}, {"mix": "mixup"}, {"loss": "label_smoothing(epsilon=0.01)"}),
+    ]
+    for number, changes in enumerate(differing):
+        train = {"learning_rate": RATE, **changes.pop("train", {})}
+        spec = stage1_spec(images, steps=STEPS, train=train, **changes)
+        _, meta = train_stage1(spec, images, tmp_path / str(number), seed=3)
         assert meta["losses"] != pytest.approx(epoch_means(losses, 5), rel=2e-4)
 
 
@@ -141,10 +144,10 @@ def test_native_bf16_is_only_claimed_where_the_processor_says_so():
 def test_compiled_steps_equal_eager_ones(precision, tmp_path):
     images = digits()
     runtime = replace(CPU, low_precision=torch.bfloat16 if precision == "bf16" else torch.float32)
-    tolerance = 1e-3 if precision == "fp32" else 0.05
+    tolerance = 5e-3 if precision == "fp32" else 0.02
     # The second model re-uses the first one's code, and must not re-use its weights.
     for seed, mix in ((0, None), (1, None), (2, "mixup")):
-        spec = stage1_spec(images, steps=STEPS, mix=mix)
+        spec = stage1_spec(images, steps=STEPS, mix=mix, train={"learning_rate": RATE})
         _, eager = train_stage1(spec, images, tmp_path / f"eager{seed}", seed=seed, runtime=runtime)
         compiled_runtime = replace(runtime, compile=True)
         _, compiled = train_stage1(spec, images, tmp_path / f"c{seed}", seed=seed, runtime=compiled_runtime)
