@@ -22,10 +22,11 @@ STEPS = 60
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """Train the demo's stages for a few steps on long-tailed digits."""
+    """Train the demo's stages for a few steps on long-tailed digits, at a rate where rounding hardly grows."""
     recipe = RECIPES["demo"]
-    short = {stage: getattr(recipe, stage).model_copy(update={"steps": STEPS}) for stage in ("stage1", "stage2")}
-    recipe = recipe.model_copy(update={**short, "views": 2})
+    stage1 = recipe.stage1.model_copy(update={"steps": STEPS, "learning_rate": 0.02})
+    stage2 = recipe.stage2.model_copy(update={"steps": STEPS})
+    recipe = recipe.model_copy(update={"stage1": stage1, "stage2": stage2, "views": 2})
     data = load("digits")
     lab = Lab(data, Store(folder), CPU)
     lt = lab.long_tailed("exp:100", "nested", 0)
@@ -53,12 +54,12 @@ def rounded(value: Any) -> Any:
 
 @pytest.mark.parametrize("name", ["plain", "mixup", "autoaugment"])
 def test_the_loss_curves_are_the_recorded_ones(name: str, measured: dict[str, Any]) -> None:
-    """Equal to the bit on one machine; elsewhere other kernels round otherwise, and training amplifies it."""
+    """Equal to the bit on one machine; elsewhere kernels round otherwise, which grows to at most 1 % in these steps."""
     recorded, now = json.loads(GOLDEN.read_text())[name], measured[name]
     for stage in ("stage1", "stage2"):
         assert len(now[stage]) == len(recorded[stage])
-        assert now[stage][:3] == pytest.approx(recorded[stage][:3], rel=1e-3)
-        assert now[stage] == pytest.approx(recorded[stage], rel=0.05)
+        assert now[stage] == pytest.approx(recorded[stage], rel=0.03)
+    assert now["stage1"][0] == pytest.approx(recorded["stage1"][0], rel=1e-4)
     assert now["test_accuracy"] == pytest.approx(recorded["test_accuracy"], abs=0.03)
 
 
