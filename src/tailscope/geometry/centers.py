@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tailscope.geometry.angles import nearest_center
+from tailscope.geometry.parallel import map_parallel
 from tailscope.geometry.permutation import subsets
 from tailscope.geometry.rows import ClassRows
 
@@ -31,12 +32,10 @@ def class_centers(train: ClassRows, unseen: ClassRows) -> Centers:
 
 
 def _class_sums(rows: ClassRows) -> Tensor:
-    classes = len(rows.starts) - 1
-    sums = rows.features.new_zeros(classes, rows.features.shape[1], dtype=torch.float64)
-    for k in range(classes):
-        if rows.count(k):
-            sums[k] = rows.features.index_select(0, rows.index(k)).sum(dim=0, dtype=torch.float64)
-    return sums
+    def one(k: int) -> Tensor:
+        return rows.features.index_select(0, rows.index(k)).sum(dim=0, dtype=torch.float64)
+
+    return torch.stack(list(map_parallel(one, len(rows.starts) - 1, rows.features.device)))
 
 
 def shift_by_chance(n: int, m: int, variance: float, along: float, norm: float, center_norm: float) -> float:

@@ -9,13 +9,12 @@ errs low where the raw one errs high.
 import math
 from dataclasses import dataclass
 
-import numpy as np
-import scipy.linalg
-import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
-EXACT_ORDER = 100
+from tailscope.geometry.spectrum import top_eigenpair
+
+FEW = 128
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def moments(centered: Tensor, order: Tensor) -> Moments:
     n, d = centered.shape
     if n < 2:
         return Moments()
-    if n <= EXACT_ORDER:
+    if n <= FEW:
         centered = centered.double()  # the unbiased estimators of few samples are small differences of large numbers
     lengths = torch.linalg.vector_norm(centered, dim=1).double().square()
     trace = lengths.sum().item() / (n - 1)
@@ -130,32 +129,3 @@ def _scatter(rows: Tensor) -> Tensor:
     for block in torch.split(rows, 1024):
         total += block.T @ block
     return total
-
-
-def top_eigenpair(matrix: Tensor) -> tuple[float, Tensor]:
-    """Return the largest eigenvalue and its unit eigenvector of a symmetric positive semi-definite float64 matrix.
-
-    Matrices up to order 128 go to LAPACK, larger ones to Lanczos iterations (ARPACK) whose residual is checked;
-    where it is too large, LAPACK decides.
-
-    >>> value, vector = top_eigenpair(torch.diag(torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64)))
-    >>> round(value, 6), vector.abs().tolist()
-    (3.0, [0.0, 1.0, 0.0])
-    """
-    array, order = matrix.cpu().numpy(), len(matrix)
-    pair = _lanczos(array) if order > EXACT_ORDER else None
-    if pair is None:
-        values, vectors = scipy.linalg.eigh(array, subset_by_index=[order - 1, order - 1])
-        pair = values[0], vectors[:, 0]
-    return float(pair[0]), torch.from_numpy(pair[1].copy()).to(matrix.device)
-
-
-def _lanczos(matrix: np.ndarray) -> tuple[float, np.ndarray] | None:
-    """Return the pair if the iterations converge to a small residual, else None."""
-    start = np.random.default_rng(0).standard_normal(len(matrix))  # fixed: the same matrix always gives the same digits
-    try:
-        values, vectors = scipy.sparse.linalg.eigsh(matrix, k=1, ncv=12, v0=start, tol=1e-9, maxiter=100)
-    except scipy.sparse.linalg.ArpackError:
-        return None
-    residual = matrix @ vectors[:, 0] - values[0] * vectors[:, 0]
-    return (values[0], vectors[:, 0]) if np.linalg.norm(residual) <= 1e-7 * values[0] else None
