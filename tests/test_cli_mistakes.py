@@ -166,6 +166,15 @@ def test_folders_that_cannot_be_written(tailscope_, tmp_path, verb):
     assert len(list((tmp_path / "folder").iterdir())) == 1
 
 
+def test_the_demo_starts_nothing_where_one_of_its_results_would_be_lost(tailscope_, tmp_path):
+    for verb in ("subset", "geometry"):
+        folder = tmp_path / verb
+        folder.mkdir()
+        (folder / f"{verb}.json").write_text('{"spec": {"seed": 5}}')
+        assert_refused(tailscope_("demo", "--out", folder), f"{verb}.json: holds a result of another spec")
+        assert [path.name for path in folder.iterdir()] == [f"{verb}.json"]
+
+
 def test_images_too_small_for_the_networks(tailscope_, tmp_path):
     small = np.zeros((12, 4, 4, 1), np.uint8)
     np.savez(tmp_path / "small.npz", **arrays(train_images=small, test_images=small[:6]))

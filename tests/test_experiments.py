@@ -325,6 +325,14 @@ def test_one_subset_seed_fixes_the_subset_and_nothing_else(story):
     assert own_seed == sets[0]["lt"].spec  # the seed's own subset is the one that its number draws
 
 
+@pytest.mark.parametrize("protocol", ["nested", "ldam"])
+def test_the_protocol_draws_the_subset(story, protocol):
+    lt = training_sets(lab(story.folder, story.data), settings(protocol=protocol), 3)["lt"]
+    drawn = subset(story.data.train.labels, list(lt.spec.counts), protocol=protocol, seed=3)
+    assert (lt.spec.indices_sha256, lt.spec.protocol) == (drawn.sha256, protocol)
+    assert lt.rows.tolist() == drawn.flat.tolist()
+
+
 def test_pixel_statistics_are_those_of_the_true_set(story):
     own = lab(story.folder, story.data)
     expected = Normalizer.of(story.data.train.images)
