@@ -13,7 +13,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
+from tailscope import store as store_module
 from tailscope.errors import UserError
 from tailscope.store import (
     Store,
@@ -137,6 +139,38 @@ def test_what_cannot_be_written_leaves_no_entry(tmp_path, broken):
     with pytest.raises((TypeError, AttributeError)):
         store.get_or_make("stage1", "k", lambda _: (tensors, meta))
     assert not store.has("stage1", "k")
+    store.get_or_make("stage1", "k", made)
+    assert_complete(store)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SafetensorError("I/O error:\n full")], ids=repr
+)
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, monkeypatch, error):
+    store = Store(tmp_path)
+
+    def full(tensors, path, **_):
+        path.write_bytes(b"half")
+        raise error
+
+    def full_text(path, text):
+        with path.open("w") as file:
+            file.write(text[:1])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "save_file", full)
+        patch.setattr(Path, "write_text", full_text)
+        for attempt in (
+            lambda: store.get_or_make("stage1", "k", made),
+            lambda: save_tensors(tmp_path / "checkpoint", TENSORS, META),
+            lambda: write_json(tmp_path / "swap.json", META),
+        ):
+            with pytest.raises(UserError, match=r"cannot be written.*free space") as raised:
+                attempt()
+            assert "\n" not in str(raised.value)
+    assert not store.has("stage1", "k")
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == []
     store.get_or_make("stage1", "k", made)
     assert_complete(store)
 

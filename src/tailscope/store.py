@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tailscope.errors import UserError
+from tailscope.errors import UserError, one_line
 
 Tensors = dict[str, Tensor]
 Meta = dict[str, Any]
@@ -94,16 +94,17 @@ class Store:
     @staticmethod
     def _write(entry: Path, building: Path, tensors: Tensors, meta: Meta) -> None:
         shutil.rmtree(building, ignore_errors=True)  # left by a killed run
-        building.mkdir()
-        save_file(
-            {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, building / "tensors.safetensors"
-        )
-        (building / "meta.json").write_text(json.dumps(meta, indent=1))
-        (building / "DONE").write_text("")
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        if entry.exists():  # without DONE, or get_or_make would not have come here
-            shutil.rmtree(entry)
-        building.rename(entry)
+        with _writing(entry):
+            building.mkdir()
+            save_file(
+                {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, building / "tensors.safetensors"
+            )
+            (building / "meta.json").write_text(json.dumps(meta, indent=1))
+            (building / "DONE").write_text("")
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            if entry.exists():  # without DONE, or get_or_make would not have come here
+                shutil.rmtree(entry)
+            building.rename(entry)
 
     @contextmanager
     def _locked(self, kind: str, key: str) -> Iterator[None]:
@@ -122,15 +123,33 @@ def load_tensors(path: Path) -> Tensors:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read as safetensors ({' '.join(str(error).split())})") from error
+        raise UserError(f"{path}: cannot be read as safetensors ({one_line(str(error))})") from error
+
+
+@contextmanager
+def _writing(path: Path, partial: Path | None = None) -> Iterator[None]:
+    """Turn a full disk and the like into one line, without the partial file."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if partial is not None:
+            partial.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: cannot be written ({one_line(str(error))}); free space or take another disk"
+        ) from error
 
 
 def save_tensors(path: Path, tensors: Tensors, meta: Meta) -> None:
-    """Write tensors with a JSON description in the file's header, atomically: a checkpoint."""
+    """Write tensors with a JSON description in the file's header, atomically: a checkpoint.
+
+    Raises:
+        UserError: the disk is full, or the like.
+    """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     header = {"meta": json.dumps(meta)}
-    save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, partial, metadata=header)
-    partial.replace(path)
+    with _writing(path, partial):
+        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, partial, metadata=header)
+        partial.replace(path)
 
 
 def load_checkpoint(path: Path) -> Artifact:
@@ -148,11 +167,16 @@ def load_checkpoint(path: Path) -> Artifact:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically; NaN and infinities are refused: undefined must be None."""
+    """Write JSON atomically; NaN and infinities are refused: undefined must be None.
+
+    Raises:
+        UserError: the disk is full, or the like.
+    """
     text = json.dumps(value, indent=1, allow_nan=False)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text + "\n")
-    partial.replace(path)
+    with _writing(path, partial):
+        partial.write_text(text + "\n")
+        partial.replace(path)
 
 
 def make_folder(path: Path, option: str) -> Path:
