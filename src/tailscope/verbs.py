@@ -19,7 +19,7 @@ from tailscope.experiments.geometry import geometry
 from tailscope.experiments.lab import Lab
 from tailscope.experiments.ladder import ladder
 from tailscope.experiments.results import check_free, versions, write
-from tailscope.experiments.settings import Settings, parse_seeds
+from tailscope.experiments.settings import Settings, parse_seeds, store_root
 from tailscope.experiments.swap import swap
 from tailscope.groups import assign_groups
 from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, SAMPLERS
@@ -101,7 +101,7 @@ def experiments(request: Request, verbs: Sequence[str], console: Console) -> dic
     for verb in verbs:
         spec = drawn["spec"] if verb == "subset" else settings.spec(data)
         check_free(request.out, verb, spec, overwrite=request.overwrite)
-    store = Store(request.store or request.out / "store")
+    store = Store(store_root(request.out, request.store))
     results: dict[str, dict[str, Any]] = {}
     with _progress(console) as progress:
         lab = Lab(data, store, replace(runtime, progress=progress))

@@ -1,5 +1,6 @@
 """What the user asked for: one frozen value that every experiment takes and every result file repeats."""
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -73,3 +74,8 @@ def parse_seeds(text: str | int) -> tuple[int, ...]:
     if values[0] > MAX_SEEDS:
         raise UserError(f"--seeds {text}: more than {MAX_SEEDS:,} seeds; for the seed {text} itself write `{text},`")
     return tuple(range(values[0]))
+
+
+def store_root(out: Path, store: Path | None) -> Path:
+    """Return the folder of trained stages: the given one, or OUT/store."""
+    return store if store is not None else out / "store"
