@@ -131,7 +131,9 @@ def test_threads_change_no_digit():
 def test_inputs_are_left_as_they_were():
     sets = made_up(3)
     before = [x.clone() for x in sets]
+    sets[0].requires_grad_()
     describe(*sets, names(4), permutations=9)
+    assert sets[0].grad is None
     assert all(torch.equal(a, b) for a, b in zip(sets, before, strict=True))
 
 

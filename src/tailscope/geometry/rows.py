@@ -56,6 +56,7 @@ def group_rows(features: Tensor, labels: Tensor, class_names: Sequence[str], wha
     Raises:
         UserError: wrong shapes or dtypes, labels out of range, NaN or infinite features.
     """
+    features = features.detach()
     _check_shapes(features, labels, len(class_names), what)
     usable, alive = _usable(features, what)
     labels = labels.to(device=features.device, dtype=torch.long)
