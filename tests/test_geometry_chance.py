@@ -267,8 +267,10 @@ def test_group_test_is_the_sum_of_standardized_statistics():
     values = rng.normal(size=(3, len(STATISTICS), 100))
     parts = [standardize(Draws(torch.from_numpy(part), False, 0.0), GAP, 99, rng) for part in values]
     total = np.sum([(part[GAP] - part[GAP].mean()) / part[GAP].std() for part in values], axis=0)
-    assert group_p(parts, two_sided=False) == pytest.approx((1 + (total[1:] >= total[0]).sum()) / 100)
-    assert group_p([], two_sided=False) is None
+    assert group_p(np.array([*parts, np.full(100, np.nan)]), two_sided=False) == pytest.approx(
+        (1 + (total[1:] >= total[0]).sum()) / 100
+    )
+    assert group_p(np.full((2, 100), np.nan), two_sided=False) is None
     few = standardize(Draws(torch.from_numpy(values[0][:, :5]), True, 0.0), GAP, 99, rng)
     assert few.shape == (100,)
     assert len(np.unique(few)) == 5

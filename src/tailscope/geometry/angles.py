@@ -10,8 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from tailscope.geometry.parallel import map_parallel
-from tailscope.geometry.rows import BLOCK_ELEMENTS, ClassRows
+from tailscope.geometry.rows import BLOCK_ELEMENTS
 
 
 def resolution_deg(dtype: torch.dtype) -> float:
@@ -77,37 +76,6 @@ def nearest_center(centers: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(nearest >= 0, angle, math.nan), nearest
 
 
-def sample_angles(rows: ClassRows, centers: list[Tensor]) -> list[Tensor]:
-    """Return, for each set of centres [C, d], the class means of the samples' angle to the nearest wrong centre.
-
-    Each result is float64 [C] in degrees, NaN for a class without samples or without another centre. One matrix
-    product finds the nearest centres of all sets; its cosine is used as it is except near 1, where the angle is
-    computed again without the arc cosine.
-    """
-    parts = [unit_centers(c, rows.dtype) for c in centers]
-    unusable = [(~usable).nonzero().flatten() for _, usable in parts]
-    unit = torch.cat([directions for directions, _ in parts])
-    classes = len(centers[0])
-    labels = torch.split(rows.labels(), max(512, (1 << 20) // len(unit)))
-    order = torch.split(rows.order, max(512, (1 << 20) // len(unit)))
-
-    def one(i: int) -> list[Tensor]:
-        block = rows.features.index_select(0, order[i]).to(rows.dtype)
-        norm = torch.linalg.vector_norm(block, dim=1)
-        cosines = torch.split(block @ unit.T, classes, dim=1)
-        angles = []
-        for (directions, _), gone, part in zip(parts, unusable, cosines, strict=True):
-            part.index_fill_(1, gone, -math.inf)
-            part.scatter_(1, labels[i][:, None], -math.inf)
-            angles.append(_smallest_angle(block, norm, directions, part))
-        return angles
-
-    sums = torch.zeros(len(centers), classes, dtype=torch.float64, device=unit.device)
-    for own, angles in zip(labels, map_parallel(one, len(order), unit.device), strict=True):
-        sums.index_add_(1, own, torch.stack(angles))
-    return list(sums / torch.bincount(rows.labels(), minlength=classes))
-
-
 def unit_centers(centers: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the centres [C, d] at length 1 (0 where they have no direction) and which ones have a direction."""
     wide = centers.double()
@@ -115,20 +83,3 @@ def unit_centers(centers: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     usable = torch.isfinite(norm) & (norm > 0)
     unit = torch.where(usable[:, None], wide / norm[:, None], 0.0)
     return unit.to(dtype), usable
-
-
-def _smallest_angle(rows: Tensor, norm: Tensor, directions: Tensor, dots: Tensor) -> Tensor:
-    """Return the angle in degrees, float64 [n], that belongs to the largest of each row's dots [n, C] with directions.
-
-    NaN where every dot is -inf. Near 0 the angle is computed again without the arc cosine.
-    """
-    largest = dots.amax(dim=1)
-    angle = torch.acos((largest.double() / norm).clamp(-1, 1))
-    angle[torch.isinf(largest)] = math.nan
-    close = (largest > 0.98 * norm).nonzero().flatten()
-    if len(close):
-        x, nearest = rows[close], directions[dots[close].argmax(dim=1)]
-        along = (x * nearest).sum(dim=1)
-        across = torch.linalg.vector_norm(x - along[:, None] * nearest, dim=1)
-        angle[close] = torch.atan2(across.double(), along.double())
-    return torch.rad2deg(angle)

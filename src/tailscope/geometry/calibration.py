@@ -153,25 +153,29 @@ def false_discovery(p: Sequence[float | None]) -> list[float | None]:
     return [None if value is None else float(next(q)) for value in p]
 
 
-def standardize(draws: Draws, statistic: int, number: int, rng: np.random.Generator) -> np.ndarray | None:
+def standardize(draws: Draws, statistic: int, number: int, rng: np.random.Generator) -> np.ndarray:
     """Return a class's statistic at mean 0 and deviation 1 over the observed split and `number` others, [1 + number].
 
-    None where any is undefined. A class with too few splits for so many different ones has splits drawn among them.
+    NaN where any is undefined. A class with too few splits for so many different ones has splits drawn among them.
     """
     values: np.ndarray = draws.values[statistic].numpy()
     if not np.isfinite(values).all():
-        return None
+        return np.full(1 + number, np.nan)
     if draws.complete:
         values = np.concatenate([values[:1], rng.choice(values, number)])
     deviation = values.std()
     return (values - values.mean()) / deviation if deviation > draws.tolerance else np.zeros_like(values)
 
 
-def group_p(standardized: Sequence[np.ndarray], two_sided: bool) -> float | None:
-    """Return the permutation p-value of the sum of the classes' statistics, the same draw index in every class."""
-    if not standardized:
+def group_p(standardized: np.ndarray, two_sided: bool) -> float | None:
+    """Return the permutation p-value of the sum of classes' statistics [classes, 1 + B], the same draw in every class.
+
+    Classes where the statistic is NaN are left out; None where no class is left or there are no permutations.
+    """
+    defined = standardized[np.isfinite(standardized[:, 0])]
+    if not len(defined) or defined.shape[1] < 2:
         return None
-    total = torch.from_numpy(np.sum(standardized, axis=0))
+    total = torch.from_numpy(defined.sum(axis=0))
     high, low = _exceeds(total[1:], total[0].item(), 1e-9)
     return Count(0.0, int(high.sum()), int(low.sum()), len(total) - 1, False, 0.0).p(two_sided)
 

@@ -12,7 +12,7 @@ from tailscope.geometry.parallel import map_parallel
 from tailscope.geometry.permutation import subsets
 from tailscope.geometry.rows import ClassRows
 
-REPLICATE_ELEMENTS = 1 << 26
+REPLICATE_ELEMENTS = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def _class_sums(rows: ClassRows) -> Tensor:
     def one(k: int) -> Tensor:
         return rows.features.index_select(0, rows.index(k)).sum(dim=0, dtype=torch.float64)
 
-    return torch.stack(list(map_parallel(one, len(rows.starts) - 1, rows.features.device)))
+    return torch.stack(map_parallel(one, len(rows.starts) - 1, rows.features.device))
 
 
 def shift_by_chance(n: int, m: int, variance: float, along: float, norm: float, center_norm: float) -> float:

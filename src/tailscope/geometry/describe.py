@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from tailscope.errors import UserError
-from tailscope.geometry.angles import angle_between, nearest_center, sample_angles
+from tailscope.geometry.angles import angle_between, nearest_center
 from tailscope.geometry.centers import Centers, class_centers, separation_by_chance
 from tailscope.geometry.fields import Entry
 from tailscope.geometry.measure import Facts, gather, measure_class
 from tailscope.geometry.notes import class_notes, input_notes, verdict_notes
-from tailscope.geometry.parallel import map_parallel
+from tailscope.geometry.parallel import map_mixed
 from tailscope.geometry.pooling import pool_groups
 from tailscope.geometry.rows import ClassRows, group_rows
-from tailscope.geometry.significance import Chance, ClassTests, UnitMaker, group_p_values
+from tailscope.geometry.search import NearestWrongCenter
+from tailscope.geometry.significance import Chance, ClassTests, UnitMaker
 from tailscope.groups import assign_groups
 from tailscope.seeds import numpy_stream
 
@@ -102,15 +103,20 @@ def describe(
         entry, fact = measure_class(rows, train.count(k), k, centers, numpy_stream(seed, "geometry", "halves", keys[k]))
         return {**entry, **chance.nulls, "index": k, "name": str(class_names[k]), "group": groups[k]}, fact, chance
 
-    entries, facts, chances = [], [], []
-    for entry, fact, chance in map_parallel(one, len(class_names), train_features.device):
-        entries.append(entry)
-        facts.append(fact)
-        chances.append(chance)
+    searches = NearestWrongCenter(train, [centers.train, centers.true]), NearestWrongCenter(unseen, [centers.true])
+    kinds = [(one, len(class_names)), *((search.run, search.blocks) for search in searches)]
+    measured: dict[int, tuple[Entry, Facts, Chance]] = {}
+    for kind, i, result in map_mixed(kinds, train_features.device):
+        if kind:
+            searches[kind - 1].add(i, result)
+            continue
+        measured[i] = result
         if progress is not None:
-            progress(len(entries), len(class_names))
+            progress(len(measured), len(class_names))
+    entries, facts, chances = zip(*(measured[k] for k in range(len(class_names))), strict=True)
     stream = numpy_stream(seed, "geometry", "separation")
-    _separate(entries, train, unseen, centers, separation_by_chance(train, unseen, centers, permutations, stream))
+    chance = separation_by_chance(train, unseen, centers, permutations, stream)
+    _separate(entries, centers, chance, train, unseen, torch.cat([search.means() for search in searches]))
     differing = tests.finish(entries, chances)
     _excesses(entries)
     dropped = [a + b for a, b in zip(train.dropped, unseen.dropped, strict=True)]
@@ -120,7 +126,7 @@ def describe(
         *class_notes(entries, facts, dropped),
         *verdict_notes(entries, differing),
     ]
-    return GeometryResult(entries, pool_groups(entries, group_p_values(chances), alpha), rule, warnings)
+    return GeometryResult(list(entries), pool_groups(entries, tests.group_p, alpha), rule, warnings)
 
 
 def _check(train: Tensor, unseen: Tensor, class_names: Sequence[str], permutations: int, alpha: float) -> None:
@@ -156,15 +162,18 @@ def _stream_keys(class_names: Sequence[str]) -> list[str]:
     return keys
 
 
-def _separate(entries: Sequence[Entry], train: ClassRows, unseen: ClassRows, centers: Centers, chance: Tensor) -> None:
-    """Fill in the angles between centres, and between samples and the nearest wrong centre."""
+def _separate(
+    entries: Sequence[Entry], centers: Centers, chance: Tensor, train: ClassRows, unseen: ClassRows, to_wrong: Tensor
+) -> None:
+    """Fill in the angles between centres, and between samples and the nearest wrong centre.
+
+    `to_wrong` [3, C]: from training samples to training and to true centres, from unseen samples to true centres.
+    """
     angle_s, class_s = nearest_center(centers.train)
     angle_t, class_t = nearest_center(centers.true)
-    from_train = sample_angles(train, [centers.train, centers.true])
-    from_unseen = sample_angles(unseen, [centers.true])[0]
-    n = torch.tensor(train.starts).diff().to(from_unseen.device)
-    m = torch.tensor(unseen.starts).diff().to(from_unseen.device)
-    to_true = torch.where(n > 0, n * from_train[1], 0) + torch.where(m > 0, m * from_unseen, 0)
+    n = torch.tensor(train.starts).diff().to(to_wrong.device)
+    m = torch.tensor(unseen.starts).diff().to(to_wrong.device)
+    to_true = torch.where(n > 0, n * to_wrong[1], 0) + torch.where(m > 0, m * to_wrong[2], 0)
     columns = {
         "center_shift_deg": torch.where(m > 0, angle_between(centers.train, centers.true), torch.nan),
         "center_shift_unseen_deg": angle_between(centers.train, centers.unseen),
@@ -173,7 +182,7 @@ def _separate(entries: Sequence[Entry], train: ClassRows, unseen: ClassRows, cen
         "nearest_center_train_null_deg": chance,
         "nearest_center_true_deg": angle_t,
         "nearest_center_true_class": class_t,
-        "nearest_center_sample_train_deg": from_train[0],
+        "nearest_center_sample_train_deg": to_wrong[0],
         "nearest_center_sample_true_deg": to_true / (n + m),
     }
     for field, column in columns.items():

@@ -57,7 +57,7 @@ def moments(centered: Tensor, order: Tensor) -> Moments:
     lengths = torch.linalg.vector_norm(centered, dim=1).double().square()
     trace = lengths.sum().item() / (n - 1)
     spectrum = _from_gram if n <= d else _from_covariance
-    norm, first, low = spectrum(centered[order])
+    norm, first, low = spectrum(centered.index_select(0, order))
     norm_squared, trace_squared = _unbiased_squares(n, trace, norm, lengths.square().sum().item() / (n - 1))
     positive = trace > 0
     return Moments(

@@ -1,7 +1,7 @@
 """Verdicts on classes: permutation tests of every class, continued where many classes demand it, then BH."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,14 +71,12 @@ class UnitMaker:
 class Chance:
     """What permutations say about one class: values by chance, and per test of `TESTS` the comparison with them.
 
-    `counts` are None below 5 training samples; `units` compares with centres that are means of unit vectors;
-    `standardized` holds each test's values for the group tests.
+    `counts` are None below 5 training samples; `units` compares with centres that are means of unit vectors.
     """
 
     nulls: Entry = field(default_factory=dict)
     counts: tuple[Count | None, ...] = (None, None)
     units: tuple[Count | None, ...] = (None, None)
-    standardized: tuple[np.ndarray | None, ...] = (None, None)
 
 
 class ClassTests:
@@ -91,6 +89,8 @@ class ClassTests:
         self._sides = train, unseen
         self._units = units
         self._permutations, self._alpha, self._seed, self._keys = permutations, alpha, seed, keys
+        # For the group tests; one array, since thousands of small ones would keep the threads' memory from being freed.
+        self._standardized = np.full((len(TESTS), len(keys), permutations + 1), np.nan)
 
     def run(self, rows: Tensor, k: int) -> Chance:
         """Permute class k, whose rows [n + m, d] hold training samples first."""
@@ -111,11 +111,12 @@ class ClassTests:
             "escape_rate_null": raw.null("escape"),
             "variance_ratio_null": None if ratio is None else float(np.exp(ratio)),
         }
-        standardized = tuple(standardize(raw, statistic, self._permutations, rng) for _, statistic, _ in TESTS)
+        for i, (_, statistic, _) in enumerate(TESTS):
+            self._standardized[i, k] = standardize(raw, statistic, self._permutations, rng)
         if n < VERDICT_SAMPLES:
-            return Chance(nulls, standardized=standardized)
+            return Chance(nulls)
         counts, units = (tuple(draws.count(statistic) for _, statistic, _ in TESTS) for draws in drawn)
-        return Chance(nulls, counts, units, standardized)
+        return Chance(nulls, counts, units)
 
     def finish(self, entries: Sequence[Entry], chances: Sequence[Chance]) -> list[bool]:
         """Fill in p, q and verdicts; return for which classes unit vectors would change the verdict on the gap."""
@@ -144,6 +145,11 @@ class ClassTests:
                 entry["spread_gap_material"] = bool(large or entry["escape_rank"] >= MATERIAL_RANK)
         return differing
 
+    def group_p(self, name: str, classes: Sequence[int]) -> float | None:
+        """Return the p-value of one test over a group of classes, however small each is; None where undefined."""
+        i = [test[0] for test in TESTS].index(name)
+        return group_p(self._standardized[i, list(classes)], TESTS[i][2])
+
     def _flags(self, p: Sequence[float | None]) -> list[bool | None]:
         return [None if q is None else q <= self._alpha for q in false_discovery(p)]
 
@@ -167,17 +173,6 @@ class ClassTests:
         longer = map_parallel(one, len(found), self._sides[0].features.device)
         for (k, _), (value, number) in zip(found, longer, strict=True):
             p[k], draws[k] = value, number
-
-
-def group_p_values(chances: Sequence[Chance]) -> Callable[[str, Sequence[int]], float | None]:
-    """Return the function that tests a group of classes: (test, classes) to the p-value, None where undefined."""
-
-    def p(name: str, classes: Sequence[int]) -> float | None:
-        i, two_sided = next((i, test[2]) for i, test in enumerate(TESTS) if test[0] == name)
-        parts = [chances[k].standardized[i] for k in classes]
-        return group_p([part for part in parts if part is not None], two_sided)
-
-    return p
 
 
 def _p_values(counts: Sequence[Count | None], two_sided: bool) -> list[float | None]:
