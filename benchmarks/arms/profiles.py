@@ -104,6 +104,6 @@ def geometry(
         seconds = sum(times[3] for caller, times in callers.items() if caller[2] in STAGES)
         if name == "describe":
             found["whole"] = total
-        elif seconds > 0 and name not in (*STAGES, "map_classes"):
+        elif seconds > 0 and name not in (*STAGES, "map_parallel", "map_mixed"):
             found[name] = found.get(name, 0.0) + seconds
     return found
