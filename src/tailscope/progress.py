@@ -73,8 +73,11 @@ class Bars:
             rate = count / max(1e-9, time.monotonic() - started)
             self._bars.update(bar, advance=items, rate=f"{rate:,.0f}/s")
 
-        yield advance
-        self._bars.remove_task(bar)
+        try:
+            yield advance
+        finally:
+            self._bars.refresh()  # a task shorter than the time between two redraws is shown at least once
+            self._bars.remove_task(bar)
 
     def note(self, text: str) -> None:
         """Print a line above the bars."""
