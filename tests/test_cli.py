@@ -33,6 +33,15 @@ def test_version(tailscope_):
     assert tailscope_("--version").out == f"tailscope {tailscope.__version__}\n"
 
 
+def test_the_package_runs_as_a_module():
+    command = [sys.executable, "-m", "tailscope"]
+    shown = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    assert (shown.stdout, shown.stderr) == (f"tailscope {tailscope.__version__}\n", "")
+    wrong = subprocess.run([*command, "reproduce", "table9"], capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("error: reproduce table9: unknown")
+
+
 def test_help_names_every_verb_and_each_has_an_example(tailscope_):
     assert {"demo", "subset", "swap", "ladder", "geometry", "report", "methods"} <= set(VERBS)
     for arguments in ((), ("--help",), ("-h",)):
