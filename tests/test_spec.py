@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tailscope.spec import DataSpec, RunSpec, StageSpec, TrainSpec, backbone_key, digest
+from tailscope.training.recipes import RECIPES
 
 DATA = DataSpec(
     name="digits",
@@ -45,6 +46,7 @@ DECISIVE_STAGE: dict[str, Any] = {
     "loss": "focal(gamma=2.0)",
     "sampler": "class_balanced",
     "views": 7,
+    "bn_mode": "shifted",
 }
 
 
@@ -209,3 +211,24 @@ def test_keys_stay_what_they_were():
     assert digest({}) == "3f0a99256beeb89a6b9f2793885291a6"
     assert RUN.backbone_key() == "fe16f3ac921e8e8d87865570ac4d4a52"
     assert RUN.key() == "40c9d9bdab68116662bab016ad13d51d"
+
+
+def test_keys_of_a_trained_store_stay_what_they_were():
+    """The recipe fast on the published CIFAR-10-LT subset, as it was stored before there was a `bn_mode`."""
+    subset = DataSpec(
+        name="cifar10",
+        fingerprint="98306f321e0e563adc3a1679d4ee853c1699631bdf2d90bdb4a7d66249d8577d",
+        profile="exp:100",
+        protocol="ldam",
+        subset_seed=0,
+        indices_sha256="4bf45bff8878d2786e47dccd702f96ff33b2b11d8c7da3b5015f10937290f866",
+        counts=(5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50),
+    )
+    fast = RECIPES["fast"]
+    run = RunSpec(stage1=fast.backbone(subset), stage2=fast.classifier(subset), seed=0)
+    assert run.backbone_key() == "892e1381f2f02a41ed1af5bf123f0e12"
+    assert run.key() == "d7f1505d09a692691deeeefad8e2215f"
+    shifted = fast.model_copy(update={"bn_mode": "shifted"})
+    moved = RunSpec(stage1=shifted.backbone(subset), stage2=shifted.classifier(subset), seed=0)
+    assert moved.backbone_key() == run.backbone_key()
+    assert moved.key() != run.key()

@@ -8,8 +8,16 @@ import hashlib
 import json
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
+BnMode = Literal["frozen", "shifted"]
 FORMAT = 1
 """Bumped when the same spec starts to mean another result, so that old stored stages are not taken for new ones."""
 
@@ -47,7 +55,11 @@ class DataSpec(Frozen):
 
 
 class TrainSpec(Frozen):
-    """How one stage is optimised: SGD with momentum over `epochs` or `steps` (exactly one of them is given)."""
+    """How one stage is optimised: SGD with momentum over `epochs` or `steps` (exactly one of them is given).
+
+    `micro_batches` is how many parts a batch is cut into, each with batch statistics of its own; their gradients are
+    added up before the step. Processes that train together share the parts out.
+    """
 
     epochs: int | None = Field(default=None, ge=1)
     steps: int | None = Field(default=None, ge=1)
@@ -58,6 +70,15 @@ class TrainSpec(Frozen):
     weight_decay: float = Field(default=2e-4, ge=0)
     schedule: str = "cosine()"
     precision: Literal["auto", "fp32"] = "auto"
+    micro_batches: int = Field(default=1, ge=1)
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what older specs did not have while it changes nothing: keys and stored specs stay as they are."""
+        fields: dict[str, Any] = dump(self)
+        if self.micro_batches == 1:
+            del fields["micro_batches"]
+        return fields
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -86,6 +107,9 @@ class StageSpec(Frozen):
         loss: call-string of the loss.
         sampler: call-string of the rule that draws an epoch's samples.
         views: stage 2 only: how many augmented views of the data are extracted; epochs cycle through them.
+        bn_mode: stage 2 only: what batch normalisation does with the frozen backbone. "frozen" keeps the running
+            statistics of stage 1; "shifted" re-estimates them on stage 2's data, weights and affine parameters fixed
+            (MiSLAS: Zhong et al. 2021).
     """
 
     data: DataSpec
@@ -96,6 +120,15 @@ class StageSpec(Frozen):
     loss: str = "cross_entropy"
     sampler: str = "instance"
     views: int | None = Field(default=None, ge=1)
+    bn_mode: BnMode = "frozen"
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what older specs did not have while it changes nothing: keys and stored specs stay as they are."""
+        fields: dict[str, Any] = dump(self)
+        if self.bn_mode == "frozen":
+            del fields["bn_mode"]
+        return fields
 
     def content(self) -> dict[str, Any]:
         """Return everything about this stage that changes its result."""

@@ -1,13 +1,13 @@
 """Recipes as data: how a backbone and a classifier are trained, under a name that a command line can say."""
 
-from typing import Self
+from typing import Any, Self
 
-from pydantic import model_validator
+from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from tailscope.errors import UserError
 from tailscope.methods import AUGMENTATIONS, MIXINGS
 from tailscope.models import MODELS
-from tailscope.spec import DataSpec, Frozen, StageSpec, TrainSpec
+from tailscope.spec import BnMode, DataSpec, Frozen, StageSpec, TrainSpec
 from tailscope.training.schedules import SCHEDULES
 
 
@@ -24,6 +24,7 @@ class Recipe(Frozen):
         augment: the augmentations that are on everywhere.
         autoaugment: what "AutoAugment" adds to them.
         mix: what "MixUp" is.
+        bn_mode: what stage 2 does with the backbone's batch normalisation.
     """
 
     name: str
@@ -36,6 +37,15 @@ class Recipe(Frozen):
     augment: tuple[str, ...] = ("crop(padding=4)", "flip")
     autoaugment: str = "autoaugment()"
     mix: str = "mixup(alpha=1.0)"
+    bn_mode: BnMode = "frozen"
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what older recipes did not have while it changes nothing: results of one spec stay so."""
+        fields: dict[str, Any] = dump(self)
+        if self.bn_mode == "frozen":
+            del fields["bn_mode"]
+        return fields
 
     @model_validator(mode="after")
     def _spell_out(self) -> Self:
@@ -70,6 +80,7 @@ class Recipe(Frozen):
             augment=self._augment(autoaugment),
             sampler=sampler,
             views=self.views,
+            bn_mode=self.bn_mode,
         )
 
     def _augment(self, autoaugment: bool) -> tuple[str, ...]:
