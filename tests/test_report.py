@@ -176,6 +176,7 @@ def test_verdict_names_share_gap_and_intervals(digits):
         ({"representation": -0.6, "classifier": 0.0}, "No long-tail gap", "no long-tail gap to explain", None),
         ({"seeds": 1}, "in this pair of trainings", "accounts for", "this pair of trainings only"),
         ({"seeds": 2}, "without an interval", "splits into", "points only"),
+        ({"seeds": 2, "representation": -0.6, "classifier": 0.0}, "No long-tail gap", "no long-tail gap", "points"),
         ({"representation": 0.9, "classifier": 0.87}, "order", "accounts for", "Order matters"),
         ({"converged": False}, "", "", "Not converged"),
     ],

@@ -14,7 +14,9 @@ def figures(results: Results) -> list[Figure]:
     """Return the figures in the order of the page."""
     found = [charts_classes.profile(results)]
     if "swap" in results:
-        found = [charts_swap.attribution(results), *found, charts_swap.swap(results), charts_classes.classes(results)]
+        found += [charts_swap.swap(results), charts_classes.classes(results)]
+        if results["swap"]["attribution"] is not None:
+            found.insert(0, charts_swap.attribution(results))
     if "ladder" in results:
         found.append(charts_swap.ladder(results))
     if "geometry" in results:

@@ -31,6 +31,10 @@ CELL_SERIES = (
     Series("recalls", "true_lt", Key("true → lt", "sky", "diamond", (6, 3))),
     Series("recalls", "true_true", Key("true → true", "green", "square")),
 )
+SPLIT = (
+    "Its gap, between the full and the long-tailed set, splits into what the representation and what the classifier "
+    "costs the class. "
+)
 RULES = {
     "counts": "Head classes have more than 100 images, body classes 20 to 100, tail classes fewer than 20.",
     "thirds": "Head, body and tail are thirds of the classes by frequency.",
@@ -43,7 +47,7 @@ def data(results: Results) -> dict[str, list[Row]]:
     if "swap" in results:
         classes = rows.classes(results)
         found["recalls"] = [
-            {**row, **{one.field: row[one.field.replace("_", "->")] for one in CELL_SERIES}} for row in classes
+            {**row, **{one.field: row.get(one.field.replace("_", "->")) for one in CELL_SERIES}} for row in classes
         ]
         found["losses"] = _losses(classes)
     return found
@@ -103,18 +107,19 @@ def classes(results: Results) -> Figure:
         for part, key in PART_KEYS.items()
     ]
     bounds = group_bounds(found)
-    recall = alt.layer(*lines(CELL_SERIES, found, y, ".0%"), *bounds)
+    series = [one for one in CELL_SERIES if one.field.replace("_", "->") in results["swap"]["cells"]]
+    recall = alt.layer(*lines(series, found, y, ".0%"), *bounds).properties(height=260)
+    panels = [Panel("Recall (backbone → classifier)", recall, [one.key for one in series])]
+    split = results["swap"]["attribution"] is not None
+    if split:
+        panels.append(Panel("Points lost, and to what", alt.layer(*bars, *bounds).properties(height=260), keys))
     return Figure(
         "classes",
         "Which classes suffer",
-        "Recall is the share of a class's test images that is classified correctly. Its gap, between the full and the "
-        "long-tailed set, splits into what the representation and what the classifier costs the class. "
+        f"Recall is the share of a class's test images that is classified correctly. {SPLIT if split else ''}"
         f"{_noise(first(results))}",
         "",
-        [
-            Panel("Recall (backbone → classifier)", recall.properties(height=260), [one.key for one in CELL_SERIES]),
-            Panel("Points lost, and to what", alt.layer(*bars, *bounds).properties(height=260), keys),
-        ],
+        panels,
     )
 
 

@@ -24,7 +24,8 @@ def data(results: Results) -> dict[str, list[Row]]:
     """Return the rows that these charts refer to, by name."""
     found = {}
     if "swap" in results:
-        found["attribution"] = _waterfall(rows.attribution(results))
+        if results["swap"]["attribution"] is not None:
+            found["attribution"] = _waterfall(rows.attribution(results))
         found["cells"] = [_labelled(row) | _cell(row) for row in rows.cells(results)]
         found["cell_seeds"] = [row | {"label": arrow(row["cell"])} for row in rows.cell_seeds(results)]
     if "ladder" in results:
@@ -194,10 +195,13 @@ def _waterfall(attribution: list[Row]) -> list[Row]:
 
 
 def _whiskers(swap: Result) -> str:
-    return "" if swap["attribution"]["gap_ci95"] is None else " Thin lines are 95 % intervals."
+    known = any(cell["ci95"] is not None for cell in swap["cells"].values())
+    return " Thin lines are 95 % intervals." if known else ""
 
 
 def _swap_reading(swap: Result) -> str:
+    if swap["attribution"] is None:
+        return ""
     means = {name: swap["cells"][name]["mean"] for name in rows.CELLS}
     backbone = 100 * (means["true->lt"] - means["lt->lt"])
     classifier = 100 * (means["lt->true"] - means["lt->lt"])

@@ -38,8 +38,9 @@ def profile(results: Results) -> list[Row]:
 
 
 def ordered_cells(swap: Result) -> list[str]:
-    """Return the names of swap's cells: the four of the paper first, then the matched ones."""
-    return [*CELLS, *(name for name in swap["cells"] if name not in CELLS)]
+    """Return the names of swap's cells: those of the paper first, then the matched ones."""
+    stored = swap["cells"]
+    return [*(name for name in CELLS if name in stored), *(name for name in stored if name not in CELLS)]
 
 
 def accuracy(cell: Mapping[str, Any]) -> Row:
@@ -70,7 +71,10 @@ def cell_seeds(results: Results) -> list[Row]:
 
 
 def attribution(results: Results) -> list[Row]:
-    """Return the gap, its two parts and the interaction: points and share as fractions, with intervals."""
+    """Return the gap, its two parts and the interaction: points and share as fractions, with intervals.
+
+    There must be an attribution: all four cells.
+    """
     stored = results["swap"]["attribution"]
     found = [_part("gap", stored["gap"], stored["gap_ci95"])]
     for part in ("representation", "classifier"):
@@ -102,10 +106,12 @@ def _part(
 def split(a: Mapping[str, float | None]) -> dict[str, float | None]:
     """Split the gap between recalls by cell into representation and classifier (two-player Shapley value).
 
+    All three are None where one of the four recalls is missing or undefined.
+
     >>> split({"lt->lt": 0.25, "lt->true": 0.5, "true->lt": 0.75, "true->true": 1.0})
     {'gap': 0.75, 'representation': 0.5, 'classifier': 0.25}
     """
-    ll, lt, tl, tt = (a[cell] for cell in CELLS)
+    ll, lt, tl, tt = (a.get(cell) for cell in CELLS)
     if ll is None or lt is None or tl is None or tt is None:
         return {"gap": None, "representation": None, "classifier": None}
     representation = ((tl - ll) + (tt - lt)) / 2
@@ -117,7 +123,7 @@ def groups(results: Results) -> list[Row]:
     stored = results["swap"]["cells"]
     found = []
     for group in GROUPS:
-        recalls = {cell: stored[cell]["groups"].get(group) for cell in CELLS}
+        recalls = {cell: stored[cell]["groups"].get(group) for cell in CELLS if cell in stored}
         parts = split(recalls)
         if parts["gap"] is not None:
             found.append({"group": group, "lt": recalls["lt->lt"], "true": recalls["true->true"], **parts})

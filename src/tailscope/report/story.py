@@ -30,7 +30,11 @@ def headline(results: Results) -> str:
         return f"Results for {first(results)['dataset']['name']}"
     attribution = results["swap"]["attribution"]
     scope = " in this pair of trainings" if len(results["swap"]["seeds"]) == 1 else ""
+    if attribution is None:
+        return f"No verdict yet: the backbone {_missing(results['swap'])} is not trained"
     if attribution["gap_ci95"] is None:
+        if attribution["gap"] <= 0:
+            return "No long-tail gap, without an interval to back it"
         larger = _larger_points(attribution)
         return f"The {larger} looks like the larger bottleneck, without an interval to back it"
     low, high = attribution["gap_ci95"]
@@ -61,6 +65,8 @@ def findings(results: Results) -> list[str]:
 def verdict(swap: Result) -> str:
     """Return the sentence on how the gap splits, as far as its interval allows."""
     attribution, cells = swap["attribution"], swap["cells"]
+    if attribution is None:
+        return _half(swap)
     gap = with_interval(f"{points(attribution['gap'])} points", attribution["gap_ci95"])
     between = (
         f"between training on the long-tailed set (lt → lt, {percent(cells['lt->lt']['mean'])}) and on the full one "
@@ -77,8 +83,22 @@ def verdict(swap: Result) -> str:
     return f"The gap {between} is {gap}, too small to divide: {reason}. In points, it splits into {parts}."
 
 
-def order_matters(attribution: Result) -> bool:
-    """Return whether the interaction exceeds the difference of the two parts."""
+def _half(swap: Result) -> str:
+    """Return what the trained backbone alone says."""
+    own = [f"with its own classifier {percent(cell['mean'])}" for cell in swap.get("stage1", {}).values()]
+    known = listed([*own, *(f"{arrow(name)} {percent(swap['cells'][name]['mean'])}" for name in swap["cells"])])
+    return f"Accuracy: {known}. The gap and its two parts need the backbone {_missing(swap)} too."
+
+
+def _missing(swap: Result) -> str:
+    sets = {"lt": "trained on the long-tailed set", "true": "trained on the full set"}
+    return listed([words for name, words in sets.items() if f"{name}->{name}" not in swap["cells"]])
+
+
+def order_matters(attribution: Result | None) -> bool:
+    """Return whether the interaction exceeds the difference of the two parts; not where there is no attribution."""
+    if attribution is None:
+        return False
     difference = attribution["representation"]["points"] - attribution["classifier"]["points"]
     return bool(abs(attribution["interaction"]) > abs(difference) + 1e-12)  # beyond rounding
 
@@ -168,7 +188,10 @@ def summary_rows(results: Results) -> list[tuple[str, str]]:
 
 def _swap_rows(results: Results) -> list[tuple[str, str]]:
     attribution = results["swap"]["attribution"]
-    cells = [f"{arrow(name)} {percent(results['swap']['cells'][name]['mean'])}" for name in rows.CELLS]
+    stored = results["swap"]["cells"]
+    cells = [f"{arrow(name)} {percent(stored[name]['mean'])}" for name in rows.CELLS if name in stored]
+    if attribution is None:
+        return [("Accuracy", ", ".join(cells))]
     found = [
         ("Accuracy", ", ".join(cells)),
         ("Gap", with_interval(f"{points(attribution['gap'])} points", attribution["gap_ci95"])),
@@ -182,6 +205,8 @@ def _swap_rows(results: Results) -> list[tuple[str, str]]:
 
 def _swap_findings(results: Results) -> list[str]:
     attribution = results["swap"]["attribution"]
+    if attribution is None:
+        return []
     found = []
     if attribution["classifier"]["share"] is not None:
         found.append(

@@ -42,7 +42,9 @@ def tables(results: Results) -> list[Table]:
     """Return every table, in the order of the page."""
     found = []
     if "swap" in results:
-        found += [swap(results), attribution(results), groups(results)]
+        found.append(swap(results))
+        if results["swap"]["attribution"] is not None:
+            found += [attribution(results), groups(results)]
     if "ladder" in results:
         found.append(ladder(results))
     found.append(classes(results))
@@ -115,7 +117,7 @@ def classes(results: Results) -> Table:
     if "swap" in results:
         names = rows.ordered_cells(results["swap"])
         columns += [Column(name, arrow(name), "whole", f"Recall of {arrow(name)}.") for name in names]
-        columns += SPLIT
+        columns += SPLIT if results["swap"]["attribution"] is not None else ()
     if "geometry" in results and "lt" in rows.encoders(results):
         measured = {row["index"]: row for row in geometry_rows.classes(results, "calibrated") if row["encoder"] == "lt"}
         found = [row | {column.field: measured[row["index"]][column.field] for column in LOCAL} for row in found]
