@@ -15,9 +15,9 @@ import tailscope
 from diagnosis_cases import head_biased, scattered, separable, table
 from tailscope import cli, report
 from tailscope.errors import UserError
-from tailscope.experiments.results import write
 from tailscope.geometry import FIELDS
 from tailscope.report import diagnosis_rows, diagnosis_story, diagnosis_tables, measures_page
+from tailscope.result_files import write
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TUTORIAL = REPOSITORY / "docs" / "tutorial-digits.md"

@@ -59,8 +59,8 @@ def diagnose(
     """
     from tailscope import report
     from tailscope.diagnosis.assemble import Settings, prepare, run, spec
-    from tailscope.experiments.results import check_free, write
     from tailscope.progress import Bars, Quiet
+    from tailscope.result_files import check_free, write
     from tailscope.store import make_folder
 
     console = Console(stderr=as_json)

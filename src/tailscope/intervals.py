@@ -6,16 +6,17 @@ method of variance estimates recovery: Howe 1974; Zou & Donner 2008), which keep
 bootstraps, binomial intervals and Satterthwaite's approximation do not.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special
 
 FloatArray = NDArray[np.float64]
 Bounds = tuple[float, float]
-Z = float(stats.norm.ppf(0.975))
+Z = float(special.ndtri(0.975))
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def paired(values: ArrayLike) -> Interval:
         item_only = seeds == 1 and matrix.shape[1] > 1
         ci95 = _around(estimate, Z * by_item**0.5) if item_only else None
         return Interval(estimate, ci95, None, "item" if item_only else None)
-    t = float(stats.t.ppf(0.975, seeds - 1))
+    t = float(special.stdtrit(seeds - 1, 0.975))
     over_seeds = _around(estimate, t * by_seed**0.5)
     if matrix.shape[1] < 2:
         return Interval(estimate, None, over_seeds, None)
@@ -103,9 +104,15 @@ def proportion(correct: ArrayLike) -> Interval:
         raise ValueError("an accuracy needs outcomes that are 0 or 1")
     interval = paired(outcomes)
     if len(outcomes) == 1:
-        wilson = stats.binomtest(int(outcomes.sum()), outcomes.size).proportion_ci(0.95, method="wilson")
-        return Interval(interval.estimate, (float(wilson.low), float(wilson.high)), None, "item")
+        return Interval(interval.estimate, _wilson(interval.estimate, outcomes.size), None, "item")
     return Interval(interval.estimate, _clip(interval.ci95), _clip(interval.ci95_seeds), interval.kind)
+
+
+def _wilson(share: float, number: int) -> Bounds:
+    extra = Z**2 / number
+    middle = (share + extra / 2) / (1 + extra)
+    half = Z / (1 + extra) * math.sqrt(share * (1 - share) / number + extra / (4 * number))
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def ratio(numerator: ArrayLike, denominator: ArrayLike) -> Bounds | None:
@@ -122,7 +129,7 @@ def ratio(numerator: ArrayLike, denominator: ArrayLike) -> Bounds | None:
     seeds, items = both.shape[1:]
     if seeds == 2 or items < 2:
         return None
-    squared = Z**2 if seeds == 1 else float(stats.t.ppf(0.975, seeds - 1)) ** 2
+    squared = Z**2 if seeds == 1 else float(special.stdtrit(seeds - 1, 0.975)) ** 2
     by_seed, by_item = variance_components(both)
     covariance = squared * (by_seed + by_item)
     means = both.mean(axis=(1, 2))

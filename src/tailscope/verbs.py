@@ -18,7 +18,6 @@ from tailscope.errors import one_line
 from tailscope.experiments.geometry import geometry
 from tailscope.experiments.lab import Lab
 from tailscope.experiments.ladder import ladder
-from tailscope.experiments.results import check_free, versions, write
 from tailscope.experiments.settings import Settings, parse_seeds, store_root
 from tailscope.experiments.swap import swap
 from tailscope.groups import assign_groups
@@ -26,6 +25,7 @@ from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, SAMPLERS
 from tailscope.models import MODELS
 from tailscope.progress import Bars, Progress, Quiet
 from tailscope.registry import Registry
+from tailscope.result_files import check_free, versions, write
 from tailscope.store import Store, make_folder
 from tailscope.training.recipes import RECIPES, recipe_by_name
 from tailscope.training.runtime import Runtime

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 from sklearn.datasets import load_digits
 
 from tailscope import seeds
@@ -86,7 +85,9 @@ def _cifar(name: str, data_root: Path | None) -> tuple[ImageSet, ImageSet]:
 
 def _official(name: str, root: Path, *, train: bool) -> ImageSet:
     """Return a split of torchvision's official CIFAR, downloaded when missing; its checksums precede any reading."""
-    dataset_class = getattr(torchvision.datasets, _CIFAR[name])
+    from torchvision import datasets  # here because it takes seconds to import, and few need it
+
+    dataset_class = getattr(datasets, _CIFAR[name])
     try:
         dataset = dataset_class(root, train=train, download=False)
     except RuntimeError:  # torchvision's "not found or corrupted"

@@ -5,20 +5,21 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tailscope.diagnosis.advice import advise
 from tailscope.diagnosis.encoders import compare, pair_up, same_names
 from tailscope.diagnosis.inputs import Inputs, Source, as_table, bursts, read
 from tailscope.diagnosis.neighbours import confusable_pairs
-from tailscope.diagnosis.outcomes import Outcomes, score
-from tailscope.diagnosis.verdict import accuracies, judge
 from tailscope.errors import UserError
-from tailscope.experiments.results import versions
-from tailscope.geometry import describe
+from tailscope.geometry import GeometryResult, describe
 from tailscope.linear_classifier import LinearClassifier
 from tailscope.progress import Progress, Quiet
+from tailscope.result_files import command_line, versions
 from tailscope.training.runtime import Runtime
+
+if TYPE_CHECKING:
+    from tailscope.diagnosis.outcomes import Outcomes
 
 Several = Source | Sequence[Source]
 
@@ -123,7 +124,7 @@ def prepare(
 
 def spec(inputs: dict[str, Inputs], settings: Settings) -> dict[str, Any]:
     """Return what the result depends on: the numbers of every input, and the settings."""
-    return {"encoders": {name: one.fingerprints() for name, one in inputs.items()}, **asdict(settings)}
+    return {"encoders": {name: one.fingerprints for name, one in inputs.items()}, **asdict(settings)}
 
 
 def run(inputs: dict[str, Inputs], settings: Settings, progress: Progress) -> dict[str, Any]:
@@ -139,7 +140,7 @@ def run(inputs: dict[str, Inputs], settings: Settings, progress: Progress) -> di
     result = {
         "schema": "tailscope.diagnosis/1",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["tailscope", *sys.argv[1:]]),
+        "command": command_line(sys.argv[1:]),
         "spec": spec(inputs, settings),
         "environment": {"versions": versions(), "hardware": Runtime.choose("cpu").describe()},
         "dataset": {
@@ -156,7 +157,7 @@ def run(inputs: dict[str, Inputs], settings: Settings, progress: Progress) -> di
     return result
 
 
-def _one(inputs: Inputs, settings: Settings, progress: Progress) -> tuple[dict[str, Any], Outcomes | None]:
+def _one(inputs: Inputs, settings: Settings, progress: Progress) -> "tuple[dict[str, Any], Outcomes | None]":
     """Return the part of a diagnosis that is one encoder's."""
     train, unseen, names = inputs.train, inputs.unseen, inputs.names
     first, second = bursts(train, unseen)
@@ -174,29 +175,34 @@ def _one(inputs: Inputs, settings: Settings, progress: Progress) -> tuple[dict[s
             unseen_bursts=second,
             progress=lambda done, total: advance(1),
         )
-    warnings = [*inputs.warnings, *geometry.warnings]
-    outcomes = score(inputs, settings.seed, progress) if settings.verdict else None
-    seen = (None, None) if outcomes is None else (outcomes.labels, outcomes.predicted)
-    pairs = confusable_pairs(train, unseen, names, *seen)
-    accuracy = verdict = None
-    advice: list[dict[str, Any]] = []
-    if outcomes is not None:
-        accuracy = accuracies(outcomes, [entry["group"] for entry in geometry.classes])
-        verdict, caveats = judge(outcomes, geometry.classes, geometry.groups, settings.ceiling)
-        advice = advise(accuracy, verdict, geometry.classes, pairs)
-        warnings += caveats
-    result = {
+    measured: dict[str, Any] = {
         "counts": train.counts(),
         "groups_rule": geometry.groups_rule,
         "classes": geometry.classes,
         "groups": geometry.groups,
-        "accuracy": accuracy,
-        "verdict": verdict,
-        "advice": advice,
-        "pairs": pairs,
-        "warnings": list(dict.fromkeys(warnings)),
     }
-    return result, outcomes
+    warnings = [*inputs.warnings, *geometry.warnings]
+    if settings.verdict:
+        judged, caveats, outcomes = _judge(inputs, geometry, settings, progress)
+        return measured | judged | {"warnings": list(dict.fromkeys([*warnings, *caveats]))}, outcomes
+    pairs = confusable_pairs(train, unseen, names)
+    unjudged = {"accuracy": None, "verdict": None, "advice": [], "pairs": pairs}
+    return measured | unjudged | {"warnings": list(dict.fromkeys(warnings))}, None
+
+
+def _judge(
+    inputs: Inputs, geometry: GeometryResult, settings: Settings, progress: Progress
+) -> "tuple[dict[str, Any], list[str], Outcomes]":
+    """Return the fields that rest on fitted classifiers, and warnings."""
+    from tailscope.diagnosis.outcomes import score  # here because scikit-learn takes seconds to import
+    from tailscope.diagnosis.verdict import accuracies, judge
+
+    outcomes = score(inputs, settings.seed, progress)
+    pairs = confusable_pairs(inputs.train, inputs.unseen, inputs.names, outcomes.labels, outcomes.predicted)
+    accuracy = accuracies(outcomes, [entry["group"] for entry in geometry.classes])
+    verdict, caveats = judge(outcomes, geometry.classes, geometry.groups, settings.ceiling)
+    advice = advise(accuracy, verdict, geometry.classes, pairs)
+    return {"accuracy": accuracy, "verdict": verdict, "advice": advice, "pairs": pairs}, caveats, outcomes
 
 
 def _paired(reference: Inputs, inputs: Inputs) -> Inputs:

@@ -6,21 +6,23 @@ mean gets a t interval. Both are for these encoders as they are, not for other t
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy import special
 from torch import Tensor
 
 from tailscope.diagnosis.inputs import Inputs
-from tailscope.diagnosis.outcomes import Outcomes
 from tailscope.errors import UserError
 from tailscope.feature_table import FeatureTable
 from tailscope.field_checks import match_names
 from tailscope.geometry.fields import Entry
 from tailscope.groups import GROUPS
 from tailscope.intervals import as_list, paired
+
+if TYPE_CHECKING:
+    from tailscope.diagnosis.outcomes import Outcomes
 
 ROWS_AT_ONCE = 4096
 # What is compared, from which field, and whether less is better.
@@ -97,7 +99,7 @@ def same_names(reference: FeatureTable, other: FeatureTable) -> FeatureTable:
 
 
 def compare(
-    inputs: Mapping[str, Inputs], results: Mapping[str, dict[str, Any]], outcomes: Mapping[str, Outcomes | None]
+    inputs: Mapping[str, Inputs], results: Mapping[str, dict[str, Any]], outcomes: "Mapping[str, Outcomes | None]"
 ) -> dict[str, Any]:
     """Return `comparison` of a diagnosis: every encoder against the first.
 
@@ -124,7 +126,7 @@ def compare(
     }
 
 
-def _accuracies(reference: Outcomes | None, other: Outcomes | None) -> dict[str, Any] | None:
+def _accuracies(reference: "Outcomes | None", other: "Outcomes | None") -> dict[str, Any] | None:
     """Return the other encoder's accuracies minus the reference's, paired over samples."""
     if reference is None or other is None:
         return None
@@ -159,7 +161,7 @@ def _aspect(aspect: str, reference: Sequence[Entry], other: Sequence[Entry], mem
     if len(differences):
         found["difference"] = float(differences.mean())
     if len(differences) > 1:
-        half = stats.t.ppf(0.975, len(differences) - 1) * differences.std(ddof=1) / len(differences) ** 0.5
+        half = special.stdtrit(len(differences) - 1, 0.975) * differences.std(ddof=1) / len(differences) ** 0.5
         low, high = float(differences.mean() - half), float(differences.mean() + half)
         found["ci95"] = [low, high]
         if low > 0 or high < 0:

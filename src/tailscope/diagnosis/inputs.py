@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,9 @@ class Inputs:
         """The samples whose accuracy is given: the test samples, else the unseen ones."""
         return self.unseen if self.test is None else self.test
 
+    @cached_property
     def fingerprints(self) -> dict[str, Any]:
-        """Return where each input came from and the SHA-256 of its numbers, for the result's spec."""
+        """Where each input came from and the SHA-256 of its numbers, for the result's spec."""
         tables = {"train": self.train, "unseen": self.unseen, "test": self.test}
         found: dict[str, Any] = {
             name: None if table is None else {"source": table.source, "sha256": _digest(table.features, table.labels)}

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
-import scipy.stats
 import torch
 from torch import Tensor
 
@@ -149,7 +148,11 @@ def false_discovery(p: Sequence[float | None]) -> list[float | None]:
     [0.02, None, 0.04]
     """
     known = [value for value in p if value is not None]
-    q = iter(scipy.stats.false_discovery_control(known).tolist() if known else [])
+    if not known:
+        return list(p)
+    from scipy import stats  # here because it takes half a second to import, and without permutations has no use
+
+    q = iter(stats.false_discovery_control(known).tolist())
     return [None if value is None else float(next(q)) for value in p]
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tailscope.geometry.parallel import map_parallel
 from tailscope.geometry.rows import ClassRows
 
 NEAR = 1e-4
@@ -53,11 +54,14 @@ def find_copies(rows: Tensor, n: int, variance: float) -> Copies:
 def unseen_copies(train: ClassRows, unseen: ClassRows) -> Tensor:
     """Return which unseen rows are copies of a training row of their class, bool [m] in the original row order."""
     found = torch.zeros(len(unseen.features), dtype=torch.bool, device=unseen.features.device)
-    for k in range(len(train.starts) - 1):
+
+    def one(k: int) -> None:
         n, m = train.count(k), unseen.count(k)
         if n and m:
             rows = torch.cat([train.features[train.index(k)], unseen.features[unseen.index(k)]]).to(train.dtype)
             centered = rows - rows.mean(dim=0)
             variance = torch.linalg.vector_norm(centered).square().item() / (n + m - 1)
             found[unseen.index(k)] = find_copies(centered, n, variance).unseen
+
+    map_parallel(one, len(train.starts) - 1, unseen.features.device)
     return found

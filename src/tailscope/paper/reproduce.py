@@ -11,7 +11,6 @@ from tailscope.errors import UserError
 from tailscope.experiments.geometry import geometry
 from tailscope.experiments.lab import Lab
 from tailscope.experiments.ladder import ladder
-from tailscope.experiments.results import check_free, write
 from tailscope.experiments.settings import Settings, parse_seeds, store_root
 from tailscope.experiments.swap import swap
 from tailscope.paper import claims, side_by_side, targets
@@ -21,6 +20,7 @@ from tailscope.paper.runs import Outcomes, outcomes
 from tailscope.paper.timing import duration, measure
 from tailscope.progress import Progress
 from tailscope.report.results import load as load_results
+from tailscope.result_files import check_free, write
 from tailscope.store import Store, make_folder
 from tailscope.training.recipes import recipe_by_name
 from tailscope.training.runtime import Runtime

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from tailscope.report import diagnosis_page, page
 from tailscope.report.results import TRAINED
 
 
@@ -14,6 +13,8 @@ def build(out: Path | str, *, figures: bool = True) -> Path:
     Raises:
         UserError: there are no results, one cannot be read, or `out` cannot be written.
     """
+    from tailscope.report import diagnosis_page, page  # here because they import drawing libraries, for a second
+
     out = Path(out)
     diagnosed = (out / "diagnosis.json").is_file()
     trained = any((out / f"{verb}.json").is_file() for verb in TRAINED)
