@@ -69,7 +69,7 @@ def test_bad_arrays(tailscope_, tmp_path, command, fields, says):
 
 BAD_FILES = {
     "missing": (None, "no such file"),
-    "empty": (lambda good: b"", "empty or truncated"),
+    "empty": (lambda good: b"", "the file is empty"),
     "truncated": (lambda good: good[: len(good) // 2], "truncated"),
     "cut inside a field": (lambda good: good[:300] + bytes(~b & 255 for b in good[300:400]) + good[400:], "damaged"),
     "text": (lambda good: b"train_images,train_labels\n1,2\n", "not a readable .npz"),

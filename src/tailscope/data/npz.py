@@ -1,7 +1,5 @@
 """Read an image `.npz` and check every field: what is wrong is said in one line, and nothing is ever unpickled."""
 
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +7,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tailscope import array_files
 from tailscope.data.imageset import ImageSet
 from tailscope.errors import UserError
 
 FIELDS = ("train_images", "train_labels", "test_images", "test_labels")
-_UNREADABLE = (ValueError, OSError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
 
 
 def read(path: Path) -> tuple[ImageSet, ImageSet]:
@@ -25,7 +23,7 @@ def read(path: Path) -> tuple[ImageSet, ImageSet]:
     Raises:
         UserError: the file is missing, unreadable, or holds something else.
     """
-    arrays = _read_arrays(path)
+    arrays = array_files.read(path, FIELDS, ("class_names",))
     for split in ("train", "test"):
         name = f"{split}_images"
         arrays[name] = _checked_images(f"{path}: {name}", arrays[name])
@@ -41,42 +39,6 @@ def read(path: Path) -> tuple[ImageSet, ImageSet]:
 def _image_set(arrays: dict[str, npt.NDArray[Any]], split: str, names: tuple[str, ...]) -> ImageSet:
     images = torch.from_numpy(np.ascontiguousarray(arrays[f"{split}_images"]))
     return ImageSet(images, torch.from_numpy(arrays[f"{split}_labels"].astype(np.int64)), names)
-
-
-def _read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    with path.open("rb") as file:  # opened here because np.load leaves a file that is no zip open
-        try:
-            loaded = np.load(file, allow_pickle=False)
-        except _UNREADABLE as error:
-            raise UserError(f"{path}: not a readable .npz, empty or truncated ({_line(error)})") from None
-        if isinstance(loaded, np.ndarray):
-            raise UserError(f"{path}: holds a single array; save the fields with np.savez")
-        with loaded:
-            missing = [name for name in FIELDS if name not in loaded]
-            if missing:
-                raise UserError(f"{path}: no field {missing[0]!r}; needs {', '.join(FIELDS)}")
-            wanted = [*FIELDS, *(["class_names"] if "class_names" in loaded else [])]
-            return {name: _read_array(path, loaded, name) for name in wanted}
-
-
-def _read_array(path: Path, loaded: Any, name: str) -> npt.NDArray[Any]:
-    try:
-        array: npt.NDArray[Any] = loaded[name]
-    except _UNREADABLE as error:
-        if "Object arrays" in str(error):
-            raise UserError(
-                f"{path}: {name} holds Python objects, which are never unpickled; save plain arrays"
-            ) from None
-        raise UserError(f"{path}: {name} cannot be read, truncated or damaged ({_line(error)})") from None
-    if not isinstance(array, np.ndarray):
-        raise UserError(f"{path}: {name} is not an array")
-    return array
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _checked_images(where: str, images: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
