@@ -38,6 +38,7 @@ DECISIVE_TRAIN: dict[str, Any] = {
     "weight_decay": 0.0,
     "schedule": "onecycle()",
     "precision": "fp32",
+    "micro_batches": 4,
 }
 DECISIVE_STAGE: dict[str, Any] = {
     "model": "resnet8(width=9)",

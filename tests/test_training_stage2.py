@@ -9,7 +9,7 @@ from torch import nn
 from tailscope.data.imageset import ImageSet
 from tailscope.data.sources import ImageData
 from tailscope.errors import UserError
-from tailscope.experiments import lab as lab_module
+from tailscope.experiments import imagery
 from tailscope.experiments.lab import Lab
 from tailscope.features import extract
 from tailscope.methods.augmentations import build
@@ -141,7 +141,7 @@ def test_balanced_draws_are_augmented_draws_of_the_training_rows(lab, lt, backbo
         extracted.append(images)
         return torch.zeros(len(images), 32)
 
-    monkeypatch.setattr(lab_module, "extract", recording)
+    monkeypatch.setattr(imagery, "extract", recording)
     stage2 = RECIPE.classifier(lt.spec, sampler="class_balanced").model_copy(update={"augment": ()})
     views = lab.views(backbone, stage2, lt.rows, SEED)
     training = lab.data.train.take(lt.rows)
@@ -162,7 +162,7 @@ def test_classifiers_on_one_backbone_share_its_views(lab, lt, backbone, monkeypa
         extractions.append(len(arguments[1]))
         return extract(*arguments)
 
-    monkeypatch.setattr(lab_module, "extract", counting)
+    monkeypatch.setattr(imagery, "extract", counting)
     for data in (lt, lab.true(), lab.matched(list(lt.spec.counts), SEED)):
         lab.classifier(run_on(lt, data), backbone, data.rows, "classifier")
     assert extractions == [300] * VIEWS

@@ -7,7 +7,7 @@ Data flow: training set -> backbone (stage 1) -> features (views for stage 2, cl
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,20 +17,15 @@ from torch import Tensor
 from tailscope.data import splits
 from tailscope.data.profiles import canonical, resolve
 from tailscope.data.sources import ImageData
-from tailscope.errors import UserError
-from tailscope.features import extract
+from tailscope.experiments.imagery import Imagery, InMemory, Split
 from tailscope.methods import SAMPLERS
-from tailscope.methods.augmentations import build
 from tailscope.models import CifarResNet
 from tailscope.seeds import torch_stream
 from tailscope.spec import DataSpec, RunSpec, StageSpec, backbone_key, digest
 from tailscope.store import Artifact, Store
 from tailscope.training.runtime import Runtime
-from tailscope.training.stage1 import new_model, train_backbone
+from tailscope.training.stage1 import new_model
 from tailscope.training.stage2 import View, fit_classifier
-from tailscope.training.step import Normalizer
-
-Split = Literal["train", "test"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +41,7 @@ class Backbone:
     """A trained, frozen encoder with where it came from."""
 
     key: str
+    stage1: StageSpec
     model: CifarResNet
     meta: dict[str, Any]
     weight: Tensor
@@ -55,12 +51,12 @@ class Backbone:
 class Lab:
     """Everything that runs on one data set share: its pixel statistics, the store and the runtime."""
 
-    def __init__(self, data: ImageData, store: Store, runtime: Runtime) -> None:
-        _check_size(data)
+    def __init__(self, data: ImageData, store: Store, runtime: Runtime, imagery: Imagery | None = None) -> None:
         self.data = data
         self.store = store
         self.runtime = runtime
-        self.normalize = Normalizer.of(data.train.images)
+        self.imagery = imagery or InMemory(data)
+        self.normalize = self.imagery.normalize
         self.trained = 0
         self.recalled = 0
         self._models: dict[str, Backbone] = {}
@@ -101,14 +97,14 @@ class Lab:
 
     def backbone(self, stage: StageSpec, rows: npt.NDArray[np.int64], seed: int, label: str) -> Backbone:
         """Train the backbone or recall it."""
+        self.imagery.check(stage)
         key = backbone_key(stage, seed)
         if key not in self._models:
-            subset = self.data.train.take(rows)
             artifact, found = self.store.get_or_make(
                 "stage1",
                 key,
                 lambda scratch: self._with_rows(
-                    train_backbone(stage, subset, self.normalize, seed, self.runtime, scratch, label), rows
+                    self.imagery.train(stage, rows, seed, self.runtime, scratch, label), rows
                 ),
             )
             self._tell(found, label)
@@ -124,26 +120,24 @@ class Lab:
 
     def _load(self, key: str, stage: StageSpec, artifact: Artifact) -> Backbone:
         assert stage.model is not None
-        channels = self.data.train.images.shape[-1]
-        model = new_model(stage.model, channels, self.data.train.num_classes, seed=0)
+        model = new_model(stage.model, self.imagery.channels, self.data.train.num_classes, seed=0)
         state = {name: t for name, t in artifact.tensors.items() if name != "rows"}
         model.load_state_dict(state)
         model = model.to(self.runtime.device).eval()
         weight, bias = state["classifier.weight"].cpu().float(), state["classifier.bias"].cpu().float()
-        return Backbone(key, model, artifact.meta, weight, bias)
+        return Backbone(key, stage, model, artifact.meta, weight, bias)
 
     # -- features -----------------------------------------------------------------------------------------------
 
     def clean_features(self, backbone: Backbone, split: Split) -> Tensor:
         """Return float32 features [N, d] of the un-augmented training or test images."""
-        images = getattr(self.data, split).images
-        key = digest({"backbone": backbone.key, "clean": split, "fingerprint": self.data.fingerprint})
+        evaluated = self.imagery.clean_key(backbone.stage1)
+        key = digest({"backbone": backbone.key, "clean": split, "fingerprint": self.data.fingerprint, **evaluated})
 
         def make(_: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             started = time.monotonic()
-            label = f"features of the {split} images"
-            features = extract(backbone.model, images, self.normalize, torch.float32, self.runtime, label)
-            return {"features": features}, {"seconds": time.monotonic() - started, "images": len(images)}
+            features = self.imagery.clean(backbone.model, backbone.stage1, split, self.runtime)
+            return {"features": features}, {"seconds": time.monotonic() - started, "images": len(features)}
 
         return self.store.get_or_make("features", key, make)[0].tensors["features"]
 
@@ -184,12 +178,7 @@ class Lab:
 
         def make(_: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             started = time.monotonic()
-            augmented = build(stage.augment)(
-                self.data.train.images[torch.from_numpy(rows)], torch_stream(seed, "stage2", "augment", view)
-            )
-            dtype = self.runtime.dtype(stage.train.precision)
-            label = f"view {view + 1} of {stage.views} for stage 2"
-            features = extract(backbone.model, augmented, self.normalize, dtype, self.runtime, label)
+            features = self.imagery.view(backbone.model, stage, rows, view, seed, self.runtime)
             return {"features": features}, {"seconds": time.monotonic() - started, "images": len(rows)}
 
         return self.store.get_or_make("views", key, make)[0].tensors["features"]
@@ -220,14 +209,3 @@ class Lab:
         else:
             self.trained += 1
         self.runtime.progress.note(f"{'stored already' if found else 'done'}: {label}")
-
-
-def _check_size(data: ImageData) -> None:
-    """Refuse images that the networks' two halvings leave as one pixel, which batch normalisation cannot train on.
-
-    Raises:
-        UserError: both sides are shorter than 5 pixels.
-    """
-    height, width = data.train.images.shape[1:3]
-    if max(height, width) < 5:
-        raise UserError(f"{data.name}: images of {height} x {width} pixels are too small; one side needs at least 5")

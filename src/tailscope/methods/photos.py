@@ -1,0 +1,118 @@
+"""Augmentations of single photographs, as worker processes apply them: torchvision's v2 transforms by call-string.
+
+A photograph augmentation takes an RGB image of Pillow and returns one. It draws from torch's default generator, which
+`keyed` seeds for every image, so that neither the process nor the batch that an image falls into changes its draw.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import AutoAugmentPolicy, v2
+
+from tailscope.errors import UserError
+from tailscope.registry import Registry, split_call
+
+Photo: TypeAlias = Callable[[Image.Image], Image.Image]
+ToPixels: TypeAlias = Callable[[Image.Image], Tensor]
+
+PHOTO_AUGMENTATIONS: Registry[Photo] = Registry("photograph augmentation")
+
+SMALLEST = 8
+"""The shortest side, in pixels, that `resized_crop` may give."""
+
+
+@PHOTO_AUGMENTATIONS.register("resized_crop")
+def resized_crop(size: int = 224) -> Photo:
+    """Random crop of 8 to 100 % of the area, aspect 3/4 to 4/3, resized to a square (Szegedy et al. 2015).
+
+    Raises:
+        UserError: `size` is below 8.
+    """
+    if size < SMALLEST:
+        raise UserError(f"resized_crop(size={size}): size must be at least {SMALLEST}")
+    return _photo(v2.RandomResizedCrop(size, antialias=True))
+
+
+@PHOTO_AUGMENTATIONS.register("flip")
+def flip() -> Photo:
+    """Horizontal flip with probability one half."""
+    return _photo(v2.RandomHorizontalFlip())
+
+
+@PHOTO_AUGMENTATIONS.register("color_jitter")
+def color_jitter(brightness: float = 0.4, contrast: float = 0.4, saturation: float = 0.4, hue: float = 0.0) -> Photo:
+    """Brightness, contrast and saturation times 0.6 to 1.4, as ImageNet-LT's published systems train (Liu et al. 2019).
+
+    Raises:
+        UserError: a strength is negative, or `hue` above one half.
+    """
+    try:
+        return _photo(v2.ColorJitter(brightness, contrast, saturation, hue))
+    except ValueError as error:
+        raise UserError(f"color_jitter: {error}") from None
+
+
+@PHOTO_AUGMENTATIONS.register("autoaugment_imagenet")
+def autoaugment_imagenet() -> Photo:
+    """AutoAugment with torchvision's ImageNet policy (Cubuk et al. 2019)."""
+    return _photo(v2.AutoAugment(AutoAugmentPolicy.IMAGENET))
+
+
+def _photo(transform: Any) -> Photo:
+    """Give one of torchvision's transforms, which have no types, its type."""
+    typed: Photo = transform
+    return typed
+
+
+def for_photos(calls: Sequence[str]) -> bool:
+    """Whether call-strings name augmentations of photographs in files, and not of tensors in memory.
+
+    >>> for_photos(["resized_crop(size=32)", "flip"]), for_photos(["crop", "flip"]), for_photos([])
+    (True, False, False)
+    """
+    return bool(calls) and split_call(calls[0])[0] == "resized_crop"
+
+
+def training(calls: Sequence[str]) -> ToPixels:
+    """Return the transform of a training image: uint8 [size, size, 3].
+
+    Raises:
+        UserError: a call-string is malformed or unknown, or the first is not `resized_crop`.
+    """
+    if not for_photos(calls):
+        raise UserError(f"augmentations {list(calls)}: of images in files the first must be resized_crop")
+    transform: ToPixels = v2.Compose([v2.RGB(), *(PHOTO_AUGMENTATIONS.make(call) for call in calls), pixels])
+    return transform
+
+
+def evaluation(calls: Sequence[str]) -> ToPixels:
+    """Return the transform of an evaluated image: resize to 256/224 of the training size, crop the centre.
+
+    >>> tuple(evaluation(["resized_crop(size=32)"])(Image.new("L", (50, 40))).shape)
+    (32, 32, 3)
+    """
+    size = PHOTO_AUGMENTATIONS.parse(calls[0])[1]["size"]
+    shorter = round(size * 256 / 224)
+    transform: ToPixels = v2.Compose([v2.RGB(), v2.Resize(shorter, antialias=True), v2.CenterCrop(size), pixels])
+    return transform
+
+
+def pixels(image: Image.Image) -> Tensor:
+    """RGB image -> uint8 [H, W, 3]."""
+    return torch.from_numpy(np.asarray(image).copy())
+
+
+@contextmanager
+def keyed(seed: int) -> Iterator[None]:
+    """Seed torch's default CPU generator for the block and put it back afterwards."""
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
