@@ -10,6 +10,7 @@ from tailscope.errors import UserError
 from tailscope.progress import Quiet
 from tailscope.seeds import derive, numpy_stream, torch_stream
 from tailscope.training import runtime as runtime_module
+from tailscope.kernels import batch_norm
 from tailscope.training.runtime import COMPILE_FROM_STEPS, Runtime
 from tailscope.training.stage1 import _Batches, new_model
 from training_setups import CPU, assert_same_state, digits, stage1_spec, train_stage1
@@ -123,9 +124,11 @@ def test_threads_are_given_back_after_a_failure():
 
 def test_compiling_is_decided_by_the_plan_alone(monkeypatch):
     monkeypatch.setattr(runtime_module, "can_compile", lambda: True)
+    assert not replace(CPU, compile=None).should_compile(10**9) or not batch_norm.available()
+    monkeypatch.setattr(batch_norm, "available", lambda: False)
     auto = replace(CPU, compile=None)
-    assert not auto.should_compile(COMPILE_FROM_STEPS["cpu"] - 1)
-    assert auto.should_compile(COMPILE_FROM_STEPS["cpu"])
+    assert not auto.should_compile(COMPILE_FROM_STEPS - 1)
+    assert auto.should_compile(COMPILE_FROM_STEPS)
     assert replace(CPU, compile=True).should_compile(1)
     assert not replace(CPU, compile=False).should_compile(10**9)
     monkeypatch.setattr(runtime_module, "can_compile", lambda: False)

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tailscope.kernels.batch_norm import batch_norm_relu
 from tailscope.registry import Registry
 
 MODELS: Registry["CifarResNet"] = Registry("model")
@@ -19,14 +20,14 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.stride = stride
         self.padding = (channels - in_channels) // 2
+        self.batch_norm_relu = batch_norm_relu
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in, H, W] -> [B, out, H/stride, W/stride]."""
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
+        out = self.conv2(self.batch_norm_relu(self.bn1, self.conv1(x)))
         if self.stride != 1 or self.padding:
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
-        return F.relu(out + x)
+        return self.batch_norm_relu(self.bn2, out, x)
 
 
 class CifarResNet(nn.Module):
@@ -47,13 +48,14 @@ class CifarResNet(nn.Module):
         self.layer3 = _stage(blocks, 2 * width, 4 * width, 2)
         self.classifier = nn.Linear(4 * width, num_classes)
         self.feature_dim = 4 * width
+        self.batch_norm_relu = batch_norm_relu
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)
 
     def features(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W], normalised -> penultimate features [B, 4 * width]."""
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.batch_norm_relu(self.bn1, self.conv1(x))
         x = self.layer3(self.layer2(self.layer1(x)))
         return x.mean(dim=(2, 3))
 

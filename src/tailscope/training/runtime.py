@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from tailscope.errors import UserError
+from tailscope.kernels import batch_norm
 from tailscope.progress import Progress, Quiet
 
-COMPILE_FROM_STEPS = {"cpu": 2_000, "cuda": 2_000}
-"""From how many planned steps on compiling the step pays for its warm-up (measured: docs/performance.md)."""
+COMPILE_FROM_STEPS = 2_000
+"""From how many planned steps on compiling the step pays for its warm-up."""
 
 SHARED_FROM_PIXELS = 50_000
 """From how many pixels a batch on the CPU threads share the work (128 CIFAR images have 131,072, 64 digits 4,096)."""
@@ -68,10 +69,15 @@ class Runtime:
         return torch.float32 if precision == "fp32" else self.low_precision
 
     def should_compile(self, steps: int) -> bool:
-        """Whether a training of `steps` steps compiles its step: a function of the plan, so a resumed run agrees."""
+        """Whether a training of `steps` steps compiles its step: a function of the plan, so a resumed run agrees.
+
+        On a CPU our own kernels are faster than what the compiler makes of the step (docs/performance.md).
+        """
         if self.compile is not None:
             return self.compile
-        return steps >= COMPILE_FROM_STEPS[self.device.type] and can_compile()
+        if self.device.type == "cpu" and batch_norm.available():
+            return False
+        return steps >= COMPILE_FROM_STEPS and can_compile()
 
     @contextmanager
     def threads_for(self, images: Tensor, batch: int) -> Iterator[None]:

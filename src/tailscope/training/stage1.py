@@ -89,6 +89,7 @@ def train_backbone(
         "losses": history.losses,
         "precision": str(runtime.dtype(spec.train.precision)).removeprefix("torch."),
         "compiled": stepper.compiled,
+        "fused": stepper.fused,
         "device": runtime.describe(),
         "seconds": history.seconds,
         "images_per_second": batches.images_in(steps) / max(history.seconds, 1e-9),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tailscope.kernels.batch_norm import fuse
 from tailscope.methods.losses import Loss
 from tailscope.models import CifarResNet
 from tailscope.spec import TrainSpec
@@ -65,11 +66,15 @@ def loss_function(model: CifarResNet, loss: Loss, normalize: Normalizer, dtype: 
 
 
 class Stepper:
-    """Runs steps of a model: compiled for full batches, eager for the short last batch of an epoch."""
+    """Runs steps of a model: compiled for full batches, eager for the short last batch of an epoch.
+
+    Steps that are not compiled use the fused kernels, which compiled ones would have to leave their graph for.
+    """
 
     def __init__(self, model: CifarResNet, compute: LossFunction, train: TrainSpec, *, compile: bool) -> None:
         self.model = model
         self.compiled = compile
+        self.fused = not compile and next(model.parameters()).device.type == "cpu" and fuse(model)
         self._eager = compute
         self._full = torch.compile(compute, dynamic=False) if compile else compute
         self._batch = train.batch

@@ -1,0 +1,207 @@
+// Batch normalisation, an optional shortcut and ReLU in one go, for channels-last activations on the CPU.
+//
+// Activations are [rows, channels] with rows = batch * height * width; channels is a multiple of 16. Everything is
+// computed in float32 whatever the activations' type; sums over rows are carried on in double. Compiled when first
+// needed, by tailscope/kernels/build.py, and called through ctypes.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr int64_t kRowsPerPartialSum = 1024;  // float32 sums stay this short, so that rounding does not grow
+
+struct BFloat16 {
+    uint16_t bits;
+};
+
+inline float load(float value) { return value; }
+
+inline float load(BFloat16 value) {
+    const uint32_t wide = static_cast<uint32_t>(value.bits) << 16;
+    float result;
+    std::memcpy(&result, &wide, sizeof result);
+    return result;
+}
+
+inline void store(float value, float& to) { to = value; }
+
+inline void store(float value, BFloat16& to) {  // round to nearest, ties to even
+    uint32_t wide;
+    std::memcpy(&wide, &value, sizeof wide);
+    to.bits = static_cast<uint16_t>((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
+}
+
+// Call `body(first_row, last_row, thread)` on equal shares of the rows.
+template <class Body>
+void share_rows(int64_t rows, int threads, const Body& body) {
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int t = 0; t < threads; ++t) body(rows * t / threads, rows * (t + 1) / threads, t);
+}
+
+// Sum two quantities over rows for W channels. `term(offset, c, a, b)` adds to a and b what element `offset` of channel c
+// contributes. Several rows at a time keep the adders busy.
+template <int W, class Term>
+void sum_rows(int64_t first, int64_t last, int64_t channels, double* total_a, double* total_b, const Term& term) {
+    constexpr int kUnrolled = 64 / W;
+    for (int64_t start = first; start < last; start += kRowsPerPartialSum) {
+        const int64_t end = start + kRowsPerPartialSum < last ? start + kRowsPerPartialSum : last;
+        float a[kUnrolled][W] = {}, b[kUnrolled][W] = {};
+        int64_t row = start;
+        for (; row + kUnrolled <= end; row += kUnrolled)
+            for (int u = 0; u < kUnrolled; ++u)
+                for (int c = 0; c < W; ++c) term((row + u) * channels + c, c, a[u][c], b[u][c]);
+        for (; row < end; ++row)
+            for (int c = 0; c < W; ++c) term(row * channels + c, c, a[0][c], b[0][c]);
+        for (int u = 0; u < kUnrolled; ++u)
+            for (int c = 0; c < W; ++c) {
+                total_a[c] += a[u][c];
+                total_b[c] += b[u][c];
+            }
+    }
+}
+
+// Run `block(offset, width)` for blocks of 64, 32 or 16 channels, whichever is the widest that divides them.
+template <class Block>
+void for_channel_blocks(int64_t channels, const Block& block) {
+    if (channels % 64 == 0)
+        for (int64_t c = 0; c < channels; c += 64) block(c, std::integral_constant<int, 64>());
+    else if (channels % 32 == 0)
+        for (int64_t c = 0; c < channels; c += 32) block(c, std::integral_constant<int, 32>());
+    else
+        for (int64_t c = 0; c < channels; c += 16) block(c, std::integral_constant<int, 16>());
+}
+
+struct Sums {
+    std::vector<double> a, b;
+    Sums(int threads, int64_t channels) : a(threads * channels), b(threads * channels), threads(threads), channels(channels) {}
+    double of(const std::vector<double>& parts, int64_t c) const {
+        double total = 0;
+        for (int t = 0; t < threads; ++t) total += parts[t * channels + c];
+        return total;
+    }
+    int threads;
+    int64_t channels;
+};
+
+template <class T>
+void forward(const T* x, const T* shortcut, T* y, const float* weight, const float* bias, float* running_mean,
+             float* running_var, float* mean, float* rstd, int64_t rows, int64_t channels, float eps, float momentum,
+             int threads) {
+    // Sums of deviations from the first row: those of the raw values would cancel where the mean is large.
+    std::vector<float> origin(channels), scale(channels), offset(channels);
+    for (int64_t c = 0; c < channels; ++c) origin[c] = load(x[c]);
+    Sums sums(threads, channels);
+    share_rows(rows, threads, [&](int64_t first, int64_t last, int t) {
+        for_channel_blocks(channels, [&](int64_t block, auto width) {
+            constexpr int W = decltype(width)::value;
+            const T* __restrict values = x + block;
+            float from[W];
+            for (int c = 0; c < W; ++c) from[c] = origin[block + c];
+            sum_rows<W>(first, last, channels, &sums.a[t * channels + block], &sums.b[t * channels + block],
+                        [&](int64_t at, int c, float& sum, float& square) {
+                            const float deviation = load(values[at]) - from[c];
+                            sum += deviation;
+                            square += deviation * deviation;
+                        });
+        });
+    });
+    for (int64_t c = 0; c < channels; ++c) {
+        const double shift = sums.of(sums.a, c) / rows;
+        const double spread = sums.of(sums.b, c) / rows - shift * shift;
+        const double variance = spread < 0 ? 0 : spread;  // keeps NaN
+        const double unbiased = rows > 1 ? variance * rows / (rows - 1) : variance;
+        mean[c] = static_cast<float>(origin[c] + shift);
+        rstd[c] = static_cast<float>(1 / std::sqrt(variance + eps));
+        running_mean[c] += momentum * (mean[c] - running_mean[c]);
+        running_var[c] += momentum * (static_cast<float>(unbiased) - running_var[c]);
+        scale[c] = weight[c] * rstd[c];
+        offset[c] = bias[c] - mean[c] * scale[c];
+    }
+    share_rows(rows, threads, [&](int64_t first, int64_t last, int) {
+        for_channel_blocks(channels, [&](int64_t block, auto width) {
+            constexpr int W = decltype(width)::value;
+            float by[W], plus[W];
+            for (int c = 0; c < W; ++c) by[c] = scale[block + c], plus[c] = offset[block + c];
+            for (int64_t row = first; row < last; ++row) {
+                const T* __restrict from = x + row * channels + block;
+                const T* __restrict added = shortcut + row * channels + block;
+                T* __restrict to = y + row * channels + block;
+                for (int c = 0; c < W; ++c) {
+                    const float value = load(from[c]) * by[c] + plus[c] + (shortcut ? load(added[c]) : 0.0f);
+                    store(value < 0 ? 0 : value, to[c]);  // keeps NaN
+                }
+            }
+        });
+    });
+}
+
+template <class T>
+void backward(const T* gradient, const T* y, const T* x, const float* weight, const float* mean, const float* rstd,
+              T* gradient_x, T* gradient_shortcut, float* gradient_weight, float* gradient_bias, int64_t rows,
+              int64_t channels, int threads) {
+    Sums sums(threads, channels);
+    share_rows(rows, threads, [&](int64_t first, int64_t last, int t) {
+        for_channel_blocks(channels, [&](int64_t block, auto width) {
+            constexpr int W = decltype(width)::value;
+            const T *__restrict g = gradient + block, *__restrict out = y + block, *__restrict in = x + block;
+            float center[W];
+            for (int c = 0; c < W; ++c) center[c] = mean[block + c];
+            sum_rows<W>(first, last, channels, &sums.a[t * channels + block], &sums.b[t * channels + block],
+                        [&](int64_t at, int c, float& sum, float& product) {
+                            const float kept = load(out[at]) <= 0 ? 0 : load(g[at]);
+                            sum += kept;
+                            product += kept * (load(in[at]) - center[c]);
+                        });
+        });
+    });
+    std::vector<float> along(channels), constant(channels), by(channels);
+    for (int64_t c = 0; c < channels; ++c) {
+        const double sum = sums.of(sums.a, c), product = sums.of(sums.b, c), r = rstd[c];
+        gradient_bias[c] = static_cast<float>(sum);
+        gradient_weight[c] = static_cast<float>(product * r);
+        by[c] = static_cast<float>(weight[c] * r);
+        along[c] = static_cast<float>(-weight[c] * r * r * r * product / rows);
+        constant[c] = static_cast<float>(-weight[c] * r * sum / rows - along[c] * static_cast<double>(mean[c]));
+    }
+    share_rows(rows, threads, [&](int64_t first, int64_t last, int) {
+        for_channel_blocks(channels, [&](int64_t block, auto width) {
+            constexpr int W = decltype(width)::value;
+            float scaled[W], slope[W], plus[W];
+            for (int c = 0; c < W; ++c)
+                scaled[c] = by[block + c], slope[c] = along[block + c], plus[c] = constant[block + c];
+            for (int64_t row = first; row < last; ++row) {
+                const int64_t at = row * channels + block;
+                const T *__restrict g = gradient + at, *__restrict out = y + at, *__restrict in = x + at;
+                T *__restrict to = gradient_x + at, *__restrict passed = gradient_shortcut + at;
+                for (int c = 0; c < W; ++c) {
+                    const float kept = load(out[c]) <= 0 ? 0 : load(g[c]);
+                    store(kept * scaled[c] + load(in[c]) * slope[c] + plus[c], to[c]);
+                    if (gradient_shortcut) store(kept, passed[c]);
+                }
+            }
+        });
+    });
+}
+
+}  // namespace
+
+#define EXPORTED(name, T)                                                                                             \
+    extern "C" void forward_##name(const T* x, const T* shortcut, T* y, const float* weight, const float* bias,       \
+                                   float* running_mean, float* running_var, float* mean, float* rstd, int64_t rows,   \
+                                   int64_t channels, float eps, float momentum, int threads) {                        \
+        forward(x, shortcut, y, weight, bias, running_mean, running_var, mean, rstd, rows, channels, eps, momentum,   \
+                threads);                                                                                             \
+    }                                                                                                                 \
+    extern "C" void backward_##name(const T* gradient, const T* y, const T* x, const float* weight,                   \
+                                    const float* mean, const float* rstd, T* gradient_x, T* gradient_shortcut,        \
+                                    float* gradient_weight, float* gradient_bias, int64_t rows, int64_t channels,     \
+                                    int threads) {                                                                    \
+        backward(gradient, y, x, weight, mean, rstd, gradient_x, gradient_shortcut, gradient_weight, gradient_bias,   \
+                 rows, channels, threads);                                                                            \
+    }
+
+EXPORTED(float32, float)
+EXPORTED(bfloat16, BFloat16)

@@ -1,0 +1,77 @@
+"""Compile a C++ file of this folder when it is first needed, and keep the result in the user's cache."""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
+_SECONDS = 120
+_log = logging.getLogger(__name__)
+
+
+@functools.cache
+def library(name: str) -> ctypes.CDLL | None:
+    """Return the compiled `name`.cpp; None where that cannot be had, which costs speed and nothing else.
+
+    It takes a C++ compiler (`$CXX`, else g++) and Linux. The result is kept under `$XDG_CACHE_HOME/tailscope`, named
+    by the source, the compiler and the processor, since it is built for the processor at hand.
+    """
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None or sys.platform != "linux":
+        return None
+    source = Path(__file__).with_name(f"{name}.cpp")
+    try:
+        file = _cache() / f"{name}-{_fingerprint(source, compiler)}.so"
+        if not file.is_file():
+            _compile(compiler, source, file)
+        _share_openmp()
+        return ctypes.CDLL(str(file))
+    except (OSError, subprocess.SubprocessError) as error:
+        _log.warning("%s is not used, training will be slower: %s", source.name, error)
+        return None
+
+
+def _cache() -> Path:
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tailscope"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _fingerprint(source: Path, compiler: str) -> str:
+    """Return a digest of everything that decides the result: -march=native means another thing on another machine."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=_SECONDS).stdout
+    processor = platform.machine() + next(
+        (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))), ""
+    )
+    return hashlib.sha256(source.read_bytes() + version + repr((FLAGS, processor)).encode()).hexdigest()[:16]
+
+
+def _compile(compiler: str, source: Path, to: Path) -> None:
+    """Compile into a private folder and move the result into place: two processes may do this at once."""
+    with tempfile.TemporaryDirectory(dir=to.parent) as folder:
+        unlinked, linked = Path(folder) / "kernel.o", Path(folder) / "kernel.so"
+        compile_it = [compiler, *FLAGS, "-c", str(source), "-o", str(unlinked)]
+        # Linked without OpenMP: it has to be the one that PyTorch brings, for two would fight over the cores.
+        for command in (compile_it, [compiler, "-shared", str(unlinked), "-o", str(linked)]):
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SECONDS)
+            if done.returncode:
+                raise OSError(f"{compiler} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
+        linked.replace(to)
+
+
+def _share_openmp() -> None:
+    """Make PyTorch's OpenMP visible to libraries that are loaded from now on."""
+    bundled = sorted(Path(torch.__file__).parent.parent.glob("torch*/lib*/libgomp*.so*")) + sorted(
+        Path(torch.__file__).parent.parent.glob("torch.libs/libgomp*.so*")
+    )
+    ctypes.CDLL(str(bundled[0]) if bundled else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
