@@ -37,9 +37,8 @@ def test_the_package_runs_as_a_module():
     command = [sys.executable, "-m", "tailscope"]
     shown = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
     assert (shown.stdout, shown.stderr) == (f"tailscope {tailscope.__version__}\n", "")
-    wrong = subprocess.run([*command, "reproduce", "table9"], capture_output=True, text=True)
-    assert wrong.returncode == 2
-    assert wrong.stderr.startswith("error: reproduce table9: unknown")
+    wrong = subprocess.run([*command, "swap"], capture_output=True, text=True)
+    assert (wrong.returncode, wrong.stderr) == (2, "error: Missing option '--data'.\n")
 
 
 def test_help_names_every_verb_and_each_has_an_example(tailscope_):

@@ -11,7 +11,7 @@ from tailscope.experiments import geometry as _geometry
 from tailscope.experiments import ladder as _ladder
 from tailscope.experiments import swap as _swap
 from tailscope.experiments.lab import Lab
-from tailscope.experiments.settings import Settings, parse_seeds
+from tailscope.experiments.settings import Settings, parse_backbones, parse_bn_mode, parse_seeds
 from tailscope.store import Store
 from tailscope.training.recipes import recipe_by_name
 from tailscope.training.runtime import Runtime
@@ -48,6 +48,8 @@ def run(
     subset_seed: int | None = None,
     matched: bool = False,
     permutations: int = 999,
+    backbones: str | None = None,
+    bn_mode: str = "frozen",
     store: Path | str | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
@@ -63,6 +65,8 @@ def run(
         subset_seed: one subset for all seeds; None lets each seed draw its own.
         matched: adds the class-balanced level with as many images as lt.
         permutations: of the geometry's tests.
+        backbones: those that a swap trains, such as `lt`; None for all.
+        bn_mode: what stage 2 does with batch normalisation: frozen or shifted.
         store: folder of trained stages; default `$TAILSCOPE_STORE`, else `~/.cache/tailscope/store`.
         device: auto, cpu or cuda.
 
@@ -73,11 +77,12 @@ def run(
     settings = Settings(
         profile=profile,
         protocol=protocol,
-        recipe=recipe_by_name(recipe),
+        recipe=recipe_by_name(recipe).with_bn_mode(parse_bn_mode(bn_mode)),
         seeds=chosen,
         subset_seed=subset_seed,
         matched=matched,
         permutations=permutations,
+        backbones=parse_backbones(backbones, matched=matched),
     )
     return experiment(Lab(data, Store(Path(store) if store else default_store()), Runtime.choose(device)), settings)
 

@@ -48,6 +48,14 @@ Matched = Annotated[
     bool,
     typer.Option("--matched", help="Add a third level: class-balanced with as many images as the long-tailed set."),
 ]
+Backbones = Annotated[
+    str | None,
+    typer.Option(help="Backbones to train, such as lt; without both lt and true nothing is attributed. [default: all]"),
+]
+BatchNorm = Annotated[
+    str,
+    typer.Option(help="Batch-norm statistics in stage 2: frozen, or shifted (re-estimated on its data, as in MiSLAS)."),
+]
 Permutations = Annotated[int, typer.Option(min=0, help="Permutations of each test; 0 leaves the tests out.")]
 
 
@@ -121,6 +129,8 @@ def swap(
     protocol: Protocol = "nested",
     subset_seed: SubsetSeed = None,
     matched: Matched = False,
+    backbones: Backbones = None,
+    bn_mode: BatchNorm = "frozen",
     data_root: DataRoot = None,
     store: StoreRoot = None,
     device: Device = "auto",
@@ -146,6 +156,7 @@ def ladder(
     seeds: Seeds = "3",
     protocol: Protocol = "nested",
     subset_seed: SubsetSeed = None,
+    bn_mode: BatchNorm = "frozen",
     data_root: DataRoot = None,
     store: StoreRoot = None,
     device: Device = "auto",

@@ -18,7 +18,7 @@ from tailscope.errors import one_line
 from tailscope.experiments.geometry import geometry
 from tailscope.experiments.lab import Lab
 from tailscope.experiments.ladder import ladder
-from tailscope.experiments.settings import Settings, parse_seeds, store_root
+from tailscope.experiments.settings import Settings, parse_backbones, parse_bn_mode, parse_seeds, store_root
 from tailscope.experiments.swap import swap
 from tailscope.groups import assign_groups
 from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, SAMPLERS
@@ -63,17 +63,20 @@ class Request:
     store: Path | None = None
     device: str = "auto"
     overwrite: bool = False
+    backbones: str | None = None
+    bn_mode: str = "frozen"
 
     def settings(self) -> Settings:
         """Return the checked part that decides results."""
         return Settings(
             profile=canonical(self.profile),
             protocol=self.protocol,
-            recipe=recipe_by_name(self.recipe),
+            recipe=recipe_by_name(self.recipe).with_bn_mode(parse_bn_mode(self.bn_mode)),
             seeds=parse_seeds(self.seeds),
             subset_seed=self.subset_seed,
             matched=self.matched,
             permutations=self.permutations,
+            backbones=parse_backbones(self.backbones, matched=self.matched),
         )
 
 

@@ -6,10 +6,10 @@ import numpy as np
 
 from tailscope.attribution import summarize
 from tailscope.errors import UserError
-from tailscope.experiments.lab import Backbone, Lab, TrainingSet
+from tailscope.experiments.lab import Lab, TrainingSet
 from tailscope.experiments.results import header, provenance
 from tailscope.experiments.settings import Settings
-from tailscope.experiments.swap import training_sets
+from tailscope.experiments.swap import evaluate, training_sets
 from tailscope.spec import RunSpec, StageSpec
 
 AUGMENTATIONS = {
@@ -49,7 +49,7 @@ def ladder(lab: Lab, settings: Settings) -> dict[str, Any]:
             rows.append(provenance(f"{name}: stage1", seed, backbone, stage1, None, ("lt", None)))
             for rung, (stage2, data) in _classifiers(settings, sets).items():
                 run = RunSpec(stage1=stage1, stage2=stage2, seed=seed)
-                right = _evaluate(lab, run, backbone, data, f"seed {seed}: {name}, {rung}")
+                right = evaluate(lab, run, backbone, data, f"seed {seed}: {name}, {rung}")
                 rungs.setdefault(rung, []).append(right)
                 trained_on = "true" if rung == "bound" else "lt"
                 rows.append(provenance(f"{name}: {rung}", seed, backbone, stage1, stage2, ("lt", trained_on)))
@@ -73,8 +73,3 @@ def _classifiers(settings: Settings, sets: dict[str, TrainingSet]) -> dict[str, 
         "stage2_aa": (recipe.classifier(lt.spec, sampler="class_balanced", autoaugment=True), lt),
         "bound": (recipe.classifier(true.spec), true),
     }
-
-
-def _evaluate(lab: Lab, run: RunSpec, backbone: Backbone, data: TrainingSet, label: str) -> Any:
-    fitted = lab.classifier(run, backbone, data.rows, label)
-    return lab.correct(backbone, fitted.tensors["weight"], fitted.tensors["bias"])

@@ -9,7 +9,12 @@ from tailscope.experiments.lab import Backbone, Lab, TrainingSet
 from tailscope.experiments.settings import Settings
 from tailscope.groups import assign_groups
 from tailscope.result_files import command_line, versions
-from tailscope.spec import StageSpec
+from tailscope.spec import RunSpec, StageSpec
+
+STAGE2_CARD = (
+    "key", "profile", "subset_sha256", "counts", "parameters", "epochs", "steps", "batch", "learning_rate",
+    "weight_decay", "schedule",
+)  # fmt: skip
 
 
 def header(verb: str, settings: Settings, lab: Lab, lt_sets: Sequence[TrainingSet]) -> dict[str, Any]:
@@ -62,6 +67,10 @@ def provenance(
         stage1: its stage.
         stage2: the classifier's stage; None where stage 1's own classifier was evaluated.
         names: what stage 1 and stage 2 were trained on: lt, true or matched.
+
+    Returns:
+        The card. Fields without prefix are stage 1's, but for `sampler` and `bn_mode`, which are stage 2's where there
+        is one; `key` is the store's key of the backbone, `stage2_key` of the classifier.
     """
     meta = backbone.meta
     augmentation = [*stage1.augment, *([stage1.mix] if stage1.mix else [])]
@@ -82,10 +91,12 @@ def provenance(
         "stage2_augmentation": None if stage2 is None else " + ".join(stage2.augment),
         "sampler": stage1.sampler if stage2 is None else stage2.sampler,
         "views": None if stage2 is None else stage2.views,
-        "bn_mode": "frozen",
+        "bn_mode": None if stage2 is None else stage2.bn_mode,
         "selection": meta["selection"],
+        "profile": stage1.data.profile,
         "subset_sha256": stage1.data.indices_sha256,
         "counts": list(stage1.data.counts),
+        **_stage2_card(seed, backbone, stage1, stage2),
         "precision": meta["precision"],
         "compiled": meta["compiled"],
         "device": meta["device"]["gpu"] or meta["device"]["cpu"],
@@ -93,3 +104,24 @@ def provenance(
         "images_per_second": meta["images_per_second"],
         "key": backbone.key,
     }
+
+
+def _stage2_card(seed: int, backbone: Backbone, stage1: StageSpec, stage2: StageSpec | None) -> dict[str, Any]:
+    """Return what a retrained classifier was trained on and how; every field is None without one."""
+    found: dict[str, Any] = {}
+    if stage2 is not None:
+        epochs, steps = stage2.train.lengths(sum(stage2.data.counts))
+        found = {
+            "key": RunSpec(stage1=stage1, stage2=stage2, seed=seed).key(),
+            "profile": stage2.data.profile,
+            "subset_sha256": stage2.data.indices_sha256,
+            "counts": list(stage2.data.counts),
+            "parameters": backbone.weight.numel() + backbone.bias.numel(),
+            "epochs": epochs,
+            "steps": steps,
+            "batch": stage2.train.batch,
+            "learning_rate": stage2.train.learning_rate,
+            "weight_decay": stage2.train.weight_decay,
+            "schedule": stage2.train.schedule,
+        }
+    return {f"stage2_{name}": found.get(name) for name in STAGE2_CARD}

@@ -1,13 +1,14 @@
 """What the user asked for: one frozen value that every experiment takes and every result file repeats."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 from pydantic import BaseModel, ConfigDict
 
 from tailscope.data.profiles import canonical
 from tailscope.data.sources import ImageData
 from tailscope.errors import UserError
+from tailscope.spec import BnMode
 from tailscope.training.recipes import Recipe
 
 MAX_SEEDS = 1_000
@@ -26,6 +27,7 @@ class Settings(BaseModel):
         subset_seed: draws the same subset for all seeds; None lets each seed draw its own.
         matched: adds the third level, class-balanced with as many images as lt.
         permutations: of the geometry's tests; 0 leaves calibration out.
+        backbones: those that a swap trains; None for all.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,11 +39,15 @@ class Settings(BaseModel):
     subset_seed: int | None = None
     matched: bool = False
     permutations: int = 999
+    backbones: tuple[str, ...] | None = None
 
     def spec(self, data: ImageData) -> dict[str, Any]:
-        """Return what a result depends on, as result files store it."""
+        """Return what a result depends on, as result files store it.
+
+        `backbones` is left out where all are trained, as in the files from before there was a choice.
+        """
         return {
-            **self.model_dump(mode="json"),
+            **self.model_dump(mode="json", exclude={"backbones"} if self.backbones is None else None),
             "profile": canonical(self.profile),
             "data": data.name,
             "fingerprint": data.fingerprint,
@@ -74,6 +80,37 @@ def parse_seeds(text: str | int) -> tuple[int, ...]:
     if values[0] > MAX_SEEDS:
         raise UserError(f"--seeds {text}: more than {MAX_SEEDS:,} seeds; for the seed {text} itself write `{text},`")
     return tuple(range(values[0]))
+
+
+def parse_backbones(text: str | None, *, matched: bool = False) -> tuple[str, ...] | None:
+    """Return the backbones that a list like `lt` or `lt,true` names, in order; None where that is all of them.
+
+    >>> parse_backbones("lt"), parse_backbones("true,lt"), parse_backbones(None)
+    (('lt',), None, None)
+
+    Raises:
+        UserError: one is unknown, or there is none.
+    """
+    if text is None:
+        return None
+    known = ("lt", "true", "matched") if matched else ("lt", "true")
+    asked = [part.strip() for part in text.split(",") if part.strip()]
+    if not asked or not set(asked) <= set(known):
+        raise UserError(f"--backbones {text}: expected some of {', '.join(known)}, separated by commas")
+    chosen = tuple(name for name in known if name in asked)
+    return None if chosen == known else chosen
+
+
+def parse_bn_mode(text: str) -> BnMode:
+    """Return the batch-norm mode of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    for mode in get_args(BnMode):
+        if text == mode:
+            return cast(BnMode, mode)
+    raise UserError(f"--bn-mode {text}: expected {' or '.join(get_args(BnMode))}")
 
 
 def store_root(out: Path, store: Path | None) -> Path:

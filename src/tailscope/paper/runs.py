@@ -15,7 +15,7 @@ from tailscope.experiments.geometry import ENCODERS
 from tailscope.experiments.lab import Lab, TrainingSet
 from tailscope.experiments.ladder import AUGMENTATIONS
 from tailscope.experiments.settings import Settings
-from tailscope.experiments.swap import training_sets
+from tailscope.experiments.swap import evaluate, stage1_row, training_sets
 from tailscope.progress import Quiet
 from tailscope.spec import RunSpec, StageSpec, backbone_key
 
@@ -66,20 +66,22 @@ def outcomes(lab: Lab, settings: Settings, experiment: str) -> Outcomes:
     found: dict[str, list[Any]] = {}
     for run in runs(lab, settings, experiment):
         backbone = quiet.backbone(run.stage1, run.trained_on.rows, run.seed, run.encoder)
-        weight, bias = backbone.weight, backbone.bias
         spec = run.spec()
         if spec is not None and run.retrained_on is not None:
-            fitted = quiet.classifier(spec, backbone, run.retrained_on.rows, run.row).tensors
-            weight, bias = fitted["weight"], fitted["bias"]
-        found.setdefault(run.row, []).append(quiet.correct(backbone, weight, bias))
+            right = evaluate(quiet, spec, backbone, run.retrained_on, run.row)
+        else:
+            right = quiet.correct(backbone, backbone.weight, backbone.bias)
+        found.setdefault(run.row, []).append(right)
     return {row: np.stack(per_seed) for row, per_seed in found.items()}
 
 
 def _swap(settings: Settings, sets: dict[str, TrainingSet], seed: int) -> Iterator[Run]:
     recipe = settings.recipe
-    for b, c in ((b, c) for b in sets for c in sets):
-        stages = recipe.backbone(sets[b].spec), recipe.classifier(sets[c].spec)
-        yield Run(f"{b}->{c}", seed, b, stages[0], sets[b], stages[1], sets[c])
+    for b in settings.backbones or sets:
+        stage1 = recipe.backbone(sets[b].spec)
+        yield Run(stage1_row(b), seed, b, stage1, sets[b])
+        for c in sets:
+            yield Run(f"{b}->{c}", seed, b, stage1, sets[b], recipe.classifier(sets[c].spec), sets[c])
 
 
 def _ladder(settings: Settings, sets: dict[str, TrainingSet], seed: int) -> Iterator[Run]:

@@ -83,6 +83,13 @@ class Recipe(Frozen):
             bn_mode=self.bn_mode,
         )
 
+    def with_bn_mode(self, mode: BnMode) -> "Recipe":
+        """Return this recipe with another batch-norm mode of stage 2, which its card then names."""
+        if mode == self.bn_mode:
+            return self
+        card = f"{self.card} Stage 2 with {mode} batch normalisation."
+        return self.model_copy(update={"bn_mode": mode, "card": card})
+
     def _augment(self, autoaugment: bool) -> tuple[str, ...]:
         return (*self.augment, self.autoaugment) if autoaugment else self.augment
 

@@ -71,6 +71,6 @@ def fit_classifier(spec: StageSpec, views: Sequence[View], counts: Sequence[int]
         "steps": steps,
         "losses": losses,
         "seconds": time.monotonic() - started,
-        "bn_mode": "frozen",
+        "bn_mode": spec.bn_mode,
     }
     return {"weight": classifier.weight.detach(), "bias": classifier.bias.detach()}, meta
