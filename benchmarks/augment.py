@@ -16,15 +16,14 @@ class Size:
     model: str
     rounds: int
     seconds: float
-    compile: bool
     chunk: int
     workers: int
 
 
 SIZES = {
-    "full": Size(49_152, 128, "resnet32", 3, 8.0, True, 64, 2),
-    "quick": Size(512, 128, "resnet32", 1, 1.5, False, 4, 0),
-    "tiny": Size(32, 16, "resnet8(width=8)", 1, 0.0, False, 2, 0),
+    "full": Size(49_152, 128, "resnet32", 3, 8.0, 64, 2),
+    "quick": Size(512, 128, "resnet32", 1, 1.5, 4, 0),
+    "tiny": Size(32, 16, "resnet8(width=8)", 1, 0.0, 2, 0),
 }
 VARIANTS = {"plain": {}, "mixup": {"mixup": True}, "autoaugment": {"autoaugment": True}}
 GOALS = {"mixup": 0.95, "autoaugment": 0.85}

@@ -22,14 +22,13 @@ class Size:
     batch: int
     model: str
     profile: str
-    compile: bool
     rounds: int
 
 
 SIZES = {
-    "full": Size(49_152, 5_000, 5_000, Shape(200_000, 512, 1_000, 1), 128, "resnet32", "exp:10", True, 2),
-    "quick": Size(1_024, 480, 960, Shape(20_000, 64, 100, 1), 32, "resnet8", "exp:10", False, 1),
-    "tiny": Size(256, 320, 320, Shape(640, 8, 10, 1), 16, "resnet8(width=2)", "exp:2", False, 1),
+    "full": Size(49_152, 5_000, 5_000, Shape(200_000, 512, 1_000, 1), 128, "resnet32", "exp:10", 2),
+    "quick": Size(1_024, 480, 960, Shape(20_000, 64, 100, 1), 32, "resnet8", "exp:10", 1),
+    "tiny": Size(256, 320, 320, Shape(640, 8, 10, 1), 16, "resnet8(width=2)", "exp:2", 1),
 }
 
 
@@ -41,7 +40,7 @@ def run(options: Options) -> Record:
     shared = {"data": options.data, "model": size.model, "device": options.device}
 
     def stage1(n: int) -> Arm:
-        settings = {**shared, "images": n, "batch": size.batch, "compile": size.compile}
+        settings = {**shared, "images": n, "batch": size.batch}
         return Arm("benchmarks.arms.ours:train", settings, multiple=_chunk(n // size.batch))
 
     def swaps(n: int) -> Arm:

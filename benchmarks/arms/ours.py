@@ -20,12 +20,15 @@ def train(
     images: int,
     batch: int,
     model: str,
-    compile: bool,
     device: str,
+    compile: bool | None = None,
     mixup: bool = False,
     autoaugment: bool = False,
 ) -> None:
-    """Train a backbone by the paper's recipe: sampling, augmentation, step and checkpoints, everything included."""
+    """Train a backbone by the paper's recipe: sampling, augmentation, step and checkpoints, everything included.
+
+    `compile` overrides what the engine would choose.
+    """
     on_device(pace, device)
     subset = load_images(data, images)
     spec = StageSpec(

@@ -26,6 +26,7 @@ from tailscope.training.step import Normalizer
 KINDS = {
     "convolution, backward": ("convolution_backward",),
     "convolution, forward": ("mkldnn_convolution", "cudnn_convolution", "thnn_conv2d", "_convolution_pointwise"),
+    "our batch norm, shortcut and ReLU": ("batchnormrelu",),
     "compiled kernels between convolutions": ("compiled", "cpp_fused", "triton"),
     "batch norm": ("batch_norm",),
     "ReLU and shortcut": ("relu", "threshold_backward", "aten::add"),
