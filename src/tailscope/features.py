@@ -28,6 +28,7 @@ def extract(
     Returns:
         Features [n, d] on the CPU: float32, or bfloat16 as computed (no bits are lost).
     """
+    runtime.progress.safe_point()
     model.eval()
     normalize = normalize.to(runtime.device)
     rows = []

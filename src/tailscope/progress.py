@@ -1,7 +1,7 @@
-"""Progress of long work: rich bars on a terminal, nothing elsewhere."""
+"""Progress of long work: rich bars on a terminal, nothing elsewhere; and ending it in time."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, Self
 
@@ -26,6 +26,9 @@ class Progress(Protocol):
     def note(self, text: str) -> None:
         """Tell one line, such as what was found in the store."""
 
+    def safe_point(self) -> None:
+        """Be told that all work so far is saved: who wants to stop it may raise here and loses nothing."""
+
 
 class Quiet:
     """Tells nobody."""
@@ -36,6 +39,9 @@ class Quiet:
         yield lambda items: None
 
     def note(self, text: str) -> None:
+        """Do nothing."""
+
+    def safe_point(self) -> None:
         """Do nothing."""
 
 
@@ -82,3 +88,50 @@ class Bars:
     def note(self, text: str) -> None:
         """Print a line above the bars."""
         self.console.print(text, style="dim", highlight=False)
+
+    def safe_point(self) -> None:
+        """Do nothing: bars have no end of their own."""
+
+
+class TimeIsUp(Exception):
+    """Raised at a safe point by a `Deadline`: what was finished is saved, the rest can go on another time."""
+
+
+class Deadline:
+    """Passes everything on, and ends the work at the first safe point from which the next would come too late.
+
+    The time between two safe points of a task, an epoch's for instance, says how long the next will take. The first
+    stretch of a task is always begun while there is time at all, so that every run gets further.
+    """
+
+    def __init__(self, progress: Progress, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._progress, self._clock = progress, clock
+        self._end = clock() + seconds
+        self._last: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the time is up."""
+        return self._clock() >= self._end
+
+    def task(self, description: str, total: int, done: int = 0) -> AbstractContextManager[Advance]:
+        """Pass on."""
+        self._last = None
+        return self._progress.task(description, total, done)
+
+    def note(self, text: str) -> None:
+        """Pass on."""
+        self._progress.note(text)
+
+    def safe_point(self) -> None:
+        """Stop the work where the next stretch would end after the limit.
+
+        Raises:
+            TimeIsUp: it would.
+        """
+        self._progress.safe_point()
+        now = self._clock()
+        stretch = 0.0 if self._last is None else now - self._last
+        self._last = now
+        if now + stretch >= self._end:
+            raise TimeIsUp

@@ -70,6 +70,7 @@ def train_backbone(
     threads = runtime.threads_for(images, spec.train.batch)
     with threads, runtime.progress.task(label, planned, done) as advance:
         for epoch in range(history.epochs, epochs):
+            runtime.progress.safe_point()
             started = time.monotonic()
             losses = []
             rates = multipliers[epoch * batches.per_epoch : (epoch + 1) * batches.per_epoch]
