@@ -79,6 +79,27 @@ def test_equals_the_written_out_operation_in_float64(shape, with_shortcut, dtype
         torch.testing.assert_close(got.double(), want.double(), rtol=1e-4, atol=1e-4)
 
 
+@settings(max_examples=20, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.sampled_from([16, 32, 64, 80]), st.integers(1, 5), st.integers(1, 5)),
+    with_shortcut=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 10**6),
+)
+def test_evaluation_equals_the_written_out_operation(shape, with_shortcut, dtype, seed):
+    x, norm = activations(shape, seed, dtype), norm_of(shape[1]).eval()
+    before = {name: tensor.clone() for name, tensor in norm.state_dict().items()}
+    shortcut = activations(shape, seed + 1, dtype) if with_shortcut else None
+    with torch.no_grad():
+        found = fused_batch_norm_relu(norm, x, shortcut)
+        exact = norm.double()(x.double())
+    exact = F.relu(exact if shortcut is None else exact + shortcut.double())
+    close = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(found.double(), exact, **close)
+    assert found.dtype == dtype
+    assert all(torch.equal(before[name], tensor.to(before[name])) for name, tensor in norm.state_dict().items())
+
+
 def test_a_mean_far_from_zero_does_not_cancel_the_variance():
     x = activations((16, 16, 32, 32), 0, mean=1_000.0)
     norm = norm_of(16)
@@ -118,14 +139,23 @@ def test_what_diverged_stays_visible(bad):
 
 
 @pytest.mark.parametrize(
-    "case", ["evaluation", "12 channels", "float64", "rows first", "no weights", "mixed types", "no running statistics"]
+    "case",
+    [
+        "gradients in evaluation",
+        "12 channels",
+        "float64",
+        "rows first",
+        "no weights",
+        "mixed types",
+        "no running statistics",
+    ],
 )
 def test_stands_back_for_what_the_kernel_does_not_know(case, monkeypatch):
     monkeypatch.setattr(batch_norm, "_kernel", lambda *_: pytest.fail("the kernel was used"))
     channels = 12 if case == "12 channels" else 16
     x, norm = activations((2, channels, 4, 4), 0), norm_of(channels)
     shortcut = x.double() if case == "mixed types" else x
-    if case == "evaluation":
+    if case == "gradients in evaluation":
         norm.eval()
     elif case == "float64":
         x, norm, shortcut = x.double(), norm.double(), x.double()

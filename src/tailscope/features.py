@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from tailscope.kernels.batch_norm import fuse
 from tailscope.models import CifarResNet
 from tailscope.training.runtime import Runtime
 from tailscope.training.step import Normalizer
@@ -30,6 +31,7 @@ def extract(
     """
     runtime.progress.safe_point()
     model.eval()
+    fuse(model)
     normalize = normalize.to(runtime.device)
     rows = []
     low = dtype != torch.float32

@@ -52,8 +52,10 @@ void sum_rows(int64_t first, int64_t last, int64_t channels, double* total_a, do
         int64_t row = start;
         for (; row + kUnrolled <= end; row += kUnrolled)
             for (int u = 0; u < kUnrolled; ++u)
+#pragma omp simd
                 for (int c = 0; c < W; ++c) term((row + u) * channels + c, c, a[u][c], b[u][c]);
         for (; row < end; ++row)
+#pragma omp simd
             for (int c = 0; c < W; ++c) term(row * channels + c, c, a[0][c], b[0][c]);
         for (int u = 0; u < kUnrolled; ++u)
             for (int c = 0; c < W; ++c) {
@@ -85,6 +87,29 @@ struct Sums {
     int threads;
     int64_t channels;
 };
+
+// y = relu(x * scale + offset + shortcut), a scale and an offset for each channel.
+template <class T>
+void apply(const T* x, const T* shortcut, T* y, const float* scale, const float* offset, int64_t rows,
+           int64_t channels, int threads) {
+    share_rows(rows, threads, [&](int64_t first, int64_t last, int) {
+        for_channel_blocks(channels, [&](int64_t block, auto width) {
+            constexpr int W = decltype(width)::value;
+            float by[W], plus[W];
+            for (int c = 0; c < W; ++c) by[c] = scale[block + c], plus[c] = offset[block + c];
+            for (int64_t row = first; row < last; ++row) {
+                const T* __restrict from = x + row * channels + block;
+                const T* __restrict added = shortcut + row * channels + block;
+                T* __restrict to = y + row * channels + block;
+#pragma omp simd
+                for (int c = 0; c < W; ++c) {
+                    const float value = load(from[c]) * by[c] + plus[c] + (shortcut ? load(added[c]) : 0.0f);
+                    store(value < 0 ? 0 : value, to[c]);  // keeps NaN
+                }
+            }
+        });
+    });
+}
 
 template <class T>
 void forward(const T* x, const T* shortcut, T* y, const float* weight, const float* bias, float* running_mean,
@@ -120,22 +145,7 @@ void forward(const T* x, const T* shortcut, T* y, const float* weight, const flo
         scale[c] = weight[c] * rstd[c];
         offset[c] = bias[c] - mean[c] * scale[c];
     }
-    share_rows(rows, threads, [&](int64_t first, int64_t last, int) {
-        for_channel_blocks(channels, [&](int64_t block, auto width) {
-            constexpr int W = decltype(width)::value;
-            float by[W], plus[W];
-            for (int c = 0; c < W; ++c) by[c] = scale[block + c], plus[c] = offset[block + c];
-            for (int64_t row = first; row < last; ++row) {
-                const T* __restrict from = x + row * channels + block;
-                const T* __restrict added = shortcut + row * channels + block;
-                T* __restrict to = y + row * channels + block;
-                for (int c = 0; c < W; ++c) {
-                    const float value = load(from[c]) * by[c] + plus[c] + (shortcut ? load(added[c]) : 0.0f);
-                    store(value < 0 ? 0 : value, to[c]);  // keeps NaN
-                }
-            }
-        });
-    });
+    apply(x, shortcut, y, scale.data(), offset.data(), rows, channels, threads);
 }
 
 template <class T>
@@ -176,6 +186,7 @@ void backward(const T* gradient, const T* y, const T* x, const float* weight, co
                 const int64_t at = row * channels + block;
                 const T *__restrict g = gradient + at, *__restrict out = y + at, *__restrict in = x + at;
                 T *__restrict to = gradient_x + at, *__restrict passed = gradient_shortcut + at;
+#pragma omp simd
                 for (int c = 0; c < W; ++c) {
                     const float kept = load(out[c]) <= 0 ? 0 : load(g[c]);
                     store(kept * scaled[c] + load(in[c]) * slope[c] + plus[c], to[c]);
@@ -194,6 +205,10 @@ void backward(const T* gradient, const T* y, const T* x, const float* weight, co
                                    int64_t channels, float eps, float momentum, int threads) {                        \
         forward(x, shortcut, y, weight, bias, running_mean, running_var, mean, rstd, rows, channels, eps, momentum,   \
                 threads);                                                                                             \
+    }                                                                                                                 \
+    extern "C" void apply_##name(const T* x, const T* shortcut, T* y, const float* scale, const float* offset,        \
+                                 int64_t rows, int64_t channels, int threads) {                                       \
+        apply(x, shortcut, y, scale, offset, rows, channels, threads);                                                \
     }                                                                                                                 \
     extern "C" void backward_##name(const T* gradient, const T* y, const T* x, const float* weight,                   \
                                     const float* mean, const float* rstd, T* gradient_x, T* gradient_shortcut,        \

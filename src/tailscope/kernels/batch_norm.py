@@ -1,4 +1,4 @@
-"""ReLU(batch_norm(x) + shortcut) in training mode: written out, and fused for channels-last activations on the CPU."""
+"""ReLU(batch_norm(x) + shortcut): written out, and fused for channels-last activations on the CPU."""
 
 import ctypes
 from typing import Any
@@ -22,16 +22,19 @@ def batch_norm_relu(norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None = N
 def fused_batch_norm_relu(norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
     """Return what `batch_norm_relu` returns, beyond rounding, reading and writing the activations as little as can be.
 
-    Forward and backward take two passes over the activations each, in float32 arithmetic and with nothing stored but
-    the result. Falls back on `batch_norm_relu` for what the kernel does not know: evaluation, other types, layouts and
-    devices, channels that are no multiple of 16, and machines without a compiler.
+    Training takes two passes over the activations forward and two backward, evaluation one, in float32 arithmetic and
+    with nothing stored but the result. Falls back on `batch_norm_relu` for what the kernel does not know: gradients
+    in evaluation, other types, layouts and devices, channels that are no multiple of 16, and machines without a
+    compiler.
     """
     if not (_usual(norm) and _fits(x) and (shortcut is None or shortcut.dtype == x.dtype) and available()):
         return batch_norm_relu(norm, x, shortcut)
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
     if shortcut is not None:
         shortcut = shortcut.contiguous(memory_format=torch.channels_last)
+    if not norm.training:
+        return _evaluate(norm, x, shortcut)
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
     out: Tensor = _BatchNormReLU.apply(
         x, shortcut, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, norm.momentum
     )
@@ -54,7 +57,8 @@ def available() -> bool:
 
 
 def _usual(norm: nn.BatchNorm2d) -> bool:
-    return norm.training and norm.affine and norm.track_running_stats and norm.momentum is not None
+    learns = norm.training and norm.momentum is not None
+    return norm.affine and norm.track_running_stats and (learns or not (norm.training or torch.is_grad_enabled()))
 
 
 def _fits(x: Tensor) -> bool:
@@ -66,6 +70,17 @@ def _fits(x: Tensor) -> bool:
         and x.is_contiguous(memory_format=torch.channels_last)
         and not torch.compiler.is_compiling()
     )
+
+
+def _evaluate(norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None) -> Tensor:
+    """Return the result with the running statistics."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    offset = norm.bias - norm.running_mean * scale
+    out = torch.empty_like(x)
+    _kernel("apply", x)(*_pointers(x, shortcut, out, scale, offset), *_size(x), torch.get_num_threads())
+    return out
 
 
 class _BatchNormReLU(torch.autograd.Function):
