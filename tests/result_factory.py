@@ -116,7 +116,9 @@ def swap(
     top=500,
     warnings=(),
     seed=0,
+    backbones=("lt", "true"),
 ):
+    """A swap; with fewer `backbones` half of one, as `--backbones lt` leaves it."""
     result = header(
         "swap", classes=classes, seeds=seeds, name=name, names=names, converged=converged, top=top, warnings=warnings
     )
@@ -130,8 +132,11 @@ def swap(
         representation=representation,
         classifier=classifier,
     )
+    whole = "lt" in backbones and "true" in backbones
+    cells = [cell for cell in cells if cell.split("->")[0] in (*backbones, "matched")]
     result["cells"] = {cell: summarize(correct[cell], labels, result["groups"]) for cell in cells}
-    result["attribution"] = attribute(correct, labels, result["groups"])
+    result["stage1"] = {name: summarize(correct[f"{name}->{name}"], labels, result["groups"]) for name in backbones}
+    result["attribution"] = attribute(correct, labels, result["groups"]) if whole else None
     result["provenance"] = provenance(cells, seeds)
     return result
 

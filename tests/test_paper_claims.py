@@ -181,6 +181,37 @@ def test_too_few_seeds_decide_nothing_but_show_the_sign(seeds):
     assert by_id(claims)["table1/representation-is-the-bottleneck"].as_claimed is True
 
 
+def test_one_seed_decides_item_by_item_for_its_trainings_alone():
+    rng = np.random.default_rng(0)
+    right = {"lt->lt": 0.3, "lt->true": 0.5, "true->lt": 0.8, "true->true": 0.8}
+    outcomes = {row: rng.random((1, 400)) < accuracy for row, accuracy in right.items()}
+    swap = cifar(factory.swap, seeds=1, converged=False)
+    for row, hits in outcomes.items():
+        swap["cells"][row]["accuracy"] = hits.mean(1).tolist()
+    geometry = cifar(factory.geometry, seeds=1, converged=False)
+    claims = by_id(check(Evidence({"swap": swap, "geometry": geometry}, outcomes)))
+    clear = claims["table1/representation-is-the-bottleneck"]
+    assert (clear.verdict, clear.ci95_kind) == ("holds", "item")
+    assert "one seed" in clear.reason
+    assert "shortened" in clear.reason
+    assert claims["table1/true-true-is-best"].verdict == "undecided"  # equal accuracies
+    assert {claim.verdict for name, claim in claims.items() if name.startswith("fig")} == {"undecided"}
+    two = {row: np.repeat(hits, 2, axis=0) for row, hits in outcomes.items()}
+    for row, hits in two.items():
+        swap["cells"][row]["accuracy"] = hits.mean(1).tolist()
+    assert {claim.verdict for claim in check(Evidence({"swap": swap}, two))} == {"undecided"}
+
+
+def test_claims_about_a_backbone_that_was_not_trained_are_undecided():
+    half = cifar(factory.swap, backbones=("lt",))
+    claims = by_id(check(Evidence({"swap": half})))
+    assert len(claims) == 3
+    missing = claims["table1/representation-is-the-bottleneck"]
+    assert (missing.verdict, missing.estimate, missing.reason) == ("undecided", None, "not run: true→lt")
+    assert missing.published == pytest.approx(0.0845)
+    assert claims["table1/better-classifier-helps"].verdict == "holds"
+
+
 def test_a_shortened_recipe_decides_no_geometry_and_says_so():
     geometry = check(Evidence({"geometry": cifar(factory.geometry, converged=False)}))
     assert {claim.verdict for claim in geometry} == {"undecided"}

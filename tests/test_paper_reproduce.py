@@ -88,7 +88,9 @@ def test_the_plan_is_told_before_the_work_and_results_are_written(finished):
     stored = json.loads((out / "claims.json").read_text())
     assert stored["claims"] == done["claims"]
     assert {claim["ci95_kind"] for claim in stored["claims"]} == {"item"}
-    assert {claim["verdict"] for claim in stored["claims"]} == {"undecided"}
+    for claim in stored["claims"]:
+        low, high = claim["ci95"]
+        assert claim["verdict"] == ("holds" if low > 0 else "fails" if high < 0 else "undecided")
 
 
 def test_a_second_run_trains_nothing(finished):
@@ -229,6 +231,6 @@ def test_the_verb_prints_json_and_help_loads_no_torch(finished, monkeypatch):
     assert len(done["claims"]) == 3
     shown = CliRunner().invoke(tailscope.cli_paper.app, options, catch_exceptions=False).stdout
     assert "true→lt" in shown
-    assert "3 undecided" in shown
+    assert "undecided; recipe tiny" in shown
     quick = "import sys, tailscope.cli_paper; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", quick], check=True)

@@ -89,10 +89,25 @@ def test_data_without_printed_numbers_get_ours_alone():
     assert "–" in to_markdown(written)
 
 
-def test_a_partial_table_shows_the_cells_there_are():
-    swap = cifar(factory.swap)
-    swap["cells"] = {cell: swap["cells"][cell] for cell in ("lt->lt", "lt->true")}
-    assert [row["cell"] for row in read_csv(tables(swap=swap)["table1"][0])] == ["lt->lt", "lt->true"]
+def test_half_a_table_says_what_was_not_run():
+    swap = cifar(factory.swap, backbones=("lt",))
+    numbers, written = tables(swap=swap)["table1"]
+    rows = {row["cell"]: row for row in read_csv(numbers)}
+    assert list(rows) == ["lt->lt", "lt->true", "true->lt", "true->true", "lt stage1"]
+    assert {cell for cell, row in rows.items() if row["ours"] == ""} == {"true->lt", "true->true"}
+    assert all((row["ours"] == "") == (row["difference"] == "") for row in rows.values())
+    assert rows["lt stage1"]["paper"] == "0.7178"  # Figure 3: Stage I without augmentation
+    lines = to_markdown(written).splitlines()
+    assert sum("| not run |" in line for line in lines) == 2
+    assert any(line.startswith("| true→lt | 91.06 % | not run | – |") for line in lines)
+
+
+def test_stage_1_stands_below_the_table_where_it_is_known():
+    rows = read_csv(tables(swap=cifar(factory.swap))["table1"][0])
+    assert [(row["cell"], row["paper"]) for row in rows[4:]] == [("lt stage1", "0.7178"), ("true stage1", "")]
+    older = cifar(factory.swap)
+    del older["stage1"]
+    assert len(read_csv(tables(swap=older)["table1"][0])) == 4
 
 
 def test_every_table_is_written_in_three_formats(tmp_path):

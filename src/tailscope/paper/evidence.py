@@ -39,8 +39,10 @@ class Evidence:
         return recipe
 
     def accuracies(self) -> dict[str, list[float]]:
-        """Return accuracy per seed of every row: `lt->lt` ... and `none: stage1` ..."""
-        cells = dict(self.results.get("swap", {}).get("cells", {}))
+        """Return accuracy per seed of every row: `lt->lt` ..., `lt stage1` ... and `none: stage1` ..."""
+        swap = self.results.get("swap", {})
+        cells = dict(swap.get("cells", {}))
+        cells |= {f"{backbone} stage1": cell for backbone, cell in swap.get("stage1", {}).items()}
         for name, rungs in self.results.get("ladder", {}).get("augmentations", {}).items():
             cells |= {f"{name}: {rung}": cell for rung, cell in rungs.items()}
         return {row: list(cell["accuracy"]) for row, cell in cells.items()}

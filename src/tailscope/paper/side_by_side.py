@@ -68,10 +68,15 @@ def build(evidence: Evidence) -> Iterator[tuple[Table, Table]]:
     """Yield every table that the results give, as (numbers for CSV, the same for readers)."""
     rows = evidence.accuracies()
     dataset, made_by = evidence.dataset or "", label_of(evidence.recipe)
-    for name, printed in (("table1", published.table1(dataset)), ("fig3", published.figure3(dataset))):
+    ladder = published.figure3(dataset)
+    for name, printed in (("table1", published.table1(dataset)), ("fig3", ladder)):
         ours = {row: accuracy for row, accuracy in rows.items() if (": " in row) == (name == "fig3")}
+        own = [row for row in ours if row.endswith(" stage1")] if name == "table1" else []
+        # The paper prints the lt backbone's own accuracy in Figure 3 alone.
+        beside = printed | ({"lt stage1": ladder["none: stage1"]} if own and ladder else {})
         if ours:
-            yield _accuracies(name, made_by, {row: ours[row] for row in printed or ours if row in ours}, printed)
+            order = [*(printed or (row for row in ours if row not in own)), *own]
+            yield _accuracies(name, made_by, {row: ours.get(row, []) for row in order}, beside)
     if "geometry" in evidence.results:
         for name in FIGURES:
             yield _figure(name, made_by, evidence.results["geometry"])
@@ -95,13 +100,14 @@ def label_of(recipe: Mapping[str, Any]) -> str:
     return f"recipe {name}" if recipe["converged"] else f"recipe {name}: shortened, NOT a reproduction"
 
 
-def spread(values: Sequence[float]) -> tuple[float, float | None]:
+def spread(values: Sequence[float]) -> tuple[float | None, float | None]:
     """Return mean and standard deviation over seeds (n − 1 in the denominator); no deviation for one seed.
 
-    >>> spread([0.7, 0.8]), spread([0.7])
-    ((0.75, 0.07071067811865482), (0.7, None))
+    >>> spread([0.7, 0.8]), spread([0.7]), spread([])
+    ((0.75, 0.07071067811865482), (0.7, None), (None, None))
     """
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+    mean = float(np.mean(values)) if values else None
+    return mean, float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def _accuracies(
@@ -113,7 +119,8 @@ def _accuracies(
     for cell, values in ours.items():
         mean, sd = spread(values)
         paper = printed.get(cell)
-        difference = None if paper is None else mean - paper
+        difference = None if paper is None or mean is None else mean - paper
+        ours_written = None if mean is None else _mean_sd(100 * mean, None if sd is None else 100 * sd, 2)
         rows.append(
             {
                 "cell": cell,
@@ -123,7 +130,7 @@ def _accuracies(
                 "ours_sd": sd,
                 "seeds": len(values),
                 "difference": difference,
-                "written": f"{_mean_sd(100 * mean, None if sd is None else 100 * sd, 2)} ({len(values)})",
+                "written": "not run" if ours_written is None else f"{ours_written} ({len(values)})",
                 "paper_written": percent(paper, 2),
                 "difference_written": DASH if difference is None else number(100 * difference, 2),
                 "close": None if difference is None else "yes" if abs(difference) <= tolerance else "no",

@@ -1,9 +1,11 @@
 """From numbers to verdicts: the rules by which a claim holds, fails, or stays undecided.
 
 A claim is a number that the paper says is above 0 (or close to 1, or close to 0). It *holds* where the 95 % interval
-says so, *fails* where the interval says the opposite, and is *undecided* in between, below three seeds (one training is
-an anecdote), and where geometry comes from a shortened recipe. Rank correlations over classes must also be unlikely
-by chance: a permutation test over the classes. Nothing is corrected for the number of claims: each stands alone.
+says so, *fails* where the interval says the opposite, and is *undecided* in between, and where geometry comes from a
+shortened recipe. Intervals over seeds need three of them. A single training is an anecdote, but a comparison of its
+accuracies item by item has an interval of its own: it decides for this training alone, and says so. Rank correlations
+over classes must also be unlikely by chance: a permutation test over the classes. Nothing is corrected for the number
+of claims: each stands alone.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +24,7 @@ FloatArray = NDArray[np.float64]
 ALPHA = 0.05
 PERMUTATIONS = 9_999
 MIN_SEEDS = 3
+ONE_TRAINING = "one seed: for these trainings and other test images only"
 NEARLY_EQUAL = (0.8, 1.25)
 """A ratio within these is "nearly 1": the convention of bioequivalence trials."""
 NO_TREND = 0.5
@@ -74,6 +77,11 @@ class Claim:
         ci95 = None if bounds is None else list(bounds)
         return replace(self, estimate=interval.estimate, ci95=ci95, ci95_kind=kind, seeds=seeds, p=p)
 
+    @property
+    def enough(self) -> bool:
+        """Whether there are enough seeds for the interval to decide; one over test items needs but one."""
+        return self.seeds >= MIN_SEEDS or (self.seeds == 1 and self.ci95_kind == "item")
+
     def undecided(self, reason: str) -> "Claim":
         """Return the claim as undecided, for a reason."""
         return replace(self, verdict="undecided", reason=reason)
@@ -89,8 +97,9 @@ def positive(claim: Claim) -> Claim:
     """
     claim = replace(claim, as_claimed=None if claim.estimate is None else claim.estimate > 0)
     low, high = claim.ci95 or (None, None)
-    if low is None or high is None or claim.seeds < MIN_SEEDS:
+    if low is None or high is None or not claim.enough:
         return claim.undecided(_too_little(claim))
+    claim = _for_this_training(claim)
     if high < 0:
         return replace(claim, verdict="fails")
     if low <= 0:
@@ -110,8 +119,9 @@ def within(claim: Claim, low: float, high: float) -> Claim:
     """
     claim = replace(claim, as_claimed=None if claim.estimate is None else low < claim.estimate < high)
     lower, upper = claim.ci95 or (None, None)
-    if lower is None or upper is None or claim.seeds < MIN_SEEDS:
+    if lower is None or upper is None or not claim.enough:
         return claim.undecided(_too_little(claim))
+    claim = _for_this_training(claim)
     if claim.p is not None and claim.p <= ALPHA:
         return replace(claim, verdict="fails", reason=f"unlikely by chance over the classes: p = {claim.p:.2g}")
     if upper < low or lower > high:
@@ -163,5 +173,9 @@ def _too_little(claim: Claim) -> str:
     """Return why the claim cannot be decided whatever its number is."""
     if claim.estimate is None:
         return "not measured"
-    only = " (the interval is for other test images alone)" if claim.ci95_kind == "item" else ""
-    return f"{claim.seeds} {'seed' if claim.seeds == 1 else 'seeds'}: {MIN_SEEDS} are needed{only}"
+    return f"{claim.seeds} {'seed' if claim.seeds == 1 else 'seeds'}: {MIN_SEEDS} are needed"
+
+
+def _for_this_training(claim: Claim) -> Claim:
+    """Return the claim with the reservation that an interval over test items alone calls for."""
+    return replace(claim, reason=ONE_TRAINING) if claim.ci95_kind == "item" else claim
