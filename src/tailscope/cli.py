@@ -9,6 +9,21 @@ import typer
 from rich.console import Console
 
 import tailscope
+from tailscope.cli_options import (
+    Backbones,
+    BatchNorm,
+    Devices,
+    Matched,
+    MicroBatches,
+    NumNodes,
+    Permutations,
+    Profile,
+    Protocol,
+    RecipeName,
+    SubsetSeed,
+    Verify,
+    Workers,
+)
 from tailscope.errors import UserError, one_line
 
 INTERRUPTED = 130
@@ -23,19 +38,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Data = Annotated[str, typer.Option(help="digits, cifar10, cifar100 or PATH.npz.")]
-DataRoot = Annotated[Path | None, typer.Option(help="Folder of the data set: torchvision's layout, or NAME.npz.")]
-Profile = Annotated[
-    str, typer.Option(help="Training counts: exp:IF, step:IF, balanced, balanced:N, full, counts:N,N,... or FILE.json.")
-]
-Protocol = Annotated[
-    str, typer.Option(help="Rule that draws the subset: nested, or ldam (the published CIFAR-LT draws).")
-]
-RecipeName = Annotated[
-    str, typer.Option("--recipe", help="demo, fast, paper or paper-as-printed; see `tailscope methods`.")
+Data = Annotated[str, typer.Option(help="digits, cifar10, cifar100, PATH.npz, folder:PATH or list:TRAIN.txt,TEST.txt.")]
+DataRoot = Annotated[
+    Path | None, typer.Option(help="Folder of the data set: torchvision's layout, NAME.npz, or images of lists.")
 ]
 Seeds = Annotated[str, typer.Option(help="N for the seeds 0 ... N-1, or a list like 0,3.")]
-SubsetSeed = Annotated[int | None, typer.Option(help="One subset for all seeds; by default each seed draws its own.")]
 Out = Annotated[Path, typer.Option(help="Folder for results.")]
 StoreRoot = Annotated[
     Path | None,
@@ -44,19 +51,6 @@ StoreRoot = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a result of another spec in OUT.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a summary.")]
-Matched = Annotated[
-    bool,
-    typer.Option("--matched", help="Add a third level: class-balanced with as many images as the long-tailed set."),
-]
-Backbones = Annotated[
-    str | None,
-    typer.Option(help="Backbones to train, such as lt; without both lt and true nothing is attributed. [default: all]"),
-]
-BatchNorm = Annotated[
-    str,
-    typer.Option(help="Batch-norm statistics in stage 2: frozen, or shifted (re-estimated on its data, as in MiSLAS)."),
-]
-Permutations = Annotated[int, typer.Option(min=0, help="Permutations of each test; 0 leaves the tests out.")]
 
 
 def main() -> None:
@@ -132,6 +126,11 @@ def swap(
     backbones: Backbones = None,
     bn_mode: BatchNorm = "frozen",
     data_root: DataRoot = None,
+    devices: Devices = None,
+    num_nodes: NumNodes = 1,
+    micro_batches: MicroBatches = None,
+    workers: Workers = None,
+    verify: Verify = False,
     store: StoreRoot = None,
     device: Device = "auto",
     overwrite: Overwrite = False,
@@ -142,7 +141,8 @@ def swap(
     Trains a backbone on the long-tailed (lt) and one on the full (true) training set, and two classifiers on each.
 
     Examples: `tailscope swap --data digits --recipe demo --out out`;
-    `tailscope swap --data cifar10 --data-root DIR --profile exp:100 --protocol ldam --recipe paper`
+    `tailscope swap --data cifar10 --data-root DIR --profile exp:100 --protocol ldam --recipe paper`;
+    `tailscope swap --data list:TRAIN.txt,TEST.txt --data-root DIR --profile FILE.json --recipe imagenet --devices 4`
     """
     _experiment("swap", **locals())
 
@@ -158,6 +158,11 @@ def ladder(
     subset_seed: SubsetSeed = None,
     bn_mode: BatchNorm = "frozen",
     data_root: DataRoot = None,
+    devices: Devices = None,
+    num_nodes: NumNodes = 1,
+    micro_batches: MicroBatches = None,
+    workers: Workers = None,
+    verify: Verify = False,
     store: StoreRoot = None,
     device: Device = "auto",
     overwrite: Overwrite = False,
@@ -181,6 +186,11 @@ def geometry(
     subset_seed: SubsetSeed = None,
     permutations: Permutations = 999,
     data_root: DataRoot = None,
+    devices: Devices = None,
+    num_nodes: NumNodes = 1,
+    micro_batches: MicroBatches = None,
+    workers: Workers = None,
+    verify: Verify = False,
     store: StoreRoot = None,
     device: Device = "auto",
     overwrite: Overwrite = False,
@@ -250,8 +260,10 @@ def methods(as_json: Json = False) -> None:
 def _experiment(verb: str, *, as_json: bool, out: Path, **options: Any) -> None:
     """Run one experiment and its report, and show the end of the story."""
     from tailscope import verbs
+    from tailscope.experiments.workplace import FileOptions
 
-    request = verbs.Request(out=out, **options)
+    on_files = {name: options.pop(name) for name in FileOptions.__dataclass_fields__}
+    request = verbs.Request(out=out, files=FileOptions(**on_files), **options)
     _show(verbs.experiments(request, [verb], _console(as_json)), out, as_json)
 
 

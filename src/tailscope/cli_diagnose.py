@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from tailscope.cli import Json, Out, Overwrite, Permutations, app
+from tailscope.cli import Json, Out, Overwrite, app
+from tailscope.cli_options import Permutations
 
 Train = Annotated[
     list[Path],

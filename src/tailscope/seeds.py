@@ -5,6 +5,8 @@ them draws never shifts another, and an epoch's stream can be rebuilt when a run
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -30,3 +32,14 @@ def torch_stream(seed: int, *path: str | int, device: str | torch.device = "cpu"
 def numpy_stream(seed: int, *path: str | int) -> np.random.Generator:
     """Return a new NumPy generator for the stream named by `path`."""
     return np.random.default_rng(derive(seed, *path))
+
+
+@contextmanager
+def keyed(seed: int) -> Iterator[None]:
+    """Seed torch's default CPU generator for the block, for code that takes no generator; put it back afterwards."""
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)

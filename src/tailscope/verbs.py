@@ -1,8 +1,9 @@
 """What the command line's verbs do, between parsing options and printing."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,18 @@ from rich.text import Text
 
 from tailscope import report
 from tailscope.data import splits
+from tailscope.data.filedata import Data, load
 from tailscope.data.profiles import KNOWN, canonical, resolve
-from tailscope.data.sources import ImageData, load
 from tailscope.errors import one_line
 from tailscope.experiments.geometry import geometry
 from tailscope.experiments.lab import Lab
 from tailscope.experiments.ladder import ladder
 from tailscope.experiments.settings import Settings, parse_backbones, parse_bn_mode, parse_seeds, store_root
 from tailscope.experiments.swap import swap
+from tailscope.experiments.workplace import FileOptions, workplace
 from tailscope.groups import assign_groups
 from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, SAMPLERS
+from tailscope.methods.photos import PHOTO_AUGMENTATIONS
 from tailscope.models import MODELS
 from tailscope.progress import Bars, Progress, Quiet
 from tailscope.registry import Registry
@@ -41,6 +44,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "losses": LOSSES,
     "samplers": SAMPLERS,
     "augmentations": AUGMENTATIONS,
+    "augmentations of photographs in files": PHOTO_AUGMENTATIONS,
     "mixings": MIXINGS,
     "schedules": SCHEDULES,
 }
@@ -65,6 +69,7 @@ class Request:
     overwrite: bool = False
     backbones: str | None = None
     bn_mode: str = "frozen"
+    files: FileOptions = field(default_factory=FileOptions)
 
     def settings(self) -> Settings:
         """Return the checked part that decides results."""
@@ -89,34 +94,37 @@ def experiments(request: Request, verbs: Sequence[str], console: Console) -> dic
         UserError: an option, the data or OUT is not usable.
     """
     settings = request.settings()
-    runtime = Runtime.choose(request.device)
     data = load(request.data, data_root=request.data_root)
-    for seed in settings.seeds:
-        splits.subset(
-            data.train.labels,
-            resolve(settings.profile, data.train.counts()),
-            protocol=settings.protocol,
-            seed=settings.subset_seed_of(seed),
-        )
-    first = settings.subset_seed_of(settings.seeds[0])
-    drawn = describe_subset(data, settings.profile, settings.protocol, first)
-    make_folder(request.out, "--out")
-    for verb in verbs:
-        spec = drawn["spec"] if verb == "subset" else settings.spec(data)
-        check_free(request.out, verb, spec, overwrite=request.overwrite)
-    store = Store(store_root(request.out, request.store))
-    results: dict[str, dict[str, Any]] = {}
-    with _progress(console) as progress:
-        lab = Lab(data, store, replace(runtime, progress=progress))
-        for verb in verbs:
-            if verb == "subset":
-                write(request.out, verb, drawn)
-            else:
-                results[verb] = EXPERIMENTS[verb](lab, settings)
-                write(request.out, verb, results[verb])
+    with (
+        workplace(data, request.files, Runtime.choose(request.device)) as place,
+        _progress(console) as progress,
+    ):
+        settings = settings.model_copy(update={"recipe": place.recipe(settings.recipe)})
+        for seed in settings.seeds:
+            draw(data, settings.profile, settings.protocol, settings.subset_seed_of(seed))
+        make_folder(request.out, "--out")
+        store = Store(store_root(request.out, request.store))
+        lab = place.lab(store, progress, partial(Console(stderr=True).out, highlight=False))
+        results = _run(lab, settings, request, verbs)
     if lab.trained == 0:
         console.print(f"Nothing was trained: all {lab.recalled} stages were in the store.")
     report.build(request.out)
+    return results
+
+
+def _run(lab: Lab, settings: Settings, request: Request, verbs: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Run the experiments and write their results, unless OUT holds others."""
+    drawn = describe_subset(lab.data, settings.profile, settings.protocol, settings.subset_seed_of(settings.seeds[0]))
+    for verb in verbs:
+        spec = drawn["spec"] if verb == "subset" else settings.spec(lab.data)
+        check_free(request.out, verb, spec, overwrite=request.overwrite)
+    results: dict[str, dict[str, Any]] = {}
+    for verb in verbs:
+        if verb == "subset":
+            write(request.out, verb, drawn)
+        else:
+            results[verb] = EXPERIMENTS[verb](lab, settings)
+            write(request.out, verb, results[verb])
     return results
 
 
@@ -157,13 +165,22 @@ def subset(
     return result
 
 
-def describe_subset(data: ImageData, profile: str, protocol: str, seed: int) -> dict[str, Any]:
+def draw(data: Data, profile: str, protocol: str, seed: int) -> splits.Subset:
+    """Draw a long-tailed subset of a data set's training images.
+
+    Raises:
+        UserError: the profile, protocol or seed does not fit the data.
+    """
+    return splits.subset(data.train.labels, resolve(profile, data.train.counts()), protocol=protocol, seed=seed)
+
+
+def describe_subset(data: Data, profile: str, protocol: str, seed: int) -> dict[str, Any]:
     """Draw a long-tailed subset and return it as `subset.json` holds it.
 
     Raises:
         UserError: the profile, protocol or seed does not fit the data.
     """
-    drawn = splits.subset(data.train.labels, resolve(profile, data.train.counts()), protocol=protocol, seed=seed)
+    drawn = draw(data, profile, protocol, seed)
     groups, rule = assign_groups(drawn.counts)
     return {
         "schema": "tailscope.subset/1",

@@ -1,9 +1,15 @@
-"""Decode a stream of images in worker processes, batch by batch, and say which images cannot be read."""
+"""Decode a stream of images in worker processes, batch by batch, and say which images cannot be read.
+
+Augmentation may be random: `SeedOf` then seeds it for every single image, so that neither the number of workers nor the
+batch or process that an image falls into changes what is drawn.
+"""
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
@@ -12,10 +18,14 @@ from torch.utils.data import DataLoader, Dataset
 from tailscope.data.streams import UNREADABLE, ImageStream, MemoryImages
 from tailscope.errors import UserError
 from tailscope.progress import Progress
+from tailscope.seeds import keyed
 
 _SHOWN = 10
 _TOO_FEW_FOR_WORKERS = 256
 _VERIFY_BATCH = 64
+
+SeedOf: TypeAlias = Callable[[str, int], int]
+"""(the image's id, how often it was drawn before) -> seed; goes to worker processes, so it must pickle."""
 
 
 class Unreadable(NamedTuple):
@@ -35,12 +45,13 @@ class DecodedBatch(NamedTuple):
 
 
 class _Decoded(Dataset[tuple[int, Tensor | None, str]]):
-    """Row -> (row, transformed image or None, why it could not be read)."""
+    """(row, times drawn before) -> (row, transformed image or None, why it could not be read)."""
 
-    def __init__(self, stream: ImageStream, transform: Callable[[Image.Image], Tensor]) -> None:
-        self._stream, self._transform = stream, transform
+    def __init__(self, stream: ImageStream, transform: Callable[[Image.Image], Tensor], seed_of: SeedOf | None) -> None:
+        self._stream, self._transform, self._seed_of = stream, transform, seed_of
 
-    def __getitem__(self, row: int) -> tuple[int, Tensor | None, str]:
+    def __getitem__(self, draw: tuple[int, int]) -> tuple[int, Tensor | None, str]:
+        row, repeat = draw
         # Returned, not raised: an exception leaves a worker as a page of text, and would end the whole epoch.
         try:
             image = self._stream.image(row)
@@ -48,7 +59,10 @@ class _Decoded(Dataset[tuple[int, Tensor | None, str]]):
             return row, None, "missing"
         except UNREADABLE as error:
             return row, None, f"cannot be decoded, {type(error).__name__}"
-        return row, self._transform(image), ""
+        if self._seed_of is None:
+            return row, self._transform(image), ""
+        with keyed(self._seed_of(self._stream.ids[row], repeat)):
+            return row, self._transform(image), ""
 
 
 def decode(
@@ -58,22 +72,29 @@ def decode(
     *,
     workers: int | None = None,
     pin_memory: bool = False,
+    seed_of: SeedOf | None = None,
+    repeats: Sequence[Sequence[int]] | None = None,
 ) -> DataLoader[Any]:
     """Return an iterable of `DecodedBatch`, in order.
 
     Args:
         stream: the images.
-        transform: turns each into a tensor; all tensors of a batch have one shape.
+        transform: turns each into a tensor; all tensors of a batch have one shape. Random only with `seed_of`.
         batches: the rows of each batch.
         workers: processes that decode; None takes up to 8, but none for images in memory or a handful of files.
         pin_memory: whether batches are put where a GPU can fetch them from.
+        seed_of: seeds the transform, where it draws.
+        repeats: of every drawn row, how often it was drawn before (see `earlier_draws`); None: never.
     """
     if workers is None:
         few = sum(map(len, batches)) < _TOO_FEW_FOR_WORKERS
         workers = 0 if few or isinstance(stream, MemoryImages) else min(8, os.cpu_count() or 1)
     return DataLoader(
-        _Decoded(stream, transform),
-        batch_sampler=[list(rows) for rows in batches],
+        _Decoded(stream, transform, seed_of),
+        batch_sampler=[
+            list(zip(rows, [0] * len(rows) if repeats is None else repeats[i], strict=True))
+            for i, rows in enumerate(batches)
+        ],
         num_workers=workers,
         collate_fn=_Collate(stream),
         pin_memory=pin_memory,
@@ -91,6 +112,20 @@ class _Collate:
         bad = [Unreadable(row, self._where(row), reason) for row, image, reason in items if image is None]
         images = torch.stack([image for _, image in good]) if good else torch.empty(0)
         return DecodedBatch(images, torch.tensor([row for row, _ in good], dtype=torch.int64), bad)
+
+
+def earlier_draws(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return of every drawn row how often it was drawn before.
+
+    >>> earlier_draws(np.array([4, 2, 4, 4, 2])).tolist()
+    [0, 0, 1, 2, 1]
+    """
+    order = np.argsort(rows, kind="stable")
+    drawn = rows[order]
+    first = np.searchsorted(drawn, drawn, side="left")
+    earlier = np.empty(len(rows), dtype=np.int64)
+    earlier[order] = np.arange(len(rows)) - first
+    return earlier
 
 
 def find_unreadable(stream: ImageStream, *, workers: int | None, progress: Progress) -> list[Unreadable]:

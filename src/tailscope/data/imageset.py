@@ -44,6 +44,11 @@ class ImageSet:
         """Number of classes, with or without images here."""
         return len(self.class_names)
 
+    @property
+    def channels(self) -> int:
+        """Channels of an image."""
+        return self.images.shape[-1]
+
     def counts(self) -> list[int]:
         """Return the number of images of each class."""
         return [int(n) for n in torch.bincount(self.labels, minlength=self.num_classes)]

@@ -3,6 +3,7 @@
 There are two kinds: tensors in memory (here) and files that worker processes decode (`experiments/files.py`).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -18,7 +19,7 @@ from tailscope.methods.augmentations import build
 from tailscope.methods.photos import for_photos
 from tailscope.models import CifarResNet
 from tailscope.seeds import torch_stream
-from tailscope.spec import StageSpec
+from tailscope.spec import StageSpec, TrainSpec
 from tailscope.store import Meta, Tensors
 from tailscope.training.runtime import Runtime
 from tailscope.training.stage1 import train_backbone
@@ -39,8 +40,8 @@ class Imagery(Protocol):
     def normalize(self) -> Normalizer:
         """The pixel statistics that all backbones share."""
 
-    def check(self, stage: StageSpec) -> None:
-        """Refuse a stage that these images cannot be trained with.
+    def check(self, train: TrainSpec, augment: Sequence[str]) -> None:
+        """Refuse a stage 1 that these images cannot be trained with.
 
         Raises:
             UserError: saying why, and what to take instead.
@@ -79,18 +80,18 @@ class InMemory:
         """Channels of an image."""
         return self._data.train.images.shape[-1]
 
-    def check(self, stage: StageSpec) -> None:
+    def check(self, train: TrainSpec, augment: Sequence[str]) -> None:
         """Refuse recipes for files.
 
         Raises:
             UserError: the augmentations are those of photographs, or the batch is to be cut.
         """
-        if for_photos(stage.augment):
+        if for_photos(augment):
             raise UserError(
-                f"{self._data.name}: images in memory cannot be trained with {stage.augment[0]}, which is for files "
+                f"{self._data.name}: images in memory cannot be trained with {augment[0]}, which is for files "
                 "(folder: or list:); take a recipe such as fast or paper"
             )
-        if stage.train.micro_batches != 1:
+        if train.micro_batches != 1:
             raise UserError(
                 f"{self._data.name}: only images in files are trained in micro-batches or on several devices"
             )

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from tailscope.data import splits
+from tailscope.data.filedata import Data, FileData
 from tailscope.data.profiles import canonical, resolve
-from tailscope.data.sources import ImageData
+from tailscope.experiments.files import OnDisk
 from tailscope.experiments.imagery import Imagery, InMemory, Split
 from tailscope.methods import SAMPLERS
 from tailscope.models import CifarResNet
@@ -51,11 +52,11 @@ class Backbone:
 class Lab:
     """Everything that runs on one data set share: its pixel statistics, the store and the runtime."""
 
-    def __init__(self, data: ImageData, store: Store, runtime: Runtime, imagery: Imagery | None = None) -> None:
+    def __init__(self, data: Data, store: Store, runtime: Runtime, imagery: Imagery | None = None) -> None:
         self.data = data
         self.store = store
         self.runtime = runtime
-        self.imagery = imagery or InMemory(data)
+        self.imagery: Imagery = imagery or (OnDisk(data) if isinstance(data, FileData) else InMemory(data))
         self.normalize = self.imagery.normalize
         self.trained = 0
         self.recalled = 0
@@ -97,7 +98,7 @@ class Lab:
 
     def backbone(self, stage: StageSpec, rows: npt.NDArray[np.int64], seed: int, label: str) -> Backbone:
         """Train the backbone or recall it."""
-        self.imagery.check(stage)
+        self.imagery.check(stage.train, stage.augment)
         key = backbone_key(stage, seed)
         if key not in self._models:
             artifact, found = self.store.get_or_make(

@@ -33,7 +33,7 @@ def ladder(lab: Lab, settings: Settings) -> dict[str, Any]:
     Raises:
         UserError: AutoAugment cannot take the images.
     """
-    channels = lab.data.train.images.shape[-1]
+    channels = lab.data.train.channels
     if channels not in (1, 3):
         raise UserError(f"{lab.data.name}: images have {channels} channels; the ladder's AutoAugment takes 1 or 3")
     correct: dict[str, dict[str, list[Any]]] = {}

@@ -1,11 +1,11 @@
 """Augmentations of single photographs, as worker processes apply them: torchvision's v2 transforms by call-string.
 
 A photograph augmentation takes an RGB image of Pillow and returns one. It draws from torch's default generator, which
-`keyed` seeds for every image, so that neither the process nor the batch that an image falls into changes its draw.
+`seeds.keyed` seeds for every image, so that neither the process nor the batch that an image falls into changes what it
+draws.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -105,14 +105,3 @@ def evaluation(calls: Sequence[str]) -> ToPixels:
 def pixels(image: Image.Image) -> Tensor:
     """RGB image -> uint8 [H, W, 3]."""
     return torch.from_numpy(np.asarray(image).copy())
-
-
-@contextmanager
-def keyed(seed: int) -> Iterator[None]:
-    """Seed torch's default CPU generator for the block and put it back afterwards."""
-    before = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before)

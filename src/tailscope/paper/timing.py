@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from tailscope.data.sources import ImageData
 from tailscope.experiments.lab import Lab
 from tailscope.features import extract
 from tailscope.methods import LOSSES
@@ -64,6 +65,7 @@ def measure(lab: Lab, recipe: Recipe, plan: Plan, seconds: float | None = None) 
     runtime = replace(lab.runtime, progress=Quiet())
     augmentations = {b.augment for b in plan.backbones}
     share = (SECONDS if seconds is None else seconds) / (4 + len(augmentations))
+    assert isinstance(lab.data, ImageData)  # files are decoded while training: their rate is not measured here
     images = lab.data.train.images
     model = new_model(recipe.model, images.shape[-1], lab.data.train.num_classes, seed=0).to(runtime.device)
     augmented = images[:AUGMENTED].to(runtime.device)
@@ -94,6 +96,7 @@ def duration(seconds: float) -> str:
 
 
 def _step(lab: Lab, recipe: Recipe, runtime: Runtime, seconds: float) -> float:
+    assert isinstance(lab.data, ImageData)
     train, classes = recipe.stage1, lab.data.train.num_classes
     images, labels = (t[: train.batch].to(runtime.device) for t in (lab.data.train.images, lab.data.train.labels))
     model = new_model(recipe.model, images.shape[-1], classes, seed=0).to(runtime.device).train()

@@ -1,0 +1,40 @@
+"""Options of the experiments' verbs."""
+
+from typing import Annotated
+
+import typer
+
+Profile = Annotated[
+    str, typer.Option(help="Training counts: exp:IF, step:IF, balanced, balanced:N, full, counts:N,N,... or FILE.json.")
+]
+Protocol = Annotated[
+    str, typer.Option(help="Rule that draws the subset: nested, or ldam (the published CIFAR-LT draws).")
+]
+RecipeName = Annotated[str, typer.Option("--recipe", help="demo, fast, paper, imagenet ...; see `tailscope methods`.")]
+SubsetSeed = Annotated[int | None, typer.Option(help="One subset for all seeds; by default each seed draws its own.")]
+Matched = Annotated[
+    bool,
+    typer.Option("--matched", help="Add a third level: class-balanced with as many images as the long-tailed set."),
+]
+Backbones = Annotated[
+    str | None,
+    typer.Option(help="Backbones to train, such as lt; without both lt and true nothing is attributed. [default: all]"),
+]
+BatchNorm = Annotated[
+    str,
+    typer.Option(help="Batch-norm statistics in stage 2: frozen, or shifted (re-estimated on its data, as in MiSLAS)."),
+]
+Permutations = Annotated[int, typer.Option(min=0, help="Permutations of each test; 0 leaves the tests out.")]
+
+Devices = Annotated[
+    int | None, typer.Option(min=1, help="Images in files: processes on this machine, one GPU each. [default: 1]")
+]
+NumNodes = Annotated[int, typer.Option(min=1, help="Images in files: machines.")]
+MicroBatches = Annotated[
+    int | None,
+    typer.Option(min=1, help="Images in files: parts of a batch with statistics of their own. [default: processes]"),
+]
+Workers = Annotated[int | None, typer.Option(min=0, help="Images in files: decoding processes for each process.")]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Images in files: end with a list of all that cannot be read, if any.")
+]

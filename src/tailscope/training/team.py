@@ -1,0 +1,164 @@
+"""Processes that train together: one leads and owns the store and the results, the others follow its orders.
+
+Every process runs the same command. The leader goes on alone, and calls the others in where work is worth sharing: it
+announces an order, all carry it out, and sum what they found. Lightning Fabric starts the processes (also under
+`torchrun`), gives each its device and connects them (gloo on CPUs, NCCL on GPUs).
+"""
+
+import copy
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tailscope.errors import UserError
+
+PATIENCE = timedelta(days=7)
+"""How long followers wait for the leader, who may fit classifiers and measure geometry for hours in between."""
+
+
+class Team(Protocol):
+    """The processes that work on one command."""
+
+    @property
+    def rank(self) -> int:
+        """Number of the process; 0 leads."""
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+
+    @property
+    def device(self) -> torch.device | None:
+        """Device of the process; None leaves the choice to the runtime."""
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over the processes; all must call it with the same shapes."""
+
+    def share(self, value: Any) -> Any:
+        """Return the leader's value in every process."""
+
+    def lead(self, order: Any) -> AbstractContextManager[None]:
+        """Give the followers an order, which all processes carry out in the block."""
+
+    def orders(self) -> Iterator[Any]:
+        """Yield a follower the leader's orders until it is dismissed."""
+
+    def dismiss(self) -> None:
+        """Let the followers go."""
+
+
+class Solo:
+    """A team of one: nothing to send, nothing to sum."""
+
+    rank, size, device = 0, 1, None
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Do nothing."""
+
+    def share(self, value: Any) -> Any:
+        """Return the value."""
+        return value
+
+    def lead(self, order: Any) -> AbstractContextManager[None]:
+        """Tell nobody."""
+        return nullcontext()
+
+    def orders(self) -> Iterator[Any]:
+        """Yield nothing: there is no leader to follow."""
+        return iter(())
+
+    def dismiss(self) -> None:
+        """Do nothing."""
+
+
+class FabricTeam:
+    """Several processes, started and connected by Lightning Fabric."""
+
+    def __init__(self, fabric: Any) -> None:
+        self._fabric = fabric
+        self._listening = True
+        self.rank: int = fabric.global_rank
+        self.size: int = fabric.world_size
+        self.device: torch.device | None = fabric.device
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Sum all tensors over the processes, in float32, in one message."""
+        flat = torch.cat([t.reshape(-1).float() for t in tensors])
+        flat = self._fabric.all_reduce(flat, reduce_op="sum")
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view(tensor.shape))
+
+    def share(self, value: Any) -> Any:
+        """Return the leader's value in every process."""
+        return self._fabric.broadcast(value, src=0)
+
+    @contextmanager
+    def lead(self, order: Any) -> Iterator[None]:
+        """Give the followers an order; after an exception in the block they no longer listen."""
+        self.share(order)
+        self._listening = False
+        yield
+        self._listening = True
+
+    def orders(self) -> Iterator[Any]:
+        """Yield the leader's orders until it has no more."""
+        while (order := self.share(None)) is not None:
+            yield order
+        torch.distributed.destroy_process_group()
+
+    def dismiss(self) -> None:
+        """Let the followers go; those left in the middle of an order end when the connection does."""
+        if self._listening:
+            self.share(None)
+        torch.distributed.destroy_process_group()
+
+
+def form(devices: int | None, num_nodes: int, accelerator: str) -> Team:
+    """Start the processes and return this one's place among them.
+
+    Without Fabric's own environment this starts `devices` - 1 more processes, which run the same command up to here.
+
+    Args:
+        devices: processes on each machine, one GPU each; None: as many as `torchrun` started, else 1.
+        num_nodes: machines.
+        accelerator: cpu or cuda.
+
+    Raises:
+        UserError: Lightning is not installed, or there are fewer GPUs than `devices`.
+    """
+    if torch.distributed.is_torchelastic_launched():
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        if devices not in (None, local):
+            raise UserError(f"--devices {devices}: torchrun has started {local} processes here; leave --devices out")
+        devices, num_nodes = local, int(os.environ["WORLD_SIZE"]) // local
+    devices = devices or 1
+    if devices * num_nodes == 1:
+        return Solo()
+    if accelerator == "cuda" and devices > torch.cuda.device_count():
+        raise UserError(f"--devices {devices}: this machine has {torch.cuda.device_count()} GPUs that PyTorch can use")
+    try:
+        from lightning.fabric import Fabric
+        from lightning.fabric.strategies.ddp import DDPStrategy
+    except ImportError:
+        raise UserError("--devices: several processes need Lightning; pip install 'tailscope[ddp]'") from None
+    for name in ("lightning", "lightning.fabric"):  # it tells standard error who has joined
+        logging.getLogger(name).setLevel(logging.ERROR)
+    threads = torch.get_num_threads()
+    fabric = Fabric(
+        accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=DDPStrategy(timeout=PATIENCE)
+    )
+    fabric.launch()
+    if accelerator == "cpu":
+        torch.set_num_threads(max(1, threads // devices))
+    return FabricTeam(fabric)
+
+
+def portable(model: torch.nn.Module) -> torch.nn.Module:
+    """Return a model as an order carries it: on the CPU."""
+    return model if next(model.parameters()).device.type == "cpu" else copy.deepcopy(model).cpu()
