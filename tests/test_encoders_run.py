@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from tailscope.errors import UserError
 from tailscope.feature_table import FeatureTable, align
 from tailscope.linear_classifier import LinearClassifier
 from tailscope.models import MODELS
+from tailscope.store import Store
 from tailscope.training.runtime import Runtime
 from tailscope.training.step import Normalizer
 
@@ -136,3 +138,67 @@ def test_bad_runs(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is there already; --overwrite replaces it"):
         run()
     assert out.read_text() == "something of the user's"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A store with two backbones on digits, of which the first was trained on three images a class."""
+    digits, root = sources.load("digits"), tmp_path_factory.mktemp("store")
+    rows = torch.cat([kept[:3] for kept in digits.train.labels.argsort(stable=True).split(digits.train.counts())])
+    for key, seed in (("aa11", 0), ("bb22", 1)):
+        spec = {"data": {"name": "digits", "profile": "balanced:3", "counts": [3] * 10}, "model": "resnet8"}
+        meta = {"spec": {**spec, "augment": ["shift"], "mix": None}, "seed": seed}
+        torch.manual_seed(seed)
+        state = MODELS.make("resnet8", 1, 10).state_dict()
+        Store(root).get_or_make("stage1", key, lambda _, s=state, m=meta: ({**s, "rows": rows}, m))
+    return root, rows
+
+
+def test_a_stored_backbone_knows_its_training_images(trained, tmp_path: Path) -> None:
+    root, rows = trained
+    made = {
+        part: run_features("store:aa", "digits", tmp_path / f"{part}.npz", split="train", part=part, store=root)
+        for part in ("train", "unseen", None)
+    }
+    tables = {part: FeatureTable.load(result.features) for part, result in made.items()}
+    assert tables["train"].labels.tolist() == sources.load("digits").train.labels[rows].tolist()
+    assert {*tables["train"].ids} | {*tables["unseen"].ids} == {*tables[None].ids}
+    assert len(tables["train"]) + len(tables["unseen"]) == len(tables[None]) == 1297
+    assert torch.equal(tables["train"].features, tables[None].features[rows])
+    assert tables["train"].provenance["model"] == "resnet8"
+    kept = [np.flatnonzero(tables["train"].labels.numpy() == k) for k in range(10)]
+    (tmp_path / "subset.json").write_text(json.dumps({"indices": [rows.numpy()[k].tolist() for k in kept]}))
+    options = {"split": "train", "part": "unseen", "subset": tmp_path / "subset.json"}
+    other = run_features("store:bb22", "digits", tmp_path / "other.npz", store=root, **options)
+    assert FeatureTable.load(other.features).ids.tolist() == tables["unseen"].ids.tolist()
+    assert LinearClassifier.load(made["train"].classifier).weight.shape == (10, 32)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "says"),
+    [
+        ("store:", {}, "2 backbones; .* has 'aa11 .digits balanced:3, shift, seed 0.', 'bb22"),
+        ("store:cc", {}, "no such backbone"),
+        ("store:aa", {"store": None}, "--store"),
+        ("store:aa", {"store": Path("nowhere")}, "nowhere: no such folder"),
+        ("store:aa", {"checkpoint": Path("c.pth")}, "has its own weights"),
+        ("store:aa", {"part": "test"}, "known are train and unseen"),
+        ("store:aa", {"part": "unseen", "split": "test"}, "is a part of the split train, not of test"),
+        ("resnet8", {"part": "unseen"}, "needs --subset FILE or --model store:KEY"),
+    ],
+)
+def test_what_is_wrong_with_a_stored_backbone_is_said(trained, tmp_path: Path, model, options, says) -> None:
+    with pytest.raises(UserError, match=says):
+        run_features(model, "digits", tmp_path / "f.npz", **({"split": "train", "store": trained[0]} | options))
+
+
+def test_a_backbone_of_other_images_has_no_parts_of_these(trained, tmp_path: Path) -> None:
+    images, labels = torch.zeros(40, 8, 8, 1, dtype=torch.uint8).numpy(), np.arange(40) % 4
+    arrays = {
+        f"{split}_{name}": x for split in ("train", "test") for name, x in (("images", images), ("labels", labels))
+    }
+    np.savez(tmp_path / "data.npz", **arrays)
+    with pytest.raises(UserError, match="trained on other images than these"):
+        run_features(
+            "store:aa", str(tmp_path / "data.npz"), tmp_path / "f.npz", split="train", part="train", store=trained[0]
+        )

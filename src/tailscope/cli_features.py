@@ -12,7 +12,8 @@ from rich.console import Console
 from tailscope.cli import DataRoot, Device, Json, Overwrite, app
 
 Model = Annotated[
-    str, typer.Option(help="timm:NAME, torchvision:NAME, resnet32 and its like, or module:factory of your own.")
+    str,
+    typer.Option(help="timm:NAME, torchvision:NAME, resnet32 and its like, store:KEY, or your own module:factory."),
 ]
 Images = Annotated[
     str, typer.Option("--data", help="digits, cifar10, cifar100, PATH.npz, folder:PATH, list:FILES or hf:NAME.")
@@ -24,6 +25,13 @@ Checkpoint = Annotated[
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="Published weights of timm or torchvision.")]
 Split = Annotated[str | None, typer.Option(help="Split of the data; needed where there are several.")]
 Subset = Annotated[Path | None, typer.Option(help="A subset.json: only those images, in its order.")]
+Part = Annotated[
+    str | None,
+    typer.Option(help="Of the training split: train, the images of --subset or of store:KEY's training; or unseen."),
+]
+StoreRoot = Annotated[
+    Path | None, typer.Option("--store", envvar="TAILSCOPE_STORE", help="Folder of trained stages, for store:KEY.")
+]
 Normalize = Annotated[str | None, typer.Option(help="imagenet, cifar, data, none or MEANS/DEVIATIONS.")]
 ImageSize = Annotated[int | None, typer.Option(min=1, help="Height and width of the input.")]
 Verify = Annotated[bool, typer.Option("--verify", help="Decode every image first and report all that cannot be read.")]
@@ -43,6 +51,8 @@ def features(
     pretrained: Pretrained = False,
     split: Split = None,
     subset: Subset = None,
+    part: Part = None,
+    store: StoreRoot = None,
     data_root: DataRoot = None,
     normalize: Normalize = None,
     image_size: ImageSize = None,
@@ -61,7 +71,8 @@ def features(
     A checkpoint's classifier is written beside the features, for `diagnose --classifier`.
 
     Examples: `tailscope features --model timm:resnet50 --checkpoint w.pth --data folder:photos --out f.npz`;
-    `tailscope features --model resnet32 --checkpoint ldam.pth.tar --data cifar10 --split test --out unseen.npz`
+    `tailscope features --model resnet32 --checkpoint ldam.pth.tar --data cifar10 --split test --out unseen.npz`;
+    `tailscope features --model store:892e --store out/store --data cifar10 --split train --part unseen --out u.npz`
     """
     from tailscope.encoders.extraction import Options
     from tailscope.encoders.run import run_features
@@ -85,6 +96,8 @@ def features(
             pretrained=pretrained,
             split=split,
             subset=subset,
+            part=part,
+            store=store,
             data_root=data_root,
             normalize=normalize,
             image_size=image_size,

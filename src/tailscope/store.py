@@ -50,6 +50,14 @@ class Store:
         """Whether the entry is complete."""
         return (self._entry(kind, key) / "DONE").is_file()
 
+    def keys(self, kind: str) -> list[str]:
+        """Return the keys of all complete entries, sorted."""
+        return sorted(done.parent.name for done in (self.root / kind).glob("*/DONE"))
+
+    def tensors_file(self, kind: str, key: str) -> Path:
+        """Return the path of an entry's tensors."""
+        return self._entry(kind, key) / "tensors.safetensors"
+
     def read(self, kind: str, key: str) -> Artifact:
         """Read a complete entry.
 
@@ -57,7 +65,7 @@ class Store:
             UserError: a file of the entry is damaged.
         """
         try:
-            tensors = load_tensors(self._entry(kind, key) / "tensors.safetensors")
+            tensors = load_tensors(self.tensors_file(kind, key))
         except UserError as error:
             raise UserError(f"{error}; delete its folder to compute it again") from None
         return Artifact(tensors, self.meta(kind, key))

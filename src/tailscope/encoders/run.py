@@ -15,6 +15,7 @@ from tailscope.encoders.encoder import Encoder
 from tailscope.encoders.extraction import Options, extract_to_file
 from tailscope.encoders.loading import load
 from tailscope.encoders.preprocessing import Normalization, Wishes
+from tailscope.encoders.stored import PREFIX, StoredBackbone, find
 from tailscope.errors import UserError
 from tailscope.training.runtime import Runtime
 from tailscope.training.step import Normalizer
@@ -54,6 +55,8 @@ def run_features(
     pretrained: bool = False,
     split: str | None = None,
     subset: Path | None = None,
+    part: str | None = None,
+    store: Path | None = None,
     data_root: Path | None = None,
     normalize: str | None = None,
     image_size: int | None = None,
@@ -65,7 +68,7 @@ def run_features(
     """Extract features with any encoder from any images, to a file; its classifier goes beside it.
 
     Args:
-        model: see `tailscope.encoders.load`.
+        model: see `tailscope.encoders.load`; or `store:KEY`, a backbone of an experiment, with `store`.
         data: see `tailscope.data.opening.open_images`.
         out: the feature file, `.npz`, `.safetensors` or `.parquet`. A checkpoint's classifier goes to
             `NAME.classifier.npz` beside it.
@@ -73,6 +76,9 @@ def run_features(
         pretrained: take published weights of timm or torchvision.
         split: of the data; needed where there are several.
         subset: a `subset.json`: only those images, in its order.
+        part: `train`: only the images of `subset`, or those that the stored backbone was trained on; `unseen`: only the
+            others of the training split.
+        store: folder of trained stages.
         data_root: where CIFAR, or the images of list files, lie.
         normalize: `imagenet`, `cifar`, `data`, `none` or MEANS/DEVIATIONS, in place of the model's own.
         image_size: height and width of the input, in place of the model's own.
@@ -88,9 +94,15 @@ def run_features(
     if out.exists() and not overwrite:
         raise UserError(f"--out {out}: is there already; --overwrite replaces it")
     opened = open_images(data, data_root=data_root)
+    stored = find(store, model.removeprefix(PREFIX)) if model.startswith(PREFIX) else None
+    if stored is not None:
+        if checkpoint is not None:
+            raise UserError(f"--checkpoint: {model} has its own weights")
+        model, checkpoint = stored.model, stored.checkpoint
     split, images = opened.split(split)
-    if subset is not None:
-        images = images.take(_subset_rows(subset, len(images.labels)))
+    rows = _rows(part, subset, stored, split, images.labels)
+    if rows is not None:
+        images = images.take(rows)
     if verify:
         _verify(images, options, runtime)
     wishes = Wishes(normalize, image_size, _statistics(opened))
@@ -101,7 +113,7 @@ def run_features(
     warnings = list(encoder.notes)
     for note in warnings:
         runtime.progress.note(note)
-    extraction = extract_to_file(encoder, images, out, runtime, options, {"data": data, "split": split})
+    extraction = extract_to_file(encoder, images, out, runtime, options, {"data": data, "split": split, "part": part})
     if extraction.skipped:
         warnings.append(str(refuse(images, extraction.skipped)))
     return FeaturesResult(
@@ -123,6 +135,32 @@ def _verify(images: ImageStream, options: Options, runtime: Runtime) -> None:
         runtime.progress.note(f"{bad.where}: {bad.reason}")
     if unreadable and not options.skip_unreadable:
         raise refuse(images, unreadable)
+
+
+def _rows(
+    part: str | None, subset: Path | None, stored: StoredBackbone | None, split: str, labels: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64] | None:
+    """Return which images are asked for; None for all."""
+    if part not in (None, "train", "unseen"):
+        raise UserError(f"--part {part}: known are train and unseen")
+    if part is None and subset is None:
+        return None
+    if part is not None and split != "train":
+        raise UserError(f"--part {part}: is a part of the split train, not of {split}")
+    if subset is not None:
+        rows = _subset_rows(subset, len(labels))
+    elif stored is not None:
+        rows = _trained_rows(stored, labels)
+    else:
+        raise UserError(f"--part {part}: needs --subset FILE or --model {PREFIX}KEY, which know the training images")
+    return np.setdiff1d(np.arange(len(labels)), rows) if part == "unseen" else rows
+
+
+def _trained_rows(stored: StoredBackbone, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    rows = stored.rows
+    if rows.max() >= len(labels) or tuple(np.bincount(labels[rows], minlength=len(stored.counts))) != stored.counts:
+        raise UserError(f"--part: {stored.checkpoint.parent.name} was trained on other images than these; check --data")
+    return rows
 
 
 def _subset_rows(path: Path, images: int) -> npt.NDArray[np.int64]:
