@@ -83,7 +83,7 @@ def test_subset_shows_and_writes_what_it_drew(tailscope_, tmp_path):
 
 def test_methods_as_tables_and_as_json(tailscope_):
     listed = json.loads(tailscope_("methods", "--json").out)
-    assert {recipe["name"] for recipe in listed["recipes"]} == {"demo", "fast", "paper", "paper-as-printed"}
+    assert {recipe["name"] for recipe in listed["recipes"]} == set(RECIPES)
     shown = tailscope_("methods")
     assert (shown.code, shown.err) == (0, "")
     for kind in verbs.REGISTRIES:

@@ -5,19 +5,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tailscope.data.sources import ImageData
-from tailscope.data.sources import load as load
+from tailscope.data.filedata import Data
+from tailscope.data.filedata import load as load
 from tailscope.experiments import geometry as _geometry
 from tailscope.experiments import ladder as _ladder
 from tailscope.experiments import swap as _swap
 from tailscope.experiments.lab import Lab
 from tailscope.experiments.settings import Settings, parse_backbones, parse_bn_mode, parse_seeds
+from tailscope.experiments.workplace import FileOptions, workplace
+from tailscope.progress import Quiet
 from tailscope.store import Store
 from tailscope.training.recipes import recipe_by_name
 from tailscope.training.runtime import Runtime
 
 
-def swap(data: ImageData, **options: Any) -> dict[str, Any]:
+def swap(data: Data, **options: Any) -> dict[str, Any]:
     """Swap the data set between the two stages and attribute the gap: `swap.json` as a dictionary.
 
     Args:
@@ -27,19 +29,19 @@ def swap(data: ImageData, **options: Any) -> dict[str, Any]:
     return run(_swap.swap, data, **options)
 
 
-def ladder(data: ImageData, **options: Any) -> dict[str, Any]:
+def ladder(data: Data, **options: Any) -> dict[str, Any]:
     """Climb the augmentation ladder on the long-tailed set: `ladder.json` as a dictionary; options as for `run`."""
     return run(_ladder.ladder, data, **options)
 
 
-def geometry(data: ImageData, **options: Any) -> dict[str, Any]:
+def geometry(data: Data, **options: Any) -> dict[str, Any]:
     """Measure what the representation does to each class: `geometry.json` as a dictionary; options as for `run`."""
     return run(_geometry.geometry, data, **options)
 
 
 def run(
     experiment: Callable[[Lab, Settings], dict[str, Any]],
-    data: ImageData,
+    data: Data,
     *,
     profile: str = "exp:100",
     recipe: str = "fast",
@@ -59,7 +61,7 @@ def run(
         experiment: one of the functions of `tailscope.experiments`.
         data: the data set.
         profile: shape of the long-tailed training counts, such as `exp:100`.
-        recipe: demo, fast, paper or paper-as-printed.
+        recipe: name or call-string of a recipe: `fast`, `paper`, `imagenet(size=128)` ...
         seeds: a number N (0 ... N-1) or the seeds themselves.
         protocol: rule that draws the subset: nested or ldam.
         subset_seed: one subset for all seeds; None lets each seed draw its own.
@@ -84,7 +86,10 @@ def run(
         permutations=permutations,
         backbones=parse_backbones(backbones, matched=matched),
     )
-    return experiment(Lab(data, Store(Path(store) if store else default_store()), Runtime.choose(device)), settings)
+    opened = Store(Path(store) if store else default_store())
+    with workplace(data, FileOptions(), Runtime.choose(device)) as place:
+        settings = settings.model_copy(update={"recipe": place.recipe(settings.recipe)})
+        return experiment(place.lab(opened, Quiet()), settings)
 
 
 def default_store() -> Path:

@@ -69,13 +69,15 @@ def extract_files(
             size = min(block, total - start)
             first = min(size, team.rank * BATCH)
             own = min(size, first + BATCH) - first
-            part = _forward(model, next(loader), normalize, dtype, request) if own else torch.empty(0)
+            features = _forward(model, next(loader), normalize, dtype, request) if own else None
             if team.size > 1:
                 whole = torch.zeros(size, model.feature_dim, device=runtime.device)
-                whole[first : first + own] = part
+                if features is not None:
+                    whole[first : first + own] = features
                 team.sum([whole])
-                part = whole
-            blocks.append(part.to("cpu", dtype))
+                features = whole
+            assert features is not None
+            blocks.append(features.to("cpu", dtype))
             advance(size)
     return torch.cat(blocks)
 

@@ -27,6 +27,8 @@ from tailscope.store import Store
 
 Rows: TypeAlias = npt.NDArray[np.int64]
 SPLITS = ("train", "test")
+SHOWN = 10
+"""How many images that cannot be read a message names."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +94,15 @@ class FileData:
         """SHA-256 (hex) of relative paths, file sizes, labels and class names of both splits."""
         both = self.train.files.fingerprint() + self.test.files.fingerprint()
         return hashlib.sha256(both.encode()).hexdigest()
+
+    def notes(self) -> list[str]:
+        """Return what a reader of a result must know: how many images cannot be read, and the first of them."""
+        if not self.skipped:
+            return []
+        plural = "image" if len(self.skipped) == 1 else "images"
+        more = f" and {len(self.skipped) - SHOWN} more" if len(self.skipped) > SHOWN else ""
+        shown = "; ".join(self.skipped[:SHOWN])
+        return [f"{len(self.skipped)} {plural} cannot be read and took no part: {shown}{more}"]
 
     def keep(self, rows: dict[str, Rows], skipped: Sequence[str] = ()) -> "FileData":
         """Return the data set with only these rows of its splits."""

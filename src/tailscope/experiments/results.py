@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from tailscope.data.filedata import FileData
 from tailscope.experiments.lab import Backbone, Lab, TrainingSet
 from tailscope.experiments.settings import Settings
 from tailscope.groups import assign_groups
@@ -50,9 +51,16 @@ def header(verb: str, settings: Settings, lab: Lab, lt_sets: Sequence[TrainingSe
         "groups_rule": rule,
         "seeds": list(settings.seeds),
         "subset_sha256": [s.spec.indices_sha256 for s in lt_sets],
-        "warnings": [] if settings.recipe.converged else [f"recipe {settings.recipe.name}: {settings.recipe.card}"],
+        "warnings": _warnings(settings, lab),
         "provenance": [],
     }
+
+
+def _warnings(settings: Settings, lab: Lab) -> list[str]:
+    """Return what a reader must know of the recipe and of the data."""
+    recipe = settings.recipe
+    warnings = [] if recipe.converged else [f"recipe {recipe.name}: {recipe.card}"]
+    return warnings + (lab.data.notes() if isinstance(lab.data, FileData) else [])
 
 
 def provenance(
@@ -84,6 +92,8 @@ def provenance(
         "epochs": meta["epochs"],
         "steps": meta["steps"],
         "batch": stage1.train.batch,
+        "micro_batches": stage1.train.micro_batches,
+        "processes": meta.get("processes", 1),
         "learning_rate": stage1.train.learning_rate,
         "weight_decay": stage1.train.weight_decay,
         "schedule": stage1.train.schedule,

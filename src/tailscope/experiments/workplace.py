@@ -54,7 +54,7 @@ class Workplace:
             OnDisk(self.data, self.team).check(recipe.stage1, recipe.augment)
         return recipe
 
-    def lab(self, store: Store, progress: Progress, tell: Callable[[str], object]) -> Lab:
+    def lab(self, store: Store, progress: Progress, tell: Callable[[str], object] = str) -> Lab:
         """Return a lab that works here, on the images that can be read.
 
         Args:

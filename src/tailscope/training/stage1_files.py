@@ -196,24 +196,21 @@ class _SharedStep:
     """One optimisation step on a batch that is cut into micro-batches, here and in other processes."""
 
     def __init__(self, stepper: Stepper, compute: LossFunction, learning_rate: float, team: Team) -> None:
-        self._optimizer, self._compute, self._learning_rate, self._team = (
-            stepper.optimizer,
-            compute,
-            learning_rate,
-            team,
-        )
+        self._optimizer, self._compute = stepper.optimizer, compute
+        self._learning_rate, self._team = learning_rate, team
         self._parameters = [p for p in stepper.model.parameters() if p.requires_grad]
         self._statistics = [b for b in stepper.model.buffers() if b.is_floating_point()]
+        self._counters = [b for b in stepper.model.buffers() if not b.is_floating_point()]
 
     def __call__(self, mine: Iterator[_Piece], sizes: Sequence[int], rate: float) -> Tensor:
         """Take a step at `rate` times the base learning rate; return the batch's mean loss, still on the device."""
         for p in self._parameters:
             p.grad = torch.zeros_like(p)
-        before = [b.clone() for b in self._statistics]
+        before, steps = [b.clone() for b in self._statistics], [b + 1 for b in self._counters]
         after = [torch.zeros_like(b) for b in self._statistics]
         mean_loss = torch.zeros((), device=self._parameters[0].device)
         for piece in mine:
-            self._restore(before)
+            _restore(self._statistics, before)
             loss = self._compute(piece.images, piece.labels, piece.lam, piece.partner)
             loss = loss * (len(piece.labels) / sum(sizes))
             loss.backward()  # type: ignore[no-untyped-call]
@@ -221,14 +218,16 @@ class _SharedStep:
             torch._foreach_add_(after, self._statistics)
         self._team.sum([mean_loss, *after, *(p.grad for p in self._parameters if p.grad is not None)])
         torch._foreach_div_(after, len(sizes))
-        self._restore(after)
+        _restore(self._statistics, after)
+        _restore(self._counters, steps)
         self._optimizer.param_groups[0]["lr"] = self._learning_rate * rate
         self._optimizer.step()
         return mean_loss
 
-    def _restore(self, values: Sequence[Tensor]) -> None:
-        for buffer, value in zip(self._statistics, values, strict=True):
-            buffer.copy_(value)
+
+def _restore(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for buffer, value in zip(buffers, values, strict=True):
+        buffer.copy_(value)
 
 
 def _resume(scratch: Path | None, stepper: Stepper, team: Team) -> _History:

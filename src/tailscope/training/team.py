@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tailscope.errors import UserError
+from tailscope.errors import UserError, one_line
 
 PATIENCE = timedelta(days=7)
 """How long followers wait for the leader, who may fit classifiers and measure geometry for hours in between."""
@@ -90,13 +90,15 @@ class FabricTeam:
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Sum all tensors over the processes, in float32, in one message."""
         flat = torch.cat([t.reshape(-1).float() for t in tensors])
-        flat = self._fabric.all_reduce(flat, reduce_op="sum")
+        with _connected():
+            flat = self._fabric.all_reduce(flat, reduce_op="sum")
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view(tensor.shape))
 
     def share(self, value: Any) -> Any:
         """Return the leader's value in every process."""
-        return self._fabric.broadcast(value, src=0)
+        with _connected():
+            return self._fabric.broadcast(value, src=0)
 
     @contextmanager
     def lead(self, order: Any) -> Iterator[None]:
@@ -116,7 +118,16 @@ class FabricTeam:
         """Let the followers go; those left in the middle of an order end when the connection does."""
         if self._listening:
             self.share(None)
-        torch.distributed.destroy_process_group()
+            torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    """Turn a broken connection, which only says that another process has ended, into one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(f"another process of this run has ended ({one_line(str(error))}); see its message") from None
 
 
 def form(devices: int | None, num_nodes: int, accelerator: str) -> Team:
@@ -147,7 +158,7 @@ def form(devices: int | None, num_nodes: int, accelerator: str) -> Team:
         from lightning.fabric.strategies.ddp import DDPStrategy
     except ImportError:
         raise UserError("--devices: several processes need Lightning; pip install 'tailscope[ddp]'") from None
-    for name in ("lightning", "lightning.fabric"):  # it tells standard error who has joined
+    for name in ("lightning.fabric", "lightning.pytorch"):  # it tells standard error who has joined
         logging.getLogger(name).setLevel(logging.ERROR)
     threads = torch.get_num_threads()
     fabric = Fabric(
