@@ -9,11 +9,23 @@ import typer
 from rich.console import Console
 
 from tailscope.cli import DataRoot, Device, Json, Out, Overwrite, Seeds, StoreRoot, app
+from tailscope.errors import UserError
 
-What = Annotated[str, typer.Argument(metavar="WHAT", help="table1, fig2, fig3, ... fig8, or all.")]
+What = Annotated[
+    str, typer.Argument(metavar="WHAT", help="table1, fig2, fig3, ... fig8, all, or everything: both CIFAR data sets.")
+]
 DatasetName = Annotated[str, typer.Option("--dataset", help="cifar10-lt or cifar100-lt.")]
 Recipe = Annotated[str | None, typer.Option("--recipe", help="Another recipe than the paper's. [default: paper]")]
 Quick = Annotated[bool, typer.Option("--quick", help="A shortened run, recipe fast: a first look, no reproduction.")]
+TimeLimit = Annotated[
+    str | None,
+    typer.Option(
+        help="Stop in time, such as 9m or 1h30m, one finished piece after the other; the same command goes on."
+    ),
+]
+Backbones = Annotated[
+    str | None, typer.Option(help="Of table1 or fig2: backbones to train, such as lt. [default: all]")
+]
 PlanOnly = Annotated[bool, typer.Option("--plan", help="Only say what would be trained and how long it would take.")]
 
 
@@ -25,6 +37,8 @@ def reproduce(
     seeds: Seeds = "3",
     quick: Quick = False,
     plan: PlanOnly = False,
+    time_limit: TimeLimit = None,
+    backbones: Backbones = None,
     recipe: Recipe = None,
     data_root: DataRoot = None,
     store: StoreRoot = None,
@@ -35,24 +49,38 @@ def reproduce(
     """Reproduce the paper's tables and figures, beside its printed numbers, and check its claims.
 
     Says first what will be trained, what is stored already and about how long it takes. Interrupted at any point, the
-    same command continues. Writes swap.json, ladder.json and geometry.json, claims.json, tables/paper-* and the report.
+    same command continues. With a time limit it stops in time, says what is left (`finished` in OUT/reproduce.json) and
+    exits with 0. Writes swap.json, ladder.json and geometry.json, claims.json, tables/paper-* and the report.
 
     Examples: `tailscope reproduce table1 --dataset cifar10-lt --data-root DIR --quick --seeds 1`;
-    `tailscope reproduce all --dataset cifar10-lt --data-root DIR --plan`
+    `tailscope reproduce all --dataset cifar10-lt --data-root DIR --plan`;
+    `tailscope reproduce everything --data-root DIR --time-limit 9m --out results`
     """
     from tailscope import report
+    from tailscope.paper.queue import EVERYTHING, run_queue
     from tailscope.paper.reproduce import Request, run_reproduce
     from tailscope.progress import Bars, Quiet
 
     console = Console(stderr=as_json)
-    request = Request(what, dataset, out, seeds, recipe, quick, data_root, store, device, overwrite)
+    request = Request(
+        what, dataset, out, seeds, recipe, quick, data_root, store, device, overwrite, backbones, time_limit
+    )
+    queued = what == EVERYTHING or time_limit is not None
+    if queued and plan:
+        raise UserError("--plan: leave out --time-limit, and take `all` of one data set instead of `everything`")
+
+    def tell(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     with Bars(console) if console.is_terminal else nullcontext(Quiet()) as progress:
-        done = run_reproduce(
-            request,
-            tell=lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True),
-            progress=progress,
-            plan_only=plan,
-        )
+        if queued:
+            done = run_queue(request, tell=tell, progress=progress)
+        else:
+            done = run_reproduce(request, tell=tell, progress=progress, plan_only=plan)
+    if queued:
+        if as_json:
+            typer.echo(json.dumps(done, indent=1, allow_nan=False))
+        return
     if not plan:
         report.build(out)
     if as_json:

@@ -11,7 +11,7 @@ from tailscope.errors import UserError
 from tailscope.experiments.geometry import geometry
 from tailscope.experiments.lab import Lab
 from tailscope.experiments.ladder import ladder
-from tailscope.experiments.settings import Settings, parse_seeds, store_root
+from tailscope.experiments.settings import Settings, parse_backbones, parse_seeds, store_root
 from tailscope.experiments.swap import swap
 from tailscope.paper import claims, side_by_side, targets
 from tailscope.paper.evidence import Evidence
@@ -46,6 +46,8 @@ class Request:
         recipe: name of a recipe; by default the paper's.
         quick: a shortened run with the recipe `fast`, which is no reproduction.
         data_root, store, device, overwrite: as for every experiment.
+        backbones: those that Table 1 trains, such as `lt`; by default all.
+        time_limit: such as `9m`; see `tailscope.paper.queue`.
     """
 
     what: str
@@ -58,6 +60,19 @@ class Request:
     store: Path | None = None
     device: str = "auto"
     overwrite: bool = False
+    backbones: str | None = None
+    time_limit: str | None = None
+
+    def wanted(self) -> list[str]:
+        """Return the experiments that the request needs.
+
+        Raises:
+            UserError: the table or figure is unknown, or needs backbones that were not asked for.
+        """
+        wanted = targets.experiments(self.what, self.dataset)
+        if self.backbones is not None and wanted != ["swap"]:
+            raise UserError(f"--backbones {self.backbones}: only table1 and fig2 can do without a backbone")
+        return wanted
 
     def settings(self) -> Settings:
         """Return the checked part that decides results.
@@ -74,6 +89,7 @@ class Request:
             recipe=recipe_by_name(self.recipe or (QUICK if self.quick else PAPER)),
             seeds=parse_seeds(self.seeds),
             subset_seed=targets.SUBSET_SEED,
+            backbones=parse_backbones(self.backbones),
         )
 
 
@@ -101,7 +117,7 @@ def run_reproduce(
         UserError: something about the request, the data or OUT is not usable; before any training.
     """
     settings = request.settings()
-    wanted = targets.experiments(request.what, request.dataset)
+    wanted = request.wanted()
     runtime = Runtime.choose(request.device)
     data = load(targets.benchmark(request.dataset).data, data_root=request.data_root)
     make_folder(request.out, "--out")
@@ -129,14 +145,16 @@ def run_reproduce(
 
 
 def conclude(lab: Lab, settings: Settings, out: Path) -> dict[str, Any]:
-    """Decide the claims and build the tables on every result in OUT that has this spec; write both.
+    """Decide the claims and build the tables on every result in OUT of this data and recipe; write both.
+
+    Their seeds, and the backbones of a swap, may differ from the settings'.
 
     Returns:
         `results` by experiment, `claims` as claims.json has them, `tables`: rows by name.
     """
-    spec = settings.spec(lab.data)
+    spec = fixed_part(settings.spec(lab.data))
     found = {verb: result for verb, result in load_results(out).items() if verb in EXPERIMENTS}
-    results = {verb: result for verb, result in found.items() if result["spec"] == spec}
+    results = {verb: result for verb, result in found.items() if fixed_part(result["spec"]) == spec}
     evidence = Evidence(results, _recalled(lab, settings, results))
     document = claims.document(evidence, claims.check(evidence), datetime.now(UTC).isoformat(timespec="seconds"))
     write(out, "claims", document)
@@ -153,9 +171,24 @@ def _recalled(lab: Lab, settings: Settings, results: Mapping[str, Any]) -> Outco
     """Return the per-item outcomes of those results whose stages are all stored."""
     found: Outcomes = {}
     for experiment in ("swap", "ladder"):
-        if experiment in results and make_plan(lab, settings, [experiment]).complete:
-            found |= outcomes(lab, settings, experiment)
+        if experiment not in results:
+            continue
+        spec = results[experiment]["spec"]
+        own = settings.model_copy(
+            update={"seeds": tuple(spec["seeds"]), "backbones": tuple(spec.get("backbones") or ()) or None}
+        )
+        if make_plan(lab, own, [experiment]).complete:
+            found |= outcomes(lab, own, experiment)
     return found
+
+
+def fixed_part(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a result's spec without what may grow from run to run.
+
+    >>> fixed_part({"data": "cifar10", "seeds": [0], "backbones": ["lt"]})
+    {'data': 'cifar10'}
+    """
+    return {name: value for name, value in spec.items() if name not in ("seeds", "backbones")}
 
 
 def _tell_plan(tell: Tell, request: Request, settings: Settings, plan: Plan, label: str) -> None:

@@ -1,5 +1,6 @@
 """How long a plan takes on this machine, from a measurement of a few seconds."""
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tailscope.data.sources import ImageData
+from tailscope.errors import UserError
 from tailscope.experiments.lab import Lab
 from tailscope.features import extract
 from tailscope.methods import LOSSES
@@ -93,6 +95,25 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return "less than a minute"
     return f"{minutes} minutes" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds that a time such as `9m`, `90s` or `1h30m` means; a bare number is minutes.
+
+    >>> parse_duration("9m"), parse_duration("1h30m"), parse_duration("90s"), parse_duration("2.5")
+    (540.0, 5400.0, 90.0, 150.0)
+
+    Raises:
+        UserError: it is no time, or none at all.
+    """
+    written = text.strip().lower()
+    if re.fullmatch(r"\d+(\.\d+)?", written):
+        written += "m"
+    parts = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", written)
+    seconds = sum(float(n or 0) * unit for n, unit in zip(parts.groups(), (3600, 60, 1), strict=True)) if parts else 0
+    if seconds <= 0:
+        raise UserError(f"--time-limit {text}: expected a time like 9m, 90s or 1h30m")
+    return float(seconds)
 
 
 def _step(lab: Lab, recipe: Recipe, runtime: Runtime, seconds: float) -> float:

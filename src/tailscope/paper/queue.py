@@ -1,0 +1,223 @@
+"""As much of the paper as fits into a time limit, most valuable first, and the rest another time.
+
+A *piece* is one experiment on one data set with the seeds so far. Pieces are worked off in order; each is written, with
+claims, tables and the report, when it is finished. When the time is up the work stops at the end of an epoch or of an
+extraction, which the store keeps, and the same command goes on from there.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tailscope.data.sources import load
+from tailscope.experiments.lab import Lab
+from tailscope.experiments.settings import Settings, store_root
+from tailscope.paper import side_by_side, targets
+from tailscope.paper.reproduce import EXPERIMENTS, Request, Tell, conclude, fixed_part
+from tailscope.paper.timing import duration, parse_duration
+from tailscope.progress import Deadline, Progress, Quiet, TimeIsUp
+from tailscope.result_files import check_free, command_line, write
+from tailscope.store import Store, make_folder
+from tailscope.training.runtime import Runtime
+
+EVERYTHING = "everything"
+DATASETS = ("cifar10-lt", "cifar100-lt")
+"""What `everything` is: the CIFAR half of the paper."""
+SCHEMA = "tailscope.reproduce/1"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One experiment on one data set, with the seeds that its result file then holds."""
+
+    dataset: str
+    experiment: str
+    seeds: tuple[int, ...]
+
+    def __str__(self) -> str:
+        """Return the piece as people read it."""
+        seeds = f"seed {self.seeds[0]}" if len(self.seeds) == 1 else f"seeds {' '.join(map(str, self.seeds))}"
+        return f"{self.experiment} of {self.dataset}, {seeds}"
+
+
+def order(wanted: Mapping[str, Sequence[str]], seeds: Sequence[int]) -> list[Piece]:
+    """Return the pieces, most valuable first: everything with one seed before anything with two.
+
+    Args:
+        wanted: the experiments of each data set, both in the order of their value.
+        seeds: in the order in which they are added.
+
+    >>> [str(piece) for piece in order({"cifar10-lt": ["swap", "ladder"], "cifar100-lt": ["swap"]}, [0, 1])]
+    ... # doctest: +NORMALIZE_WHITESPACE
+    ['swap of cifar10-lt, seed 0', 'ladder of cifar10-lt, seed 0', 'swap of cifar100-lt, seed 0',
+     'swap of cifar10-lt, seeds 0 1', 'ladder of cifar10-lt, seeds 0 1', 'swap of cifar100-lt, seeds 0 1']
+    """
+    return [
+        Piece(dataset, experiment, tuple(seeds[:n]))
+        for n in range(1, len(seeds) + 1)
+        for dataset, experiments in wanted.items()
+        for experiment in experiments
+    ]
+
+
+def run_queue(request: Request, *, tell: Tell = print, progress: Progress | None = None) -> dict[str, Any]:
+    """Work off the pieces of a request until they are done or the time is up; write OUT/reproduce.json.
+
+    `everything` takes both CIFAR data sets, each in a folder of its own such as OUT/cifar10-paper, and keeps trained
+    stages beside OUT (in OUT-store, unless told otherwise), so that OUT holds no weights. Other requests use OUT itself.
+
+    Args:
+        request: what to do; its `time_limit` counts from now.
+        tell: receives lines for people.
+        progress: receives the work done.
+
+    Returns:
+        What reproduce.json holds.
+
+    Raises:
+        UserError: something about the request, the data or OUT is not usable; before any training.
+    """
+    started = time.monotonic()
+    limit = None if request.time_limit is None else parse_duration(request.time_limit)
+    deadline = Deadline(progress or Quiet(), float("inf") if limit is None else limit)
+    requests = _by_dataset(request)
+    settings = {dataset: one.settings() for dataset, one in requests.items()}
+    first = next(iter(settings.values()))
+    pieces = order({dataset: one.wanted() for dataset, one in requests.items()}, first.seeds)
+    runtime = replace(Runtime.choose(request.device), progress=deadline)
+    labs = {dataset: _lab(one, runtime) for dataset, one in requests.items()}
+    state = [_is_done(piece, requests, settings, labs) for piece in pieces]
+    tell(f"{len(pieces)} pieces, {sum(state)} done before; {side_by_side.label_of(first.recipe.model_dump())}")
+    for k, piece in enumerate(pieces):
+        if state[k]:
+            continue
+        tell(f"piece {k + 1} of {len(pieces)}: {piece}")
+        lab, out = labs[piece.dataset], requests[piece.dataset].out
+        own = settings[piece.dataset].model_copy(update={"seeds": piece.seeds})
+        if not _finish(piece.experiment, lab, own, out, deadline):
+            break
+        state[k] = True
+    document = _document(request, requests, pieces, state, time.monotonic() - started, limit)
+    make_folder(request.out, "--out")
+    write(request.out, "reproduce", document)
+    tell(_summary(document))
+    return document
+
+
+def _by_dataset(request: Request) -> dict[str, Request]:
+    """Return a request a data set, each with the folder of its results."""
+    if request.what != EVERYTHING:
+        return {request.dataset: request}
+    recipe = replace(request, what="all", dataset=DATASETS[0]).settings().recipe.name
+    store = request.store or request.out.with_name(f"{request.out.name}-store")
+    return {
+        dataset: replace(
+            request,
+            what="all",
+            dataset=dataset,
+            out=request.out / f"{dataset.removesuffix('-lt')}-{recipe}",
+            store=store,
+        )
+        for dataset in DATASETS
+    }
+
+
+def _lab(request: Request, runtime: Runtime) -> Lab:
+    data = load(targets.benchmark(request.dataset).data, data_root=request.data_root)
+    make_folder(request.out, "--out")
+    return Lab(data, Store(store_root(request.out, request.store)), runtime)
+
+
+def _is_done(
+    piece: Piece, requests: Mapping[str, Request], settings: Mapping[str, Settings], labs: Mapping[str, Lab]
+) -> bool:
+    """Return whether the piece's file holds its seeds, and perhaps more.
+
+    Raises:
+        UserError: it holds a result that this piece may not replace.
+    """
+    request = requests[piece.dataset]
+    own = settings[piece.dataset].model_copy(update={"seeds": piece.seeds}).spec(labs[piece.dataset].data)
+    stored = _stored_spec(request.out / f"{piece.experiment}.json")
+    if stored is not None and fixed_part(stored) == fixed_part(own):
+        known, seeds = tuple(stored["seeds"]), piece.seeds
+        both = min(len(known), len(seeds))
+        whole = stored.get("backbones") == own.get("backbones")
+        if known[:both] == seeds[:both] and (whole or "backbones" not in own):  # half a swap may become a whole one
+            return whole and len(known) >= len(seeds)
+    check_free(request.out, piece.experiment, own, overwrite=request.overwrite)
+    return False
+
+
+def _stored_spec(path: Path) -> dict[str, Any] | None:
+    """Return the spec of a result file; None where there is none that can be read."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["spec"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _finish(experiment: str, lab: Lab, settings: Settings, out: Path, deadline: Deadline) -> bool:
+    """Run an experiment and write everything about it; return False, with nothing written, where the time is up."""
+    from tailscope import report  # here because it imports drawing libraries, for a second
+
+    if deadline.passed:
+        return False
+    try:
+        write(out, experiment, EXPERIMENTS[experiment](lab, settings))
+    except TimeIsUp:
+        return False
+    conclude(lab, settings, out)
+    report.build(out)
+    return True
+
+
+def _document(
+    request: Request,
+    requests: Mapping[str, Request],
+    pieces: Sequence[Piece],
+    state: Sequence[bool],
+    seconds: float,
+    limit: float | None,
+) -> dict[str, Any]:
+    listed = [
+        {
+            **asdict(piece),
+            "seeds": list(piece.seeds),
+            "folder": _below(requests[piece.dataset].out, request.out),
+            "done": done,
+        }
+        for piece, done in zip(pieces, state, strict=True)
+    ]
+    return {
+        "schema": SCHEMA,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command_line(sys.argv[1:]),
+        "finished": all(state),
+        "seconds": seconds,
+        "time_limit_seconds": limit,
+        "pieces": listed,
+        "left": [str(piece) for piece in _left(pieces, state)],
+    }
+
+
+def _left(pieces: Sequence[Piece], state: Sequence[bool]) -> Iterator[Piece]:
+    return (piece for piece, done in zip(pieces, state, strict=True) if not done)
+
+
+def _below(folder: Path, out: Path) -> str:
+    return "." if folder == out else folder.name
+
+
+def _summary(document: Mapping[str, Any]) -> str:
+    """Return one line on what is done and what is left."""
+    done, total = sum(piece["done"] for piece in document["pieces"]), len(document["pieces"])
+    spent = f"{done} of {total} pieces done, {duration(document['seconds'])} this time"
+    if document["finished"]:
+        return f"{spent}; nothing is left"
+    return f"{spent}; UNFINISHED, left: {'; '.join(document['left'])}; the same command goes on"
