@@ -81,14 +81,14 @@ def decode(
         stream: the images.
         transform: turns each into a tensor; all tensors of a batch have one shape. Random only with `seed_of`.
         batches: the rows of each batch.
-        workers: processes that decode; None takes up to 8, but none for images in memory or a handful of files.
+        workers: processes that decode; None takes one a core up to 8, none for images in memory or a handful of files.
         pin_memory: whether batches are put where a GPU can fetch them from.
         seed_of: seeds the transform, where it draws.
         repeats: of every drawn row, how often it was drawn before (see `earlier_draws`); None: never.
     """
     if workers is None:
         few = sum(map(len, batches)) < _TOO_FEW_FOR_WORKERS
-        workers = 0 if few or isinstance(stream, MemoryImages) else min(8, os.cpu_count() or 1)
+        workers = 0 if few or isinstance(stream, MemoryImages) else min(8, _cores())
     return DataLoader(
         _Decoded(stream, transform, seed_of),
         batch_sampler=[
@@ -126,6 +126,11 @@ def earlier_draws(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     earlier = np.empty(len(rows), dtype=np.int64)
     earlier[order] = np.arange(len(rows)) - first
     return earlier
+
+
+def _cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def find_unreadable(stream: ImageStream, *, workers: int | None, progress: Progress) -> list[Unreadable]:
