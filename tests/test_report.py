@@ -14,7 +14,8 @@ import result_factory as factory
 from tailscope import report
 from tailscope.errors import UserError
 from tailscope.groups import GROUPS
-from tailscope.report import charts, figure, geometry_rows, rows, story, table_contents, tables, text
+from tailscope.paper import published
+from tailscope.report import charts, figure, geometry_rows, look, rows, story, table_contents, tables, text
 from tailscope.report.table_model import Column, Table
 
 NASTY = ["<script>alert(1)</script>", "a, b", "=SUM(A1)", '50 % "_&#', "na\nme", "{x}", "|pipe|", "[y]", "ü–→", "\\z"]
@@ -376,6 +377,54 @@ def test_charts_are_valid_and_have_the_rows_that_they_name(digits, drawn):
         known = {key for name in names for row in (inline.get(name) or data[name]) for key in row}
         known |= set(re.findall(r'"as": "(\w+)"', json.dumps(spec)))
         assert set(re.findall(r'"field": "(\w+)"', json.dumps(spec))) <= known
+
+
+def test_the_papers_numbers_are_marked_where_it_printed_some(tmp_path):
+    results = {"swap": factory.swap(name="cifar10"), "ladder": factory.ladder(name="cifar10")}
+    data = charts.data(results)
+    assert {row["cell"]: row["paper"] for row in data["cells"]} == published.table1("cifar10-lt")
+    marked = {f"{row['augmentation']}: {row['rung']}": row["paper"] for row in data["ladder"]}
+    assert marked == published.figure3("cifar10-lt")
+    assert all(row["label_at"] >= row["paper"] for row in [*data["cells"], *data["ladder"]])  # no tick in a number
+    page = report.build(factory.write(tmp_path, **results)).read_text(encoding="utf-8")
+    assert page.count("the paper's number</span>") + page.count("the paper&#39;s number</span>") == 2
+    for name, count in (("fig2", 4), ("fig3", 16)):
+        svg = (tmp_path / "figures" / f"{name}.svg").read_text(encoding="utf-8")
+        assert "the paper's number" in html.unescape(svg)
+        assert len(re.findall(r'aria-roledescription="point"', svg)) >= count
+    half = {"swap": factory.swap(name="cifar10", backbones=("lt",))}
+    assert [row["paper"] for row in charts.data(half)["cells"]] == [0.7212, 0.8261]
+
+
+def test_other_data_have_no_marks_of_the_paper(digits, drawn):
+    assert {row["paper"] for name in ("cells", "ladder") for row in charts.data(digits)[name]} == {None}
+    assert look.PAPER_KEY not in {key for figure_ in drawn for key in figure_.keys}
+    other = factory.swap(name="cifar10")
+    other["spec"]["profile"] = "exp:10"
+    assert {row["paper"] for row in rows.cells({"swap": other})} == {None}
+
+
+@pytest.mark.parametrize("backbone", ["lt", "true"])
+def test_half_a_swap_is_reported_as_far_as_it_goes(tmp_path, backbone):
+    results = {"swap": factory.swap(backbones=(backbone,)), "ladder": factory.ladder(), "claims": factory.claims()}
+    assert story.headline(results).startswith("No verdict yet: the backbone trained on the ")
+    assert f"{backbone} → true" in story.verdict(results["swap"])
+    assert "Gap" not in dict(story.summary_rows(results))
+    assert [table.name for table in table_contents.tables(results)][:2] == ["swap", "ladder"]
+    page = report.build(factory.write(tmp_path, **results))
+    panels = 1 + 1 + 1 + 1  # profile, Figure 2, recalls without the split, ladder
+    assert embedded_charts(page) == panels
+    assert not (tmp_path / "figures" / "attribution.svg").exists()
+    recalls = embedded(page, "report-data")["recalls"]
+    missing = "true_lt" if backbone == "lt" else "lt_lt"
+    assert set(recalls[missing]) == {None}
+
+
+def test_an_attribution_without_its_cells_is_refused(tmp_path):
+    swap = factory.swap()
+    del swap["cells"]["true->lt"]
+    with pytest.raises(UserError, match=r"field 'cells.true->lt' is missing"):
+        report.load(factory.write(tmp_path, swap=swap))
 
 
 def test_means_of_two_seeds_have_their_range(digits):

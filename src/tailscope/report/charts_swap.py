@@ -1,10 +1,12 @@
 """The split of the gap, Figure 2's bars and Figure 3's ladder: horizontal charts of accuracies with intervals."""
 
+from collections.abc import Sequence
+
 import altair as alt
 
 from tailscope.report import rows
 from tailscope.report.figure import Figure, Panel
-from tailscope.report.look import BACKBONE_KEYS, PART_KEYS, Key, css
+from tailscope.report.look import BACKBONE_KEYS, PAPER_KEY, PART_KEYS, Key, css
 from tailscope.report.marks import Chart, colour_scale, rows_of, shape_scale
 from tailscope.report.results import Result, Results
 from tailscope.report.rows import Row
@@ -12,6 +14,7 @@ from tailscope.report.text import arrow, number, percent, points, with_interval
 
 NARROW = 330  # pixels; narrower charts leave out what the tooltip and the table say too
 ACCURACY = "accuracy on balanced test images"
+PRINTED = " Upright ticks are the numbers that the paper printed."
 RUNG_KEYS = (
     Key(rows.STAGES["stage1"], "muted", "circle"),
     Key(rows.STAGES["stage2"], "sky", "square"),
@@ -68,7 +71,9 @@ def swap(results: Results) -> Figure:
     """Draw Figure 2: accuracy of every pair of backbone and classifier, with intervals and single seeds."""
     stored = rows.cells(results)
     present = {row["backbone"] for row in stored}
+    printed = any(row["paper"] is not None for row in stored)
     keys = [Key(_backbone(name), key.colour, "bar") for name, key in BACKBONE_KEYS.items() if name in present]
+    keys += [PAPER_KEY] if printed else []
     order = [arrow(row["cell"]) for row in stored]
     y = alt.Y("label:N", sort=order, title="backbone → classifier", axis=alt.Axis(labelFontSize=13, ticks=False))
     base = rows_of("cells").encode(y=y)
@@ -82,6 +87,8 @@ def swap(results: Results) -> Figure:
         base.mark_rule(strokeWidth=1.6).encode(x=_unit("ci_low:Q"), x2="ci_high:Q"),
         _numbers(base, 12).encode(x=_unit("label_at:Q")),
     ]
+    if printed:
+        layers.append(_paper_ticks(base, keys, 30).encode(x=_unit("paper:Q")))
     if len(results["swap"]["seeds"]) > 1:
         seeds = rows_of("cell_seeds").mark_point(filled=True, size=16, opacity=1, color=css("ink"))
         tooltip = [pair, alt.Tooltip("seed:N"), alt.Tooltip("accuracy:Q", format=".2%")]
@@ -91,7 +98,8 @@ def swap(results: Results) -> Figure:
         "Figure 2. Swap the data set between the two stages",
         "Accuracy when the backbone is trained on one set and the classifier on the other. If replacing the backbone "
         "(true → lt) helps more than replacing the classifier (lt → true), the features are the bottleneck."
-        f"{_whiskers(results['swap'])}{' Dots are single seeds.' if len(results['swap']['seeds']) > 1 else ''}",
+        f"{_whiskers(results['swap'])}{' Dots are single seeds.' if len(results['swap']['seeds']) > 1 else ''}"
+        f"{PRINTED if printed else ''}",
         _swap_reading(results["swap"]),
         [Panel("", alt.layer(*layers).properties(height=34 * len(stored)), keys)],
     )
@@ -100,16 +108,18 @@ def swap(results: Results) -> Figure:
 def ladder(results: Results) -> Figure:
     """Draw Figure 3: accuracy of every rung for every augmentation of stage 1."""
     stored = rows.ladder(results)
-    keys = [key for key in RUNG_KEYS if any(rows.STAGES[row["rung"]] == key.label for row in stored)]
+    rungs = [key for key in RUNG_KEYS if any(rows.STAGES[row["rung"]] == key.label for row in stored)]
+    paper = [row["paper"] for row in stored if row["paper"] is not None]
+    keys = [*rungs, *([PAPER_KEY] if paper else [])]
     order = list(dict.fromkeys(_rung(row)["augmentation_label"] for row in stored))
     lines = "split(replace(datum.label, ' + ', '|+ '), '|')"  # a narrow chart has no room for long labels
     augmentations = alt.Axis(ticks=False, labelExpr=lines)
     base = rows_of("ladder").encode(
         y=alt.Y("augmentation_label:N", sort=order, title="augmentation of stage 1", axis=augmentations),
-        yOffset=alt.YOffset("rung_label:N", sort=[key.label for key in keys]),
+        yOffset=alt.YOffset("rung_label:N", sort=[key.label for key in rungs]),
     )
-    low = min(row["mean"] if row["ci_low"] is None else row["ci_low"] for row in stored)
-    high = max(row["mean"] if row["ci_high"] is None else row["ci_high"] for row in stored)
+    low = min([*paper, *(row["mean"] if row["ci_low"] is None else row["ci_low"] for row in stored)])
+    high = max([*paper, *(row["mean"] if row["ci_high"] is None else row["ci_high"] for row in stored)])
     scale = alt.Scale(domain=[low - 0.02, high + (high - low) * 0.5 + 0.02], nice=False, zero=False)
     ticks = [tick / 20 for tick in range(20 + 1) if low - 0.02 <= tick / 20 <= high + 0.05]
     title = [alt.Tooltip("augmentation_label:N", title="stage 1"), alt.Tooltip("rung_label:N", title="rung")]
@@ -125,12 +135,15 @@ def ladder(results: Results) -> Figure:
         ),
         _numbers(base, 11).encode(x=alt.X("label_at:Q", scale=scale)),
     ]
+    if paper:
+        layers.insert(1, _paper_ticks(base, keys, 17).encode(x=alt.X("paper:Q", scale=scale)))
     return Figure(
         "fig3",
         "Figure 3. The augmentation ladder",
         "Each block is one augmentation of stage 1. Stage I is the network as trained; Stage II retrains its "
         "classifier with all classes drawn equally often; then AutoAugment joins there too. The bound fits the "
-        "classifier to the full set: what is still missing there, no classifier on these features regains.",
+        "classifier to the full set: what is still missing there, no classifier on these features regains."
+        f"{PRINTED if paper else ''}",
         "",
         [Panel("", alt.layer(*layers).properties(height=22 * len(stored)), keys)],
     )
@@ -141,6 +154,20 @@ def _numbers(base: alt.Chart, size: int) -> alt.Chart:
     text = alt.ExprRef(f"width < {NARROW} ? datum.short : datum.text")
     numbers: alt.Chart = base.mark_text(align="left", dx=8, fontSize=size, text=text)
     return numbers
+
+
+def _paper_ticks(base: alt.Chart, keys: Sequence[Key], height: int) -> alt.Chart:
+    """Mark the paper's number of each row that it printed, with an upright line of so many pixels."""
+    ticks: alt.Chart = (
+        base.transform_filter("isValid(datum.paper)")
+        .mark_point(filled=True, opacity=1, size=height**2)
+        .encode(
+            color=alt.ColorDatum(PAPER_KEY.label, scale=colour_scale(keys)),
+            shape=alt.ShapeDatum(PAPER_KEY.label, scale=shape_scale(keys)),
+            tooltip=[alt.Tooltip("paper:Q", title=PAPER_KEY.label, format=".2%")],
+        )
+    )
+    return ticks
 
 
 def _unit(field: str) -> alt.X:
@@ -159,7 +186,7 @@ def _cell(row: Row) -> Row:
 def _labelled(row: Row) -> Row:
     """Add the number as text, with its interval, and where to write it."""
     bounds = None if row["ci_low"] is None else (row["ci_low"], row["ci_high"])
-    ends = [row["mean"], row["highest"], *(bounds or ())]
+    ends = [row["mean"], row["highest"], *(bounds or ()), row["paper"] or 0.0]
     short = percent(row["mean"])
     return row | {"short": short, "text": with_interval(short, bounds), "label_at": max(ends)}
 

@@ -50,7 +50,7 @@ class Key:
     Attributes:
         label: the text, also the value that the chart encodes.
         colour: a name in `LIGHT`.
-        shape: a Vega symbol, or "bar" where the colour fills bars.
+        shape: a Vega symbol, "bar" where the colour fills bars, or "tick" for a short upright line.
         dash: a stroke dash, empty for a solid line.
     """
 
@@ -75,6 +75,7 @@ PART_KEYS = {
     "representation": Key("representation", "blue", "bar"),
     "classifier": Key("classifier", "purple", "bar"),
 }
+PAPER_KEY = Key("the paper's number", "ink", "tick")
 OTHER = Key("other", "purple", "diamond", (4, 4))
 
 

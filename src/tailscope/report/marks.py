@@ -11,6 +11,7 @@ from tailscope.report.rows import Row
 
 Chart = alt.Chart | alt.LayerChart | alt.FacetChart
 MANY = 40  # classes; beyond, single points fade and a running mean carries the trend
+VEGA_SHAPES = {"bar": "square", "tick": "M-0.1,-1L0.1,-1L0.1,1L-0.1,1Z"}
 NAMED = 20  # classes; up to here the axis names them
 
 
@@ -59,8 +60,9 @@ def colour_scale(keys: Sequence[Key]) -> alt.Scale:
 
 
 def shape_scale(keys: Sequence[Key]) -> alt.Scale:
-    """Return the scale from the keys' labels to their shapes."""
-    return alt.Scale(domain=[key.label for key in keys], range=[key.shape for key in keys])
+    """Return the scale from the keys' labels to their shapes as Vega knows them."""
+    shapes = [VEGA_SHAPES.get(key.shape, key.shape) for key in keys]
+    return alt.Scale(domain=[key.label for key in keys], range=shapes)
 
 
 def rank_axis(classes: Sequence[Row], field: str = "rank") -> alt.X:

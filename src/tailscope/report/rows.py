@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tailscope.groups import GROUPS
+from tailscope.paper import published
+from tailscope.paper.targets import dataset_of
 from tailscope.report.results import Result, Results, first, ranks
 
 Row = dict[str, Any]
@@ -51,12 +53,14 @@ def accuracy(cell: Mapping[str, Any]) -> Row:
 
 
 def cells(results: Results) -> list[Row]:
-    """Return one row a swap cell: cell, backbone, classifier, accuracy, interval, group recalls."""
+    """Return one row a swap cell: cell, backbone, classifier, accuracy, interval, group recalls, the paper's."""
     swap = results["swap"]
+    printed = published.table1(dataset_of(swap) or "")
     found = []
     for name in ordered_cells(swap):
         backbone, classifier = name.split("->")
-        found.append({"cell": name, "backbone": backbone, "classifier": classifier, **accuracy(swap["cells"][name])})
+        about = {"cell": name, "backbone": backbone, "classifier": classifier, "paper": printed.get(name)}
+        found.append(about | accuracy(swap["cells"][name]))
     return found
 
 
@@ -143,14 +147,20 @@ def classes(results: Results) -> list[Row]:
 
 
 def ladder(results: Results) -> list[Row]:
-    """Return one row an augmentation and rung: accuracy, interval, group recalls."""
+    """Return one row an augmentation and rung: accuracy, interval, group recalls, the paper's."""
     stored = results["ladder"]["augmentations"]
+    printed = published.figure3(dataset_of(results["ladder"]) or "")
     known = [
         *(name for name in AUGMENTATIONS if name in stored),
         *(name for name in stored if name not in AUGMENTATIONS),
     ]
     return [
-        {"augmentation": name, "rung": rung, **accuracy(stored[name][rung])}
+        {
+            "augmentation": name,
+            "rung": rung,
+            "paper": printed.get(f"{name}: {rung}"),
+            **accuracy(stored[name][rung]),
+        }
         for name in known
         for rung in STAGES
         if stored[name].get(rung)
