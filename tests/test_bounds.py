@@ -8,7 +8,10 @@ from scipy import stats
 
 from tailscope.bounds import (
     INFLATION,
+    Bound,
+    Selection,
     assign_folds,
+    at_least,
     cross_fitted,
     difference,
     extrapolation_weights,
@@ -16,7 +19,7 @@ from tailscope.bounds import (
     select_nested,
 )
 from tailscope.classifiers import SoftmaxRegression
-from tailscope.intervals import paired
+from tailscope.intervals import paired, proportion
 
 FIXED = "softmax(l2=0.1, tol=1e-4)"
 
@@ -172,3 +175,17 @@ def test_wrong_input_is_refused():
             select_nested({"a": y == 0}, y, folds=folds)
     with pytest.raises(ValueError, match="0 classifiers"):
         select_nested({}, y)
+
+
+def test_a_remedy_that_reaches_more_is_the_bound():
+    rng = np.random.default_rng(0)
+    fitted = Bound(rng.random(400) < 0.4, proportion(np.ones((1, 2))), None, None, ("not an upper bound",))
+    better = fitted.correct | (rng.random(400) < 0.3)
+    remedy = Selection(better, proportion(better[None]), ("ncm",) * 5, "ncm")
+    found = at_least(fitted, remedy)
+    assert found.remedy == "ncm"
+    assert found.accuracy.estimate == better.mean()
+    assert "ncm reaches" in found.notes[-1]
+    assert "few" in found.notes[-1]  # the verdict warns by this word
+    same = Selection(fitted.correct, fitted.accuracy, ("ncm",) * 5, "ncm")
+    assert at_least(fitted, same) is fitted

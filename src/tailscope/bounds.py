@@ -39,6 +39,7 @@ class Bound:
             None where there are fewer than 3 d samples a class, or where it was not asked for. It may exceed 1.
         extrapolated_items: [m], whose mean that is: for paired comparisons.
         notes: what a reader must know.
+        remedy: the re-balanced classifier that took the fitted one's place, or None.
     """
 
     correct: BoolArray
@@ -46,6 +47,7 @@ class Bound:
     extrapolated: Interval | None
     extrapolated_items: FloatArray | None
     notes: tuple[str, ...]
+    remedy: str | None = None
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,19 @@ def difference(a: ArrayLike, b: ArrayLike, inflation: float = INFLATION) -> Inte
     """Return the mean of a - b over the same items [m], with a paired interval on inflated standard errors."""
     items = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
     return paired(items[None]).widened(inflation)
+
+
+def at_least(bound: Bound, remedy: Selection, inflation: float = INFLATION) -> Bound:
+    """Return the bound, or the remedy in its place where the paired interval says that it gets more right.
+
+    What a re-balanced classifier reaches is within reach. A classifier fitted to few or uneven unseen samples may
+    reach less, and would make the representation look worse than it is.
+    """
+    gain = difference(remedy.correct, bound.correct, inflation)
+    if gain.ci95 is None or gain.ci95[0] <= 0:
+        return bound
+    note = f"{remedy.best} reaches {gain.estimate:.1%} more than a fit to the unseen samples: they are few or uneven"
+    return Bound(remedy.correct, remedy.accuracy, None, None, (*bound.notes, note), remedy.best)
 
 
 def assign_folds(labels: IntArray, folds: int, bursts: ArrayLike | None, seed: int) -> IntArray:

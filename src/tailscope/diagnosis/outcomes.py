@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.exceptions import ConvergenceWarning
 
-from tailscope.bounds import INFLATION, Bound, Selection, cross_fitted, held_out, select_nested
+from tailscope.bounds import INFLATION, Bound, Selection, at_least, cross_fitted, held_out, select_nested
 from tailscope.classifiers import LinearClassifier, LogitAdjustment, NearestClassMean, SoftmaxRegression, TauNorm
 from tailscope.classifiers.base import FeatureClassifier, Floats, IntArray
 from tailscope.classifiers.softmax import balanced_weights
@@ -41,7 +41,7 @@ class Outcomes:
         current_name: the file of the classifier in use, or how it was fitted.
         rebalanced: the best remedy, chosen on samples that it is not scored on.
         remedies: accuracy of every remedy on all unseen samples.
-        bound: a classifier fitted to the true distribution.
+        bound: a classifier fitted to the true distribution, or the best remedy where that reaches more.
         inflation: by which intervals of differences to the bound are widened.
         notes: warnings.
     """
@@ -97,7 +97,8 @@ def score(inputs: Inputs, seed: int, progress: Progress) -> Outcomes:
         right = {text: _predict(remedy, unseen[0]) == unseen[1] for text, remedy in fitted.items()}
         rebalanced = _rebalanced(inputs, fitted, right, scored, seed)
         advance(1)
-        bound = _bound(inputs, unseen, scored, seed)
+        inflation = INFLATION if inputs.test is None else 1.0
+        bound = at_least(_bound(inputs, unseen, scored, seed), rebalanced, inflation)
         advance(1)
     return Outcomes(
         scored[1],
@@ -107,7 +108,7 @@ def score(inputs: Inputs, seed: int, progress: Progress) -> Outcomes:
         rebalanced,
         {text: float(correct.mean()) for text, correct in right.items()},
         bound,
-        INFLATION if inputs.test is None else 1.0,
+        inflation,
         tuple(notes),
     )
 

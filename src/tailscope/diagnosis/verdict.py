@@ -44,6 +44,7 @@ def accuracies(outcomes: Outcomes, groups: Sequence[str | None]) -> dict[str, An
         "remedies": outcomes.remedies,
     }
     cells["classifier_bound"] |= {
+        "classifier": bound.remedy or "softmax regression on unseen samples",
         "ci95": list(_reach(bound.correct, outcomes.inflation)),
         "extrapolated": None if bound.extrapolated is None else _gap(bound.extrapolated),
         "notes": list(bound.notes),

@@ -12,6 +12,7 @@ from tailscope.report.results import Result
 from tailscope.report.rows import Row
 
 STEP_KEYS = (Key("total", "muted", "bar"), *PART_KEYS.values())
+MOST_POINTS = 2_000  # classes drawn; each is a shape in four panels of the page and of every file
 # Field, title, format, and the value that means no difference.
 SCATTERS: tuple[tuple[str, str, str, float | None], ...] = (
     ("center_shift_excess_deg", "Centre shift beyond chance, degrees", ".1f", 0.0),
@@ -31,7 +32,7 @@ def data(result: Result) -> dict[str, list[Row]]:
     """Return the rows of the charts by name."""
     names = ["name", "group", "count", *(field for field, *_ in SCATTERS)]
     found: dict[str, list[Row]] = {
-        "by_count": [{name: row[name] for name in names} for row in diagnosis_rows.classes(result)]
+        "by_count": [{name: row[name] for name in names} for row in _drawn(diagnosis_rows.classes(result))]
     }
     return found if result["verdict"] is None else found | {"steps": diagnosis_rows.steps(result)}
 
@@ -79,7 +80,7 @@ def scatter(result: Result) -> Figure:
         "Every class by its number of training samples",
         "One point a class. How far its centre turns when unseen samples join, beyond what so few training samples "
         "explain; how far out unseen samples lie among training samples; how near the next class is; and how many of "
-        "its samples are recognised. Lines mark no difference.",
+        f"its samples are recognised. Lines mark no difference.{_left_out(len(rows))}",
         "",
         panels,
     )
@@ -102,6 +103,20 @@ def _points(field: str, style: str, null: float | None, classes: int, keys: tupl
     layers: list[Chart] = [drawn] if null is None else [reference(null), drawn]
     chart: Chart = alt.layer(*layers).properties(height=230)
     return chart
+
+
+def _drawn(rows: list[Row]) -> list[Row]:
+    """Return all classes, or of very many every k-th by rank."""
+    return sorted(rows, key=lambda row: row["rank"])[:: _every(len(rows))]
+
+
+def _every(classes: int) -> int:
+    return -(-classes // MOST_POINTS)
+
+
+def _left_out(classes: int) -> str:
+    every = _every(classes)
+    return "" if every == 1 else f" Of {classes:,} classes one in {every} by count is drawn; the table has all."
 
 
 def _counts() -> alt.Axis:

@@ -79,9 +79,15 @@ def accuracies(result: Result) -> list[Row]:
     for name, label in ACCURACIES.items():
         cell = result["accuracy"][name]
         low, high = cell["ci95"] or (None, None)
-        what = cell.get("classifier") or "softmax regression on unseen samples"
         found.append(
-            {"label": label, "what": what, "mean": cell["mean"], "ci_low": low, "ci_high": high, **cell["groups"]}
+            {
+                "label": label,
+                "what": cell["classifier"],
+                "mean": cell["mean"],
+                "ci_low": low,
+                "ci_high": high,
+                **cell["groups"],
+            }
         )
     return found
 

@@ -19,7 +19,7 @@ def headline(result: Result) -> str:
         )
     if verdict["bottleneck"] == "representation":
         gap = _gap(verdict["representation_gap"])
-        return f"The representation is the bottleneck: even a classifier of the true distribution misses {gap}"
+        return f"The representation is the bottleneck: even the best classifier found misses {gap}"
     return f"Undecided: {verdict['reason']}"
 
 
@@ -59,11 +59,11 @@ def accuracy_rows(result: Result) -> list[tuple[str, ...]]:
 
 def _lead(result: Result) -> str:
     cells = {name: _accuracy(result["accuracy"][name]) for name in diagnosis_rows.ACCURACIES}
-    remedy = result["accuracy"]["rebalanced"]["classifier"]
-    return (
-        f"Now: {cells['current']}. Re-balanced by {remedy}: {cells['rebalanced']}. A classifier fitted to the true "
-        f"distribution: {cells['classifier_bound']}."
-    )
+    remedy, bound = (result["accuracy"][name]["classifier"] for name in ("rebalanced", "classifier_bound"))
+    text = f"Now: {cells['current']}. Re-balanced by {remedy}: {cells['rebalanced']}. "
+    if bound == remedy:
+        return text + "A classifier fitted to the unseen samples reaches less."
+    return text + f"A classifier fitted to the true distribution: {cells['classifier_bound']}."
 
 
 def _gaps(result: Result) -> str:

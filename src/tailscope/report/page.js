@@ -59,6 +59,7 @@
       return sign * (numeric ? a - b : words.compare(a, b));
     });
     body.append(...entries.map(([, row]) => row));
+    if (table.closest("#class-scroll")) filter();
   }
   for (const table of document.querySelectorAll("table.sortable")) {
     const heads = [...table.tHead.rows[0].cells];
@@ -69,25 +70,32 @@
     });
   }
 
-  // ---- the class table's filter
+  // ---- the class table's filter; of many classes a page at a time is laid out
+  const PAGE = 500;
   const find = document.getElementById("find");
   const group = document.getElementById("group");
   const shown = document.getElementById("shown");
-  const entries = [...document.querySelectorAll("#class-scroll tbody tr")];
-  const texts = entries.map((row) => row.textContent.toLowerCase());
+  const more = document.getElementById("more");
+  const entries = document.querySelector("#class-scroll tbody");
+  const texts = new Map([...entries.rows].map((row) => [row, row.textContent.toLowerCase()]));
+  let limit = PAGE;
   function filter() {
     const wanted = find.value.trim().toLowerCase();
     const only = group ? group.value : "";
     let count = 0;
-    entries.forEach((row, k) => {
-      const keep = texts[k].includes(wanted) && (!only || row.dataset.group === only);
-      row.hidden = !keep;
+    for (const row of entries.rows) {
+      const keep = texts.get(row).includes(wanted) && (!only || row.dataset.group === only);
       count += keep;
-    });
-    shown.textContent = count === entries.length ? `${count} classes` : `${count} of ${entries.length} classes`;
+      row.hidden = !keep || count > limit;
+    }
+    const found = count === texts.size ? `${count} classes` : `${count} of ${texts.size} classes`;
+    shown.textContent = count > limit ? `${found}, the first ${limit} shown` : found;
+    more.hidden = count <= limit;
   }
   find.addEventListener("input", filter);
   if (group) group.addEventListener("change", filter);
+  more.addEventListener("click", () => { limit += PAGE; filter(); });
+  filter();
 
   // ---- paper shows what a click would
   let closed = [];
