@@ -28,7 +28,7 @@ def read_csv(table):
 
 
 def cifar(make, **options):
-    return make(name="cifar10", **{"converged": True, **options})
+    return make(**{"name": "cifar10", "converged": True, **options})
 
 
 def test_table_1_is_paper_ours_difference():
@@ -138,6 +138,33 @@ def test_the_page_keeps_prose_and_writes_blocks(results):
     assert "3 are needed" in fast  # claims are decided where there is no claims.json
     assert "MixUp shrinks the escape rate" in page  # and taken from it where there is
     assert "| results/cifar10-fast | cifar10-lt |" in page
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+@pytest.mark.parametrize(
+    "verbs",
+    [("swap",), ("half",), ("ladder",), ("geometry",), ("half", "geometry"), ("swap", "ladder", "geometry", "claims")],
+)
+def test_the_page_takes_whatever_a_folder_holds(results, name, verbs):
+    made = {
+        "swap": ("swap", cifar(factory.swap, name=name)),
+        "half": ("swap", cifar(factory.swap, name=name, seeds=1, backbones=("lt",))),
+        "ladder": ("ladder", cifar(factory.ladder, name=name, seeds=2)),  # a queue adds seeds one by one
+        "geometry": ("geometry", cifar(factory.geometry, name=name, seeds=1)),
+        "claims": ("claims", factory.claims()),
+    }
+    factory.write(results / "another", **dict(made[verb] for verb in verbs))
+    page = generate(results, PROSE + OVERVIEW)
+    block = page.split("<!-- results: another -->")[1].split("<!-- /results")[0]
+    titles = {"swap": "Table 1", "half": "Table 1", "ladder": "Figure 3", "geometry": "Figure 8"}
+    for verb, title in titles.items():
+        assert (f"**{title}:" in block) == (verb in verbs or (title == "Table 1" and bool({"swap", "half"} & {*verbs})))
+    assert ("not run" in block) == ("half" in verbs)
+    if verbs == ("half", "geometry"):
+        assert "Seeds 0;" in block
+    if "claims" in verbs:
+        assert "Seeds swap 0 1 2, ladder 0 1, geometry 0;" in block
+    assert generate(results, page) == page
 
 
 def test_the_page_is_stable_and_prose_within_it_stays(results):

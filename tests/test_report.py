@@ -420,6 +420,13 @@ def test_half_a_swap_is_reported_as_far_as_it_goes(tmp_path, backbone):
     assert set(recalls[missing]) == {None}
 
 
+def test_files_of_different_seeds_say_so():
+    results = {"swap": factory.swap(seeds=3), "ladder": factory.ladder(seeds=1)}
+    assert "The results differ in their number of seeds: swap has 3 and ladder has 1." in story.caveats(results)
+    assert not any("One seed" in text for text in story.caveats(results))
+    assert not any("number of seeds" in text for text in story.caveats({"swap": results["swap"]}))
+
+
 def test_an_attribution_without_its_cells_is_refused(tmp_path):
     swap = factory.swap()
     del swap["cells"]["true->lt"]

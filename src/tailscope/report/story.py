@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from tailscope.report import rows
 from tailscope.report.geometry_story import geometry_findings, memorised
-from tailscope.report.results import Result, Results, first, mismatches
+from tailscope.report.results import TRAINED, Result, Results, first, mismatches
 from tailscope.report.text import (
     arrow,
     listed,
@@ -131,6 +131,10 @@ def caveats(results: Results) -> list[str]:
         found.append("One seed: this pair of trainings only. Intervals cover new test images, not new trainings.")
     if seeds == 2:
         found.append("Two seeds: points only, no intervals. Three or more give intervals.")
+    by_verb = {verb: len(results[verb]["seeds"]) for verb in TRAINED if verb in results}
+    if len(set(by_verb.values())) > 1:
+        counts = listed([f"{verb} has {n}" for verb, n in by_verb.items()])
+        found.append(f"The results differ in their number of seeds: {counts}.")
     recipe = first(results)["recipe"]
     if not recipe["converged"]:
         found.append(
