@@ -6,7 +6,7 @@ from pydantic import SerializerFunctionWrapHandler, ValidationError, model_seria
 
 from tailscope.errors import UserError
 from tailscope.methods import AUGMENTATIONS, MIXINGS
-from tailscope.methods.photos import PHOTO_AUGMENTATIONS, for_photos, resized_crop
+from tailscope.methods.photos import PHOTO_AUGMENTATIONS, for_photos
 from tailscope.models import MODELS
 from tailscope.registry import Registry, split_call
 from tailscope.spec import BnMode, DataSpec, Frozen, StageSpec, TrainSpec
@@ -185,11 +185,10 @@ def imagenet(
         views: how many augmented views stage 2 sees.
 
     Raises:
-        UserError: the crops are too small, or `width` is not positive.
+        UserError: the crops are so small that the last stage would see one pixel, or `width` is not positive.
     """
-    resized_crop(size)
-    if width < 1:
-        raise UserError(f"recipe imagenet(width={width}): width must be at least 1")
+    if size < 17 or width < 1:
+        raise UserError(f"recipe imagenet(size={size}, width={width}): size must be at least 17 and width 1")
     drops = tuple(round(share * epochs) for share in (0.3, 0.6, 0.8))
     return Recipe(
         name="imagenet",

@@ -1,0 +1,227 @@
+"""Experiments on images in files from the command line: one process, two processes, and what cannot be read."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from experiment_setups import CPU, timeless
+from image_trees import photos as draw_photos
+from tailscope import verbs
+from tailscope.data import filedata
+from tailscope.errors import UserError
+from tailscope.experiments.files import IMAGENET
+from tailscope.experiments.geometry import geometry
+from tailscope.experiments.lab import Lab
+from tailscope.experiments.settings import Settings
+from tailscope.methods import photos
+from tailscope.seeds import derive, keyed
+from tailscope.store import Store
+from tailscope.training.recipes import RECIPES, recipe_by_name
+from tailscope.training.team import form
+
+RECIPE = "imagenet(size=24, width=4, epochs=2, batch=32, learning_rate=0.005, views=2)"
+COUNTS, TEST_COUNTS = [30, 30, 30], [8, 8, 8]
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """90 training and 24 test photographs with their lists."""
+    root = tmp_path_factory.mktemp("tree")
+    draw_photos(root, COUNTS, split="train", side=20)
+    draw_photos(root, TEST_COUNTS, split="test", seed=1, side=20)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch):
+    monkeypatch.setattr(verbs.report, "build", lambda *_, **__: None)
+
+
+def swap(root: Path, out: Path, *more: object) -> list[str]:
+    lists = f"list:{root / 'train.txt'},{root / 'test.txt'}"
+    fixed = ("swap", "--data", lists, "--profile", "exp:6", "--recipe", RECIPE, "--seeds", "1", "--device", "cpu")
+    return [*map(str, (*fixed, "--out", out, *more))]
+
+
+def trained(out: Path) -> dict[str, dict]:
+    return {path.parent.name: json.loads(path.read_text()) for path in out.glob("store/stage1/*/meta.json")}
+
+
+def test_two_processes_give_what_one_that_accumulates_gives(tailscope_, tree, tmp_path):
+    one = tailscope_(*swap(tree, tmp_path / "one", "--micro-batches", 2, "--data-root", tree))
+    assert (one.code, one.err) == (0, "")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", "tailscope", *swap(tree, tmp_path / "two", "--devices", 2, "--workers", 1)]
+    two = subprocess.run([*command, "--json"], env=environment, capture_output=True, text=True, timeout=300)
+    assert two.returncode == 0, two.stderr
+    assert two.stderr == ""
+    printed, stored = json.loads(two.stdout), json.loads((tmp_path / "two" / "swap.json").read_text())
+    assert printed == stored
+    ours, theirs = trained(tmp_path / "one"), trained(tmp_path / "two")
+    assert ours.keys() == theirs.keys()  # the split is in no key
+    assert len(ours) == 2
+    for key, meta in ours.items():
+        assert theirs[key]["losses"] == pytest.approx(meta["losses"], rel=1e-5)
+        assert (meta["processes"], theirs[key]["processes"]) == (1, 2)
+        states = [
+            load_file(tmp_path / out / "store" / "stage1" / key / "tensors.safetensors") for out in ("one", "two")
+        ]
+        for name, tensor in states[0].items():
+            torch.testing.assert_close(states[1][name], tensor, rtol=1e-3, atol=1e-5)
+    alone = json.loads((tmp_path / "one" / "swap.json").read_text())
+    assert stored["spec"] == alone["spec"]
+    for row, cell in stored["cells"].items():  # rounding may move an item across a boundary
+        assert cell["accuracy"] == pytest.approx(alone["cells"][row]["accuracy"], abs=1.5 / sum(TEST_COUNTS))
+    assert {(card["micro_batches"], card["processes"]) for card in stored["provenance"]} == {(2, 2)}
+
+
+def test_the_same_again_trains_nothing_and_workers_do_not_matter(tailscope_, tree, tmp_path):
+    first = tailscope_(*swap(tree, tmp_path, "--json"))
+    assert first.code == 0
+    again = tailscope_(*swap(tree, tmp_path, "--json", "--workers", 0))
+    assert "Nothing was trained" in again.err
+    assert timeless(json.loads(again.out)) == timeless(json.loads(first.out))
+
+
+def test_folders_are_the_same_experiment_as_lists(tailscope_, tree, tmp_path):
+    arguments = swap(tree, tmp_path, "--json")
+    arguments[arguments.index("--data") + 1] = f"folder:{tree}"
+    shown = tailscope_(*arguments)
+    assert shown.code == 0
+    result = json.loads(shown.out)
+    assert result["dataset"] == {
+        "name": tree.name, "class_names": ["n00", "n01", "n02"], "train_images": 90, "test_images": 24,
+    }  # fmt: skip
+    assert result["counts"] == [30, 12, 5]
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    root = tmp_path / "damaged"
+    draw_photos(root, COUNTS, split="train", side=20)
+    draw_photos(root, TEST_COUNTS, split="test", seed=1, side=20)
+    (root / "train" / "n00" / "3.jpg").unlink()
+    file = root / "train" / "n02" / "9.jpg"
+    file.write_bytes(file.read_bytes()[:200])
+    (root / "test" / "n01" / "0.jpg").write_bytes(b"no image")
+    return root
+
+
+def test_verify_lists_all_that_cannot_be_read_and_stops(tailscope_, damaged, tmp_path):
+    shown = tailscope_(*swap(damaged, tmp_path / "out", "--verify"))
+    *lines, last = shown.err.splitlines()
+    assert (shown.code, shown.out) == (2, "")
+    assert [line.split(":")[0] for line in lines] == ["train.txt line 4", "train.txt line 70", "test.txt line 9"]
+    assert lines[0] == "train.txt line 4: train/n00/3.jpg: missing"
+    assert last.startswith("error: train: 3 images cannot be read: train.txt line 4: train/n00/3.jpg (missing); ")
+    assert trained(tmp_path / "out") == {}
+
+
+def test_without_verify_they_take_no_part_and_are_counted(tailscope_, damaged, tmp_path, monkeypatch):
+    shown = tailscope_(*swap(damaged, tmp_path / "out", "--json"))
+    assert shown.code == 0
+    result = json.loads(shown.out)
+    assert (result["dataset"]["train_images"], result["dataset"]["test_images"]) == (88, 23)
+    assert result["counts"] == [29, 11, 4]
+    noted = [text for text in result["warnings"] if "took no part" in text]
+    assert len(noted) == 1
+    assert noted[0].startswith("3 images cannot be read and took no part: train.txt line 4: train/n00/3.jpg (missing)")
+    monkeypatch.setattr(filedata, "find_unreadable", lambda *_, **__: pytest.fail("looked again"))
+    assert tailscope_(*swap(damaged, tmp_path / "out", "--json")).code == 0
+
+
+def test_a_class_without_a_readable_image_is_refused(tailscope_, damaged, tmp_path):
+    for file in (damaged / "train" / "n01").iterdir():
+        file.write_bytes(b"")
+    shown = tailscope_(*swap(damaged, tmp_path / "out"))
+    assert shown.code == 2
+    assert "class 1 has no training image that can be read" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            {"--recipe": "fast"},
+            "need an augmentation that makes them one size, not crop(padding=4), flip; take --recipe",
+        ),
+        ({"--recipe": "imagenet(size=16)"}, "size must be at least 17"),
+        ({"--recipe": "imagenet(width=0)"}, "size must be at least 17 and width 1"),
+        ({"--recipe": "imagenet(epochs=0)"}, "--recipe imagenet(epochs=0): Input should be greater"),
+        ({"--recipe": "imagenet(depth=4)"}, "unknown argument 'depth'; known: size, width, epochs"),
+        ({"--micro-batches": "17"}, "--micro-batches 17: must be a multiple of the 1 processes and at most half"),
+        ({"--data": "digits"}, "images in memory cannot be trained with resized_crop"),
+        ({"--data": "digits", "--recipe": "demo", "--devices": "2"}, "digits: --devices, --num-nodes"),
+        ({"--data": "list:{tree}/train.txt"}, "needs images to train on and to test on; give list:TRAIN.txt,TEST.txt"),
+        ({"--data": "folder:{tree}/train"}, "give folder:PATH with train/ and test/ (or val/)"),
+    ],
+    ids=str,
+)
+def test_mistakes(tailscope_, tree, tmp_path, change, says):
+    arguments = swap(tree, tmp_path / "out")
+    for option, value in change.items():
+        value = value.format(tree=tree) if "tree" in value else value
+        if option in arguments:
+            arguments[arguments.index(option) + 1] = value
+        else:
+            arguments += [option, value]
+    shown = tailscope_(*arguments)
+    assert (shown.code, shown.out) == (2, "")
+    assert says in shown.err
+    assert shown.err.count("\n") == 1
+
+
+def test_several_processes_without_lightning(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightning.fabric", None)
+    with pytest.raises(UserError, match=r"pip install 'tailscope\[ddp\]'"):
+        form(2, 1, "cpu")
+    assert form(None, 1, "cpu").size == 1  # needs none
+
+
+def test_features_and_views_are_the_plain_ones(tree, tmp_path):
+    data = filedata.load(f"folder:{tree}")
+    lab = Lab(data, Store(tmp_path), CPU)
+    recipe = recipe_by_name(RECIPE)
+    settings = Settings(profile="exp:6", protocol="nested", recipe=recipe, seeds=(4,), permutations=9)
+    result = geometry(lab, settings)
+    assert [len(e["seeds"]["4"]["paper"]["classes"]) for e in result["encoders"].values()] == [3, 3, 3]
+    backbone = lab.backbone(recipe.backbone(lab.true().spec), lab.true().rows, 4, "true")
+
+    def features(rows: list[int], transform, *path: str | int) -> torch.Tensor:
+        images = []
+        for row in rows:
+            with keyed(derive(4, *path, data.train.files.paths[row], 0)):
+                images.append(transform(data.train.files.image(row)))
+        x = ((torch.stack(images).float() - IMAGENET.mean) / IMAGENET.std).permute(0, 3, 1, 2)
+        with torch.no_grad():
+            return backbone.model.features(x)
+
+    rows = [0, 31, 89]
+    clean = features(rows, photos.evaluation(recipe.augment))
+    torch.testing.assert_close(lab.clean_features(backbone, "train")[rows], clean, rtol=1e-4, atol=1e-5)
+    stage2 = recipe.classifier(lab.true().spec)
+    viewed = lab.views(backbone, stage2, np.array(rows), 4)[1]
+    expected = features(rows, photos.training(recipe.augment), "stage2", "augment", 1)
+    torch.testing.assert_close(viewed[0], expected, rtol=1e-4, atol=1e-5)
+    assert viewed[1].tolist() == [0, 1, 2]
+
+
+def test_the_papers_recipe_is_section_3():
+    from tailscope.paper.published import document
+
+    printed, stage1 = document()["section3"]["imagenet_stage1"], RECIPES["imagenet"].stage1
+    assert RECIPES["imagenet"].model == "resnet10(width=64)"
+    for name in ("epochs", "batch", "learning_rate", "momentum", "weight_decay"):
+        assert getattr(stage1, name) == printed[name]
+    drops = tuple(printed["drop_epochs"])
+    assert stage1.schedule == f"multistep(warmup=0, drops={drops}, factor={printed['drop_factor']})"
+    assert RECIPES["imagenet"].stage2 == RECIPES["paper"].stage2
+    assert recipe_by_name("imagenet(epochs=100)") is RECIPES["imagenet"]
+    assert not recipe_by_name("imagenet(epochs=99)").converged
