@@ -53,6 +53,12 @@ def nan(files):
     files("unseen", features=features)
 
 
+def infinite(files):
+    features = files.fields["train"]["features"].copy()
+    features[5] = -np.inf
+    files("train", features=features)
+
+
 def short(files):
     files("unseen", features=files.fields["unseen"]["features"][:, :5])
 
@@ -95,14 +101,15 @@ def absent(files):
     ("damage", "words"),
     [
         (nan, ("unseen.npz", "2 of 450 rows hold NaN or infinity", "the first is row 3")),
+        (infinite, ("train.npz", "1 of 633 rows hold NaN or infinity", "the first is row 5")),
         (short, ("unseen.npz", "d = 5", "d = 12")),
         (missing_class, ("train.npz", "no training samples of 'class 4'")),
         (float_labels, ("train.npz", "labels is float64", "integers")),
         (few_names, ("train.npz", "class_names has 2 names")),
         (other_names, ("unseen.npz", "lacks 'class 8'", "'zebra'")),
         (empty, ("unseen.npz", "the file is empty")),
-        (truncated, ("unseen.npz",)),
-        (objects, ("unseen.npz",)),
+        (truncated, ("unseen.npz", "truncated")),
+        (objects, ("unseen.npz", "features holds Python objects, which are never unpickled")),
         (absent, ("unseen.npz", "no such file")),
     ],
 )
@@ -122,6 +129,7 @@ def test_bad_files_are_one_line_and_exit_code_2(run, files, damage, words):
         (("--ceiling", "87"), "--ceiling 87.0: expected"),
         (("--alpha", "1"), "--alpha 1.0: expected"),
         (("--permutations", "-1"), "permutations"),
+        (("--device", "tpu"), "--device tpu: known are"),
         (("--train", "x.npz"), "1 given for 2 --train"),
         (("--classifier", "no.npz"), "no.npz: no such file"),
     ],
@@ -149,6 +157,21 @@ def test_the_verb_is_there_before_torch_is_imported():
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "'diagnose'" in shown.stdout
+
+
+def test_measuring_imports_nothing_that_only_verdicts_and_reports_need(files):
+    """A process of its own, from start to end: its command line is recorded without the folders of this machine."""
+    code = (
+        "import sys; from tailscope import cli\ntry: cli.main()\nexcept SystemExit as end: assert end.code == 0, end\n"
+        "print({'sklearn', 'scipy.stats', 'pandas', 'altair', 'torchvision', 'torch._dynamo'} & {*sys.modules})"
+    )
+    paths = ("--train", files.folder / "train.npz", "--unseen", files.folder / "unseen.npz", "--out", files.folder)
+    arguments = ["diagnose", *map(str, paths), *QUICK]
+    shown = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert shown.stdout.endswith("set()\n"), shown.stdout
+    command = json.loads((files.folder / "diagnosis.json").read_text())["command"]
+    assert command.startswith("tailscope diagnose --train train.npz --unseen unseen.npz --out ")
+    assert str(files.folder.parent) not in command
 
 
 def test_a_result_of_another_spec_is_not_replaced(run, files, tmp_path):
@@ -207,12 +230,13 @@ def test_an_uneven_scored_set_is_warned_about():
     assert any("10 to 50 samples a class" in text for text in warnings)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_every_floating_type_gives_a_verdict(dtype, tmp_path):
+@pytest.mark.parametrize(
+    ("dtype", "suffix"), [(np.float16, "parquet"), (np.float32, "npz"), (np.float64, "safetensors")]
+)
+def test_every_floating_type_and_format_gives_a_verdict(dtype, suffix, tmp_path):
     train, unseen = (FeatureTable.from_arrays(features.astype(dtype), labels) for features, labels in separable())
     for name, one in (("train", train), ("unseen", unseen)):
-        one.save(tmp_path / f"{name}.safetensors")
-    found = tailscope.diagnose(
-        tmp_path / "train.safetensors", tmp_path / "unseen.safetensors", permutations=0, classifier=head_biased()
-    )
+        one.save(tmp_path / f"{name}.{suffix}")
+    files = [tmp_path / f"{name}.{suffix}" for name in ("train", "unseen")]
+    found = tailscope.diagnose(*files, permutations=0, classifier=head_biased())
     assert found["verdict"]["bottleneck"] == "classifier"

@@ -145,10 +145,10 @@ def naive(train, train_labels, unseen, unseen_labels, names, seed=0):
     return entries
 
 
-def made_up(classes, d, most, unseen_most, seed):
+def made_up(classes, d, most, unseen_most, seed, steep=1):
     """Long-tailed ReLU-like features of unequal lengths: n from `most` to 1, m from 0 to `unseen_most`."""
     rng = np.random.default_rng(seed)
-    n = [max(1, int(most * (1 / most) ** (k / (classes - 1)))) for k in range(classes)]
+    n = [max(1, int(most * (1 / most) ** (steep * k / (classes - 1)))) for k in range(classes)]
     m = [int(x) for x in rng.integers(0, unseen_most + 1, classes)]
     centers = np.maximum(rng.normal(size=(classes, d)), 0) + 0.1
     scale = 1 / np.sqrt(np.arange(1, d + 1))
@@ -199,7 +199,8 @@ def test_fields_equal_naive_loops(case, dtype):
 
 
 def test_thousand_classes_equal_naive_loops():
-    sets = made_up(1000, 16, 30, 3, seed=1)
+    sets = made_up(1000, 16, 500, 3, seed=1, steep=6)
+    assert {1, 500} <= {*np.bincount(sets[1])}
     names = [str(k) for k in range(1000)]
     ours = describe(*map(torch.from_numpy, sets), names, permutations=0).classes
     assert_same(ours, naive(*sets, names), relative=1e-6, angle=1e-4)

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +34,11 @@ DropDuplicates = Annotated[
 Seed = Annotated[int, typer.Option(min=0, help="Seed of permutations and folds.")]
 
 
+GeometryDevice = Annotated[
+    str, typer.Option("--device", help="auto, cpu or cuda, for the geometry; classifiers fit on the CPU.")
+]
+
+
 @app.command()
 def diagnose(
     train: Train,
@@ -47,6 +53,7 @@ def diagnose(
     no_report: NoReport = False,
     drop_duplicates: DropDuplicates = False,
     seed: Seed = 0,
+    device: GeometryDevice = "cpu",
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -63,14 +70,16 @@ def diagnose(
     from tailscope.progress import Bars, Quiet
     from tailscope.result_files import check_free, write
     from tailscope.store import make_folder
+    from tailscope.training.runtime import Runtime
 
     console = Console(stderr=as_json)
     settings = Settings(ceiling, permutations, alpha, not no_verdict, drop_duplicates, seed)
+    runtime = Runtime.choose(device)
     inputs = prepare(train, unseen, test, classifier, settings)
     make_folder(out, "--out")
     check_free(out, "diagnosis", spec(inputs, settings), overwrite=overwrite)
     with Bars(console) if console.is_terminal else nullcontext(Quiet()) as progress:
-        result = run(inputs, settings, progress)
+        result = run(inputs, settings, replace(runtime, progress=progress))
     write(out, "diagnosis", result)
     page = None if no_report else report.build(out)
     if as_json:

@@ -14,7 +14,7 @@ from tailscope.diagnosis.neighbours import confusable_pairs
 from tailscope.errors import UserError
 from tailscope.geometry import GeometryResult, describe
 from tailscope.linear_classifier import LinearClassifier
-from tailscope.progress import Progress, Quiet
+from tailscope.progress import Progress
 from tailscope.result_files import command_line, versions
 from tailscope.training.runtime import Runtime
 
@@ -68,6 +68,7 @@ def diagnose(
     verdict: bool = True,
     drop_duplicates: bool = False,
     seed: int = 0,
+    device: str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Say where accuracy is lost on given features, for which classes, how sure that is, and what to try.
@@ -83,6 +84,7 @@ def diagnose(
         verdict: False leaves out everything that fits classifiers.
         drop_duplicates: leave out unseen samples that are also training samples.
         seed: of permutations, folds and hold-outs.
+        device: auto, cpu or cuda, where geometry is measured; classifiers are fitted on the CPU.
         progress: is told how far the work is.
 
     Returns:
@@ -92,7 +94,8 @@ def diagnose(
         UserError: an input or option is wrong, in one line.
     """
     settings = Settings(ceiling, permutations, alpha, verdict, drop_duplicates, seed)
-    return run(prepare(train, unseen, test, classifier, settings), settings, progress or Quiet())
+    runtime = Runtime.choose(device, progress=progress)
+    return run(prepare(train, unseen, test, classifier, settings), settings, runtime)
 
 
 def prepare(
@@ -127,7 +130,7 @@ def spec(inputs: dict[str, Inputs], settings: Settings) -> dict[str, Any]:
     return {"encoders": {name: one.fingerprints for name, one in inputs.items()}, **asdict(settings)}
 
 
-def run(inputs: dict[str, Inputs], settings: Settings, progress: Progress) -> dict[str, Any]:
+def run(inputs: dict[str, Inputs], settings: Settings, runtime: Runtime) -> dict[str, Any]:
     """Diagnose prepared inputs; of several encoders the first is the reference, flat at the top of the result.
 
     Raises:
@@ -135,14 +138,14 @@ def run(inputs: dict[str, Inputs], settings: Settings, progress: Progress) -> di
     """
     results, outcomes = {}, {}
     for name, one in inputs.items():
-        results[name], outcomes[name] = _one(one, settings, progress)
+        results[name], outcomes[name] = _one(one, settings, runtime)
     first = next(iter(inputs.values()))
     result = {
         "schema": "tailscope.diagnosis/1",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command_line(sys.argv[1:]),
         "spec": spec(inputs, settings),
-        "environment": {"versions": versions(), "hardware": Runtime.choose("cpu").describe()},
+        "environment": {"versions": versions(), "hardware": runtime.describe()},
         "dataset": {
             "name": next(iter(inputs)),
             "class_names": list(first.names),
@@ -157,15 +160,15 @@ def run(inputs: dict[str, Inputs], settings: Settings, progress: Progress) -> di
     return result
 
 
-def _one(inputs: Inputs, settings: Settings, progress: Progress) -> "tuple[dict[str, Any], Outcomes | None]":
+def _one(inputs: Inputs, settings: Settings, runtime: Runtime) -> "tuple[dict[str, Any], Outcomes | None]":
     """Return the part of a diagnosis that is one encoder's."""
     train, unseen, names = inputs.train, inputs.unseen, inputs.names
     first, second = bursts(train, unseen)
-    with progress.task("geometry", len(names)) as advance:
+    with runtime.progress.task("geometry", len(names)) as advance:
         geometry = describe(
-            train.features,
+            train.features.to(runtime.device),
             train.labels,
-            unseen.features,
+            unseen.features.to(runtime.device),
             unseen.labels,
             names,
             permutations=settings.permutations,
@@ -183,7 +186,7 @@ def _one(inputs: Inputs, settings: Settings, progress: Progress) -> "tuple[dict[
     }
     warnings = [*inputs.warnings, *geometry.warnings]
     if settings.verdict:
-        judged, caveats, outcomes = _judge(inputs, geometry, settings, progress)
+        judged, caveats, outcomes = _judge(inputs, geometry, settings, runtime.progress)
         return measured | judged | {"warnings": list(dict.fromkeys([*warnings, *caveats]))}, outcomes
     pairs = confusable_pairs(train, unseen, names)
     unjudged = {"accuracy": None, "verdict": None, "advice": [], "pairs": pairs}
