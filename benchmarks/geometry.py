@@ -104,21 +104,25 @@ def _engine_rows(measured: dict[str, Measured], shape: Shape, goals: bool) -> li
 def _process_rows(shape: Shape, goals: bool, rounds: int, options: Options) -> list[Row]:
     """Measure whole processes: start, imports, reading the features, measuring, end."""
     with tempfile.TemporaryDirectory() as folder:
-        path = f"{folder}/features.npz"
-        features = {"rows": shape.rows, "dimension": shape.dimension, "classes": shape.classes, "path": path}
+        features = {"rows": shape.rows, "dimension": shape.dimension, "classes": shape.classes, "folder": folder}
         with Worker(Arm("benchmarks.arms.geometry:save", features), inline=options.inline) as worker:
             worker.wait_until_ready()
         ours, rival, peaks = [], [], []
         for _ in range(rounds):
-            seconds, report = _whole("ours", path, shape, options)
+            seconds, report = _whole("ours", folder, shape, options)
             ours.append(seconds)
             peaks.append(report["peak_bytes"])
             if goals:
-                seconds, report = _whole("sklearn", path, shape, options)
+                seconds, report = _whole("sklearn", folder, shape, options)
                 rival.append(seconds + report["loop_seconds"] * (shape.classes / shape.measured - 1))
     megabytes = [(peak - shape.features_bytes) / 1e6 for peak in peaks]
     rows = [
-        Row(f"{shape} tailscope, whole process", Spread.of(ours), "s", note="start, imports, reading, measuring"),
+        Row(
+            f"{shape} tailscope, whole process",
+            Spread.of(ours),
+            "s",
+            note="diagnose --no-verdict --permutations 0 --no-report: start, reading, checking, measuring, writing",
+        ),
         Row(
             f"{shape} its peak memory beyond the features",
             Spread.of(megabytes),
@@ -139,14 +143,14 @@ def _process_rows(shape: Shape, goals: bool, rounds: int, options: Options) -> l
     return rows
 
 
-def _whole(engine: str, path: str, shape: Shape, options: Options) -> tuple[float, dict[str, Any]]:
+def _whole(engine: str, folder: str, shape: Shape, options: Options) -> tuple[float, dict[str, Any]]:
     """Run a process to its end; return its seconds and what it reported."""
-    arguments = [engine, path, str(shape.classes), str(shape.measured)]
+    arguments = [engine, folder, str(shape.classes), str(shape.measured)]
     started = time.perf_counter()
     if options.inline:
         from benchmarks.arms.whole import main
 
-        report: dict[str, Any] = dict(main(engine, path, shape.classes, shape.measured))
+        report: dict[str, Any] = dict(main(engine, folder, shape.classes, shape.measured))
     else:
         command = [sys.executable, "-m", "benchmarks.arms.whole", *arguments]
         done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, check=True, text=True)

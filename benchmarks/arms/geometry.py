@@ -55,7 +55,9 @@ def engine(pace: Pace, *, rows: int, dimension: int, classes: int, permutations:
         pace.step(rows)
 
 
-def save(pace: Pace, *, path: str, rows: int, dimension: int, classes: int) -> None:
-    """Write the features to a file for the comparison of whole processes, and end."""
-    np.savez(path, **make_features(rows, dimension, classes).arrays())  # type: ignore[arg-type]
+def save(pace: Pace, *, folder: str, rows: int, dimension: int, classes: int) -> None:
+    """Write feature files train.npz and unseen.npz for the comparison of whole processes, and end."""
+    made = make_features(rows, dimension, classes)
+    np.savez(f"{folder}/train.npz", features=made.train.numpy(), labels=made.train_labels.numpy())
+    np.savez(f"{folder}/unseen.npz", features=made.unseen.numpy(), labels=made.unseen_labels.numpy())
     pace.ready()
