@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import json
 import os
 import subprocess
 import sys
@@ -51,6 +52,16 @@ def cifar10_npz() -> Path:
 def cifar100_npz() -> Path:
     """CIFAR-100 as an image `.npz`."""
     return unpacked("cifar100")
+
+
+@pytest.fixture(scope="session")
+def published_imagenet_lt_counts() -> dict[str, int]:
+    """Images per class of ImageNet-LT as published; skip where they are not."""
+    index = UNPACK.parent / "index" / "ImageNet_LT_class_count.json"
+    if not index.is_file():
+        pytest.skip("the published counts are not here")
+    counts: dict[str, int] = json.loads(index.read_text())
+    return counts
 
 
 @pytest.fixture

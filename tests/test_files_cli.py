@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,14 @@ from experiment_setups import CPU, timeless
 from image_trees import photos as draw_photos
 from tailscope import verbs
 from tailscope.data import filedata
+from tailscope.data.profiles import resolve
 from tailscope.errors import UserError
 from tailscope.experiments.files import IMAGENET
 from tailscope.experiments.geometry import geometry
 from tailscope.experiments.lab import Lab
 from tailscope.experiments.settings import Settings
 from tailscope.methods import photos
+from tailscope.paper import targets
 from tailscope.seeds import derive, keyed
 from tailscope.store import Store
 from tailscope.training.recipes import RECIPES, recipe_by_name
@@ -211,6 +214,27 @@ def test_features_and_views_are_the_plain_ones(tree, tmp_path):
     expected = features(rows, photos.training(recipe.augment), "stage2", "augment", 1)
     torch.testing.assert_close(viewed[0], expected, rtol=1e-4, atol=1e-5)
     assert viewed[1].tolist() == [0, 1, 2]
+
+
+def test_the_papers_table_stands_beside_ours(tailscope_, tree, tmp_path, monkeypatch):
+    monkeypatch.setitem(targets.BENCHMARKS, "imagenet-lt", replace(targets.BENCHMARKS["imagenet-lt"], profile="exp:6"))
+    lists = f"list:{tree / 'train.txt'},{tree / 'test.txt'}"
+    fixed = ("reproduce", "table1", "--dataset", "imagenet-lt", "--data", lists, "--data-root", tree, "--seeds", "1")
+    shown = tailscope_(*fixed, "--recipe", RECIPE, "--out", tmp_path / "out", "--device", "cpu", "--json")
+    assert shown.code == 0
+    assert "backbone true: to train: 6 steps, 180 images" in shown.err
+    table = json.loads(shown.out)["tables"]["table1"]
+    assert {row["cell"]: row["paper"] for row in table if row["paper"]} == {
+        "lt->lt": 0.3531, "lt->true": 0.4586, "true->lt": 0.5383, "true->true": 0.6393,
+    }  # fmt: skip
+    assert "35.31" in (tmp_path / "out" / "tables" / "paper-table1.md").read_text()
+
+
+def test_the_counts_are_the_published_ones(published_imagenet_lt_counts):
+    published = published_imagenet_lt_counts
+    assert [published[str(k)] for k in range(1000)] == targets.imagenet_lt_counts()
+    profile = targets.BENCHMARKS["imagenet-lt"].profile
+    assert resolve(profile, [1300] * 1000) == targets.imagenet_lt_counts()
 
 
 def test_the_papers_recipe_is_section_3():

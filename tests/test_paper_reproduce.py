@@ -178,7 +178,11 @@ def test_a_killed_run_started_again_gives_the_same_numbers(finished, tmp_path):
     ("request_", "message"),
     [
         (Request("table2", "cifar10-lt", None), "reproduce table2: unknown; known: table1, fig2"),
-        (Request("table1", "imagenet-lt", None), "--dataset imagenet-lt: cannot be reproduced here"),
+        (Request("table1", "places-lt", None), "--dataset places-lt: cannot be reproduced here"),
+        (Request("table1", "imagenet-lt", None), "--dataset imagenet-lt: give all of ImageNet with --data list:"),
+        (Request("table1", "imagenet-lt", None, data="digits"), "imagenet-lt is read from image files"),
+        (Request("fig3", "imagenet-lt", None, data="list:a,b"), "the paper has no such figure for it"),
+        (Request("table1", "cifar10-lt", None, data="list:a,b"), "--data list:a,b: only imagenet-lt takes it"),
         (Request("fig3", "cifar100-lt", None), "`tailscope ladder --data cifar100` runs the experiment"),
         (Request("table1", "cifar10-lt", None, quick=True, recipe="paper"), "--quick means --recipe fast"),
         (Request("table1", "cifar10-lt", None, recipe="papper"), "--recipe papper: unknown"),

@@ -9,14 +9,15 @@ import typer
 from rich.console import Console
 
 from tailscope.cli import DataRoot, Device, Json, Out, Overwrite, Seeds, StoreRoot, app
+from tailscope.cli_options import Devices, MicroBatches, NumNodes, Verify, Workers
 from tailscope.errors import UserError
 
 What = Annotated[
     str, typer.Argument(metavar="WHAT", help="table1, fig2, fig3, ... fig8, all, or everything: both CIFAR data sets.")
 ]
-DatasetName = Annotated[str, typer.Option("--dataset", help="cifar10-lt or cifar100-lt.")]
+DatasetName = Annotated[str, typer.Option("--dataset", help="cifar10-lt, cifar100-lt or imagenet-lt.")]
 Recipe = Annotated[str | None, typer.Option("--recipe", help="Another recipe than the paper's. [default: paper]")]
-Quick = Annotated[bool, typer.Option("--quick", help="A shortened run, recipe fast: a first look, no reproduction.")]
+Quick = Annotated[bool, typer.Option("--quick", help="A shortened run, recipe fast or imagenet-fast: no reproduction.")]
 TimeLimit = Annotated[
     str | None,
     typer.Option(
@@ -25,6 +26,9 @@ TimeLimit = Annotated[
 ]
 Backbones = Annotated[
     str | None, typer.Option(help="Of table1 or fig2: backbones to train, such as lt. [default: all]")
+]
+ImageNet = Annotated[
+    str | None, typer.Option("--data", help="Of imagenet-lt: all of ImageNet, list:TRAIN.txt,TEST.txt or folder:DIR.")
 ]
 PlanOnly = Annotated[bool, typer.Option("--plan", help="Only say what would be trained and how long it would take.")]
 
@@ -40,7 +44,13 @@ def reproduce(
     time_limit: TimeLimit = None,
     backbones: Backbones = None,
     recipe: Recipe = None,
+    data: ImageNet = None,
     data_root: DataRoot = None,
+    devices: Devices = None,
+    num_nodes: NumNodes = 1,
+    micro_batches: MicroBatches = None,
+    workers: Workers = None,
+    verify: Verify = False,
     store: StoreRoot = None,
     device: Device = "auto",
     overwrite: Overwrite = False,
@@ -54,18 +64,35 @@ def reproduce(
 
     Examples: `tailscope reproduce table1 --dataset cifar10-lt --data-root DIR --quick --seeds 1`;
     `tailscope reproduce all --dataset cifar10-lt --data-root DIR --plan`;
-    `tailscope reproduce everything --data-root DIR --time-limit 9m --out results`
+    `tailscope reproduce everything --data-root DIR --time-limit 9m --out results`;
+    `tailscope reproduce table1 --dataset imagenet-lt --data list:TRAIN.txt,TEST.txt --data-root DIR --devices 4`
     """
     from tailscope import report
+    from tailscope.experiments.workplace import FileOptions
     from tailscope.paper.queue import EVERYTHING, run_queue
     from tailscope.paper.reproduce import Request, run_reproduce
     from tailscope.progress import Bars, Quiet
 
     console = Console(stderr=as_json)
     request = Request(
-        what, dataset, out, seeds, recipe, quick, data_root, store, device, overwrite, backbones, time_limit
+        what,
+        dataset,
+        out,
+        seeds,
+        recipe,
+        quick,
+        data_root,
+        store,
+        device,
+        overwrite,
+        backbones,
+        time_limit,
+        data,
+        FileOptions(devices, num_nodes, micro_batches, workers, verify),
     )
     queued = what == EVERYTHING or time_limit is not None
+    if queued and (data is not None or dataset == "imagenet-lt"):
+        raise UserError("--time-limit: only for the CIFAR data sets; a training on files goes on where it was stopped")
     if queued and plan:
         raise UserError("--plan: leave out --time-limit, and take `all` of one data set instead of `everything`")
 

@@ -1,24 +1,25 @@
 """From one request to the paper's tables: plan, train or recall, decide the claims, write everything side by side."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tailscope.data.sources import load
+from tailscope.data.filedata import Data, FileData, load
 from tailscope.errors import UserError
 from tailscope.experiments.geometry import geometry
 from tailscope.experiments.lab import Lab
 from tailscope.experiments.ladder import ladder
 from tailscope.experiments.settings import Settings, parse_backbones, parse_seeds, store_root
 from tailscope.experiments.swap import swap
+from tailscope.experiments.workplace import FileOptions, workplace
 from tailscope.paper import claims, side_by_side, targets
 from tailscope.paper.evidence import Evidence
 from tailscope.paper.plan import Plan, make_plan
 from tailscope.paper.runs import Outcomes, outcomes
 from tailscope.paper.timing import duration, measure
-from tailscope.progress import Progress
+from tailscope.progress import Progress, Quiet
 from tailscope.report.results import load as load_results
 from tailscope.result_files import check_free, write
 from tailscope.store import Store, make_folder
@@ -30,7 +31,6 @@ EXPERIMENTS: dict[str, Callable[[Lab, Settings], dict[str, Any]]] = {
     "ladder": ladder,
     "geometry": geometry,
 }
-QUICK, PAPER = "fast", "paper"
 Tell = Callable[[str], object]
 
 
@@ -40,14 +40,16 @@ class Request:
 
     Attributes:
         what: table1, fig2 ... fig8, or all.
-        dataset: cifar10-lt or cifar100-lt.
+        dataset: cifar10-lt, cifar100-lt or imagenet-lt.
         out: folder for results.
         seeds: N or a list; the subset's seed is always 0.
         recipe: name of a recipe; by default the paper's.
-        quick: a shortened run with the recipe `fast`, which is no reproduction.
+        quick: a shortened run with the recipe `fast` or `imagenet-fast`, which is no reproduction.
         data_root, store, device, overwrite: as for every experiment.
         backbones: those that Table 1 trains, such as `lt`; by default all.
         time_limit: such as `9m`; see `tailscope.paper.queue`.
+        data: of imagenet-lt: the whole of ImageNet as `list:TRAIN.txt,TEST.txt` or `folder:PATH`.
+        files: of imagenet-lt: devices, workers and what to do with images that cannot be read.
     """
 
     what: str
@@ -62,6 +64,27 @@ class Request:
     overwrite: bool = False
     backbones: str | None = None
     time_limit: str | None = None
+    data: str | None = None
+    files: FileOptions = field(default_factory=FileOptions)
+
+    def open(self) -> Data:
+        """Return the data set.
+
+        Raises:
+            UserError: imagenet-lt without `data`, or another with it; or as `filedata.load`.
+        """
+        known = targets.benchmark(self.dataset)
+        if known.in_files != (self.data is not None):
+            if known.in_files:
+                raise UserError(
+                    f"--dataset {self.dataset}: give all of ImageNet with --data list:TRAIN.txt,TEST.txt (and"
+                    " --data-root) or --data folder:DIR"
+                )
+            raise UserError(f"--data {self.data}: only imagenet-lt takes it; --data-root says where {known.data} lies")
+        data = load(self.data or known.data, data_root=self.data_root)
+        if known.in_files and not isinstance(data, FileData):
+            raise UserError(f"--data {self.data}: imagenet-lt is read from image files; give list: or folder:")
+        return replace(data, name=known.data)
 
     def wanted(self) -> list[str]:
         """Return the experiments that the request needs.
@@ -80,13 +103,13 @@ class Request:
         Raises:
             UserError: the recipe, the seeds or the data set is not usable.
         """
-        if self.quick and self.recipe not in (None, QUICK):
-            raise UserError(f"--quick means --recipe {QUICK}; leave out --recipe {self.recipe} or --quick")
         known = targets.benchmark(self.dataset)
+        if self.quick and self.recipe not in (None, known.quick):
+            raise UserError(f"--quick means --recipe {known.quick}; leave out --recipe {self.recipe} or --quick")
         return Settings(
             profile=known.profile,
             protocol=known.protocol,
-            recipe=recipe_by_name(self.recipe or (QUICK if self.quick else PAPER)),
+            recipe=recipe_by_name(self.recipe or (known.quick if self.quick else known.recipe)),
             seeds=parse_seeds(self.seeds),
             subset_seed=targets.SUBSET_SEED,
             backbones=parse_backbones(self.backbones),
@@ -116,19 +139,27 @@ def run_reproduce(
     Raises:
         UserError: something about the request, the data or OUT is not usable; before any training.
     """
-    settings = request.settings()
+    request.settings(), request.wanted()
+    with workplace(request.open(), request.files, Runtime.choose(request.device)) as place:
+        recipe = place.recipe(request.settings().recipe)
+        settings = request.settings().model_copy(update={"recipe": recipe})
+        make_folder(request.out, "--out")
+        lab = place.lab(Store(store_root(request.out, request.store)), progress or Quiet(), tell)
+        return _reproduce(request, lab, settings, tell, plan_only)
+
+
+def _reproduce(request: Request, lab: Lab, settings: Settings, tell: Tell, plan_only: bool) -> dict[str, Any]:
+    """Plan, run and conclude on an opened data set."""
     wanted = request.wanted()
-    runtime = Runtime.choose(request.device)
-    data = load(targets.benchmark(request.dataset).data, data_root=request.data_root)
-    make_folder(request.out, "--out")
     for experiment in wanted:
-        check_free(request.out, experiment, settings.spec(data), overwrite=request.overwrite)
-    lab = Lab(data, Store(store_root(request.out, request.store)), runtime)
+        check_free(request.out, experiment, settings.spec(lab.data), overwrite=request.overwrite)
     plan = make_plan(lab, settings, wanted)
     label = side_by_side.label_of(settings.recipe.model_dump())
     _tell_plan(tell, request, settings, plan, label)
     done: dict[str, Any] = {"label": label, "plan": asdict(plan)}
-    if not plan.complete:
+    if not plan.complete and isinstance(lab.data, FileData):
+        tell("estimated time here: not measured for images in files; progress shows images a second")
+    elif not plan.complete:
         seconds = measure(lab, settings.recipe, plan).estimate(plan)
         done["estimated_seconds"] = seconds
         tell(
@@ -137,8 +168,6 @@ def run_reproduce(
         )
     if plan_only:
         return done
-    if progress is not None:
-        lab.runtime = replace(runtime, progress=progress)
     for experiment in wanted:
         write(request.out, experiment, EXPERIMENTS[experiment](lab, settings))
     return {**done, **conclude(lab, settings, request.out)}

@@ -1,7 +1,10 @@
 """What can be reproduced: the paper's data sets, and which experiment each of its tables and figures needs."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
 from typing import Any
 
 from tailscope.errors import UserError
@@ -24,17 +27,44 @@ class Benchmark:
         profile: the counts that are kept.
         protocol: the rule that draws them.
         shown: the tables and figures that the paper has of it, or may have: Figures 6 to 8 do not say.
+        recipe: the paper's, and `quick` a shortened one.
+        in_files: whether the user brings the images, with `--data`.
     """
 
     data: str
     profile: str
     protocol: str
     shown: tuple[str, ...]
+    recipe: str = "paper"
+    quick: str = "fast"
+    in_files: bool = False
 
 
+@cache
+def imagenet_lt_counts() -> list[int]:
+    """Return ImageNet-LT's published images per class, 115,846 in all (Liu et al. 2019: a draw from a Pareto law).
+
+    >>> sum(imagenet_lt_counts()), max(imagenet_lt_counts()), min(imagenet_lt_counts())
+    (115846, 1280, 5)
+    """
+    text = files("tailscope.paper").joinpath("imagenet_lt_counts.json").read_text(encoding="utf-8")
+    counts: list[int] = json.loads(text)["counts"]
+    return counts
+
+
+_NO_LADDER = tuple(f for f in _FIGURES if f != "fig3")
 BENCHMARKS: dict[str, Benchmark] = {
     "cifar10-lt": Benchmark("cifar10", "exp:100", "ldam", _FIGURES),
-    "cifar100-lt": Benchmark("cifar100", "exp:100", "ldam", tuple(f for f in _FIGURES if f != "fig3")),
+    "cifar100-lt": Benchmark("cifar100", "exp:100", "ldam", _NO_LADDER),
+    "imagenet-lt": Benchmark(
+        "imagenet",
+        f"counts:{','.join(map(str, imagenet_lt_counts()))}",
+        "nested",
+        _NO_LADDER,
+        recipe="imagenet",
+        quick="imagenet-fast",
+        in_files=True,
+    ),
 }
 
 
@@ -66,9 +96,14 @@ def experiments(what: str, dataset: str) -> list[str]:
     if what not in shown:
         raise UserError(
             f"reproduce {what} --dataset {dataset}: the paper has no such figure for it; "
-            f"`tailscope {EXPERIMENT[what]} --data {benchmark(dataset).data}` runs the experiment"
+            f"`tailscope {EXPERIMENT[what]} --data {_source(dataset)}` runs the experiment"
         )
     return [EXPERIMENT[what]]
+
+
+def _source(dataset: str) -> str:
+    known = benchmark(dataset)
+    return "list:TRAIN.txt,TEST.txt" if known.in_files else known.data
 
 
 def dataset_of(result: Mapping[str, Any]) -> str | None:
