@@ -162,7 +162,7 @@ def test_stopped_again_and_again_it_gets_to_the_same_end(at_once, tmp_path, monk
 def test_results_of_different_seeds_share_their_claims(tmp_path, monkeypatch):
     monkeypatch.setattr(queue, "Deadline", Impatient)
     while True:
-        Impatient.allowed = 7
+        Impatient.allowed = 11
         document = run_queue(request_of(tmp_path), tell=lambda text: None)
         if state(document)[:3] == [True] * 3:
             break
