@@ -69,7 +69,8 @@ def run_queue(request: Request, *, tell: Tell = print, progress: Progress | None
     """Work off the pieces of a request until they are done or the time is up; write OUT/reproduce.json.
 
     `everything` takes both CIFAR data sets, each in a folder of its own such as OUT/cifar10-paper, and keeps trained
-    stages beside OUT (in OUT-store, unless told otherwise), so that OUT holds no weights. Other requests use OUT itself.
+    stages beside OUT (in OUT-store, unless told otherwise), so that OUT holds no weights. Other requests use OUT
+    itself.
 
     Args:
         request: what to do; its `time_limit` counts from now.
