@@ -31,7 +31,7 @@ def with_damage(root: Path) -> Path:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.filterwarnings("ignore:This process.*fork:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:This process.*fork:DeprecationWarning", "ignore:This DataLoader will create")
 def test_all_unreadable_images_are_found_with_their_lines(tmp_path: Path, workers: int) -> None:
     images = listfiles.load(str(with_damage(tmp_path)), None)["train"]
     found = find_unreadable(images, workers=workers, progress=Quiet())
@@ -42,7 +42,7 @@ def test_all_unreadable_images_are_found_with_their_lines(tmp_path: Path, worker
     assert find_unreadable(images.take([0, 3, 5]), workers=workers, progress=Quiet()) == []
 
 
-@pytest.mark.filterwarnings("ignore:This process.*fork:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:This process.*fork:DeprecationWarning", "ignore:This DataLoader will create")
 def test_decoding_keeps_the_order_whatever_the_workers(tmp_path: Path) -> None:
     images = listfiles.load(str(with_damage(tmp_path)), None)["train"]
     batches = [[5, 0], [1, 3], [2, 4]]

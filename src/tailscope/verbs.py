@@ -13,7 +13,7 @@ from rich.text import Text
 
 from tailscope import report
 from tailscope.data import splits
-from tailscope.data.filedata import Data, load
+from tailscope.data.filedata import Data, FileData, load
 from tailscope.data.profiles import KNOWN, canonical, resolve
 from tailscope.errors import one_line
 from tailscope.experiments.geometry import geometry
@@ -103,6 +103,8 @@ def experiments(request: Request, verbs: Sequence[str], console: Console) -> dic
         for seed in settings.seeds:
             draw(data, settings.profile, settings.protocol, settings.subset_seed_of(seed))
         make_folder(request.out, "--out")
+        if not isinstance(data, FileData):  # which files can be read, and so the spec, is known later
+            _check_free(data, settings, request, verbs)
         store = Store(store_root(request.out, request.store))
         lab = place.lab(store, progress, partial(Console(stderr=True).out, highlight=False))
         results = _run(lab, settings, request, verbs)
@@ -114,10 +116,7 @@ def experiments(request: Request, verbs: Sequence[str], console: Console) -> dic
 
 def _run(lab: Lab, settings: Settings, request: Request, verbs: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Run the experiments and write their results, unless OUT holds others."""
-    drawn = describe_subset(lab.data, settings.profile, settings.protocol, settings.subset_seed_of(settings.seeds[0]))
-    for verb in verbs:
-        spec = drawn["spec"] if verb == "subset" else settings.spec(lab.data)
-        check_free(request.out, verb, spec, overwrite=request.overwrite)
+    drawn = _check_free(lab.data, settings, request, verbs)
     results: dict[str, dict[str, Any]] = {}
     for verb in verbs:
         if verb == "subset":
@@ -126,6 +125,15 @@ def _run(lab: Lab, settings: Settings, request: Request, verbs: Sequence[str]) -
             results[verb] = EXPERIMENTS[verb](lab, settings)
             write(request.out, verb, results[verb])
     return results
+
+
+def _check_free(data: Data, settings: Settings, request: Request, verbs: Sequence[str]) -> dict[str, Any]:
+    """Refuse to replace results of another spec in OUT; return the subset of the first seed."""
+    drawn = describe_subset(data, settings.profile, settings.protocol, settings.subset_seed_of(settings.seeds[0]))
+    for verb in verbs:
+        spec = drawn["spec"] if verb == "subset" else settings.spec(data)
+        check_free(request.out, verb, spec, overwrite=request.overwrite)
+    return drawn
 
 
 class _QuietContext(Quiet):
