@@ -5,10 +5,12 @@ import json
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
 import result_factory
 import tailscope
@@ -106,12 +108,43 @@ def test_the_page_of_measures_is_current():
     assert (REPOSITORY / "docs" / "measures.md").read_text(encoding="utf-8") == measures_page.text()
 
 
-def test_the_notebook_is_the_tutorial():
-    maker = runpy.run_path(str(REPOSITORY / "examples" / "make_notebook.py"))
-    made = maker["notebook"](TUTORIAL.read_text(encoding="utf-8"))
-    assert (REPOSITORY / "examples" / "tutorial-digits.ipynb").read_text(encoding="utf-8") == made
-    kinds = [cell["cell_type"] for cell in json.loads(made)["cells"]]
-    assert kinds.count("code") == 6
+def test_the_notebook_is_the_tutorial_with_what_it_prints():
+    tutorials = runpy.run_path(str(REPOSITORY / "examples" / "tutorials.py"))
+    parts = tutorials["split"](TUTORIAL.read_text(encoding="utf-8"))
+    path = REPOSITORY / "examples" / "tutorial-digits.ipynb"
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    code = [cell for cell in stored["cells"] if cell["cell_type"] == "code"]
+    said = ["".join(text for output in cell.pop("outputs") for text in output["text"]) for cell in code]
+    made = json.loads(tutorials["notebook"](parts, [""] * len(parts)))
+    for cell in made["cells"]:
+        cell.pop("outputs", None)
+    assert stored == made
+    assert len(code) == 6
+    assert [bool(text) for text in said] == [True, True, False, True, True, True]
+    assert "written: pixels/diagnosis.json" in said[1]
+    assert path.stat().st_size < 200_000
+
+
+def test_what_a_page_prints_is_replaced_not_repeated(tmp_path):
+    tutorials = runpy.run_path(str(REPOSITORY / "examples" / "tutorials.py"))
+    text = "# A\n\n```python\nx = 3\nprint(x)\n```\n\nNow\n\n```console\n$ echo one\n$ echo two\n```\n\n## End\n"
+    for _ in range(2):
+        parts = tutorials["split"](text)
+        text = tutorials["page"](parts, tutorials["run"](parts, tmp_path))
+        assert text.count("```text\n3\n```") == text.count("```text\none\ntwo\n```") == 1
+    assert tutorials["page"](parts, [""] * len(parts)).count("```") == 4
+    with pytest.raises(subprocess.CalledProcessError):
+        tutorials["run"]([("console", "$ false")], tmp_path)
+
+
+def test_the_commands_of_the_image_tutorial_are_ones_that_exist():
+    text = (REPOSITORY / "docs" / "tutorial-cifar100.md").read_text(encoding="utf-8")
+    verbs = get_command(cli.app).commands
+    lines = re.findall(r"^\$ tailscope (.*)$", text, flags=re.MULTILINE)
+    assert len(lines) == 7
+    for line in lines:
+        verb, *options = shlex.split(line)
+        verbs[verb].make_context(verb, options)  # an unknown option or a wrong value ends here
 
 
 def test_the_tutorial_runs_as_it_is_written(tmp_path, monkeypatch, capsys):

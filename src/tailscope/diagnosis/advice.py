@@ -45,10 +45,9 @@ def _classifier(accuracy: dict[str, Any], verdict: dict[str, Any], entries: Sequ
     if _above_zero(gain):
         classes = _gaining(accuracy, entries)
         most = f", most for {_names(classes)}" if classes else ""
-        text = (
-            f"Re-balance the classifier: {remedy} gains {_points(gain)} on these features{most}. A classifier fitted "
-            f"to the true distribution would gain {_points(reach)}."
-        )
+        text = f"Re-balance the classifier: {remedy} gains {_points(gain)} on these features{most}."
+        if accuracy["classifier_bound"]["classifier"] != remedy:
+            text += f" A classifier fitted to the true distribution would gain {_points(reach)}."
         return [_piece("classifier", text, remedy, classes, gain, at_most=False)]
     if _above_zero(reach):
         text = (
