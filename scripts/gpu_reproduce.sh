@@ -6,7 +6,7 @@
 # DATA_DIR holds CIFAR-10 and CIFAR-100: torchvision's layout, or cifar10.npz and cifar100.npz. OUT gets a folder for each
 # data set with JSON, claims, tables, figures and the report, no weights; those go to OUT-store, or $TAILSCOPE_STORE.
 # The same call goes on where the last one stopped. Further options are those of `tailscope reproduce`: --seeds 1,
-# --quick, --recipe paper-as-printed, --device cpu.
+# --quick, --recipe paper-as-printed, --device cpu, --jobs 4 (backbones trained side by side on one GPU).
 #
 # Exit status: 0 everything is done; 3 the time is up and pieces are left (OUT/reproduce.json names them); else an error.
 set -eu

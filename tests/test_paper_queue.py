@@ -259,3 +259,27 @@ def test_the_script_passes_everything_on_and_says_by_its_status_whether_it_is_do
 
 def test_pieces_read_well():
     assert str(Piece("cifar10-lt", "swap", (0, 3))) == "swap of cifar10-lt, seeds 0 3"
+
+
+# -- several backbones at a time -----------------------------------------------------------------------------------
+
+
+def test_backbones_trained_ahead_give_the_same_results(tmp_path):
+    """Two processes train every backbone; the pieces recall them and add nothing but classifiers."""
+    said = []
+    one = run_queue(request_of(tmp_path / "one", "table1", seeds="1"), tell=said.append)
+    two = run_queue(request_of(tmp_path / "two", "table1", seeds="1", jobs=2), tell=said.append)
+    assert "2 backbones to train, 2 at a time" in said
+    assert "2 of 2 backbones trained" in said
+    assert one["finished"]
+    assert two["finished"]
+    cells = [json.loads((tmp_path / name / "swap.json").read_text())["cells"] for name in ("one", "two")]
+    for name, cell in cells[0].items():
+        assert cells[1][name]["accuracy"] == pytest.approx(cell["accuracy"], abs=0.02)
+
+
+def test_backbones_are_trained_ahead_within_the_time_limit(tmp_path):
+    said = []
+    document = run_queue(request_of(tmp_path, "table1", time_limit="0.001s", jobs=2), tell=said.append)
+    assert "0 of 4 backbones trained" in said
+    assert not document["finished"]

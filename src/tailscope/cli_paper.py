@@ -24,6 +24,10 @@ TimeLimit = Annotated[
         help="Stop in time, such as 9m or 1h30m, one finished piece after the other; the same command goes on."
     ),
 ]
+Jobs = Annotated[
+    int,
+    typer.Option(min=1, help="With a time limit or everything: backbones trained at a time; 4 may suit a GPU."),
+]
 Backbones = Annotated[
     str | None, typer.Option(help="Of table1 or fig2: backbones to train, such as lt. [default: all]")
 ]
@@ -42,6 +46,7 @@ def reproduce(
     quick: Quick = False,
     plan: PlanOnly = False,
     time_limit: TimeLimit = None,
+    jobs: Jobs = 1,
     backbones: Backbones = None,
     recipe: Recipe = None,
     data: ImageNet = None,
@@ -89,10 +94,13 @@ def reproduce(
         time_limit,
         data,
         FileOptions(devices, num_nodes, micro_batches, workers, verify),
+        jobs,
     )
     queued = what == EVERYTHING or time_limit is not None
     if queued and (data is not None or dataset == "imagenet-lt"):
         raise UserError("--time-limit: only for the CIFAR data sets; a training on files goes on where it was stopped")
+    if jobs > 1 and not queued:
+        raise UserError("--jobs: only with --time-limit or `everything`")
     if queued and plan:
         raise UserError("--plan: leave out --time-limit, and take `all` of one data set instead of `everything`")
 

@@ -114,6 +114,11 @@ class Deadline:
         """Whether the time is up."""
         return self._clock() >= self._end
 
+    @property
+    def left(self) -> float:
+        """Seconds until then."""
+        return self._end - self._clock()
+
     def task(self, description: str, total: int, done: int = 0) -> AbstractContextManager[Advance]:
         """Pass on."""
         self._last = None

@@ -17,7 +17,7 @@ from typing import Any
 from tailscope.data.sources import load
 from tailscope.experiments.lab import Lab
 from tailscope.experiments.settings import Settings, store_root
-from tailscope.paper import side_by_side, targets
+from tailscope.paper import ahead, side_by_side, targets
 from tailscope.paper.reproduce import EXPERIMENTS, Request, Tell, conclude, fixed_part
 from tailscope.paper.timing import duration, parse_duration
 from tailscope.progress import Deadline, Progress, Quiet, TimeIsUp
@@ -94,6 +94,9 @@ def run_queue(request: Request, *, tell: Tell = print, progress: Progress | None
     labs = {dataset: _lab(one, runtime) for dataset, one in requests.items()}
     state = [_is_done(piece, requests, settings, labs) for piece in pieces]
     tell(f"{len(pieces)} pieces, {sum(state)} done before; {side_by_side.label_of(first.recipe.model_dump())}")
+    if request.jobs > 1:
+        left = [piece for piece, done in zip(pieces, state, strict=True) if not done]
+        _train_ahead(left, requests, settings, labs, tell, deadline)
     for k, piece in enumerate(pieces):
         if state[k]:
             continue
@@ -108,6 +111,27 @@ def run_queue(request: Request, *, tell: Tell = print, progress: Progress | None
     write(request.out, "reproduce", document)
     tell(_summary(document))
     return document
+
+
+def _train_ahead(
+    pieces: Sequence[Piece],
+    requests: Mapping[str, Request],
+    settings: Mapping[str, Settings],
+    labs: Mapping[str, Lab],
+    tell: Tell,
+    deadline: Deadline,
+) -> None:
+    """Train the backbones that the pieces need, several at a time."""
+    backbones: dict[str, ahead.Backbone] = {}
+    for piece in pieces:
+        request, lab = requests[piece.dataset], labs[piece.dataset]
+        place = ahead.Place(targets.benchmark(piece.dataset).data, request.data_root, lab.store.root, request.device)
+        own = settings[piece.dataset].model_copy(update={"seeds": piece.seeds})
+        backbones |= ahead.missing(lab, place, own, piece.experiment)
+    jobs = max(request.jobs for request in requests.values())
+    tell(f"{len(backbones)} backbones to train, {jobs} at a time")
+    trained = ahead.train_ahead(list(backbones.values()), jobs, deadline.left)
+    tell(f"{trained} of {len(backbones)} backbones trained")
 
 
 def _by_dataset(request: Request) -> dict[str, Request]:

@@ -48,6 +48,7 @@ class Request:
         data_root, store, device, overwrite: as for every experiment.
         backbones: those that Table 1 trains, such as `lt`; by default all.
         time_limit: such as `9m`; see `tailscope.paper.queue`.
+        jobs: backbones that are trained at a time under a time limit or by `everything`.
         data: of imagenet-lt: the whole of ImageNet as `list:TRAIN.txt,TEST.txt` or `folder:PATH`.
         files: of imagenet-lt: devices, workers and what to do with images that cannot be read.
     """
@@ -66,6 +67,7 @@ class Request:
     time_limit: str | None = None
     data: str | None = None
     files: FileOptions = field(default_factory=FileOptions)
+    jobs: int = 1
 
     def open(self) -> Data:
         """Return the data set.

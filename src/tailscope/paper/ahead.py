@@ -1,0 +1,98 @@
+"""Train backbones ahead of the experiments that need them, several at a time, each in a process of its own.
+
+Small networks do not fill a GPU: most of a step is spent on launching kernels, and other processes use that time. On a
+CPU every process gets its share of the threads. The store is what the processes have in common: what they trained, the
+experiments recall.
+"""
+
+import multiprocessing
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from tailscope.data.sources import load
+from tailscope.experiments.lab import Lab
+from tailscope.experiments.settings import Settings
+from tailscope.paper.runs import runs
+from tailscope.progress import Deadline, Quiet, TimeIsUp
+from tailscope.store import Store
+from tailscope.training.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process finds the images and leaves what it trained."""
+
+    data: str
+    data_root: Path | None
+    store: Path
+    device: str
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """One backbone to train: the first run of an experiment that has its key."""
+
+    place: Place
+    settings: Settings
+    experiment: str
+    key: str
+
+
+def missing(lab: Lab, place: Place, settings: Settings, experiment: str) -> dict[str, Backbone]:
+    """Return by key the backbones of an experiment that are not stored, in the order of need."""
+    keys = [run.backbone_key for run in runs(lab, settings, experiment)]
+    return {key: Backbone(place, settings, experiment, key) for key in keys if not lab.store.has("stage1", key)}
+
+
+def train_ahead(backbones: Sequence[Backbone], jobs: int, seconds: float) -> int:
+    """Train backbones in `jobs` processes until all are stored or the time is up.
+
+    Args:
+        backbones: what `missing` returned.
+        jobs: processes at a time, at least 1.
+        seconds: after which no epoch is begun; infinity for no limit.
+
+    Returns:
+        How many were trained to their end; the others have a checkpoint and go on from there.
+    """
+    if not backbones:
+        return 0
+    # Spawned, not forked: neither CUDA nor OpenMP survives a fork.
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(min(jobs, len(backbones)), _share_threads, (jobs,)) as pool:
+        tasks = [(backbone, seconds) for backbone in backbones]
+        return sum(pool.starmap(_train, tasks, chunksize=1))
+
+
+def _share_threads(jobs: int) -> None:
+    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
+
+
+def _train(backbone: Backbone, seconds: float) -> bool:
+    deadline = _deadline(seconds)
+    if deadline.passed:
+        return False
+    lab = _lab(backbone.place)
+    lab.runtime = replace(lab.runtime, progress=deadline)
+    run = next(r for r in runs(lab, backbone.settings, backbone.experiment) if r.backbone_key == backbone.key)
+    try:
+        lab.backbone(run.stage1, run.trained_on.rows, run.seed, run.encoder)
+    except TimeIsUp:
+        return False
+    return True
+
+
+@cache
+def _deadline(seconds: float) -> Deadline:
+    """Return this process's deadline, which counts from the first task."""
+    return Deadline(Quiet(), seconds)
+
+
+@cache
+def _lab(place: Place) -> Lab:
+    data = load(place.data, data_root=place.data_root)
+    return Lab(data, Store(place.store), Runtime.choose(place.device))
