@@ -59,7 +59,7 @@ def train_ahead(backbones: Sequence[Backbone], jobs: int, seconds: float) -> int
     Returns:
         How many were trained to their end; the others have a checkpoint and go on from there.
     """
-    if not backbones:
+    if not backbones or seconds <= 0:
         return 0
     # Spawned, not forked: neither CUDA nor OpenMP survives a fork.
     context = multiprocessing.get_context("spawn")
