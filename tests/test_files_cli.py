@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,6 +84,45 @@ def test_two_processes_give_what_one_that_accumulates_gives(tailscope_, tree, tm
     for row, cell in stored["cells"].items():  # rounding may move an item across a boundary
         assert cell["accuracy"] == pytest.approx(alone["cells"][row]["accuracy"], abs=1.5 / sum(TEST_COUNTS))
     assert {(card["micro_batches"], card["processes"]) for card in stored["provenance"]} == {(2, 2)}
+
+
+@pytest.mark.slow
+def test_torchrun_says_how_many_processes_there_are(tree, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--module", "tailscope"]
+    ended = subprocess.run([*start, *swap(tree, tmp_path)], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert {(meta["processes"], meta["spec"]["train"]["micro_batches"]) for meta in trained(tmp_path).values()} == {
+        (2, 2)
+    }
+    refused = subprocess.run(
+        [*start, *swap(tree, tmp_path / "3", "--devices", 3)], env=environment, capture_output=True, text=True
+    )
+    assert "--devices 3: torchrun has started 2 processes here" in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_killed_run_of_two_processes_goes_on_with_any_number(tree, tmp_path, devices):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    recipe = RECIPE.replace("epochs=2", "epochs=12")
+
+    def command(out: str, *more: object) -> list[str]:
+        arguments = swap(tree, tmp_path / out, *more)
+        arguments[arguments.index("--recipe") + 1] = recipe
+        return [sys.executable, "-m", "tailscope", *arguments]
+
+    with subprocess.Popen(command("cut", "--devices", 2), env=environment, stderr=subprocess.PIPE) as running:
+        while not list((tmp_path / "cut").glob("store/scratch/*/checkpoint.safetensors")):
+            assert running.poll() is None
+            time.sleep(0.05)
+        running.kill()
+    assert trained(tmp_path / "cut") == {}
+    for out, processes in (("cut", devices), ("whole", 2)):
+        ended = subprocess.run(command(out, "--devices", processes, "--micro-batches", 2), env=environment)
+        assert ended.returncode == 0
+    for key, meta in trained(tmp_path / "whole").items():
+        assert trained(tmp_path / "cut")[key]["losses"] == pytest.approx(meta["losses"], rel=1e-4)
 
 
 def test_the_same_again_trains_nothing_and_workers_do_not_matter(tailscope_, tree, tmp_path):
