@@ -225,6 +225,7 @@ from experiment_setups import TINY
 from tailscope.cli import main
 from tailscope.training import recipes, stage1
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
 recipes.RECIPES["demo"] = TINY
 save = stage1.save_tensors
 

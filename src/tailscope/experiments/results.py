@@ -109,6 +109,7 @@ def provenance(
         **_stage2_card(seed, backbone, stage1, stage2),
         "precision": meta["precision"],
         "compiled": meta["compiled"],
+        "fused": meta.get("fused", False),
         "device": meta["device"]["gpu"] or meta["device"]["cpu"],
         "seconds": meta["seconds"],
         "images_per_second": meta["images_per_second"],

@@ -34,7 +34,7 @@ LOCAL = (
 PROVENANCE = (
     "row", "seed", "stage1", "stage2", "model", "parameters", "epochs", "steps", "batch", "learning_rate",
     "weight_decay", "augmentation", "sampler", "bn_mode", "selection", "subset_sha256", "precision", "compiled",
-    "device", "seconds", "images_per_second", "key", "profile", "stage2_profile", "stage2_subset_sha256",
+    "fused", "device", "seconds", "images_per_second", "key", "profile", "stage2_profile", "stage2_subset_sha256",
     "stage2_parameters", "stage2_key",
 )  # fmt: skip
 
