@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from tailscope.errors import UserError
+from tailscope.kernels import batch_norm
 from tailscope.progress import Quiet
 from tailscope.seeds import derive, numpy_stream, torch_stream
 from tailscope.training import runtime as runtime_module
-from tailscope.kernels import batch_norm
 from tailscope.training.runtime import COMPILE_FROM_STEPS, Runtime
 from tailscope.training.stage1 import _Batches, new_model
 from training_setups import CPU, assert_same_state, digits, stage1_spec, train_stage1
