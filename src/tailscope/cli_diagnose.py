@@ -74,7 +74,7 @@ def diagnose(
 
     console = Console(stderr=as_json)
     settings = Settings(ceiling, permutations, alpha, not no_verdict, drop_duplicates, seed)
-    runtime = Runtime.choose(device)
+    runtime = Runtime.choose(device, keep_memory=False)
     inputs = prepare(train, unseen, test, classifier, settings)
     make_folder(out, "--out")
     check_free(out, "diagnosis", spec(inputs, settings), overwrite=overwrite)

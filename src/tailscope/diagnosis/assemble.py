@@ -94,7 +94,7 @@ def diagnose(
         UserError: an input or option is wrong, in one line.
     """
     settings = Settings(ceiling, permutations, alpha, verdict, drop_duplicates, seed)
-    runtime = Runtime.choose(device, progress=progress)
+    runtime = Runtime.choose(device, progress=progress, keep_memory=False)
     return run(prepare(train, unseen, test, classifier, settings), settings, runtime)
 
 

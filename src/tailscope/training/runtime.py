@@ -38,7 +38,12 @@ class Runtime:
 
     @classmethod
     def choose(
-        cls, device: str = "auto", *, compile: bool | None = None, progress: Progress | None = None
+        cls,
+        device: str = "auto",
+        *,
+        compile: bool | None = None,
+        progress: Progress | None = None,
+        keep_memory: bool = True,
     ) -> "Runtime":
         """Pick the device and what it can do; tune the process's allocator.
 
@@ -46,6 +51,7 @@ class Runtime:
             device: auto, cpu, cuda or cuda:N.
             compile: True or False overrides the decision by the planned number of steps.
             progress: receives the work done.
+            keep_memory: keep what is freed for the next step; False where no networks run and memory is short.
 
         Raises:
             UserError: the device is unknown or not there.
@@ -60,7 +66,8 @@ class Runtime:
             raise UserError(f"--device {device}: known are auto, cpu, cuda and cuda:N")
         if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
             raise UserError(f"--device {device}: this machine has no such CUDA device that PyTorch can use; take cpu")
-        keep_freed_memory()
+        if keep_memory:
+            keep_freed_memory()
         low = torch.bfloat16 if has_bf16(device) else torch.float32
         return cls(chosen, low, compile, progress or Quiet())
 
