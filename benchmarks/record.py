@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from benchmarks.measure import Spread
 from benchmarks.workers import Arm, Worker
+from tailscope.result_files import command_line
 
 PACKAGES = ("tailscope", "torch", "torchvision", "lightning", "numpy", "scikit-learn")
 
@@ -93,7 +94,7 @@ class Record:
         return {
             "benchmark": self.name,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
+            "command": command_line(sys.argv[1:]).replace("tailscope", "python -m benchmarks", 1),
             "size": self.options.size,
             "images": self.options.images_note,
             "seconds": round(seconds, 1),

@@ -32,6 +32,8 @@ BLOCK = re.compile(r"<!-- results: (?P<name>\S+) -->\n.*?<!-- /results: (?P=name
 OPENING = re.compile(r"<!-- /?results: (\S+) -->")
 TRAINED = ("swap", "ladder", "geometry")
 OVERVIEW = "overview"
+BENCHMARKS = "bench"
+"""The folder of the benchmarks' records, which share names with results and are none."""
 
 
 def generate(results: Path, text: str) -> str:
@@ -81,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _folders(results: Path) -> dict[str, Path]:
     """Return the folders with result files by their path below `results`."""
-    found = {path.parent for verb in TRAINED for path in results.rglob(f"{verb}.json")}
+    found = {path.parent for verb in TRAINED for path in results.rglob(f"{verb}.json")} - {results / BENCHMARKS}
     return {folder.relative_to(results).as_posix(): folder for folder in sorted(found)}
 
 

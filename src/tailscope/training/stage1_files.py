@@ -131,16 +131,18 @@ class _Piece:
 def cut(rows: Rows, batch: int, micro_batches: int) -> list[Rows]:
     """Cut one batch's rows into micro-batches of equal size, as far as that goes.
 
-    A short batch gives fewer of them, not smaller ones. A single image has no statistics to normalise by: it is left
-    out, which can happen to an epoch's last.
+    A short batch gives fewer of them, none of a single image, which has no statistics to normalise by: only an epoch
+    whose last batch is one image leaves it out.
 
     >>> [len(part) for part in cut(np.arange(8), 8, 2)], [len(part) for part in cut(np.arange(5), 8, 2)]
     ([4, 4], [3, 2])
     >>> [len(part) for part in cut(np.arange(3), 8, 2)], cut(np.arange(1), 8, 2)
     ([3], [])
     """
-    parts = np.array_split(rows, -(-len(rows) // -(-batch // micro_batches)))
-    return [part for part in parts if len(part) > 1]
+    if len(rows) < 2:
+        return []
+    size = -(-batch // micro_batches)
+    return np.array_split(rows, min(-(-len(rows) // size), len(rows) // 2))
 
 
 class _Batches:
