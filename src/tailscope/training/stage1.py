@@ -33,7 +33,7 @@ def new_model(call: str, channels: int, num_classes: int, seed: int) -> CifarRes
 
 
 @dataclass
-class _History:
+class History:
     """What grows while training, kept in checkpoints."""
 
     epochs: int = 0
@@ -157,11 +157,11 @@ class _Batches:
             yield lam[0], partner[0]
 
 
-def _resume(scratch: Path, stepper: Stepper) -> _History:
+def _resume(scratch: Path, stepper: Stepper) -> History:
     """Restore the last checkpoint, if there is one."""
     path = scratch / "checkpoint.safetensors"
     if not path.is_file():
-        return _History()
+        return History()
     checkpoint = load_checkpoint(path)
     stepper.restore(checkpoint.tensors)
-    return _History(**checkpoint.meta)
+    return History(**checkpoint.meta)

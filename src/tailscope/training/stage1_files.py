@@ -9,7 +9,7 @@ it, and is part of the recipe.
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -26,18 +26,9 @@ from tailscope.spec import StageSpec
 from tailscope.store import Meta, Tensors, load_checkpoint, save_tensors
 from tailscope.training.runtime import Runtime
 from tailscope.training.schedules import SCHEDULES
-from tailscope.training.stage1 import new_model
+from tailscope.training.stage1 import History, new_model
 from tailscope.training.step import LossFunction, Normalizer, Stepper, loss_function
 from tailscope.training.team import Team
-
-
-@dataclass
-class _History:
-    """What grows while training, kept in checkpoints."""
-
-    epochs: int = 0
-    seconds: float = 0.0
-    losses: list[float] = field(default_factory=list)
 
 
 def train_on_files(
@@ -232,11 +223,11 @@ def _restore(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         buffer.copy_(value)
 
 
-def _resume(scratch: Path | None, stepper: Stepper, team: Team) -> _History:
+def _resume(scratch: Path | None, stepper: Stepper, team: Team) -> History:
     """Restore the leader's last checkpoint in every process, if there is one."""
     path = None if scratch is None else scratch / "checkpoint.safetensors"
     found = load_checkpoint(path) if path is not None and path.is_file() else None
     tensors, meta = team.share(None if found is None else (found.tensors, found.meta)) or ({}, {})
     if tensors:
         stepper.restore(tensors)
-    return _History(**meta)
+    return History(**meta)
