@@ -1,18 +1,16 @@
 """What a benchmark leaves behind: rows, with the machine and the versions that gave them, as JSON."""
 
 import json
-import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.measure import Spread
 from benchmarks.workers import Arm, Worker
-from tailscope.result_files import command_line
+from tailscope.origin import command_line, versions
 
 PACKAGES = ("tailscope", "torch", "torchvision", "lightning", "numpy", "scikit-learn")
 
@@ -99,7 +97,7 @@ class Record:
             "images": self.options.images_note,
             "seconds": round(seconds, 1),
             "load_before": round(load_before, 2),
-            "environment": {"versions": versions(), "hardware": hardware},
+            "environment": {"versions": versions(PACKAGES), "hardware": hardware},
             "rows": [{**asdict(row), "reached": row.reached} for row in self.rows],
             "raw": self.raw,
         }
@@ -116,17 +114,6 @@ def write(folder: Path, content: dict[str, Any]) -> Path:
 def read(folder: Path) -> dict[str, dict[str, Any]]:
     """Return every record in a folder by name."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that matter here."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def hardware(options: Options) -> dict[str, Any]:

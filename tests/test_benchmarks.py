@@ -3,6 +3,8 @@
 import doctest
 import importlib
 import json
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from benchmarks.record import Options, Record, Row
 from benchmarks.shapes import Shape, flops, train_counts
 from benchmarks.swap import images_trained
 from benchmarks.workers import Arm, Pace, Slice, Worker
+from conftest import REPOSITORY
 from tailscope.geometry import describe
 from tailscope.models import MODELS
 
@@ -212,3 +215,8 @@ def test_flops_count_the_products_of_a_small_shape() -> None:
     pairs = sum(2 * a * (20 - a) * 4 for a in n)
     angles = 2 * 4 * 3 * (sum(n) + 60)
     assert flops(shape) == gram + pairs + angles
+
+
+def test_the_process_that_measures_stays_free_of_pytorch():
+    code = "import sys, benchmarks.__main__; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0

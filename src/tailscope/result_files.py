@@ -1,41 +1,11 @@
-"""Result files: how they say where they come from, and writing them without ever losing one silently."""
+"""Result files: written without ever losing one silently."""
 
 import json
-import platform
-import shlex
-from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from tailscope.errors import UserError
 from tailscope.store import write_json
-
-PACKAGES = ("tailscope", "torch", "torchvision", "numpy", "scikit-learn", "altair")
-
-
-def command_line(arguments: Sequence[str]) -> str:
-    """Return the command with absolute paths cut to their last part: the rest means nothing on another machine.
-
-    >>> command_line(["swap", "--data", "cifar10", "--data-root", "/data/cifar", "--out=/data/here"])
-    'tailscope swap --data cifar10 --data-root cifar --out=here'
-    """
-    shown = []
-    for argument in arguments:
-        option, equals, value = argument.rpartition("=")
-        shown.append(f"{option}{equals}{Path(value).name}" if Path(value).is_absolute() else argument)
-    return shlex.join(["tailscope", *shown])
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide results."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def check_free(out: Path, verb: str, spec: dict[str, Any], *, overwrite: bool) -> None:

@@ -26,9 +26,10 @@ from tailscope.groups import assign_groups
 from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, SAMPLERS
 from tailscope.methods.photos import PHOTO_AUGMENTATIONS
 from tailscope.models import MODELS
+from tailscope.origin import versions
 from tailscope.progress import Bars, Progress, Quiet
 from tailscope.registry import Registry
-from tailscope.result_files import check_free, versions, write
+from tailscope.result_files import check_free, write
 from tailscope.store import Store, make_folder
 from tailscope.training.recipes import RECIPES, recipe_by_name
 from tailscope.training.runtime import Runtime

@@ -14,8 +14,8 @@ from tailscope.diagnosis.neighbours import confusable_pairs
 from tailscope.errors import UserError
 from tailscope.geometry import GeometryResult, describe
 from tailscope.linear_classifier import LinearClassifier
+from tailscope.origin import command_line, versions
 from tailscope.progress import Progress
-from tailscope.result_files import command_line, versions
 from tailscope.training.runtime import Runtime
 
 if TYPE_CHECKING:

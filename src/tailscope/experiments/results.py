@@ -9,7 +9,7 @@ from tailscope.data.filedata import FileData
 from tailscope.experiments.lab import Backbone, Lab, TrainingSet
 from tailscope.experiments.settings import Settings
 from tailscope.groups import assign_groups
-from tailscope.result_files import command_line, versions
+from tailscope.origin import command_line, versions
 from tailscope.spec import RunSpec, StageSpec
 
 STAGE2_CARD = (

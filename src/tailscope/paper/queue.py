@@ -17,11 +17,12 @@ from typing import Any
 from tailscope.data.sources import load
 from tailscope.experiments.lab import Lab
 from tailscope.experiments.settings import Settings, store_root
+from tailscope.origin import command_line
 from tailscope.paper import ahead, side_by_side, targets
 from tailscope.paper.reproduce import EXPERIMENTS, Request, Tell, conclude, fixed_part
 from tailscope.paper.timing import duration, parse_duration
 from tailscope.progress import Deadline, Progress, Quiet, TimeIsUp
-from tailscope.result_files import check_free, command_line, write
+from tailscope.result_files import check_free, write
 from tailscope.store import Store, make_folder
 from tailscope.training.runtime import Runtime
 
