@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tailscope.kernels.batch_norm import fuse
+from tailscope.kernels import fuse
 from tailscope.models import CifarResNet
 from tailscope.training.runtime import Runtime
 from tailscope.training.step import Normalizer

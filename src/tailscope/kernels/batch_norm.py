@@ -41,16 +41,6 @@ def fused_batch_norm_relu(norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | No
     return out
 
 
-def fuse(model: nn.Module) -> bool:
-    """Let the blocks of a network use the fused kernel where they can; return whether this machine can."""
-    if not available():
-        return False
-    for module in model.modules():
-        if hasattr(module, "batch_norm_relu"):
-            setattr(module, "batch_norm_relu", fused_batch_norm_relu)  # noqa: B010  # no field of nn.Module's own
-    return True
-
-
 def available() -> bool:
     """Whether the fused kernel can be used on this machine; compiles it the first time."""
     return library("batch_norm") is not None

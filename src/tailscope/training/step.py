@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tailscope.kernels.batch_norm import fuse
+from tailscope.kernels import fuse
 from tailscope.methods.losses import Loss
 from tailscope.models import CifarResNet
 from tailscope.spec import TrainSpec
