@@ -18,6 +18,7 @@ from pathlib import Path
 
 CODE = re.compile(r"(```(?:python|console)\n.*?\n```\n(?:\n```text\n.*?```\n)?)", flags=re.DOTALL)
 WIDTH = "120"
+LONGEST = 40
 
 
 def split(text: str) -> list[tuple[str, str]]:
@@ -58,11 +59,21 @@ def _command(line: str) -> str:
     return "\n".join(text.rstrip() for text in done.stdout.splitlines()) + "\n"
 
 
+def shortened(said: str) -> str:
+    """Return what was printed, without the middle where it is long: readers want its beginning and its end."""
+    lines = said.splitlines()
+    if len(lines) <= LONGEST:
+        return said
+    kept = LONGEST // 4
+    return "\n".join([*lines[:kept], f" ... {len(lines) - 2 * kept} lines more ...", *lines[-kept:]])
+
+
 def page(parts: list[tuple[str, str]], printed: list[str]) -> str:
     """Return the page with what each block prints below it."""
     text = ""
     for (kind, part), said in zip(parts, printed, strict=True):
-        text += part if kind == "prose" else f"```{kind}\n{part}\n```\n" + (f"\n```text\n{said}\n```\n" if said else "")
+        below = f"\n```text\n{shortened(said)}\n```\n" if said else ""
+        text += part if kind == "prose" else f"```{kind}\n{part}\n```\n{below}"
     return text
 
 
@@ -73,7 +84,7 @@ def notebook(parts: list[tuple[str, str]], printed: list[str]) -> str:
         if not part.strip():
             continue
         lines = part.strip().splitlines(keepends=True)
-        cell = {"id": f"cell-{number}", "metadata": {}, "cell_type": "markdown", "source": lines}
+        cell: dict[str, object] = {"id": f"cell-{number}", "metadata": {}, "cell_type": "markdown", "source": lines}
         if kind != "prose":
             output = {"name": "stdout", "output_type": "stream", "text": said.splitlines(keepends=True)}
             source = [re.sub(r"^\$ ", "!", line) for line in lines] if kind == "console" else lines

@@ -137,6 +137,18 @@ def test_what_a_page_prints_is_replaced_not_repeated(tmp_path):
         tutorials["run"]([("console", "$ false")], tmp_path)
 
 
+def test_the_middle_of_a_long_print_is_left_out():
+    shortened = runpy.run_path(str(REPOSITORY / "examples" / "tutorials.py"))["shortened"]
+    lines = [f"line {n}" for n in range(41)]
+    assert shortened("\n".join(lines[:40])) == "\n".join(lines[:40])
+    assert shortened("\n".join(lines)).splitlines() == [*lines[:10], " ... 21 lines more ...", *lines[-10:]]
+
+
+def test_the_image_tutorial_stands_with_what_it_printed():
+    text = (REPOSITORY / "docs" / "tutorial-cifar100.md").read_text(encoding="utf-8")
+    assert len(re.findall(r"```\n\n```text\n", text)) == text.count("```console") == 5
+
+
 def test_the_commands_of_the_image_tutorial_are_ones_that_exist():
     text = (REPOSITORY / "docs" / "tutorial-cifar100.md").read_text(encoding="utf-8")
     verbs = get_command(cli.app).commands
