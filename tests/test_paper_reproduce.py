@@ -20,7 +20,7 @@ from tailscope.paper.plan import make_plan
 from tailscope.paper.reproduce import EXPERIMENTS, Request, run_reproduce
 from tailscope.paper.runs import outcomes, runs
 from tailscope.paper.timing import Rates, duration, measure
-from tailscope.store import Store
+from tailscope.store import CHECKPOINT, Store, save_tensors
 from tailscope.training.recipes import RECIPES, Recipe
 from tailscope.training.runtime import Runtime
 
@@ -142,6 +142,25 @@ def test_time_is_what_the_rates_say(tmp_path, digits):
     measured = measure(lab, settings.recipe, plan, seconds=0.1)
     assert min(measured.step, measured.view, measured.clean, *measured.augment.values()) > 0
     assert duration(3600 * 2) == "2 h 0 min"
+
+
+def test_the_plan_knows_what_a_killed_run_has_saved(tmp_path, digits):
+    settings = request_of(tmp_path).settings()
+    lab = Lab(digits, Store(tmp_path), Runtime.choose("cpu"))
+    fresh = make_plan(lab, settings, ["swap"]).backbones[0]
+    scratch = tmp_path / "scratch" / f"stage1-{fresh.key}"
+    scratch.mkdir(parents=True)
+    save_tensors(scratch / CHECKPOINT, {}, {"epochs": 1, "losses": [1.0], "seconds": 1.0})
+    plan = make_plan(lab, settings, ["swap"])
+    goes_on, other = plan.backbones
+    assert goes_on.describe() == f"{fresh.describe()}; goes on after epoch 1"
+    assert "goes on" not in other.describe()
+    assert (goes_on.images_left, other.images_left) == (fresh.images // 2, other.images)  # one of two epochs
+    rates = Rates(step=1.0, augment={fresh.augment: 0.0}, view=0.0, clean=0.0)
+    assert rates.estimate(plan) == fresh.images // 2 + other.images
+    (scratch / CHECKPOINT).write_bytes(b"torn")
+    with pytest.raises(UserError, match=r"damaged.*delete it to start again"):
+        make_plan(lab, settings, ["swap"])
 
 
 def test_only_the_plan_trains_nothing(tmp_path):

@@ -25,6 +25,9 @@ from tailscope.errors import UserError, one_line
 Tensors = dict[str, Tensor]
 Meta = dict[str, Any]
 
+CHECKPOINT = "checkpoint.safetensors"
+"""What a training that was killed goes on from, in its scratch folder."""
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -79,6 +82,11 @@ class Store:
             raise UserError(f"{path}: damaged ({error}); delete its folder to compute it again") from error
         return meta
 
+    def checkpoint(self, kind: str, key: str) -> Meta | None:
+        """Return the description of a killed run's checkpoint, if there is one."""
+        path = self._scratch(kind, key) / CHECKPOINT
+        return load_header(path) if path.is_file() else None
+
     def get_or_make(self, kind: str, key: str, make: Callable[[Path], tuple[Tensors, Meta]]) -> tuple[Artifact, bool]:
         """Return the entry and whether it was there already, computing and storing it if not.
 
@@ -89,12 +97,15 @@ class Store:
         with self._locked(kind, key):
             if self.has(kind, key):
                 return self.read(kind, key), True
-            scratch = self.root / "scratch" / f"{kind}-{key}"
+            scratch = self._scratch(kind, key)
             scratch.mkdir(parents=True, exist_ok=True)
             tensors, meta = make(scratch)
             self._write(self._entry(kind, key), scratch / "entry", tensors, meta)
             shutil.rmtree(scratch, ignore_errors=True)
         return Artifact(tensors, meta), False
+
+    def _scratch(self, kind: str, key: str) -> Path:
+        return self.root / "scratch" / f"{kind}-{key}"
 
     def _entry(self, kind: str, key: str) -> Path:
         return self.root / kind / key
@@ -170,8 +181,21 @@ def load_checkpoint(path: Path) -> Artifact:
         tensors = load_tensors(path)
     except UserError as error:
         raise UserError(f"{error}; delete it to start again") from None
-    with safe_open(path, framework="pt") as file:
-        return Artifact(tensors, json.loads(file.metadata()["meta"]))
+    return Artifact(tensors, load_header(path))
+
+
+def load_header(path: Path) -> Meta:
+    """Read the description that `save_tensors` wrote, without the tensors.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header: Meta = json.loads(file.metadata()["meta"])
+            return header
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({one_line(str(error))}); delete it to start again") from error
 
 
 def write_json(path: Path, value: Any) -> None:

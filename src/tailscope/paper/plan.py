@@ -21,6 +21,8 @@ class PlannedBackbone:
         augment: what augments its images.
         images: image passes that its training takes.
         steps: optimisation steps that its training takes.
+        epochs_done: epochs that a run that was interrupted has saved.
+        images_left: image passes that are left after them.
     """
 
     seed: int
@@ -30,6 +32,15 @@ class PlannedBackbone:
     augment: tuple[str, ...]
     images: int
     steps: int
+    epochs_done: int
+    images_left: int
+
+    def describe(self) -> str:
+        """Return what is to be done."""
+        if self.stored:
+            return "stored"
+        saved = f"; goes on after epoch {self.epochs_done:,}" if self.epochs_done else ""
+        return f"to train: {self.steps:,} steps, {self.images:,} images{saved}"
 
 
 @dataclass(frozen=True)
@@ -91,7 +102,19 @@ def _planned(lab: Lab, run: Run) -> PlannedBackbone:
     epochs, steps = run.stage1.train.lengths(images)
     passes = min(epochs * images, steps * run.stage1.train.batch)
     stored = lab.store.has("stage1", run.backbone_key)
-    return PlannedBackbone(run.seed, run.encoder, run.backbone_key, stored, run.stage1.augment, passes, steps)
+    saved = None if stored else lab.store.checkpoint("stage1", run.backbone_key)
+    done = saved["epochs"] if saved else 0
+    return PlannedBackbone(
+        seed=run.seed,
+        encoder=run.encoder,
+        key=run.backbone_key,
+        stored=stored,
+        augment=run.stage1.augment,
+        images=passes,
+        steps=steps,
+        epochs_done=done,
+        images_left=0 if stored else passes - min(passes, done * images),
+    )
 
 
 def _views(stage: StageSpec, backbone: str, everything: int) -> dict[tuple[str, ...], int]:

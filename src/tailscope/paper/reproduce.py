@@ -164,10 +164,9 @@ def _reproduce(request: Request, lab: Lab, settings: Settings, tell: Tell, plan_
     elif not plan.complete:
         seconds = measure(lab, settings.recipe, plan).estimate(plan)
         done["estimated_seconds"] = seconds
-        tell(
-            f"estimated time here: {duration(seconds)}; measured on single steps, not compiled, so long trainings take "
-            "less; geometry's tests come on top"
-        )
+        compiles = any(lab.runtime.should_compile(backbone.steps) for backbone in plan.to_train)
+        errs = ", not compiled, so long trainings take less" if compiles else ""
+        tell(f"estimated time here: {duration(seconds)}; measured on single steps{errs}; geometry's tests come on top")
     if plan_only:
         return done
     for experiment in wanted:
@@ -226,8 +225,7 @@ def _tell_plan(tell: Tell, request: Request, settings: Settings, plan: Plan, lab
     seeds = " ".join(map(str, settings.seeds))
     tell(f"{request.what} of {request.dataset}, seeds {seeds}, subset seed {settings.subset_seed}; {label}")
     for backbone in plan.backbones:
-        work = "stored" if backbone.stored else f"to train: {backbone.steps:,} steps, {backbone.images:,} images"
-        tell(f"  seed {backbone.seed}, backbone {backbone.encoder}: {work}")
+        tell(f"  seed {backbone.seed}, backbone {backbone.encoder}: {backbone.describe()}")
     if plan.classifiers or plan.classifiers_stored:
         tell(f"  classifiers: {plan.classifiers} to fit, {plan.classifiers_stored} stored")
     if plan.complete:

@@ -48,15 +48,15 @@ class Rates:
 
     def estimate(self, plan: Plan) -> float:
         """Return the seconds that the plan's training and extraction take; geometry's permutations come on top."""
-        training = sum(b.images * (self.step + self.augment[b.augment]) for b in plan.to_train)
+        training = sum(b.images_left * (self.step + self.augment[b.augment]) for b in plan.to_train)
         return training + plan.views * self.view + plan.clean * self.clean
 
 
 def measure(lab: Lab, recipe: Recipe, plan: Plan, seconds: float | None = None) -> Rates:
     """Time what the plan needs on the first training images: steps, augmentation, extraction.
 
-    Steps are timed without compiling, which would take longer than the measurement may. Long trainings compile
-    theirs, so an estimate from these rates errs high.
+    Steps are timed without compiling, which would take longer than the measurement may. Where long trainings compile
+    theirs, an estimate from these rates errs high.
 
     Args:
         lab: the data and the runtime.

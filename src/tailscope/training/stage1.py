@@ -15,7 +15,7 @@ from tailscope.methods.augmentations import build
 from tailscope.models import MODELS, CifarResNet, count_parameters
 from tailscope.seeds import derive, torch_stream
 from tailscope.spec import StageSpec
-from tailscope.store import Meta, Tensors, load_checkpoint, save_tensors
+from tailscope.store import CHECKPOINT, Meta, Tensors, load_checkpoint, save_tensors
 from tailscope.training.runtime import Runtime
 from tailscope.training.schedules import SCHEDULES
 from tailscope.training.step import Normalizer, Stepper, loss_function
@@ -80,7 +80,7 @@ def train_backbone(
             history.losses.append(float(torch.stack(losses).mean()))
             history.epochs = epoch + 1
             history.seconds += time.monotonic() - started
-            save_tensors(scratch / "checkpoint.safetensors", stepper.state(), vars(history))
+            save_tensors(scratch / CHECKPOINT, stepper.state(), vars(history))
     return stepper.model.state_dict(), {
         "spec": spec.model_dump(mode="json"),
         "seed": seed,
@@ -159,7 +159,7 @@ class _Batches:
 
 def _resume(scratch: Path, stepper: Stepper) -> History:
     """Restore the last checkpoint, if there is one."""
-    path = scratch / "checkpoint.safetensors"
+    path = scratch / CHECKPOINT
     if not path.is_file():
         return History()
     checkpoint = load_checkpoint(path)

@@ -23,7 +23,7 @@ from tailscope.methods import LOSSES, MIXINGS, SAMPLERS, photos
 from tailscope.models import count_parameters
 from tailscope.seeds import derive, torch_stream
 from tailscope.spec import StageSpec
-from tailscope.store import Meta, Tensors, load_checkpoint, save_tensors
+from tailscope.store import CHECKPOINT, Meta, Tensors, load_checkpoint, save_tensors
 from tailscope.training.runtime import Runtime
 from tailscope.training.schedules import SCHEDULES
 from tailscope.training.stage1 import History, new_model
@@ -90,7 +90,7 @@ def train_on_files(
             history.epochs = epoch + 1
             history.seconds += time.monotonic() - started
             if scratch is not None:
-                save_tensors(scratch / "checkpoint.safetensors", stepper.state(), asdict(history))
+                save_tensors(scratch / CHECKPOINT, stepper.state(), asdict(history))
     seen = min(epochs * len(data), steps * spec.train.batch)
     return model.state_dict(), {
         "spec": spec.model_dump(mode="json"),
@@ -225,7 +225,7 @@ def _restore(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 def _resume(scratch: Path | None, stepper: Stepper, team: Team) -> History:
     """Restore the leader's last checkpoint in every process, if there is one."""
-    path = None if scratch is None else scratch / "checkpoint.safetensors"
+    path = None if scratch is None else scratch / CHECKPOINT
     found = load_checkpoint(path) if path is not None and path.is_file() else None
     tensors, meta = team.share(None if found is None else (found.tensors, found.meta)) or ({}, {})
     if tensors:
