@@ -39,7 +39,7 @@ def run(options: Options) -> Record:
     }  # fmt: skip
     for compile in (False, True) if size.compile else (False,):
         parts = _profile("training", {**training, "compile": compile}, options)
-        what = f"training step, {'compiled' if compile else 'fused batch norm'}"
+        what = f"training step, {'compiled' if compile else 'our kernels'}"
         record.rows += _rows(what, parts, "whole step", "ms/step", 1.0)
         record.raw[what] = parts
     geometry = {"rows": size.shape.rows, "dimension": size.shape.dimension, "classes": size.shape.classes}

@@ -24,6 +24,7 @@ from tailscope.training.step import Normalizer
 
 # The first kind that fits: a compiled kernel's name lists what was fused, a backward kernel's holds the forward's.
 KINDS = {
+    "our gradient of convolutions' weights": ("_convolutionbackward",),
     "convolution, backward": ("convolution_backward",),
     "convolution, forward": ("mkldnn_convolution", "cudnn_convolution", "thnn_conv2d", "_convolution_pointwise"),
     "our batch norm, shortcut and ReLU": ("batchnormrelu",),

@@ -16,6 +16,7 @@ from tailscope.models import MODELS, CifarResNet, count_parameters
 from tailscope.seeds import derive, torch_stream
 from tailscope.spec import StageSpec
 from tailscope.store import CHECKPOINT, Meta, Tensors, load_checkpoint, save_tensors
+from tailscope.training.graph import CudaCapture
 from tailscope.training.runtime import Runtime
 from tailscope.training.schedules import SCHEDULES
 from tailscope.training.step import Normalizer, Stepper, loss_function
@@ -105,7 +106,8 @@ def _stepper(spec: StageSpec, data: ImageSet, normalize: Normalizer, seed: int, 
     loss = LOSSES.make(spec.loss, torch.tensor(data.counts(), device=runtime.device))
     compute = loss_function(model, loss, normalize.to(runtime.device), runtime.dtype(spec.train.precision))
     _, steps = spec.train.lengths(len(data))
-    return Stepper(model, compute, spec.train, compile=runtime.should_compile(steps))
+    capture = CudaCapture() if runtime.device.type == "cuda" else None
+    return Stepper(model, compute, spec.train, compile=runtime.should_compile(steps), capture=capture)
 
 
 @dataclass(frozen=True)

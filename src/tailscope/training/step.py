@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from tailscope.kernels import fuse
 from tailscope.methods.losses import Loss
 from tailscope.models import CifarResNet
 from tailscope.spec import TrainSpec
+from tailscope.training.graph import Capture, GraphedStep
 
 
 @dataclass(frozen=True)
@@ -66,22 +68,45 @@ def loss_function(model: CifarResNet, loss: Loss, normalize: Normalizer, dtype: 
 
 
 class Stepper:
-    """Runs steps of a model: compiled for full batches, eager for the short last batch of an epoch.
+    """Runs steps of a model: compiled and captured for full batches, eager for the short last batch of an epoch.
 
-    Steps that are not compiled use the fused kernels, which compiled ones would have to leave their graph for.
+    Steps that are not compiled use our kernels, which compiled ones would have to leave their graph for.
     """
 
-    def __init__(self, model: CifarResNet, compute: LossFunction, train: TrainSpec, *, compile: bool) -> None:
+    def __init__(
+        self,
+        model: CifarResNet,
+        compute: LossFunction,
+        train: TrainSpec,
+        *,
+        compile: bool,
+        capture: Capture | None = None,
+    ) -> None:
+        """Prepare the optimiser.
+
+        Args:
+            model: in training mode, on its device.
+            compute: the mean loss of a batch.
+            train: batch size and optimiser.
+            compile: whether full batches go through `torch.compile`.
+            capture: what captures the step of full batches; None: it is launched kernel by kernel.
+        """
         self.model = model
         self.compiled = compile
-        self.fused = not compile and next(model.parameters()).device.type == "cpu" and fuse(model)
-        self._eager = compute
-        self._full = torch.compile(compute, dynamic=False) if compile else compute
+        device = next(model.parameters()).device
+        self.fused = not compile and device.type == "cpu" and fuse(model)
+        self._eager = partial(self._step, compute)
+        self._full: Callable[..., Tensor] = (
+            partial(self._step, torch.compile(compute, dynamic=False)) if compile else self._eager
+        )
+        if capture:
+            self._full = GraphedStep(self._full, capture)
         self._batch = train.batch
         self._learning_rate = train.learning_rate
         self.optimizer = torch.optim.SGD(
             model.parameters(),
-            lr=train.learning_rate,
+            # A captured step reads the rate from memory.
+            lr=torch.tensor(train.learning_rate, device=device) if capture else train.learning_rate,
             momentum=train.momentum,
             nesterov=train.nesterov,
             weight_decay=train.weight_decay,
@@ -97,8 +122,20 @@ class Stepper:
         partner: Tensor | None = None,
     ) -> Tensor:
         """Take one step at `multiplier` times the base learning rate; return the detached loss, still on the device."""
-        compute = self._full if len(labels) == self._batch else self._eager
-        self.optimizer.param_groups[0]["lr"] = self._learning_rate * multiplier
+        self._set_rate(self._learning_rate * multiplier)
+        step = self._full if len(labels) == self._batch else self._eager
+        return step(images, labels, lam, partner)
+
+    def _set_rate(self, value: float) -> None:
+        group = self.optimizer.param_groups[0]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
+
+    def _step(
+        self, compute: LossFunction, images: Tensor, labels: Tensor, lam: Tensor | None, partner: Tensor | None
+    ) -> Tensor:
         loss = compute(images, labels, lam, partner)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()

@@ -1,0 +1,97 @@
+"""Whole training steps as CUDA graphs.
+
+A small network spends its time on launching kernels; a graph launches all of a step's at once.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+WARM_UP = 3
+"""Steps before the capture: they compile, choose algorithms and create what the optimiser remembers."""
+
+_log = logging.getLogger(__name__)
+
+Step = Callable[..., Tensor]
+Replay = Callable[[], None]
+
+
+class Capture(Protocol):
+    """Where steps run before the capture, and how one is captured."""
+
+    def warm_up(self, step: Step, *given: Tensor | None) -> Tensor:
+        """Run a step as it is."""
+
+    def record(self, work: Callable[[], None]) -> Replay:
+        """Record `work`, which runs then or later, and return what runs it."""
+
+
+class CudaCapture:
+    """CUDA's capture, as PyTorch's notes on CUDA graphs ask for: warm-up on a stream of its own, then one recording."""
+
+    def warm_up(self, step: Step, *given: Tensor | None) -> Tensor:
+        """Run a step on another stream than the default one."""
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            loss = step(*given)
+        torch.cuda.current_stream().wait_stream(side)
+        return loss
+
+    def record(self, work: Callable[[], None]) -> Replay:
+        """Capture `work`, which computes nothing meanwhile."""
+        graph = torch.cuda.CUDAGraph()
+        # Another training may use the GPU from another thread of this process.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            work()
+        return graph.replay
+
+
+class GraphedStep:
+    """A step of fixed shapes that is captured once and replayed: (tensors) -> loss.
+
+    A graph reads and writes fixed places in memory: what is given is copied to them, and the loss from them. All that
+    changes from step to step has to come in a tensor, the learning rate too. Where the capture fails, steps go on as
+    they are, after a warning.
+    """
+
+    def __init__(self, step: Step, capture: Capture) -> None:
+        self._step, self._capture = step, capture
+        self._calls = 0
+        self._replay: Replay | None = None
+        self._inputs: tuple[Tensor | None, ...] = ()
+        self._loss: Tensor | None = None
+        self._failed = False
+
+    def __call__(self, *given: Tensor | None) -> Tensor:
+        """Take a step; the arguments' shapes, and which are None, are the same every time."""
+        self._calls += 1
+        if self._failed:
+            return self._step(*given)
+        if self._calls <= WARM_UP:
+            return self._capture.warm_up(self._step, *given)
+        if self._replay is None and not self._record(given):
+            return self._step(*given)
+        for place, new in zip(self._inputs, given, strict=True):
+            if place is not None and new is not None:
+                place.copy_(new)
+        assert self._replay is not None
+        self._replay()
+        assert self._loss is not None
+        return self._loss.clone()
+
+    def _record(self, given: tuple[Tensor | None, ...]) -> bool:
+        self._inputs = tuple(None if tensor is None else tensor.clone() for tensor in given)
+
+        def work() -> None:
+            self._loss = self._step(*self._inputs)
+
+        try:
+            self._replay = self._capture.record(work)
+        except RuntimeError as error:
+            _log.warning("the step is not captured as a CUDA graph, training will be slower: %s", error)
+            self._failed = True
+        return not self._failed
