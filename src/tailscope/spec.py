@@ -6,7 +6,7 @@
 
 import hashlib
 import json
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -23,9 +23,23 @@ FORMAT = 1
 
 
 class Frozen(BaseModel):
-    """An immutable value that refuses unknown fields."""
+    """An immutable value that refuses unknown fields.
+
+    Attributes:
+        later: fields that came after results were stored. At their default they are left out of what is written and of
+            keys, so that both stay as they were.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    later: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_later_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = dump(self)
+        for name in self.later:
+            if getattr(self, name) == type(self).model_fields[name].default:
+                fields.pop(name, None)
+        return fields
 
 
 class DataSpec(Frozen):
@@ -71,14 +85,7 @@ class TrainSpec(Frozen):
     schedule: str = "cosine()"
     precision: Literal["auto", "fp32"] = "auto"
     micro_batches: int = Field(default=1, ge=1)
-
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what older specs did not have while it changes nothing: keys and stored specs stay as they are."""
-        fields: dict[str, Any] = dump(self)
-        if self.micro_batches == 1:
-            del fields["micro_batches"]
-        return fields
+    later = ("micro_batches",)
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -121,14 +128,7 @@ class StageSpec(Frozen):
     sampler: str = "instance"
     views: int | None = Field(default=None, ge=1)
     bn_mode: BnMode = "frozen"
-
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what older specs did not have while it changes nothing: keys and stored specs stay as they are."""
-        fields: dict[str, Any] = dump(self)
-        if self.bn_mode == "frozen":
-            del fields["bn_mode"]
-        return fields
+    later = ("bn_mode",)
 
     def content(self) -> dict[str, Any]:
         """Return everything about this stage that changes its result."""

@@ -2,7 +2,7 @@
 
 from typing import Any, Self
 
-from pydantic import SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
+from pydantic import ValidationError, model_validator
 
 from tailscope.errors import UserError
 from tailscope.methods import AUGMENTATIONS, MIXINGS
@@ -40,14 +40,7 @@ class Recipe(Frozen):
     autoaugment: str = "autoaugment()"
     mix: str = "mixup(alpha=1.0)"
     bn_mode: BnMode = "frozen"
-
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what older recipes did not have while it changes nothing: results of one spec stay so."""
-        fields: dict[str, Any] = dump(self)
-        if self.bn_mode == "frozen":
-            del fields["bn_mode"]
-        return fields
+    later = ("bn_mode",)
 
     @model_validator(mode="after")
     def _spell_out(self) -> Self:
