@@ -56,11 +56,13 @@ def to_floats(where: str, values: npt.ArrayLike | Tensor, dimensions: str) -> Te
 
 
 def require_finite(where: str, rows: Tensor) -> None:
-    """Check a matrix [n, d] block by block.
+    """Check a matrix [n, d].
 
     Raises:
         UserError: rows hold NaN or infinity; says how many and which is the first, counted from 0.
     """
+    if rows.sum().isfinite():  # a sum with NaN or infinity in it never is; looking at each takes 20 times as long
+        return
     step = max(1, _BLOCK_ELEMENTS // rows.shape[1])
     wrong = [~torch.isfinite(rows[start : start + step]).all(dim=1) for start in range(0, len(rows), step)]
     found = torch.cat(wrong).nonzero().flatten()

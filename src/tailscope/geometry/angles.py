@@ -31,7 +31,7 @@ def angles_to(rows: Tensor, center: Tensor) -> Tensor:
     found = []
     for block in torch.split(rows, max(1, BLOCK_ELEMENTS // rows.shape[1])):
         along = block @ direction
-        across = torch.addmm(block, along[:, None], direction[None, :], alpha=-1)
+        across = torch.addr(block, along, direction, alpha=-1)
         found.append(torch.atan2(torch.linalg.vector_norm(across, dim=1).double(), along.double()))
     angle = torch.rad2deg(torch.cat(found)) if found else rows.new_empty(0, dtype=torch.float64)
     return torch.where(angle < resolution_deg(rows.dtype), 0.0, angle)

@@ -32,10 +32,14 @@ def class_centers(train: ClassRows, unseen: ClassRows) -> Centers:
 
 
 def _class_sums(rows: ClassRows) -> Tensor:
-    def one(k: int) -> Tensor:
-        return rows.features.index_select(0, rows.index(k)).sum(dim=0, dtype=torch.float64)
+    classes, d = len(rows.starts) - 1, rows.features.shape[1]
+    sums = torch.empty(classes, d, dtype=torch.float64, device=rows.features.device)
 
-    return torch.stack(map_parallel(one, len(rows.starts) - 1, rows.features.device))
+    def one(k: int) -> None:
+        torch.sum(rows.features.index_select(0, rows.index(k)), dim=0, dtype=torch.float64, out=sums[k])
+
+    map_parallel(one, classes, rows.features.device)
+    return sums
 
 
 def shift_by_chance(n: int, m: int, variance: float, along: float, norm: float, center_norm: float) -> float:

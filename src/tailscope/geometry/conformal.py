@@ -51,39 +51,35 @@ def compare_pairs(train: Tensor, unseen: Tensor) -> Pairs:
     inner = x @ total  # <x_i, s>
     length = torch.linalg.vector_norm(x, dim=1)
     without = torch.linalg.vector_norm(total - x, dim=1)  # |s - x_i|
-    outside, nearer, tied = [], [], []
+    outside, nearer, no_further = [], [], []
     for block in torch.split(unseen, max(1, BLOCK_PAIRS // n)):
         u = block.double()
-        dots = u @ x.T
-        sums = u @ total
-        size = torch.linalg.vector_norm(u, dim=1)
-        angle = torch.acos(((sums[:, None] - dots) / (size[:, None] * without)).clamp(-1, 1))
+        dots, sums = u @ x.T, (u @ total)[:, None]
+        size = torch.linalg.vector_norm(u, dim=1, keepdim=True)
+        angle = (sums - dots).div_(size * without).clamp_(-1, 1).acos_()
         outside.append(angle.mean(dim=1))
         # Cosines with the centre of n + 1, all times |s + u|, which does not change their order.
-        closeness = ((sums + size * size) / size)[:, None]
-        margin = TIE * torch.linalg.vector_norm(total + u, dim=1)[:, None]
-        lead = (dots + inner) / length - closeness
+        lead = dots.add_(inner).div_(length).sub_(sums / size + size)
+        margin = TIE * (total @ total + 2 * sums + size * size).clamp(min=0).sqrt()
         nearer.append((lead > margin).sum(dim=1))
-        tied.append((lead >= -margin).sum(dim=1) - nearer[-1])
+        no_further.append((lead >= -margin).sum(dim=1))
     inside = torch.acos(((inner - length * length) / (length * without)).clamp(-1, 1))
     out = torch.rad2deg(torch.cat(outside))
     own = torch.rad2deg(inside)
     gap = (out.mean() - own.mean()).item()
-    ahead = torch.cat(nearer).double()
+    ahead = torch.cat(nearer)
     return Pairs(
         spread_gap_deg=gap if math.isfinite(gap) else None,
         spread_gap_trimmed_deg=_trimmed_mean(out) - _trimmed_mean(own) if math.isfinite(gap) else None,
         escape_conformal=(ahead == n).double().mean().item(),
-        escape_rank=(ahead + torch.cat(tied) / 2).mean().item() / n,
+        escape_rank=(ahead + torch.cat(no_further)).double().mean().item() / (2 * n),
     )
 
 
 def _trimmed_mean(values: Tensor) -> float:
     """Return the mean without the largest tenth; a fraction of a value is left out by its weight."""
-    weight = torch.ones_like(values)
-    drop = TRIM * len(values)
-    whole = int(drop)
-    if whole:
-        weight[-whole:] = 0
-    weight[len(values) - whole - 1] -= drop - whole
-    return ((values.sort().values * weight).sum() / weight.sum()).item()
+    kept = (1 - TRIM) * len(values)
+    whole = int(kept)
+    ordered = values.sort().values
+    part = (kept - whole) * ordered[whole].item() if kept > whole else 0.0
+    return (ordered[:whole].sum().item() + part) / kept

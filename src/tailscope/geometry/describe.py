@@ -12,11 +12,11 @@ from tailscope.errors import UserError
 from tailscope.geometry.angles import angle_between, nearest_center
 from tailscope.geometry.centers import Centers, class_centers, separation_by_chance
 from tailscope.geometry.fields import Entry
-from tailscope.geometry.measure import Facts, gather, measure_class
+from tailscope.geometry.measure import Facts, measure_class
 from tailscope.geometry.notes import class_notes, input_notes, verdict_notes
 from tailscope.geometry.parallel import map_mixed
 from tailscope.geometry.pooling import pool_groups
-from tailscope.geometry.rows import ClassRows, group_rows
+from tailscope.geometry.rows import ClassRows, gather, group_rows
 from tailscope.geometry.search import NearestWrongCenter
 from tailscope.geometry.significance import Chance, ClassTests, UnitMaker
 from tailscope.groups import assign_groups

@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from tailscope.geometry.parallel import map_parallel
-from tailscope.geometry.rows import ClassRows
+from tailscope.geometry.rows import ClassRows, gather
 
 NEAR = 1e-4
 
@@ -30,17 +31,16 @@ def find_copies(rows: Tensor, n: int, variance: float) -> Copies:
     sqrt(2 * variance). Rows are sorted along one random direction, so that copies become neighbours.
     """
     count, d = rows.shape
-    unseen = torch.arange(count, device=rows.device) >= n
-    generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(d, generator=generator, dtype=torch.float64).to(device=rows.device, dtype=rows.dtype)
     limit = NEAR * math.sqrt(2 * variance)
-    key, order = (rows @ direction).sort()
+    key, order = (rows @ _direction(d).to(device=rows.device, dtype=rows.dtype)).sort()
     # Along a direction of standard normal entries a distance shows as that distance times a standard normal number.
-    close = (key.diff() < 6 * limit).nonzero().flatten()
-    distance = torch.linalg.vector_norm(rows[order[close]] - rows[order[close + 1]], dim=1)
-    linked = close[distance < limit]
+    linked = (key.diff() < 6 * limit).nonzero().flatten()
+    if len(linked):
+        distance = torch.linalg.vector_norm(rows[order[linked]] - rows[order[linked + 1]], dim=1)
+        linked = linked[distance < limit]
     if not len(linked):
         return Copies(torch.zeros(count - n, dtype=torch.bool, device=rows.device), 0)
+    unseen = torch.arange(count, device=rows.device) >= n
     follows = torch.zeros(count, dtype=torch.long, device=rows.device)
     follows[linked + 1] = 1
     cluster = torch.empty_like(follows)
@@ -51,6 +51,11 @@ def find_copies(rows: Tensor, n: int, variance: float) -> Copies:
     return Copies((seen_in[cluster] > 0)[unseen], int(repeats))
 
 
+@lru_cache(maxsize=1)
+def _direction(d: int) -> Tensor:
+    return torch.randn(d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
 def unseen_copies(train: ClassRows, unseen: ClassRows) -> Tensor:
     """Return which unseen rows are copies of a training row of their class, bool [m] in the original row order."""
     found = torch.zeros(len(unseen.features), dtype=torch.bool, device=unseen.features.device)
@@ -58,10 +63,10 @@ def unseen_copies(train: ClassRows, unseen: ClassRows) -> Tensor:
     def one(k: int) -> None:
         n, m = train.count(k), unseen.count(k)
         if n and m:
-            rows = torch.cat([train.features[train.index(k)], unseen.features[unseen.index(k)]]).to(train.dtype)
-            centered = rows - rows.mean(dim=0)
-            variance = torch.linalg.vector_norm(centered).square().item() / (n + m - 1)
-            found[unseen.index(k)] = find_copies(centered, n, variance).unseen
+            rows = gather(train, unseen, k)
+            rows -= rows.mean(dim=0)
+            variance = torch.linalg.vector_norm(rows).square().item() / (n + m - 1)
+            found[unseen.index(k)] = find_copies(rows, n, variance).unseen
 
     map_parallel(one, len(train.starts) - 1, unseen.features.device)
     return found

@@ -13,7 +13,6 @@ from tailscope.geometry.conformal import compare_pairs
 from tailscope.geometry.duplicates import find_copies
 from tailscope.geometry.fields import Entry, empty_entry
 from tailscope.geometry.moments import moments
-from tailscope.geometry.rows import ClassRows
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -28,33 +27,16 @@ class Facts:
     repeats: int
 
 
-def gather(train: ClassRows, unseen: ClassRows, k: int) -> Tensor:
-    """Return a copy of class k's rows [n + m, d], training rows first."""
-    n, m = train.count(k), unseen.count(k)
-    dtype = torch.promote_types(train.dtype, unseen.dtype)
-    rows = torch.empty(n + m, train.features.shape[1], dtype=dtype, device=train.features.device)
-    for part, source in ((rows[:n], train), (rows[n:], unseen)):
-        if source.features.dtype == dtype:
-            torch.index_select(source.features, 0, source.index(k), out=part)
-        else:
-            part.copy_(source.features[source.index(k)])
-    return rows
-
-
 @dataclass(frozen=True)
 class Sample:
     """One class: its rows [n + m, d], training rows first, and its three means in float64 (NaN where empty)."""
 
     rows: Tensor
     n: int
+    m: int
     mean_s: Tensor
     mean_u: Tensor
     mean_t: Tensor
-
-    @property
-    def m(self) -> int:
-        """Number of unseen samples."""
-        return len(self.rows) - self.n
 
 
 def measure_class(rows: Tensor, n: int, k: int, centers: Centers, halves: np.random.Generator) -> tuple[Entry, Facts]:
@@ -67,7 +49,7 @@ def measure_class(rows: Tensor, n: int, k: int, centers: Centers, halves: np.ran
         centers: means of all classes.
         halves: draws the two halves of the cross-validated first principal component.
     """
-    sample = Sample(rows, n, centers.train[k], centers.unseen[k], centers.true[k])
+    sample = Sample(rows, n, len(rows) - n, centers.train[k], centers.unseen[k], centers.true[k])
     entry = empty_entry()
     entry["train_count"], entry["unseen_count"] = n, sample.m
     entry.update(_compactness(sample))
@@ -177,12 +159,10 @@ def _trace(deviations: Tensor, mean: Tensor) -> float:
 
 
 def _quantiles(angles: Tensor) -> list[float]:
-    """Interpolate linearly between order statistics, as NumPy does."""
-    ordered = angles.sort().values
-    place = torch.tensor(QUANTILES, dtype=torch.float64, device=angles.device) * (len(angles) - 1)
-    below = place.long()
-    above = (below + 1).clamp(max=len(angles) - 1)
-    found: list[float] = torch.lerp(ordered[below], ordered[above], place - below).tolist()
+    """Interpolate linearly between order statistics, as NumPy's `quantile` does, which takes ten times as long."""
+    ordered = angles.sort().values.cpu().numpy()
+    last = len(ordered) - 1
+    found: list[float] = np.interp([q * last for q in QUANTILES], np.arange(last + 1), ordered).tolist()
     return found
 
 

@@ -9,6 +9,7 @@ errs low where the raw one errs high.
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -87,8 +88,8 @@ def _from_gram(rows: Tensor) -> tuple[float, float, float | None]:
     S and the Gram matrix of the rows over n - 1 have the same non-zero eigenvalues.
     """
     n = len(rows)
-    gram = (rows @ rows.T).double()
-    norm = torch.linalg.matrix_norm(gram).item() / (n - 1)
+    gram = (rows @ rows.T).double().cpu().numpy()
+    norm = float(np.linalg.norm(gram)) / (n - 1)
     first = top_eigenpair(gram)[0] / (n - 1)
     if n < 4:
         return norm, first, None
@@ -96,10 +97,10 @@ def _from_gram(rows: Tensor) -> tuple[float, float, float | None]:
     estimates = []
     for a, b in ((slice(half), slice(half, n)), (slice(half, n), slice(half))):
         own = gram[a, a]
-        mean = own.mean(dim=0)
-        value, vector = top_eigenpair(own - mean[:, None] - mean + mean.mean())
+        mean = own.mean(axis=0)
+        value, vector = top_eigenpair(own - (mean[:, None] + (mean - mean.mean())))
         along = gram[b, a] @ (vector - vector.mean())
-        estimates.append(along.var().item() / value if value > 0 else 0.0)
+        estimates.append(float(along.var(ddof=1)) / value if value > 0 else 0.0)
     return norm, first, sum(estimates) / 2
 
 
@@ -110,16 +111,17 @@ def _from_covariance(rows: Tensor) -> tuple[float, float, float | None]:
     for half in torch.split(rows, (n + 1) // 2):
         mean = half.mean(dim=0, dtype=torch.float64)
         scatters.append(_scatter(half))
-        covariances.append((scatters[-1] - len(half) * torch.outer(mean, mean)) / max(1, len(half) - 1))
-    whole = (scatters[0] + scatters[1]) / (n - 1)
-    norm = torch.linalg.matrix_norm(whole).item()
+        covariance = (scatters[-1] - len(half) * torch.outer(mean, mean)) / max(1, len(half) - 1)
+        covariances.append(covariance.cpu().numpy())
+    whole = ((scatters[0] + scatters[1]) / (n - 1)).cpu().numpy()
+    norm = float(np.linalg.norm(whole))
     first = top_eigenpair(whole)[0]
     if n < 4:
         return norm, first, None
     estimates = []
     for a, b in (covariances, covariances[::-1]):
         vector = top_eigenpair(a)[1]
-        estimates.append((vector @ b @ vector).item())
+        estimates.append(float(vector @ b @ vector))
     return norm, first, sum(estimates) / 2
 
 

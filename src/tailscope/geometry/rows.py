@@ -69,6 +69,19 @@ def group_rows(features: Tensor, labels: Tensor, class_names: Sequence[str], wha
     return ClassRows(features, order, starts, dropped.tolist(), alive)
 
 
+def gather(train: ClassRows, unseen: ClassRows, k: int) -> Tensor:
+    """Return a copy of class k's rows [n + m, d], training rows first."""
+    n, m = train.count(k), unseen.count(k)
+    dtype = torch.promote_types(train.dtype, unseen.dtype)
+    rows = torch.empty(n + m, train.features.shape[1], dtype=dtype, device=train.features.device)
+    for part, source in ((rows[:n], train), (rows[n:], unseen)):
+        if source.features.dtype == dtype:
+            torch.index_select(source.features, 0, source.index(k), out=part)
+        else:
+            part.copy_(source.features[source.index(k)])
+    return rows
+
+
 def _check_shapes(features: Tensor, labels: Tensor, classes: int, what: str) -> None:
     if features.ndim != 2 or not features.is_floating_point():
         got = f"{features.dtype} {list(features.shape)}"
@@ -86,10 +99,12 @@ def _usable(features: Tensor, what: str) -> tuple[Tensor, Tensor]:
     """Return which rows have a direction and which features are ever not 0; refuse rows that are not finite."""
     wide = torch.promote_types(features.dtype, torch.float32)
     norms = []
-    alive = torch.zeros(features.shape[1], dtype=torch.bool, device=features.device)
+    alive, all_alive = torch.zeros(features.shape[1], dtype=torch.bool, device=features.device), False
     for block in torch.split(features, max(1, BLOCK_ELEMENTS // max(1, features.shape[1]))):
         norms.append(torch.linalg.vector_norm(block, dim=1, dtype=wide))
-        alive |= (block != 0).any(dim=0)
+        if not all_alive:
+            alive |= (block != 0).any(dim=0)
+            all_alive = bool(alive.all())
     norm = torch.cat(norms)
     wrong = (~torch.isfinite(norm)).nonzero().flatten()
     if len(wrong):

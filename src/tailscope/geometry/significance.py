@@ -25,10 +25,9 @@ from tailscope.geometry.calibration import (
     standardize,
 )
 from tailscope.geometry.fields import Entry
-from tailscope.geometry.measure import gather
 from tailscope.geometry.parallel import map_parallel
 from tailscope.geometry.permutation import make_pool
-from tailscope.geometry.rows import ClassRows
+from tailscope.geometry.rows import ClassRows, gather
 from tailscope.seeds import numpy_stream
 
 MATERIAL_GAP_DEG = 2.0
