@@ -16,7 +16,7 @@ from tailscope.diagnosis.encoders import linear_cka
 from tailscope.diagnosis.neighbours import closest, confusable_pairs
 from tailscope.diagnosis.verdict import decide
 from tailscope.errors import UserError
-from tailscope.geometry import FIELDS
+from tailscope.geometry import FIELDS, describe
 from tailscope.intervals import Interval
 
 
@@ -64,6 +64,13 @@ def test_without_permutations_the_representation_is_never_blamed():
     assert found["verdict"]["bottleneck"] == "undecided"
     assert "not tested" in found["verdict"]["reason"]
     assert all(entry["spread_gap_p"] is None for entry in found["classes"])
+
+
+def test_too_few_permutations_for_a_group_are_no_evidence_against_the_representation():
+    found = tailscope.diagnose(*(table(*one) for one in scattered()), permutations=9)
+    assert found["verdict"]["bottleneck"] == "undecided"
+    assert "not tested" in found["verdict"]["reason"]
+    assert found["warnings"][0] == "9 permutations cannot flag a group at 0.05; give 19 or more"
 
 
 def test_pure_noise_says_so():
@@ -192,7 +199,9 @@ def test_the_rule(bounds, memorised, expected):
 
 def test_pairs_are_the_smallest_angles_of_all():
     train, unseen = separable(3)
-    found = confusable_pairs(table(*train), table(*unseen), [str(k) for k in range(CLASSES)], most=5)
+    names = [str(k) for k in range(CLASSES)]
+    sets = [torch.from_numpy(part) for part in (*train, *unseen)]
+    found = confusable_pairs(describe(*sets, names, permutations=0).centers, names, most=5)
     features, labels = (np.concatenate(parts) for parts in zip(train, unseen, strict=True))
     means = np.stack([features[labels == k].mean(axis=0) for k in range(CLASSES)])
     means /= np.linalg.norm(means, axis=1, keepdims=True)

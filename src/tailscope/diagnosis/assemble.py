@@ -1,5 +1,6 @@
 """`diagnose`: measure, judge, advise, and put everything together as `diagnosis.json` holds it."""
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from tailscope.diagnosis.inputs import Inputs, Source, as_table, bursts, read
 from tailscope.diagnosis.neighbours import confusable_pairs
 from tailscope.errors import UserError
 from tailscope.geometry import GeometryResult, describe
+from tailscope.groups import GROUPS
 from tailscope.linear_classifier import LinearClassifier
 from tailscope.origin import command_line, versions
 from tailscope.progress import Progress
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from tailscope.diagnosis.outcomes import Outcomes
 
 Several = Source | Sequence[Source]
+LEAST_ALPHA = 0.001  # a class alone among C is flagged after C / alpha permutations
+MOST_PERMUTATIONS = 10**6
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Settings:
     Attributes:
         ceiling: the accuracy that would be perfect, in (0, 1].
         permutations: of each test; 0 leaves the tests out.
-        alpha: false discovery rate at which classes and groups are flagged.
+        alpha: false discovery rate at which classes and groups are flagged, from 0.001.
         verdict: whether to fit classifiers and judge.
         drop_duplicates: whether unseen samples that are also training samples are left out.
         seed: of permutations, folds and hold-outs.
@@ -50,10 +54,17 @@ class Settings:
     def __post_init__(self) -> None:
         if not 0 < self.ceiling <= 1:
             raise UserError(f"--ceiling {self.ceiling}: expected an accuracy above 0 and at most 1")
-        if not 0 < self.alpha < 1:
-            raise UserError(f"--alpha {self.alpha}: expected a number between 0 and 1")
-        if self.permutations < 0 or self.seed < 0:
-            raise UserError("--permutations and --seed: expected whole numbers of at least 0")
+        if not LEAST_ALPHA <= self.alpha < 1:
+            raise UserError(f"--alpha {self.alpha}: expected a number from {LEAST_ALPHA} to below 1")
+        if not 0 <= self.permutations <= MOST_PERMUTATIONS:
+            raise UserError(f"--permutations {self.permutations}: expected 0 to {MOST_PERMUTATIONS:,}")
+        if self.seed < 0:
+            raise UserError(f"--seed {self.seed}: expected a whole number of at least 0")
+
+    @property
+    def too_few_permutations(self) -> bool:
+        """Whether no group's p-value, 1 / (permutations + 1) at least, can be as low as alpha."""
+        return 0 < self.permutations < 1 / self.alpha - 1
 
 
 def diagnose(
@@ -185,10 +196,15 @@ def _one(inputs: Inputs, settings: Settings, runtime: Runtime) -> "tuple[dict[st
         "groups": geometry.groups,
     }
     warnings = [*inputs.warnings, *geometry.warnings]
+    if settings.too_few_permutations:
+        needed = math.ceil(1 / settings.alpha - 1)
+        warnings.insert(
+            0, f"{settings.permutations} permutations cannot flag a group at {settings.alpha}; give {needed} or more"
+        )
     if settings.verdict:
         judged, caveats, outcomes = _judge(inputs, geometry, settings, runtime.progress)
         return measured | judged | {"warnings": list(dict.fromkeys([*warnings, *caveats]))}, outcomes
-    pairs = confusable_pairs(train, unseen, names)
+    pairs = confusable_pairs(geometry.centers, names)
     unjudged = {"accuracy": None, "verdict": None, "advice": [], "pairs": pairs}
     return measured | unjudged | {"warnings": list(dict.fromkeys(warnings))}, None
 
@@ -201,9 +217,14 @@ def _judge(
     from tailscope.diagnosis.verdict import accuracies, judge
 
     outcomes = score(inputs, settings.seed, progress)
-    pairs = confusable_pairs(inputs.train, inputs.unseen, inputs.names, outcomes.labels, outcomes.predicted)
+    pairs = confusable_pairs(geometry.centers, inputs.names, outcomes.labels, outcomes.predicted)
     accuracy = accuracies(outcomes, [entry["group"] for entry in geometry.classes])
-    verdict, caveats = judge(outcomes, geometry.classes, geometry.groups, settings.ceiling)
+    verdict, caveats = judge(
+        outcomes,
+        geometry.classes,
+        dict.fromkeys(GROUPS) if settings.too_few_permutations else geometry.groups,
+        settings.ceiling,
+    )
     advice = advise(accuracy, verdict, geometry.classes, pairs)
     return {"accuracy": accuracy, "verdict": verdict, "advice": advice, "pairs": pairs}, caveats, outcomes
 

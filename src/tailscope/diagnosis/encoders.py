@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from scipy import special
 from torch import Tensor
 
 from tailscope.diagnosis.inputs import Inputs
@@ -19,7 +18,6 @@ from tailscope.feature_table import FeatureTable
 from tailscope.field_checks import match_names
 from tailscope.geometry.fields import Entry
 from tailscope.groups import GROUPS
-from tailscope.intervals import as_list, paired
 
 if TYPE_CHECKING:
     from tailscope.diagnosis.outcomes import Outcomes
@@ -130,6 +128,8 @@ def _accuracies(reference: "Outcomes | None", other: "Outcomes | None") -> dict[
     """Return the other encoder's accuracies minus the reference's, paired over samples."""
     if reference is None or other is None:
         return None
+    from tailscope.intervals import as_list, paired  # here because SciPy takes time to import, for one encoder in vain
+
     rows = {
         "current": (reference.current, other.current),
         "rebalanced": (reference.rebalanced.correct, other.rebalanced.correct),
@@ -161,6 +161,8 @@ def _aspect(aspect: str, reference: Sequence[Entry], other: Sequence[Entry], mem
     if len(differences):
         found["difference"] = float(differences.mean())
     if len(differences) > 1:
+        from scipy import special
+
         half = special.stdtrit(len(differences) - 1, 0.975) * differences.std(ddof=1) / len(differences) ** 0.5
         low, high = float(differences.mean() - half), float(differences.mean() + half)
         found["ci95"] = [low, high]

@@ -8,17 +8,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tailscope.feature_table import FeatureTable
-from tailscope.geometry.centers import class_centers
-from tailscope.geometry.rows import group_rows
-
 IntArray = npt.NDArray[np.int64]
 BLOCK = 512
 
 
 def confusable_pairs(
-    train: FeatureTable,
-    unseen: FeatureTable,
+    centers: Tensor,
     names: Sequence[str],
     labels: IntArray | None = None,
     predicted: IntArray | None = None,
@@ -27,8 +22,7 @@ def confusable_pairs(
     """Return the pairs of classes with the smallest angle between their centres over all samples, closest first.
 
     Args:
-        train: training features.
-        unseen: unseen features.
+        centers: [C, d], over all samples.
         names: [C].
         labels: [m] classes of scored samples, or None.
         predicted: [m] what the classifier in use takes them for.
@@ -38,8 +32,7 @@ def confusable_pairs(
         `first`, `second` (names; indices as `first_index`, `second_index`), `angle_deg`, and the shares of scored
         samples of the first taken for the second, `first_as_second`, and the reverse, `second_as_first`.
     """
-    rows = [group_rows(t.features, t.labels, names, t.source) for t in (train, unseen)]
-    unit = torch.nn.functional.normalize(class_centers(*rows).true.nan_to_num(), dim=1)
+    unit = torch.nn.functional.normalize(centers.cpu().nan_to_num(), dim=1)
     found = []
     for i, j in closest(unit, most):
         angle = 2 * torch.asin((unit[i] - unit[j]).norm().clamp(max=2) / 2)

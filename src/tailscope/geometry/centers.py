@@ -17,18 +17,25 @@ REPLICATE_ELEMENTS = 1 << 25
 
 @dataclass(frozen=True)
 class Centers:
-    """Class means in float64 [C, d]: over training, unseen and all samples; NaN where a class has none."""
+    """Class means in float64 [C, d]: over training, unseen and all samples; NaN where a class has none.
+
+    `lengths` has the three's lengths, `apart` the squared distances between the first two, by class.
+    """
 
     train: Tensor
     unseen: Tensor
     true: Tensor
+    lengths: list[list[float]]
+    apart: list[float]
 
 
 def class_centers(train: ClassRows, unseen: ClassRows) -> Centers:
     """Return the means of every class, summed in float64."""
     sums = [_class_sums(rows) for rows in (train, unseen)]
     counts = [torch.tensor(rows.starts, device=rows.features.device).diff()[:, None] for rows in (train, unseen)]
-    return Centers(sums[0] / counts[0], sums[1] / counts[1], (sums[0] + sums[1]) / (counts[0] + counts[1]))
+    s, u, t = sums[0] / counts[0], sums[1] / counts[1], (sums[0] + sums[1]) / (counts[0] + counts[1])
+    lengths = torch.stack([torch.linalg.vector_norm(mean, dim=1) for mean in (s, u, t)], dim=1)
+    return Centers(s, u, t, lengths.tolist(), (s - u).square().sum(dim=1).tolist())
 
 
 def _class_sums(rows: ClassRows) -> Tensor:

@@ -9,6 +9,8 @@ for every class size. All of it in float64: the comparisons are between nearly e
 import math
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -64,22 +66,22 @@ def compare_pairs(train: Tensor, unseen: Tensor) -> Pairs:
         nearer.append((lead > margin).sum(dim=1))
         no_further.append((lead >= -margin).sum(dim=1))
     inside = torch.acos(((inner - length * length) / (length * without)).clamp(-1, 1))
-    out = torch.rad2deg(torch.cat(outside))
-    own = torch.rad2deg(inside)
-    gap = (out.mean() - own.mean()).item()
-    ahead = torch.cat(nearer)
+    out = np.degrees(torch.cat(outside).cpu().numpy())
+    own = np.degrees(inside.cpu().numpy())
+    gap = float(out.mean() - own.mean())
+    ahead, not_behind = torch.cat(nearer).cpu().numpy(), torch.cat(no_further).cpu().numpy()
     return Pairs(
         spread_gap_deg=gap if math.isfinite(gap) else None,
         spread_gap_trimmed_deg=_trimmed_mean(out) - _trimmed_mean(own) if math.isfinite(gap) else None,
-        escape_conformal=(ahead == n).double().mean().item(),
-        escape_rank=(ahead + torch.cat(no_further)).double().mean().item() / (2 * n),
+        escape_conformal=float((ahead == n).mean()),
+        escape_rank=float((ahead + not_behind).mean()) / (2 * n),
     )
 
 
-def _trimmed_mean(values: Tensor) -> float:
+def _trimmed_mean(values: npt.NDArray[np.float64]) -> float:
     """Return the mean without the largest tenth; a fraction of a value is left out by its weight."""
     kept = (1 - TRIM) * len(values)
     whole = int(kept)
-    ordered = values.sort().values
-    part = (kept - whole) * ordered[whole].item() if kept > whole else 0.0
-    return (ordered[:whole].sum().item() + part) / kept
+    ordered = np.sort(values)
+    part = (kept - whole) * ordered[whole] if kept > whole else 0.0
+    return float(ordered[:whole].sum() + part) / kept

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,16 +32,20 @@ EXCESSES = (
 
 @dataclass(frozen=True)
 class GeometryResult:
-    """Measurements of every class and group, with the fields of `tailscope.geometry.FIELDS`."""
+    """Measurements of every class and group, with the fields of `tailscope.geometry.FIELDS`.
+
+    `centers`, float64 [C, d], are the means of the classes over training and unseen samples.
+    """
 
     classes: list[Entry]
     groups: dict[str, Entry | None]
     groups_rule: str
     warnings: list[str]
+    centers: Tensor = field(compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain lists, dicts, numbers, texts and None."""
-        return dict(vars(self))
+        """Return plain lists, dicts, numbers, texts and None; the centres stay out."""
+        return {name: value for name, value in vars(self).items() if name != "centers"}
 
 
 def describe(
@@ -126,7 +130,7 @@ def describe(
         *class_notes(entries, facts, dropped),
         *verdict_notes(entries, differing),
     ]
-    return GeometryResult(list(entries), pool_groups(entries, tests.group_p, alpha), rule, warnings)
+    return GeometryResult(list(entries), pool_groups(entries, tests.group_p, alpha), rule, warnings, centers.true)
 
 
 def _check(train: Tensor, unseen: Tensor, class_names: Sequence[str], permutations: int, alpha: float) -> None:
@@ -185,9 +189,9 @@ def _separate(
         "nearest_center_sample_train_deg": to_wrong[0],
         "nearest_center_sample_true_deg": to_true / (n + m),
     }
-    for field, column in columns.items():
+    for name, column in columns.items():
         for entry, value in zip(entries, column.tolist(), strict=True):
-            entry[field] = None if value != value or value == -1 else value
+            entry[name] = None if value != value or value == -1 else value
 
 
 def _excesses(entries: Sequence[Entry]) -> None:

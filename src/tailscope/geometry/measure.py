@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -29,7 +30,10 @@ class Facts:
 
 @dataclass(frozen=True)
 class Sample:
-    """One class: its rows [n + m, d], training rows first, and its three means in float64 (NaN where empty)."""
+    """One class: its rows [n + m, d], training rows first, and its three means in float64 (NaN where empty).
+
+    `lengths` are the means' lengths, `apart` is the squared distance between the first two.
+    """
 
     rows: Tensor
     n: int
@@ -37,6 +41,8 @@ class Sample:
     mean_s: Tensor
     mean_u: Tensor
     mean_t: Tensor
+    lengths: list[float]
+    apart: float
 
 
 def measure_class(rows: Tensor, n: int, k: int, centers: Centers, halves: np.random.Generator) -> tuple[Entry, Facts]:
@@ -49,7 +55,8 @@ def measure_class(rows: Tensor, n: int, k: int, centers: Centers, halves: np.ran
         centers: means of all classes.
         halves: draws the two halves of the cross-validated first principal component.
     """
-    sample = Sample(rows, n, len(rows) - n, centers.train[k], centers.unseen[k], centers.true[k])
+    means = centers.train[k], centers.unseen[k], centers.true[k]
+    sample = Sample(rows, n, len(rows) - n, *means, centers.lengths[k], centers.apart[k])
     entry = empty_entry()
     entry["train_count"], entry["unseen_count"] = n, sample.m
     entry.update(_compactness(sample))
@@ -60,6 +67,8 @@ def measure_class(rows: Tensor, n: int, k: int, centers: Centers, halves: np.ran
     _center_all(sample)
     order = torch.from_numpy(halves.permutation(len(rows))).to(rows.device)
     found = moments(rows, order)
+    if found.variance is not None and 0 < found.variance <= _rounding(rows.dtype, sample.lengths[2]):
+        found = moments(rows.zero_(), order)
     entry.update(vars(found), first_pc_share_high=found.first_pc_share)
     variance = found.variance or 0.0
     copies = repeats = 0
@@ -67,28 +76,27 @@ def measure_class(rows: Tensor, n: int, k: int, centers: Centers, halves: np.ran
         entry.update(_between(sample, variance, found.covariance_norm or 0.0))
         copied = find_copies(rows, n, variance)
         copies, repeats = int(copied.unseen.sum()), copied.repeats
-    means = [mean for mean, count in ((sample.mean_s, n), (sample.mean_u, sample.m)) if count]
     collapsed = (n > 1 and traces[0] == 0) or (len(rows) > 1 and variance == 0)
-    return entry, Facts(collapsed, any(not bool(mean.any()) for mean in means), copies, repeats)
+    return entry, Facts(collapsed, 0.0 in sample.lengths[:2], copies, repeats)
 
 
 def _compactness(sample: Sample) -> Entry:
     """Summarise the angles of S and U to mu_S, and of T to mu_T."""
     entry: Entry = {}
     n = sample.n
-    inside, around = angles_to(sample.rows, sample.mean_s), angles_to(sample.rows, sample.mean_t)
-    centered = n > 0 and bool(torch.isfinite(inside).all())
+    inside, around = (angles_to(sample.rows, mean).cpu().numpy() for mean in (sample.mean_s, sample.mean_t))
+    centered = n > 0 and bool(np.isfinite(inside).all())
     if n > 1 and centered:
-        width = inside[:n].max()
-        entry["spread_train_deg"], entry["angular_width_deg"] = inside[:n].mean().item(), width.item()
+        width = float(inside[:n].max())
+        entry["spread_train_deg"], entry["angular_width_deg"] = float(inside[:n].mean()), width
         entry["angles_train_quantiles_deg"] = _quantiles(inside[:n])
         if sample.m:
-            beyond = inside[n:] > width + resolution_deg(sample.rows.dtype)
-            entry["escape_rate"] = beyond.double().mean().item()
+            entry["escape_rate"] = float((inside[n:] > width + resolution_deg(sample.rows.dtype)).mean())
     if len(inside) > 1 and centered:
         entry["angles_true_quantiles_deg"] = _quantiles(inside)
     if len(around) > 1:
-        entry["spread_true_deg"] = _number(around.mean())
+        spread = float(around.mean())
+        entry["spread_true_deg"] = None if math.isnan(spread) else spread
     return entry
 
 
@@ -106,19 +114,18 @@ def _comparison(sample: Sample) -> Entry:
 def _center_each(sample: Sample) -> tuple[float, float]:
     """Subtract each set's own mean in place; return the traces of Sigma_S and Sigma_U, 0 at rounding size."""
     traces = []
-    for part, mean in ((sample.rows[: sample.n], sample.mean_s), (sample.rows[sample.n :], sample.mean_u)):
+    parts = sample.rows[: sample.n], sample.rows[sample.n :]
+    for part, mean, length in zip(parts, (sample.mean_s, sample.mean_u), sample.lengths, strict=False):
         part -= mean.to(part.dtype)
-        traces.append(_trace(part, mean) if len(part) > 1 else math.nan)
+        traces.append(_trace(part, length) if len(part) > 1 else math.nan)
     return traces[0], traces[1]
 
 
 def _center_all(sample: Sample) -> None:
-    """Move rows centred on their own set's mean to the common mean in place; rows of rounding size become 0."""
+    """Move rows centred on their own set's mean to the common mean in place."""
     if sample.n and sample.m:
         sample.rows[: sample.n] += (sample.mean_s - sample.mean_t).to(sample.rows.dtype)
         sample.rows[sample.n :] += (sample.mean_u - sample.mean_t).to(sample.rows.dtype)
-    if len(sample.rows) > 1 and _trace(sample.rows, sample.mean_t) == 0:
-        sample.rows.zero_()
 
 
 def _displacement(sample: Sample, trace_s: float, trace_u: float) -> Entry:
@@ -127,8 +134,7 @@ def _displacement(sample: Sample, trace_s: float, trace_u: float) -> Entry:
         return {}
     entry: Entry = {"variance_unseen": trace_u}
     if sample.n > 1 and trace_u > 0:
-        distance = (sample.mean_s - sample.mean_u).square().sum().item()
-        excess = distance - trace_s / sample.n - trace_u / sample.m
+        excess = sample.apart - trace_s / sample.n - trace_u / sample.m
         entry["displacement"] = math.copysign(math.sqrt(abs(excess) / trace_u), excess)
         entry["variance_ratio"] = trace_s / trace_u
     return entry
@@ -137,35 +143,32 @@ def _displacement(sample: Sample, trace_s: float, trace_u: float) -> Entry:
 def _between(sample: Sample, variance: float, norm: float) -> Entry:
     """Return the share of T's variance between S and U, and the closed form of the shift by chance."""
     n, m = sample.n, sample.m
-    distance = (sample.mean_s - sample.mean_u).square().sum().item()
     entry: Entry = {
-        "between_share": n * m / (n + m) * distance / ((n + m - 1) * variance),
+        "between_share": n * m / (n + m) * sample.apart / ((n + m - 1) * variance),
         "between_share_null": 1 / (n + m - 1),
     }
-    length = torch.linalg.vector_norm(sample.mean_t)
+    length = sample.lengths[2]
     if length > 0:
         direction = (sample.mean_t / length).to(sample.rows.dtype)
-        along = (sample.rows @ direction).double().square().sum().item() / (n + m - 1)
-        entry["center_shift_null_deg"] = shift_by_chance(n, m, variance, along, norm, length.item())
+        along = torch.linalg.vector_norm(sample.rows @ direction).item() ** 2 / (n + m - 1)
+        entry["center_shift_null_deg"] = shift_by_chance(n, m, variance, along, norm, length)
     return entry
 
 
-def _trace(deviations: Tensor, mean: Tensor) -> float:
-    """Return the trace of the covariance; 0 where rounding alone explains it."""
+def _trace(deviations: Tensor, length: float) -> float:
+    """Return the trace of the covariance around a mean of this length; 0 where rounding alone explains it."""
     squares = torch.linalg.vector_norm(deviations, dim=1).double().square().sum().item()
     trace = squares / (len(deviations) - 1)
-    limit = (math.radians(resolution_deg(deviations.dtype)) * torch.linalg.vector_norm(mean).item()) ** 2
-    return 0.0 if trace <= limit else trace
+    return 0.0 if trace <= _rounding(deviations.dtype, length) else trace
 
 
-def _quantiles(angles: Tensor) -> list[float]:
+def _rounding(dtype: torch.dtype, length: float) -> float:
+    """Return the variance that rounding alone gives to copies of one vector of this length."""
+    return (math.radians(resolution_deg(dtype)) * length) ** 2
+
+
+def _quantiles(angles: npt.NDArray[np.float64]) -> list[float]:
     """Interpolate linearly between order statistics, as NumPy's `quantile` does, which takes ten times as long."""
-    ordered = angles.sort().values.cpu().numpy()
-    last = len(ordered) - 1
-    found: list[float] = np.interp([q * last for q in QUANTILES], np.arange(last + 1), ordered).tolist()
+    last = len(angles) - 1
+    found: list[float] = np.interp([q * last for q in QUANTILES], np.arange(last + 1), np.sort(angles)).tolist()
     return found
-
-
-def _number(value: Tensor) -> float | None:
-    number = value.item()
-    return None if math.isnan(number) else number

@@ -55,11 +55,11 @@ def moments(centered: Tensor, order: Tensor) -> Moments:
         return Moments()
     if n <= FEW:
         centered = centered.double()  # the unbiased estimators of few samples are small differences of large numbers
-    lengths = torch.linalg.vector_norm(centered, dim=1).double().square()
-    trace = lengths.sum().item() / (n - 1)
+    squares = torch.linalg.vector_norm(centered, dim=1).double().cpu().numpy() ** 2
+    trace = float(squares.sum()) / (n - 1)
     spectrum = _from_gram if n <= d else _from_covariance
     norm, first, low = spectrum(centered.index_select(0, order))
-    norm_squared, trace_squared = _unbiased_squares(n, trace, norm, lengths.square().sum().item() / (n - 1))
+    norm_squared, trace_squared = _unbiased_squares(n, trace, norm, float(squares @ squares) / (n - 1))
     positive = trace > 0
     return Moments(
         variance=trace,
