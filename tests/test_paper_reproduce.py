@@ -129,6 +129,19 @@ def test_runs_list_exactly_what_the_experiments_train(tmp_path, digits):
     assert difference.estimate == pytest.approx(expected)
 
 
+def test_the_plan_counts_the_short_batch_at_the_end_of_an_epoch(tmp_path, digits):
+    settings = request_of(tmp_path).settings()
+    stage1 = settings.recipe.stage1.model_copy(update={"epochs": None, "steps": 50})
+    settings = settings.model_copy(update={"recipe": settings.recipe.model_copy(update={"stage1": stage1})})
+    lab = Lab(digits, Store(tmp_path), Runtime.choose("cpu"))
+    for backbone in make_plan(lab, settings, ["swap"]).backbones:
+        rows = lab.long_tailed("exp:20", "nested", 0).rows if backbone.encoder == "lt" else lab.true().rows
+        batches = [min(64, len(rows) - start) for start in range(0, len(rows), 64)]
+        assert batches[-1] < 64
+        assert len(batches) < 50
+        assert backbone.images == sum((batches * 50)[:50])
+
+
 def test_time_is_what_the_rates_say(tmp_path, digits):
     settings = request_of(tmp_path).settings()
     lab = Lab(digits, Store(tmp_path), Runtime.choose("cpu"))

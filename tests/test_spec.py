@@ -176,6 +176,27 @@ def test_lengths_of_the_papers_recipe():
     assert TrainSpec(steps=1, batch=64, learning_rate=0.1).lengths(1_000) == (1, 1)
 
 
+@given(
+    st.integers(1, 40),
+    st.integers(1, 12),
+    st.fixed_dictionaries({"epochs": st.integers(1, 5)}) | st.fixed_dictionaries({"steps": st.integers(1, 60)}),
+)
+def test_images_are_those_of_the_batches_counted_one_by_one(images, batch, length):
+    train = TrainSpec(**length, batch=batch, learning_rate=0.1)
+    _, steps = train.lengths(images)
+    seen, left = 0, 0
+    for _ in range(steps):
+        left = left or images  # the next epoch
+        seen += min(batch, left)
+        left -= min(batch, left)
+    assert train.images(images) == seen
+
+
+def test_images_of_the_fast_recipe():
+    fast = RECIPES["fast"].stage1
+    assert fast.images(12_406) == 383_700  # 30 epochs and 90 batches of 128; 3,000 full batches would be 384,000
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -183,3 +183,6 @@ def test_steps_may_end_within_an_epoch(data, tmp_path):
     spec = stage(data, train={"epochs": None, "steps": 4})
     _, meta = train(spec, data, tmp_path)
     assert (meta["epochs"], meta["steps"], len(meta["losses"])) == (2, 4, 2)
+    seen = len(data) + 16  # three batches, the last one short, and a full one
+    assert len(data) < 3 * 16
+    assert meta["images_per_second"] * meta["seconds"] == pytest.approx(seen)

@@ -105,8 +105,9 @@ def test_threads_and_progress_do_not_change_a_bit(tmp_path):
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        again, _ = train_stage1(spec, images, tmp_path / "b", runtime=replace(CPU, progress=Quiet()))
+        again, meta = train_stage1(spec, images, tmp_path / "b", runtime=replace(CPU, progress=Quiet()))
         assert torch.get_num_threads() == 2  # given back
+        assert meta["device"]["threads"] == 1  # those that trained
     finally:
         torch.set_num_threads(threads)
     assert_same_state(first, again)

@@ -101,6 +101,11 @@ class TrainSpec(Frozen):
             return self.epochs, self.epochs * per_epoch
         return -(-self.steps // per_epoch), self.steps
 
+    def images(self, images: int) -> int:
+        """Return how many images training on a set of `images` draws; an epoch's last batch may be short."""
+        epochs, rest = divmod(self.lengths(images)[1], -(-images // self.batch))
+        return epochs * images + rest * self.batch
+
 
 class StageSpec(Frozen):
     """One training stage: what is trained on, how samples are drawn and augmented, and how the loss is minimised.

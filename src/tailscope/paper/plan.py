@@ -99,8 +99,7 @@ def make_plan(lab: Lab, settings: Settings, experiments: Sequence[str]) -> Plan:
 
 def _planned(lab: Lab, run: Run) -> PlannedBackbone:
     images = len(run.trained_on.rows)
-    epochs, steps = run.stage1.train.lengths(images)
-    passes = min(epochs * images, steps * run.stage1.train.batch)
+    passes = run.stage1.train.images(images)
     stored = lab.store.has("stage1", run.backbone_key)
     saved = None if stored else lab.store.checkpoint("stage1", run.backbone_key)
     done = saved["epochs"] if saved else 0
@@ -111,7 +110,7 @@ def _planned(lab: Lab, run: Run) -> PlannedBackbone:
         stored=stored,
         augment=run.stage1.augment,
         images=passes,
-        steps=steps,
+        steps=run.stage1.train.lengths(images)[1],
         epochs_done=done,
         images_left=0 if stored else passes - min(passes, done * images),
     )

@@ -70,6 +70,7 @@ def train_backbone(
     planned, done = (n * spec.train.batch for n in (steps, history.epochs * batches.per_epoch))
     threads = runtime.threads_for(images, spec.train.batch)
     with threads, runtime.progress.task(label, planned, done) as advance:
+        device = runtime.describe()  # here, where its threads are those that train
         for epoch in range(history.epochs, epochs):
             runtime.progress.safe_point()
             started = time.monotonic()
@@ -92,9 +93,9 @@ def train_backbone(
         "precision": str(runtime.dtype(spec.train.precision)).removeprefix("torch."),
         "compiled": stepper.compiled,
         "fused": stepper.fused,
-        "device": runtime.describe(),
+        "device": device,
         "seconds": history.seconds,
-        "images_per_second": batches.images_in(steps) / max(history.seconds, 1e-9),
+        "images_per_second": spec.train.images(len(labels)) / max(history.seconds, 1e-9),
         "selection": "last epoch",
     }
 
@@ -129,11 +130,6 @@ class _Batches:
         self._augment = build(spec.augment)
         self._mixing = MIXINGS.make(spec.mix) if spec.mix else None
         self.per_epoch = -(-len(labels) // spec.train.batch)
-
-    def images_in(self, steps: int) -> int:
-        """Return how many images the first `steps` steps see; an epoch's last batch may be short."""
-        epochs, rest = divmod(steps, self.per_epoch)
-        return epochs * len(self._labels) + rest * self._batch
 
     def epoch(self, epoch: int, steps: int) -> Iterator[Batch]:
         """Yield the first `steps` batches of an epoch."""

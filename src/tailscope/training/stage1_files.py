@@ -91,7 +91,6 @@ def train_on_files(
             history.seconds += time.monotonic() - started
             if scratch is not None:
                 save_tensors(scratch / CHECKPOINT, stepper.state(), asdict(history))
-    seen = min(epochs * len(data), steps * spec.train.batch)
     return model.state_dict(), {
         "spec": spec.model_dump(mode="json"),
         "seed": seed,
@@ -104,7 +103,7 @@ def train_on_files(
         "device": runtime.describe(),
         "processes": team.size,
         "seconds": history.seconds,
-        "images_per_second": seen / max(history.seconds, 1e-9),
+        "images_per_second": spec.train.images(len(data)) / max(history.seconds, 1e-9),
         "selection": "last epoch",
     }
 
