@@ -1,5 +1,6 @@
 """The store: an entry is all there or absent, computed once, never pickled, and damage is one line."""
 
+import _thread
 import json
 import os
 import pickle
@@ -7,16 +8,19 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 from tailscope import store as store_module
 from tailscope.errors import UserError
+from tailscope.progress import Deadline, Quiet, TimeIsUp
 from tailscope.store import (
     Store,
     load_checkpoint,
@@ -282,6 +286,60 @@ def test_two_that_ask_at_once_compute_once(tmp_path):
     assert len(computed) == 1
     assert sorted(results) == [False, True, True, True]
     assert_complete(Store(tmp_path))
+
+
+@pytest.fixture
+def held(tmp_path, monkeypatch):
+    """The lock of an entry, held as by another run."""
+    monkeypatch.setattr(store_module, "STEP", 0.01)
+    (tmp_path / "locks").mkdir()
+    with FileLock(tmp_path / "locks" / "stage1-k.lock") as lock:
+        yield lock
+
+
+class Listening(Quiet):
+    """Does something at every safe point, told how many there were before; lists the tasks."""
+
+    def __init__(self, act):
+        self.act, self.calls, self.tasks = act, 0, []
+
+    @contextmanager
+    def task(self, description, total, done=0):
+        self.tasks.append(description)
+        yield lambda items: None
+
+    def safe_point(self):
+        self.act(self.calls)
+        self.calls += 1
+
+
+def test_waiting_for_another_run_is_told_once_and_ends_when_that_run_does(tmp_path, held, caplog):
+    waiting = Listening(lambda calls: held.release() if calls == 5 else None)
+    assert Store(tmp_path).get_or_make("stage1", "k", made, waiting)[1] is False
+    assert waiting.calls > 5
+    assert waiting.tasks == ["waiting for another run"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"another run is working on {tmp_path / 'stage1' / 'k'}; waiting for it"
+    ]
+    again = Listening(never)
+    assert Store(tmp_path).get_or_make("stage1", "k", never, again)[1] is True
+    assert len(caplog.records) == 1
+    assert_complete(Store(tmp_path))
+
+
+def test_waiting_ends_when_the_time_is_up(tmp_path, held):
+    clock = iter(range(100, 1000))  # a second passes between any two looks at it
+    with pytest.raises(TimeIsUp):
+        Store(tmp_path).get_or_make("stage1", "k", never, Deadline(Quiet(), 20, lambda: next(clock)))
+    assert 110 < next(clock) < 125
+    held.release()
+    assert Store(tmp_path).get_or_make("stage1", "k", made)[1] is False  # whoever gave up holds nothing
+
+
+def test_waiting_is_interrupted_by_ctrl_c(tmp_path, held):
+    threading.Timer(0.1, _thread.interrupt_main).start()
+    with pytest.raises(KeyboardInterrupt):
+        Store(tmp_path).get_or_make("stage1", "k", never)
 
 
 def test_different_keys_do_not_wait_for_each_other(tmp_path):

@@ -6,6 +6,7 @@ runs share a store: the second waits for the first and then finds the work done.
 """
 
 import json
+import logging
 import os
 import shutil
 import uuid
@@ -15,18 +16,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tailscope.errors import UserError, one_line
+from tailscope.progress import Progress, Quiet
 
 Tensors = dict[str, Tensor]
 Meta = dict[str, Any]
 
+STEP = 1.0
+"""Seconds between two looks whether the time is up, while another run holds an entry."""
+
 CHECKPOINT = "checkpoint.safetensors"
 """What a training that was killed goes on from, in its scratch folder."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,14 +94,27 @@ class Store:
         path = self._scratch(kind, key) / CHECKPOINT
         return load_header(path) if path.is_file() else None
 
-    def get_or_make(self, kind: str, key: str, make: Callable[[Path], tuple[Tensors, Meta]]) -> tuple[Artifact, bool]:
+    def get_or_make(
+        self,
+        kind: str,
+        key: str,
+        make: Callable[[Path], tuple[Tensors, Meta]],
+        progress: Progress | None = None,
+    ) -> tuple[Artifact, bool]:
         """Return the entry and whether it was there already, computing and storing it if not.
 
-        `make` gets a scratch folder that outlives a killed run: a place for checkpoints, removed on success.
+        Args:
+            kind: the folder that such entries share.
+            key: names the entry.
+            make: gets a scratch folder that outlives a killed run: a place for checkpoints, removed on success.
+            progress: may end the wait for another run that is making the entry, at a safe point every second.
+
+        Raises:
+            UserError: the entry is damaged, or cannot be written.
         """
         if self.has(kind, key):
             return self.read(kind, key), True
-        with self._locked(kind, key):
+        with self._locked(kind, key, progress or Quiet()):
             if self.has(kind, key):
                 return self.read(kind, key), True
             scratch = self._scratch(kind, key)
@@ -126,11 +146,28 @@ class Store:
             building.rename(entry)
 
     @contextmanager
-    def _locked(self, kind: str, key: str) -> Iterator[None]:
+    def _locked(self, kind: str, key: str, progress: Progress) -> Iterator[None]:
         locks = self.root / "locks"
         locks.mkdir(exist_ok=True)
-        with FileLock(locks / f"{kind}-{key}.lock"):
+        lock = FileLock(locks / f"{kind}-{key}.lock")
+        if not _acquired(lock, 0):
+            _log.warning("another run is working on %s; waiting for it", self._entry(kind, key))
+            with progress.task("waiting for another run", 1):
+                while not _acquired(lock, STEP):
+                    progress.safe_point()
+        try:
             yield
+        finally:
+            lock.release()
+
+
+def _acquired(lock: FileLock, seconds: float) -> bool:
+    """Try for some seconds to get a lock; a look every now and then, which Ctrl-C interrupts."""
+    try:
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        return False
+    return True
 
 
 def load_tensors(path: Path) -> Tensors:

@@ -179,7 +179,7 @@ def readable(
         rows = {split: torch.tensor([b.row for b in found], dtype=torch.int64) for split, found in bad.items()}
         return rows, {"unreadable": [f"{b.where} ({b.reason})" for found in bad.values() for b in found]}
 
-    checked = store.get_or_make("checked", key, make)[0]
+    checked = store.get_or_make("checked", key, make, progress)[0]
     if not checked.meta["unreadable"]:
         return data
     kept = {

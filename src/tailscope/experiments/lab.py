@@ -107,6 +107,7 @@ class Lab:
                 lambda scratch: self._with_rows(
                     self.imagery.train(stage, rows, seed, self.runtime, scratch, label), rows
                 ),
+                self.runtime.progress,
             )
             self._tell(found, label)
             self._models = {key: self._load(key, stage, artifact)}  # one at a time: a plan groups runs by backbone
@@ -140,7 +141,7 @@ class Lab:
             features = self.imagery.clean(backbone.model, backbone.stage1, split, self.runtime)
             return {"features": features}, {"seconds": time.monotonic() - started, "images": len(features)}
 
-        return self.store.get_or_make("features", key, make)[0].tensors["features"]
+        return self.store.get_or_make("features", key, make, self.runtime.progress)[0].tensors["features"]
 
     def views(self, backbone: Backbone, stage: StageSpec, rows: npt.NDArray[np.int64], seed: int) -> list[View]:
         """Return the augmented views that stage 2 cycles through.
@@ -182,7 +183,7 @@ class Lab:
             features = self.imagery.view(backbone.model, stage, rows, view, seed, self.runtime)
             return {"features": features}, {"seconds": time.monotonic() - started, "images": len(rows)}
 
-        return self.store.get_or_make("views", key, make)[0].tensors["features"]
+        return self.store.get_or_make("views", key, make, self.runtime.progress)[0].tensors["features"]
 
     # -- stage 2 and evaluation ---------------------------------------------------------------------------------
 
@@ -194,6 +195,7 @@ class Lab:
             lambda _: fit_classifier(
                 run.stage2, self.views(backbone, run.stage2, rows, run.seed), run.stage2.data.counts, run.seed
             ),
+            self.runtime.progress,
         )
         self._tell(found, label)
         return artifact

@@ -59,7 +59,7 @@ def for_stage2(lab: Lab, backbone: Backbone, stage2: StageSpec, rows: Rows, seed
         lab.imagery.view(cast(CifarResNet, model), stage2, order, 0, seed, lab.runtime)
         return model.statistics(), {"seconds": time.monotonic() - started, "images": len(order)}
 
-    statistics = lab.store.get_or_make("shifted", key, make)[0].tensors
+    statistics = lab.store.get_or_make("shifted", key, make, lab.runtime.progress)[0].tensors
     model = copy.deepcopy(backbone.model)
     model.load_state_dict({**model.state_dict(), **statistics})
     return replace(backbone, key=key, model=model.eval())
