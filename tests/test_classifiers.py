@@ -316,3 +316,12 @@ def test_refits_are_bit_identical():
             warnings.simplefilter("error")
             first, second = (entry.factory().fit(X, y).predict_proba(X) for _ in range(2))
         assert (first == second).all(), entry.name
+
+
+def test_features_and_weights_whose_squares_leave_the_range_of_float32():
+    corners, labels = np.eye(4, 6, dtype=np.float32), np.arange(4)
+    NearestClassMean().fit(np.float32(1e-30) * corners, labels).predict(corners)  # warnings are errors here
+    base = SoftmaxRegression().fit(corners, labels)
+    base.coef_, base.intercept_ = np.float32(1e30) * corners, np.zeros(4, dtype=np.float32)
+    adjusted = TauNorm(base=FrozenEstimator(base), tau=1.0, bias="drop").fit(corners, labels)
+    assert np.allclose(adjusted.coef_, corners)

@@ -247,7 +247,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(tailscope_, tmp_path):
     command = [sys.executable, "-c", INTERRUPTED, *SWAP, "--out", str(out)]
     stopped = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert stopped.returncode == 130
-    assert stopped.stderr.strip() == "interrupted; the same command continues where this one stopped"
+    assert stopped.stderr.strip() == "interrupted; the same command keeps what is finished and does the rest"
     assert not (out / "swap.json").exists()
     assert len(list(out.glob("store/scratch/*/checkpoint.safetensors"))) == 1
     finished = tailscope_(*SWAP, "--out", out, "--json")

@@ -3,16 +3,20 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import tailscope
-from diagnosis_cases import head_biased, separable, table
+from diagnosis_cases import CENTRES, head_biased, separable, table
 from tailscope import cli
+from tailscope.diagnosis import assemble
 from tailscope.diagnosis.inputs import read
 from tailscope.errors import UserError
 from tailscope.feature_table import FeatureTable
+from tailscope.linear_classifier import LinearClassifier
+from tailscope.result_files import write
 
 QUICK = ("--permutations", "0", "--no-verdict", "--no-report")
 
@@ -128,7 +132,9 @@ def test_bad_files_are_one_line_and_exit_code_2(run, files, damage, words):
         (("--ceiling", "0"), "--ceiling 0.0: expected"),
         (("--ceiling", "87"), "--ceiling 87.0: expected"),
         (("--alpha", "1"), "--alpha 1.0: expected"),
+        (("--alpha", "1e-9"), "--alpha 1e-09: expected a number from 0.001"),
         (("--permutations", "-1"), "permutations"),
+        (("--permutations", "9" * 12), "expected 0 to 1,000,000"),
         (("--device", "tpu"), "--device tpu: known are"),
         (("--train", "x.npz"), "1 given for 2 --train"),
         (("--classifier", "no.npz"), "no.npz: no such file"),
@@ -240,3 +246,67 @@ def test_every_floating_type_and_format_gives_a_verdict(dtype, suffix, tmp_path)
     files = [tmp_path / f"{name}.{suffix}" for name in ("train", "unseen")]
     found = tailscope.diagnose(*files, permutations=0, classifier=head_biased())
     assert found["verdict"]["bottleneck"] == "classifier"
+
+
+def test_names_do_not_steer_the_terminal(run, files, tmp_path):
+    names = ["new\nline", "\x1b[31mred", "\x07bell", *(f"class {k}" for k in range(3, 9))]
+    features = files.fields["train"]["features"].copy()
+    features[files.fields["train"]["labels"] < 3] = 0
+    files("train", class_names=names, features=features)
+    files("unseen", class_names=names)
+    given = ("--train", files.folder / "train.npz", "--unseen", files.folder / "unseen.npz", "--out", tmp_path / "out")
+    code, out, _ = run(*given, "--permutations", "0", "--no-verdict", "--no-report")
+    assert code == 0
+    assert {"\x1b", "\x07"}.isdisjoint(out)
+    assert "new\nline" not in out
+
+
+def test_a_result_that_another_process_wrote_meanwhile_is_not_lost(run, files, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    given = ("--train", files.folder / "train.npz", "--unseen", files.folder / "unseen.npz", "--out", out)
+    measured = assemble.run
+
+    def slow(inputs, settings, runtime):
+        write(out, "diagnosis", measured(inputs, replace(settings, seed=7), runtime))
+        return measured(inputs, settings, runtime)
+
+    monkeypatch.setattr(assemble, "run", slow)
+    code, _, err = run(*given, *QUICK)
+    assert (code, "seed differ" in err) == (2, True)
+    assert json.loads((out / "diagnosis.json").read_text())["spec"]["seed"] == 7
+    assert run(*given, *QUICK, "--overwrite")[0] == 0
+
+
+def test_a_report_that_cannot_be_written_says_where_the_diagnosis_is(run, files, tmp_path):
+    (tmp_path / "out" / "report.html").mkdir(parents=True)
+    given = ("--train", files.folder / "train.npz", "--unseen", files.folder / "unseen.npz", "--out", tmp_path / "out")
+    code, _, err = run(*given, "--permutations", "0", "--no-verdict")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "report.html" in err
+    assert "the diagnosis itself is in" in err
+
+
+def test_scored_samples_of_one_class_are_refused():
+    train, unseen = separable()
+    only = (unseen[0][unseen[1] == 3], unseen[1][unseen[1] == 3])
+    for test in ({"unseen": table(*only)}, {"unseen": table(*unseen), "test": table(*only)}):
+        with pytest.raises(UserError, match="all samples are of class '3'"):
+            tailscope.diagnose(table(*train), permutations=0, **test)
+
+
+def test_too_few_bursts_are_counted_as_bursts():
+    train, (unseen, truth) = separable()
+    with pytest.raises(UserError, match="cannot cut 2 bursts into 5 folds"):
+        tailscope.diagnose(table(*train), table(unseen, truth, groups=np.arange(len(truth)) % 2), permutations=0)
+
+
+def test_test_samples_among_the_unseen_ones_flatter():
+    train, unseen = (table(*one) for one in separable())
+    assert "they flatter what was fitted" in read(train, unseen, unseen).warnings[0]
+
+
+def test_a_classifier_that_overflows_the_features_type_is_refused():
+    train, unseen = (table(*one) for one in separable())
+    huge = LinearClassifier.from_arrays(CENTRES * 1e300)
+    with pytest.raises(UserError, match="beyond float32"):
+        tailscope.diagnose(train, unseen, classifier=huge, permutations=0)

@@ -91,10 +91,11 @@ def cross_fitted(
         seed: of the folds and of the classifier's own choices.
 
     Raises:
-        ValueError: fewer than two folds, or fewer samples than folds.
+        ValueError: fewer than two folds, or fewer samples or bursts than folds.
     """
-    if not 2 <= folds <= len(labels):
-        raise ValueError(f"cannot cut {len(labels)} samples into {folds} folds")
+    units, kind = (len(labels), "samples") if bursts is None else (len(np.unique(np.asarray(bursts))), "bursts")
+    if not 2 <= folds <= units:
+        raise ValueError(f"cannot cut {units} {kind} into {folds} folds")
     fold_of = assign_folds(labels, folds, bursts, seed)
     parts = (*(PARTS if extrapolate and _can_extrapolate(features, labels) else ()), 1 - 1 / folds)
     correct = np.zeros((len(parts), len(labels)), dtype=bool)

@@ -67,7 +67,7 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
     if code == INTERRUPTED:  # typer turns the interrupt of a running verb into this code
-        print("\ninterrupted; the same command continues where this one stopped", file=sys.stderr)  # noqa: T201
+        print("\ninterrupted; the same command keeps what is finished and does the rest", file=sys.stderr)  # noqa: T201
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from tailscope.cli import Json, Out, Overwrite, app
 from tailscope.cli_options import Permutations
+from tailscope.errors import UserError, one_line
 
 Train = Annotated[
     list[Path],
@@ -80,8 +81,12 @@ def diagnose(
     check_free(out, "diagnosis", spec(inputs, settings), overwrite=overwrite)
     with Bars(console) if console.is_terminal else nullcontext(Quiet()) as progress:
         result = run(inputs, settings, replace(runtime, progress=progress))
+    check_free(out, "diagnosis", result["spec"], overwrite=overwrite)  # another process may have been faster
     write(out, "diagnosis", result)
-    page = None if no_report else report.build(out)
+    try:
+        page = None if no_report else report.build(out)
+    except UserError as error:
+        raise UserError(f"{error} - the diagnosis itself is in {out / 'diagnosis.json'}") from None
     if as_json:
         typer.echo(json.dumps(result, indent=1, allow_nan=False))
     else:
@@ -95,7 +100,7 @@ def _show(result: dict[str, Any], out: Path, page: Path | None, console: Console
     from tailscope.report import diagnosis_story
 
     def tell(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        console.print(one_line(text), highlight=False, markup=False, soft_wrap=True)  # it names classes
 
     tell(diagnosis_story.headline(result))
     if result["accuracy"] is not None:

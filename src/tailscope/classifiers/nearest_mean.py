@@ -43,7 +43,9 @@ class NearestClassMean(FeatureClassifier):
         within = sum(float(np.square(self._place(features[block]) - means[codes[block]]).sum()) for block in blocks)
         freedom = max(1, len(codes) - len(counts)) * features.shape[1]
         self.means_: Floats = means.astype(features.dtype)
-        self.variance_ = within / freedom or 1.0  # no spread: any temperature orders the classes alike
+        variance = within / freedom
+        # No spread, or none that this precision can hold: any temperature orders the classes alike.
+        self.variance_ = variance if features.dtype.type(variance) > 0 else 1.0
         return self
 
     def _place(self, X: Floats) -> Floats:

@@ -107,7 +107,7 @@ class TauNorm(LinearClassifier):
 
     def _parts(self, base: LinearClassifier, features: Floats) -> tuple[Floats, Floats, Floats]:
         """Return the norms, and the biases that are divided by their powers and that are not, [C] each."""
-        norms = np.linalg.norm(base.coef_, axis=1)
+        norms = np.linalg.norm(base.coef_.astype(np.float64), axis=1)  # squares of float32 may overflow
         nothing = np.zeros_like(base.intercept_)
         divided, kept = {
             "centre": (-base.coef_ @ features.mean(axis=0), nothing),
@@ -115,4 +115,4 @@ class TauNorm(LinearClassifier):
             "scale": (base.intercept_, nothing),
             "keep": (nothing, base.intercept_),
         }[self.bias]
-        return np.where(norms > 0, norms, 1).astype(norms.dtype), divided, kept
+        return np.where(norms > 0, norms, 1).astype(base.coef_.dtype), divided, kept

@@ -68,7 +68,7 @@ def _representation(verdict: dict[str, Any], entries: Sequence[Entry]) -> list[A
     flagged.sort(key=lambda e: -e["spread_gap_deg"])
     groups = [name for name, part in verdict["groups"].items() if part and part["bottleneck"] == "representation"]
     classes = [str(e["name"]) for e in flagged]
-    if not classes and not groups:
+    if (not classes and not groups) or gap["points"] <= 0:
         return []
     where = _names(classes) if classes else f"the {' and '.join(groups)} classes"
     text = (

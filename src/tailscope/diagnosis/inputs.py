@@ -137,7 +137,8 @@ def _without_duplicates(
                 continue
             if count == len(later) and drop:
                 raise UserError(f"{later.source}: every sample is also in {earlier.source}; nothing is left to compare")
-            kept = "they were dropped" if drop else "they make unseen samples look like training; --drop-duplicates"
+            effect = "make unseen samples look like training" if earlier is tables[0] else "flatter what was fitted"
+            kept = "they were dropped" if drop else f"they {effect}; --drop-duplicates"
             warnings.append(f"{count} of {len(later)} samples of {later.source} are also in {earlier.source}: {kept}")
             if drop:
                 tables[i] = later.take(np.flatnonzero(~shared))

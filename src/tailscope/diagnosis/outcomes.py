@@ -88,6 +88,10 @@ def score(inputs: Inputs, seed: int, progress: Progress) -> Outcomes:
     """
     train, unseen = _arrays(inputs.train), _arrays(inputs.unseen)
     scored = unseen if inputs.test is None else _arrays(inputs.test)
+    for table in (inputs.unseen, inputs.scored):
+        if table.labels.min() == table.labels.max():
+            only = inputs.names[int(table.labels[0])]
+            raise UserError(f"{table.source}: all samples are of class {only!r}; add others, or use --no-verdict")
     notes: list[str] = []
     with progress.task("classifiers", len(STEPS)) as advance, _convergence(notes):
         current, name = _current(inputs, *train)
@@ -146,7 +150,10 @@ def _arrays(table: FeatureTable) -> tuple[Floats, IntArray]:
 def _current(inputs: Inputs, features: Floats, labels: IntArray) -> tuple[FixedClassifier, str]:
     given = inputs.classifier
     if given is not None:
-        weight, bias = (tensor.numpy().astype(features.dtype) for tensor in (given.weight, given.bias))
+        with np.errstate(over="ignore"):  # told below
+            weight, bias = (tensor.numpy().astype(features.dtype) for tensor in (given.weight, given.bias))
+        if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
+            raise UserError(f"{given.source}: weight or bias is beyond {features.dtype}, the type of the features")
         return FixedClassifier(weight, bias), given.source
     model = SoftmaxRegression(tol=tolerance(features, len(inputs.names)), max_iter=MAX_ITER).fit(features, labels)
     return FixedClassifier(model.coef_, model.intercept_), "softmax regression on the training features"
