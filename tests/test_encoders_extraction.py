@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from tailscope.data.opening import open_images
 from tailscope.data.streams import ImageStream
-from tailscope.encoders import Encoder, Options, extract_to_file, load
+from tailscope.encoders import Encoder, Options, extract_to_file, load, shards
 from tailscope.encoders.preprocessing import Wishes
 from tailscope.errors import UserError
 from tailscope.feature_table import FeatureTable
@@ -130,6 +130,19 @@ def test_a_folder_without_shards_is_no_obstacle(tmp_path: Path, encoder, images,
         extract_to_file(dying_after(encoder, 1)[0], images, tmp_path / "f.npz", CPU, replace(SMALL, stored="float16"))
     table = extract_to_file(encoder, images, tmp_path / "f.npz", CPU, SMALL).table
     torch.testing.assert_close(table.features, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_shards_are_removed_before_another_process_gets_the_lock(tmp_path: Path, encoder, images, monkeypatch) -> None:
+    seen = []
+
+    def locked(folder, **_):
+        with pytest.raises(Timeout):
+            FileLock(folder / ".lock", timeout=0).acquire()
+        seen.append(folder)
+
+    monkeypatch.setattr(shards.shutil, "rmtree", locked)
+    extract_to_file(encoder, images, tmp_path / "f.npz", CPU, SMALL)
+    assert seen == [tmp_path / "f.npz.shards"]
 
 
 def test_two_processes_do_not_write_the_same_shards(tmp_path: Path, encoder, images) -> None:

@@ -174,6 +174,25 @@ def test_a_stored_backbone_knows_its_training_images(trained, tmp_path: Path) ->
     assert LinearClassifier.load(made["train"].classifier).weight.shape == (10, 32)
 
 
+def test_a_stored_backbone_of_photographs_sees_the_size_that_it_was_trained_on(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = MODELS.make("resnet10(width=4)", 3, 2)
+    spec = {"data": {"name": "photos", "profile": "full", "counts": [4, 4]}, "model": "resnet10(width=4)"}
+    meta = {"spec": {**spec, "augment": ["resized_crop(size=32)", "flip"], "mix": None}, "seed": 0}
+    tensors = {**model.state_dict(), "rows": torch.arange(8)}
+    Store(tmp_path / "store").get_or_make("stage1", "cc33", lambda _: (tensors, meta))
+    tree(tmp_path / "images", ["ant", "bee"], 4)
+    options = {"data": f"folder:{tmp_path / 'images'}", "split": None, "store": tmp_path / "store"}
+    made = {
+        size: FeatureTable.load(
+            run_features("store:cc", out=tmp_path / f"{size}.npz", image_size=size, **options).features
+        )
+        for size in (None, 32, 224)
+    }
+    assert torch.equal(made[None].features, made[32].features)
+    assert not torch.allclose(made[None].features, made[224].features)
+
+
 @pytest.mark.parametrize(
     ("model", "options", "says"),
     [

@@ -17,7 +17,8 @@ from tailscope.experiments.swap import training_sets
 from tailscope.methods import SAMPLERS
 from tailscope.methods.augmentations import build
 from tailscope.seeds import torch_stream
-from tailscope.spec import RunSpec
+from tailscope.spec import DataSpec, RunSpec
+from tailscope.training.recipes import Recipe
 
 SHIFTED = TINY.with_bn_mode("shifted")
 
@@ -174,6 +175,27 @@ def test_a_card_tells_both_stages(run, name, mode):
         assert (card["stage2_steps"], card["stage2_batch"]) == (stored.meta["steps"], 64)
 
 
+# -- another network, another loss -----------------------------------------------------------------------------------
+
+
+def test_another_network_or_loss_is_another_backbone_and_stands_on_the_card():
+    recipe = TINY.with_backbone("resnet8(width=16)", "focal(gamma=1)")
+    data = DataSpec(
+        name="a", fingerprint="f", profile="full", protocol="nested", subset_seed=0, indices_sha256="", counts=(2, 1)
+    )
+    assert recipe.backbone(data).model == "resnet8(width=16)"
+    assert recipe.backbone(data).loss == "focal(gamma=1.0)"
+    assert recipe.classifier(data).loss == TINY.classifier(data).loss == "cross_entropy"
+    assert recipe.card == f"{TINY.card} Stage 1 has the model resnet8(width=16) and the loss focal(gamma=1.0)."
+    assert TINY.with_backbone(None, None) is TINY
+    assert TINY.with_backbone(TINY.model, "cross_entropy") is TINY
+    assert "loss" not in TINY.model_dump()  # results of before stay results of this recipe
+    assert Recipe.model_validate(recipe.model_dump()) == recipe
+    for model, loss, says in (("resnet9", None, "unknown model"), (None, "focal(alpha=1)", "unknown argument 'alpha'")):
+        with pytest.raises(UserError, match=says):
+            TINY.with_backbone(model, loss)
+
+
 # -- the command line ----------------------------------------------------------------------------------------------
 
 
@@ -192,3 +214,12 @@ def test_half_a_swap_from_the_command_line_reports_what_is_there(tailscope_, tmp
         refused = tailscope_(*command, "--overwrite", option, value)
         assert (refused.code, refused.err.count("\n")) == (2, 1)
         assert f"{option} {value}: expected" in refused.err
+    for option, value in (("--loss", "focal(gamma=-1)"), ("--model", "resnet20(width=0)"), ("--loss", "huber")):
+        refused = tailscope_(*command, "--overwrite", option, value)
+        assert (refused.code, refused.err.count("\n")) == (2, 1)
+        assert value.split("(")[0] in refused.err
+    changed = tailscope_(*command, "--overwrite", "--backbones", "lt", "--loss", "focal(gamma=1)")
+    assert (changed.code, changed.err) == (0, "")
+    stored = json.loads((tmp_path / "swap.json").read_text())
+    assert stored["spec"]["recipe"]["loss"] == "focal(gamma=1.0)"
+    assert "the loss focal(gamma=1.0)" in stored["recipe"]["card"]

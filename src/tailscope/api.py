@@ -45,6 +45,8 @@ def run(
     *,
     profile: str = "exp:100",
     recipe: str = "fast",
+    model: str | None = None,
+    loss: str | None = None,
     seeds: int | Sequence[int] = 3,
     protocol: str = "nested",
     subset_seed: int | None = None,
@@ -62,6 +64,8 @@ def run(
         data: the data set.
         profile: shape of the long-tailed training counts, such as `exp:100`.
         recipe: name or call-string of a recipe: `fast`, `paper`, `imagenet(size=128)` ...
+        model: another network than the recipe's, as a name or call-string.
+        loss: another loss of stage 1 than the recipe's, such as `focal(gamma=1)`.
         seeds: a number N (0 ... N-1) or the seeds themselves.
         protocol: rule that draws the subset: nested or ldam.
         subset_seed: one subset for all seeds; None lets each seed draw its own.
@@ -79,7 +83,7 @@ def run(
     settings = Settings(
         profile=profile,
         protocol=protocol,
-        recipe=recipe_by_name(recipe).with_bn_mode(parse_bn_mode(bn_mode)),
+        recipe=recipe_by_name(recipe).with_bn_mode(parse_bn_mode(bn_mode)).with_backbone(model, loss),
         seeds=chosen,
         subset_seed=subset_seed,
         matched=matched,

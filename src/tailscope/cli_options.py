@@ -11,6 +11,13 @@ Protocol = Annotated[
     str, typer.Option(help="Rule that draws the subset: nested, or ldam (the published CIFAR-LT draws).")
 ]
 RecipeName = Annotated[str, typer.Option("--recipe", help="demo, fast, paper, imagenet ...; see `tailscope methods`.")]
+ModelName = Annotated[
+    str | None, typer.Option("--model", help="Another network than the recipe's; see `tailscope methods`.")
+]
+LossName = Annotated[
+    str | None,
+    typer.Option("--loss", help="Another loss of stage 1 than the recipe's, such as 'focal(gamma=1)'."),
+]
 SubsetSeed = Annotated[int | None, typer.Option(help="One subset for all seeds; by default each seed draws its own.")]
 Matched = Annotated[
     bool,

@@ -70,6 +70,8 @@ class Request:
     overwrite: bool = False
     backbones: str | None = None
     bn_mode: str = "frozen"
+    model: str | None = None
+    loss: str | None = None
     files: FileOptions = field(default_factory=FileOptions)
 
     def settings(self) -> Settings:
@@ -77,7 +79,9 @@ class Request:
         return Settings(
             profile=canonical(self.profile),
             protocol=self.protocol,
-            recipe=recipe_by_name(self.recipe).with_bn_mode(parse_bn_mode(self.bn_mode)),
+            recipe=recipe_by_name(self.recipe)
+            .with_bn_mode(parse_bn_mode(self.bn_mode))
+            .with_backbone(self.model, self.loss),
             seeds=parse_seeds(self.seeds),
             subset_seed=self.subset_seed,
             matched=self.matched,

@@ -98,7 +98,7 @@ def run_features(
     if stored is not None:
         if checkpoint is not None:
             raise UserError(f"--checkpoint: {model} has its own weights")
-        model, checkpoint = stored.model, stored.checkpoint
+        model, checkpoint, image_size = stored.model, stored.checkpoint, image_size or stored.image_size
     split, images = opened.split(split)
     rows = _rows(part, subset, stored, split, images.labels)
     if rows is not None:

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors import safe_open
 from torch import Tensor
 
 from tailscope.data.decoding import Unreadable
 from tailscope.errors import UserError
 from tailscope.spec import digest
-from tailscope.store import load_tensors, make_folder, save_tensors, write_json
+from tailscope.store import load_header, load_tensors, make_folder, save_tensors, write_json
 
 
 class Shards:
@@ -79,9 +78,10 @@ class Shards:
         try:
             self._require_same(spec)
             yield
+            # While the lock is held: a process that got it in between would lose its folder.
+            shutil.rmtree(self.folder, ignore_errors=True)
         finally:
             lock.release()
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _require_same(self, spec: dict[str, Any]) -> None:
         path = self.folder / "spec.json"
@@ -104,6 +104,4 @@ class Shards:
         return self.folder / f"{start:09d}.safetensors"
 
     def _meta(self, start: int) -> dict[str, Any]:
-        with safe_open(self._path(start), framework="pt") as file:
-            meta: dict[str, Any] = json.loads(file.metadata()["meta"])
-        return meta
+        return load_header(self._path(start))

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from tailscope.errors import UserError
 from tailscope.field_checks import listed
+from tailscope.methods.photos import for_photos, size_of
 from tailscope.store import Store
 
 PREFIX = "store:"
@@ -24,12 +25,14 @@ class StoredBackbone:
         checkpoint: its weights.
         rows: of the true training set, which it was trained on.
         counts: [C] of those rows.
+        image_size: side of the images that it was trained on where they were cropped from files, None elsewhere.
     """
 
     model: str
     checkpoint: Path
     rows: npt.NDArray[np.int64]
     counts: tuple[int, ...]
+    image_size: int | None
 
 
 def find(root: Path | None, key: str) -> StoredBackbone:
@@ -56,6 +59,7 @@ def find(root: Path | None, key: str) -> StoredBackbone:
         store.tensors_file("stage1", matching[0]),
         artifact.tensors["rows"].numpy(),
         tuple(spec["data"]["counts"]),
+        size_of(spec["augment"]) if for_photos(spec["augment"]) else None,
     )
 
 

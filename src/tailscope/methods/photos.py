@@ -78,6 +78,16 @@ def for_photos(calls: Sequence[str]) -> bool:
     return bool(calls) and split_call(calls[0])[0] == "resized_crop"
 
 
+def size_of(calls: Sequence[str]) -> int:
+    """Return the side in pixels of the images that call-strings for photographs make.
+
+    >>> size_of(["resized_crop(size=32)", "flip"])
+    32
+    """
+    size: int = PHOTO_AUGMENTATIONS.parse(calls[0])[1]["size"]
+    return size
+
+
 def training(calls: Sequence[str]) -> ToPixels:
     """Return the transform of a training image: uint8 [size, size, 3].
 
@@ -96,7 +106,7 @@ def evaluation(calls: Sequence[str]) -> ToPixels:
     >>> tuple(evaluation(["resized_crop(size=32)"])(Image.new("L", (50, 40))).shape)
     (32, 32, 3)
     """
-    size = PHOTO_AUGMENTATIONS.parse(calls[0])[1]["size"]
+    size = size_of(calls)
     shorter = round(size * 256 / 224)
     transform: ToPixels = v2.Compose([v2.RGB(), v2.Resize(shorter, antialias=True), v2.CenterCrop(size), pixels])
     return transform

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tailscope.errors import UserError
 from tailscope.kernels.batch_norm import batch_norm_relu
 from tailscope.kernels.convolution import convolve
 from tailscope.registry import Registry
@@ -43,6 +44,8 @@ class CifarResNet(nn.Module):
         super().__init__()
         if depth % 6 != 2:
             raise ValueError(f"depth {depth} is not 6n+2")
+        if width < 1:
+            raise UserError(f"model resnet{depth}(width={width}): width must be positive")
         blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)

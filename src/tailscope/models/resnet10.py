@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, conv1x1
 
+from tailscope.errors import UserError
 from tailscope.models.resnet import MODELS
 
 
@@ -16,6 +17,8 @@ class ResNet10(nn.Module):
 
     def __init__(self, width: int, in_channels: int, num_classes: int) -> None:
         super().__init__()
+        if width < 1:
+            raise UserError(f"model resnet10(width={width}): width must be positive")
         self.conv1 = nn.Conv2d(in_channels, width, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)

@@ -4,8 +4,8 @@ A claim is a number that the paper says is above 0 (or close to 1, or close to 0
 says so, *fails* where the interval says the opposite, and is *undecided* in between, and where geometry comes from a
 shortened recipe. Intervals over seeds need three of them. A single training is an anecdote, but a comparison of its
 accuracies item by item has an interval of its own: it decides for this training alone, and says so. Rank correlations
-over classes must also be unlikely by chance: a permutation test over the classes. Nothing is corrected for the number
-of claims: each stands alone.
+over classes must, to hold, also be unlikely by chance: a permutation test over the classes, which is one-sided, so that
+they fail by the interval alone. Nothing is corrected for the number of claims: each stands alone.
 """
 
 from dataclasses import asdict, dataclass, replace

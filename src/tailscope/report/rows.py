@@ -123,7 +123,10 @@ def split(a: Mapping[str, float | None]) -> dict[str, float | None]:
 
 
 def groups(results: Results) -> list[Row]:
-    """Return one row a group that exists: recall before and after, and the split of its gap."""
+    """Return one row a group that exists: mean recall of its classes before and after, and the split of that gap.
+
+    `attribution.groups` weighs test items instead, which differs where classes have unequally many.
+    """
     stored = results["swap"]["cells"]
     found = []
     for group in GROUPS:

@@ -96,11 +96,8 @@ def _missing(swap: Result) -> str:
 
 
 def order_matters(attribution: Result | None) -> bool:
-    """Return whether the interaction exceeds the difference of the two parts; not where there is no attribution."""
-    if attribution is None:
-        return False
-    difference = attribution["representation"]["points"] - attribution["classifier"]["points"]
-    return bool(abs(attribution["interaction"]) > abs(difference) + 1e-12)  # beyond rounding
+    """Return whether the order of replacement decides which part is larger; not where there is no attribution."""
+    return attribution is not None and bool(attribution["order_matters"])
 
 
 def _both_orders(swap: Result) -> str:

@@ -2,10 +2,10 @@
 
 from typing import Any, Self
 
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from tailscope.errors import UserError
-from tailscope.methods import AUGMENTATIONS, MIXINGS
+from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS
 from tailscope.methods.photos import PHOTO_AUGMENTATIONS, for_photos
 from tailscope.models import MODELS
 from tailscope.registry import Registry, split_call
@@ -27,6 +27,7 @@ class Recipe(Frozen):
         autoaugment: what "AutoAugment" adds to them.
         mix: what "MixUp" is.
         bn_mode: what stage 2 does with the backbone's batch normalisation.
+        loss: what stage 1 minimises, as a call-string; stage 2 is softmax regression.
     """
 
     name: str
@@ -35,12 +36,13 @@ class Recipe(Frozen):
     model: str
     stage1: TrainSpec
     stage2: TrainSpec
-    views: int
+    views: int = Field(ge=1)
     augment: tuple[str, ...] = ("crop(padding=4)", "flip")
     autoaugment: str = "autoaugment()"
     mix: str = "mixup(alpha=1.0)"
     bn_mode: BnMode = "frozen"
-    later = ("bn_mode",)
+    loss: str = "cross_entropy"
+    later = ("bn_mode", "loss")
 
     @model_validator(mode="after")
     def _spell_out(self) -> Self:
@@ -51,6 +53,7 @@ class Recipe(Frozen):
             "augment": tuple(augmentations.canonical(call) for call in self.augment),
             "autoaugment": augmentations.canonical(self.autoaugment),
             "mix": MIXINGS.canonical(self.mix),
+            "loss": LOSSES.canonical(self.loss),
         }
         for name, value in spelled.items():
             object.__setattr__(self, name, value)
@@ -65,6 +68,7 @@ class Recipe(Frozen):
             train=self.stage1,
             model=self.model,
             augment=self._augment(autoaugment),
+            loss=self.loss,
             mix=self.mix if mix else None,
         )
 
@@ -85,6 +89,19 @@ class Recipe(Frozen):
             return self
         card = f"{self.card} Stage 2 with {mode} batch normalisation."
         return self.model_copy(update={"bn_mode": mode, "card": card})
+
+    def with_backbone(self, model: str | None, loss: str | None) -> "Recipe":
+        """Return this recipe with another network or another loss of stage 1, which its card then names.
+
+        Raises:
+            UserError: there is none of that name, or it has no such parameter.
+        """
+        changes = {"model": model and MODELS.canonical(model), "loss": loss and LOSSES.canonical(loss)}
+        changes = {field: call for field, call in changes.items() if call and call != getattr(self, field)}
+        if not changes:
+            return self
+        said = " and ".join(f"the {field} {call}" for field, call in changes.items())
+        return self.model_copy(update={**changes, "card": f"{self.card} Stage 1 has {said}."})
 
     def with_micro_batches(self, parts: int) -> "Recipe":
         """Return this recipe with stage 1's batches cut into `parts` (see `TrainSpec`), which its card then says."""

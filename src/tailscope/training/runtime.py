@@ -66,6 +66,8 @@ class Runtime:
             raise UserError(f"--device {device}: known are auto, cpu, cuda and cuda:N")
         if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
             raise UserError(f"--device {device}: this machine has no such CUDA device that PyTorch can use; take cpu")
+        if chosen.type == "cuda" and chosen.index is not None:
+            torch.cuda.set_device(chosen)  # streams, graphs and what the device can do are asked of the current one
         if keep_memory:
             keep_freed_memory()
         low = torch.bfloat16 if has_bf16(device) else torch.float32
