@@ -4,19 +4,29 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
+from multiprocessing.pool import ThreadPool
+from types import SimpleNamespace
 
 import pytest
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import REPOSITORY
+from tailscope.data.sources import load
 from tailscope.errors import UserError
-from tailscope.paper import queue, targets
+from tailscope.experiments.lab import Lab
+from tailscope.paper import ahead, queue, targets
 from tailscope.paper.queue import Piece, order, run_queue
 from tailscope.paper.reproduce import Request, run_reproduce
+from tailscope.paper.runs import runs
 from tailscope.paper.timing import parse_duration
 from tailscope.progress import Deadline, TimeIsUp
+from tailscope.store import Store
 from tailscope.training.recipes import RECIPES, Recipe
+from tailscope.training.runtime import Runtime
 
 TINY = Recipe.model_validate(
     RECIPES["demo"].model_dump()
@@ -57,6 +67,9 @@ class Impatient(Deadline):
         Impatient.allowed -= 1
         if Impatient.allowed < 0:
             raise TimeIsUp
+
+
+ahead_train = ahead._train
 
 
 def request_of(out, what="all", **options):
@@ -283,3 +296,83 @@ def test_backbones_are_trained_ahead_within_the_time_limit(tmp_path):
     document = run_queue(request_of(tmp_path, "table1", time_limit="0.001s", jobs=2), tell=said.append)
     assert "0 of 4 backbones trained" in said
     assert not document["finished"]
+
+
+class Expiring(Deadline):
+    """Is up when the test says so."""
+
+    expired = threading.Event()
+
+    @property
+    def passed(self):
+        return Expiring.expired.is_set()
+
+
+@pytest.fixture
+def workers(monkeypatch):
+    """Threads in the place of the processes, each doing what the test puts into the list."""
+    acts = []
+    context = SimpleNamespace(Pool=ThreadPool)
+    monkeypatch.setattr(ahead, "multiprocessing", SimpleNamespace(get_context=lambda method: context))
+    monkeypatch.setattr(ahead, "_share_threads", lambda jobs: None)
+    monkeypatch.setattr(ahead, "_train", lambda backbone, end: acts[0](backbone, end))
+    return acts
+
+
+def test_with_jobs_too_a_piece_is_written_while_later_ones_are_trained(tmp_path, monkeypatch, workers):
+    """The limit is enough for the first piece alone: for its backbones and, beside the next ones, its classifiers."""
+    monkeypatch.setattr(queue, "Deadline", Expiring)
+    monkeypatch.setattr(Expiring, "expired", threading.Event())
+    one_at_a_time, asked = threading.Lock(), []
+
+    def act(backbone, end):
+        asked.append(backbone.key)
+        if len(asked) <= 2:
+            with one_at_a_time:
+                return ahead_train(backbone, end)
+        until = time.monotonic() + 20
+        while not (tmp_path / "swap.json").is_file() and time.monotonic() < until:
+            time.sleep(0.01)
+        Expiring.expired.set()
+        return False
+
+    workers.append(act)
+    said = []
+    document = run_queue(request_of(tmp_path, jobs=2), tell=said.append)
+    assert json.loads((tmp_path / "swap.json").read_text())["seeds"] == [0]
+    assert state(document) == [True, False, False, False]
+    assert "2 of 10 backbones trained" in said
+    assert len(asked) == len(set(asked)) == 10
+
+
+def test_what_a_process_could_not_train_in_time_is_not_begun_by_another(tmp_path, workers):
+    workers.append(lambda backbone, end: False)
+    document = run_queue(request_of(tmp_path, "table1", jobs=2), tell=lambda text: None)
+    assert state(document) == [False, False]
+    assert not (tmp_path / "store" / "stage1").exists()
+
+
+def test_what_a_process_needs_to_start_is_part_of_the_limit(tmp_path, monkeypatch, workers):
+    workers.append(ahead_train)
+    monkeypatch.setattr(ahead, "_share_threads", lambda jobs: time.sleep(0.3))  # as long as importing takes
+    settings = request_of(tmp_path, "table1", seeds="1").settings()
+    lab = Lab(load("digits"), Store(tmp_path), Runtime.choose("cpu"))
+    backbones = ahead.missing(lab, ahead.Place("digits", None, tmp_path, "cpu"), settings, "swap")
+    with ahead.training(list(backbones.values()), 1, 0.2) as trained:
+        assert [trained(key) for key in backbones] == [False, False]
+    assert not (tmp_path / "scratch").exists()
+
+
+def test_a_limit_ends_the_wait_for_another_run(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(queue, "Deadline", Impatient)
+    monkeypatch.setattr("tailscope.store.STEP", 0.01)
+    Impatient.allowed = 3
+    request = request_of(tmp_path, "table1", seeds="1")
+    settings = request.settings()
+    lab = Lab(load("digits"), Store(tmp_path / "store"), Runtime.choose("cpu"))
+    key = next(runs(lab, settings, "swap")).backbone_key
+    (tmp_path / "store" / "locks").mkdir()
+    with FileLock(tmp_path / "store" / "locks" / f"stage1-{key}.lock"):
+        document = run_queue(request, tell=lambda text: None)
+    assert not document["finished"]
+    assert "another run is working on" in caplog.text

@@ -6,7 +6,9 @@ experiments recall.
 """
 
 import multiprocessing
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -48,32 +50,40 @@ def missing(lab: Lab, place: Place, settings: Settings, experiment: str) -> dict
     return {key: Backbone(place, settings, experiment, key) for key in keys if not lab.store.has("stage1", key)}
 
 
-def train_ahead(backbones: Sequence[Backbone], jobs: int, seconds: float) -> int:
-    """Train backbones in `jobs` processes until all are stored or the time is up.
+@contextmanager
+def training(backbones: Sequence[Backbone], jobs: int, seconds: float) -> Iterator[Callable[[str], bool]]:
+    """Train backbones in `jobs` processes, in their order, while the caller works with those that are finished.
+
+    Leaving the context waits for the rest, which ends in time by itself; leaving it by an exception ends the processes.
 
     Args:
         backbones: what `missing` returned.
         jobs: processes at a time, at least 1.
-        seconds: after which no epoch is begun; infinity for no limit.
+        seconds: from now, after which no epoch is begun; infinity for no limit.
 
-    Returns:
-        How many were trained to their end; the others have a checkpoint and go on from there.
+    Yields:
+        What waits for the backbone of a key and returns whether it was trained to its end. One that the time was too
+        short for has a checkpoint and goes on from there another time.
     """
     if not backbones or seconds <= 0:
-        return 0
+        yield lambda key: False
+        return
+    end = time.time() + seconds  # on the clock that all processes have
     # Spawned, not forked: neither CUDA nor OpenMP survives a fork.
     context = multiprocessing.get_context("spawn")
     with context.Pool(min(jobs, len(backbones)), _share_threads, (jobs,)) as pool:
-        tasks = [(backbone, seconds) for backbone in backbones]
-        return sum(pool.starmap(_train, tasks, chunksize=1))
+        tasks = {backbone.key: pool.apply_async(_train, (backbone, end)) for backbone in backbones}
+        yield lambda key: tasks[key].get()
+        for task in tasks.values():
+            task.wait()
 
 
 def _share_threads(jobs: int) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
 
 
-def _train(backbone: Backbone, seconds: float) -> bool:
-    deadline = _deadline(seconds)
+def _train(backbone: Backbone, end: float) -> bool:
+    deadline = Deadline(Quiet(), end - time.time())
     if deadline.passed:
         return False
     lab = _lab(backbone.place)
@@ -84,12 +94,6 @@ def _train(backbone: Backbone, seconds: float) -> bool:
     except TimeIsUp:
         return False
     return True
-
-
-@cache
-def _deadline(seconds: float) -> Deadline:
-    """Return this process's deadline, which counts from the first task."""
-    return Deadline(Quiet(), seconds)
 
 
 @cache

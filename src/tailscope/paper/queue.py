@@ -6,9 +6,9 @@ extraction, which the store keeps, and the same command goes on from there.
 """
 
 import json
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 from tailscope.data.sources import load
 from tailscope.experiments.lab import Lab
 from tailscope.experiments.settings import Settings, store_root
-from tailscope.origin import command_line
+from tailscope.origin import command
 from tailscope.paper import ahead, side_by_side, targets
 from tailscope.paper.reproduce import EXPERIMENTS, Request, Tell, conclude, fixed_part
 from tailscope.paper.timing import duration, parse_duration
@@ -95,18 +95,16 @@ def run_queue(request: Request, *, tell: Tell = print, progress: Progress | None
     labs = {dataset: _lab(one, runtime) for dataset, one in requests.items()}
     state = [_is_done(piece, requests, settings, labs) for piece in pieces]
     tell(f"{len(pieces)} pieces, {sum(state)} done before; {side_by_side.label_of(first.recipe.model_dump())}")
-    if request.jobs > 1:
-        left = [piece for piece, done in zip(pieces, state, strict=True) if not done]
-        _train_ahead(left, requests, settings, labs, tell, deadline)
-    for k, piece in enumerate(pieces):
-        if state[k]:
-            continue
-        tell(f"piece {k + 1} of {len(pieces)}: {piece}")
-        lab, out = labs[piece.dataset], requests[piece.dataset].out
-        own = settings[piece.dataset].model_copy(update={"seeds": piece.seeds})
-        if not _finish(piece.experiment, lab, own, out, deadline):
-            break
-        state[k] = True
+    with _training_ahead(list(_left(pieces, state)), requests, settings, labs, tell, deadline) as trained:
+        for k, piece in enumerate(pieces):
+            if state[k]:
+                continue
+            tell(f"piece {k + 1} of {len(pieces)}: {piece}")
+            lab, out = labs[piece.dataset], requests[piece.dataset].out
+            own = settings[piece.dataset].model_copy(update={"seeds": piece.seeds})
+            if not (trained(piece) and _finish(piece.experiment, lab, own, out, deadline)):
+                break
+            state[k] = True
     document = _document(request, requests, pieces, state, time.monotonic() - started, limit)
     make_folder(request.out, "--out")
     write(request.out, "reproduce", document)
@@ -114,25 +112,36 @@ def run_queue(request: Request, *, tell: Tell = print, progress: Progress | None
     return document
 
 
-def _train_ahead(
+@contextmanager
+def _training_ahead(
     pieces: Sequence[Piece],
     requests: Mapping[str, Request],
     settings: Mapping[str, Settings],
     labs: Mapping[str, Lab],
     tell: Tell,
     deadline: Deadline,
-) -> None:
-    """Train the backbones that the pieces need, several at a time."""
-    backbones: dict[str, ahead.Backbone] = {}
+) -> Iterator[Callable[[Piece], bool]]:
+    """Train the pieces' backbones, several at a time, while pieces whose backbones are there are worked off.
+
+    Yields what waits for the backbones of a piece and returns False where the time was too short for them. With one
+    job nothing is trained ahead.
+    """
+    jobs = max(request.jobs for request in requests.values())
+    if jobs == 1:
+        yield lambda piece: True
+        return
+    needed: dict[Piece, dict[str, ahead.Backbone]] = {}
     for piece in pieces:
         request, lab = requests[piece.dataset], labs[piece.dataset]
         place = ahead.Place(targets.benchmark(piece.dataset).data, request.data_root, lab.store.root, request.device)
         own = settings[piece.dataset].model_copy(update={"seeds": piece.seeds})
-        backbones |= ahead.missing(lab, place, own, piece.experiment)
-    jobs = max(request.jobs for request in requests.values())
+        needed[piece] = ahead.missing(lab, place, own, piece.experiment)
+    backbones = {key: backbone for of_piece in needed.values() for key, backbone in of_piece.items()}
     tell(f"{len(backbones)} backbones to train, {jobs} at a time")
-    trained = ahead.train_ahead(list(backbones.values()), jobs, deadline.left)
-    tell(f"{trained} of {len(backbones)} backbones trained")
+    with ahead.training(list(backbones.values()), jobs, deadline.left) as trained:
+        yield lambda piece: all(map(trained, needed[piece]))
+        done = sum(map(trained, backbones))
+    tell(f"{done} of {len(backbones)} backbones trained")
 
 
 def _by_dataset(request: Request) -> dict[str, Request]:
@@ -223,7 +232,7 @@ def _document(
     return {
         "schema": SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command_line(sys.argv[1:]),
+        "command": command(),
         "finished": all(state),
         "seconds": seconds,
         "time_limit_seconds": limit,
