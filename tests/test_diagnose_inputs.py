@@ -229,6 +229,29 @@ def test_duplicates_are_counted_by_copies_and_ids_and_dropped_on_demand():
         read(train, train, drop_duplicates=True)
 
 
+def test_ids_of_different_data_sets_say_nothing_about_duplicates():
+    (features, labels), (unseen, truth) = separable()
+    ids = np.array([f"ant/{n:03d}.png" for n in range(len(labels))])
+    train = table(features, labels, ids=ids, provenance={"data": "folder:train"})
+    for data, said in (("folder:train", True), ("folder:new", False)):
+        held_out = table(unseen, truth, ids=ids[: len(truth)], provenance={"data": data})
+        assert any("are also in" in text for text in read(train, held_out).warnings) is said
+
+
+def test_the_same_files_by_another_path_are_the_same_diagnosis(run, files, tmp_path, monkeypatch):
+    options = ("--out", tmp_path / "out", *QUICK)
+    assert run("--train", files.folder / "train.npz", "--unseen", files.folder / "unseen.npz", *options)[0] == 0
+    monkeypatch.chdir(files.folder)
+    assert run("--train", "train.npz", "--unseen", "unseen.npz", *options)[::2] == (0, "")
+    assert str(files.folder) not in (tmp_path / "out" / "diagnosis.json").read_text()
+
+
+def test_a_call_from_python_records_nothing_of_the_callers_command_line(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["mine.py", "--token", "hunter2"])
+    result = tailscope.diagnose(files.folder / "train.npz", files.folder / "unseen.npz", permutations=0, verdict=False)
+    assert result["command"] == "tailscope, called from Python"
+
+
 def test_an_uneven_scored_set_is_warned_about():
     train, (unseen, truth) = separable()
     kept = np.concatenate([np.flatnonzero(truth == 0), np.flatnonzero(truth > 0)[::5]])

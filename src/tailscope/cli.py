@@ -27,6 +27,7 @@ from tailscope.cli_options import (
     Workers,
 )
 from tailscope.errors import UserError, one_line
+from tailscope.origin import from_command_line
 
 INTERRUPTED = 130
 """The exit code of a process ended by SIGINT, as shells have it."""
@@ -61,7 +62,8 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # a console without Unicode shows "?" instead of failing
             stream.reconfigure(errors="replace")
     try:
-        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        with from_command_line(sys.argv[1:]):
+            code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except UserError as error:
         code = _fail(str(error))
     except typer.TyperException as error:

@@ -1,7 +1,6 @@
 """`diagnose`: measure, judge, advise, and put everything together as `diagnosis.json` holds it."""
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -16,7 +15,7 @@ from tailscope.errors import UserError
 from tailscope.geometry import GeometryResult, describe
 from tailscope.groups import GROUPS
 from tailscope.linear_classifier import LinearClassifier
-from tailscope.origin import command_line, versions
+from tailscope.origin import command, versions
 from tailscope.progress import Progress
 from tailscope.training.runtime import Runtime
 
@@ -154,7 +153,7 @@ def run(inputs: dict[str, Inputs], settings: Settings, runtime: Runtime) -> dict
     result = {
         "schema": "tailscope.diagnosis/1",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command_line(sys.argv[1:]),
+        "command": command(),
         "spec": spec(inputs, settings),
         "environment": {"versions": versions(), "hardware": runtime.describe()},
         "dataset": {

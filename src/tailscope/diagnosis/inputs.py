@@ -49,15 +49,18 @@ class Inputs:
 
     @cached_property
     def fingerprints(self) -> dict[str, Any]:
-        """Where each input came from and the SHA-256 of its numbers, for the result's spec."""
+        """The name of each input's file and the SHA-256 of its numbers, for the result's spec.
+
+        Not the folder: the same numbers elsewhere are the same diagnosis, and folders are nobody else's business.
+        """
         tables = {"train": self.train, "unseen": self.unseen, "test": self.test}
         found: dict[str, Any] = {
-            name: None if table is None else {"source": table.source, "sha256": _digest(table.features, table.labels)}
+            name: {"source": _name(table.source), "sha256": _digest(table.features, table.labels)} if table else None
             for name, table in tables.items()
         }
         linear = self.classifier
         found["classifier"] = (
-            None if linear is None else {"source": linear.source, "sha256": _digest(linear.weight, linear.bias)}
+            None if linear is None else {"source": _name(linear.source), "sha256": _digest(linear.weight, linear.bias)}
         )
         return found
 
@@ -150,8 +153,18 @@ def _shared(earlier: FeatureTable, later: FeatureTable, names: tuple[str, ...]) 
     first, second = (group_rows(t.features, t.labels, names, t.source) for t in (earlier, later))
     shared: BoolArray = unseen_copies(first, second).numpy()
     if earlier.ids is not None and later.ids is not None and earlier.ids.dtype.kind == later.ids.dtype.kind:
-        shared |= np.isin(later.ids, earlier.ids)
+        shared |= np.isin(later.ids, earlier.ids) & _same_data(earlier, later)
     return shared
+
+
+def _same_data(a: FeatureTable, b: FeatureTable) -> bool:
+    """Whether ids may be compared: those that `features` gives are paths within a data set, or numbers."""
+    one, other = ((table.provenance or {}).get("data") for table in (a, b))
+    return one is None or other is None or one == other
+
+
+def _name(source: str) -> str:
+    return Path(source).name or source
 
 
 def _uneven(tables: list[FeatureTable]) -> list[str]:

@@ -1,6 +1,5 @@
 """What every result file of an experiment starts with, and the card of one row."""
 
-import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -9,7 +8,7 @@ from tailscope.data.filedata import FileData
 from tailscope.experiments.lab import Backbone, Lab, TrainingSet
 from tailscope.experiments.settings import Settings
 from tailscope.groups import assign_groups
-from tailscope.origin import command_line, versions
+from tailscope.origin import command, versions
 from tailscope.spec import RunSpec, StageSpec
 
 STAGE2_CARD = (
@@ -32,7 +31,7 @@ def header(verb: str, settings: Settings, lab: Lab, lt_sets: Sequence[TrainingSe
     return {
         "schema": f"tailscope.{verb}/1",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command_line(sys.argv[1:]),
+        "command": command(),
         "spec": settings.spec(lab.data),
         "environment": {"versions": versions(), "hardware": lab.runtime.describe()},
         "dataset": {
