@@ -74,7 +74,7 @@ BAD_FILES = {
     "cut inside a field": (lambda good: good[:300] + bytes(~b & 255 for b in good[300:400]) + good[400:], "damaged"),
     "text": (lambda good: b"train_images,train_labels\n1,2\n", "not a readable .npz"),
     "a pickle": (lambda good: b"cposix\nsystem\n(S'true'\ntR.", "not a readable .npz"),
-    "a folder": ("folder", "no such file"),
+    "a folder": ("folder", "a folder, not a file"),
 }
 
 

@@ -141,6 +141,17 @@ def test_a_recipes_short_spelling_means_the_long_one():
     assert short == long
 
 
+def test_the_papers_classifiers_may_be_trained_for_longer():
+    longer, known = recipe_by_name("paper(stage2_epochs=100)"), RECIPES["paper"]
+    assert longer.stage2 == known.stage2.model_copy(update={"epochs": 100})
+    assert longer.stage1 == known.stage1
+    assert longer.name == "paper(stage2_epochs=100)"
+    assert longer.card == f"{known.card} With stage2_epochs=100."
+    assert recipe_by_name("paper(stage2_epochs=10)") is known
+    with pytest.raises(UserError, match=r"--recipe paper.*greater than"):
+        recipe_by_name("paper(stage2_epochs=0)")
+
+
 def test_an_unknown_recipe_lists_the_known():
     with pytest.raises(UserError, match="--recipe quick: unknown; known: demo, fast, paper, paper-as-printed"):
         recipe_by_name("quick")

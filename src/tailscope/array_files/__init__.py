@@ -37,7 +37,7 @@ def read(path: Path, required: Sequence[str], optional: Sequence[str]) -> Arrays
     if path.suffix not in _READERS:
         raise UserError(f"{path}: unknown format {path.suffix!r}; known: {', '.join(_READERS)}")
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
     if path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty")
     arrays = _READERS[path.suffix](path, [*required, *optional])

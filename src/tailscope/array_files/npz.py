@@ -24,7 +24,9 @@ def read(path: Path, wanted: Sequence[str]) -> Arrays:
         try:
             loaded = np.load(file, allow_pickle=False)
         except _UNREADABLE as error:
-            raise UserError(f"{path}: not a readable .npz, or truncated ({one_line(error)})") from None
+            # What is no zip may be a pickle to NumPy, which then tells how to load it unsafely.
+            detail = "no zip archive; write it with np.savez" if "pickle" in str(error) else one_line(error)
+            raise UserError(f"{path}: not a readable .npz, or truncated ({detail})") from None
         if isinstance(loaded, np.ndarray):
             raise UserError(f"{path}: holds a single array; save the fields with np.savez")
         with loaded:

@@ -1,7 +1,7 @@
 """From one request to the paper's tables: plan, train or recall, decide the claims, write everything side by side."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ class Request:
     what: str
     dataset: str
     out: Path
+    _: KW_ONLY
     seeds: str = "3"
     recipe: str | None = None
     quick: bool = False

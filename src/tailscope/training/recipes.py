@@ -180,6 +180,13 @@ PARAMETRISED: Registry[Recipe] = Registry("recipe")
 """Recipes whose size and length a call-string may change, such as `imagenet(size=128, epochs=30)`."""
 
 
+@PARAMETRISED.register("paper")
+def paper(stage2_epochs: int = 10) -> Recipe:
+    """Follow the paper's section 3 on CIFAR, with classifiers trained for longer: 10 epochs may not finish them."""
+    stage2 = TrainSpec.model_validate({**_STAGE2.model_dump(), "epochs": stage2_epochs})
+    return RECIPES["paper"].model_copy(update={"stage2": stage2})
+
+
 @PARAMETRISED.register("imagenet")
 def imagenet(
     size: int = 224, width: int = 64, epochs: int = 100, batch: int = 512, learning_rate: float = 0.2, views: int = 10
