@@ -15,6 +15,8 @@ from benchmarks.shapes import Shape, flops
 from benchmarks.workers import Arm, Worker
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+SECONDS = 8.0
+"""What a whole process may take at the size of the goals, on two cores."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,10 @@ def _process_rows(shape: Shape, goals: bool, rounds: int, options: Options) -> l
             f"{shape} tailscope, whole process",
             Spread.of(ours),
             "s",
+            paired(ours, [SECONDS] * rounds) if goals else None,
+            f"this / {SECONDS:.0f} s" if goals else "",
+            1.0 if goals else None,
+            at_most=True,
             note="diagnose --no-verdict --permutations 0 --no-report: start, reading, checking, measuring, writing",
         ),
         Row(
