@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tailscope.kernels.build import library
+from tailscope.kernels.build import library, pointers
 
 _CHANNELS = 16
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -69,7 +69,7 @@ def _evaluate(norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None) -> Tenso
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
     offset = norm.bias - norm.running_mean * scale
     out = torch.empty_like(x)
-    _kernel("apply", x)(*_pointers(x, shortcut, out, scale, offset), *_size(x), torch.get_num_threads())
+    _kernel("apply", x)(*pointers(x, shortcut, out, scale, offset), *_size(x), torch.get_num_threads())
     return out
 
 
@@ -91,7 +91,7 @@ class _BatchNormReLU(torch.autograd.Function):
         out = torch.empty_like(x)
         mean, rstd = torch.empty_like(weight), torch.empty_like(weight)
         _kernel("forward", x)(
-            *_pointers(x, shortcut, out, weight, bias, running_mean, running_var, mean, rstd),
+            *pointers(x, shortcut, out, weight, bias, running_mean, running_var, mean, rstd),
             *_size(x),
             ctypes.c_float(eps),
             ctypes.c_float(momentum),
@@ -109,7 +109,7 @@ class _BatchNormReLU(torch.autograd.Function):
         of_shortcut = torch.empty_like(x) if ctx.needs_input_grad[1] else None
         of_weight, of_bias = torch.empty_like(weight), torch.empty_like(weight)
         _kernel("backward", x)(
-            *_pointers(gradient, out, x, weight, mean, rstd, of_x, of_shortcut, of_weight, of_bias),
+            *pointers(gradient, out, x, weight, mean, rstd, of_x, of_shortcut, of_weight, of_bias),
             *_size(x),
             torch.get_num_threads(),
         )
@@ -118,10 +118,6 @@ class _BatchNormReLU(torch.autograd.Function):
 
 def _kernel(direction: str, x: Tensor) -> Any:
     return getattr(library("batch_norm"), f"{direction}_{_NAMES[x.dtype]}")
-
-
-def _pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
-    return [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
 
 
 def _size(x: Tensor) -> tuple[ctypes.c_int64, ctypes.c_int64]:

@@ -41,6 +41,11 @@ def library(name: str) -> ctypes.CDLL | None:
         return None
 
 
+def pointers(*tensors: torch.Tensor | None) -> list[ctypes.c_void_p]:
+    """Return where the tensors' values lie, as a compiled function takes it; a null pointer for None."""
+    return [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
+
+
 def _cache() -> Path:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tailscope"
     folder.mkdir(parents=True, exist_ok=True)

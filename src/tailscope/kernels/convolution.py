@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tailscope.kernels.build import library
+from tailscope.kernels.build import library, pointers
 
 _CHANNELS = 16
 
@@ -85,9 +85,8 @@ def _weight_gradient(x: Tensor, gradient: Tensor) -> Tensor:
     """Activations [B, in, H, W] and gradients [B, out, H, W] -> float32 [out, in, 3, 3]."""
     images, channels, height, width = x.shape
     of_weight = torch.empty((gradient.shape[1], channels, 3, 3), dtype=torch.float32, memory_format=torch.channels_last)
-    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, gradient, of_weight)]
     sizes = [ctypes.c_int64(n) for n in (images, height, width, channels, gradient.shape[1])]
     compiled = library("convolution")
     assert compiled is not None
-    compiled.weight_gradient(*pointers, *sizes, torch.get_num_threads())
+    compiled.weight_gradient(*pointers(x, gradient, of_weight), *sizes, torch.get_num_threads())
     return of_weight
