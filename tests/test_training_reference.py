@@ -111,7 +111,9 @@ def test_a_constant_channel_becomes_zero_not_nan(value):
 
 
 def state_distance(a, b):
-    return max(float((a[name].float() - b[name].float()).abs().max()) for name in a)
+    """Return the length of the difference as a share of the first state's."""
+    flat, other = (torch.cat([state[name].double().flatten() for name in a]) for state in (a, b))
+    return float((flat - other).norm() / flat.norm())
 
 
 def test_bf16_stays_near_fp32(tmp_path):
@@ -124,7 +126,7 @@ def test_bf16_stays_near_fp32(tmp_path):
     assert low_meta["losses"] == pytest.approx(meta["losses"], rel=0.05)
     assert low_meta["losses"] != meta["losses"]
     assert {t.dtype for t in low_state.values()} == {torch.float32, torch.int64}  # master weights stay fp32
-    assert state_distance(state, low_state) < 0.5
+    assert state_distance(state, low_state) < 0.15
     # A recipe that asks for fp32 gets it wherever it runs.
     full = stage1_spec(images, steps=STEPS, train={"precision": "fp32"})
     full_state, full_meta = train_stage1(full, images, tmp_path / "full", runtime=low)

@@ -2,19 +2,15 @@
 
 from torch import nn
 
-from tailscope.kernels import batch_norm, convolution
+from tailscope.kernels import batch_norm
+from tailscope.kernels.layers import fast_layer, layer
 
 
 def fuse(model: nn.Module) -> bool:
-    """Let the blocks of a network use our kernels where they can; return whether this machine can."""
+    """Let the layers of a network use our kernels where they can; return whether this machine can."""
     if not batch_norm.available():
         return False
-    ours = {
-        "batch_norm_relu": batch_norm.fused_batch_norm_relu,
-        "convolve": convolution.fast_convolve,
-    }
     for module in model.modules():
-        for name, function in ours.items():
-            if hasattr(module, name):
-                setattr(module, name, function)
+        if getattr(module, "layer", None) is layer:
+            module.layer = fast_layer  # type: ignore[assignment]  # modules may have any attribute
     return True

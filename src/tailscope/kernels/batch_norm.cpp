@@ -111,6 +111,14 @@ void apply(const T* x, const T* shortcut, T* y, const float* scale, const float*
     });
 }
 
+inline void scale_and_offset(const float* weight, const float* bias, const float* mean, const float* rstd,
+                             int64_t channels, float* scale, float* offset) {
+    for (int64_t c = 0; c < channels; ++c) {
+        scale[c] = weight[c] * rstd[c];
+        offset[c] = bias[c] - mean[c] * scale[c];
+    }
+}
+
 template <class T>
 void forward(const T* x, const T* shortcut, T* y, const float* weight, const float* bias, float* running_mean,
              float* running_var, float* mean, float* rstd, int64_t rows, int64_t channels, float eps, float momentum,
@@ -142,55 +150,69 @@ void forward(const T* x, const T* shortcut, T* y, const float* weight, const flo
         rstd[c] = static_cast<float>(1 / std::sqrt(variance + eps));
         running_mean[c] += momentum * (mean[c] - running_mean[c]);
         running_var[c] += momentum * (static_cast<float>(unbiased) - running_var[c]);
-        scale[c] = weight[c] * rstd[c];
-        offset[c] = bias[c] - mean[c] * scale[c];
     }
+    scale_and_offset(weight, bias, mean, rstd, channels, scale.data(), offset.data());
     apply(x, shortcut, y, scale.data(), offset.data(), rows, channels, threads);
 }
 
-template <class T>
-void backward(const T* gradient, const T* y, const T* x, const float* weight, const float* mean, const float* rstd,
-              T* gradient_x, T* gradient_shortcut, float* gradient_weight, float* gradient_bias, int64_t rows,
-              int64_t channels, int threads) {
+// The gradient that passes ReLU: the sum of one or two that arrive, where the result is positive or NaN. With a shortcut
+// the result is read; without one it is computed again from x, which is read in any case.
+template <class T, bool kShortcut>
+struct Passing {
+    const T *gradient, *second, *y, *x;  // second is null where only one gradient arrives
+    float operator()(int64_t at, float scale, float offset) const {
+        const float arriving = load(gradient[at]) + (second ? load(second[at]) : 0.0f);
+        const float result = kShortcut ? load(y[at]) : load(x[at]) * scale + offset;
+        return result <= 0 ? 0 : arriving;
+    }
+};
+
+// Gradients of x, of the shortcut, and of weight and bias. Where there is a shortcut, its gradient is what the second pass
+// starts from.
+template <class T, bool kShortcut>
+void backward(const Passing<T, kShortcut>& passing, const float* weight, const float* bias, const float* mean,
+              const float* rstd, T* gradient_x, T* gradient_shortcut, float* gradient_weight, float* gradient_bias,
+              int64_t rows, int64_t channels, int threads) {
+    const T* x = passing.x;
+    std::vector<float> scale(channels), offset(channels);
+    scale_and_offset(weight, bias, mean, rstd, channels, scale.data(), offset.data());
     Sums sums(threads, channels);
     share_rows(rows, threads, [&](int64_t first, int64_t last, int t) {
         for_channel_blocks(channels, [&](int64_t block, auto width) {
             constexpr int W = decltype(width)::value;
-            const T *__restrict g = gradient + block, *__restrict out = y + block, *__restrict in = x + block;
-            float center[W];
-            for (int c = 0; c < W; ++c) center[c] = mean[block + c];
+            float by[W], plus[W], center[W];
+            for (int c = 0; c < W; ++c) by[c] = scale[block + c], plus[c] = offset[block + c], center[c] = mean[block + c];
             sum_rows<W>(first, last, channels, &sums.a[t * channels + block], &sums.b[t * channels + block],
                         [&](int64_t at, int c, float& sum, float& product) {
-                            const float kept = load(out[at]) <= 0 ? 0 : load(g[at]);
-                            sum += kept;
-                            product += kept * (load(in[at]) - center[c]);
+                            const float passed = passing(block + at, by[c], plus[c]);
+                            if (kShortcut) store(passed, gradient_shortcut[block + at]);
+                            sum += passed;
+                            product += passed * (load(x[block + at]) - center[c]);
                         });
         });
     });
-    std::vector<float> along(channels), constant(channels), by(channels);
+    std::vector<float> along(channels), constant(channels);
     for (int64_t c = 0; c < channels; ++c) {
         const double sum = sums.of(sums.a, c), product = sums.of(sums.b, c), r = rstd[c];
         gradient_bias[c] = static_cast<float>(sum);
         gradient_weight[c] = static_cast<float>(product * r);
-        by[c] = static_cast<float>(weight[c] * r);
         along[c] = static_cast<float>(-weight[c] * r * r * r * product / rows);
         constant[c] = static_cast<float>(-weight[c] * r * sum / rows - along[c] * static_cast<double>(mean[c]));
     }
     share_rows(rows, threads, [&](int64_t first, int64_t last, int) {
         for_channel_blocks(channels, [&](int64_t block, auto width) {
             constexpr int W = decltype(width)::value;
-            float scaled[W], slope[W], plus[W];
-            for (int c = 0; c < W; ++c)
-                scaled[c] = by[block + c], slope[c] = along[block + c], plus[c] = constant[block + c];
+            float by[W], plus[W], slope[W], shift[W];
+            for (int c = 0; c < W; ++c) {
+                by[c] = scale[block + c], plus[c] = offset[block + c];
+                slope[c] = along[block + c], shift[c] = constant[block + c];
+            }
             for (int64_t row = first; row < last; ++row) {
                 const int64_t at = row * channels + block;
-                const T *__restrict g = gradient + at, *__restrict out = y + at, *__restrict in = x + at;
-                T *__restrict to = gradient_x + at, *__restrict passed = gradient_shortcut + at;
 #pragma omp simd
                 for (int c = 0; c < W; ++c) {
-                    const float kept = load(out[c]) <= 0 ? 0 : load(g[c]);
-                    store(kept * scaled[c] + load(in[c]) * slope[c] + plus[c], to[c]);
-                    if (gradient_shortcut) store(kept, passed[c]);
+                    const float passed = kShortcut ? load(gradient_shortcut[at + c]) : passing(at + c, by[c], plus[c]);
+                    store(passed * by[c] + load(x[at + c]) * slope[c] + shift[c], gradient_x[at + c]);
                 }
             }
         });
@@ -201,21 +223,27 @@ void backward(const T* gradient, const T* y, const T* x, const float* weight, co
 
 #define EXPORTED(name, T)                                                                                             \
     extern "C" void forward_##name(const T* x, const T* shortcut, T* y, const float* weight, const float* bias,       \
-                                   float* running_mean, float* running_var, float* mean, float* rstd, int64_t rows,   \
-                                   int64_t channels, float eps, float momentum, int threads) {                        \
-        forward(x, shortcut, y, weight, bias, running_mean, running_var, mean, rstd, rows, channels, eps, momentum,   \
-                threads);                                                                                             \
+                                   float* running_mean, float* running_var, int64_t* batches, float* statistics,      \
+                                   int64_t rows, int64_t channels, float eps, float momentum, int threads) {          \
+        forward(x, shortcut, y, weight, bias, running_mean, running_var, statistics, statistics + channels, rows,     \
+                channels, eps, momentum, threads);                                                                    \
+        if (batches) ++*batches;                                                                                             \
     }                                                                                                                 \
     extern "C" void apply_##name(const T* x, const T* shortcut, T* y, const float* scale, const float* offset,        \
                                  int64_t rows, int64_t channels, int threads) {                                       \
         apply(x, shortcut, y, scale, offset, rows, channels, threads);                                                \
     }                                                                                                                 \
-    extern "C" void backward_##name(const T* gradient, const T* y, const T* x, const float* weight,                   \
-                                    const float* mean, const float* rstd, T* gradient_x, T* gradient_shortcut,        \
-                                    float* gradient_weight, float* gradient_bias, int64_t rows, int64_t channels,     \
-                                    int threads) {                                                                    \
-        backward(gradient, y, x, weight, mean, rstd, gradient_x, gradient_shortcut, gradient_weight, gradient_bias,   \
-                 rows, channels, threads);                                                                            \
+    extern "C" void backward_##name(const T* gradient, const T* second, const T* y, const T* x, const float* weight,  \
+                                    const float* bias, const float* statistics, T* gradient_x,                        \
+                                    T* gradient_shortcut, float* gradient_weight, float* gradient_bias, int64_t rows, \
+                                    int64_t channels, int threads) {                                                  \
+        const float *mean = statistics, *rstd = statistics + channels;                                                \
+        if (gradient_shortcut)                                                                                        \
+            backward(Passing<T, true>{gradient, second, y, x}, weight, bias, mean, rstd, gradient_x,                  \
+                     gradient_shortcut, gradient_weight, gradient_bias, rows, channels, threads);                     \
+        else                                                                                                          \
+            backward(Passing<T, false>{gradient, second, y, x}, weight, bias, mean, rstd, gradient_x,                 \
+                     gradient_shortcut, gradient_weight, gradient_bias, rows, channels, threads);                     \
     }
 
 EXPORTED(float32, float)

@@ -1,33 +1,13 @@
-"""3x3 convolutions whose weights' gradient is our own kernel, on processors that multiply bfloat16."""
+"""Gradients of convolutions; that of a 3x3 kernel's weights is our own, on processors that multiply bfloat16."""
 
 import ctypes
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tailscope.kernels.build import library, pointers
 
 _CHANNELS = 16
-
-
-def convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """Return layer(x): activations [B, in, H, W] -> [B, out, H', W']."""
-    out: Tensor = layer(x)
-    return out
-
-
-def fast_convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """Return layer(x) in bfloat16, with a gradient of the weights that is summed in float32 and stays in float32.
-
-    For what the kernel does not know, `convolve`: other kernels than 3x3 with stride 1 and padding 1, other types,
-    layouts and devices, channels that are no multiple of 16, odd widths, and processors without bfloat16.
-    """
-    if not (torch.is_grad_enabled() and _usual(layer) and _fits(x) and available()):
-        return convolve(layer, x)
-    out: Tensor = _Convolution.apply(x, layer.weight)
-    return out
 
 
 def available() -> bool:
@@ -36,49 +16,51 @@ def available() -> bool:
     return compiled is not None and bool(compiled.supported())
 
 
-def _usual(layer: nn.Conv2d) -> bool:
+def gradients(
+    layer: nn.Conv2d, x: Tensor, weight: Tensor, arriving: Tensor, *, of_x: bool
+) -> tuple[Tensor | None, Tensor]:
+    """Return the gradients of x (where `of_x`) and, in float32, of the weights.
+
+    Args:
+        layer: a convolution without bias.
+        x: activations [B, in, H, W], channels-last.
+        weight: the layer's, in the activations' type.
+        arriving: the gradient of what the layer returned, [B, out, H', W'].
+        of_x: whether the gradient of x is wanted.
+    """
+    ours = _fits(layer, x) and available()
+    by_x: Tensor | None = None
+    by_weight: Tensor | None = None
+    if of_x or not ours:
+        by_x, by_weight, _ = torch.ops.aten.convolution_backward.default(
+            arriving,
+            x,
+            weight,
+            None,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            False,
+            [0, 0],
+            layer.groups,
+            [of_x, not ours, False],
+        )
+    if ours:
+        return by_x, _weight_gradient(x, arriving)
+    assert by_weight is not None
+    return by_x, by_weight.float()
+
+
+def _fits(layer: nn.Conv2d, x: Tensor) -> bool:
+    """Whether the kernel knows this case: bfloat16, 3x3, stride and padding 1, 16k channels, even width."""
     return (
         layer.kernel_size == (3, 3)
         and layer.stride == layer.padding == layer.dilation == (1, 1)
         and layer.groups == 1
-        and layer.bias is None
-        and layer.weight.requires_grad
         and layer.in_channels % _CHANNELS == layer.out_channels % _CHANNELS == 0
-    )
-
-
-def _fits(x: Tensor) -> bool:
-    return (
-        x.device.type == "cpu"
         and x.dtype == torch.bfloat16
-        and x.dim() == 4
         and x.shape[3] % 2 == 0
-        and x.numel() > 0
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and not torch.compiler.is_compiling()
     )
-
-
-class _Convolution(torch.autograd.Function):
-    """A 3x3 convolution of bfloat16 activations with float32 weights, which are rounded for it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        rounded = weight.to(x.dtype, memory_format=torch.channels_last)
-        ctx.save_for_backward(x, rounded)
-        return F.conv2d(x, rounded, padding=1)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        gradient = gradients[0].to(x.dtype).contiguous(memory_format=torch.channels_last)
-        of_x = None
-        if ctx.needs_input_grad[0]:
-            only_x = [True, False, False]
-            of_x = torch.ops.aten.convolution_backward(
-                gradient, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, only_x
-            )[0]
-        return of_x, _weight_gradient(x, gradient) if ctx.needs_input_grad[1] else None
 
 
 def _weight_gradient(x: Tensor, gradient: Tensor) -> Tensor:

@@ -4,8 +4,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tailscope.errors import UserError
-from tailscope.kernels.batch_norm import batch_norm_relu
-from tailscope.kernels.convolution import convolve
+from tailscope.kernels.layers import Twice, layer
 from tailscope.registry import Registry
 
 MODELS: Registry["CifarResNet"] = Registry("model")
@@ -22,16 +21,16 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.stride = stride
         self.padding = (channels - in_channels) // 2
-        self.batch_norm_relu = batch_norm_relu
-        self.convolve = convolve
+        self.layer = layer
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, in, H, W] -> [B, out, H/stride, W/stride]."""
-        out = self.batch_norm_relu(self.bn1, self.convolve(self.conv1, x))
-        out = self.convolve(self.conv2, out)
+    def forward(self, twice: Twice) -> Twice:
+        """[B, in, H, W] -> [B, out, H/stride, W/stride], each for a convolution and for a shortcut."""
+        x, shortcut = twice
+        out, _ = self.layer(self.conv1, self.bn1, x)
         if self.stride != 1 or self.padding:
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
-        return self.batch_norm_relu(self.bn2, out, x)
+            shortcut = shortcut[:, :, :: self.stride, :: self.stride]
+            shortcut = F.pad(shortcut, (0, 0, 0, 0, self.padding, self.padding))
+        return self.layer(self.conv2, self.bn2, out, shortcut)
 
 
 class CifarResNet(nn.Module):
@@ -54,16 +53,17 @@ class CifarResNet(nn.Module):
         self.layer3 = _stage(blocks, 2 * width, 4 * width, 2)
         self.classifier = nn.Linear(4 * width, num_classes)
         self.feature_dim = 4 * width
-        self.batch_norm_relu = batch_norm_relu
+        self.layer = layer
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)
 
     def features(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W], normalised -> penultimate features [B, 4 * width]."""
-        x = self.batch_norm_relu(self.bn1, self.conv1(x))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return x.mean(dim=(2, 3))
+        twice = self.layer(self.conv1, self.bn1, x)
+        out, _ = self.layer3(self.layer2(self.layer1(twice)))
+        pooled: Tensor = out.mean(dim=(2, 3))
+        return pooled
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W], normalised -> logits [B, classes]."""
