@@ -48,6 +48,7 @@ DECISIVE_STAGE: dict[str, Any] = {
     "sampler": "class_balanced",
     "views": 7,
     "bn_mode": "shifted",
+    "start": "stage1",
 }
 
 

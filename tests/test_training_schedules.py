@@ -152,6 +152,17 @@ def test_the_papers_classifiers_may_be_trained_for_longer():
         recipe_by_name("paper(stage2_epochs=0)")
 
 
+def test_the_papers_classifiers_may_start_from_stage_1():
+    warm = recipe_by_name("paper(stage2_start='stage1')")
+    assert warm.stage2_start == "stage1"
+    assert (
+        warm.model_copy(update={"name": "paper", "card": RECIPES["paper"].card, "stage2_start": "new"})
+        == RECIPES["paper"]
+    )
+    with pytest.raises(UserError, match=r"--recipe paper.*'new' or 'stage1'"):
+        recipe_by_name("paper(stage2_start='warm')")
+
+
 def test_an_unknown_recipe_lists_the_known():
     with pytest.raises(UserError, match="--recipe quick: unknown; known: demo, fast, paper, paper-as-printed"):
         recipe_by_name("quick")

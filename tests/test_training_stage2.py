@@ -97,6 +97,18 @@ def test_stage_2_equals_a_linear_layer_on_the_frozen_network(lab, lt, backbone):
         assert losses[-1] < 0.9 * losses[0]
 
 
+def test_a_classifier_may_start_from_that_of_stage_1(lab, lt, backbone):
+    """A step of a vanishing learning rate stays where it started."""
+    recipe = RECIPE.model_copy(update={"stage2_start": "stage1"})
+    stage2 = recipe.classifier(lt.spec)
+    still = stage2.model_copy(update={"train": stage2.train.model_copy(update={"learning_rate": 1e-12})})
+    run = RunSpec(stage1=recipe.backbone(lt.spec), stage2=still, seed=SEED)
+    fitted = lab.classifier(run, backbone, lt.rows, "classifier")
+    torch.testing.assert_close(fitted.tensors["weight"], backbone.weight)
+    torch.testing.assert_close(fitted.tensors["bias"], backbone.bias)
+    assert run.backbone_key() == backbone.key
+
+
 def test_the_backbone_does_not_move_in_stage_2(lab, lt, backbone):
     before = {name: t.clone() for name, t in backbone.model.state_dict().items()}
     for options in ({}, {"sampler": "class_balanced"}, {"autoaugment": True}):

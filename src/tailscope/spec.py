@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 BnMode = Literal["frozen", "shifted"]
+Start = Literal["new", "stage1"]
 FORMAT = 1
 """Bumped when the same spec starts to mean another result, so that old stored stages are not taken for new ones."""
 
@@ -122,6 +123,7 @@ class StageSpec(Frozen):
         bn_mode: stage 2 only: what batch normalisation does with the frozen backbone. "frozen" keeps the running
             statistics of stage 1; "shifted" re-estimates them on stage 2's data, weights and affine parameters fixed
             (MiSLAS: Zhong et al. 2021).
+        start: stage 2 only: what the classifier starts from, new random weights or those that stage 1 trained.
     """
 
     data: DataSpec
@@ -133,7 +135,8 @@ class StageSpec(Frozen):
     sampler: str = "instance"
     views: int | None = Field(default=None, ge=1)
     bn_mode: BnMode = "frozen"
-    later = ("bn_mode",)
+    start: Start = "new"
+    later = ("bn_mode", "start")
 
     def content(self) -> dict[str, Any]:
         """Return everything about this stage that changes its result."""

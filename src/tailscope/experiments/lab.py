@@ -189,11 +189,12 @@ class Lab:
 
     def classifier(self, run: RunSpec, backbone: Backbone, rows: npt.NDArray[np.int64], label: str) -> Artifact:
         """Fit the run's classifier or recall it."""
+        start = (backbone.weight, backbone.bias) if run.stage2.start == "stage1" else None
         artifact, found = self.store.get_or_make(
             "stage2",
             run.key(),
             lambda _: fit_classifier(
-                run.stage2, self.views(backbone, run.stage2, rows, run.seed), run.stage2.data.counts, run.seed
+                run.stage2, self.views(backbone, run.stage2, rows, run.seed), run.stage2.data.counts, run.seed, start
             ),
             self.runtime.progress,
         )

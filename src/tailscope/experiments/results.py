@@ -13,7 +13,7 @@ from tailscope.spec import RunSpec, StageSpec
 
 STAGE2_CARD = (
     "key", "profile", "subset_sha256", "counts", "parameters", "epochs", "steps", "batch", "learning_rate",
-    "weight_decay", "schedule",
+    "weight_decay", "schedule", "start",
 )  # fmt: skip
 
 
@@ -133,5 +133,6 @@ def _stage2_card(seed: int, backbone: Backbone, stage1: StageSpec, stage2: Stage
             "learning_rate": stage2.train.learning_rate,
             "weight_decay": stage2.train.weight_decay,
             "schedule": stage2.train.schedule,
+            "start": stage2.start,
         }
     return {f"stage2_{name}": found.get(name) for name in STAGE2_CARD}

@@ -9,7 +9,7 @@ from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS
 from tailscope.methods.photos import PHOTO_AUGMENTATIONS, for_photos
 from tailscope.models import MODELS
 from tailscope.registry import Registry, split_call
-from tailscope.spec import BnMode, DataSpec, Frozen, StageSpec, TrainSpec
+from tailscope.spec import BnMode, DataSpec, Frozen, StageSpec, Start, TrainSpec
 from tailscope.training.schedules import SCHEDULES
 
 
@@ -28,6 +28,7 @@ class Recipe(Frozen):
         mix: what "MixUp" is.
         bn_mode: what stage 2 does with the backbone's batch normalisation.
         loss: what stage 1 minimises, as a call-string; stage 2 is softmax regression.
+        stage2_start: what stage 2's classifier starts from, see `StageSpec.start`.
     """
 
     name: str
@@ -42,7 +43,8 @@ class Recipe(Frozen):
     mix: str = "mixup(alpha=1.0)"
     bn_mode: BnMode = "frozen"
     loss: str = "cross_entropy"
-    later = ("bn_mode", "loss")
+    stage2_start: Start = "new"
+    later = ("bn_mode", "loss", "stage2_start")
 
     @model_validator(mode="after")
     def _spell_out(self) -> Self:
@@ -81,6 +83,7 @@ class Recipe(Frozen):
             sampler=sampler,
             views=self.views,
             bn_mode=self.bn_mode,
+            start=self.stage2_start,
         )
 
     def with_bn_mode(self, mode: BnMode) -> "Recipe":
@@ -181,10 +184,15 @@ PARAMETRISED: Registry[Recipe] = Registry("recipe")
 
 
 @PARAMETRISED.register("paper")
-def paper(stage2_epochs: int = 10) -> Recipe:
-    """Follow the paper's section 3 on CIFAR, with classifiers trained for longer: 10 epochs may not finish them."""
+def paper(stage2_epochs: int = 10, stage2_start: Start = "new") -> Recipe:
+    """Follow the paper's section 3 on CIFAR with another stage 2: 10 epochs may not finish new classifiers.
+
+    Args:
+        stage2_epochs: how long classifiers are trained.
+        stage2_start: what they start from: "new" weights, or those of "stage1".
+    """
     stage2 = TrainSpec.model_validate({**_STAGE2.model_dump(), "epochs": stage2_epochs})
-    return RECIPES["paper"].model_copy(update={"stage2": stage2})
+    return Recipe.model_validate({**RECIPES["paper"].model_dump(), "stage2": stage2, "stage2_start": stage2_start})
 
 
 @PARAMETRISED.register("imagenet")

@@ -17,7 +17,13 @@ View = tuple[Tensor, Tensor]
 """Features [n, d] and labels int64 [n] of one augmented view of the training data."""
 
 
-def fit_classifier(spec: StageSpec, views: Sequence[View], counts: Sequence[int], seed: int) -> tuple[Tensors, Meta]:
+def fit_classifier(
+    spec: StageSpec,
+    views: Sequence[View],
+    counts: Sequence[int],
+    seed: int,
+    start: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensors, Meta]:
     """Fit softmax regression by SGD; epoch e sees view e modulo the number of views.
 
     With a frozen backbone in eval mode this equals training the classifier on top of it, at the cost of one extraction
@@ -28,6 +34,7 @@ def fit_classifier(spec: StageSpec, views: Sequence[View], counts: Sequence[int]
         views: the augmented views, all of n samples.
         counts: images per class of the training data, for losses that need them.
         seed: of initialisation and order.
+        start: weight [C, d] and bias [C] to start from; None: new random ones.
 
     Returns:
         `weight` float32 [C, d] and `bias` float32 [C], and a description.
@@ -39,6 +46,8 @@ def fit_classifier(spec: StageSpec, views: Sequence[View], counts: Sequence[int]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "classifier"))
         classifier = nn.Linear(views[0][0].shape[1], len(counts))
+    if start:
+        classifier.load_state_dict(dict(zip(("weight", "bias"), start, strict=True)))
     loss_of = LOSSES.make(spec.loss, torch.tensor(counts))
     optimizer = torch.optim.SGD(
         classifier.parameters(),
