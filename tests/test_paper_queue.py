@@ -1,13 +1,14 @@
 """`reproduce` under a time limit: the order of the pieces, stopping in time, going on, and the folder it leaves."""
 
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
-from multiprocessing.pool import ThreadPool
-from types import SimpleNamespace
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from filelock import FileLock
@@ -312,8 +313,11 @@ class Expiring(Deadline):
 def workers(monkeypatch):
     """Threads in the place of the processes, each doing what the test puts into the list."""
     acts = []
-    context = SimpleNamespace(Pool=ThreadPool)
-    monkeypatch.setattr(ahead, "multiprocessing", SimpleNamespace(get_context=lambda method: context))
+
+    def threads(workers, context, initializer, arguments):
+        return ThreadPoolExecutor(workers, initializer=initializer, initargs=arguments)
+
+    monkeypatch.setattr(ahead, "ProcessPoolExecutor", threads)
     monkeypatch.setattr(ahead, "_share_threads", lambda jobs: None)
     monkeypatch.setattr(ahead, "_train", lambda backbone, end: acts[0](backbone, end))
     return acts
@@ -343,6 +347,37 @@ def test_with_jobs_too_a_piece_is_written_while_later_ones_are_trained(tmp_path,
     assert state(document) == [True, False, False, False]
     assert "2 of 10 backbones trained" in said
     assert len(asked) == len(set(asked)) == 10
+
+
+@pytest.mark.parametrize("when", ["starting", "training"])
+def test_a_killed_process_ends_the_others_with_a_word(tmp_path, when):
+    def kill():
+        while not (children := multiprocessing.active_children()):
+            time.sleep(0.01)
+        while when == "training" and not list((tmp_path / "store").glob("scratch/*")):
+            time.sleep(0.01)
+        os.kill(children[0].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(UserError, match=r"--jobs 2: a process that trained a backbone was killed.*goes on"):
+        run_queue(request_of(tmp_path, "table1", jobs=2), tell=lambda text: None)
+    killer.join()
+    for process in multiprocessing.active_children():
+        process.join(20)
+    assert multiprocessing.active_children() == []
+
+
+def test_a_mistake_of_the_caller_ends_the_processes(tmp_path):
+    settings = request_of(tmp_path, "table1", seeds="1").settings()
+    lab = Lab(load("digits"), Store(tmp_path), Runtime.choose("cpu"))
+    backbones = ahead.missing(lab, ahead.Place("digits", None, tmp_path, "cpu"), settings, "swap")
+    with pytest.raises(ZeroDivisionError), ahead.training(list(backbones.values()), 2, 60):
+        _ = 1 / 0
+    for process in multiprocessing.active_children():
+        process.join(20)
+    assert multiprocessing.active_children() == []
+    assert not lab.store.has("stage1", next(iter(backbones)))
 
 
 def test_what_a_process_could_not_train_in_time_is_not_begun_by_another(tmp_path, workers):

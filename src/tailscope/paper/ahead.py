@@ -8,6 +8,8 @@ experiments recall.
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,6 +18,7 @@ from pathlib import Path
 import torch
 
 from tailscope.data.sources import load
+from tailscope.errors import UserError
 from tailscope.experiments.lab import Lab
 from tailscope.experiments.settings import Settings
 from tailscope.paper.runs import runs
@@ -64,18 +67,41 @@ def training(backbones: Sequence[Backbone], jobs: int, seconds: float) -> Iterat
     Yields:
         What waits for the backbone of a key and returns whether it was trained to its end. One that the time was too
         short for has a checkpoint and goes on from there another time.
+
+    Raises:
+        UserError: a process was killed; the others end with it.
     """
     if not backbones or seconds <= 0:
         yield lambda key: False
         return
     end = time.time() + seconds  # on the clock that all processes have
+    with _processes(min(jobs, len(backbones)), jobs) as pool:
+        tasks = {backbone.key: pool.submit(_train, backbone, end) for backbone in backbones}
+        yield lambda key: tasks[key].result()
+        wait(tasks.values())
+
+
+@contextmanager
+def _processes(workers: int, jobs: int) -> Iterator[Executor]:
+    """Yield processes that share the threads among `jobs`; an exception ends them all, and so does the death of one."""
+    before = multiprocessing.active_children()
     # Spawned, not forked: neither CUDA nor OpenMP survives a fork.
     context = multiprocessing.get_context("spawn")
-    with context.Pool(min(jobs, len(backbones)), _share_threads, (jobs,)) as pool:
-        tasks = {backbone.key: pool.apply_async(_train, (backbone, end)) for backbone in backbones}
-        yield lambda key: tasks[key].get()
-        for task in tasks.values():
-            task.wait()
+    pool = ProcessPoolExecutor(workers, context, _share_threads, (jobs,))
+    try:
+        yield pool
+    except BaseException as error:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            if process not in before:
+                process.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise UserError(
+                f"--jobs {jobs}: a process that trained a backbone was killed, perhaps for want of memory; the same "
+                "command goes on from its last epoch, with fewer jobs in less memory"
+            ) from None
+        raise
+    pool.shutdown()
 
 
 def _share_threads(jobs: int) -> None:
