@@ -205,4 +205,4 @@ def test_the_process_itself_exits_with_2_and_no_traceback():
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 2
     assert ended.stdout == ""
-    assert re.fullmatch(r"error: unknown data set 'imagenet'; known: [^\n]+\n", ended.stderr)
+    assert re.fullmatch(r"error: unknown data set 'imagenet'; known: [^\n]+, folder:PATH, list:[^\n]+\n", ended.stderr)

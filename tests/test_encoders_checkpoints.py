@@ -155,7 +155,7 @@ def test_the_fields_checkpoints_get_the_fields_normalisation(tmp_path: Path, cif
     foreign = saved(tmp_path / "ldam.pth", {"state_dict": renamed(state, "classifier", "linear")})
     own = saved(tmp_path / "own.pth", state)
     assert str(list(CIFAR.mean)) in load("resnet32", foreign).preprocessing.describe()
-    with pytest.raises(UserError, match="--normalize data: these images are not in memory"):
+    with pytest.raises(UserError, match="--normalize: these images are not in memory"):
         load("resnet32", own)
 
 

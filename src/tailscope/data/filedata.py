@@ -128,7 +128,7 @@ def load(source: str, *, data_root: Path | None = None) -> Data:
     elif kind == "list":
         splits = listfiles.load(rest, data_root)
     else:
-        return sources.load(source, data_root=data_root)
+        return sources.load(source, data_root=data_root, also=("folder:PATH", "list:TRAIN.txt,TEST.txt"))
     test = splits.get("test", splits.get("val"))
     if "train" not in splits or test is None:
         needs = "folder:PATH with train/ and test/ (or val/)" if kind == "folder" else "list:TRAIN.txt,TEST.txt"

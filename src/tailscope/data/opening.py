@@ -46,7 +46,7 @@ def open_images(source: str, *, data_root: Path | None = None) -> OpenedImages:
         return OpenedImages(source, dict(listfiles.load(rest, data_root)), None)
     if kind == "hf":
         return OpenedImages(source, dict(huggingface.load(rest)), None)
-    data = sources.load(source, data_root=data_root)
+    data = sources.load(source, data_root=data_root, also=("folder:PATH", "list:TRAIN.txt[,TEST.txt]", "hf:NAME:SPLIT"))
     splits: dict[str, ImageStream] = {
         split: MemoryImages.of(data.name, split, images)
         for split, images in [("train", data.train), ("test", data.test)]

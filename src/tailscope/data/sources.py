@@ -35,13 +35,14 @@ class ImageData:
         return hashlib.sha256((self.train.fingerprint() + self.test.fingerprint()).encode()).hexdigest()
 
 
-def load(source: str, *, data_root: Path | None = None) -> ImageData:
+def load(source: str, *, data_root: Path | None = None, also: tuple[str, ...] = ()) -> ImageData:
     """Load a data set into memory.
 
     Args:
         source: `"digits"`, `"cifar10"`, `"cifar100"` or `"PATH.npz"` (fields: see `tailscope.data.npz.read`).
         data_root: for CIFAR, a directory with torchvision's official layout or `NAME.npz`; default `$TAILSCOPE_DATA`,
             else `~/.cache/tailscope/data`. What is missing is downloaded there by torchvision, checksums verified.
+        also: other forms of `source` that the caller knows, for the message about unknown ones.
 
     >>> digits = load("digits")
     >>> tuple(digits.train.images.shape), min(digits.train.counts()), set(digits.test.counts())
@@ -56,7 +57,7 @@ def load(source: str, *, data_root: Path | None = None) -> ImageData:
     if source.endswith(".npz"):
         path = Path(source).expanduser()
         return ImageData(path.stem, *npz.read(path))
-    raise UserError(f"unknown data set {source!r}; known: {', '.join(sorted(_LOADERS))}, PATH.npz")
+    raise UserError(f"unknown data set {source!r}; known: {', '.join((*sorted(_LOADERS), 'PATH.npz', *also))}")
 
 
 def _digits(_: Path | None) -> tuple[ImageSet, ImageSet]:

@@ -78,7 +78,10 @@ def from_timm(name: str, pretrained: bool, wishes: Wishes) -> Architecture:
     """
     timm = _timm(name)
     if not timm.is_model(name):
-        raise UserError(f"timm:{name}: timm {timm.__version__} has no such model; see timm.list_models()")
+        raise UserError(
+            f"timm:{name}: timm {timm.__version__} has no such model; known: {_ours()}, torchvision:NAME, "
+            "MODULE:FACTORY and those of timm.list_models()"
+        )
     try:
         model = timm.create_model(name, pretrained=pretrained)
     except Exception as error:  # hub, network and disk each have their own exceptions
@@ -196,12 +199,15 @@ def _imagenet(wishes: Wishes, channels: int) -> Preprocessing:
     return centre_crop(crop, round(crop / _CROP_SHARE), InterpolationMode.BILINEAR, normalization, channels)
 
 
+def _ours() -> str:
+    return ", ".join(entry.name for entry in MODELS)
+
+
 def _timm(name: str) -> Any:
     try:
         return importlib.import_module("timm")
     except ImportError:
-        known = ", ".join(entry.name for entry in MODELS)
-        raise UserError(f"model {name!r}: not one of {known}; for timm's, pip install 'tailscope[timm]'") from None
+        raise UserError(f"model {name!r}: not one of {_ours()}; for timm's, pip install 'tailscope[timm]'") from None
 
 
 def _no_weights(name: str, error: Exception) -> str:

@@ -90,8 +90,8 @@ class Wishes:
         if wish == "data":
             if self.statistics is None:
                 raise UserError(
-                    "--normalize data: these images are not in memory, so their statistics are not known; give cifar, "
-                    "imagenet, none or MEANS/DEVIATIONS"
+                    "--normalize: these images are not in memory, so their own mean and deviation are not known; give "
+                    "cifar, imagenet, none or MEANS/DEVIATIONS"
                 )
             return self.statistics
         known = {"imagenet": IMAGENET, "cifar": CIFAR, "none": Normalization((0.0,) * channels, (1.0,) * channels)}

@@ -108,6 +108,8 @@ def _usable(features: Tensor, what: str) -> tuple[Tensor, Tensor]:
     norm = torch.cat(norms)
     wrong = (~torch.isfinite(norm)).nonzero().flatten()
     if len(wrong):
-        cause = "too large to square" if torch.isfinite(features[wrong]).all() else "NaN or infinite"
-        raise UserError(f"{what} features: {len(wrong)} rows are {cause}, the first is row {int(wrong[0])}")
+        huge = bool(torch.isfinite(features[wrong]).all())
+        cause = f"too large to square in {str(wide).removeprefix('torch.')}" if huge else "NaN or infinite"
+        mend = "; divide all features by one number" if huge else ""
+        raise UserError(f"{what} features: {len(wrong)} rows are {cause}, the first is row {int(wrong[0])}{mend}")
     return norm > 0, alive
