@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tailscope.errors import UserError
-from tailscope.spec import TrainSpec
+from tailscope.spec import DataSpec, TrainSpec
 from tailscope.training.recipes import RECIPES, Recipe, recipe_by_name
 from tailscope.training.schedules import SCHEDULES
 
@@ -166,3 +166,13 @@ def test_the_papers_classifiers_may_start_from_stage_1():
 def test_an_unknown_recipe_lists_the_known():
     with pytest.raises(UserError, match="--recipe quick: unknown; known: demo, fast, paper, paper-as-printed"):
         recipe_by_name("quick")
+
+
+def test_the_papers_classifiers_may_see_the_images_as_they_are():
+    data = DataSpec(
+        name="d", fingerprint="f", profile="full", protocol="all", subset_seed=0, indices_sha256="s", counts=(1,)
+    )
+    plain, known = recipe_by_name("paper(stage2_augment=False)"), RECIPES["paper"]
+    assert (plain.classifier(data).augment, plain.classifier(data).views) == ((), 1)
+    assert plain.classifier(data, autoaugment=True) == known.classifier(data, autoaugment=True)
+    assert plain.backbone(data) == known.backbone(data)

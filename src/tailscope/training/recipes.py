@@ -29,6 +29,7 @@ class Recipe(Frozen):
         bn_mode: what stage 2 does with the backbone's batch normalisation.
         loss: what stage 1 minimises, as a call-string; stage 2 is softmax regression.
         stage2_start: what stage 2's classifier starts from, see `StageSpec.start`.
+        stage2_augment: whether stage 2 sees augmented views; without, one view of the images as they are.
     """
 
     name: str
@@ -44,7 +45,8 @@ class Recipe(Frozen):
     bn_mode: BnMode = "frozen"
     loss: str = "cross_entropy"
     stage2_start: Start = "new"
-    later = ("bn_mode", "loss", "stage2_start")
+    stage2_augment: bool = True
+    later = ("bn_mode", "loss", "stage2_start", "stage2_augment")
 
     @model_validator(mode="after")
     def _spell_out(self) -> Self:
@@ -75,13 +77,14 @@ class Recipe(Frozen):
         )
 
     def classifier(self, data: DataSpec, *, sampler: str = "instance", autoaugment: bool = False) -> StageSpec:
-        """Return stage 2 on `data`: a new linear classifier on `views` augmented views of frozen features."""
+        """Return stage 2 on `data`: a linear classifier on `views` augmented views of frozen features."""
+        augmented = self.stage2_augment or autoaugment
         return StageSpec(
             data=data,
             train=self.stage2,
-            augment=self._augment(autoaugment),
+            augment=self._augment(autoaugment) if augmented else (),
             sampler=sampler,
-            views=self.views,
+            views=self.views if augmented else 1,
             bn_mode=self.bn_mode,
             start=self.stage2_start,
         )
@@ -184,15 +187,17 @@ PARAMETRISED: Registry[Recipe] = Registry("recipe")
 
 
 @PARAMETRISED.register("paper")
-def paper(stage2_epochs: int = 10, stage2_start: Start = "new") -> Recipe:
+def paper(stage2_epochs: int = 10, stage2_start: Start = "new", stage2_augment: bool = True) -> Recipe:
     """Follow the paper's section 3 on CIFAR with another stage 2: 10 epochs may not finish new classifiers.
 
     Args:
         stage2_epochs: how long classifiers are trained.
         stage2_start: what they start from: "new" weights, or those of "stage1".
+        stage2_augment: whether they see crops and flips; AutoAugment, where a rung asks for it, they see in any case.
     """
     stage2 = TrainSpec.model_validate({**_STAGE2.model_dump(), "epochs": stage2_epochs})
-    return Recipe.model_validate({**RECIPES["paper"].model_dump(), "stage2": stage2, "stage2_start": stage2_start})
+    changes = {"stage2": stage2, "stage2_start": stage2_start, "stage2_augment": stage2_augment}
+    return Recipe.model_validate({**RECIPES["paper"].model_dump(), **changes})
 
 
 @PARAMETRISED.register("imagenet")
