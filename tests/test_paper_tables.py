@@ -140,6 +140,25 @@ def test_the_page_keeps_prose_and_writes_blocks(results):
     assert "| results/cifar10-fast | cifar10-lt |" in page
 
 
+def test_table_1_at_a_glance_has_the_papers_row_once_and_a_row_a_folder(results):
+    half = cifar(factory.swap, seeds=1, backbones=("lt",))
+    factory.write(results / "half", swap=half)
+    factory.write(results / "digits", swap=factory.swap(name="digits"))  # of which the paper has no numbers
+    page = generate(results, PROSE + OVERVIEW)
+    table = page.split("Table 1 at a glance")[1].split("<!--")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")]
+    found = {(row[0], row[1]): row[2:] for row in rows[2:]}
+    paper = [
+        f"{100 * published.table1('cifar10-lt')[cell]:.2f}" for cell in ("lt->lt", "lt->true", "true->lt", "true->true")
+    ]
+    assert found["cifar10-lt", "the paper"][1:] == paper
+    assert [key for key in found if key[1] == "the paper"] == [("cifar10-lt", "the paper")]
+    assert {folder for _, folder in found} == {"the paper", "cifar10-paper", "cifar10-fast", "half", "digits"}
+    assert found["cifar10-lt", "half"][3:] == ["–", "–"]
+    assert found["cifar10-lt", "half"][1] == f"{100 * half['cells']['lt->lt']['accuracy'][0]:.2f}"
+    assert "±" in found["cifar10-lt", "cifar10-paper"][1]
+
+
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 @pytest.mark.parametrize(
     "verbs",

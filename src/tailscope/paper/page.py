@@ -18,15 +18,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tailscope.attribution import CELLS
 from tailscope.errors import UserError
-from tailscope.paper import claims, side_by_side
+from tailscope.paper import claims, published, side_by_side
+from tailscope.paper.claims_accuracy import label
 from tailscope.paper.evidence import Evidence
 from tailscope.paper.timing import duration
 from tailscope.report.files import write as write_file
 from tailscope.report.results import Result, load
 from tailscope.report.table_model import Column, Table
 from tailscope.report.tables import to_markdown
-from tailscope.report.text import DASH, listed, plural, significant, with_interval
+from tailscope.report.text import DASH, listed, number, plural, significant, with_interval
 
 BLOCK = re.compile(r"<!-- results: (?P<name>\S+) -->\n.*?<!-- /results: (?P=name) -->", re.DOTALL)
 OPENING = re.compile(r"<!-- /?results: (\S+) -->")
@@ -116,7 +118,29 @@ def _overview(stored: Mapping[str, Mapping[str, Result]]) -> str:
                 "claims": claims.tally(results["claims"]["claims"]),
             }
         )
-    return to_markdown(Table(OVERVIEW, "What was run", [Column(field, field) for field in rows[0]], rows))
+    overview = Table(OVERVIEW, "What was run", [Column(field, field) for field in rows[0]], rows)
+    return f"{to_markdown(overview)}\n{to_markdown(_at_a_glance(stored))}"
+
+
+def _at_a_glance(stored: Mapping[str, Mapping[str, Result]]) -> Table:
+    """Return Table 1 of every folder, with the paper's above each data set's first."""
+    cells = ("lt stage1", *CELLS)
+    rows: list[dict[str, Any]] = []
+    for name, results in stored.items():
+        evidence = _evidence(results)
+        if "swap" not in results:
+            continue
+        dataset = _dataset(evidence)
+        if (cells_of_paper := published.table1(dataset)) and dataset not in [row["dataset"] for row in rows]:
+            printed = {**cells_of_paper, "lt stage1": published.figure3(dataset).get("none: stage1")}
+            paper = {cell: number(v if v is None else 100 * v, 2) for cell, v in printed.items()}
+            rows.append({"dataset": dataset, "folder": "the paper", **paper})
+        ours = evidence.accuracies()
+        written = {cell: side_by_side.in_percent(ours.get(cell, [])) for cell in cells}
+        rows.append({"dataset": dataset, "folder": name, **written})
+    columns = [Column("dataset", "dataset"), Column("folder", "results"), Column("lt stage1", "lt, own classifier")]
+    columns += [Column(cell, label(cell)) for cell in CELLS]
+    return Table("glance", "Table 1 at a glance: accuracy, % (mean ± sd over seeds)", columns, rows)
 
 
 def _block(name: str, results: Mapping[str, Result]) -> str:

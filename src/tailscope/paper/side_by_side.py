@@ -110,6 +110,15 @@ def spread(values: Sequence[float]) -> tuple[float | None, float | None]:
     return mean, float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
+def in_percent(fractions: Sequence[float]) -> str:
+    """Return mean ± standard deviation over seeds in per cent, without its sign.
+
+    >>> in_percent([0.7, 0.8]), in_percent([0.7]), in_percent([])
+    ('75.00 ± 7.07', '70.00', '–')
+    """
+    return _mean_sd(*spread([100 * value for value in fractions]), 2)
+
+
 def _accuracies(
     name: str, made_by: str, ours: Mapping[str, Sequence[float]], printed: Mapping[str, float]
 ) -> tuple[Table, Table]:
@@ -120,7 +129,6 @@ def _accuracies(
         mean, sd = spread(values)
         paper = printed.get(cell)
         difference = None if paper is None or mean is None else mean - paper
-        ours_written = None if mean is None else _mean_sd(100 * mean, None if sd is None else 100 * sd, 2)
         rows.append(
             {
                 "cell": cell,
@@ -130,7 +138,7 @@ def _accuracies(
                 "ours_sd": sd,
                 "seeds": len(values),
                 "difference": difference,
-                "written": "not run" if ours_written is None else f"{ours_written} ({len(values)})",
+                "written": f"{in_percent(values)} ({len(values)})" if values else "not run",
                 "paper_written": percent(paper, 2),
                 "difference_written": DASH if difference is None else number(100 * difference, 2),
                 "close": None if difference is None else "yes" if abs(difference) <= tolerance else "no",
