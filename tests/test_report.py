@@ -385,7 +385,13 @@ def test_the_papers_numbers_are_marked_where_it_printed_some(tmp_path):
     assert {row["cell"]: row["paper"] for row in data["cells"]} == published.table1("cifar10-lt")
     marked = {f"{row['augmentation']}: {row['rung']}": row["paper"] for row in data["ladder"]}
     assert marked == published.figure3("cifar10-lt")
-    assert all(row["label_at"] >= row["paper"] for row in [*data["cells"], *data["ladder"]])  # no tick in a number
+    for drawn in (
+        data["cells"],
+        data["ladder"],
+    ):  # a column, so that nobody takes a number for that of a tick before it
+        assert {row["label_at"] for row in drawn} == {max(row["label_at"] for row in drawn)}
+        assert all(row["label_at"] >= row["paper"] for row in drawn)
+        assert all(row["text"].endswith(f", paper {100 * row['paper']:.1f}") for row in drawn)
     page = report.build(factory.write(tmp_path, **results)).read_text(encoding="utf-8")
     assert page.count("the paper's number</span>") + page.count("the paper&#39;s number</span>") == 2
     for name, count in (("fig2", 4), ("fig3", 16)):

@@ -29,10 +29,10 @@ def data(results: Results) -> dict[str, list[Row]]:
     if "swap" in results:
         if results["swap"]["attribution"] is not None:
             found["attribution"] = _waterfall(rows.attribution(results))
-        found["cells"] = [_labelled(row) | _cell(row) for row in rows.cells(results)]
+        found["cells"] = [row | _cell(row) for row in _labelled(rows.cells(results))]
         found["cell_seeds"] = [row | {"label": arrow(row["cell"])} for row in rows.cell_seeds(results)]
     if "ladder" in results:
-        found["ladder"] = [_labelled(row) | _rung(row) for row in rows.ladder(results)]
+        found["ladder"] = [row | _rung(row) for row in _labelled(rows.ladder(results))]
     return found
 
 
@@ -172,7 +172,7 @@ def _paper_ticks(base: alt.Chart, keys: Sequence[Key], height: int) -> alt.Chart
 
 def _unit(field: str) -> alt.X:
     axis = alt.Axis(format=".0%", values=[0, 0.2, 0.4, 0.6, 0.8, 1.0], title=ACCURACY, labelSeparation=8)
-    return alt.X(field, scale=alt.Scale(domain=[0, 1.35], nice=False), axis=axis)
+    return alt.X(field, scale=alt.Scale(domain=[0, 1.4], nice=False), axis=axis)
 
 
 def _backbone(name: str) -> str:
@@ -183,12 +183,22 @@ def _cell(row: Row) -> Row:
     return {"label": arrow(row["cell"]), "key": _backbone(row["backbone"])}
 
 
-def _labelled(row: Row) -> Row:
-    """Add the number as text, with its interval, and where to write it."""
-    bounds = None if row["ci_low"] is None else (row["ci_low"], row["ci_high"])
-    ends = [row["mean"], row["highest"], *(bounds or ()), row["paper"] or 0.0]
-    short = percent(row["mean"])
-    return row | {"short": short, "text": with_interval(short, bounds), "label_at": max(ends)}
+def _labelled(stored: list[Row]) -> list[Row]:
+    """Add each number as text, with its interval, and where to write it.
+
+    Beside the paper's numbers they form a column: next to the paper's mark, ours would be taken for the paper's.
+    """
+    found = []
+    for row in stored:
+        bounds = None if row["ci_low"] is None else (row["ci_low"], row["ci_high"])
+        short, paper = percent(row["mean"]), row["paper"]
+        text = with_interval(short, bounds) + ("" if paper is None else f", paper {number(100 * paper, 1)}")
+        end = max(row["mean"], row["highest"], *(bounds or ()), paper or 0.0)
+        found.append(row | {"short": short, "text": text, "label_at": end})
+    if any(row["paper"] is not None for row in stored):
+        column = max(row["label_at"] for row in found)
+        found = [row | {"label_at": column} for row in found]
+    return found
 
 
 def _rung(row: Row) -> Row:
