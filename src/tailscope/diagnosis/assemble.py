@@ -14,7 +14,7 @@ from tailscope.diagnosis.neighbours import confusable_pairs
 from tailscope.errors import UserError
 from tailscope.geometry import GeometryResult, describe
 from tailscope.groups import GROUPS
-from tailscope.linear_classifier import LinearClassifier
+from tailscope.linear_layer import LinearLayer
 from tailscope.origin import command, versions
 from tailscope.progress import Progress
 from tailscope.training.runtime import Runtime
@@ -71,7 +71,7 @@ def diagnose(
     unseen: Several,
     *,
     test: Several | None = None,
-    classifier: LinearClassifier | Path | str | Sequence[Path | str] | None = None,
+    classifier: LinearLayer | Path | str | Sequence[Path | str] | None = None,
     ceiling: float = 1.0,
     permutations: int = 999,
     alpha: float = 0.05,
