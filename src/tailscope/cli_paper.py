@@ -75,11 +75,11 @@ def reproduce(
     from tailscope import report
     from tailscope.experiments.workplace import FileOptions
     from tailscope.paper.queue import EVERYTHING, run_queue
-    from tailscope.paper.reproduce import Request, run_reproduce
+    from tailscope.paper.reproduce import Reproduction, run_reproduce
     from tailscope.progress import Bars, Quiet
 
     console = Console(stderr=as_json)
-    request = Request(
+    reproduction = Reproduction(
         what,
         dataset,
         out,
@@ -109,9 +109,9 @@ def reproduce(
 
     with Bars(console) if console.is_terminal else nullcontext(Quiet()) as progress:
         if queued:
-            done = run_queue(request, tell=tell, progress=progress)
+            done = run_queue(reproduction, tell=tell, progress=progress)
         else:
-            done = run_reproduce(request, tell=tell, progress=progress, plan_only=plan)
+            done = run_reproduce(reproduction, tell=tell, progress=progress, plan_only=plan)
     if queued:
         if as_json:
             typer.echo(json.dumps(done, indent=1, allow_nan=False))
