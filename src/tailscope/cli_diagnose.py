@@ -67,14 +67,14 @@ def diagnose(
     `tailscope diagnose --train a.npz --unseen a-u.npz --train b.npz --unseen b-u.npz --out compared`
     """
     from tailscope import report
-    from tailscope.diagnosis.assemble import Settings, prepare, run, spec
+    from tailscope.diagnosis.assemble import DiagnosisSettings, prepare, run, spec
     from tailscope.progress import Bars, Quiet
     from tailscope.result_files import check_free, write
     from tailscope.store import make_folder
     from tailscope.training.runtime import Runtime
 
     console = Console(stderr=as_json)
-    settings = Settings(ceiling, permutations, alpha, not no_verdict, drop_duplicates, seed)
+    settings = DiagnosisSettings(ceiling, permutations, alpha, not no_verdict, drop_duplicates, seed)
     runtime = Runtime.choose(device, keep_memory=False)
     inputs = prepare(train, unseen, test, classifier, settings)
     make_folder(out, "--out")
