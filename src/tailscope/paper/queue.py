@@ -130,7 +130,7 @@ def _training_ahead(
     if jobs == 1:
         yield lambda piece: True
         return
-    needed: dict[Piece, dict[str, ahead.Backbone]] = {}
+    needed: dict[Piece, dict[str, ahead.MissingBackbone]] = {}
     for piece in pieces:
         reproduction, lab = reproductions[piece.dataset], labs[piece.dataset]
         place = ahead.Place(
