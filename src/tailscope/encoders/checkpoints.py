@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tailscope.array_files import one_line
+from tailscope.array_files import message_of
 from tailscope.errors import UserError
 from tailscope.field_checks import listed
 from tailscope.linear_layer import LinearLayer
@@ -131,7 +131,7 @@ def _unpickle(path: Path) -> Any:
         what = f"holds {culprit[1]}, and only tensors are unpickled" if culprit else "is no checkpoint"
         raise UserError(f"{path}: {what}; save the model's state_dict by itself") from None
     except _DAMAGED as error:
-        raise UserError(f"{path}: not a readable checkpoint, or truncated ({one_line(error)[:80]})") from None
+        raise UserError(f"{path}: not a readable checkpoint, or truncated ({message_of(error)[:80]})") from None
 
 
 def _state(content: Mapping[str, Any]) -> State:
