@@ -10,7 +10,7 @@ import time
 import pytest
 from typer.testing import CliRunner
 
-import tailscope.cli_paper  # registers the verb
+import tailscope.cli
 from tailscope.data.sources import load
 from tailscope.errors import UserError
 from tailscope.experiments.lab import Lab
@@ -261,12 +261,12 @@ def test_the_verb_prints_json_and_help_loads_no_torch(finished, monkeypatch):
         "--out",
         str(finished[0]),
     ]
-    result = CliRunner().invoke(tailscope.cli_paper.app, [*options, "--json"], catch_exceptions=False)
+    result = CliRunner().invoke(tailscope.cli.app, [*options, "--json"], catch_exceptions=False)
     done = json.loads(result.stdout)
     assert done["label"].endswith("NOT a reproduction")
     assert len(done["claims"]) == 3
-    shown = CliRunner().invoke(tailscope.cli_paper.app, options, catch_exceptions=False).stdout
+    shown = CliRunner().invoke(tailscope.cli.app, options, catch_exceptions=False).stdout
     assert "true→lt" in shown
     assert "undecided; recipe tiny" in shown
-    quick = "import sys, tailscope.cli_paper; sys.exit('torch' in sys.modules)"
+    quick = "import sys, tailscope.cli; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", quick], check=True)

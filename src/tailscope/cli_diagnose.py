@@ -9,8 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from tailscope.cli import Json, Out, Overwrite, app
-from tailscope.cli_options import Permutations
+from tailscope.cli_options import Json, Out, Overwrite, Permutations
 from tailscope.errors import UserError, one_line
 
 Train = Annotated[
@@ -40,7 +39,6 @@ GeometryDevice = Annotated[
 ]
 
 
-@app.command()
 def diagnose(
     train: Train,
     unseen: Unseen,

@@ -8,8 +8,20 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from tailscope.cli import DataRoot, Device, Json, Out, Overwrite, Seeds, StoreRoot, app
-from tailscope.cli_options import Devices, MicroBatches, NumNodes, Verify, Workers
+from tailscope.cli_options import (
+    DataRoot,
+    Device,
+    Devices,
+    Json,
+    MicroBatches,
+    NumNodes,
+    Out,
+    Overwrite,
+    Seeds,
+    StoreRoot,
+    Verify,
+    Workers,
+)
 from tailscope.errors import UserError
 
 What = Annotated[
@@ -37,7 +49,6 @@ ImageNet = Annotated[
 PlanOnly = Annotated[bool, typer.Option("--plan", help="Only say what would be trained and how long it would take.")]
 
 
-@app.command()
 def reproduce(
     what: What,
     dataset: DatasetName = "cifar10-lt",
