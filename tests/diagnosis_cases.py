@@ -3,7 +3,7 @@
 import numpy as np
 
 from tailscope.feature_table import FeatureTable
-from tailscope.linear_classifier import LinearClassifier
+from tailscope.linear_layer import LinearLayer
 
 COUNTS = (200, 150, 120, 60, 40, 30, 15, 10, 8)
 CLASSES, DIMS, UNSEEN = len(COUNTS), 12, 50
@@ -30,7 +30,7 @@ def head_biased():
     """The best linear classifier for `CENTRES`, pushed towards the three head classes."""
     bias = -0.5 * (CENTRES**2).sum(axis=1)
     bias[:3] += 14
-    return LinearClassifier.from_arrays(CENTRES, bias)
+    return LinearLayer.from_arrays(CENTRES, bias)
 
 
 def scattered(seed=0):

@@ -30,7 +30,7 @@ def objects(*values):
 
 BAD_ARRAYS = {
     "no field": (arrays(test_labels=None), "no field 'test_labels'"),
-    "lengths differ": (arrays(train_labels=np.repeat([0, 1, 2], 3)), "train_labels has 9 labels for 12 images"),
+    "lengths differ": (arrays(train_labels=np.repeat([0, 1, 2], 3)), "train_labels: 9 labels for 12 images"),
     "a negative label": (arrays(train_labels=np.repeat([0, -1, 2], 4)), "label -1"),
     "a test label outside": (arrays(test_labels=np.repeat([0, 1, 3], 2)), "label 3 is outside 0 to 2"),
     "labels beyond the names": (arrays(class_names=np.array(["a", "b"])), "class_names has 2 names"),

@@ -142,7 +142,7 @@ def replaced(**fields: object) -> Callable[[Arrays], object]:
             lambda c: c.update(test_images=c["test_images"][:0], test_labels=c["test_labels"][:0]),
             "test_images is empty",
         ),
-        (lambda c: c.update(train_labels=c["train_labels"][:-1]), "train_labels has 11 labels for 12 images"),
+        (lambda c: c.update(train_labels=c["train_labels"][:-1]), "train_labels: 11 labels for 12 images"),
         (lambda c: c.update(test_labels=c["test_labels"] * 1.0), "test_labels is float64; expected integers"),
         (lambda c: c.update(train_labels=c["train_labels"] > 0), "train_labels is bool"),
         (lambda c: c.update(train_labels=c["train_labels"][:, None]), "expected [N]"),

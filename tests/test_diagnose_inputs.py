@@ -15,7 +15,7 @@ from tailscope.diagnosis import assemble
 from tailscope.diagnosis.inputs import read
 from tailscope.errors import UserError
 from tailscope.feature_table import FeatureTable
-from tailscope.linear_classifier import LinearClassifier
+from tailscope.linear_layer import LinearLayer
 from tailscope.result_files import write
 
 QUICK = ("--permutations", "0", "--no-verdict", "--no-report")
@@ -330,6 +330,6 @@ def test_test_samples_among_the_unseen_ones_flatter():
 
 def test_a_classifier_that_overflows_the_features_type_is_refused():
     train, unseen = (table(*one) for one in separable())
-    huge = LinearClassifier.from_arrays(CENTRES * 1e300)
+    huge = LinearLayer.from_arrays(CENTRES * 1e300)
     with pytest.raises(UserError, match="beyond float32"):
         tailscope.diagnose(train, unseen, classifier=huge, permutations=0)

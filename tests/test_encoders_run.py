@@ -12,7 +12,7 @@ from tailscope.data import sources
 from tailscope.encoders import Options, run_features
 from tailscope.errors import UserError
 from tailscope.feature_table import FeatureTable, align
-from tailscope.linear_classifier import LinearClassifier
+from tailscope.linear_layer import LinearLayer
 from tailscope.models import MODELS
 from tailscope.store import Store
 from tailscope.training.runtime import Runtime
@@ -43,7 +43,7 @@ def test_run_on_a_tree_with_a_torchvision_checkpoint(tmp_path: Path) -> None:
     assert train.class_names == ("ant", "bee")
     assert val.ids.tolist() == ["val/ant/0.png", "val/bee/0.png"]
     assert torch.equal(val.features[0], train.features[0])  # the same pixels
-    classifier = LinearClassifier.load(results[0].classifier)
+    classifier = LinearLayer.load(results[0].classifier)
     assert results[0].classifier.name == "train.classifier.npz"
     assert torch.equal(classifier.weight, model.classifier.weight.detach())
     assert train.provenance["split"] == "train"
@@ -171,7 +171,7 @@ def test_a_stored_backbone_knows_its_training_images(trained, tmp_path: Path) ->
     options = {"split": "train", "part": "unseen", "subset": tmp_path / "subset.json"}
     other = run_features("store:bb22", "digits", tmp_path / "other.npz", store=root, **options)
     assert FeatureTable.load(other.features).ids.tolist() == tables["unseen"].ids.tolist()
-    assert LinearClassifier.load(made["train"].classifier).weight.shape == (10, 32)
+    assert LinearLayer.load(made["train"].classifier).weight.shape == (10, 32)
 
 
 def test_a_stored_backbone_of_photographs_sees_the_size_that_it_was_trained_on(tmp_path: Path) -> None:

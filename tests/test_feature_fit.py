@@ -8,7 +8,7 @@ import torch
 
 from tailscope.errors import UserError
 from tailscope.feature_table import FeatureTable, align
-from tailscope.linear_classifier import LinearClassifier
+from tailscope.linear_layer import LinearLayer
 
 
 def test_take_keeps_rows_together() -> None:
@@ -68,15 +68,15 @@ def test_classifier_files(tmp_path: Path, suffix: str) -> None:
     rng = np.random.default_rng(1)
     weight, bias = rng.normal(size=(4, 3)).astype(np.float32), rng.normal(size=4).astype(np.float32)
     path = tmp_path / f"c{suffix}"
-    LinearClassifier.from_arrays(weight, bias, class_names=list("wxyz")).save(path)
-    loaded = LinearClassifier.load(path)
+    LinearLayer.from_arrays(weight, bias, class_names=list("wxyz")).save(path)
+    loaded = LinearLayer.load(path)
     x = rng.normal(size=(5, 3)).astype(np.float32)
     np.testing.assert_allclose(loaded.logits(torch.from_numpy(x)), x @ weight.T + bias, rtol=1e-5)
     reordered = loaded.aligned(list("zywx"), 3, "features.npz")
     np.testing.assert_allclose(
         reordered.logits(torch.from_numpy(x)), (x @ weight.T + bias)[:, [3, 2, 0, 1]], rtol=1e-5, atol=1e-6
     )
-    unnamed = LinearClassifier.from_arrays(weight)
+    unnamed = LinearLayer.from_arrays(weight)
     assert unnamed.bias.tolist() == [0.0] * 4
     assert unnamed.aligned(list("abcd"), 3, "features.npz").class_names == ("a", "b", "c", "d")
 
@@ -98,7 +98,7 @@ def test_bad_classifier_files(tmp_path: Path, fields: dict, says: str) -> None:
     good = {"weight": np.zeros((2, 3)), "bias": np.zeros(2)}
     np.savez(path, **{k: v for k, v in {**good, **fields}.items() if v is not None})
     with pytest.raises(UserError) as caught:
-        LinearClassifier.load(path)
+        LinearLayer.load(path)
     assert says in str(caught.value)
 
 
@@ -111,9 +111,9 @@ def test_bad_classifier_files(tmp_path: Path, fields: dict, says: str) -> None:
     ],
 )
 def test_a_classifier_that_does_not_fit(names: list[str], width: int, says: str) -> None:
-    classifier = LinearClassifier.from_arrays(np.zeros((2, 3)), class_names=["a", "b"])
+    classifier = LinearLayer.from_arrays(np.zeros((2, 3)), class_names=["a", "b"])
     with pytest.raises(UserError) as caught:
         classifier.aligned(names, width, "t.npz")
     assert says in str(caught.value)
     with pytest.raises(UserError, match=r"a classifier is an .npz or .safetensors"):
-        LinearClassifier.load(Path("c.parquet"))
+        LinearLayer.load(Path("c.parquet"))

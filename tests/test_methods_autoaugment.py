@@ -8,7 +8,7 @@ from scipy.stats import chisquare
 from torchvision.transforms.v2 import AutoAugment, AutoAugmentPolicy
 
 from tailscope.errors import UserError
-from tailscope.methods.autoaugment import Draws, autoaugment
+from tailscope.methods.autoaugment import Choices, autoaugment
 
 POLICIES = [policy.value for policy in AutoAugmentPolicy]
 SHAPES = [(32, 32, 3), (8, 8, 1), (13, 9, 3)]
@@ -18,21 +18,21 @@ def every_draw():
     """All sub-policies x applied or not x both signs, in both steps: each operation, magnitude and sign occurs."""
     rows = list(itertools.product(range(25), *[(False, True)] * 4))
     table = torch.tensor(rows)
-    return Draws(table[:, 0], table[:, 1:3].bool(), table[:, 3:5].bool())
+    return Choices(table[:, 0], table[:, 1:3].bool(), table[:, 3:5].bool())
 
 
-def torchvision_on_one_image(transform, image, draws, i, monkeypatch):
+def torchvision_on_one_image(transform, image, choices, i, monkeypatch):
     """Run torchvision's transform on image [H, W, C] with its random numbers replaced by draw i."""
     space = transform._AUGMENTATION_SPACE
-    steps = transform._policies[int(draws.sub_policy[i])]
+    steps = transform._policies[int(choices.sub_policy[i])]
     uniform = []
     for step, (name, _, _) in enumerate(steps):
-        uniform.append(0.0 if draws.applied[i, step] else 2.0)
-        if draws.applied[i, step] and space[name][1]:
-            uniform.append(0.0 if draws.negative[i, step] else 1.0)
+        uniform.append(0.0 if choices.applied[i, step] else 2.0)
+        if choices.applied[i, step] and space[name][1]:
+            uniform.append(0.0 if choices.negative[i, step] else 1.0)
     numbers = iter(uniform)
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "randint", lambda *_: draws.sub_policy[i])
+        patch.setattr(torch, "randint", lambda *_: choices.sub_policy[i])
         patch.setattr(torch, "rand", lambda *_: torch.tensor(next(numbers)))
         out = transform(image.permute(2, 0, 1).contiguous())
     assert next(numbers, None) is None, "the draws were not used up"
@@ -42,27 +42,27 @@ def torchvision_on_one_image(transform, image, draws, i, monkeypatch):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_draw_equals_torchvision_bit_for_bit(policy, shape, monkeypatch):
-    draws = every_draw()
+    choices = every_draw()
     stream = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (len(draws.sub_policy), *shape), dtype=torch.uint8, generator=stream)
+    images = torch.randint(256, (len(choices.sub_policy), *shape), dtype=torch.uint8, generator=stream)
     images[::2] = images[::2] // 3 + 40  # low contrast as well: otherwise autocontrast does nothing
-    out = autoaugment(policy).apply(images, draws)
+    out = autoaugment(policy).apply(images, choices)
     transform = AutoAugment(AutoAugmentPolicy(policy))
     expected = torch.stack(
-        [torchvision_on_one_image(transform, images[i], draws, i, monkeypatch) for i in range(len(images))]
+        [torchvision_on_one_image(transform, images[i], choices, i, monkeypatch) for i in range(len(images))]
     )
     assert torch.equal(out, expected)
-    untouched = ~draws.applied.any(1)
+    untouched = ~choices.applied.any(1)
     assert torch.equal(out[untouched], images[untouched])
     assert (out != images).flatten(1).any(1).float().mean() > 0.4  # a quarter of the draws apply nothing
 
 
 def test_draws_have_the_published_probabilities():
-    draws = autoaugment().draw(200_000, torch.Generator().manual_seed(0))
-    assert chisquare(torch.bincount(draws.sub_policy, minlength=25).numpy()).pvalue > 0.001
-    assert chisquare(torch.bincount(draws.negative.long() @ torch.tensor([2, 1])).numpy()).pvalue > 0.001
+    choices = autoaugment().draw(200_000, torch.Generator().manual_seed(0))
+    assert chisquare(torch.bincount(choices.sub_policy, minlength=25).numpy()).pvalue > 0.001
+    assert chisquare(torch.bincount(choices.negative.long() @ torch.tensor([2, 1])).numpy()).pvalue > 0.001
     for k, steps in enumerate(AutoAugment(AutoAugmentPolicy.CIFAR10)._policies):
-        rows = draws.applied[draws.sub_policy == k].long()
+        rows = choices.applied[choices.sub_policy == k].long()
         observed = torch.bincount(rows @ torch.tensor([2, 1]), minlength=4).double()
         p, q = (probability for _, probability, _ in steps)
         expected = len(rows) * torch.tensor([(1 - p) * (1 - q), (1 - p) * q, p * (1 - q), p * q], dtype=torch.float64)
@@ -72,23 +72,23 @@ def test_draws_have_the_published_probabilities():
 
 def test_magnitudes_follow_the_image_size():
     image = torch.full((1, 331, 331, 1), 255, dtype=torch.uint8)
-    draws = Draws(torch.tensor([21]), torch.tensor([[True, False]]), torch.tensor([[False, False]]))
-    out = autoaugment().apply(image, draws)  # sub-policy 21 begins with TranslateY at the largest magnitude: 150 of 331
+    choices = Choices(torch.tensor([21]), torch.tensor([[True, False]]), torch.tensor([[False, False]]))
+    out = autoaugment().apply(image, choices)  # sub-policy 21 begins with TranslateY at its largest: 150 of 331 rows
     assert (out[0, :150] == 0).all()
     assert (out[0, 150:] == 255).all()
 
 
 def test_excluded_operations_do_nothing_and_others_stay():
-    draws = every_draw()
+    choices = every_draw()
     stream = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (len(draws.sub_policy), 8, 8, 1), dtype=torch.uint8, generator=stream)
-    only_first = draws._replace(applied=draws.applied & torch.tensor([True, False]))
+    images = torch.randint(256, (len(choices.sub_policy), 8, 8, 1), dtype=torch.uint8, generator=stream)
+    only_first = choices._replace(applied=choices.applied & torch.tensor([True, False]))
     out = autoaugment(exclude=("invert",)).apply(images, only_first)
-    inverts = draws.sub_policy == 0  # (Invert, Contrast)
+    inverts = choices.sub_policy == 0  # (Invert, Contrast)
     assert torch.equal(out[inverts], images[inverts])
     assert torch.equal(out[~inverts], autoaugment().apply(images, only_first)[~inverts])
     everything = tuple(AutoAugment._AUGMENTATION_SPACE)
-    assert torch.equal(autoaugment(exclude=everything).apply(images, draws), images)
+    assert torch.equal(autoaugment(exclude=everything).apply(images, choices), images)
 
 
 @pytest.mark.parametrize(

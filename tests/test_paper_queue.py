@@ -21,7 +21,7 @@ from tailscope.errors import UserError
 from tailscope.experiments.lab import Lab
 from tailscope.paper import ahead, queue, targets
 from tailscope.paper.queue import Piece, order, run_queue
-from tailscope.paper.reproduce import Request, run_reproduce
+from tailscope.paper.reproduce import Reproduction, run_reproduce
 from tailscope.paper.runs import runs
 from tailscope.paper.timing import parse_duration
 from tailscope.progress import Deadline, TimeIsUp
@@ -73,8 +73,8 @@ class Impatient(Deadline):
 ahead_train = ahead._train
 
 
-def request_of(out, what="all", **options):
-    return Request(what, "digits-lt", out, **{"seeds": "2", "recipe": "tiny", "time_limit": "1h", **options})
+def reproduction_of(out, what="all", **options):
+    return Reproduction(what, "digits-lt", out, **{"seeds": "2", "recipe": "tiny", "time_limit": "1h", **options})
 
 
 def state(document):
@@ -123,7 +123,7 @@ def test_times_that_are_none_are_refused(text):
 @pytest.fixture(scope="module")
 def at_once(tmp_path_factory):
     out = tmp_path_factory.mktemp("at-once")
-    return out, run_queue(request_of(out), tell=lambda text: None)
+    return out, run_queue(reproduction_of(out), tell=lambda text: None)
 
 
 def test_without_a_need_to_stop_everything_is_done_and_written(at_once):
@@ -139,7 +139,7 @@ def test_without_a_need_to_stop_everything_is_done_and_written(at_once):
 
 
 def test_the_results_are_those_of_an_ordinary_run(at_once, tmp_path):
-    ordinary = run_reproduce(request_of(tmp_path, "table1", time_limit=None), tell=lambda text: None)
+    ordinary = run_reproduce(reproduction_of(tmp_path, "table1", time_limit=None), tell=lambda text: None)
     queued = json.loads((at_once[0] / "swap.json").read_text())
     assert queued["cells"] == ordinary["results"]["swap"]["cells"]
     assert queued["spec"] == ordinary["results"]["swap"]["spec"]
@@ -150,7 +150,7 @@ def test_stopped_again_and_again_it_gets_to_the_same_end(at_once, tmp_path, monk
     told, documents = [], []
     for _ in range(30):
         Impatient.allowed = 7
-        documents.append(run_queue(request_of(tmp_path), tell=told.append))
+        documents.append(run_queue(reproduction_of(tmp_path), tell=told.append))
         if documents[-1]["finished"]:
             break
     assert documents[-1]["finished"]
@@ -177,7 +177,7 @@ def test_results_of_different_seeds_share_their_claims(tmp_path, monkeypatch):
     monkeypatch.setattr(queue, "Deadline", Impatient)
     while True:
         Impatient.allowed = 11
-        document = run_queue(request_of(tmp_path), tell=lambda text: None)
+        document = run_queue(reproduction_of(tmp_path), tell=lambda text: None)
         if state(document)[:3] == [True] * 3:
             break
     assert not document["finished"]
@@ -190,7 +190,7 @@ def test_results_of_different_seeds_share_their_claims(tmp_path, monkeypatch):
 
 def test_a_second_call_does_nothing_again(at_once, monkeypatch):
     monkeypatch.setattr(queue, "EXPERIMENTS", {})  # whatever is run would fail
-    again = run_queue(request_of(at_once[0], seeds="1"), tell=lambda text: None)
+    again = run_queue(reproduction_of(at_once[0], seeds="1"), tell=lambda text: None)
     assert again["finished"]
     assert state(again) == [True, True]
     assert len(json.loads((at_once[0] / "swap.json").read_text())["seeds"]) == 2  # kept: it holds more
@@ -198,11 +198,11 @@ def test_a_second_call_does_nothing_again(at_once, monkeypatch):
 
 def test_results_of_another_recipe_are_refused_before_any_work(at_once):
     with pytest.raises(UserError, match="another spec"):
-        run_queue(request_of(at_once[0], recipe="demo"), tell=lambda text: None)
+        run_queue(reproduction_of(at_once[0], recipe="demo"), tell=lambda text: None)
 
 
 def test_everything_leaves_a_bundle_without_weights(tmp_path):
-    document = run_queue(request_of(tmp_path / "bundle", "everything", seeds="1"), tell=lambda text: None)
+    document = run_queue(reproduction_of(tmp_path / "bundle", "everything", seeds="1"), tell=lambda text: None)
     assert document["finished"]
     folders = {"digits-lt": "digits-tiny", "digits-step": "digits-step-tiny"}
     assert {piece["dataset"]: piece["folder"] for piece in document["pieces"]} == folders
@@ -216,7 +216,9 @@ def test_everything_leaves_a_bundle_without_weights(tmp_path):
 
 def test_table_1_with_the_lt_backbone_alone(tmp_path):
     told = []
-    done = run_reproduce(request_of(tmp_path, "table1", seeds="1", time_limit=None, backbones="lt"), tell=told.append)
+    done = run_reproduce(
+        reproduction_of(tmp_path, "table1", seeds="1", time_limit=None, backbones="lt"), tell=told.append
+    )
     assert [line for line in told if "to train" in line] == [line for line in told if "backbone lt:" in line]
     assert done["results"]["swap"]["attribution"] is None
     rows = {row["cell"]: row for row in done["tables"]["table1"]}
@@ -225,7 +227,7 @@ def test_table_1_with_the_lt_backbone_alone(tmp_path):
     assert verdicts["table1/representation-is-the-bottleneck"]["reason"] == "not run: true→lt"
     assert verdicts["table1/better-classifier-helps"]["ci95_kind"] == "item"
     # Growing to the whole table later is what a queue may do, keeping the backbone.
-    grown = run_queue(request_of(tmp_path, "table1", seeds="1"), tell=told.append)
+    grown = run_queue(reproduction_of(tmp_path, "table1", seeds="1"), tell=told.append)
     assert grown["finished"]
     assert len(json.loads((tmp_path / "swap.json").read_text())["cells"]) == 4
 
@@ -233,7 +235,7 @@ def test_table_1_with_the_lt_backbone_alone(tmp_path):
 @pytest.mark.parametrize("what", ["all", "fig3"])
 def test_other_figures_need_all_backbones(tmp_path, what):
     with pytest.raises(UserError, match="--backbones lt: only table1 and fig2"):
-        run_reproduce(request_of(tmp_path, what, backbones="lt"))
+        run_reproduce(reproduction_of(tmp_path, what, backbones="lt"))
 
 
 # -- the command line and the script -------------------------------------------------------------------------------
@@ -281,8 +283,8 @@ def test_pieces_read_well():
 def test_backbones_trained_ahead_give_the_same_results(tmp_path):
     """Two processes train every backbone; the pieces recall them and add nothing but classifiers."""
     said = []
-    one = run_queue(request_of(tmp_path / "one", "table1", seeds="1"), tell=said.append)
-    two = run_queue(request_of(tmp_path / "two", "table1", seeds="1", jobs=2), tell=said.append)
+    one = run_queue(reproduction_of(tmp_path / "one", "table1", seeds="1"), tell=said.append)
+    two = run_queue(reproduction_of(tmp_path / "two", "table1", seeds="1", jobs=2), tell=said.append)
     assert "2 backbones to train, 2 at a time" in said
     assert "2 of 2 backbones trained" in said
     assert one["finished"]
@@ -294,7 +296,7 @@ def test_backbones_trained_ahead_give_the_same_results(tmp_path):
 
 def test_backbones_are_trained_ahead_within_the_time_limit(tmp_path):
     said = []
-    document = run_queue(request_of(tmp_path, "table1", time_limit="0.001s", jobs=2), tell=said.append)
+    document = run_queue(reproduction_of(tmp_path, "table1", time_limit="0.001s", jobs=2), tell=said.append)
     assert "0 of 4 backbones trained" in said
     assert not document["finished"]
 
@@ -342,7 +344,7 @@ def test_with_jobs_too_a_piece_is_written_while_later_ones_are_trained(tmp_path,
 
     workers.append(act)
     said = []
-    document = run_queue(request_of(tmp_path, jobs=2), tell=said.append)
+    document = run_queue(reproduction_of(tmp_path, jobs=2), tell=said.append)
     assert json.loads((tmp_path / "swap.json").read_text())["seeds"] == [0]
     assert state(document) == [True, False, False, False]
     assert "2 of 10 backbones trained" in said
@@ -361,7 +363,7 @@ def test_a_killed_process_ends_the_others_with_a_word(tmp_path, when):
     killer = threading.Thread(target=kill)
     killer.start()
     with pytest.raises(UserError, match=r"--jobs 2: a process that trained a backbone was killed.*goes on"):
-        run_queue(request_of(tmp_path, "table1", jobs=2), tell=lambda text: None)
+        run_queue(reproduction_of(tmp_path, "table1", jobs=2), tell=lambda text: None)
     killer.join()
     for process in multiprocessing.active_children():
         process.join(20)
@@ -369,7 +371,7 @@ def test_a_killed_process_ends_the_others_with_a_word(tmp_path, when):
 
 
 def test_a_mistake_of_the_caller_ends_the_processes(tmp_path):
-    settings = request_of(tmp_path, "table1", seeds="1").settings()
+    settings = reproduction_of(tmp_path, "table1", seeds="1").settings()
     lab = Lab(load("digits"), Store(tmp_path), Runtime.choose("cpu"))
     backbones = ahead.missing(lab, ahead.Place("digits", None, tmp_path, "cpu"), settings, "swap")
     with pytest.raises(ZeroDivisionError), ahead.training(list(backbones.values()), 2, 60):
@@ -382,7 +384,7 @@ def test_a_mistake_of_the_caller_ends_the_processes(tmp_path):
 
 def test_what_a_process_could_not_train_in_time_is_not_begun_by_another(tmp_path, workers):
     workers.append(lambda backbone, end: False)
-    document = run_queue(request_of(tmp_path, "table1", jobs=2), tell=lambda text: None)
+    document = run_queue(reproduction_of(tmp_path, "table1", jobs=2), tell=lambda text: None)
     assert state(document) == [False, False]
     assert not (tmp_path / "store" / "stage1").exists()
 
@@ -390,7 +392,7 @@ def test_what_a_process_could_not_train_in_time_is_not_begun_by_another(tmp_path
 def test_what_a_process_needs_to_start_is_part_of_the_limit(tmp_path, monkeypatch, workers):
     workers.append(ahead_train)
     monkeypatch.setattr(ahead, "_share_threads", lambda jobs: time.sleep(0.3))  # as long as importing takes
-    settings = request_of(tmp_path, "table1", seeds="1").settings()
+    settings = reproduction_of(tmp_path, "table1", seeds="1").settings()
     lab = Lab(load("digits"), Store(tmp_path), Runtime.choose("cpu"))
     backbones = ahead.missing(lab, ahead.Place("digits", None, tmp_path, "cpu"), settings, "swap")
     with ahead.training(list(backbones.values()), 1, 0.2) as trained:
@@ -402,12 +404,12 @@ def test_a_limit_ends_the_wait_for_another_run(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(queue, "Deadline", Impatient)
     monkeypatch.setattr("tailscope.store.STEP", 0.01)
     Impatient.allowed = 3
-    request = request_of(tmp_path, "table1", seeds="1")
-    settings = request.settings()
+    reproduction = reproduction_of(tmp_path, "table1", seeds="1")
+    settings = reproduction.settings()
     lab = Lab(load("digits"), Store(tmp_path / "store"), Runtime.choose("cpu"))
     key = next(runs(lab, settings, "swap")).backbone_key
     (tmp_path / "store" / "locks").mkdir()
     with FileLock(tmp_path / "store" / "locks" / f"stage1-{key}.lock"):
-        document = run_queue(request, tell=lambda text: None)
+        document = run_queue(reproduction, tell=lambda text: None)
     assert not document["finished"]
     assert "another run is working on" in caplog.text

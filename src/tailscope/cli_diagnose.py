@@ -9,8 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from tailscope.cli import Json, Out, Overwrite, app
-from tailscope.cli_options import Permutations
+from tailscope.cli_options import Json, Out, Overwrite, Permutations
 from tailscope.errors import UserError, one_line
 
 Train = Annotated[
@@ -40,7 +39,6 @@ GeometryDevice = Annotated[
 ]
 
 
-@app.command()
 def diagnose(
     train: Train,
     unseen: Unseen,
@@ -67,14 +65,14 @@ def diagnose(
     `tailscope diagnose --train a.npz --unseen a-u.npz --train b.npz --unseen b-u.npz --out compared`
     """
     from tailscope import report
-    from tailscope.diagnosis.assemble import Settings, prepare, run, spec
+    from tailscope.diagnosis.assemble import DiagnosisSettings, prepare, run, spec
     from tailscope.progress import Bars, Quiet
     from tailscope.result_files import check_free, write
     from tailscope.store import make_folder
     from tailscope.training.runtime import Runtime
 
     console = Console(stderr=as_json)
-    settings = Settings(ceiling, permutations, alpha, not no_verdict, drop_duplicates, seed)
+    settings = DiagnosisSettings(ceiling, permutations, alpha, not no_verdict, drop_duplicates, seed)
     runtime = Runtime.choose(device, keep_memory=False)
     inputs = prepare(train, unseen, test, classifier, settings)
     make_folder(out, "--out")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from tailscope.cli import DataRoot, Device, Json, Overwrite, app
+from tailscope.cli_options import DataRoot, Device, Json, Overwrite
 
 Model = Annotated[
     str,
@@ -42,7 +42,6 @@ Batch = Annotated[int, typer.Option(min=1, help="Images at a time.")]
 Workers = Annotated[int | None, typer.Option(min=0, help="Processes that decode images.")]
 
 
-@app.command()
 def features(
     model: Model,
     data: Images,

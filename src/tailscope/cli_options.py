@@ -1,8 +1,23 @@
-"""Options of the experiments' verbs."""
+"""Options that several verbs share."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+Data = Annotated[str, typer.Option(help="digits, cifar10, cifar100, PATH.npz, folder:PATH or list:TRAIN.txt,TEST.txt.")]
+DataRoot = Annotated[
+    Path | None, typer.Option(help="Folder of the data set: torchvision's layout, NAME.npz, or images of lists.")
+]
+Seeds = Annotated[str, typer.Option(help="N for the seeds 0 ... N-1, or a list like 0,3.")]
+Out = Annotated[Path, typer.Option(help="Folder for results.")]
+StoreRoot = Annotated[
+    Path | None,
+    typer.Option("--store", envvar="TAILSCOPE_STORE", help="Folder of trained stages. [default: OUT/store]"),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a result of another spec in OUT.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a summary.")]
 
 Profile = Annotated[
     str, typer.Option(help="Training counts: exp:IF, step:IF, balanced, balanced:N, full, counts:N,N,... or FILE.json.")

@@ -8,8 +8,20 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from tailscope.cli import DataRoot, Device, Json, Out, Overwrite, Seeds, StoreRoot, app
-from tailscope.cli_options import Devices, MicroBatches, NumNodes, Verify, Workers
+from tailscope.cli_options import (
+    DataRoot,
+    Device,
+    Devices,
+    Json,
+    MicroBatches,
+    NumNodes,
+    Out,
+    Overwrite,
+    Seeds,
+    StoreRoot,
+    Verify,
+    Workers,
+)
 from tailscope.errors import UserError
 
 What = Annotated[
@@ -37,7 +49,6 @@ ImageNet = Annotated[
 PlanOnly = Annotated[bool, typer.Option("--plan", help="Only say what would be trained and how long it would take.")]
 
 
-@app.command()
 def reproduce(
     what: What,
     dataset: DatasetName = "cifar10-lt",
@@ -75,11 +86,11 @@ def reproduce(
     from tailscope import report
     from tailscope.experiments.workplace import FileOptions
     from tailscope.paper.queue import EVERYTHING, run_queue
-    from tailscope.paper.reproduce import Request, run_reproduce
+    from tailscope.paper.reproduce import Reproduction, run_reproduce
     from tailscope.progress import Bars, Quiet
 
     console = Console(stderr=as_json)
-    request = Request(
+    reproduction = Reproduction(
         what,
         dataset,
         out,
@@ -109,9 +120,9 @@ def reproduce(
 
     with Bars(console) if console.is_terminal else nullcontext(Quiet()) as progress:
         if queued:
-            done = run_queue(request, tell=tell, progress=progress)
+            done = run_queue(reproduction, tell=tell, progress=progress)
         else:
-            done = run_reproduce(request, tell=tell, progress=progress, plan_only=plan)
+            done = run_reproduce(reproduction, tell=tell, progress=progress, plan_only=plan)
     if queued:
         if as_json:
             typer.echo(json.dumps(done, indent=1, allow_nan=False))

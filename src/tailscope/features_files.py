@@ -21,7 +21,7 @@ BATCH = 128
 
 
 @dataclass(frozen=True)
-class Request:
+class WantedFeatures:
     """Features that are wanted.
 
     Attributes:
@@ -42,14 +42,20 @@ class Request:
 
 
 def extract_files(
-    request: Request, normalize: Normalizer, runtime: Runtime, label: str, *, team: Team, workers: int | None = None
+    wanted: WantedFeatures,
+    normalize: Normalizer,
+    runtime: Runtime,
+    label: str,
+    *,
+    team: Team,
+    workers: int | None = None,
 ) -> Tensor:
     """Return the features [n, d] on the CPU: float32 or, as computed, bfloat16 (no bits are lost).
 
     Images pass in blocks of `BATCH` a process and are never all in memory.
 
     Args:
-        request: what is wanted.
+        wanted: which features of which images.
         normalize: the pixel statistics that the backbone was trained with.
         runtime: device, precision and progress.
         label: what progress calls this.
@@ -59,17 +65,17 @@ def extract_files(
     Raises:
         UserError: an image cannot be read any more.
     """
-    total, block = len(request.rows), BATCH * team.size
-    model, normalize = request.model.to(runtime.device).eval(), normalize.to(runtime.device)
-    dtype = runtime.dtype("auto" if request.low_precision else "fp32")
-    loader = _decoded(request, runtime, team, workers)
+    total, block = len(wanted.rows), BATCH * team.size
+    model, normalize = wanted.model.to(runtime.device).eval(), normalize.to(runtime.device)
+    dtype = runtime.dtype("auto" if wanted.low_precision else "fp32")
+    loader = _decoded(wanted, runtime, team, workers)
     blocks = []
     with runtime.progress.task(label, total) as advance:
         for start in range(0, total, block):
             size = min(block, total - start)
             first = min(size, team.rank * BATCH)
             own = min(size, first + BATCH) - first
-            features = _forward(model, next(loader), normalize, dtype, request) if own else None
+            features = _forward(model, next(loader), normalize, dtype, wanted) if own else None
             if team.size > 1:
                 whole = torch.zeros(size, model.feature_dim, device=runtime.device)
                 if features is not None:
@@ -82,28 +88,30 @@ def extract_files(
     return torch.cat(blocks)
 
 
-def _decoded(request: Request, runtime: Runtime, team: Team, workers: int | None) -> Iterator[DecodedBatch]:
+def _decoded(wanted: WantedFeatures, runtime: Runtime, team: Team, workers: int | None) -> Iterator[DecodedBatch]:
     """Return the batches that fall to this process."""
-    repeats = earlier_draws(request.rows)
-    starts = range(team.rank * BATCH, len(request.rows), BATCH * team.size)
+    repeats = earlier_draws(wanted.rows)
+    starts = range(team.rank * BATCH, len(wanted.rows), BATCH * team.size)
     parts = [slice(start, start + BATCH) for start in starts]
-    transform = photos.evaluation if request.draws is None else photos.training
+    transform = photos.evaluation if wanted.draws is None else photos.training
     loader = decode(
-        request.data.files,
-        transform(request.augment),
-        [request.rows[part].tolist() for part in parts],
+        wanted.data.files,
+        transform(wanted.augment),
+        [wanted.rows[part].tolist() for part in parts],
         workers=workers,
         pin_memory=runtime.device.type == "cuda",
-        seed_of=None if request.draws is None else partial(derive, *request.draws),
+        seed_of=None if wanted.draws is None else partial(derive, *wanted.draws),
         repeats=[repeats[part].tolist() for part in parts],
     )
     return iter(loader)
 
 
-def _forward(model: Any, decoded: DecodedBatch, normalize: Normalizer, dtype: torch.dtype, request: Request) -> Tensor:
+def _forward(
+    model: Any, decoded: DecodedBatch, normalize: Normalizer, dtype: torch.dtype, wanted: WantedFeatures
+) -> Tensor:
     """Return the features of a batch, on the device."""
     if decoded.unreadable:
-        raise refuse(request.data.files, decoded.unreadable)
+        raise refuse(wanted.data.files, decoded.unreadable)
     device, low = normalize.mean.device, dtype != torch.float32
     with (
         torch.inference_mode(),

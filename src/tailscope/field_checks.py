@@ -77,20 +77,30 @@ def to_labels(source: str, values: npt.ArrayLike | Tensor, rows: int, names: tup
         UserError: they are no integers, not [rows], negative, beyond the names, or of too many classes.
     """
     array: npt.NDArray[Any] = _to_array(values)
-    if array.dtype.kind not in "iu":
-        raise UserError(f"{source}: labels is {array.dtype}; expected integers 0 to C-1")
-    if array.ndim != 1:
-        raise UserError(f"{source}: labels has shape {array.shape}; expected [N]")
-    if len(array) != rows:
-        raise UserError(f"{source}: {len(array)} labels for {rows} rows of features")
-    low, high = int(array.argmin()), int(array.argmax())
-    if array[low] < 0:
-        raise UserError(f"{source}: label {array[low]} in row {low} is negative; labels run 0 to C-1")
+    check_labels(f"{source}: labels", array, rows, "rows of features")
+    high = int(array.argmax())
     if names is not None and array[high] >= len(names):
         raise UserError(f"{source}: class_names has {len(names)} names, but row {high} has label {array[high]}")
     if max(int(array[high]) + 1, len(names or ())) > MAX_CLASSES:
         raise UserError(f"{source}: labels run to {array[high]}; at most {MAX_CLASSES:,} classes are supported")
     return torch.from_numpy(array.astype(np.int64))
+
+
+def check_labels(where: str, labels: npt.NDArray[Any], rows: int, of: str) -> None:
+    """Check that there is a label for each of `rows`, at least one; `of` is what messages call these.
+
+    Raises:
+        UserError: they are no integers, not [rows], or negative.
+    """
+    if labels.dtype.kind not in "iu":
+        raise UserError(f"{where} is {labels.dtype}; expected integers 0 to C-1")
+    if labels.ndim != 1:
+        raise UserError(f"{where} has shape {labels.shape}; expected [N]")
+    if len(labels) != rows:
+        raise UserError(f"{where}: {len(labels)} labels for {rows} {of}")
+    low = int(labels.argmin())
+    if labels[low] < 0:
+        raise UserError(f"{where}: label {labels[low]} in row {low} is negative; labels run 0 to C-1")
 
 
 def to_names(source: str, values: npt.ArrayLike) -> tuple[str, ...]:

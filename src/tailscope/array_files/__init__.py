@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tailscope.array_files import npz, parquet, tensors
-from tailscope.array_files.text import Array, Arrays, one_line
+from tailscope.array_files.text import Array, Arrays, message_of
 from tailscope.errors import UserError
 
-__all__ = ["Array", "Arrays", "check_writable", "one_line", "read", "write"]
+__all__ = ["Array", "Arrays", "check_writable", "message_of", "read", "write"]
 
 _READERS: dict[str, Callable[[Path, Sequence[str]], Arrays]] = {
     ".npz": npz.read,
@@ -73,6 +73,6 @@ def write(path: Path, arrays: Arrays) -> None:
         _WRITERS[path.suffix](partial, arrays)
         partial.replace(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or one_line(error)})") from error
+        raise UserError(f"{path}: cannot be written ({error.strerror or message_of(error)})") from error
     finally:
         partial.unlink(missing_ok=True)

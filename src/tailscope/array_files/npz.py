@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tailscope.array_files.text import Array, Arrays, one_line
+from tailscope.array_files.text import Array, Arrays, message_of
 from tailscope.errors import UserError
 
 _UNREADABLE = (ValueError, OSError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
@@ -25,7 +25,7 @@ def read(path: Path, wanted: Sequence[str]) -> Arrays:
             loaded = np.load(file, allow_pickle=False)
         except _UNREADABLE as error:
             # What is no zip may be a pickle to NumPy, which then tells how to load it unsafely.
-            detail = "no zip archive; write it with np.savez" if "pickle" in str(error) else one_line(error)
+            detail = "no zip archive; write it with np.savez" if "pickle" in str(error) else message_of(error)
             raise UserError(f"{path}: not a readable .npz, or truncated ({detail})") from None
         if isinstance(loaded, np.ndarray):
             raise UserError(f"{path}: holds a single array; save the fields with np.savez")
@@ -47,7 +47,7 @@ def _field(path: Path, loaded: Any, name: str) -> Array:
             raise UserError(
                 f"{path}: {name} holds Python objects, which are never unpickled; save plain arrays"
             ) from None
-        raise UserError(f"{path}: {name} cannot be read, truncated or damaged ({one_line(error)})") from None
+        raise UserError(f"{path}: {name} cannot be read, truncated or damaged ({message_of(error)})") from None
     if not isinstance(array, np.ndarray):
         raise UserError(f"{path}: {name} is not an array")
     return array

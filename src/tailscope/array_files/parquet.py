@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tailscope.array_files.text import Array, Arrays, arrays_to_header, header_to_arrays, one_line
+from tailscope.array_files.text import Array, Arrays, arrays_to_header, header_to_arrays, message_of
 from tailscope.errors import UserError
 
 _ROWS_AT_ONCE = 2**14
@@ -44,7 +44,7 @@ def read(path: Path, wanted: Sequence[str]) -> Arrays:
         with pa.parquet.ParquetFile(path) as file:
             return _read_open(path, file, wanted)
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise UserError(f"{path}: not a readable .parquet, or truncated ({one_line(error)})") from None
+        raise UserError(f"{path}: not a readable .parquet, or truncated ({message_of(error)})") from None
 
 
 def write(path: Path, arrays: Arrays) -> None:

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from tailscope.array_files.text import Array, Arrays, arrays_to_header, header_to_arrays, one_line
+from tailscope.array_files.text import Array, Arrays, arrays_to_header, header_to_arrays, message_of
 from tailscope.errors import UserError
 
 
@@ -23,7 +23,7 @@ def read(path: Path, wanted: Sequence[str]) -> Arrays:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a readable .safetensors, or truncated ({one_line(error)})") from None
+        raise UserError(f"{path}: not a readable .safetensors, or truncated ({message_of(error)})") from None
     arrays = {name: _to_array(tensors[name]) for name in wanted if name in tensors}
     return arrays | header_to_arrays(path, {k: v for k, v in header.items() if k in wanted})
 
@@ -41,7 +41,7 @@ def write(path: Path, arrays: Arrays) -> None:
     try:
         save_file(tensors, path, metadata=header)
     except SafetensorError as error:
-        raise OSError(one_line(error)) from error
+        raise OSError(message_of(error)) from error
     path.chmod(mode)  # safetensors leaves files that only their owner can read
 
 

@@ -13,7 +13,7 @@ Array = npt.NDArray[Any]
 Arrays = dict[str, Array]
 
 
-def one_line(error: BaseException) -> str:
+def message_of(error: BaseException) -> str:
     """Return an exception's message on one line, or its type where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from tailscope.array_files import one_line
+from tailscope.array_files import message_of
 from tailscope.errors import UserError
 
 
@@ -64,7 +64,7 @@ def load(source: str) -> dict[str, HuggingFaceImages]:
     try:
         dataset = datasets.load_dataset(name, split=split)
     except Exception as error:  # the package has no common base class for what may go wrong
-        raise UserError(f"hf:{source}: cannot be loaded ({one_line(error)})") from None
+        raise UserError(f"hf:{source}: cannot be loaded ({message_of(error)})") from None
     image_column = _column_of_type(source, dataset.features, "Image")
     label_column = _column_of_type(source, dataset.features, "ClassLabel")
     labels = np.asarray(dataset[label_column][:], dtype=np.int64)

@@ -10,6 +10,7 @@ import torch
 from tailscope import array_files
 from tailscope.data.imageset import ImageSet
 from tailscope.errors import UserError
+from tailscope.field_checks import check_labels, to_names
 
 FIELDS = ("train_images", "train_labels", "test_images", "test_labels")
 
@@ -27,7 +28,7 @@ def read(path: Path) -> tuple[ImageSet, ImageSet]:
     for split in ("train", "test"):
         name = f"{split}_images"
         arrays[name] = _checked_images(f"{path}: {name}", arrays[name])
-        _check_labels(f"{path}: {split}_labels", arrays[f"{split}_labels"], len(arrays[name]))
+        check_labels(f"{path}: {split}_labels", arrays[f"{split}_labels"], len(arrays[name]), "images")
     shapes = [arrays[f"{split}_images"].shape[1:] for split in ("train", "test")]
     if shapes[0] != shapes[1]:
         raise UserError(f"{path}: train_images are {shapes[0]} (height, width, channels), test_images {shapes[1]}")
@@ -55,17 +56,6 @@ def _checked_images(where: str, images: npt.NDArray[Any]) -> npt.NDArray[np.uint
     return images
 
 
-def _check_labels(where: str, labels: npt.NDArray[Any], length: int) -> None:
-    if labels.dtype.kind not in "iu":
-        raise UserError(f"{where} is {labels.dtype}; expected integers")
-    if labels.ndim != 1:
-        raise UserError(f"{where} has shape {labels.shape}; expected [N]")
-    if len(labels) != length:
-        raise UserError(f"{where} has {len(labels)} labels for {length} images")
-    if int(labels.min()) < 0:
-        raise UserError(f"{where}: label {labels.min()} in row {int(labels.argmin())} is negative; labels run 0 to C-1")
-
-
 def _class_names(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> tuple[str, ...]:
     """Return one name a class; without `class_names` the largest training label gives the number of classes."""
     classes = int(arrays["train_labels"].max()) + 1
@@ -78,19 +68,10 @@ def _class_names(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> tuple[str, 
                 f"{path}: class {absent} of 0 to {classes - 1} has no training images; number them 0 to C-1"
             )
         return tuple(str(k) for k in range(classes))
-    names = arrays["class_names"]
-    if names.dtype.kind not in "US" or names.ndim != 1:
-        raise UserError(f"{path}: class_names is {names.dtype} {names.shape}; expected text [C]")
-    if names.dtype.kind == "S":
-        names = np.char.decode(names, "utf-8", "replace")
+    names = to_names(str(path), arrays["class_names"])
     if len(names) < classes:
         raise UserError(f"{path}: class_names has {len(names)} names, but train_labels run to {classes - 1}")
-    unique, times = np.unique(names, return_counts=True)
-    if times.max() > 1:
-        raise UserError(
-            f"{path}: class_names has {str(unique[times.argmax()])!r} {times.max()} times; names must differ"
-        )
-    return tuple(str(name) for name in names)
+    return names
 
 
 def _check_range(path: Path, arrays: dict[str, npt.NDArray[Any]], names: tuple[str, ...]) -> None:

@@ -14,7 +14,7 @@ from tailscope.diagnosis.neighbours import confusable_pairs
 from tailscope.errors import UserError
 from tailscope.geometry import GeometryResult, describe
 from tailscope.groups import GROUPS
-from tailscope.linear_classifier import LinearClassifier
+from tailscope.linear_layer import LinearLayer
 from tailscope.origin import command, versions
 from tailscope.progress import Progress
 from tailscope.training.runtime import Runtime
@@ -28,7 +28,7 @@ MOST_PERMUTATIONS = 10**6
 
 
 @dataclass(frozen=True)
-class Settings:
+class DiagnosisSettings:
     """What a diagnosis depends on besides its inputs.
 
     Attributes:
@@ -71,7 +71,7 @@ def diagnose(
     unseen: Several,
     *,
     test: Several | None = None,
-    classifier: LinearClassifier | Path | str | Sequence[Path | str] | None = None,
+    classifier: LinearLayer | Path | str | Sequence[Path | str] | None = None,
     ceiling: float = 1.0,
     permutations: int = 999,
     alpha: float = 0.05,
@@ -103,13 +103,13 @@ def diagnose(
     Raises:
         UserError: an input or option is wrong, in one line.
     """
-    settings = Settings(ceiling, permutations, alpha, verdict, drop_duplicates, seed)
+    settings = DiagnosisSettings(ceiling, permutations, alpha, verdict, drop_duplicates, seed)
     runtime = Runtime.choose(device, progress=progress, keep_memory=False)
     return run(prepare(train, unseen, test, classifier, settings), settings, runtime)
 
 
 def prepare(
-    train: Several, unseen: Several, test: Several | None, classifier: Any, settings: Settings
+    train: Several, unseen: Several, test: Several | None, classifier: Any, settings: DiagnosisSettings
 ) -> dict[str, Inputs]:
     """Read and check the inputs of every encoder; of several, the samples are paired.
 
@@ -135,12 +135,12 @@ def prepare(
     return found
 
 
-def spec(inputs: dict[str, Inputs], settings: Settings) -> dict[str, Any]:
+def spec(inputs: dict[str, Inputs], settings: DiagnosisSettings) -> dict[str, Any]:
     """Return what the result depends on: the numbers of every input, and the settings."""
     return {"encoders": {name: one.fingerprints for name, one in inputs.items()}, **asdict(settings)}
 
 
-def run(inputs: dict[str, Inputs], settings: Settings, runtime: Runtime) -> dict[str, Any]:
+def run(inputs: dict[str, Inputs], settings: DiagnosisSettings, runtime: Runtime) -> dict[str, Any]:
     """Diagnose prepared inputs; of several encoders the first is the reference, flat at the top of the result.
 
     Raises:
@@ -170,7 +170,7 @@ def run(inputs: dict[str, Inputs], settings: Settings, runtime: Runtime) -> dict
     return result
 
 
-def _one(inputs: Inputs, settings: Settings, runtime: Runtime) -> "tuple[dict[str, Any], Outcomes | None]":
+def _one(inputs: Inputs, settings: DiagnosisSettings, runtime: Runtime) -> "tuple[dict[str, Any], Outcomes | None]":
     """Return the part of a diagnosis that is one encoder's."""
     train, unseen, names = inputs.train, inputs.unseen, inputs.names
     first, second = bursts(train, unseen)
@@ -209,7 +209,7 @@ def _one(inputs: Inputs, settings: Settings, runtime: Runtime) -> "tuple[dict[st
 
 
 def _judge(
-    inputs: Inputs, geometry: GeometryResult, settings: Settings, progress: Progress
+    inputs: Inputs, geometry: GeometryResult, settings: DiagnosisSettings, progress: Progress
 ) -> "tuple[dict[str, Any], list[str], Outcomes]":
     """Return the fields that rest on fitted classifiers, and warnings."""
     from tailscope.diagnosis.outcomes import score  # here because scikit-learn takes seconds to import

@@ -15,7 +15,7 @@ from tailscope.feature_table import FeatureTable, align
 from tailscope.field_checks import listed
 from tailscope.geometry.duplicates import unseen_copies
 from tailscope.geometry.rows import group_rows
-from tailscope.linear_classifier import LinearClassifier
+from tailscope.linear_layer import LinearLayer
 
 Source = FeatureTable | Path | str
 BoolArray = npt.NDArray[np.bool_]
@@ -38,7 +38,7 @@ class Inputs:
     train: FeatureTable
     unseen: FeatureTable
     test: FeatureTable | None
-    classifier: LinearClassifier | None
+    classifier: LinearLayer | None
     names: tuple[str, ...]
     warnings: tuple[str, ...] = ()
 
@@ -69,7 +69,7 @@ def read(
     train: Source,
     unseen: Source,
     test: Source | None = None,
-    classifier: LinearClassifier | Path | str | None = None,
+    classifier: LinearLayer | Path | str | None = None,
     *,
     drop_duplicates: bool = False,
 ) -> Inputs:
@@ -90,7 +90,7 @@ def read(
     aligned = align(*tables)
     names = aligned[0].class_names or ()
     _require_training_samples(aligned[0], names)
-    linear = LinearClassifier.load(Path(classifier)) if isinstance(classifier, str | Path) else classifier
+    linear = LinearLayer.load(Path(classifier)) if isinstance(classifier, str | Path) else classifier
     if linear is not None:
         linear = linear.aligned(names, aligned[0].width, aligned[0].source)
     kept, warnings = _without_duplicates(list(aligned), names, drop_duplicates)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights, list_models
 from torchvision.transforms import InterpolationMode
 
-from tailscope.array_files import one_line
+from tailscope.array_files import message_of
 from tailscope.encoders.encoder import FeatureFunction, InputOf, last_linear, measure, probe
 from tailscope.encoders.preprocessing import (
     CIFAR,
@@ -143,7 +143,7 @@ def from_user(name: str, wishes: Wishes) -> Architecture:
         with _current_directory_first():
             made = getattr(importlib.import_module(module_name), function)(*args, **kwargs)
     except Exception as error:  # anything may go wrong inside a user's module
-        raise UserError(f"{name}: {type(error).__name__}: {one_line(error)}") from error
+        raise UserError(f"{name}: {type(error).__name__}: {message_of(error)}") from error
     model, transform = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise UserError(f"{name}: returned a {type(model).__name__}, not a torch.nn.Module or a pair with a transform")
@@ -211,7 +211,7 @@ def _timm(name: str) -> Any:
 
 
 def _no_weights(name: str, error: Exception) -> str:
-    return f"{name}: no pretrained weights on this machine ({one_line(error)[:120]}); give a file with --checkpoint"
+    return f"{name}: no pretrained weights on this machine ({message_of(error)[:120]}); give a file with --checkpoint"
 
 
 @contextmanager

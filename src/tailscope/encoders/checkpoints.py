@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tailscope.array_files import one_line
+from tailscope.array_files import message_of
 from tailscope.errors import UserError
 from tailscope.field_checks import listed
-from tailscope.linear_classifier import LinearClassifier
+from tailscope.linear_layer import LinearLayer
 from tailscope.store import load_tensors
 
 State = dict[str, Tensor]
@@ -93,9 +93,7 @@ def read(path: Path) -> Checkpoint:
     return _checked(path, _state(content), None)
 
 
-def fit(
-    checkpoint: Checkpoint, model: nn.Module, model_name: str, classifiers: Sequence[str]
-) -> LinearClassifier | None:
+def fit(checkpoint: Checkpoint, model: nn.Module, model_name: str, classifiers: Sequence[str]) -> LinearLayer | None:
     """Load the weights into the model, whose classifier layers are replaced by some of the checkpoint's size.
 
     Args:
@@ -120,7 +118,7 @@ def fit(
     own = {k: v for k, v in model.state_dict().items() if k.rpartition(".")[0] not in classifiers}
     _require_equal(checkpoint.path, model_name, own, state)
     model.load_state_dict(state, strict=False)
-    return LinearClassifier.from_arrays(*found[0], source=str(checkpoint.path)) if len(found) == 1 else None
+    return LinearLayer.from_arrays(*found[0], source=str(checkpoint.path)) if len(found) == 1 else None
 
 
 def _unpickle(path: Path) -> Any:
@@ -133,7 +131,7 @@ def _unpickle(path: Path) -> Any:
         what = f"holds {culprit[1]}, and only tensors are unpickled" if culprit else "is no checkpoint"
         raise UserError(f"{path}: {what}; save the model's state_dict by itself") from None
     except _DAMAGED as error:
-        raise UserError(f"{path}: not a readable checkpoint, or truncated ({one_line(error)[:80]})") from None
+        raise UserError(f"{path}: not a readable checkpoint, or truncated ({message_of(error)[:80]})") from None
 
 
 def _state(content: Mapping[str, Any]) -> State:

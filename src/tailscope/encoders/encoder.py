@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tailscope.encoders.preprocessing import Preprocessing
 from tailscope.errors import UserError
-from tailscope.linear_classifier import LinearClassifier
+from tailscope.linear_layer import LinearLayer
 
 FeatureFunction = Callable[[nn.Module, Tensor], Tensor]
 _PROBE_PIXELS = 64
@@ -40,7 +40,7 @@ class Encoder:
     preprocessing: Preprocessing
     width: int
     weights: str
-    classifier: LinearClassifier | None = None
+    classifier: LinearLayer | None = None
     notes: tuple[str, ...] = ()
 
     def features(self, x: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def measure(name: str, model: nn.Module, function: FeatureFunction, x: Tensor) -
     return features
 
 
-def explains(classifier: LinearClassifier, model: nn.Module, features: Tensor, x: Tensor) -> bool:
+def explains(classifier: LinearLayer, model: nn.Module, features: Tensor, x: Tensor) -> bool:
     """Whether the model's output is that linear classifier on those features, on the probe."""
     with torch.no_grad():
         output = model.eval()(x)

@@ -11,7 +11,7 @@ from tailscope.encoders.checkpoints import Checkpoint
 from tailscope.encoders.encoder import Encoder, explains, measure, probe
 from tailscope.encoders.preprocessing import Wishes
 from tailscope.errors import UserError
-from tailscope.linear_classifier import LinearClassifier
+from tailscope.linear_layer import LinearLayer
 from tailscope.models import MODELS
 
 _UNTRAINED = {"timm": "random", "torchvision": "random", "project": "random", "user": "as the factory made them"}
@@ -102,9 +102,9 @@ def _build(
     return architectures.project(name, channels, foreign, wishes)
 
 
-def _own_classifier(model: str, built: Architecture) -> LinearClassifier | None:
+def _own_classifier(model: str, built: Architecture) -> LinearLayer | None:
     """Return the classifier that a trained model came with."""
     layer = built.model.get_submodule(built.classifiers[0]) if len(built.classifiers) == 1 else None
     if not isinstance(layer, torch.nn.Linear):
         return None
-    return LinearClassifier.from_arrays(layer.weight, layer.bias, source=model)
+    return LinearLayer.from_arrays(layer.weight, layer.bias, source=model)

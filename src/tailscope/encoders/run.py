@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from tailscope.array_files import one_line
+from tailscope.array_files import message_of
 from tailscope.data.decoding import find_unreadable, refuse
 from tailscope.data.opening import OpenedImages, open_images
 from tailscope.data.streams import ImageStream
@@ -169,7 +169,7 @@ def _subset_rows(path: Path, images: int) -> npt.NDArray[np.int64]:
         by_class = json.loads(path.read_text())["indices"]
         rows = np.concatenate([np.asarray(kept, dtype=np.int64) for kept in by_class])
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"--subset {path}: no subset.json with 'indices' per class ({one_line(error)})") from None
+        raise UserError(f"--subset {path}: no subset.json with 'indices' per class ({message_of(error)})") from None
     if len(rows) == 0 or rows.min() < 0 or rows.max() >= images:
         raise UserError(f"--subset {path}: its indices are not rows of these {images} images; was it drawn from them?")
     return rows

@@ -12,7 +12,7 @@ from torch import Tensor
 from tailscope.data.filedata import FileData, FileSet, Rows
 from tailscope.errors import UserError
 from tailscope.experiments.imagery import Split
-from tailscope.features_files import Request, extract_files
+from tailscope.features_files import WantedFeatures, extract_files
 from tailscope.methods import photos
 from tailscope.models import CifarResNet
 from tailscope.models.resnet10 import ResNet10
@@ -86,22 +86,22 @@ class OnDisk:
     def clean(self, model: CifarResNet, stage1: StageSpec, split: Split, runtime: Runtime) -> Tensor:
         """Return float32 features [N, d] of the centre crops of a split."""
         data = self._data.train if split == "train" else self._data.test
-        request = Request(model, data, np.arange(len(data)), stage1.augment, None, low_precision=False)
-        return self._extract(request, runtime, f"features of the {split} images")
+        wanted = WantedFeatures(model, data, np.arange(len(data)), stage1.augment, None, low_precision=False)
+        return self._extract(wanted, runtime, f"features of the {split} images")
 
     def view(self, model: CifarResNet, stage: StageSpec, rows: Rows, view: int, seed: int, runtime: Runtime) -> Tensor:
         """Return features of one augmentation of `rows`; a row that is drawn twice is augmented twice."""
         draws = (seed, "stage2", "augment", view)
         low = stage.train.precision == "auto"
-        request = Request(model, self._data.train, rows, stage.augment, draws, low_precision=low)
-        return self._extract(request, runtime, f"view {view + 1} of {stage.views} for stage 2")
+        wanted = WantedFeatures(model, self._data.train, rows, stage.augment, draws, low_precision=low)
+        return self._extract(wanted, runtime, f"view {view + 1} of {stage.views} for stage 2")
 
-    def _extract(self, request: Request, runtime: Runtime, label: str) -> Tensor:
+    def _extract(self, wanted: WantedFeatures, runtime: Runtime, label: str) -> Tensor:
         # A wrapper around a network may gather statistics of what it sees: this process alone shows it every image.
-        if not isinstance(request.model, CifarResNet | ResNet10):
-            return extract_files(request, self.normalize, runtime, label, team=Solo(), workers=self._workers)
-        with self._team.lead(replace(request, model=portable(request.model))):
-            return extract_files(request, self.normalize, runtime, label, team=self._team, workers=self._workers)
+        if not isinstance(wanted.model, CifarResNet | ResNet10):
+            return extract_files(wanted, self.normalize, runtime, label, team=Solo(), workers=self._workers)
+        with self._team.lead(replace(wanted, model=portable(wanted.model))):
+            return extract_files(wanted, self.normalize, runtime, label, team=self._team, workers=self._workers)
 
 
 def _train(

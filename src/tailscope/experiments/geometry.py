@@ -1,6 +1,6 @@
 """Figures 4 to 8: what long-tailed training does to each class in feature space."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,7 @@ import torch
 
 from tailscope.experiments.lab import Backbone, Lab, TrainingSet
 from tailscope.experiments.results import header, provenance
+from tailscope.experiments.runs import Run
 from tailscope.experiments.settings import Settings
 from tailscope.experiments.swap import training_sets
 from tailscope.geometry import describe
@@ -30,17 +31,23 @@ def geometry(lab: Lab, settings: Settings) -> dict[str, Any]:
     for seed in settings.seeds:
         sets = training_sets(lab, settings, seed)
         lt_sets.append(sets["lt"])
-        for name, (data, mix) in ENCODERS.items():
-            stage1 = settings.recipe.backbone(sets[data].spec, mix=mix)
-            backbone = lab.backbone(stage1, sets[data].rows, seed, f"seed {seed}: encoder {name}")
-            encoders[name]["seeds"][str(seed)] = _measure(lab, settings, backbone, sets["lt"], f"seed {seed}: {name}")
-            rows.append(provenance(name, seed, backbone, stage1, None, (data, None)))
+        for run in runs(settings, sets, seed):
+            label = f"seed {seed}: {run.encoder}"
+            backbone = lab.backbone(run.stage1, run.trained_on.rows, seed, f"seed {seed}: encoder {run.encoder}")
+            encoders[run.encoder]["seeds"][str(seed)] = _measure(lab, settings, backbone, sets["lt"], label)
+            rows.append(provenance(run, backbone))
     for encoder in encoders.values():
         encoder["mean"] = {variant: _mean_over_seeds(encoder["seeds"], variant) for variant in ("paper", "calibrated")}
     result = header("geometry", settings, lab, lt_sets)
     if not settings.recipe.converged:
         result["warnings"].append("geometry not converged: within-class variance keeps shrinking in longer training")
     return {**result, "provenance": rows, "encoders": encoders}
+
+
+def runs(settings: Settings, sets: Mapping[str, TrainingSet], seed: int) -> Iterator[Run]:
+    """Yield a seed's runs: a backbone for each encoder, without a classifier of its own."""
+    for name, (data, mix) in ENCODERS.items():
+        yield Run(name, seed, name, settings.recipe.backbone(sets[data].spec, mix=mix), sets[data])
 
 
 def _measure(lab: Lab, settings: Settings, backbone: Backbone, lt: TrainingSet, label: str) -> dict[str, Any]:

@@ -31,8 +31,9 @@ from tailscope.training.stage2 import View, fit_classifier
 
 @dataclass(frozen=True, eq=False)
 class TrainingSet:
-    """Rows of the true training set, with the spec that names them."""
+    """Rows of the true training set, by their name (lt, true or matched), with the spec that describes them."""
 
+    name: str
     spec: DataSpec
     rows: npt.NDArray[np.int64]
 
@@ -67,21 +68,21 @@ class Lab:
     def true(self) -> TrainingSet:
         """Return the whole training set, D*."""
         rows = np.arange(len(self.data.train), dtype=np.int64)
-        return self._named(rows, self.data.train.counts(), "full", "all", 0)
+        return self._named("true", rows, self.data.train.counts(), "full", "all", 0)
 
     def long_tailed(self, profile: str, protocol: str, seed: int) -> TrainingSet:
         """Return the long-tailed subset, D_LT."""
         counts = resolve(profile, self.data.train.counts())
         subset = splits.subset(self.data.train.labels, counts, protocol=protocol, seed=seed)
-        return self._named(subset.flat, subset.counts, canonical(profile), protocol, seed)
+        return self._named("lt", subset.flat, subset.counts, canonical(profile), protocol, seed)
 
     def matched(self, counts: list[int], seed: int) -> TrainingSet:
         """Return a class-balanced subset with as many images as the long-tailed one."""
         subset = splits.matched(self.data.train.labels, counts, seed=seed)
-        return self._named(subset.flat, subset.counts, "matched", "nested", seed)
+        return self._named("matched", subset.flat, subset.counts, "matched", "nested", seed)
 
     def _named(
-        self, rows: npt.NDArray[np.int64], counts: list[int], profile: str, protocol: str, seed: int
+        self, name: str, rows: npt.NDArray[np.int64], counts: list[int], profile: str, protocol: str, seed: int
     ) -> TrainingSet:
         spec = DataSpec(
             name=self.data.name,
@@ -92,7 +93,7 @@ class Lab:
             indices_sha256=splits.Subset((rows,)).sha256,
             counts=tuple(counts),
         )
-        return TrainingSet(spec, rows)
+        return TrainingSet(name, spec, rows)
 
     # -- stage 1 ------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """Figure 3: how far augmentation and class-balanced retraining climb towards the classifier's bound."""
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -8,9 +9,9 @@ from tailscope.attribution import summarize
 from tailscope.errors import UserError
 from tailscope.experiments.lab import Lab, TrainingSet
 from tailscope.experiments.results import header, provenance
+from tailscope.experiments.runs import Run, evaluate
 from tailscope.experiments.settings import Settings
-from tailscope.experiments.swap import evaluate, training_sets
-from tailscope.spec import RunSpec, StageSpec
+from tailscope.experiments.swap import training_sets
 
 AUGMENTATIONS = {
     "none": {"autoaugment": False, "mix": False},
@@ -41,18 +42,12 @@ def ladder(lab: Lab, settings: Settings) -> dict[str, Any]:
     for seed in settings.seeds:
         sets = training_sets(lab, settings, seed)
         lt_sets.append(sets["lt"])
-        for name, augmentation in AUGMENTATIONS.items():
-            stage1 = settings.recipe.backbone(sets["lt"].spec, **augmentation)
-            backbone = lab.backbone(stage1, sets["lt"].rows, seed, f"seed {seed}: backbone on lt, {name}")
-            rungs = correct.setdefault(name, {})
-            rungs.setdefault("stage1", []).append(lab.correct(backbone, backbone.weight, backbone.bias))
-            rows.append(provenance(f"{name}: stage1", seed, backbone, stage1, None, ("lt", None)))
-            for rung, (stage2, data) in _classifiers(settings, sets).items():
-                run = RunSpec(stage1=stage1, stage2=stage2, seed=seed)
-                right = evaluate(lab, run, backbone, data, f"seed {seed}: {name}, {rung}")
-                rungs.setdefault(rung, []).append(right)
-                trained_on = "true" if rung == "bound" else "lt"
-                rows.append(provenance(f"{name}: {rung}", seed, backbone, stage1, stage2, ("lt", trained_on)))
+        for run in runs(settings, sets, seed):
+            name, rung = run.row.split(": ")
+            backbone = lab.backbone(run.stage1, run.trained_on.rows, seed, f"seed {seed}: backbone on lt, {name}")
+            right = evaluate(lab, run, backbone, f"seed {seed}: {name}, {rung}")
+            correct.setdefault(name, {}).setdefault(rung, []).append(right)
+            rows.append(provenance(run, backbone))
     result = header("ladder", settings, lab, lt_sets)
     labels = lab.data.test.labels.numpy()
     return {
@@ -65,11 +60,17 @@ def ladder(lab: Lab, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _classifiers(settings: Settings, sets: dict[str, TrainingSet]) -> dict[str, tuple[StageSpec, TrainingSet]]:
-    lt, true = sets["lt"], sets["true"]
-    recipe = settings.recipe
-    return {
+def runs(settings: Settings, sets: Mapping[str, TrainingSet], seed: int) -> Iterator[Run]:
+    """Yield a seed's runs: the four classifiers of each augmentation's backbone."""
+    recipe, lt, true = settings.recipe, sets["lt"], sets["true"]
+    classifiers = {
         "stage2": (recipe.classifier(lt.spec, sampler="class_balanced"), lt),
         "stage2_aa": (recipe.classifier(lt.spec, sampler="class_balanced", autoaugment=True), lt),
         "bound": (recipe.classifier(true.spec), true),
     }
+    for name, augmentation in AUGMENTATIONS.items():
+        encoder = "lt" if name == "none" else f"lt+{name}"
+        stage1 = recipe.backbone(lt.spec, **augmentation)
+        yield Run(f"{name}: stage1", seed, encoder, stage1, lt)
+        for rung, (stage2, data) in classifiers.items():
+            yield Run(f"{name}: {rung}", seed, encoder, stage1, lt, stage2, data)

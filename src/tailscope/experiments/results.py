@@ -6,10 +6,10 @@ from typing import Any
 
 from tailscope.data.filedata import FileData
 from tailscope.experiments.lab import Backbone, Lab, TrainingSet
+from tailscope.experiments.runs import Run
 from tailscope.experiments.settings import Settings
 from tailscope.groups import assign_groups
 from tailscope.origin import command, versions
-from tailscope.spec import RunSpec, StageSpec
 
 STAGE2_CARD = (
     "key", "profile", "subset_sha256", "counts", "parameters", "epochs", "steps", "batch", "learning_rate",
@@ -62,30 +62,24 @@ def _warnings(settings: Settings, lab: Lab) -> list[str]:
     return warnings + (lab.data.notes() if isinstance(lab.data, FileData) else [])
 
 
-def provenance(
-    row: str, seed: int, backbone: Backbone, stage1: StageSpec, stage2: StageSpec | None, names: tuple[str, str | None]
-) -> dict[str, Any]:
+def provenance(run: Run, backbone: Backbone) -> dict[str, Any]:
     """Return the card of one row: everything a reader needs to compare it with another system's.
 
     Args:
-        row: the row's name in its result file.
-        seed: of the run.
-        backbone: the trained encoder.
-        stage1: its stage.
-        stage2: the classifier's stage; None where stage 1's own classifier was evaluated.
-        names: what stage 1 and stage 2 were trained on: lt, true or matched.
+        run: what was evaluated.
+        backbone: its trained encoder.
 
     Returns:
         The card. Fields without prefix are stage 1's, but for `sampler` and `bn_mode`, which are stage 2's where there
         is one; `key` is the store's key of the backbone, `stage2_key` of the classifier.
     """
-    meta = backbone.meta
+    meta, stage1, stage2 = backbone.meta, run.stage1, run.stage2
     augmentation = [*stage1.augment, *([stage1.mix] if stage1.mix else [])]
     return {
-        "row": row,
-        "seed": seed,
-        "stage1": names[0],
-        "stage2": names[1],
+        "row": run.row,
+        "seed": run.seed,
+        "stage1": run.trained_on.name,
+        "stage2": None if run.retrained_on is None else run.retrained_on.name,
         "model": stage1.model,
         "parameters": meta["parameters"],
         "epochs": meta["epochs"],
@@ -105,7 +99,7 @@ def provenance(
         "profile": stage1.data.profile,
         "subset_sha256": stage1.data.indices_sha256,
         "counts": list(stage1.data.counts),
-        **_stage2_card(seed, backbone, stage1, stage2),
+        **_stage2_card(run, backbone),
         "precision": meta["precision"],
         "compiled": meta["compiled"],
         "fused": meta.get("fused", False),
@@ -116,13 +110,15 @@ def provenance(
     }
 
 
-def _stage2_card(seed: int, backbone: Backbone, stage1: StageSpec, stage2: StageSpec | None) -> dict[str, Any]:
+def _stage2_card(run: Run, backbone: Backbone) -> dict[str, Any]:
     """Return what a retrained classifier was trained on and how; every field is None without one."""
     found: dict[str, Any] = {}
-    if stage2 is not None:
+    spec = run.spec()
+    if spec is not None:
+        stage2 = spec.stage2
         epochs, steps = stage2.train.lengths(sum(stage2.data.counts))
         found = {
-            "key": RunSpec(stage1=stage1, stage2=stage2, seed=seed).key(),
+            "key": spec.key(),
             "profile": stage2.data.profile,
             "subset_sha256": stage2.data.indices_sha256,
             "counts": list(stage2.data.counts),

@@ -1,16 +1,15 @@
 """Table 1 and Figure 2: swap the data set between the two stages of decoupled training."""
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tailscope.attribution import CELLS, attribute, summarize
-from tailscope.experiments.lab import Backbone, Lab, TrainingSet
+from tailscope.experiments.lab import Lab, TrainingSet
 from tailscope.experiments.results import header, provenance
+from tailscope.experiments.runs import Run, evaluate
 from tailscope.experiments.settings import Settings
-from tailscope.experiments.shifting import for_stage2
-from tailscope.spec import RunSpec
 
 
 def swap(lab: Lab, settings: Settings) -> dict[str, Any]:
@@ -22,27 +21,20 @@ def swap(lab: Lab, settings: Settings) -> dict[str, Any]:
     Returns:
         The result: see the documentation of `swap.json`.
     """
-    correct: dict[str, list[Any]] = {}
+    cells: dict[str, list[Any]] = {}
     own: dict[str, list[Any]] = {}
     rows = []
     lt_sets = []
     for seed in settings.seeds:
         sets = training_sets(lab, settings, seed)
         lt_sets.append(sets["lt"])
-        for backbone_name in settings.backbones or sets:
-            backbone_set = sets[backbone_name]
-            stage1 = settings.recipe.backbone(backbone_set.spec)
-            backbone = lab.backbone(stage1, backbone_set.rows, seed, f"seed {seed}: backbone on {backbone_name}")
-            own.setdefault(backbone_name, []).append(lab.correct(backbone, backbone.weight, backbone.bias))
-            rows.append(provenance(stage1_row(backbone_name), seed, backbone, stage1, None, (backbone_name, None)))
-            for classifier_name, classifier_set in sets.items():
-                row = f"{backbone_name}->{classifier_name}"
-                stage2 = settings.recipe.classifier(classifier_set.spec)
-                run = RunSpec(stage1=stage1, stage2=stage2, seed=seed)
-                right = evaluate(lab, run, backbone, classifier_set, f"seed {seed}: {row}")
-                correct.setdefault(row, []).append(right)
-                rows.append(provenance(row, seed, backbone, stage1, stage2, (backbone_name, classifier_name)))
-    outcomes = {row: np.stack(per_seed) for row, per_seed in correct.items()}
+        for run in runs(settings, sets, seed):
+            backbone = lab.backbone(run.stage1, run.trained_on.rows, seed, f"seed {seed}: backbone on {run.encoder}")
+            right = evaluate(lab, run, backbone, f"seed {seed}: {run.row}")
+            found, name = (own, run.encoder) if run.stage2 is None else (cells, run.row)
+            found.setdefault(name, []).append(right)
+            rows.append(provenance(run, backbone))
+    outcomes = {row: np.stack(per_seed) for row, per_seed in cells.items()}
     result = header("swap", settings, lab, lt_sets)
     labels = lab.data.test.labels.numpy()
     whole = all(cell in outcomes for cell in CELLS)
@@ -60,20 +52,14 @@ def swap(lab: Lab, settings: Settings) -> dict[str, Any]:
     }
 
 
-def stage1_row(backbone: str) -> str:
-    """Return the row of a backbone under the classifier that stage 1 trained with it.
-
-    >>> stage1_row("lt")
-    'lt stage1'
-    """
-    return f"{backbone} stage1"
-
-
-def evaluate(lab: Lab, run: RunSpec, backbone: Backbone, data: TrainingSet, label: str) -> NDArray[np.bool_]:
-    """Retrain a backbone's classifier on `data`, or recall it; return which test images [M] it gets right."""
-    encoder = for_stage2(lab, backbone, run.stage2, data.rows, run.seed)
-    fitted = lab.classifier(run, encoder, data.rows, label)
-    return lab.correct(encoder, fitted.tensors["weight"], fitted.tensors["bias"])
+def runs(settings: Settings, sets: Mapping[str, TrainingSet], seed: int) -> Iterator[Run]:
+    """Yield a seed's runs: of each backbone its own classifier, then one retrained on each training set."""
+    recipe = settings.recipe
+    for b in settings.backbones or sets:
+        stage1 = recipe.backbone(sets[b].spec)
+        yield Run(f"{b} stage1", seed, b, stage1, sets[b])
+        for c in sets:
+            yield Run(f"{b}->{c}", seed, b, stage1, sets[b], recipe.classifier(sets[c].spec), sets[c])
 
 
 def training_sets(lab: Lab, settings: Settings, seed: int) -> dict[str, TrainingSet]:

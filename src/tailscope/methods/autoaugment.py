@@ -17,7 +17,7 @@ from tailscope.methods.augmentations import AUGMENTATIONS
 BINS = 10  # magnitudes of an operation, as torchvision's transform has them
 
 
-class Draws(NamedTuple):
+class Choices(NamedTuple):
     """What happens to each of n images, in two steps one after the other."""
 
     sub_policy: torch.Tensor  # int64 [n]
@@ -56,21 +56,21 @@ class BatchedAutoAugment:
         """Draw and apply; the images are left as they are and a new tensor is returned."""
         return self.apply(images, self.draw(len(images), generator))
 
-    def draw(self, n: int, generator: torch.Generator) -> Draws:
+    def draw(self, n: int, generator: torch.Generator) -> Choices:
         """Draw sub-policies, uniformly, and for both steps whether it is applied, and its sign."""
         device = generator.device
         sub_policy = torch.randint(len(self._probability), (n,), generator=generator, device=device)
         uniform = torch.rand(2, n, 2, generator=generator, device=device)
-        return Draws(sub_policy, uniform[0] < self._probability.to(device)[sub_policy], uniform[1] < 0.5)
+        return Choices(sub_policy, uniform[0] < self._probability.to(device)[sub_policy], uniform[1] < 0.5)
 
-    def apply(self, images: torch.Tensor, draws: Draws) -> torch.Tensor:
-        """Return the images after both steps of their draws."""
+    def apply(self, images: torch.Tensor, choices: Choices) -> torch.Tensor:
+        """Return the images after both steps of their choices."""
         # The kernels are vectorised for, and their rounding is defined by, contiguous channels-first images.
         out = images.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
         index = self._index.to(images.device)
         for step in (0, 1):
-            chosen = index[draws.sub_policy, step, draws.negative[:, step].long()]
-            chosen = torch.where(draws.applied[:, step], chosen, -1)
+            chosen = index[choices.sub_policy, step, choices.negative[:, step].long()]
+            chosen = torch.where(choices.applied[:, step], chosen, -1)
             sizes = torch.bincount(chosen + 1, minlength=len(self._operations) + 1).tolist()
             groups = torch.split(torch.argsort(chosen, stable=True), sizes)
             for operation, members in zip(self._operations, groups[1:], strict=True):

@@ -38,7 +38,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Backbone:
+class MissingBackbone:
     """One backbone to train: the first run of an experiment that has its key."""
 
     place: Place
@@ -47,14 +47,14 @@ class Backbone:
     key: str
 
 
-def missing(lab: Lab, place: Place, settings: Settings, experiment: str) -> dict[str, Backbone]:
+def missing(lab: Lab, place: Place, settings: Settings, experiment: str) -> dict[str, MissingBackbone]:
     """Return by key the backbones of an experiment that are not stored, in the order of need."""
     keys = [run.backbone_key for run in runs(lab, settings, experiment)]
-    return {key: Backbone(place, settings, experiment, key) for key in keys if not lab.store.has("stage1", key)}
+    return {key: MissingBackbone(place, settings, experiment, key) for key in keys if not lab.store.has("stage1", key)}
 
 
 @contextmanager
-def training(backbones: Sequence[Backbone], jobs: int, seconds: float) -> Iterator[Callable[[str], bool]]:
+def training(backbones: Sequence[MissingBackbone], jobs: int, seconds: float) -> Iterator[Callable[[str], bool]]:
     """Train backbones in `jobs` processes, in their order, while the caller works with those that are finished.
 
     Leaving the context waits for the rest, which ends in time by itself; leaving it by an exception ends the processes.
@@ -108,7 +108,7 @@ def _share_threads(jobs: int) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
 
 
-def _train(backbone: Backbone, end: float) -> bool:
+def _train(backbone: MissingBackbone, end: float) -> bool:
     deadline = Deadline(Quiet(), end - time.time())
     if deadline.passed:
         return False

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tailscope.experiments.lab import Lab
+from tailscope.experiments.runs import Run
 from tailscope.experiments.settings import Settings
-from tailscope.paper.runs import Run, runs
+from tailscope.paper.runs import runs
 from tailscope.spec import StageSpec
 
 

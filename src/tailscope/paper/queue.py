@@ -19,7 +19,7 @@ from tailscope.experiments.lab import Lab
 from tailscope.experiments.settings import Settings, store_root
 from tailscope.origin import command
 from tailscope.paper import ahead, side_by_side, targets
-from tailscope.paper.reproduce import EXPERIMENTS, Request, Tell, conclude, fixed_part
+from tailscope.paper.reproduce import EXPERIMENTS, Reproduction, Tell, conclude, fixed_part
 from tailscope.paper.timing import duration, parse_duration
 from tailscope.progress import Deadline, Progress, Quiet, TimeIsUp
 from tailscope.result_files import check_free, write
@@ -66,15 +66,15 @@ def order(wanted: Mapping[str, Sequence[str]], seeds: Sequence[int]) -> list[Pie
     ]
 
 
-def run_queue(request: Request, *, tell: Tell = print, progress: Progress | None = None) -> dict[str, Any]:
-    """Work off the pieces of a request until they are done or the time is up; write OUT/reproduce.json.
+def run_queue(reproduction: Reproduction, *, tell: Tell = print, progress: Progress | None = None) -> dict[str, Any]:
+    """Work off the pieces of a reproduction until they are done or the time is up; write OUT/reproduce.json.
 
     `everything` takes both CIFAR data sets, each in a folder of its own such as OUT/cifar10-paper, and keeps trained
-    stages beside OUT (in OUT-store, unless told otherwise), so that OUT holds no weights. Other requests use OUT
+    stages beside OUT (in OUT-store, unless told otherwise), so that OUT holds no weights. Other reproductions use OUT
     itself.
 
     Args:
-        request: what to do; its `time_limit` counts from now.
+        reproduction: what to do; its `time_limit` counts from now.
         tell: receives lines for people.
         progress: receives the work done.
 
@@ -82,32 +82,32 @@ def run_queue(request: Request, *, tell: Tell = print, progress: Progress | None
         What reproduce.json holds.
 
     Raises:
-        UserError: something about the request, the data or OUT is not usable; before any training.
+        UserError: something about the reproduction, the data or OUT is not usable; before any training.
     """
     started = time.monotonic()
-    limit = None if request.time_limit is None else parse_duration(request.time_limit)
+    limit = None if reproduction.time_limit is None else parse_duration(reproduction.time_limit)
     deadline = Deadline(progress or Quiet(), float("inf") if limit is None else limit)
-    requests = _by_dataset(request)
-    settings = {dataset: one.settings() for dataset, one in requests.items()}
+    reproductions = _by_dataset(reproduction)
+    settings = {dataset: one.settings() for dataset, one in reproductions.items()}
     first = next(iter(settings.values()))
-    pieces = order({dataset: one.wanted() for dataset, one in requests.items()}, first.seeds)
-    runtime = replace(Runtime.choose(request.device), progress=deadline)
-    labs = {dataset: _lab(one, runtime) for dataset, one in requests.items()}
-    state = [_is_done(piece, requests, settings, labs) for piece in pieces]
+    pieces = order({dataset: one.wanted() for dataset, one in reproductions.items()}, first.seeds)
+    runtime = replace(Runtime.choose(reproduction.device), progress=deadline)
+    labs = {dataset: _lab(one, runtime) for dataset, one in reproductions.items()}
+    state = [_is_done(piece, reproductions, settings, labs) for piece in pieces]
     tell(f"{len(pieces)} pieces, {sum(state)} done before; {side_by_side.label_of(first.recipe.model_dump())}")
-    with _training_ahead(list(_left(pieces, state)), requests, settings, labs, tell, deadline) as trained:
+    with _training_ahead(list(_left(pieces, state)), reproductions, settings, labs, tell, deadline) as trained:
         for k, piece in enumerate(pieces):
             if state[k]:
                 continue
             tell(f"piece {k + 1} of {len(pieces)}: {piece}")
-            lab, out = labs[piece.dataset], requests[piece.dataset].out
+            lab, out = labs[piece.dataset], reproductions[piece.dataset].out
             own = settings[piece.dataset].model_copy(update={"seeds": piece.seeds})
             if not (trained(piece) and _finish(piece.experiment, lab, own, out, deadline)):
                 break
             state[k] = True
-    document = _document(request, requests, pieces, state, time.monotonic() - started, limit)
-    make_folder(request.out, "--out")
-    write(request.out, "reproduce", document)
+    document = _document(reproduction, reproductions, pieces, state, time.monotonic() - started, limit)
+    make_folder(reproduction.out, "--out")
+    write(reproduction.out, "reproduce", document)
     tell(_summary(document))
     return document
 
@@ -115,7 +115,7 @@ def run_queue(request: Request, *, tell: Tell = print, progress: Progress | None
 @contextmanager
 def _training_ahead(
     pieces: Sequence[Piece],
-    requests: Mapping[str, Request],
+    reproductions: Mapping[str, Reproduction],
     settings: Mapping[str, Settings],
     labs: Mapping[str, Lab],
     tell: Tell,
@@ -126,14 +126,16 @@ def _training_ahead(
     Yields what waits for the backbones of a piece and returns False where the time was too short for them. With one
     job nothing is trained ahead.
     """
-    jobs = max(request.jobs for request in requests.values())
+    jobs = max(reproduction.jobs for reproduction in reproductions.values())
     if jobs == 1:
         yield lambda piece: True
         return
-    needed: dict[Piece, dict[str, ahead.Backbone]] = {}
+    needed: dict[Piece, dict[str, ahead.MissingBackbone]] = {}
     for piece in pieces:
-        request, lab = requests[piece.dataset], labs[piece.dataset]
-        place = ahead.Place(targets.benchmark(piece.dataset).data, request.data_root, lab.store.root, request.device)
+        reproduction, lab = reproductions[piece.dataset], labs[piece.dataset]
+        place = ahead.Place(
+            targets.benchmark(piece.dataset).data, reproduction.data_root, lab.store.root, reproduction.device
+        )
         own = settings[piece.dataset].model_copy(update={"seeds": piece.seeds})
         needed[piece] = ahead.missing(lab, place, own, piece.experiment)
     backbones = {key: backbone for of_piece in needed.values() for key, backbone in of_piece.items()}
@@ -144,48 +146,48 @@ def _training_ahead(
     tell(f"{done} of {len(backbones)} backbones trained")
 
 
-def _by_dataset(request: Request) -> dict[str, Request]:
-    """Return a request a data set, each with the folder of its results."""
-    if request.what != EVERYTHING:
-        return {request.dataset: request}
-    recipe = replace(request, what="all", dataset=DATASETS[0]).settings().recipe.name
-    store = request.store or request.out.with_name(f"{request.out.name}-store")
+def _by_dataset(reproduction: Reproduction) -> dict[str, Reproduction]:
+    """Return a reproduction for each data set, each with the folder of its results."""
+    if reproduction.what != EVERYTHING:
+        return {reproduction.dataset: reproduction}
+    recipe = replace(reproduction, what="all", dataset=DATASETS[0]).settings().recipe.name
+    store = reproduction.store or reproduction.out.with_name(f"{reproduction.out.name}-store")
     return {
         dataset: replace(
-            request,
+            reproduction,
             what="all",
             dataset=dataset,
-            out=request.out / f"{dataset.removesuffix('-lt')}-{recipe}",
+            out=reproduction.out / f"{dataset.removesuffix('-lt')}-{recipe}",
             store=store,
         )
         for dataset in DATASETS
     }
 
 
-def _lab(request: Request, runtime: Runtime) -> Lab:
-    data = load(targets.benchmark(request.dataset).data, data_root=request.data_root)
-    make_folder(request.out, "--out")
-    return Lab(data, Store(store_root(request.out, request.store)), runtime)
+def _lab(reproduction: Reproduction, runtime: Runtime) -> Lab:
+    data = load(targets.benchmark(reproduction.dataset).data, data_root=reproduction.data_root)
+    make_folder(reproduction.out, "--out")
+    return Lab(data, Store(store_root(reproduction.out, reproduction.store)), runtime)
 
 
 def _is_done(
-    piece: Piece, requests: Mapping[str, Request], settings: Mapping[str, Settings], labs: Mapping[str, Lab]
+    piece: Piece, reproductions: Mapping[str, Reproduction], settings: Mapping[str, Settings], labs: Mapping[str, Lab]
 ) -> bool:
     """Return whether the piece's file holds its seeds, and perhaps more.
 
     Raises:
         UserError: it holds a result that this piece may not replace.
     """
-    request = requests[piece.dataset]
+    reproduction = reproductions[piece.dataset]
     own = settings[piece.dataset].model_copy(update={"seeds": piece.seeds}).spec(labs[piece.dataset].data)
-    stored = _stored_spec(request.out / f"{piece.experiment}.json")
+    stored = _stored_spec(reproduction.out / f"{piece.experiment}.json")
     if stored is not None and fixed_part(stored) == fixed_part(own):
         known, seeds = tuple(stored["seeds"]), piece.seeds
         both = min(len(known), len(seeds))
         whole = stored.get("backbones") == own.get("backbones")
         if known[:both] == seeds[:both] and (whole or "backbones" not in own):  # half a swap may become a whole one
             return whole and len(known) >= len(seeds)
-    check_free(request.out, piece.experiment, own, overwrite=request.overwrite)
+    check_free(reproduction.out, piece.experiment, own, overwrite=reproduction.overwrite)
     return False
 
 
@@ -213,8 +215,8 @@ def _finish(experiment: str, lab: Lab, settings: Settings, out: Path, deadline: 
 
 
 def _document(
-    request: Request,
-    requests: Mapping[str, Request],
+    reproduction: Reproduction,
+    reproductions: Mapping[str, Reproduction],
     pieces: Sequence[Piece],
     state: Sequence[bool],
     seconds: float,
@@ -224,7 +226,7 @@ def _document(
         {
             **asdict(piece),
             "seeds": list(piece.seeds),
-            "folder": _below(requests[piece.dataset].out, request.out),
+            "folder": _below(reproductions[piece.dataset].out, reproduction.out),
             "done": done,
         }
         for piece, done in zip(pieces, state, strict=True)

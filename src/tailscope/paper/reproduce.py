@@ -35,7 +35,7 @@ Tell = Callable[[str], object]
 
 
 @dataclass(frozen=True)
-class Request:
+class Reproduction:
     """What is to be reproduced, and how.
 
     Attributes:
@@ -90,7 +90,7 @@ class Request:
         return replace(data, name=known.data)
 
     def wanted(self) -> list[str]:
-        """Return the experiments that the request needs.
+        """Return the experiments that the reproduction needs.
 
         Raises:
             UserError: the table or figure is unknown, or needs backbones that were not asked for.
@@ -120,7 +120,7 @@ class Request:
 
 
 def run_reproduce(
-    request: Request, *, tell: Tell = print, progress: Progress | None = None, plan_only: bool = False
+    reproduction: Reproduction, *, tell: Tell = print, progress: Progress | None = None, plan_only: bool = False
 ) -> dict[str, Any]:
     """Say what will be trained and how long it takes; train it; write results, claims and tables to OUT.
 
@@ -130,7 +130,7 @@ def run_reproduce(
     unfinished one has a checkpoint after every epoch.
 
     Args:
-        request: what to do.
+        reproduction: what to do.
         tell: receives lines for people.
         progress: receives the work done.
         plan_only: stop after the plan.
@@ -140,25 +140,25 @@ def run_reproduce(
         (rows by table).
 
     Raises:
-        UserError: something about the request, the data or OUT is not usable; before any training.
+        UserError: something about the reproduction, the data or OUT is not usable; before any training.
     """
-    request.settings(), request.wanted()
-    with workplace(request.open(), request.files, Runtime.choose(request.device)) as place:
-        recipe = place.recipe(request.settings().recipe)
-        settings = request.settings().model_copy(update={"recipe": recipe})
-        make_folder(request.out, "--out")
-        lab = place.lab(Store(store_root(request.out, request.store)), progress or Quiet(), tell)
-        return _reproduce(request, lab, settings, tell, plan_only)
+    reproduction.settings(), reproduction.wanted()
+    with workplace(reproduction.open(), reproduction.files, Runtime.choose(reproduction.device)) as place:
+        recipe = place.recipe(reproduction.settings().recipe)
+        settings = reproduction.settings().model_copy(update={"recipe": recipe})
+        make_folder(reproduction.out, "--out")
+        lab = place.lab(Store(store_root(reproduction.out, reproduction.store)), progress or Quiet(), tell)
+        return _reproduce(reproduction, lab, settings, tell, plan_only)
 
 
-def _reproduce(request: Request, lab: Lab, settings: Settings, tell: Tell, plan_only: bool) -> dict[str, Any]:
+def _reproduce(reproduction: Reproduction, lab: Lab, settings: Settings, tell: Tell, plan_only: bool) -> dict[str, Any]:
     """Plan, run and conclude on an opened data set."""
-    wanted = request.wanted()
+    wanted = reproduction.wanted()
     for experiment in wanted:
-        check_free(request.out, experiment, settings.spec(lab.data), overwrite=request.overwrite)
+        check_free(reproduction.out, experiment, settings.spec(lab.data), overwrite=reproduction.overwrite)
     plan = make_plan(lab, settings, wanted)
     label = side_by_side.label_of(settings.recipe.model_dump())
-    _tell_plan(tell, request, settings, plan, label)
+    _tell_plan(tell, reproduction, settings, plan, label)
     done: dict[str, Any] = {"label": label, "plan": asdict(plan)}
     if not plan.complete and isinstance(lab.data, FileData):
         tell("estimated time here: not measured for images in files; progress shows images a second")
@@ -171,8 +171,8 @@ def _reproduce(request: Request, lab: Lab, settings: Settings, tell: Tell, plan_
     if plan_only:
         return done
     for experiment in wanted:
-        write(request.out, experiment, EXPERIMENTS[experiment](lab, settings))
-    return {**done, **conclude(lab, settings, request.out)}
+        write(reproduction.out, experiment, EXPERIMENTS[experiment](lab, settings))
+    return {**done, **conclude(lab, settings, reproduction.out)}
 
 
 def conclude(lab: Lab, settings: Settings, out: Path) -> dict[str, Any]:
@@ -222,9 +222,9 @@ def fixed_part(spec: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in spec.items() if name not in ("seeds", "backbones")}
 
 
-def _tell_plan(tell: Tell, request: Request, settings: Settings, plan: Plan, label: str) -> None:
+def _tell_plan(tell: Tell, reproduction: Reproduction, settings: Settings, plan: Plan, label: str) -> None:
     seeds = " ".join(map(str, settings.seeds))
-    tell(f"{request.what} of {request.dataset}, seeds {seeds}, subset seed {settings.subset_seed}; {label}")
+    tell(f"{reproduction.what} of {reproduction.dataset}, seeds {seeds}, subset seed {settings.subset_seed}; {label}")
     for backbone in plan.backbones:
         tell(f"  seed {backbone.seed}, backbone {backbone.encoder}: {backbone.describe()}")
     if plan.classifiers or plan.classifiers_stored:

@@ -65,7 +65,7 @@ def _context(found: Results, drawn: list[Figure], panels: dict[str, list[Spec]])
         "tables": tables,
         "groups": [group for group in GROUPS if group in result["groups"]],
         "class_note": _class_note(found),
-        "runs": provenance.runs(found),
+        "runs": provenance.by_result(found),
         "terms": measures.TERMS,
         "measures": [*measures.PAPER, *measures.CALIBRATED] if "geometry" in found else [],
         "sources": ", ".join(f"{verb}.json" for verb in found),

@@ -20,7 +20,7 @@ class Card:
 
 
 @dataclass(frozen=True)
-class Run:
+class ResultProvenance:
     """One result file: its verb, its facts, its full spec and a card a row."""
 
     verb: str
@@ -29,12 +29,12 @@ class Run:
     cards: Sequence[Card]
 
 
-def runs(results: Results) -> list[Run]:
+def by_result(results: Results) -> list[ResultProvenance]:
     """Return what is known about how each result file was made."""
-    return [_run(verb, results[verb]) for verb in TRAINED if verb in results]
+    return [_of_result(verb, results[verb]) for verb in TRAINED if verb in results]
 
 
-def _run(verb: str, result: Result) -> Run:
+def _of_result(verb: str, result: Result) -> ResultProvenance:
     environment = result.get("environment", {})
     hardware = environment.get("hardware", {})
     versions = ", ".join(f"{name} {version}" for name, version in environment.get("versions", {}).items())
@@ -47,7 +47,9 @@ def _run(verb: str, result: Result) -> Run:
         ("subset SHA-256", ", ".join(str(digest)[:16] for digest in _distinct(result.get("subset_sha256", [])))),
     ]
     spec = json.dumps(result.get("spec"), indent=2, ensure_ascii=False)
-    return Run(verb, [(name, str(value or DASH)) for name, value in facts], spec, _cards(result["provenance"]))
+    return ResultProvenance(
+        verb, [(name, str(value or DASH)) for name, value in facts], spec, _cards(result["provenance"])
+    )
 
 
 def _cards(entries: Sequence[Result]) -> list[Card]:

@@ -15,7 +15,7 @@ from tailscope.field_checks import match_names, require_finite, to_floats, to_na
 
 
 @dataclass(frozen=True, eq=False)
-class LinearClassifier:
+class LinearLayer:
     """`logits(x) = weight @ x + bias`. Build one with `load` or `from_arrays`, which check everything.
 
     Attributes:
@@ -38,7 +38,7 @@ class LinearClassifier:
         *,
         class_names: npt.ArrayLike | None = None,
         source: str = "the classifier",
-    ) -> "LinearClassifier":
+    ) -> "LinearLayer":
         """Check arrays or tensors and make a classifier of them; without a bias it is zero.
 
         Raises:
@@ -55,7 +55,7 @@ class LinearClassifier:
         return cls(rows, offsets, names, source)
 
     @classmethod
-    def load(cls, path: Path) -> "LinearClassifier":
+    def load(cls, path: Path) -> "LinearLayer":
         """Read a classifier from `.npz` or `.safetensors`.
 
         Raises:
@@ -80,7 +80,7 @@ class LinearClassifier:
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         return features.to(dtype) @ self.weight.to(dtype).T + self.bias.to(dtype)
 
-    def aligned(self, class_names: Sequence[str], width: int, source: str) -> "LinearClassifier":
+    def aligned(self, class_names: Sequence[str], width: int, source: str) -> "LinearLayer":
         """Return the classifier with row k for `class_names[k]`: by name where it has names, else as it is.
 
         Args:
