@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import signal
 import threading
 import time
 from contextlib import contextmanager
@@ -337,9 +338,11 @@ def test_waiting_ends_when_the_time_is_up(tmp_path, held):
 
 
 def test_waiting_is_interrupted_by_ctrl_c(tmp_path, held):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
     threading.Timer(0.1, _thread.interrupt_main).start()
     with pytest.raises(KeyboardInterrupt):
         Store(tmp_path).get_or_make("stage1", "k", never)
+    signal.signal(signal.SIGINT, before)
 
 
 def test_different_keys_do_not_wait_for_each_other(tmp_path):
