@@ -4,9 +4,9 @@ import _thread
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
-import signal
 import threading
 import time
 from contextlib import contextmanager
