@@ -1,7 +1,6 @@
 """The command line: one verb per experiment. Mistakes of the user are one line and exit code 2."""
 
 import io
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +13,7 @@ from tailscope.cli_diagnose import diagnose
 from tailscope.cli_experiments import demo, geometry, ladder, subset, swap
 from tailscope.cli_features import features
 from tailscope.cli_options import Json
+from tailscope.cli_output import print_json
 from tailscope.cli_paper import reproduce
 from tailscope.errors import UserError, one_line
 from tailscope.origin import from_command_line
@@ -92,7 +92,7 @@ def methods(as_json: Json = False) -> None:
     from tailscope import verbs
 
     if as_json:
-        typer.echo(json.dumps(verbs.list_methods(), indent=1, allow_nan=False))
+        print_json(verbs.list_methods())
     else:
         verbs.show_methods(Console())
 

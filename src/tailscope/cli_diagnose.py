@@ -1,7 +1,5 @@
 """The verb `diagnose`: a verdict on features that the user already has."""
 
-import json
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +8,7 @@ import typer
 from rich.console import Console
 
 from tailscope.cli_options import Json, Out, Overwrite, Permutations
+from tailscope.cli_output import console_beside, print_json
 from tailscope.errors import UserError, one_line
 
 Train = Annotated[
@@ -66,18 +65,18 @@ def diagnose(
     """
     from tailscope import report
     from tailscope.diagnosis.assemble import DiagnosisSettings, prepare, run, spec
-    from tailscope.progress import Bars, Quiet
+    from tailscope.progress import shown_on
     from tailscope.result_files import check_free, write
     from tailscope.store import make_folder
     from tailscope.training.runtime import Runtime
 
-    console = Console(stderr=as_json)
+    console = console_beside(as_json)
     settings = DiagnosisSettings(ceiling, permutations, alpha, not no_verdict, drop_duplicates, seed)
     runtime = Runtime.choose(device, keep_memory=False)
     inputs = prepare(train, unseen, test, classifier, settings)
     make_folder(out, "--out")
     check_free(out, "diagnosis", spec(inputs, settings), overwrite=overwrite)
-    with Bars(console) if console.is_terminal else nullcontext(Quiet()) as progress:
+    with shown_on(console) as progress:
         result = run(inputs, settings, replace(runtime, progress=progress))
     check_free(out, "diagnosis", result["spec"], overwrite=overwrite)  # another process may have been faster
     write(out, "diagnosis", result)
@@ -86,7 +85,7 @@ def diagnose(
     except UserError as error:
         raise UserError(f"{error} - the diagnosis itself is in {out / 'diagnosis.json'}") from None
     if as_json:
-        typer.echo(json.dumps(result, indent=1, allow_nan=False))
+        print_json(result)
     else:
         _show(result, out, page, console)
 

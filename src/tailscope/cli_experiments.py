@@ -1,6 +1,5 @@
 """The verbs of the experiments: `demo`, `swap`, `ladder`, `geometry`, and the `subset` that they train on."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +31,7 @@ from tailscope.cli_options import (
     Verify,
     Workers,
 )
+from tailscope.cli_output import console_beside, print_json
 
 
 def demo(
@@ -51,7 +51,7 @@ def demo(
     from tailscope import verbs
 
     request = verbs.Request("digits", "exp:100", "demo", seeds, out, store=store, device=device, overwrite=overwrite)
-    _show(verbs.experiments(request, ["subset", "swap", "ladder", "geometry"], _console(as_json)), out, as_json)
+    _show(verbs.experiments(request, ["subset", "swap", "ladder", "geometry"], console_beside(as_json)), out, as_json)
 
 
 def swap(
@@ -167,7 +167,7 @@ def subset(
 
     result = verbs.subset(data, profile, protocol, seed, out, data_root=data_root, overwrite=overwrite)
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         verbs.show_subset(result, out, Console())
 
@@ -179,22 +179,13 @@ def _experiment(verb: str, *, as_json: bool, out: Path, **options: Any) -> None:
 
     on_files = {name: options.pop(name) for name in FileOptions.__dataclass_fields__}
     request = verbs.Request(out=out, files=FileOptions(**on_files), **options)
-    _show(verbs.experiments(request, [verb], _console(as_json)), out, as_json)
-
-
-def _console(as_json: bool) -> Console:
-    """Return where progress goes: standard error when standard output carries JSON."""
-    return Console(stderr=as_json)
+    _show(verbs.experiments(request, [verb], console_beside(as_json)), out, as_json)
 
 
 def _show(results: dict[str, dict[str, Any]], out: Path, as_json: bool) -> None:
     from tailscope import verbs
 
     if as_json:
-        _print_json(next(iter(results.values())) if len(results) == 1 else results)
+        print_json(next(iter(results.values())) if len(results) == 1 else results)
     else:
         verbs.show_story(out, Console())
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=1, allow_nan=False))

@@ -1,7 +1,5 @@
 """The verb `features`: extract features with any encoder, for `diagnose`."""
 
-import json
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +8,7 @@ import typer
 from rich.console import Console
 
 from tailscope.cli_options import DataRoot, Device, Json, Overwrite
+from tailscope.cli_output import console_beside, print_json
 
 Model = Annotated[
     str,
@@ -75,10 +74,10 @@ def features(
     """
     from tailscope.encoders.extraction import Options
     from tailscope.encoders.run import run_features
-    from tailscope.progress import Bars, Quiet
+    from tailscope.progress import shown_on
     from tailscope.training.runtime import Runtime
 
-    console = Console(stderr=as_json)
+    console = console_beside(as_json)
     options = Options(
         precision="auto" if mixed else "fp32",
         stored="float16" if half else "float32",
@@ -86,7 +85,7 @@ def features(
         workers=workers,
         skip_unreadable=skip_unreadable,
     )
-    with Bars(console) if console.is_terminal else nullcontext(Quiet()) as progress:
+    with shown_on(console) as progress:
         written = run_features(
             model,
             data,
@@ -106,7 +105,7 @@ def features(
             runtime=Runtime.choose(device, progress=progress),
         )
     if as_json:
-        typer.echo(json.dumps(asdict(written), indent=1, default=str, allow_nan=False))
+        print_json(asdict(written))
     else:
         _show(asdict(written), console)
 

@@ -1,7 +1,5 @@
 """The verb `reproduce`: the paper's tables and figures from one command."""
 
-import json
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +20,7 @@ from tailscope.cli_options import (
     Verify,
     Workers,
 )
+from tailscope.cli_output import console_beside, print_json
 from tailscope.errors import UserError
 
 What = Annotated[
@@ -87,9 +86,9 @@ def reproduce(
     from tailscope.experiments.workplace import FileOptions
     from tailscope.paper.queue import EVERYTHING, run_queue
     from tailscope.paper.reproduce import Reproduction, run_reproduce
-    from tailscope.progress import Bars, Quiet
+    from tailscope.progress import shown_on
 
-    console = Console(stderr=as_json)
+    console = console_beside(as_json)
     reproduction = Reproduction(
         what,
         dataset,
@@ -118,19 +117,19 @@ def reproduce(
     def tell(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    with Bars(console) if console.is_terminal else nullcontext(Quiet()) as progress:
+    with shown_on(console) as progress:
         if queued:
             done = run_queue(reproduction, tell=tell, progress=progress)
         else:
             done = run_reproduce(reproduction, tell=tell, progress=progress, plan_only=plan)
     if queued:
         if as_json:
-            typer.echo(json.dumps(done, indent=1, allow_nan=False))
+            print_json(done)
         return
     if not plan:
         report.build(out)
     if as_json:
-        typer.echo(json.dumps({k: v for k, v in done.items() if k != "results"}, indent=1, allow_nan=False))
+        print_json({k: v for k, v in done.items() if k != "results"})
     elif not plan:
         _show(done, out, console)
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol, Self
 
 from rich.console import Console
@@ -91,6 +91,11 @@ class Bars:
 
     def safe_point(self) -> None:
         """Do nothing: bars have no end of their own."""
+
+
+def shown_on(console: Console) -> AbstractContextManager[Progress]:
+    """Return bars on a terminal, silence elsewhere."""
+    return Bars(console) if console.is_terminal else nullcontext(Quiet())
 
 
 class TimeIsUp(Exception):

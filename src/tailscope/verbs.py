@@ -27,7 +27,7 @@ from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, SAMPLERS
 from tailscope.methods.photos import PHOTO_AUGMENTATIONS
 from tailscope.models import MODELS
 from tailscope.origin import versions
-from tailscope.progress import Bars, Progress, Quiet
+from tailscope.progress import shown_on
 from tailscope.registry import Registry
 from tailscope.result_files import check_free, write
 from tailscope.store import Store, make_folder
@@ -102,7 +102,7 @@ def experiments(request: Request, verbs: Sequence[str], console: Console) -> dic
     data = load(request.data, data_root=request.data_root)
     with (
         workplace(data, request.files, Runtime.choose(request.device)) as place,
-        _progress(console) as progress,
+        shown_on(console) as progress,
     ):
         settings = settings.model_copy(update={"recipe": place.recipe(settings.recipe)})
         for seed in settings.seeds:
@@ -139,19 +139,6 @@ def _check_free(data: Data, settings: Settings, request: Request, verbs: Sequenc
         spec = drawn["spec"] if verb == "subset" else settings.spec(data)
         check_free(request.out, verb, spec, overwrite=request.overwrite)
     return drawn
-
-
-class _QuietContext(Quiet):
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-
-def _progress(console: Console) -> Bars | _QuietContext:
-    """Return bars on a terminal, silence elsewhere."""
-    return Bars(console) if console.is_terminal else _QuietContext()
 
 
 def subset(
