@@ -1,5 +1,7 @@
 """Our gradient of convolutions' weights, against PyTorch's in float64, and where it has to stand back."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -7,16 +9,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+import training_setups
 from tailscope.kernels import convolution, fuse
 from tailscope.models import MODELS
 from training_setups import assert_same_state, digits, stage1_spec, train_stage1
 
+activations = partial(training_setups.activations, dtype=torch.bfloat16)
 pytestmark = pytest.mark.skipif(not convolution.available(), reason="no bfloat16 arithmetic, or no C++ compiler")
-
-
-def activations(shape, seed, dtype=torch.bfloat16):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return x.to(dtype).to(memory_format=torch.channels_last)
 
 
 def layer_of(inputs, outputs, **options):
@@ -102,9 +101,9 @@ def test_what_diverged_stays_visible(bad):
 )
 def test_stands_back_for_what_the_kernel_does_not_know(options, shape, dtype, monkeypatch):
     monkeypatch.setattr(convolution, "_weight_gradient", lambda *_: pytest.fail("the kernel was used"))
-    layer, x = layer_of(shape[1], 16, **options).to(dtype), activations(shape, 0, dtype).requires_grad_()
+    layer, x = layer_of(shape[1], 16, **options).to(dtype), activations(shape, 0, dtype=dtype).requires_grad_()
     out = layer(x)
-    gradient = activations(out.shape, 1, dtype)
+    gradient = activations(out.shape, 1, dtype=dtype)
     out.backward(gradient)
     of_x, of_weight = convolution.gradients(layer, x.detach(), layer.weight.detach(), gradient, of_x=True)
     assert torch.equal(of_x, x.grad)

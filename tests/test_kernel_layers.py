@@ -8,13 +8,9 @@ from torch import nn
 
 from tailscope.kernels import batch_norm
 from tailscope.kernels.layers import fast_layer, layer
+from training_setups import activations
 
 pytestmark = pytest.mark.skipif(not batch_norm.available(), reason="no C++ compiler")
-
-
-def activations(shape, seed, dtype=torch.float32):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return x.to(dtype).to(memory_format=torch.channels_last)
 
 
 def modules(inputs=16, outputs=16, norm=None, **options):

@@ -10,14 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from tailscope.kernels import batch_norm, build
-from training_setups import CPU, assert_same_state, digits, stage1_spec, train_stage1
+from training_setups import CPU, activations, assert_same_state, digits, stage1_spec, train_stage1
 
 pytestmark = pytest.mark.skipif(not batch_norm.available(), reason="no C++ compiler")
-
-
-def activations(shape, seed, dtype=torch.float32, mean=0.0):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + mean
-    return x.to(dtype).to(memory_format=torch.channels_last)
 
 
 def norm_of(channels, seed=0):

@@ -22,6 +22,14 @@ def digits(images: int = 300) -> ImageSet:
     return load("digits").train.take(range(images))
 
 
+def activations(
+    shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32, mean: float = 0.0
+) -> torch.Tensor:
+    """Random ones, channels-last."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + mean
+    return x.to(dtype).to(memory_format=torch.channels_last)
+
+
 def data_spec(images: ImageSet) -> DataSpec:
     return DataSpec(
         name="tiny",

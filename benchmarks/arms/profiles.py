@@ -38,8 +38,12 @@ KINDS = {
     "copies and casts": ("aten::copy_", "aten::_to_copy", "aten::contiguous", "aten::clone"),
 }
 
-OURS = ((batch_norm, "train"), (batch_norm, "gradients"), (convolution, "_weight_gradient"))
-"""What calls our kernels, which the profiler does not see by itself."""
+OURS = (
+    ("our gradient", convolution, "_weight_gradient"),
+    ("our batch norm", batch_norm, "train"),
+    ("our batch norm", batch_norm, "gradients"),
+)
+"""What calls our kernels, which the profiler does not see by itself, under the names that `KINDS` looks for."""
 
 STAGES = ("describe", "one", "measure_class")
 """Functions of the geometry whose callees are its parts; they are no parts themselves."""
@@ -91,9 +95,8 @@ def training(
 def _named_kernels() -> Iterator[None]:
     """Let the profiler tell our kernels from the Python around them."""
     with ExitStack() as patches:
-        for module, function in OURS:
-            kind = "our gradient" if module is convolution else "our batch norm"
-            recorded = record_function(kind)(getattr(module, function))
+        for name, module, function in OURS:
+            recorded = record_function(name)(getattr(module, function))
             patches.enter_context(patch.object(module, function, recorded))
         yield
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tailscope.kernels.build import library, pointers
 
-CHANNELS = 16  # how many are handled together
+_CHANNELS = 16  # how many are handled together
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 TYPES = tuple(_NAMES)
 
@@ -20,7 +20,7 @@ def available() -> bool:
 
 def fits(norm: nn.BatchNorm2d) -> bool:
     """Whether the kernel knows this layer, in its present mode."""
-    usual = norm.affine and norm.track_running_stats and norm.num_features % CHANNELS == 0
+    usual = norm.affine and norm.track_running_stats and norm.num_features % _CHANNELS == 0
     # In evaluation there is no gradient.
     return usual and (norm.momentum is not None if norm.training else not torch.is_grad_enabled())
 

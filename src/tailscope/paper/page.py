@@ -28,7 +28,7 @@ from tailscope.report.files import write as write_file
 from tailscope.report.results import Result, load
 from tailscope.report.table_model import Column, Table
 from tailscope.report.tables import to_markdown
-from tailscope.report.text import DASH, listed, number, plural, significant, with_interval
+from tailscope.report.text import DASH, listed, plural, significant, with_interval
 
 BLOCK = re.compile(r"<!-- results: (?P<name>\S+) -->\n.*?<!-- /results: (?P=name) -->", re.DOTALL)
 OPENING = re.compile(r"<!-- /?results: (\S+) -->")
@@ -131,13 +131,13 @@ def _at_a_glance(stored: Mapping[str, Mapping[str, Result]]) -> Table:
         if "swap" not in results:
             continue
         dataset = _dataset(evidence)
-        if (cells_of_paper := published.table1(dataset)) and dataset not in [row["dataset"] for row in rows]:
-            printed = {**cells_of_paper, "lt stage1": published.figure3(dataset).get("none: stage1")}
-            paper = {cell: number(v if v is None else 100 * v, 2) for cell, v in printed.items()}
-            rows.append({"dataset": dataset, "folder": "the paper", **paper})
-        ours = evidence.accuracies()
-        written = {cell: side_by_side.in_percent(ours.get(cell, [])) for cell in cells}
-        rows.append({"dataset": dataset, "folder": name, **written})
+        found = {name: evidence.accuracies()}
+        printed = published.table1(dataset) | published.stage1(dataset)
+        if printed and dataset not in [row["dataset"] for row in rows]:
+            found = {"the paper": {cell: [value] for cell, value in printed.items()}} | found
+        for folder, accuracies in found.items():
+            written = {cell: side_by_side.in_percent(accuracies.get(cell, [])) for cell in cells}
+            rows.append({"dataset": dataset, "folder": folder, **written})
     columns = [Column("dataset", "dataset"), Column("folder", "results"), Column("lt stage1", "lt, own classifier")]
     columns += [Column(cell, label(cell)) for cell in CELLS]
     return Table("glance", "Table 1 at a glance: accuracy, % (mean ± sd over seeds)", columns, rows)

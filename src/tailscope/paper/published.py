@@ -41,6 +41,16 @@ def figure3(dataset: str) -> dict[str, float]:
     return {f"{name}: {rung}": round(v / scale, 6) for name, column in columns.items() for rung, v in column.items()}
 
 
+def stage1(dataset: str) -> dict[str, float]:
+    """Return the lt backbone's own accuracy, a fraction, which the paper prints in Figure 3 alone; empty without one.
+
+    >>> stage1("cifar10-lt"), stage1("cifar100-lt")
+    ({'lt stage1': 0.7178}, {})
+    """
+    printed = figure3(dataset)
+    return {"lt stage1": printed["none: stage1"]} if printed else {}
+
+
 def where(block: str) -> str:
     """Return the table or figure that a block of numbers comes from.
 

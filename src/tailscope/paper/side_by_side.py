@@ -72,8 +72,7 @@ def build(evidence: Evidence) -> Iterator[tuple[Table, Table]]:
     for name, printed in (("table1", published.table1(dataset)), ("fig3", ladder)):
         ours = {row: accuracy for row, accuracy in rows.items() if (": " in row) == (name == "fig3")}
         own = [row for row in ours if row.endswith(" stage1")] if name == "table1" else []
-        # The paper prints the lt backbone's own accuracy in Figure 3 alone.
-        beside = printed | ({"lt stage1": ladder["none: stage1"]} if own and ladder else {})
+        beside = printed | (published.stage1(dataset) if own else {})
         if ours:
             order = [*(printed or (row for row in ours if row not in own)), *own]
             yield _accuracies(name, made_by, {row: ours.get(row, []) for row in order}, beside)
