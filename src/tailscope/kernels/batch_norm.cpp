@@ -4,6 +4,7 @@
 // computed in float32 whatever the activations' type; sums over rows are carried on in double. Compiled when first
 // needed, by tailscope/kernels/build.py, and called through ctypes.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -119,14 +120,12 @@ inline void scale_and_offset(const float* weight, const float* bias, const float
     }
 }
 
+// Sum each channel's values and their squares, as deviations from the first row, which is returned: sums of the raw values
+// would cancel where the mean is large.
 template <class T>
-void forward(const T* x, const T* shortcut, T* y, const float* weight, const float* bias, float* running_mean,
-             float* running_var, float* mean, float* rstd, int64_t rows, int64_t channels, float eps, float momentum,
-             int threads) {
-    // Sums of deviations from the first row: those of the raw values would cancel where the mean is large.
-    std::vector<float> origin(channels), scale(channels), offset(channels);
+std::vector<float> sum_deviations(const T* x, int64_t rows, int64_t channels, int threads, Sums& sums) {
+    std::vector<float> origin(channels);
     for (int64_t c = 0; c < channels; ++c) origin[c] = load(x[c]);
-    Sums sums(threads, channels);
     share_rows(rows, threads, [&](int64_t first, int64_t last, int t) {
         for_channel_blocks(channels, [&](int64_t block, auto width) {
             constexpr int W = decltype(width)::value;
@@ -141,6 +140,23 @@ void forward(const T* x, const T* shortcut, T* y, const float* weight, const flo
                         });
         });
     });
+    return origin;
+}
+
+// `totals` is null, or has each channel's sum and sum of squares already, as [parts][2][channels] that are added up.
+template <class T>
+void forward(const T* x, const T* shortcut, T* y, const float* weight, const float* bias, float* running_mean,
+             float* running_var, float* mean, float* rstd, const double* totals, int64_t parts, int64_t rows,
+             int64_t channels, float eps, float momentum, int threads) {
+    std::vector<float> origin(channels), scale(channels), offset(channels);
+    Sums sums(totals ? static_cast<int>(parts) : threads, channels);
+    if (totals)
+        for (int64_t part = 0; part < parts; ++part) {
+            std::copy_n(totals + 2 * part * channels, channels, &sums.a[part * channels]);
+            std::copy_n(totals + (2 * part + 1) * channels, channels, &sums.b[part * channels]);
+        }
+    else
+        origin = sum_deviations(x, rows, channels, threads, sums);
     for (int64_t c = 0; c < channels; ++c) {
         const double shift = sums.of(sums.a, c) / rows;
         const double spread = sums.of(sums.b, c) / rows - shift * shift;
@@ -224,10 +240,11 @@ void backward(const Passing<T, kShortcut>& passing, const float* weight, const f
 #define EXPORTED(name, T)                                                                                             \
     extern "C" void forward_##name(const T* x, const T* shortcut, T* y, const float* weight, const float* bias,       \
                                    float* running_mean, float* running_var, int64_t* batches, float* statistics,      \
-                                   int64_t rows, int64_t channels, float eps, float momentum, int threads) {          \
-        forward(x, shortcut, y, weight, bias, running_mean, running_var, statistics, statistics + channels, rows,     \
-                channels, eps, momentum, threads);                                                                    \
-        if (batches) ++*batches;                                                                                             \
+                                   const double* totals, int64_t parts, int64_t rows, int64_t channels, float eps,    \
+                                   float momentum, int threads) {                                                     \
+        forward(x, shortcut, y, weight, bias, running_mean, running_var, statistics, statistics + channels, totals,   \
+                parts, rows, channels, eps, momentum, threads);                                                       \
+        if (batches) ++*batches;                                                                                      \
     }                                                                                                                 \
     extern "C" void apply_##name(const T* x, const T* shortcut, T* y, const float* scale, const float* offset,        \
                                  int64_t rows, int64_t channels, int threads) {                                       \

@@ -36,16 +36,26 @@ def evaluate(norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None) -> Tensor
     return out
 
 
-def train(norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None) -> tuple[Tensor, Tensor]:
+def train(
+    norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None, totals: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return relu(norm(x) + shortcut) with the batch's statistics, and these; move the running ones.
 
-    Reads activations [B, C, H, W] twice. The statistics are float32 [2, C], means and inverse standard deviations.
+    Reads activations [B, C, H, W] twice, and once with `totals`. The statistics are float32 [2, C], means and inverse
+    standard deviations.
+
+    Args:
+        norm: the layer.
+        x: what is normalised.
+        shortcut: what is added, if anything.
+        totals: float64 [parts, 2, C], sums and sums of squares over parts of x, where whoever made x has them.
     """
     assert norm.momentum is not None
     out, statistics = torch.empty_like(x), torch.empty((2, norm.num_features))
     _kernel("forward", x)(
         *pointers(x, shortcut, out, norm.weight, norm.bias, norm.running_mean, norm.running_var),
-        *pointers(norm.num_batches_tracked, statistics),
+        *pointers(norm.num_batches_tracked, statistics, totals),
+        ctypes.c_int64(0 if totals is None else len(totals)),
         *_size(x),
         ctypes.c_float(norm.eps),
         ctypes.c_float(norm.momentum),

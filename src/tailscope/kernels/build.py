@@ -24,7 +24,7 @@ def library(name: str) -> ctypes.CDLL | None:
     """Return the compiled `name`.cpp; None where that cannot be had, which costs speed and nothing else.
 
     It takes a C++ compiler (`$CXX`, else g++) and Linux. The result is kept under `$XDG_CACHE_HOME/tailscope`, named
-    by the source, the compiler and the processor, since it is built for the processor at hand.
+    by the source, its headers, the compiler and the processor, since it is built for the processor at hand.
     """
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None or sys.platform != "linux":
@@ -58,7 +58,8 @@ def _fingerprint(source: Path, compiler: str) -> str:
     processor = platform.machine() + next(
         (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))), ""
     )
-    return hashlib.sha256(source.read_bytes() + version + repr((FLAGS, processor)).encode()).hexdigest()[:16]
+    headers = b"".join(header.read_bytes() for header in sorted(source.parent.glob("*.h")))
+    return hashlib.sha256(source.read_bytes() + headers + version + repr((FLAGS, processor)).encode()).hexdigest()[:16]
 
 
 def _compile(compiler: str, source: Path, to: Path) -> None:

@@ -1,151 +1,169 @@
-// The gradient of a 3x3 convolution's weights (stride 1, padding 1), from bfloat16 channels-last activations.
+// A 3x3 convolution (padding 1, stride 1 or 2) of bfloat16 channels-last activations, and the gradient of its inputs.
 //
-//     dw[o][ky][kx][i] = sum over images n, rows y, columns c of  g[n][y][c][o] * x[n][y+ky-1][c+kx-1][i]
+//     y[n][r][c][o] = sum over ky, kx, i of  w[o][ky][kx][i] * x[n][S r + ky - 1][S c + kx - 1][i],  S the stride
 //
-// The processor multiplies pairs of bfloat16 and adds them up in float32 (vdpbf16ps). The sum runs over pixels, so pairs
-// are neighbouring pixels of a row, while channels-last memory keeps channels together: both arrays are interleaved
-// first, some images at a time, so that the interleaved copies stay in the cache. Compiled when first needed, by
-// tailscope/kernels/build.py, and called through ctypes.
+// and the other way round for the gradient: that of y[n][r][c] adds to that of x[n][S r + ky - 1][S c + kx - 1].
+//
+// A tile is eight neighbouring pixels of the result and sixteen of its channels, which stay in eight registers. Each pair
+// of source channels is broadcast once for the three columns of taps that it meets, so that multiplying, and not
+// loading, is what takes the time. Sums are float32. Compiled when first needed, by tailscope/kernels/build.py, and
+// called through ctypes.
 
-#include <algorithm>
 #include <cstdint>
 #include <vector>
 
 #ifdef __AVX512BF16__
-#include <immintrin.h>
+#include "pairs.h"
 
 namespace {
 
-constexpr int kChannels = 16;            // channels that are handled together: a register of float32
-constexpr int kHalf = kChannels / 2;     // input channels of a tile: three columns of them fill 24 of 32 registers
-constexpr int kTaps = 3;                 // rows and columns of the kernel
-constexpr int64_t kPixelsAtATime = 1024;  // their interleaved copies fit into the second-level cache
+constexpr int kPixels = 8;  // of a tile, side by side
 
-struct alignas(64) Pair {  // sixteen channels of two neighbouring pixels: a0 b0 a1 b1 ...
-    uint16_t values[2 * kChannels];
+struct Image {
+    int64_t height, width, channels;
+    int64_t pixels() const { return height * width; }
+    int64_t values() const { return pixels() * channels; }
 };
 
-struct alignas(64) Sums {  // of one input channel and tap, for sixteen output channels
-    float values[kChannels];
-};
+// at / by where that is a whole number, else something negative.
+constexpr int64_t exactly(int64_t at, int by) { return at < 0 || at % by ? -1 : at / by; }
 
-struct Shape {
-    int64_t height, width, in, out;
-    int64_t in_blocks() const { return in / kChannels; }
-    int64_t out_blocks() const { return out / kChannels; }
-    int64_t tiles() const { return out_blocks() * in_blocks() * kTaps * 2; }
-    static constexpr int64_t kSumsPerTile = kTaps * kHalf;
-};
-
-// Fetches the next images into the cache, a line at a time, while the present ones are worked on.
-struct Ahead {
-    const uint16_t *at, *end;
-    void fetch() {
-        if (at < end) _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1), at += 2 * kChannels;
+// Which pixels of source and result meet under a tap. The source is what is read: x going forward, the gradient of y going
+// back. Counting along a row, pixel 0 of a tile's source lies at pixel 0 of its result, borders reach to both sides.
+template <bool kGradient, int kStride>
+struct Meeting {
+    static constexpr int kInside = kGradient ? kPixels / kStride : kPixels * kStride;  // the tile's source pixels,
+    static constexpr int kFirst = kGradient && kStride == 2 ? 0 : -1;                  // and with borders
+    static constexpr int kLast = kGradient || kStride == 1 ? kInside : kInside - 1;
+    static int64_t source_column(int64_t of_result) { return kGradient ? of_result / kStride : of_result * kStride; }
+    // The pixel of the result that meets source pixel j; negative where none does.
+    static constexpr int result_pixel(int j, int tap) {
+        return static_cast<int>(kGradient ? kStride * j + tap - 1 : exactly(j + 1 - tap, kStride));
+    }
+    // The source's row that meets a row of the result; negative where none does.
+    static int64_t source_row(int64_t of_result, int tap) {
+        return kGradient ? exactly(of_result + 1 - tap, kStride) : kStride * of_result + tap - 1;
     }
 };
 
-inline __m256i load(const uint16_t* channels) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(channels)); }
-
-inline void interleave(__m256i a, __m256i b, Pair& to) {
-    alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                   8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
-    _mm512_store_si512(to.values, _mm512_permutexvar_epi16(_mm512_load_si512(order), both));
+// w[out][ky][kx][in] -> packed[block of result channels][ky][pair of source channels][kx].
+template <bool kGradient>
+std::vector<Pair> pack(const uint16_t* w, int64_t in, int64_t out) {
+    const int64_t per_out = kTaps * kTaps * in, result = kGradient ? in : out, source = kGradient ? out : in;
+    std::vector<Pair> packed(result / kChannels * kTaps * source / 2 * kTaps);
+    const __m512i count = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i outs = _mm512_mullo_epi32(count, _mm512_set1_epi32(static_cast<int>(per_out / 2)));
+    Pair* to = packed.data();
+    for (int64_t block = 0; block < result; block += kChannels)
+        for (int ky = 0; ky < kTaps; ++ky)
+            for (int64_t pair = 0; pair < source; pair += 2)
+                for (int kx = 0; kx < kTaps; ++kx, ++to) {
+                    const uint16_t* at = w + (ky * kTaps + kx) * in;
+                    if (kGradient)
+                        at += pair * per_out + block, interleave(load(at), load(at + per_out), *to);
+                    else
+                        at += block * per_out + pair, _mm512_store_si512(to, _mm512_i32gather_epi32(outs, at, sizeof(int)));
+                }
+    return packed;
 }
 
-// x[rows][width][in] -> to[in block][rows][width + 1]: element c pairs the columns c-1 and c, with zeros outside.
-void interleave_inputs(const uint16_t* x, int64_t rows, const Shape& s, Pair* to) {
-    for (int64_t block = 0; block < s.in_blocks(); ++block)
-        for (int64_t row = 0; row < rows; ++row) {
-            const uint16_t* from = x + row * s.width * s.in + block * kChannels;
-            __m256i before = _mm256_setzero_si256();
-            for (int64_t c = 0; c < s.width; ++c) {
-                const __m256i here = load(from + c * s.in);
-                interleave(before, here, *to++);
-                before = here;
-            }
-            interleave(before, _mm256_setzero_si256(), *to++);
+// Sums of a channel's values and of their squares, taken from the first pixel of an image: those of the raw values would
+// cancel where the mean is large.
+struct Moments {
+    __m512 origin, sum, square;
+    bool started = false;
+    void add(__m512 value) {
+        const __m512 deviation = _mm512_sub_ps(value, origin);
+        sum = _mm512_add_ps(sum, deviation);
+        square = _mm512_fmadd_ps(deviation, deviation, square);
+    }
+    void add(const __m512 (&values)[kPixels]) {
+        if (!started) origin = values[0], sum = square = _mm512_setzero_ps(), started = true;
+#pragma GCC unroll 8
+        for (int p = 0; p < kPixels; ++p) add(values[p]);
+    }
+    void carry_over(int64_t pixels, double* sums, double* squares) const {
+        alignas(64) float o[kChannels], s[kChannels], q[kChannels];
+        _mm512_store_ps(o, origin), _mm512_store_ps(s, sum), _mm512_store_ps(q, square);
+        for (int c = 0; c < kChannels; ++c) {
+            const double from = o[c];
+            sums[c] += s[c] + pixels * from;
+            squares[c] += q[c] + 2 * from * s[c] + pixels * from * from;
         }
-}
+    }
+};
 
-// g[rows][width][out] -> to[out block][rows][width / 2]: element c pairs the columns 2c and 2c+1.
-void interleave_gradients(const uint16_t* g, int64_t rows, const Shape& s, Pair* to) {
-    for (int64_t block = 0; block < s.out_blocks(); ++block)
-        for (int64_t row = 0; row < rows; ++row)
-            for (int64_t c = 0; c < s.width; c += 2) {
-                const uint16_t* from = g + (row * s.width + c) * s.out + block * kChannels;
-                interleave(load(from), load(from + s.out), *to++);
+// Compute a tile. `source` is the first row of the image, at the column that the tile starts from.
+template <class Meets, bool kLeft, bool kRight>
+inline __attribute__((always_inline)) void compute_tile(const uint16_t* source, const Image& from, const Pair* weights,
+                                                        int64_t row, __m512 (&sum)[kPixels]) {
+#pragma GCC unroll 8
+    for (int p = 0; p < kPixels; ++p) sum[p] = _mm512_setzero_ps();
+    constexpr int kStart = kLeft ? 0 : Meets::kFirst, kEnd = kRight ? Meets::kInside - 1 : Meets::kLast;
+    const int64_t pairs = from.channels / 2;
+    for (int ky = 0; ky < kTaps; ++ky, weights += kTaps * pairs) {
+        const int64_t source_row = Meets::source_row(row, ky);
+        if (source_row < 0 || source_row >= from.height) continue;
+        const auto* along = reinterpret_cast<const int32_t*>(source + source_row * from.width * from.channels);
+        for (int64_t pair = 0; pair < pairs; ++pair, ++along) {
+            // Without this line the compiler keeps broadcasts for the next turn, and runs out of registers.
+            asm volatile("" ::: "memory");
+            __m512bh tap[kTaps];
+#pragma GCC unroll 3
+            for (int kx = 0; kx < kTaps; ++kx) tap[kx] = (__m512bh)_mm512_load_si512(weights + pair * kTaps + kx);
+#pragma GCC unroll 18
+            for (int j = kStart; j <= kEnd; ++j) {
+                const __m512bh here = (__m512bh)_mm512_set1_epi32(along[j * pairs]);
+#pragma GCC unroll 3
+                for (int kx = 0; kx < kTaps; ++kx) {
+                    const int p = Meets::result_pixel(j, kx);
+                    if (p >= 0 && p < kPixels) sum[p] = _mm512_dpbf16_ps(sum[p], tap[kx], here);
+                }
             }
-}
-
-// Add to 24 sums what some images contribute for one row of taps, sixteen output and eight input channels.
-void add_tile(const Pair* g, const Pair* x, int half, int ky, int64_t images, const Shape& s, Sums* sums, Ahead& ahead) {
-    __m512 sum[kTaps][kHalf];  // stays in registers only where every loop over it is unrolled
-#pragma GCC unroll 3
-    for (int kx = 0; kx < kTaps; ++kx)
-#pragma GCC unroll 8
-        for (int i = 0; i < kHalf; ++i) sum[kx][i] = _mm512_load_ps(sums[kx * kHalf + i].values);
-    const int64_t first = ky == 0, last = ky == 2 ? s.height - 1 : s.height;
-    for (int64_t image = 0; image < images; ++image)
-        for (int64_t y = first; y < last; ++y) {
-            const Pair* along_g = g + (image * s.height + y) * (s.width / 2);
-            const auto* along_x = reinterpret_cast<const int32_t*>(x + (image * s.height + y + ky - 1) * (s.width + 1));
-            along_x += half * kHalf;
-            for (int64_t c = 0; c < s.width / 2; ++c, ++along_g, along_x += 2 * kChannels) {
-                ahead.fetch();
-                // Without this line the compiler keeps broadcasts for the next turn, and runs out of registers.
-                asm volatile("" ::: "memory");
-                const __m512bh gradient = (__m512bh)_mm512_load_si512(along_g);
-#pragma GCC unroll 3
-                for (int kx = 0; kx < kTaps; ++kx)
-#pragma GCC unroll 8
-                    for (int i = 0; i < kHalf; ++i) {
-                        const __m512i input = _mm512_set1_epi32(along_x[kx * kChannels + i]);
-                        sum[kx][i] = _mm512_dpbf16_ps(sum[kx][i], gradient, (__m512bh)input);
-                    }
-            }
-        }
-#pragma GCC unroll 3
-    for (int kx = 0; kx < kTaps; ++kx)
-#pragma GCC unroll 8
-        for (int i = 0; i < kHalf; ++i) _mm512_store_ps(sums[kx * kHalf + i].values, sum[kx][i]);
-}
-
-// Sum over some images into sums[tile][column of taps][input channel].
-void sum_images(const uint16_t* x, const uint16_t* g, int64_t images, const Shape& s, Sums* sums) {
-    const int64_t pixels = s.height * s.width, at_a_time = std::max<int64_t>(1, kPixelsAtATime / pixels);
-    const int64_t most_rows = std::min(at_a_time, images) * s.height;
-    std::vector<Pair> inputs(most_rows * (s.width + 1) * s.in_blocks()), gradients(most_rows * s.width / 2 * s.out_blocks());
-    for (int64_t start = 0; start < images; start += at_a_time) {
-        const int64_t some = std::min(at_a_time, images - start), then = start + some;
-        const int64_t rows = some * s.height, next = std::min(at_a_time, images - then);
-        interleave_inputs(x + start * pixels * s.in, rows, s, inputs.data());
-        interleave_gradients(g + start * pixels * s.out, rows, s, gradients.data());
-        Ahead ahead[] = {{x + then * pixels * s.in, x + (then + next) * pixels * s.in},
-                         {g + then * pixels * s.out, g + (then + next) * pixels * s.out}};
-        for (int64_t tile = 0; tile < s.tiles(); ++tile) {
-            const int half = tile % 2, ky = tile / 2 % kTaps;
-            const int64_t in_block = tile / (2 * kTaps) % s.in_blocks(), out_block = tile / (2 * kTaps) / s.in_blocks();
-            add_tile(&gradients[out_block * rows * s.width / 2], &inputs[in_block * rows * (s.width + 1)], half, ky, some,
-                     s, sums + tile * Shape::kSumsPerTile, ahead[half]);
         }
     }
 }
 
-// Add up the threads' sums[tile][kx][i].values[o] into dw[o][ky][kx][i].
-void gather(const std::vector<Sums>& sums, int threads, const Shape& s, float* dw) {
-    const int64_t per_thread = s.tiles() * Shape::kSumsPerTile;
-    for (int64_t at = 0; at < per_thread; ++at) {
-        const int64_t i = at % kHalf, kx = at / kHalf % kTaps, tile = at / Shape::kSumsPerTile;
-        const int64_t ky = tile / 2 % kTaps, block = tile / (2 * kTaps);
-        const int64_t in = block % s.in_blocks() * kChannels + tile % 2 * kHalf + i;
-        for (int64_t o = 0; o < kChannels; ++o) {
-            float total = 0;
-            for (int t = 0; t < threads; ++t) total += sums[t * per_thread + at].values[o];
-            const int64_t out = block / s.in_blocks() * kChannels + o;
-            dw[((out * kTaps + ky) * kTaps + kx) * s.in + in] = total;
+// Compute some images. Where `totals` is not null, adds each channel's sum and, after them, each channel's sum of squares.
+template <class Meets>
+void compute(const uint16_t* source, const Image& from, const Pair* weights, uint16_t* result, const Image& to,
+             int64_t images, double* totals) {
+    const int64_t weights_per_block = kTaps * from.channels / 2 * kTaps;
+    for (int64_t image = 0; image < images; ++image, source += from.values(), result += to.values())
+        for (int64_t block = 0; block < to.channels; block += kChannels) {
+            const Pair* of_block = weights + block / kChannels * weights_per_block;
+            Moments moments;
+            for (int64_t row = 0; row < to.height; ++row)
+                for (int64_t column = 0; column < to.width; column += kPixels) {
+                    __m512 sum[kPixels];
+                    const uint16_t* at = source + Meets::source_column(column) * from.channels;
+                    const bool left = column == 0, right = column + kPixels == to.width;
+                    if (left && right) compute_tile<Meets, true, true>(at, from, of_block, row, sum);
+                    else if (left) compute_tile<Meets, true, false>(at, from, of_block, row, sum);
+                    else if (right) compute_tile<Meets, false, true>(at, from, of_block, row, sum);
+                    else compute_tile<Meets, false, false>(at, from, of_block, row, sum);
+                    uint16_t* pixels = result + (row * to.width + column) * to.channels + block;
+#pragma GCC unroll 8
+                    for (int p = 0; p < kPixels; ++p)
+                        store(_mm512_cvtneps_pbh(sum[p]), pixels + p * to.channels);
+                    if (totals) moments.add(sum);
+                }
+            if (totals) moments.carry_over(to.pixels(), totals + block, totals + to.channels + block);
         }
+}
+
+// Share the images out among threads. `totals` is [threads][2][channels of the result], zeros, or null.
+template <bool kGradient, int kStride>
+void share(const uint16_t* source, const Image& from, const uint16_t* w, uint16_t* result, const Image& to,
+           int64_t images, double* totals, int threads) {
+    const Image &x = kGradient ? to : from, &y = kGradient ? from : to;
+    const auto packed = pack<kGradient>(w, x.channels, y.channels);
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int t = 0; t < threads; ++t) {
+        const int64_t first = images * t / threads, last = images * (t + 1) / threads;
+        compute<Meeting<kGradient, kStride>>(source + first * from.values(), from, packed.data(),
+                                             result + first * to.values(), to, last - first,
+                                             totals ? totals + t * 2 * to.channels : nullptr);
     }
 }
 
@@ -153,19 +171,19 @@ void gather(const std::vector<Sums>& sums, int threads, const Shape& s, float* d
 
 extern "C" int supported() { return 1; }
 
-// in and out are multiples of 16, width is even; dw is [out][3][3][in].
-extern "C" void weight_gradient(const uint16_t* x, const uint16_t* g, float* dw, int64_t images, int64_t height,
-                                int64_t width, int64_t in, int64_t out, int threads) {
-    const Shape shape{height, width, in, out};
-    const int64_t per_thread = shape.tiles() * Shape::kSumsPerTile;
-    std::vector<Sums> sums(threads * per_thread);  // zeros
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-    for (int t = 0; t < threads; ++t) {
-        const int64_t first = images * t / threads, last = images * (t + 1) / threads;
-        sum_images(x + first * height * width * in, g + first * height * width * out, last - first, shape,
-                   &sums[t * per_thread]);
-    }
-    gather(sums, threads, shape, dw);
+// x[images][height][width][in], w[out][3][3][in] -> y[images][height / stride][width / stride][out]. The width of y is a
+// multiple of 8, in and out are multiples of 16; with stride 2, height and width are even.
+extern "C" void convolve(const uint16_t* x, const uint16_t* w, uint16_t* y, double* totals, int64_t images, int64_t height,
+                         int64_t width, int64_t in, int64_t out, int64_t stride, int threads) {
+    const Image from{height, width, in}, to{height / stride, width / stride, out};
+    (stride == 1 ? share<false, 1> : share<false, 2>)(x, from, w, y, to, images, totals, threads);
+}
+
+// The gradient of x, whose height, width and channels are given, from that of y.
+extern "C" void input_gradient(const uint16_t* g, const uint16_t* w, uint16_t* of_x, int64_t images, int64_t height,
+                               int64_t width, int64_t in, int64_t out, int64_t stride, int threads) {
+    const Image from{height / stride, width / stride, out}, to{height, width, in};
+    (stride == 1 ? share<true, 1> : share<true, 2>)(g, from, w, of_x, to, images, nullptr, threads);
 }
 
 #else

@@ -35,7 +35,8 @@ def fast_layer(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor, shortcut: Tenso
     if shortcut is not None:
         shortcut = shortcut.contiguous(memory_format=torch.channels_last)
     if not norm.training:
-        out = batch_norm.evaluate(norm, conv(x), shortcut)
+        between, _ = convolution.forward(conv, x.to(dtype), _rounded(conv, dtype), totals=False)
+        out = batch_norm.evaluate(norm, between, shortcut)
         return out, out
     twice: Twice = _Layer.apply(x.to(dtype), shortcut, conv.weight, norm.weight, norm.bias, conv, norm)
     return twice
@@ -56,6 +57,10 @@ def _fits(x: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
+def _rounded(conv: nn.Conv2d, dtype: torch.dtype) -> Tensor:
+    return conv.weight.detach().to(dtype, memory_format=torch.channels_last)
+
+
 class _Layer(torch.autograd.Function):
     """The kernels with their gradient. Keeps the activations, and a result that the next layer keeps in any case."""
 
@@ -70,9 +75,9 @@ class _Layer(torch.autograd.Function):
         conv: nn.Conv2d,
         norm: nn.BatchNorm2d,
     ) -> Twice:
-        rounded = weight.to(x.dtype, memory_format=torch.channels_last)
-        between = F.conv2d(x, rounded, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-        out, statistics = batch_norm.train(norm, between, shortcut)
+        rounded = _rounded(conv, x.dtype)
+        between, totals = convolution.forward(conv, x, rounded, totals=True)
+        out, statistics = batch_norm.train(norm, between, shortcut, totals)
         ctx.save_for_backward(x, rounded, scale, offset, statistics, between, None if shortcut is None else out)
         ctx.conv = conv
         ctx.set_materialize_grads(False)
