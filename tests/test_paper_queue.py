@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,7 +26,8 @@ from tailscope.paper.reproduce import Reproduction, run_reproduce
 from tailscope.paper.runs import runs
 from tailscope.paper.timing import parse_duration
 from tailscope.progress import Deadline, TimeIsUp
-from tailscope.store import Store
+from tailscope.store import CHECKPOINT, Store
+from tailscope.training import stage1
 from tailscope.training.recipes import RECIPES, Recipe
 from tailscope.training.runtime import Runtime
 
@@ -329,13 +331,12 @@ def test_with_jobs_too_a_piece_is_written_while_later_ones_are_trained(tmp_path,
     """The limit is enough for the first piece alone: for its backbones and, beside the next ones, its classifiers."""
     monkeypatch.setattr(queue, "Deadline", Expiring)
     monkeypatch.setattr(Expiring, "expired", threading.Event())
-    one_at_a_time, asked = threading.Lock(), []
+    asked = []
 
     def act(backbone, end):
         asked.append(backbone.key)
         if len(asked) <= 2:
-            with one_at_a_time:
-                return ahead_train(backbone, end)
+            return ahead_train(backbone, end)
         until = time.monotonic() + 20
         while not (tmp_path / "swap.json").is_file() and time.monotonic() < until:
             time.sleep(0.01)
@@ -349,6 +350,14 @@ def test_with_jobs_too_a_piece_is_written_while_later_ones_are_trained(tmp_path,
     assert state(document) == [True, False, False, False]
     assert "2 of 10 backbones trained" in said
     assert len(asked) == len(set(asked)) == 10
+
+
+def assert_no_process_is_left():
+    """Wait rather than join: the pool's own thread may have joined a process and not have told yet."""
+    until = time.monotonic() + 20
+    while (left := multiprocessing.active_children()) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert left == []
 
 
 @pytest.mark.parametrize("when", ["starting", "training"])
@@ -365,9 +374,7 @@ def test_a_killed_process_ends_the_others_with_a_word(tmp_path, when):
     with pytest.raises(UserError, match=r"--jobs 2: a process that trained a backbone was killed.*goes on"):
         run_queue(reproduction_of(tmp_path, "table1", jobs=2), tell=lambda text: None)
     killer.join()
-    for process in multiprocessing.active_children():
-        process.join(20)
-    assert multiprocessing.active_children() == []
+    assert_no_process_is_left()
 
 
 def test_a_mistake_of_the_caller_ends_the_processes(tmp_path):
@@ -376,10 +383,59 @@ def test_a_mistake_of_the_caller_ends_the_processes(tmp_path):
     backbones = ahead.missing(lab, ahead.Place("digits", None, tmp_path, "cpu"), settings, "swap")
     with pytest.raises(ZeroDivisionError), ahead.training(list(backbones.values()), 2, 60):
         _ = 1 / 0
-    for process in multiprocessing.active_children():
-        process.join(20)
-    assert multiprocessing.active_children() == []
+    assert_no_process_is_left()
     assert not lab.store.has("stage1", next(iter(backbones)))
+
+
+def missing_backbones(tmp_path, seeds="2"):
+    """Return an empty store and what to train into it for Table 1."""
+    settings = reproduction_of(tmp_path, "table1", seeds=seeds).settings()
+    lab = Lab(load("digits"), Store(tmp_path), Runtime.choose("cpu"))
+    place = ahead.Place("digits", None, tmp_path, "cpu")
+    return lab.store, list(ahead.missing(lab, place, settings, "swap").values())
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """Threads in the place of the processes, as on a GPU; without a GPU they have no streams."""
+    monkeypatch.setattr(ahead, "_processes", lambda workers, jobs: ahead._streams(workers, torch.device("cpu")))
+
+
+def test_trainings_in_threads_do_not_disturb_one_another(tmp_path, streams):
+    """Four at a time give the same weights, to the bit, as one after the other."""
+    found = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for jobs in (1, 4):
+            store, backbones = missing_backbones(tmp_path / str(jobs))
+            with ahead.training(backbones, jobs, 60) as trained:
+                assert all(trained(backbone.key) for backbone in backbones)
+            found.append([store.read("stage1", backbone.key).tensors for backbone in backbones])
+    finally:
+        torch.set_num_threads(threads)
+    assert len(found[0]) == 4
+    for one, four in zip(*found, strict=True):
+        assert one.keys() == four.keys()
+        assert all(torch.equal(one[name], four[name]) for name in one)
+
+
+def test_an_exception_ends_trainings_in_threads_after_their_epoch(tmp_path, streams, monkeypatch):
+    begun = threading.Event()
+
+    def slowly(self, epoch, steps):
+        begun.set()
+        time.sleep(0.2)
+        return real(self, epoch, steps)
+
+    real = stage1._Batches.epoch
+    monkeypatch.setattr(stage1._Batches, "epoch", slowly)
+    store, backbones = missing_backbones(tmp_path)
+    with pytest.raises(ZeroDivisionError), ahead.training(backbones, 1, 60):
+        _ = 1 / (not begun.wait(20))
+    assert not any(thread.name.startswith("training") for thread in threading.enumerate())
+    assert not any(store.has("stage1", backbone.key) for backbone in backbones)
+    assert list((tmp_path / "scratch").rglob(CHECKPOINT))
 
 
 def test_what_a_process_could_not_train_in_time_is_not_begun_by_another(tmp_path, workers):

@@ -1,14 +1,15 @@
-"""Train backbones ahead of the experiments that need them, several at a time, each in a process of its own.
+"""Train backbones ahead of the experiments that need them, several at a time.
 
-Small networks do not fill a GPU: most of a step is spent on launching kernels, and other processes use that time. On a
-CPU every process gets its share of the threads. The store is what the processes have in common: what they trained, the
-experiments recall.
+Small networks do not fill a GPU. There each training has a thread of this process with a CUDA stream of its own, and
+the GPU works on the captured steps of all streams side by side; processes would only take turns. On a CPU each has a
+process and its share of the threads. The store is what they have in common: what they trained, the experiments recall.
 """
 
 import multiprocessing
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, wait
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from tailscope.data.sources import load
+from tailscope.data.sources import ImageData, load
 from tailscope.errors import UserError
 from tailscope.experiments.lab import Lab
 from tailscope.experiments.settings import Settings
@@ -55,13 +56,14 @@ def missing(lab: Lab, place: Place, settings: Settings, experiment: str) -> dict
 
 @contextmanager
 def training(backbones: Sequence[MissingBackbone], jobs: int, seconds: float) -> Iterator[Callable[[str], bool]]:
-    """Train backbones in `jobs` processes, in their order, while the caller works with those that are finished.
+    """Train `jobs` backbones at a time, in their order, while the caller works with those that are finished.
 
-    Leaving the context waits for the rest, which ends in time by itself; leaving it by an exception ends the processes.
+    Leaving the context waits for the rest, which ends in time by itself; leaving it by an exception ends processes at
+    once, threads after their epoch.
 
     Args:
         backbones: what `missing` returned.
-        jobs: processes at a time, at least 1.
+        jobs: trainings at a time, at least 1.
         seconds: from now, after which no epoch is begun; infinity for no limit.
 
     Yields:
@@ -75,7 +77,9 @@ def training(backbones: Sequence[MissingBackbone], jobs: int, seconds: float) ->
         yield lambda key: False
         return
     end = time.time() + seconds  # on the clock that all processes have
-    with _processes(min(jobs, len(backbones)), jobs) as pool:
+    device = Runtime.choose(backbones[0].place.device).device
+    workers = min(jobs, len(backbones))
+    with _streams(workers, device) if device.type == "cuda" else _processes(workers, jobs) as pool:
         tasks = {backbone.key: pool.submit(_train, backbone, end) for backbone in backbones}
         yield lambda key: tasks[key].result()
         wait(tasks.values())
@@ -104,15 +108,66 @@ def _processes(workers: int, jobs: int) -> Iterator[Executor]:
     pool.shutdown()
 
 
+@contextmanager
+def _streams(workers: int, device: torch.device) -> Iterator[Executor]:
+    """Yield threads that compute on a CUDA stream each; an exception stops them after their epoch."""
+    stop = threading.Event()
+    pool = ThreadPoolExecutor(workers, "training", _open_stream, (device, stop))
+    try:
+        yield pool
+    except BaseException:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
 def _share_threads(jobs: int) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
 
 
+def _open_stream(device: torch.device, stop: threading.Event) -> None:
+    _thread.stop = stop
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.cuda.set_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
+
+
+class _Thread(threading.local):
+    """What a thread that trains has for itself; in a process that trains there is only one."""
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+        self.labs: dict[Place, Lab] = {}
+
+    def lab(self, place: Place) -> Lab:
+        """Return the thread's lab; a lab keeps a model, and tells one progress."""
+        if place not in self.labs:
+            self.labs[place] = Lab(_data(place), Store(place.store), Runtime.choose(place.device))
+        return self.labs[place]
+
+
+_thread = _Thread()
+
+
+class _Stoppable(Quiet):
+    """Ends the work at a safe point once the training's thread is told to."""
+
+    def safe_point(self) -> None:
+        """Stop where the thread is to stop.
+
+        Raises:
+            TimeIsUp: it is.
+        """
+        if _thread.stop.is_set():
+            raise TimeIsUp
+
+
 def _train(backbone: MissingBackbone, end: float) -> bool:
-    deadline = Deadline(Quiet(), end - time.time())
+    deadline = Deadline(_Stoppable(), end - time.time())
     if deadline.passed:
         return False
-    lab = _lab(backbone.place)
+    lab = _thread.lab(backbone.place)
     lab.runtime = replace(lab.runtime, progress=deadline)
     run = next(r for r in runs(lab, backbone.settings, backbone.experiment) if r.backbone_key == backbone.key)
     try:
@@ -123,6 +178,5 @@ def _train(backbone: MissingBackbone, end: float) -> bool:
 
 
 @cache
-def _lab(place: Place) -> Lab:
-    data = load(place.data, data_root=place.data_root)
-    return Lab(data, Store(place.store), Runtime.choose(place.device))
+def _data(place: Place) -> ImageData:
+    return load(place.data, data_root=place.data_root)

@@ -4,6 +4,7 @@ A small network spends its time on launching kernels; a graph launches all of a 
 """
 
 import logging
+import threading
 from collections.abc import Callable
 from typing import Protocol
 
@@ -29,6 +30,10 @@ class Capture(Protocol):
         """Record `work`, which runs then or later, and return what runs it."""
 
 
+_PREPARING = threading.Lock()
+"""Neither compiling nor capturing is made for several threads at a time; replaying is."""
+
+
 class CudaCapture:
     """CUDA's capture, as PyTorch's notes on CUDA graphs ask for: warm-up on a stream of its own, then one recording."""
 
@@ -36,7 +41,7 @@ class CudaCapture:
         """Run a step on another stream than the default one."""
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        with _PREPARING, torch.cuda.stream(side):
             loss = step(*given)
         torch.cuda.current_stream().wait_stream(side)
         return loss
@@ -45,7 +50,7 @@ class CudaCapture:
         """Capture `work`, which computes nothing meanwhile."""
         graph = torch.cuda.CUDAGraph()
         # Another training may use the GPU from another thread of this process.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with _PREPARING, torch.cuda.graph(graph, capture_error_mode="thread_local"):
             work()
         return graph.replay
 

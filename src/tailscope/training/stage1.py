@@ -1,6 +1,7 @@
 """Stage 1: train a backbone end to end. The last epoch counts; the test split is never seen here."""
 
 import itertools
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,10 +25,13 @@ from tailscope.training.step import Normalizer, Stepper, loss_function
 CHUNK_BATCHES = 64
 """How many batches are augmented at once: vectorised, and bounded in memory."""
 
+_GLOBAL_RANDOM_STATE = threading.Lock()
+"""Layers are initialised from it, and the threads of a process have one in common."""
+
 
 def new_model(call: str, channels: int, num_classes: int, seed: int) -> CifarResNet:
     """Build a freshly initialised model in channels-last layout, without touching the global random state."""
-    with torch.random.fork_rng(devices=[]):
+    with _GLOBAL_RANDOM_STATE, torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "init"))
         model = MODELS.make(call, channels, num_classes)
     return model.to(memory_format=torch.channels_last)
