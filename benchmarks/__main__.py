@@ -18,7 +18,7 @@ from benchmarks.record import Options
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECORDS = REPOSITORY / "results" / "bench"
 DOCUMENT = REPOSITORY / "docs" / "performance.md"
-NAMES = ("train", "augment", "swap", "stage2", "geometry", "scaling", "breakdown")
+NAMES = ("train", "augment", "concurrent", "swap", "stage2", "geometry", "scaling", "breakdown")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -24,7 +24,7 @@ class Size:
 
 
 SIZES = {
-    "full": Size(49_152, 128, "resnet32", 7, 4.0, True, 64, (0, 2)),
+    "full": Size(49_152, 128, "resnet32", 6, 4.0, True, 64, (0, 2)),
     "quick": Size(512, 128, "resnet32", 2, 1.5, False, 4, (0,)),
     "tiny": Size(32, 16, "resnet8(width=8)", 1, 0.0, False, 2, (0,)),
 }

@@ -1,14 +1,11 @@
 """`reproduce` under a time limit: the order of the pieces, stopping in time, going on, and the folder it leaves."""
 
 import json
-import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -25,8 +22,8 @@ from tailscope.paper.queue import Piece, order, run_queue
 from tailscope.paper.reproduce import Reproduction, run_reproduce
 from tailscope.paper.runs import runs
 from tailscope.paper.timing import parse_duration
-from tailscope.progress import Deadline, TimeIsUp
-from tailscope.store import CHECKPOINT, Store
+from tailscope.progress import Deadline, Quiet, TimeIsUp
+from tailscope.store import Store
 from tailscope.training import stage1
 from tailscope.training.recipes import RECIPES, Recipe
 from tailscope.training.runtime import Runtime
@@ -283,7 +280,7 @@ def test_pieces_read_well():
 
 
 def test_backbones_trained_ahead_give_the_same_results(tmp_path):
-    """Two processes train every backbone; the pieces recall them and add nothing but classifiers."""
+    """Two threads train every backbone; the pieces recall them and add nothing but classifiers."""
     said = []
     one = run_queue(reproduction_of(tmp_path / "one", "table1", seeds="1"), tell=said.append)
     two = run_queue(reproduction_of(tmp_path / "two", "table1", seeds="1", jobs=2), tell=said.append)
@@ -315,15 +312,9 @@ class Expiring(Deadline):
 
 @pytest.fixture
 def workers(monkeypatch):
-    """Threads in the place of the processes, each doing what the test puts into the list."""
+    """Each training does what the test puts into the list."""
     acts = []
-
-    def threads(workers, context, initializer, arguments):
-        return ThreadPoolExecutor(workers, initializer=initializer, initargs=arguments)
-
-    monkeypatch.setattr(ahead, "ProcessPoolExecutor", threads)
-    monkeypatch.setattr(ahead, "_share_threads", lambda jobs: None)
-    monkeypatch.setattr(ahead, "_train", lambda backbone, end: acts[0](backbone, end))
+    monkeypatch.setattr(ahead, "_train", lambda backbone, deadline, stop: acts[0](backbone, deadline, stop))
     return acts
 
 
@@ -333,10 +324,10 @@ def test_with_jobs_too_a_piece_is_written_while_later_ones_are_trained(tmp_path,
     monkeypatch.setattr(Expiring, "expired", threading.Event())
     asked = []
 
-    def act(backbone, end):
-        asked.append(backbone.key)
+    def act(backbone, deadline, stop):
+        asked.append(backbone.run.backbone_key)
         if len(asked) <= 2:
-            return ahead_train(backbone, end)
+            return ahead_train(backbone, Deadline(Quiet(), 60), stop)
         until = time.monotonic() + 20
         while not (tmp_path / "swap.json").is_file() and time.monotonic() < until:
             time.sleep(0.01)
@@ -352,56 +343,14 @@ def test_with_jobs_too_a_piece_is_written_while_later_ones_are_trained(tmp_path,
     assert len(asked) == len(set(asked)) == 10
 
 
-def assert_no_process_is_left():
-    """Wait rather than join: the pool's own thread may have joined a process and not have told yet."""
-    until = time.monotonic() + 20
-    while (left := multiprocessing.active_children()) and time.monotonic() < until:
-        time.sleep(0.01)
-    assert left == []
-
-
-@pytest.mark.parametrize("when", ["starting", "training"])
-def test_a_killed_process_ends_the_others_with_a_word(tmp_path, when):
-    def kill():
-        while not (children := multiprocessing.active_children()):
-            time.sleep(0.01)
-        while when == "training" and not list((tmp_path / "store").glob("scratch/*")):
-            time.sleep(0.01)
-        os.kill(children[0].pid, signal.SIGKILL)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    with pytest.raises(UserError, match=r"--jobs 2: a process that trained a backbone was killed.*goes on"):
-        run_queue(reproduction_of(tmp_path, "table1", jobs=2), tell=lambda text: None)
-    killer.join()
-    assert_no_process_is_left()
-
-
-def test_a_mistake_of_the_caller_ends_the_processes(tmp_path):
-    settings = reproduction_of(tmp_path, "table1", seeds="1").settings()
-    lab = Lab(load("digits"), Store(tmp_path), Runtime.choose("cpu"))
-    backbones = ahead.missing(lab, ahead.Place("digits", None, tmp_path, "cpu"), settings, "swap")
-    with pytest.raises(ZeroDivisionError), ahead.training(list(backbones.values()), 2, 60):
-        _ = 1 / 0
-    assert_no_process_is_left()
-    assert not lab.store.has("stage1", next(iter(backbones)))
-
-
 def missing_backbones(tmp_path, seeds="2"):
     """Return an empty store and what to train into it for Table 1."""
     settings = reproduction_of(tmp_path, "table1", seeds=seeds).settings()
     lab = Lab(load("digits"), Store(tmp_path), Runtime.choose("cpu"))
-    place = ahead.Place("digits", None, tmp_path, "cpu")
-    return lab.store, list(ahead.missing(lab, place, settings, "swap").values())
+    return lab.store, list(ahead.missing(lab, settings, "swap").values())
 
 
-@pytest.fixture
-def streams(monkeypatch):
-    """Threads in the place of the processes, as on a GPU; without a GPU they have no streams."""
-    monkeypatch.setattr(ahead, "_processes", lambda workers, jobs: ahead._streams(workers, torch.device("cpu")))
-
-
-def test_trainings_in_threads_do_not_disturb_one_another(tmp_path, streams):
+def test_trainings_in_threads_do_not_disturb_one_another(tmp_path):
     """Four at a time give the same weights, to the bit, as one after the other."""
     found = []
     threads = torch.get_num_threads()
@@ -409,9 +358,9 @@ def test_trainings_in_threads_do_not_disturb_one_another(tmp_path, streams):
     try:
         for jobs in (1, 4):
             store, backbones = missing_backbones(tmp_path / str(jobs))
-            with ahead.training(backbones, jobs, 60) as trained:
-                assert all(trained(backbone.key) for backbone in backbones)
-            found.append([store.read("stage1", backbone.key).tensors for backbone in backbones])
+            with ahead.training(backbones, jobs, Deadline(Quiet(), 60)) as trained:
+                assert all(trained(backbone.run.backbone_key) for backbone in backbones)
+            found.append([store.read("stage1", backbone.run.backbone_key).tensors for backbone in backbones])
     finally:
         torch.set_num_threads(threads)
     assert len(found[0]) == 4
@@ -420,40 +369,33 @@ def test_trainings_in_threads_do_not_disturb_one_another(tmp_path, streams):
         assert all(torch.equal(one[name], four[name]) for name in one)
 
 
-def test_an_exception_ends_trainings_in_threads_after_their_epoch(tmp_path, streams, monkeypatch):
-    begun = threading.Event()
+def test_an_exception_ends_trainings_at_their_next_step_and_finished_epochs_are_kept(tmp_path, monkeypatch):
+    second = threading.Event()
 
-    def slowly(self, epoch, steps):
-        begun.set()
-        time.sleep(0.2)
-        return real(self, epoch, steps)
+    def epoch(self, number, steps):
+        for batch in real(self, number, steps):
+            yield batch
+            if number == 1:
+                second.set()
+                time.sleep(0.2)
 
     real = stage1._Batches.epoch
-    monkeypatch.setattr(stage1._Batches, "epoch", slowly)
+    monkeypatch.setattr(stage1._Batches, "epoch", epoch)
     store, backbones = missing_backbones(tmp_path)
-    with pytest.raises(ZeroDivisionError), ahead.training(backbones, 1, 60):
-        _ = 1 / (not begun.wait(20))
+    with pytest.raises(ZeroDivisionError), ahead.training(backbones, 1, Deadline(Quiet(), 60)):
+        _ = 1 / (not second.wait(20))
     assert not any(thread.name.startswith("training") for thread in threading.enumerate())
-    assert not any(store.has("stage1", backbone.key) for backbone in backbones)
-    assert list((tmp_path / "scratch").rglob(CHECKPOINT))
+    first, *others = (backbone.run.backbone_key for backbone in backbones)
+    assert store.checkpoint("stage1", first)["epochs"] == 1
+    assert not any(store.checkpoint("stage1", key) for key in others)
+    assert store.keys("stage1") == []
 
 
-def test_what_a_process_could_not_train_in_time_is_not_begun_by_another(tmp_path, workers):
-    workers.append(lambda backbone, end: False)
+def test_what_could_not_be_trained_in_time_is_not_begun_again(tmp_path, workers):
+    workers.append(lambda *_: False)
     document = run_queue(reproduction_of(tmp_path, "table1", jobs=2), tell=lambda text: None)
     assert state(document) == [False, False]
     assert not (tmp_path / "store" / "stage1").exists()
-
-
-def test_what_a_process_needs_to_start_is_part_of_the_limit(tmp_path, monkeypatch, workers):
-    workers.append(ahead_train)
-    monkeypatch.setattr(ahead, "_share_threads", lambda jobs: time.sleep(0.3))  # as long as importing takes
-    settings = reproduction_of(tmp_path, "table1", seeds="1").settings()
-    lab = Lab(load("digits"), Store(tmp_path), Runtime.choose("cpu"))
-    backbones = ahead.missing(lab, ahead.Place("digits", None, tmp_path, "cpu"), settings, "swap")
-    with ahead.training(list(backbones.values()), 1, 0.2) as trained:
-        assert [trained(key) for key in backbones] == [False, False]
-    assert not (tmp_path / "scratch").exists()
 
 
 def test_a_limit_ends_the_wait_for_another_run(tmp_path, monkeypatch, caplog):

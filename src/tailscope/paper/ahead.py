@@ -1,182 +1,114 @@
-"""Train backbones ahead of the experiments that need them, several at a time.
+"""Train backbones ahead of the experiments that need them, several at a time, each in a thread of its own.
 
-Small networks do not fill a GPU. There each training has a thread of this process with a CUDA stream of its own, and
-the GPU works on the captured steps of all streams side by side; processes would only take turns. On a CPU each has a
-process and its share of the threads. The store is what they have in common: what they trained, the experiments recall.
+Small networks do not fill a GPU: the captured steps of several trainings run side by side on it, each on a stream of
+its own, where processes would only take turns. On a CPU every training gets its share of the cores, which then do not
+wait for one another at every layer. The store is what the threads and the caller have in common: what was trained
+ahead, the experiments recall.
 """
 
-import multiprocessing
+import copy
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
 
 import torch
 
-from tailscope.data.sources import ImageData, load
-from tailscope.errors import UserError
 from tailscope.experiments.lab import Lab
+from tailscope.experiments.runs import Run
 from tailscope.experiments.settings import Settings
 from tailscope.paper.runs import runs
-from tailscope.progress import Deadline, Quiet, TimeIsUp
-from tailscope.store import Store
-from tailscope.training.runtime import Runtime
+from tailscope.progress import Advance, Deadline, Quiet, TimeIsUp
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a process finds the images and leaves what it trained."""
-
-    data: str
-    data_root: Path | None
-    store: Path
-    device: str
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MissingBackbone:
-    """One backbone to train: the first run of an experiment that has its key."""
+    """One backbone to train: the first run of an experiment that has its key, and where its data and its store are."""
 
-    place: Place
-    settings: Settings
-    experiment: str
-    key: str
+    lab: Lab
+    run: Run
 
 
-def missing(lab: Lab, place: Place, settings: Settings, experiment: str) -> dict[str, MissingBackbone]:
+def missing(lab: Lab, settings: Settings, experiment: str) -> dict[str, MissingBackbone]:
     """Return by key the backbones of an experiment that are not stored, in the order of need."""
-    keys = [run.backbone_key for run in runs(lab, settings, experiment)]
-    return {key: MissingBackbone(place, settings, experiment, key) for key in keys if not lab.store.has("stage1", key)}
+    found: dict[str, MissingBackbone] = {}
+    for run in runs(lab, settings, experiment):
+        if not lab.store.has("stage1", run.backbone_key):
+            found.setdefault(run.backbone_key, MissingBackbone(lab, run))
+    return found
 
 
 @contextmanager
-def training(backbones: Sequence[MissingBackbone], jobs: int, seconds: float) -> Iterator[Callable[[str], bool]]:
+def training(backbones: Sequence[MissingBackbone], jobs: int, deadline: Deadline) -> Iterator[Callable[[str], bool]]:
     """Train `jobs` backbones at a time, in their order, while the caller works with those that are finished.
 
-    Leaving the context waits for the rest, which ends in time by itself; leaving it by an exception ends processes at
-    once, threads after their epoch.
+    Leaving the context waits for the rest, which ends in time by itself; leaving it by an exception ends the trainings
+    at their next step, and checkpoints keep their finished epochs.
 
     Args:
-        backbones: what `missing` returned.
+        backbones: what `missing` returned, of one device.
         jobs: trainings at a time, at least 1.
-        seconds: from now, after which no epoch is begun; infinity for no limit.
+        deadline: after it no epoch is begun.
 
     Yields:
         What waits for the backbone of a key and returns whether it was trained to its end. One that the time was too
         short for has a checkpoint and goes on from there another time.
-
-    Raises:
-        UserError: a process was killed; the others end with it.
     """
-    if not backbones or seconds <= 0:
+    if not backbones:
         yield lambda key: False
         return
-    end = time.time() + seconds  # on the clock that all processes have
-    device = Runtime.choose(backbones[0].place.device).device
-    workers = min(jobs, len(backbones))
-    with _streams(workers, device) if device.type == "cuda" else _processes(workers, jobs) as pool:
-        tasks = {backbone.key: pool.submit(_train, backbone, end) for backbone in backbones}
+    stop = threading.Event()
+    initial = (backbones[0].lab.runtime.device, max(1, torch.get_num_threads() // jobs))
+    pool = ThreadPoolExecutor(jobs, "training", prepare_thread, initial)
+    try:
+        tasks = {b.run.backbone_key: pool.submit(_train, b, deadline, stop) for b in backbones}
         yield lambda key: tasks[key].result()
         wait(tasks.values())
-
-
-@contextmanager
-def _processes(workers: int, jobs: int) -> Iterator[Executor]:
-    """Yield processes that share the threads among `jobs`; an exception ends them all, and so does the death of one."""
-    before = multiprocessing.active_children()
-    # Spawned, not forked: neither CUDA nor OpenMP survives a fork.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _share_threads, (jobs,))
-    try:
-        yield pool
-    except BaseException as error:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():
-            if process not in before:
-                process.terminate()
-        if isinstance(error, BrokenProcessPool):
-            raise UserError(
-                f"--jobs {jobs}: a process that trained a backbone was killed, perhaps for want of memory; the same "
-                "command goes on from its last epoch, with fewer jobs in less memory"
-            ) from None
-        raise
-    pool.shutdown()
-
-
-@contextmanager
-def _streams(workers: int, device: torch.device) -> Iterator[Executor]:
-    """Yield threads that compute on a CUDA stream each; an exception stops them after their epoch."""
-    stop = threading.Event()
-    pool = ThreadPoolExecutor(workers, "training", _open_stream, (device, stop))
-    try:
-        yield pool
     except BaseException:
         stop.set()
-        pool.shutdown(cancel_futures=True)
         raise
-    pool.shutdown()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _share_threads(jobs: int) -> None:
-    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
-
-
-def _open_stream(device: torch.device, stop: threading.Event) -> None:
-    _thread.stop = stop
+def prepare_thread(device: torch.device, threads: int) -> None:
+    """Give the thread its share of the cores, and a stream on a GPU."""
+    torch.set_num_threads(threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.cuda.set_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
 
 
-class _Thread(threading.local):
-    """What a thread that trains has for itself; in a process that trains there is only one."""
-
-    def __init__(self) -> None:
-        self.stop = threading.Event()
-        self.labs: dict[Place, Lab] = {}
-
-    def lab(self, place: Place) -> Lab:
-        """Return the thread's lab; a lab keeps a model, and tells one progress."""
-        if place not in self.labs:
-            self.labs[place] = Lab(_data(place), Store(place.store), Runtime.choose(place.device))
-        return self.labs[place]
-
-
-_thread = _Thread()
-
-
 class _Stoppable(Quiet):
-    """Ends the work at a safe point once the training's thread is told to."""
+    """Ends a training at its next step once an event is set."""
+
+    def __init__(self, stop: threading.Event) -> None:
+        self._stop = stop
+
+    @contextmanager
+    def task(self, description: str, total: int, done: int = 0) -> Iterator[Advance]:
+        """Look at the event after every step."""
+        yield lambda items: self.safe_point()
 
     def safe_point(self) -> None:
-        """Stop where the thread is to stop.
+        """Look at the event.
 
         Raises:
-            TimeIsUp: it is.
+            TimeIsUp: it is set.
         """
-        if _thread.stop.is_set():
+        if self._stop.is_set():
             raise TimeIsUp
 
 
-def _train(backbone: MissingBackbone, end: float) -> bool:
-    deadline = Deadline(_Stoppable(), end - time.time())
-    if deadline.passed:
+def _train(backbone: MissingBackbone, deadline: Deadline, stop: threading.Event) -> bool:
+    own = Deadline(_Stoppable(stop), deadline.left)  # a deadline remembers how long the last epoch took
+    if own.passed:
         return False
-    lab = _thread.lab(backbone.place)
-    lab.runtime = replace(lab.runtime, progress=deadline)
-    run = next(r for r in runs(lab, backbone.settings, backbone.experiment) if r.backbone_key == backbone.key)
+    lab, run = copy.copy(backbone.lab), backbone.run  # a lab keeps a model, and tells one progress
+    lab.runtime = replace(lab.runtime, progress=own)
     try:
         lab.backbone(run.stage1, run.trained_on.rows, run.seed, run.encoder)
     except TimeIsUp:
         return False
     return True
-
-
-@cache
-def _data(place: Place) -> ImageData:
-    return load(place.data, data_root=place.data_root)

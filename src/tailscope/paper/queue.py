@@ -95,7 +95,8 @@ def run_queue(reproduction: Reproduction, *, tell: Tell = print, progress: Progr
     labs = {dataset: _lab(one, runtime) for dataset, one in reproductions.items()}
     state = [_is_done(piece, reproductions, settings, labs) for piece in pieces]
     tell(f"{len(pieces)} pieces, {sum(state)} done before; {side_by_side.label_of(first.recipe.model_dump())}")
-    with _training_ahead(list(_left(pieces, state)), reproductions, settings, labs, tell, deadline) as trained:
+    jobs = reproduction.jobs
+    with _training_ahead(list(_left(pieces, state)), jobs, settings, labs, tell, deadline) as trained:
         for k, piece in enumerate(pieces):
             if state[k]:
                 continue
@@ -115,7 +116,7 @@ def run_queue(reproduction: Reproduction, *, tell: Tell = print, progress: Progr
 @contextmanager
 def _training_ahead(
     pieces: Sequence[Piece],
-    reproductions: Mapping[str, Reproduction],
+    jobs: int,
     settings: Mapping[str, Settings],
     labs: Mapping[str, Lab],
     tell: Tell,
@@ -126,21 +127,18 @@ def _training_ahead(
     Yields what waits for the backbones of a piece and returns False where the time was too short for them. With one
     job nothing is trained ahead.
     """
-    jobs = max(reproduction.jobs for reproduction in reproductions.values())
     if jobs == 1:
         yield lambda piece: True
         return
-    needed: dict[Piece, dict[str, ahead.MissingBackbone]] = {}
-    for piece in pieces:
-        reproduction, lab = reproductions[piece.dataset], labs[piece.dataset]
-        place = ahead.Place(
-            targets.benchmark(piece.dataset).data, reproduction.data_root, lab.store.root, reproduction.device
+    needed = {
+        piece: ahead.missing(
+            labs[piece.dataset], settings[piece.dataset].model_copy(update={"seeds": piece.seeds}), piece.experiment
         )
-        own = settings[piece.dataset].model_copy(update={"seeds": piece.seeds})
-        needed[piece] = ahead.missing(lab, place, own, piece.experiment)
+        for piece in pieces
+    }
     backbones = {key: backbone for of_piece in needed.values() for key, backbone in of_piece.items()}
     tell(f"{len(backbones)} backbones to train, {jobs} at a time")
-    with ahead.training(list(backbones.values()), jobs, deadline.left) as trained:
+    with ahead.training(list(backbones.values()), jobs, deadline) as trained:
         yield lambda piece: all(map(trained, needed[piece]))
         done = sum(map(trained, backbones))
     tell(f"{done} of {len(backbones)} backbones trained")

@@ -1,0 +1,66 @@
+"""Several of our trainings at a time, as `reproduce --jobs` runs them: in threads that share the cores or the GPU."""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from benchmarks.arms.common import STAGE1, data_spec, load_images, on_device
+from benchmarks.arms.ours import AUGMENT
+from benchmarks.workers import Pace
+from tailscope.paper.ahead import prepare_thread
+from tailscope.progress import Advance, Quiet
+from tailscope.spec import StageSpec
+from tailscope.training.runtime import Runtime
+from tailscope.training.stage1 import train_backbone
+from tailscope.training.step import Normalizer
+
+
+class _InStep(Quiet):
+    """Progress of one of several trainings, which wait for one another every so many steps."""
+
+    def __init__(self, together: threading.Barrier, steps: int) -> None:
+        self._together, self._steps, self._done = together, steps, 0
+
+    @contextmanager
+    def task(self, description: str, total: int, done: int = 0) -> Iterator[Advance]:
+        """Meet the others where a stretch of steps ends."""
+        yield lambda items: self._advance()
+
+    def _advance(self) -> None:
+        self._done += 1
+        if self._done % self._steps == 0:
+            self._together.wait()
+
+
+def train(
+    pace: Pace, *, data: str | None, images: int, batch: int, model: str, device: str, jobs: int, stretch: int
+) -> None:
+    """Train `jobs` backbones at a time by the paper's recipe; a step of the pace is `stretch` steps of each."""
+    on_device(pace, device)
+    subset = load_images(data, images)
+    train = STAGE1.model_copy(update={"batch": batch})
+    spec = StageSpec(data=data_spec(subset), train=train, model=model, augment=AUGMENT)
+    normalize = Normalizer.of(subset.images)
+    together = threading.Barrier(jobs, action=lambda: pace.step(jobs * stretch * batch))
+
+    def one(seed: int, scratch: Path) -> None:
+        try:
+            runtime = Runtime.choose(device, progress=_InStep(together, stretch))
+            train_backbone(spec, subset, normalize, seed, runtime, scratch, "benchmark")
+        finally:
+            together.abort()  # who waits for it would wait for ever
+
+    share = (Runtime.choose(device).device, max(1, torch.get_num_threads() // jobs))
+    pace.ready()
+    with TemporaryDirectory() as scratch, ThreadPoolExecutor(jobs, "training", prepare_thread, share) as pool:
+        folders = [Path(scratch) / str(seed) for seed in range(jobs)]
+        for folder in folders:
+            folder.mkdir()
+        ended = [task.exception() for task in [pool.submit(one, seed, folder) for seed, folder in enumerate(folders)]]
+    for error in sorted(filter(None, ended), key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+        raise error
