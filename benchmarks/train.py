@@ -88,8 +88,8 @@ def _arms(size: Size, options: Options) -> dict[str, Arm]:
         **({"ours_compiled": ours(size, options, compile=True)} if size.compile else {}),
         "tuned": Arm("benchmarks.arms.tuned:train", {**tuned, "keep_memory": False}),
         "tuned_kept": Arm("benchmarks.arms.tuned:train", {**tuned, "keep_memory": True}),
-        "limit_kept": Arm("benchmarks.arms.limits:convolutions", {**shared, "keep_memory": True}),
-        "limit": Arm("benchmarks.arms.limits:convolutions", {**shared, "keep_memory": False}),
+        "limit": Arm("benchmarks.arms.limits:convolutions", {**shared, "ours": False}),
+        "our_limit": Arm("benchmarks.arms.limits:convolutions", {**shared, "ours": True}),
     }
 
 
@@ -112,8 +112,8 @@ def _rows(measured: dict[str, Measured], workers: dict[str, int], size: Size, op
         row("lightning", "the same in Lightning", loader("lightning"), 3.0),
         row("tuned", f"tuned loop: bf16, channels-last, {how}, batched augmentation", "glibc's default allocator", 1.2),
         row("tuned_kept", "the tuned loop with our allocator setting", "keeps freed memory"),
-        row("limit_kept", "limit: the step's convolutions and products alone", "keeps freed memory", 0.8),
-        row("limit", "the same limit with the default allocator", "glibc's default allocator"),
+        row("limit", "limit: the step's convolutions and products alone, PyTorch's", "keeps freed memory", 0.8),
+        row("our_limit", "the same limit with our convolutions", "keeps freed memory", 0.8),
         *([_compiled(measured, row)] if size.compile else []),
     ]
 
