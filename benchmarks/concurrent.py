@@ -59,6 +59,8 @@ def run(options: Options) -> Record:
 def _arm(jobs: int, size: Size, options: Options) -> Arm:
     settings = {
         "data": options.data, "images": size.images, "batch": size.batch, "model": size.model,
-        "device": options.device, "jobs": jobs, "stretch": size.stretch,
+        "device": options.device,
     }  # fmt: skip
-    return Arm("benchmarks.arms.concurrent:train", settings, warm_up=1)
+    if jobs == 1:  # as it runs without --jobs, in the main thread
+        return Arm("benchmarks.arms.ours:train", settings, multiple=size.stretch)
+    return Arm("benchmarks.arms.concurrent:train", {**settings, "jobs": jobs, "stretch": size.stretch}, warm_up=1)

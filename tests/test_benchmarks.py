@@ -1,7 +1,7 @@
 """The benchmarks run from end to end at tiny sizes, their statistics are right, and the document is up to date."""
 
-import doctest
 import dataclasses
+import doctest
 import importlib
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Kernels of our own, for what the libraries leave slow on a CPU: batch normalisation and convolutions' gradients."""
+"""Kernels of our own, for what the libraries leave slow on a CPU: 3x3 convolutions and what lies between them."""
 
 from torch import nn
 
