@@ -26,9 +26,11 @@ from tailscope.training.step import Normalizer
 
 # The first kind that fits: a compiled kernel's name lists what was fused, a backward kernel's holds the forward's.
 KINDS = {
-    "our gradient of convolutions' weights": ("our gradient",),
-    "convolution, backward": ("convolution_backward",),
-    "convolution, forward": ("mkldnn_convolution", "cudnn_convolution", "thnn_conv2d", "_convolution_pointwise"),
+    "our convolutions, forward": ("our forward",),
+    "our convolutions, gradient of inputs": ("our input gradient",),
+    "our convolutions, gradient of weights": ("our weight gradient",),
+    "PyTorch's convolutions, backward": ("convolution_backward",),
+    "PyTorch's convolutions, forward": ("mkldnn_convolution", "cudnn_convolution", "thnn_conv2d", "_convolution_pointwise"),
     "our batch norm, shortcut and ReLU": ("our batch norm",),
     "compiled kernels between convolutions": ("compiled", "cpp_fused", "triton"),
     "batch norm": ("batch_norm",),
@@ -39,7 +41,9 @@ KINDS = {
 }
 
 OURS = (
-    ("our gradient", convolution, "_weight_gradient"),
+    ("our forward", convolution, "forward"),
+    ("our input gradient", convolution, "_input_gradient"),
+    ("our weight gradient", convolution, "_weight_gradient"),
     ("our batch norm", batch_norm, "train"),
     ("our batch norm", batch_norm, "gradients"),
 )
