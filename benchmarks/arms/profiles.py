@@ -30,7 +30,12 @@ KINDS = {
     "our convolutions, gradient of inputs": ("our input gradient",),
     "our convolutions, gradient of weights": ("our weight gradient",),
     "PyTorch's convolutions, backward": ("convolution_backward",),
-    "PyTorch's convolutions, forward": ("mkldnn_convolution", "cudnn_convolution", "thnn_conv2d", "_convolution_pointwise"),
+    "PyTorch's convolutions, forward": (
+        "mkldnn_convolution",
+        "cudnn_convolution",
+        "thnn_conv2d",
+        "_convolution_pointwise",
+    ),
     "our batch norm, shortcut and ReLU": ("our batch norm",),
     "compiled kernels between convolutions": ("compiled", "cpp_fused", "triton"),
     "batch norm": ("batch_norm",),
