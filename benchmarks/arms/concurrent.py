@@ -9,12 +9,11 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from benchmarks.arms.common import STAGE1, data_spec, load_images, on_device
-from benchmarks.arms.ours import AUGMENT
+from benchmarks.arms.common import load_images, on_device
+from benchmarks.arms.ours import stage1_spec
 from benchmarks.workers import Pace
 from tailscope.paper.ahead import prepare_thread
 from tailscope.progress import Advance, Quiet
-from tailscope.spec import StageSpec
 from tailscope.training.runtime import Runtime
 from tailscope.training.stage1 import train_backbone
 from tailscope.training.step import Normalizer
@@ -43,8 +42,7 @@ def train(
     """Train `jobs` backbones at a time by the paper's recipe; a step of the pace is `stretch` steps of each."""
     on_device(pace, device)
     subset = load_images(data, images)
-    train = STAGE1.model_copy(update={"batch": batch})
-    spec = StageSpec(data=data_spec(subset), train=train, model=model, augment=AUGMENT)
+    spec = stage1_spec(subset, batch, model)
     normalize = Normalizer.of(subset.images)
     together = threading.Barrier(jobs, action=lambda: pace.step(jobs * stretch * batch))
 

@@ -5,12 +5,19 @@ from tempfile import TemporaryDirectory
 
 from benchmarks.arms.common import STAGE1, Paced, data_spec, load_images, on_device
 from benchmarks.workers import Pace
+from tailscope.data.imageset import ImageSet
 from tailscope.spec import StageSpec
 from tailscope.training.runtime import Runtime
 from tailscope.training.stage1 import train_backbone
 from tailscope.training.step import Normalizer
 
 AUGMENT = ("crop(padding=4)", "flip")
+
+
+def stage1_spec(subset: ImageSet, batch: int, model: str) -> StageSpec:
+    """Return the paper's stage 1 on some images, with crop and flip."""
+    train = STAGE1.model_copy(update={"batch": batch})
+    return StageSpec(data=data_spec(subset), train=train, model=model, augment=AUGMENT)
 
 
 def train(
@@ -31,12 +38,11 @@ def train(
     """
     on_device(pace, device)
     subset = load_images(data, images)
-    spec = StageSpec(
-        data=data_spec(subset),
-        train=STAGE1.model_copy(update={"batch": batch}),
-        model=model,
-        augment=(*AUGMENT, "autoaugment()") if autoaugment else AUGMENT,
-        mix="mixup(alpha=1.0)" if mixup else None,
+    spec = stage1_spec(subset, batch, model).model_copy(
+        update={
+            "augment": (*AUGMENT, "autoaugment()") if autoaugment else AUGMENT,
+            "mix": "mixup(alpha=1.0)" if mixup else None,
+        }
     )
     runtime = Runtime.choose(device, compile=compile, progress=Paced(pace))
     normalize = Normalizer.of(subset.images)

@@ -58,7 +58,8 @@ def gradients(
     our_weight = _fits_weight_gradient(layer, x) and available()
     by_x: Tensor | None = None
     by_weight: Tensor | None = None
-    if (of_x and not our_x) or not our_weight:
+    theirs = [of_x and not our_x, not our_weight, False]
+    if any(theirs):
         by_x, by_weight, _ = torch.ops.aten.convolution_backward.default(
             arriving,
             x,
@@ -70,7 +71,7 @@ def gradients(
             False,
             [0, 0],
             layer.groups,
-            [of_x and not our_x, not our_weight, False],
+            theirs,
         )
     if our_x:
         by_x = _input_gradient(layer, x, weight, arriving)

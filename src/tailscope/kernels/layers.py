@@ -35,7 +35,7 @@ def fast_layer(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor, shortcut: Tenso
     if shortcut is not None:
         shortcut = shortcut.contiguous(memory_format=torch.channels_last)
     if not norm.training:
-        between, _ = convolution.forward(conv, x.to(dtype), _rounded(conv, dtype), totals=False)
+        between, _ = convolution.forward(conv, x.to(dtype), _rounded(conv.weight, dtype), totals=False)
         out = batch_norm.evaluate(norm, between, shortcut)
         return out, out
     twice: Twice = _Layer.apply(x.to(dtype), shortcut, conv.weight, norm.weight, norm.bias, conv, norm)
@@ -57,8 +57,8 @@ def _fits(x: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
-def _rounded(conv: nn.Conv2d, dtype: torch.dtype) -> Tensor:
-    return conv.weight.detach().to(dtype, memory_format=torch.channels_last)
+def _rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.detach().to(dtype, memory_format=torch.channels_last)
 
 
 class _Layer(torch.autograd.Function):
@@ -75,7 +75,7 @@ class _Layer(torch.autograd.Function):
         conv: nn.Conv2d,
         norm: nn.BatchNorm2d,
     ) -> Twice:
-        rounded = _rounded(conv, x.dtype)
+        rounded = _rounded(weight, x.dtype)
         between, totals = convolution.forward(conv, x, rounded, totals=True)
         out, statistics = batch_norm.train(norm, between, shortcut, totals)
         ctx.save_for_backward(x, rounded, scale, offset, statistics, between, None if shortcut is None else out)
