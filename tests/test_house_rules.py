@@ -10,8 +10,8 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SOURCES = sorted((REPOSITORY / "src").rglob("*.py"))
-MAX_FILE_LINES = 300
-MAX_FUNCTION_LINES = 60
+MAX_FILE_LINES = 500
+MAX_FUNCTION_LINES = 50
 
 # Written in pieces, so that this file passes its own check.
 HOSTS = [
@@ -83,15 +83,15 @@ def test_sources_keep_the_rules(path: Path) -> None:
     ("text", "breaks"),
     [
         ("x = 1", ["module has no docstring"]),
-        ('"""M."""\n' + "x = 1\n" * 300, ["file has more than 300 lines"]),
+        ('"""M."""\n' + "x = 1\n" * 500, ["file has more than 500 lines"]),
         ('"""M."""\ndef f() -> None:\n    x = 1', ["f has no docstring"]),
         (
             '"""M."""\nclass A:\n    def f(self) -> None:\n        x = 1',
             ["class A has no docstring", "f has no docstring"],
         ),
         ('"""M."""\ndef f(a, *, b: int, **c):\n    "D."', ["f lacks types: a, c, return"]),
-        ('"""M."""\ndef _f() -> None:\n    "D."\n' + "    x = 1\n" * 61, ["_f has more than 60 lines"]),
-        ('"""M."""\ndef f() -> None:\n    "D."\n' + "    x = 1\n" * 60 + "def _g(a): return a", []),
+        ('"""M."""\ndef _f() -> None:\n    "D."\n' + "    x = 1\n" * 51, ["_f has more than 50 lines"]),
+        ('"""M."""\ndef f() -> None:\n    "D."\n' + "    x = 1\n" * 50 + "def _g(a): return a", []),
         ('"""M."""\nclass _A:\n    def f(self): return 1', []),
         ('"""M."""\nif True:\n    async def f() -> None: ...', ["f has no docstring"]),
     ],
