@@ -88,8 +88,7 @@ def _arms(size: Size, options: Options) -> dict[str, Arm]:
         **({"ours_compiled": ours(size, options, compile=True)} if size.compile else {}),
         "tuned": Arm("benchmarks.arms.tuned:train", {**tuned, "keep_memory": False}),
         "tuned_kept": Arm("benchmarks.arms.tuned:train", {**tuned, "keep_memory": True}),
-        "limit": Arm("benchmarks.arms.limits:convolutions", {**shared, "ours": False}),
-        "our_limit": Arm("benchmarks.arms.limits:convolutions", {**shared, "ours": True}),
+        "limit": Arm("benchmarks.arms.limits:convolutions", shared),
     }
 
 
@@ -107,13 +106,12 @@ def _rows(measured: dict[str, Measured], workers: dict[str, int], size: Size, op
         return f"best of {' and '.join(map(str, size.workers))} workers: {workers[name]}"
 
     return [
-        Row("tailscope", measured["ours"].rate, "images/s", note=joined(["our kernels, not compiled", images])),
+        Row("tailscope", measured["ours"].rate, "images/s", note=joined(["fused batch norm, not compiled", images])),
         row("textbook", "textbook loop: PIL, DataLoader, fp32, eager", loader("textbook"), 3.0),
         row("lightning", "the same in Lightning", loader("lightning"), 3.0),
         row("tuned", f"tuned loop: bf16, channels-last, {how}, batched augmentation", "glibc's default allocator", 1.2),
         row("tuned_kept", "the tuned loop with our allocator setting", "keeps freed memory"),
-        row("limit", "limit: the step's convolutions and products alone, PyTorch's", "keeps freed memory", 0.8),
-        row("our_limit", "the same limit with our convolutions", "keeps freed memory", 0.8),
+        row("limit", "limit: the step's convolutions and products alone", "keeps freed memory", 0.7),
         *([_compiled(measured, row)] if size.compile else []),
     ]
 

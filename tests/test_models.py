@@ -27,6 +27,6 @@ def test_option_a_shortcut_subsamples_and_pads_with_zeros():
         block.bn2.weight.zero_()
         block.bn2.bias.zero_()
     x = torch.rand(1, 8, 6, 6)
-    out, _ = block((x, x))
+    out = block(x)
     expected = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4))
     torch.testing.assert_close(out, expected)

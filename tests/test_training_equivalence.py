@@ -18,7 +18,7 @@ from scipy import stats
 from tailscope.data.sources import load
 from tailscope.experiments.lab import Lab
 from tailscope.geometry import describe
-from tailscope.kernels import batch_norm
+from tailscope.kernels import norm_act
 from tailscope.store import Store
 from tailscope.training.recipes import RECIPES
 from training_setups import CPU
@@ -44,7 +44,7 @@ def measured(arm: str) -> list[dict[str, float]]:
     """Return accuracy, last loss and every statistic's mean over classes of a digits training, a seed each."""
     with pytest.MonkeyPatch.context() as patch, TemporaryDirectory() as folder:
         if arm == "reference":
-            patch.setattr(batch_norm, "available", lambda: False)
+            patch.setattr(norm_act, "available", lambda: False)
         runtime = replace(CPU, low_precision=torch.bfloat16 if arm == "bf16" else torch.float32)
         lab = Lab(load("digits"), Store(Path(folder)), runtime)
         return [one(lab, seed, arm) for seed in SEEDS]
@@ -71,7 +71,7 @@ def one(lab: Lab, seed: int, arm: str) -> dict[str, float]:
     return {"accuracy": accuracy, "loss": float(np.mean(backbone.meta["losses"])), **found}
 
 
-@pytest.mark.skipif(not batch_norm.available(), reason="no C++ compiler")
+@pytest.mark.skipif(not norm_act.available(), reason="no C++ compiler")
 @pytest.mark.parametrize("arm", ARMS[1:])
 @pytest.mark.parametrize("field", ["accuracy", "loss", *FIELDS])
 def test_fast_training_is_equivalent(arm: str, field: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tailscope.errors import UserError
-from tailscope.kernels import batch_norm
+from tailscope.kernels import norm_act
 from tailscope.progress import Quiet
 from tailscope.seeds import derive, numpy_stream, torch_stream
 from tailscope.training import runtime as runtime_module
@@ -125,8 +125,8 @@ def test_threads_are_given_back_after_a_failure():
 
 def test_compiling_is_decided_by_the_plan_alone(monkeypatch):
     monkeypatch.setattr(runtime_module, "can_compile", lambda: True)
-    assert not replace(CPU, compile=None).should_compile(10**9) or not batch_norm.available()
-    monkeypatch.setattr(batch_norm, "available", lambda: False)
+    assert not replace(CPU, compile=None).should_compile(10**9) or not norm_act.available()
+    monkeypatch.setattr(norm_act, "available", lambda: False)
     auto = replace(CPU, compile=None)
     assert not auto.should_compile(COMPILE_FROM_STEPS - 1)
     assert auto.should_compile(COMPILE_FROM_STEPS)

@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from benchmarks.arms.common import CLASSES, fast_dtype, on_device
 from benchmarks.workers import Pace
-from tailscope.kernels import convolution
 from tailscope.models import MODELS, CifarResNet
 from tailscope.training.runtime import keep_freed_memory
 
@@ -22,27 +21,19 @@ class Convolution:
     weight: Tensor
     gradient: Tensor
     needs_input_gradient: bool
-    ours: bool
 
     def forward(self) -> Tensor:
         """Return the output."""
-        if self.ours:
-            return convolution.forward(self.layer, self.x, self.weight, totals=False)[0]
         return F.conv2d(self.x, self.weight, None, self.layer.stride, self.layer.padding)
 
     def backward(self) -> None:
         """Compute both gradients."""
-        if self.ours:
-            convolution.gradients(self.layer, self.x, self.weight, self.gradient, of_x=self.needs_input_gradient)
-            return
         given = (self.gradient, self.x, self.weight, None, self.layer.stride, self.layer.padding)
         mask = [self.needs_input_gradient, True, False]
         torch.ops.aten.convolution_backward(*given, [1, 1], False, [0, 0], 1, mask)
 
 
-def convolutions_of(
-    network: CifarResNet, batch: int, dtype: torch.dtype, device: torch.device, *, ours: bool = False
-) -> list[Convolution]:
+def convolutions_of(network: CifarResNet, batch: int, dtype: torch.dtype, device: torch.device) -> list[Convolution]:
     """Return random operands for every convolution of the network at 32x32, in channels-last layout."""
     shapes: list[tuple[nn.Conv2d, tuple[int, ...], tuple[int, ...]]] = []
 
@@ -66,23 +57,21 @@ def convolutions_of(
             weight=operand(*module.weight.shape),
             gradient=operand(batch, *outputs),
             needs_input_gradient=i > 0,
-            ours=ours,
         )
         for i, (module, inputs, outputs) in enumerate(shapes)
     ]
 
 
 @torch.no_grad()
-def convolutions(pace: Pace, *, batch: int, model: str, ours: bool, device: str) -> None:
+def convolutions(pace: Pace, *, batch: int, model: str, device: str) -> None:
     """Run the convolutions and the classifier's product of one step, forward and backward, and nothing else.
 
     Type, layout and allocator are those of our step. Outputs live until the backward pass, as in a real step.
-    `ours` takes our own kernels where they fit, else all is PyTorch's.
     """
     keep_freed_memory()
     target, dtype = on_device(pace, device), fast_dtype(device)
     network = MODELS.make(model, 3, CLASSES)
-    layers = convolutions_of(network, batch, dtype, target, ours=ours)
+    layers = convolutions_of(network, batch, dtype, target)
     features = torch.randn(batch, network.feature_dim, device=target).to(dtype)
     weight = torch.randn(CLASSES, network.feature_dim, device=target).to(dtype)
     pace.ready()

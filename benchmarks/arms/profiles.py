@@ -4,20 +4,18 @@ import cProfile
 import pstats
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from unittest.mock import patch
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.arms.common import STAGE1, data_spec, load_images
 from benchmarks.arms.geometry import make_features
 from benchmarks.arms.ours import AUGMENT
 from benchmarks.workers import Pace
 from tailscope.geometry import describe
-from tailscope.kernels import batch_norm, convolution
 from tailscope.progress import Advance, Quiet
 from tailscope.spec import StageSpec
 from tailscope.training.runtime import Runtime
@@ -26,17 +24,14 @@ from tailscope.training.step import Normalizer
 
 # The first kind that fits: a compiled kernel's name lists what was fused, a backward kernel's holds the forward's.
 KINDS = {
-    "our convolutions, forward": ("our forward",),
-    "our convolutions, gradient of inputs": ("our input gradient",),
-    "our convolutions, gradient of weights": ("our weight gradient",),
-    "PyTorch's convolutions, backward": ("convolution_backward",),
-    "PyTorch's convolutions, forward": (
+    "convolutions, backward": ("convolution_backward",),
+    "convolutions, forward": (
         "mkldnn_convolution",
         "cudnn_convolution",
         "thnn_conv2d",
         "_convolution_pointwise",
     ),
-    "our batch norm, shortcut and ReLU": ("our batch norm",),
+    "our batch norm, shortcut and ReLU": ("tailscope::",),
     "compiled kernels between convolutions": ("compiled", "cpp_fused", "triton"),
     "batch norm": ("batch_norm",),
     "ReLU and shortcut": ("relu", "threshold_backward", "aten::add"),
@@ -44,15 +39,6 @@ KINDS = {
     "crop, flip, gather": ("aten::index", "aten::unfold", "aten::flip", "aten::where", "aten::constant_pad_nd"),
     "copies and casts": ("aten::copy_", "aten::_to_copy", "aten::contiguous", "aten::clone"),
 }
-
-OURS = (
-    ("our forward", convolution, "forward"),
-    ("our input gradient", convolution, "_input_gradient"),
-    ("our weight gradient", convolution, "_weight_gradient"),
-    ("our batch norm", batch_norm, "train"),
-    ("our batch norm", batch_norm, "gradients"),
-)
-"""What calls our kernels, which the profiler does not see by itself, under the names that `KINDS` looks for."""
 
 STAGES = ("describe", "one", "measure_class")
 """Functions of the geometry whose callees are its parts; they are no parts themselves."""
@@ -91,23 +77,13 @@ def training(
     progress = _Profiled(warm_up=steps)
     runtime = Runtime.choose(device, compile=compile, progress=progress)
     pace.ready()
-    with TemporaryDirectory() as scratch, _named_kernels():
+    with TemporaryDirectory() as scratch:
         train_backbone(spec, subset, Normalizer.of(subset.images), 0, runtime, Path(scratch), "benchmark")
     found = dict.fromkeys([*KINDS, "other operations"], 0.0)
     for event in progress.profiler.key_averages():
         found[_kind(event.key)] += event.self_cpu_time_total / 1000 / steps
     found["whole step"] = progress.seconds * 1000 / steps
     return found
-
-
-@contextmanager
-def _named_kernels() -> Iterator[None]:
-    """Let the profiler tell our kernels from the Python around them."""
-    with ExitStack() as patches:
-        for name, module, function in OURS:
-            recorded = record_function(name)(getattr(module, function))
-            patches.enter_context(patch.object(module, function, recorded))
-        yield
 
 
 def _kind(key: str) -> str:

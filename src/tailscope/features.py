@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from tailscope.kernels import fuse
 from tailscope.models import CifarResNet
 from tailscope.training.runtime import Runtime
 from tailscope.training.step import Normalizer
@@ -31,7 +30,6 @@ def extract(
     """
     runtime.progress.safe_point()
     model.eval()
-    fuse(model)
     normalize = normalize.to(runtime.device)
     rows = []
     low = dtype != torch.float32

@@ -143,42 +143,34 @@ std::vector<float> sum_deviations(const T* x, int64_t rows, int64_t channels, in
     return origin;
 }
 
-// `totals` is null, or has each channel's sum and sum of squares already, as [parts][2][channels] that are added up.
+// `statistics` gets each channel's mean, inverse standard deviation and unbiased variance, as [3][channels].
 template <class T>
-void forward(const T* x, const T* shortcut, T* y, const float* weight, const float* bias, float* running_mean,
-             float* running_var, float* mean, float* rstd, const double* totals, int64_t parts, int64_t rows,
-             int64_t channels, float eps, float momentum, int threads) {
-    std::vector<float> origin(channels), scale(channels), offset(channels);
-    Sums sums(totals ? static_cast<int>(parts) : threads, channels);
-    if (totals)
-        for (int64_t part = 0; part < parts; ++part) {
-            std::copy_n(totals + 2 * part * channels, channels, &sums.a[part * channels]);
-            std::copy_n(totals + (2 * part + 1) * channels, channels, &sums.b[part * channels]);
-        }
-    else
-        origin = sum_deviations(x, rows, channels, threads, sums);
+void forward(const T* x, const T* shortcut, T* y, const float* weight, const float* bias, float* statistics,
+             int64_t rows, int64_t channels, float eps, int threads) {
+    float *mean = statistics, *rstd = statistics + channels, *unbiased = statistics + 2 * channels;
+    std::vector<float> scale(channels), offset(channels);
+    Sums sums(threads, channels);
+    const std::vector<float> origin = sum_deviations(x, rows, channels, threads, sums);
     for (int64_t c = 0; c < channels; ++c) {
         const double shift = sums.of(sums.a, c) / rows;
         const double spread = sums.of(sums.b, c) / rows - shift * shift;
         const double variance = spread < 0 ? 0 : spread;  // keeps NaN
-        const double unbiased = rows > 1 ? variance * rows / (rows - 1) : variance;
         mean[c] = static_cast<float>(origin[c] + shift);
         rstd[c] = static_cast<float>(1 / std::sqrt(variance + eps));
-        running_mean[c] += momentum * (mean[c] - running_mean[c]);
-        running_var[c] += momentum * (static_cast<float>(unbiased) - running_var[c]);
+        unbiased[c] = static_cast<float>(rows > 1 ? variance * rows / (rows - 1) : variance);
     }
     scale_and_offset(weight, bias, mean, rstd, channels, scale.data(), offset.data());
     apply(x, shortcut, y, scale.data(), offset.data(), rows, channels, threads);
 }
 
-// The gradient that passes ReLU: the sum of one or two that arrive, where the result is positive or NaN. With a shortcut
-// the result is read; without one it is computed again from x, which is read in any case.
+// The gradient that passes ReLU: what arrives where the result is positive or NaN. With a shortcut the result is read;
+// without one it is computed again from x, which is read in any case.
 template <class T, bool kShortcut>
 struct Passing {
-    const T *gradient, *second, *y, *x;  // second is null where only one gradient arrives
+    const T *gradient, *y, *x;
     float operator()(int64_t at, float scale, float offset) const {
-        const float arriving = load(gradient[at]) + (second ? load(second[at]) : 0.0f);
         const float result = kShortcut ? load(y[at]) : load(x[at]) * scale + offset;
+        const float arriving = load(gradient[at]);  // read in any case: a load under a condition is not vectorised
         return result <= 0 ? 0 : arriving;
     }
 };
@@ -239,28 +231,24 @@ void backward(const Passing<T, kShortcut>& passing, const float* weight, const f
 
 #define EXPORTED(name, T)                                                                                             \
     extern "C" void forward_##name(const T* x, const T* shortcut, T* y, const float* weight, const float* bias,       \
-                                   float* running_mean, float* running_var, int64_t* batches, float* statistics,      \
-                                   const double* totals, int64_t parts, int64_t rows, int64_t channels, float eps,    \
-                                   float momentum, int threads) {                                                     \
-        forward(x, shortcut, y, weight, bias, running_mean, running_var, statistics, statistics + channels, totals,   \
-                parts, rows, channels, eps, momentum, threads);                                                       \
-        if (batches) ++*batches;                                                                                      \
+                                   float* statistics, int64_t rows, int64_t channels, float eps, int threads) {       \
+        forward(x, shortcut, y, weight, bias, statistics, rows, channels, eps, threads);                              \
     }                                                                                                                 \
     extern "C" void apply_##name(const T* x, const T* shortcut, T* y, const float* scale, const float* offset,        \
                                  int64_t rows, int64_t channels, int threads) {                                       \
         apply(x, shortcut, y, scale, offset, rows, channels, threads);                                                \
     }                                                                                                                 \
-    extern "C" void backward_##name(const T* gradient, const T* second, const T* y, const T* x, const float* weight,  \
+    extern "C" void backward_##name(const T* gradient, const T* y, const T* x, const float* weight,                   \
                                     const float* bias, const float* statistics, T* gradient_x,                        \
                                     T* gradient_shortcut, float* gradient_weight, float* gradient_bias, int64_t rows, \
                                     int64_t channels, int threads) {                                                  \
         const float *mean = statistics, *rstd = statistics + channels;                                                \
         if (gradient_shortcut)                                                                                        \
-            backward(Passing<T, true>{gradient, second, y, x}, weight, bias, mean, rstd, gradient_x,                  \
-                     gradient_shortcut, gradient_weight, gradient_bias, rows, channels, threads);                     \
+            backward(Passing<T, true>{gradient, y, x}, weight, bias, mean, rstd, gradient_x, gradient_shortcut,       \
+                     gradient_weight, gradient_bias, rows, channels, threads);                                        \
         else                                                                                                          \
-            backward(Passing<T, false>{gradient, second, y, x}, weight, bias, mean, rstd, gradient_x,                 \
-                     gradient_shortcut, gradient_weight, gradient_bias, rows, channels, threads);                     \
+            backward(Passing<T, false>{gradient, y, x}, weight, bias, mean, rstd, gradient_x, gradient_shortcut,      \
+                     gradient_weight, gradient_bias, rows, channels, threads);                                        \
     }
 
 EXPORTED(float32, float)

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tailscope.errors import UserError
-from tailscope.kernels.layers import Twice, layer
+from tailscope.kernels.norm_act import NormAct
 from tailscope.registry import Registry
 
 MODELS: Registry["CifarResNet"] = Registry("model")
@@ -16,21 +16,19 @@ class BasicBlock(nn.Module):
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
+        self.bn1 = NormAct(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.bn2 = NormAct(channels)
         self.stride = stride
         self.padding = (channels - in_channels) // 2
-        self.layer = layer
 
-    def forward(self, twice: Twice) -> Twice:
-        """[B, in, H, W] -> [B, out, H/stride, W/stride], each for a convolution and for a shortcut."""
-        x, shortcut = twice
-        out, _ = self.layer(self.conv1, self.bn1, x)
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in, H, W] -> [B, out, H/stride, W/stride]."""
+        out: Tensor = self.bn1(self.conv1(x))
         if self.stride != 1 or self.padding:
-            shortcut = shortcut[:, :, :: self.stride, :: self.stride]
-            shortcut = F.pad(shortcut, (0, 0, 0, 0, self.padding, self.padding))
-        return self.layer(self.conv2, self.bn2, out, shortcut)
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
+        out = self.bn2(self.conv2(out), x)
+        return out
 
 
 class CifarResNet(nn.Module):
@@ -47,21 +45,19 @@ class CifarResNet(nn.Module):
             raise UserError(f"model resnet{depth}(width={width}): width must be positive")
         blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = NormAct(width)
         self.layer1 = _stage(blocks, width, width, 1)
         self.layer2 = _stage(blocks, width, 2 * width, 2)
         self.layer3 = _stage(blocks, 2 * width, 4 * width, 2)
         self.classifier = nn.Linear(4 * width, num_classes)
         self.feature_dim = 4 * width
-        self.layer = layer
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)
 
     def features(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W], normalised -> penultimate features [B, 4 * width]."""
-        twice = self.layer(self.conv1, self.bn1, x)
-        out, _ = self.layer3(self.layer2(self.layer1(twice)))
+        out = self.layer3(self.layer2(self.layer1(self.bn1(self.conv1(x)))))
         pooled: Tensor = out.mean(dim=(2, 3))
         return pooled
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tailscope.errors import UserError
-from tailscope.kernels import batch_norm
+from tailscope.kernels import norm_act
 from tailscope.progress import Progress, Quiet
 
 COMPILE_FROM_STEPS = 2_000
@@ -84,7 +84,7 @@ class Runtime:
         """
         if self.compile is not None:
             return self.compile
-        if self.device.type == "cpu" and batch_norm.available():
+        if self.device.type == "cpu" and norm_act.available():
             return False
         return steps >= COMPILE_FROM_STEPS and can_compile()
 

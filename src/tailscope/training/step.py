@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tailscope.kernels import fuse
+from tailscope.kernels import norm_act
 from tailscope.methods.losses import Loss
 from tailscope.models import CifarResNet
 from tailscope.spec import TrainSpec
@@ -94,7 +94,7 @@ class Stepper:
         self.model = model
         self.compiled = compile
         device = next(model.parameters()).device
-        self.fused = not compile and device.type == "cpu" and fuse(model)
+        self.fused = not compile and device.type == "cpu" and norm_act.used_by(model)
         self._eager = partial(self._step, compute)
         self._full: Callable[..., Tensor] = (
             partial(self._step, torch.compile(compute, dynamic=False)) if compile else self._eager

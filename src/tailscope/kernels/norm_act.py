@@ -1,0 +1,190 @@
+"""Batch norm, an optional shortcut and ReLU as one module; on a CPU in a kernel of our own where that is possible.
+
+The kernel passes over the activations twice in each direction, where the separate operations of PyTorch pass six times
+forward. It is registered with `torch.library`, so that `torch.compile` and fake tensors know it.
+"""
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tailscope.kernels.build import library, pointers
+
+_CHANNELS = 16  # how many the kernel handles together
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+class NormAct(nn.BatchNorm2d):
+    """relu(batch_norm(x) + shortcut); to everybody else an `nn.BatchNorm2d`.
+
+    PyTorch's own operations take over for what the kernel does not know: other devices, types and layouts, channels
+    that are no multiple of 16, single images, gradients in evaluation, compiled networks, and machines without a
+    compiler.
+
+    Attributes:
+        fused: whether the kernel may be used at all.
+    """
+
+    fused = True
+
+    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        """Return activations [B, C, H, W] normalised, added to the shortcut if there is one, and rectified."""
+        if not (self.fused and self._fits(x, shortcut) and available()):
+            out = super().forward(x)
+            return F.relu(out if shortcut is None else out + shortcut)
+        if shortcut is not None:
+            shortcut = shortcut.contiguous(memory_format=torch.channels_last)
+        if not self.training:
+            return self._evaluate(x, shortcut)
+        out: Tensor
+        out, statistics = _Fused.apply(x, shortcut, self.weight, self.bias, self.eps)
+        self._track(statistics)
+        return out
+
+    def _fits(self, x: Tensor, shortcut: Tensor | None) -> bool:
+        usual = self.affine and self.track_running_stats and self.num_features % _CHANNELS == 0
+        # In evaluation there is no gradient.
+        suits_mode = self.momentum is not None if self.training else not torch.is_grad_enabled()
+        return (
+            usual
+            and suits_mode
+            and x.device.type == "cpu"
+            and x.dtype in _NAMES
+            and (shortcut is None or shortcut.dtype == x.dtype)
+            and x.dim() == 4
+            and len(x) > 1  # one value a channel has no variance: PyTorch says so
+            and x.is_contiguous(memory_format=torch.channels_last)
+            and not torch.compiler.is_compiling()  # the compiler fuses the plain operations itself
+        )
+
+    def _evaluate(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        scale = self.weight * torch.rsqrt(self.running_var + self.eps)
+        out: Tensor = torch.ops.tailscope.scale_shift_relu(x, shortcut, scale, self.bias - self.running_mean * scale)
+        return out
+
+    @torch.no_grad()
+    def _track(self, statistics: Tensor) -> None:
+        """Move the running statistics as `nn.BatchNorm2d` does."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.momentum is not None
+        mean, _, unbiased = statistics.unbind()
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(unbiased, self.momentum)
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+
+
+def available() -> bool:
+    """Whether the kernel can be used on this machine; compiles it the first time."""
+    return library("batch_norm") is not None
+
+
+def used_by(network: nn.Module) -> bool:
+    """Whether a network that is not compiled uses the kernel on the CPU."""
+    return any(isinstance(module, NormAct) and module.fused for module in network.modules()) and available()
+
+
+class _Fused(torch.autograd.Function):
+    """The kernel with its gradient: a plain autograd function costs a third of one registered with the operator."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, shortcut: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        out, statistics = torch.ops.tailscope.norm_act(x, shortcut, weight, bias, eps)
+        # A result that the next layer keeps in any case.
+        ctx.save_for_backward(x, None if shortcut is None else out, weight, bias, statistics)
+        ctx.mark_non_differentiable(statistics)
+        ctx.set_materialize_grads(False)
+        return out, statistics
+
+    @staticmethod
+    def backward(ctx: Any, arriving: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if arriving is None:
+            return None, None, None, None, None
+        x, out, weight, bias, statistics = ctx.saved_tensors
+        arriving = arriving.contiguous(memory_format=torch.channels_last)
+        of_x, of_shortcut, of_weight, of_bias = torch.ops.tailscope.norm_act_backward(
+            arriving, out, x, weight, bias, statistics
+        )
+        return of_x, None if out is None else of_shortcut, of_weight, of_bias, None
+
+
+def _norm_act(x: Tensor, shortcut: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return relu(batch_norm(x) + shortcut), and float32 [3, C]: means, inverse deviations, unbiased variances."""
+    out, statistics = _norm_act_shapes(x, shortcut, weight, bias, eps)
+    _call("forward", x, [x, shortcut, out, weight, bias, statistics], ctypes.c_float(eps))
+    return out, statistics
+
+
+def _norm_act_shapes(
+    x: Tensor, shortcut: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), weight.new_empty((3, len(weight)))
+
+
+def _norm_act_backward(
+    arriving: Tensor, out: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, of the shortcut (empty without one), of weight and of bias."""
+    gradients = _norm_act_backward_shapes(arriving, out, x, weight, bias, statistics)
+    of_x, of_shortcut, of_weight, of_bias = gradients
+    given = [arriving, out, x, weight, bias, statistics, of_x, None if out is None else of_shortcut, of_weight, of_bias]
+    _call("backward", x, given)
+    return gradients
+
+
+def _norm_act_backward_shapes(
+    arriving: Tensor, out: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    of_shortcut = x.new_empty(0) if out is None else torch.empty_like(x)
+    return torch.empty_like(x), of_shortcut, torch.empty_like(weight), torch.empty_like(bias)
+
+
+def _scale_shift_relu(x: Tensor, shortcut: Tensor | None, scale: Tensor, shift: Tensor) -> Tensor:
+    """Return relu(x * scale + shift + shortcut), reading activations once."""
+    out = torch.empty_like(x)
+    _call("apply", x, [x, shortcut, out, scale, shift])
+    return out
+
+
+def _scale_shift_relu_shape(x: Tensor, shortcut: Tensor | None, scale: Tensor, shift: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _call(direction: str, x: Tensor, tensors: list[Tensor | None], *numbers: ctypes.c_float) -> None:
+    """Run the compiled function on tensors, rows and channels of x, and further numbers."""
+    channels = x.shape[1]
+    sizes = (ctypes.c_int64(x.numel() // channels), ctypes.c_int64(channels))
+    function = getattr(library("batch_norm"), f"{direction}_{_NAMES[x.dtype]}")
+    function(*pointers(*tensors), *sizes, *numbers, torch.get_num_threads())
+
+
+_operators = torch.library.Library("tailscope", "DEF")  # type: ignore[no-untyped-call]
+for _schema, _kernel, _shapes in (
+    (
+        "norm_act(Tensor x, Tensor? shortcut, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)",
+        _norm_act,
+        _norm_act_shapes,
+    ),
+    (
+        "norm_act_backward(Tensor arriving, Tensor? out, Tensor x, Tensor weight, Tensor bias, Tensor statistics)"
+        " -> (Tensor, Tensor, Tensor, Tensor)",
+        _norm_act_backward,
+        _norm_act_backward_shapes,
+    ),
+    (
+        "scale_shift_relu(Tensor x, Tensor? shortcut, Tensor scale, Tensor shift) -> Tensor",
+        _scale_shift_relu,
+        _scale_shift_relu_shape,
+    ),
+):
+    _name = _operators.define(_schema)  # type: ignore[no-untyped-call]
+    _operators.impl(_name, _kernel, "CPU")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"tailscope::{_name}", _shapes, lib=_operators)
