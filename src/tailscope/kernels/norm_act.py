@@ -33,8 +33,8 @@ class NormAct(nn.BatchNorm2d):
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """Return activations [B, C, H, W] normalised, added to the shortcut if there is one, and rectified."""
         if not (self.fused and self._fits(x, shortcut) and available()):
-            out = super().forward(x)
-            return F.relu(out if shortcut is None else out + shortcut)
+            plain = super().forward(x)
+            return F.relu(plain if shortcut is None else plain + shortcut)
         if shortcut is not None:
             shortcut = shortcut.contiguous(memory_format=torch.channels_last)
         if not self.training:
