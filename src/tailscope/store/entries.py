@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from tailscope.progress import Progress, Quiet
 from tailscope.store.files import (
@@ -33,6 +33,7 @@ from tailscope.store.files import (
     sync,
     to_json,
     whole_checkpoint,
+    write_tensors,
     writing,
 )
 
@@ -281,10 +282,7 @@ class Store:
         with writing(entry):
             building.mkdir()
             path = building / TENSORS
-            path.touch()
-            mode = path.stat().st_mode
-            save_file(ready(tensors), path)
-            path.chmod(mode)  # safetensors leaves files that only their owner can read
+            write_tensors(path, ready(tensors))
             (building / META).write_text(description)
             if kind not in CHEAP:
                 sync(path)
