@@ -426,3 +426,7 @@ def test_a_folder_that_cannot_be_written_is_named_with_its_option(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "store"):
         with pytest.raises(UserError, match="--store"):
             Store(path)
+    os.mkdir(os.fsencode(tmp_path) + b"/\xff")  # noqa: PTH102
+    for path in (tmp_path / "\udcff", tmp_path / "\udcff" / "new"):
+        with pytest.raises(UserError, match="its name is no UTF-8"):
+            Store(path)

@@ -30,6 +30,7 @@ from tailscope.store.files import (
     make_folder,
     reading,
     ready,
+    require_utf8,
     sync,
     to_json,
     whole_checkpoint,
@@ -68,9 +69,10 @@ class Store:
         """Open the store at `root`, and create it if it is not there. Reading it takes no right to write.
 
         Raises:
-            UserError: the folder cannot be created.
+            UserError: the folder cannot be created, or its name is no UTF-8.
         """
         self.root = root
+        require_utf8(root, "--store")
         with reading(root):
             there = root.is_dir()
         if not there:

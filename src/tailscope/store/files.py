@@ -161,12 +161,25 @@ def write_json(path: Path, value: Any) -> None:
         partial.replace(path)
 
 
+def require_utf8(path: Path, option: str) -> None:
+    """Refuse a name that safetensors cannot write to.
+
+    Raises:
+        UserError: it is no UTF-8.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{option} {one_line(str(path))}: its name is no UTF-8; choose another folder") from None
+
+
 def make_folder(path: Path, option: str) -> Path:
     """Create a folder and check that it can be written.
 
     Raises:
-        UserError: it cannot, naming the command-line option that asked for it.
+        UserError: it cannot, naming the command-line option that asked for it; or its name is no UTF-8.
     """
+    require_utf8(path, option)
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".{uuid.uuid4().hex}"
