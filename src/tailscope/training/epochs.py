@@ -92,7 +92,8 @@ class Flat:
 
     def finite(self) -> bool:
         """Whether there is neither a NaN nor an infinity."""
-        return all(bool(buffer.isfinite().all()) for buffer in self._buffers.values())
+        # One NaN or infinity makes the sum one, and it takes a single pass.
+        return all(math.isfinite(buffer.sum(dtype=torch.float64)) for buffer in self._buffers.values())
 
     def tensors(self) -> Tensors:
         """Return the tensors, on the CPU."""
@@ -192,7 +193,8 @@ def train_epochs(
             if loss is not None:
                 losses.append(loss)
             advance(epochs.batch)
-        mean, state = epochs.mean_loss(epoch, losses), Flat(stepper.state())
+        state = Flat(stepper.state())  # asked for before the losses, which wait for the device
+        mean = epochs.mean_loss(epoch, losses)
         epochs.require_finite(epoch, state)
         history.losses.append(mean)
         history.epochs = epoch + 1
