@@ -18,7 +18,7 @@ from tailscope.seeds import derive, torch_stream
 from tailscope.spec import StageSpec
 from tailscope.store import CHECKPOINT, Meta, Tensors, load_checkpoint, save_tensors
 from tailscope.training.graph import CudaCapture
-from tailscope.training.runtime import Runtime
+from tailscope.training.runtime import Runtime, arithmetic
 from tailscope.training.schedules import SCHEDULES
 from tailscope.training.step import Normalizer, Stepper, loss_function
 
@@ -98,6 +98,9 @@ def train_backbone(
         "compiled": stepper.compiled,
         "fused": stepper.fused,
         "device": device,
+        "arithmetic": arithmetic(
+            runtime.device, runtime.dtype(spec.train.precision), compiled=stepper.compiled, fused=stepper.fused
+        ),
         "seconds": history.seconds,
         "images_per_second": spec.train.images(len(labels)) / max(history.seconds, 1e-9),
         "selection": "last epoch",

@@ -24,7 +24,7 @@ from tailscope.models import count_parameters
 from tailscope.seeds import derive, torch_stream
 from tailscope.spec import StageSpec
 from tailscope.store import CHECKPOINT, Meta, Tensors, load_checkpoint, save_tensors
-from tailscope.training.runtime import Runtime
+from tailscope.training.runtime import Runtime, arithmetic
 from tailscope.training.schedules import SCHEDULES
 from tailscope.training.stage1 import History, new_model
 from tailscope.training.step import LossFunction, Normalizer, Stepper, loss_function
@@ -101,6 +101,7 @@ def train_on_files(
         "precision": str(runtime.dtype(spec.train.precision)).removeprefix("torch."),
         "compiled": False,
         "device": runtime.describe(),
+        "arithmetic": arithmetic(runtime.device, runtime.dtype(spec.train.precision)),
         "processes": team.size,
         "seconds": history.seconds,
         "images_per_second": spec.train.images(len(data)) / max(history.seconds, 1e-9),

@@ -11,6 +11,7 @@ from tailscope.methods import LOSSES
 from tailscope.seeds import derive, torch_stream
 from tailscope.spec import StageSpec
 from tailscope.store import Meta, Tensors
+from tailscope.training.runtime import arithmetic
 from tailscope.training.schedules import SCHEDULES
 
 View = tuple[Tensor, Tensor]
@@ -81,5 +82,6 @@ def fit_classifier(
         "losses": losses,
         "seconds": time.monotonic() - started,
         "bn_mode": spec.bn_mode,
+        "arithmetic": arithmetic(torch.device("cpu"), torch.float32),
     }
     return {"weight": classifier.weight.detach(), "bias": classifier.bias.detach()}, meta
