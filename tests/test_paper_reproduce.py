@@ -15,11 +15,11 @@ from tailscope.data.sources import load
 from tailscope.errors import UserError
 from tailscope.experiments.lab import Lab
 from tailscope.intervals import paired
-from tailscope.paper import targets
+from tailscope.paper import targets, timing
 from tailscope.paper.plan import make_plan
 from tailscope.paper.reproduce import EXPERIMENTS, Reproduction, run_reproduce
 from tailscope.paper.runs import outcomes
-from tailscope.paper.timing import Rates, duration, measure
+from tailscope.paper.timing import Rates, duration, measure, other_work, remembered
 from tailscope.store import CHECKPOINT, Store, save_tensors
 from tailscope.training.recipes import RECIPES, Recipe
 from tailscope.training.runtime import Runtime
@@ -37,7 +37,7 @@ TINY = Recipe.model_validate(
 # What a process of its own needs to know this file's recipe and data set.
 CHILD = f"""
 from pathlib import Path
-from tailscope.paper import targets
+from tailscope.paper import targets, timing
 from tailscope.paper.reproduce import Reproduction, run_reproduce
 from tailscope.training.recipes import RECIPES, Recipe
 RECIPES["tiny"] = Recipe.model_validate_json({TINY.model_dump_json()!r})
@@ -152,6 +152,54 @@ def test_time_is_what_the_rates_say(tmp_path, digits):
     measured = measure(lab, settings.recipe, plan, seconds=0.1)
     assert min(measured.step, measured.view, measured.clean, *measured.augment.values()) > 0
     assert duration(3600 * 2) == "2 h 0 min"
+
+
+def test_an_estimate_prefers_the_rate_of_a_stored_training_like_the_plans(finished, digits):
+    """lt of seed 0 was trained a moment ago: seed 1's takes as long, whatever a measurement beside other work says."""
+    settings = reproduction_of(finished[0], seeds="0,1").settings()
+    lab = Lab(digits, Store(finished[0] / "store"), Runtime.choose("cpu"))
+    plan = make_plan(lab, settings, ["swap", "ladder"])
+    augment = plan.backbones[0].augment
+    metas = [lab.store.meta("stage1", b.key) for b in make_plan(lab, settings, ["swap"]).backbones if b.stored]
+    rates = measure(lab, settings.recipe, plan, seconds=0.1)
+    assert len(metas) == 2
+    expected = sum(1 / meta["images_per_second"] for meta in metas) / 2  # the median of two
+    assert rates.remembered == {augment: pytest.approx(expected)}
+    known = sum(b.images for b in plan.to_train if b.augment == augment)
+    unknown = {b.augment for b in plan.to_train} - {augment}
+    assert rates.augment.keys() == unknown
+    assert unknown
+    alone = Rates(0.0, dict.fromkeys(unknown, 0.0), 0.0, 0.0, rates.remembered)
+    assert alone.estimate(plan) == pytest.approx(known * expected)
+    assert "remembers" in rates.sources(plan)
+    assert "else measured on single steps" in rates.sources(plan)
+    # Nothing is remembered of another network, batch, precision, device, thread or compiled step.
+    other = settings.recipe.model_copy(update={"model": "resnet8(width=4)"})
+    assert remembered(lab, other, plan) == {}
+    compiled = Lab(digits, lab.store, Runtime.choose("cpu", compile=True))
+    assert remembered(compiled, settings.recipe, plan) == {}
+
+
+def test_a_single_slow_step_is_no_rate(monkeypatch):
+    """The first of all may build kernels, and any may wait for another process: neither decides."""
+    now, took = [0.0], iter([900.0, 0.1, 0.1, 60.0, 0.1, 0.1])
+    monkeypatch.setattr(timing.time, "monotonic", lambda: now[0])
+    rate = timing._seconds_each(lambda: now.__setitem__(0, now[0] + next(took)), 10, 0.05)
+    assert rate == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(
+    ("load", "cores", "told"), [(0.3, 2, False), (7.4, 2, True), (2.0, 64, False), (30.0, 64, True)]
+)
+def test_an_estimate_says_that_others_work_here(monkeypatch, tmp_path, load, cores, told):
+    monkeypatch.setattr(timing.os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(timing.os, "cpu_count", lambda: cores)
+    assert (f"load {load:.1f} on {cores} cores" in other_work()) == told
+    said = []
+    run_reproduce(reproduction_of(tmp_path), tell=said.append, plan_only=True)
+    line = next(line for line in said if "estimated time here" in line)
+    assert ("other work is running here" in line) == told
+    assert "measured on single steps" in line
 
 
 def test_the_plan_knows_what_a_killed_run_has_saved(tmp_path, digits):

@@ -18,7 +18,7 @@ from tailscope.paper import claims, side_by_side, targets
 from tailscope.paper.evidence import Evidence
 from tailscope.paper.plan import Plan, make_plan
 from tailscope.paper.runs import Outcomes, outcomes
-from tailscope.paper.timing import duration, measure
+from tailscope.paper.timing import duration, measure, other_work
 from tailscope.progress import Progress, Quiet
 from tailscope.report.results import load as load_results
 from tailscope.result_files import check_free, write
@@ -171,11 +171,11 @@ def _reproduce(reproduction: Reproduction, lab: Lab, settings: Settings, tell: T
     if not plan.complete and isinstance(lab.data, FileData):
         tell("estimated time here: not measured for images in files; progress shows images a second")
     elif not plan.complete:
-        seconds = measure(lab, settings.recipe, plan).estimate(plan)
-        done["estimated_seconds"] = seconds
-        compiles = any(lab.runtime.should_compile(backbone.steps) for backbone in plan.to_train)
-        errs = ", not compiled, so long trainings take less" if compiles else ""
-        tell(f"estimated time here: {duration(seconds)}; measured on single steps{errs}; geometry's tests come on top")
+        busy = other_work()  # before we add to it
+        rates = measure(lab, settings.recipe, plan)
+        done["estimated_seconds"] = seconds = rates.estimate(plan)
+        by = f"; rates {rates.sources(plan)}" if plan.to_train else ""
+        tell(f"estimated time here: {duration(seconds)}{by}; geometry's tests come on top{busy and f'; {busy}'}")
     if plan_only:
         return done
     for experiment in wanted:
