@@ -8,11 +8,13 @@ import sys
 import time
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import tailscope.cli
 from tailscope.data.sources import load
 from tailscope.errors import UserError
+from tailscope.experiments import results
 from tailscope.experiments.lab import Lab
 from tailscope.intervals import paired
 from tailscope.paper import targets, timing
@@ -20,7 +22,9 @@ from tailscope.paper.plan import make_plan
 from tailscope.paper.reproduce import EXPERIMENTS, Reproduction, run_reproduce
 from tailscope.paper.runs import outcomes
 from tailscope.paper.timing import Rates, duration, measure, other_work, remembered
+from tailscope.report import provenance
 from tailscope.store import CHECKPOINT, Store, save_tensors
+from tailscope.training import runtime as training_runtime
 from tailscope.training.recipes import RECIPES, Recipe
 from tailscope.training.runtime import Runtime
 
@@ -249,6 +253,48 @@ def test_a_killed_run_started_again_gives_the_same_numbers(finished, tmp_path):
     assert resumed["results"]["swap"]["cells"] == uninterrupted["results"]["swap"]["cells"]
     assert resumed["claims"] == uninterrupted["claims"]
     assert not list(killed.glob(checkpoints))  # it was this backbone that went on
+
+
+def test_stages_of_two_processors_are_not_pooled_without_a_word(tmp_path, digits, monkeypatch):
+    settings = reproduction_of(tmp_path).settings()
+    store = Store(tmp_path / "store")
+
+    def run(seeds, processor, **changes):
+        monkeypatch.setattr(training_runtime, "cpu_name", lambda: processor)
+        lab = Lab(digits, store, Runtime.choose("cpu", **changes))
+        result = EXPERIMENTS["swap"](lab, settings.model_copy(update={"seeds": seeds}))
+        cards = provenance.by_result({"swap": result})[0]
+        return [w for w in result["warnings"] if "arithmetic" in w], result["provenance"], cards
+
+    alone, rows, cards = run((0,), "processor A")
+    assert alone == []
+    assert rows[0]["arithmetic"] | {"engine": ""} == {
+        "processor": "processor A", "engine": "", "precision": "float32", "torch": torch.__version__,
+    }  # fmt: skip
+    assert {row["row"] for row in rows if row["stage2_arithmetic"] is None} == {"lt stage1", "true stage1"}
+    assert "arithmetic differs" not in cards.cards[0].summary
+    again, recalled, _ = run((0,), "processor B")
+    assert (again, recalled) == ([], rows)  # what counts is what trained, not what recalls
+    pooled, _, cards = run((0, 1), "processor B")
+    assert [w.split(" ")[0] for w in pooled] == ["backbones", "classifiers"]
+    assert all("(processor: 'processor A' of seed 0, 'processor B' of seed 1)" in w for w in pooled)
+    assert all(card.summary.endswith("arithmetic differs between seeds") for card in cards.cards)
+    told = dict(cards.facts)["arithmetic of backbones"]
+    assert told.startswith("differs between rows or seeds: processor A, ")
+
+
+def test_what_a_stage_from_before_does_not_say_differs_from_nothing():
+    device = {"cpu": "A", "cores": 2, "threads": 2, "gpu": None}
+    old = {"device": device, "compiled": True, "precision": "bfloat16"}
+    known = {"processor": "A", "engine": "compiled", "precision": "bfloat16", "torch": None}
+    assert training_runtime.arithmetic_of(old) == known
+    assert training_runtime.arithmetic_of(old | {"compiled": False, "fused": True})["engine"] == "fused"
+    assert training_runtime.arithmetic_of(old | {"device": device | {"gpu": "G"}})["processor"] == "G"
+    assert set(training_runtime.arithmetic_of({"spec": {}}).values()) == {None}  # a classifier
+    cards = [{"seed": 0, "arithmetic": known}, {"seed": 1, "arithmetic": known | {"torch": "2.11.0"}}]
+    assert results.differing_arithmetic(cards) == []
+    cards.append({"seed": 2, "arithmetic": known | {"torch": "2.14.1"}})
+    assert "torch: '2.11.0' of seed 1, '2.14.1' of seed 2" in results.differing_arithmetic(cards)[0]
 
 
 @pytest.mark.parametrize(
