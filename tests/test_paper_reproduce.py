@@ -49,9 +49,9 @@ targets.BENCHMARKS["digits-lt"] = targets.Benchmark("digits", "exp:20", "nested"
 """
 SLEEP_AFTER_A_CHECKPOINT = """
 import time
-from tailscope.training import stage1
-save = stage1.save_tensors
-stage1.save_tensors = lambda *checkpoint: (save(*checkpoint), time.sleep(600))
+from tailscope.training import epochs
+save = epochs.save_tensors
+epochs.save_tensors = lambda *checkpoint: (save(*checkpoint), time.sleep(600))
 """
 
 
