@@ -5,7 +5,6 @@ claims, tables and the report, when it is finished. When the time is up the work
 extraction, which the store keeps, and the same command goes on from there.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from tailscope.paper import ahead, side_by_side, targets
 from tailscope.paper.reproduce import EXPERIMENTS, Reproduction, Tell, conclude, fixed_part
 from tailscope.paper.timing import duration, parse_duration
 from tailscope.progress import Deadline, Progress, Quiet, TimeIsUp
-from tailscope.result_files import check_free, write
+from tailscope.result_files import check_free, stored_spec, write
 from tailscope.store import Store, make_folder
 from tailscope.training.runtime import Runtime
 
@@ -178,7 +177,7 @@ def _is_done(
     """
     reproduction = reproductions[piece.dataset]
     own = settings[piece.dataset].model_copy(update={"seeds": piece.seeds}).spec(labs[piece.dataset].data)
-    stored = _stored_spec(reproduction.out / f"{piece.experiment}.json")
+    stored = stored_spec(reproduction.out / f"{piece.experiment}.json")
     if stored is not None and fixed_part(stored) == fixed_part(own):
         known, seeds = tuple(stored["seeds"]), piece.seeds
         both = min(len(known), len(seeds))
@@ -187,14 +186,6 @@ def _is_done(
             return whole and len(known) >= len(seeds)
     check_free(reproduction.out, piece.experiment, own, overwrite=reproduction.overwrite)
     return False
-
-
-def _stored_spec(path: Path) -> dict[str, Any] | None:
-    """Return the spec of a result file; None where there is none that can be read."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["spec"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _finish(experiment: str, lab: Lab, settings: Settings, out: Path, deadline: Deadline) -> bool:
