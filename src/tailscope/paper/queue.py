@@ -7,9 +7,9 @@ their time outside of Python's lock, so a process of its own would bring nothing
 the end of an epoch or of an extraction, which the store keeps, and the same command goes on from there.
 """
 
-import json
+import tarfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,8 +25,8 @@ from tailscope.paper.reproduce import EXPERIMENTS, Reproduction, Tell, conclude,
 from tailscope.paper.runs import runs
 from tailscope.paper.timing import duration, parse_duration
 from tailscope.progress import Deadline, Progress, Quiet, TimeIsUp
-from tailscope.result_files import check_free, write
-from tailscope.store import Store, make_folder
+from tailscope.result_files import check_free, stored_spec, write
+from tailscope.store import Store, make_folder, pack, packed_bytes
 from tailscope.training.runtime import Runtime
 
 EVERYTHING = "everything"
@@ -34,6 +34,10 @@ DATASETS = ("cifar10-lt", "cifar100-lt")
 """What `everything` is: the CIFAR half of the paper."""
 SCHEMA = "tailscope.reproduce/1"
 GEOMETRY = "geometry"
+ARCHIVE, ROOM, FILES = 15 << 20, 62 << 20, 8
+"""Of a bundle: the bytes of an archive and of all together, and how many files it has at most."""
+TAR_END = 16 << 10
+"""More bytes than what an archive has beside its entries."""
 WAIT = 0.2
 """Seconds between two looks at what threads have trained and whether data have come."""
 
@@ -167,8 +171,42 @@ class _Queue:
         write(self._reproduction.out, "reproduce", document)
         self._tell(_summary(document))
         if self._reproduction.bundle is not None:
-            self._bundle(self._reproduction.bundle)
+            self._bundle(make_folder(self._reproduction.bundle, "--bundle"))
         return document
+
+    def _bundle(self, to: Path) -> None:
+        """Write results first, then classifiers and backbones, then checkpoints, as far as there is room."""
+        out = self._reproduction.out
+        results = _pack_results(to, out, [out, *(part.out for part in self._parts.values())])
+        room, files, told = ROOM - results.stat().st_size, FILES - 1, []
+        for name, store, found in self._stages():
+            checkpoint = name == "checkpoints"
+            chosen = _fitting(store, found, room, files, checkpoint=checkpoint)
+            if chosen:
+                entries, checkpoints = ([], chosen) if checkpoint else (chosen, [])
+                written = pack(store, to / f"{name}.tar", entries, checkpoints, ARCHIVE)
+                room, files = room - sum(file.stat().st_size for file in written), files - len(written)
+            told.append(f"{len(chosen)} {name}" + (f" ({len(found)} are there)" if len(found) > len(chosen) else ""))
+        self._tell(f"bundle: results, {', '.join(told)}; {(ROOM - room) / 1e6:.1f} MB in {FILES - files} files")
+
+    def _stages(self) -> Iterator[tuple[str, Store, list[tuple[str, str]]]]:
+        """Yield what can be bundled, the most valuable first: trained stages, then checkpoints of unfinished ones."""
+        needed: dict[str, Run] = {}
+        classifiers: dict[str, None] = {}
+        for dataset, lab in self._labs.items():
+            for experiment in self._parts[dataset].wanted():
+                for run in runs(lab, self._settings[dataset], experiment):
+                    needed.setdefault(run.backbone_key, run)
+                    if spec := run.spec():
+                        classifiers[spec.key()] = None
+        if not needed:
+            return
+        store = next(iter(self._labs.values())).store  # all data sets have one
+        keys = sorted(needed, key=lambda key: (needed[key].seed, -len(needed[key].trained_on.rows)))
+        stages = [("stage2", key) for key in classifiers] + [("stage1", key) for key in keys]
+        yield "stages", store, [stage for stage in stages if store.has(*stage)]
+        unfinished = [("stage1", key) for key in keys if not store.has("stage1", key)]
+        yield "checkpoints", store, [stage for stage in unfinished if store.checkpoint(*stage) is not None]
 
     def reports(self) -> list[Path]:
         """Return the folders whose report is to be built: those with new results, or with results and no report."""
@@ -295,6 +333,34 @@ def _lab(reproduction: Reproduction, runtime: Runtime) -> Lab:
     return Lab(data, Store(store_root(reproduction.out, reproduction.store)), runtime)
 
 
+def _pack_results(to: Path, out: Path, folders: Sequence[Path]) -> Path:
+    """Write JSON, claims and tables of the folders into TO/results.tar.gz, by their names in OUT; old archives go."""
+    for pattern in ("results.tar.gz", "stages*.tar", "checkpoints*.tar"):
+        for old in to.glob(pattern):
+            old.unlink()
+    path = to / "results.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        for folder in dict.fromkeys(folders):
+            for file in (*sorted(folder.glob("*.json")), *sorted(folder.glob("tables/*"))):
+                tar.add(file, file.relative_to(out).as_posix())
+    return path
+
+
+def _fitting(
+    store: Store, stages: Sequence[tuple[str, str]], room: int, archives: int, *, checkpoint: bool
+) -> list[tuple[str, str]]:
+    """Return those stages, in their order, for which there is room in so many archives."""
+    chosen, filled, used = [], ARCHIVE, 0
+    for stage in stages:
+        size = packed_bytes(store, *stage, checkpoint=checkpoint)
+        new = filled + size > ARCHIVE - TAR_END
+        if size > min(room, ARCHIVE - TAR_END) or (new and used == archives):
+            continue
+        filled, used, room = (size, used + 1, room - size - TAR_END) if new else (filled + size, used, room - size)
+        chosen.append(stage)
+    return chosen
+
+
 def _has_come(reproduction: Reproduction) -> bool:
     """Return whether the data are there to be opened: who waits for them waits for NAME.npz."""
     if not reproduction.wait_for_data or reproduction.data_root is None:
@@ -308,7 +374,7 @@ def _is_done(piece: Piece, out: Path, own: Mapping[str, Any], *, overwrite: bool
     Raises:
         UserError: it holds a result that this piece may not replace.
     """
-    stored = _stored_spec(out / f"{piece.experiment}.json")
+    stored = stored_spec(out / f"{piece.experiment}.json")
     if stored is not None and fixed_part(stored) == fixed_part(own):
         known, seeds = tuple(stored["seeds"]), piece.seeds
         both = min(len(known), len(seeds))
@@ -317,14 +383,6 @@ def _is_done(piece: Piece, out: Path, own: Mapping[str, Any], *, overwrite: bool
             return whole and len(known) >= len(seeds)
     check_free(out, piece.experiment, dict(own), overwrite=overwrite)
     return False
-
-
-def _stored_spec(path: Path) -> dict[str, Any] | None:
-    """Return the spec of a result file; None where there is none that can be read."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["spec"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _below(folder: Path, out: Path) -> str:
