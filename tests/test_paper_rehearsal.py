@@ -3,6 +3,7 @@ stop in the middle, a second run that goes on, the bundle, and completion at hom
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,3 +159,145 @@ def test_it_is_completed_at_home_with_geometry_and_figures(away, tmp_path):
         assert {verb for verb in ("swap", "ladder", "geometry") if (results / f"{verb}.json").is_file()} == wanted
     away_cells = json.loads((folder / "out" / "cifar10-miniature" / "swap.json").read_text())["cells"]
     assert json.loads((tmp_path / "out" / "cifar10-miniature" / "swap.json").read_text())["cells"] == away_cells
+
+
+# -- the scripts around it -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A repository with the scripts alone, and packed data whose unpack.py puts arrays together."""
+    repository, data = tmp_path / "repository", tmp_path / "data"
+    repository.mkdir()
+    (tmp_path / "wheels").mkdir()
+    subprocess.run(["git", "init", "-q", repository], check=True)
+    shutil.copytree(REPOSITORY / "scripts" / "gpu", repository / "scripts" / "gpu")
+    for name in ("constraints.txt", ".gitignore"):
+        shutil.copy(REPOSITORY / name, repository)
+    (repository / "src").symlink_to(REPOSITORY / "src")
+    for name, sizes in (("cifar10", (3, 2, 2)), ("cifar100", (4, 1))):
+        (data / name).mkdir(parents=True)
+        for k, size in enumerate(sizes):
+            (data / name / f"{k}.webp").write_bytes(bytes(size * 100_000))
+    (data / "unpack.py").write_text(
+        "import sys, numpy as np\nfrom pathlib import Path\nto, name = Path(sys.argv[1]), sys.argv[2]\n"
+        "files = sorted((Path(__file__).parent / name).iterdir())\nto.mkdir(exist_ok=True)\n"
+        "np.savez(to / f'{name}.npz', **{f.stem: np.load(f) for f in files})\n"
+    )
+    return repository, data
+
+
+def script(repository, name, *arguments, **environment):
+    return subprocess.run(
+        ["bash", name, *map(str, arguments)], cwd=repository, env={**os.environ, **environment},
+        capture_output=True, text=True, timeout=SECONDS,
+    )  # fmt: skip
+
+
+def parts(repository):
+    """Return the files of each part, and its bytes with everything that travels beside it."""
+    folder = repository / ".gpu"
+    files = {part.name: sorted(f for f in part.rglob("*") if f.is_file()) for part in sorted(folder.glob("part-*"))}
+    beside = [f for f in folder.rglob("*") if f.is_file() and not f.relative_to(folder).parts[0].startswith("part-")]
+    fixed = sum(f.stat().st_size for f in beside)
+    names = {part: [f.relative_to(folder / part).as_posix() for f in found] for part, found in files.items()}
+    return names, [fixed + sum(f.stat().st_size for f in found) for found in files.values()]
+
+
+def test_data_are_cut_into_parts_that_can_be_carried(checkout, tmp_path):
+    repository, data = checkout
+    wheels = {"WHEELS": str(tmp_path / "wheels"), "LIMIT": "1"}
+    ran = script(repository, "scripts/gpu/prepare.sh", data, **wheels)
+    assert ran.returncode == 0, ran.stderr
+    names, sizes = parts(repository)
+    everything = [f"packed/cifar10/{k}.webp" for k in range(3)] + [f"packed/cifar100/{k}.webp" for k in range(2)]
+    assert [name for found in names.values() for name in found] == everything
+    assert len(names) > 1
+    assert all(size <= 1 << 20 for size in sizes)
+    assert (repository / ".gpu" / "bin" / "cifar10.list").read_text().split() == ["0.webp", "1.webp", "2.webp"]
+    assert (
+        subprocess.run(["git", "-C", repository, "status", "--short"], capture_output=True, text=True).stdout.count(
+            "gpu"
+        )
+        <= 1
+    )
+    earlier = tmp_path / "earlier"
+    earlier.mkdir()
+    (earlier / "stages.tar").write_bytes(bytes(100_000))
+    assert script(repository, "scripts/gpu/prepare.sh", data, earlier, **wheels).returncode == 0
+    names, _ = parts(repository)
+    assert names["part-1"] == ["stages/stages.tar"]
+    assert [name for found in list(names.values())[1:] for name in found] == everything
+    (data / "cifar10" / "0.webp").write_bytes(bytes(2_000_000))
+    ran = script(repository, "scripts/gpu/prepare.sh", data, **wheels)
+    assert (ran.returncode, "0.webp is too large: 2004 kB" in ran.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(("codes", "tried"), [("0", 1), ("1 0", 2), ("137 1 139 1", 4)])
+def test_what_dies_is_started_again_more_carefully(checkout, codes, tried):
+    repository, data = checkout
+    script(repository, "scripts/gpu/prepare.sh", data, WHEELS=str(data))
+    python = repository / "python"
+    python.write_text(
+        "#!/bin/sh\necho \"$@\" >> called; echo '1 min: 0 of 2 backbones trained, 5 images/s; a 3%'\n"
+        f"set -- {codes}; shift $(($(wc -l < called) - 1)); exit $1\n"
+    )
+    python.chmod(0o755)
+    (repository / "out" / "gpu").mkdir(parents=True)
+    (repository / "out" / "gpu" / "options").write_text("--jobs 8 --compile\n")
+    ran = script(repository, ".gpu/bin/run.sh", "attempts", PYTHON=str(python), OPTIONS="--seeds 1", DEVICE="cpu")
+    called = (repository / "called").read_text().splitlines()
+    assert len(called) == tried, ran.stderr
+    assert all(
+        line.startswith("-m tailscope reproduce everything --data-root out/gpu/npz --wait-for-data") for line in called
+    )
+    careful = ["", " --no-compile", " --no-compile --jobs 2", " --no-compile --jobs 1"]
+    ends = [f"--bundle out/gpu/bundle --jobs 8 --compile --seeds 1{options}" for options in careful[:tried]]
+    assert all(line.endswith(end) for line, end in zip(called, ends, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("lines", "hangs"),
+    [
+        (["0 images/s; a 3%"], False),  # the first minute compiles
+        (["0 images/s; a 3%", "0 images/s; a 3%"], True),
+        (["900 images/s; a 3%", "0 images/s; a 3%"], False),
+        (["0 images/s; none in training", "0 images/s; none in training"], False),  # classifiers are fitted
+        (["10 images/s; a 3%", "1,000 images/s; a 3%"], False),
+    ],
+)
+def test_nothing_moves_where_two_minutes_brought_no_image(checkout, lines, hangs):
+    log = checkout[0] / "log"
+    log.write_text("".join(f"2 min: 0 of 2 backbones trained, {line}\n[2 min] views\n" for line in lines))
+    text = (REPOSITORY / "scripts" / "gpu" / "run.sh").read_text()
+    function = text[text.index("stuck() {") :].split("\n}\n")[0] + "\n}\n"
+    assert subprocess.run(["bash", "-c", f'{function}stuck "$1"', "-", log]).returncode == (0 if hangs else 1)
+
+
+@pytest.mark.slow
+def test_the_scripts_look_begin_and_finish(checkout, tmp_path):
+    repository, data = checkout
+    for name, classes in (("cifar10", 10), ("cifar100", 100)):
+        random_images(tmp_path, name, classes)
+        for file in (data / name).iterdir():
+            file.unlink()
+        with np.load(tmp_path / f"{name}.npz") as arrays:
+            for field in arrays.files:
+                np.save(data / name / f"{field}.npy", arrays[field])
+    given = {
+        "DEVICE": "cpu", "PYTHON": sys.executable, "SMOKE_OPTIONS": "--miniature --seconds 0.5", "COMPILED": "no",
+        "OPTIONS": "--recipe miniature --seeds 1", "OUT": str(tmp_path / "home"), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    script(repository, "scripts/gpu/prepare.sh", data, WHEELS=str(tmp_path / "wheels"), LIMIT="33")
+    second = (repository / ".gpu" / "part-2").rename(tmp_path / "part-2")
+    run = ".gpu/bin/run.sh"
+    looked = script(repository, run, "look", **given)
+    assert "plain: trains as eager steps do: True" in looked.stdout, looked.stderr
+    assert "chosen: --jobs" in looked.stdout
+    script(repository, run, "begin", **given)
+    shutil.rmtree(repository / ".gpu" / "part-1")
+    second.rename(repository / ".gpu" / "part-2")
+    finished = script(repository, run, "finish", 60, **given)
+    brought = {file.name for file in (tmp_path / "home").iterdir()}
+    assert {"results.tar.gz", "stages.tar", "smoke.jsonl"} <= brought, finished.stdout + finished.stderr
+    assert "bundle: results, " in finished.stdout

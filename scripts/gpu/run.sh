@@ -47,7 +47,7 @@ take_in() {
 
 reproduce() { # takes the place of the shell: call it in the background
     exec "$python" -m tailscope reproduce everything --data-root "$work/npz" --wait-for-data --device "$device" \
-        --out "$work/results" --store "$work/store" --bundle "$work/bundle" ${OPTIONS:-} "$@"
+        --out "$work/results" --store "$work/store" --bundle "$work/bundle" "$@"
 }
 
 stuck() { # whether two lines of progress in a row told of trainings and of no image
@@ -57,7 +57,7 @@ stuck() { # whether two lines of progress in a row told of trainings and of no i
 attempts() { # one that dies or hangs is followed by a more careful one; what is stored is not trained again
     local careful code log=$work/attempt.log
     for careful in "" "--no-compile" "--no-compile --jobs 2" "--no-compile --jobs 1"; do
-        reproduce $(cat "$work/options" 2>/dev/null || echo "--jobs 1 --no-compile") $careful > "$log" 2>&1 &
+        reproduce $(cat "$work/options" 2>/dev/null || echo "--jobs 1 --no-compile") ${OPTIONS:-} $careful > "$log" 2>&1 &
         echo $! > "$work/reproduce.pid"
         while alive reproduce; do
             sleep 1
@@ -105,7 +105,7 @@ finish() { # SECONDS since the call began
     fi
     # One that had to be killed has left no bundle: this makes it, and nothing else.
     if [ ! -f "$work/bundle/results.tar.gz" ] || { [ "$was_alive" ] && [ "$work/stop" -nt "$work/bundle/results.tar.gz" ]; }; then
-        (reproduce --time-limit 1s) 2>&1 | tail -n 3
+        (reproduce ${OPTIONS:-} --time-limit 1s) 2>&1 | tail -n 3
     fi
     status
     cp -f "$work"/bundle/*.tar* "$work"/smoke* "$work"/*.log "$OUT"/ 2> /dev/null
