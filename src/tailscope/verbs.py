@@ -113,9 +113,9 @@ def experiments(request: Request, verbs: Sequence[str], console: Console) -> dic
         store = Store(store_root(request.out, request.store))
         lab = place.lab(store, progress, partial(Console(stderr=True).out, highlight=False))
         results = _run(lab, settings, request, verbs)
+    report.build(request.out)
     if lab.trained == 0:
         console.print(f"Nothing was trained: all {lab.recalled} stages were in the store.")
-    report.build(request.out)
     return results
 
 

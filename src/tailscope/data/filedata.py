@@ -20,7 +20,7 @@ from tailscope.data import folders, listfiles, sources
 from tailscope.data.decoding import Unreadable, find_unreadable, refuse
 from tailscope.data.sources import ImageData
 from tailscope.data.streams import ImageFiles
-from tailscope.errors import UserError
+from tailscope.errors import UserError, expanded
 from tailscope.progress import Progress
 from tailscope.spec import digest
 from tailscope.store import Store
@@ -124,7 +124,7 @@ def load(source: str, *, data_root: Path | None = None) -> Data:
     """
     kind, _, rest = source.partition(":")
     if kind == "folder":
-        splits = folders.load(Path(rest).expanduser())
+        splits = folders.load(expanded(rest))
     elif kind == "list":
         splits = listfiles.load(rest, data_root)
     else:

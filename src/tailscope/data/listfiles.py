@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tailscope.data.streams import ImageFiles
-from tailscope.errors import UserError
+from tailscope.errors import UserError, expanded
 from tailscope.field_checks import MAX_CLASSES
 
 _SHOWN = 10
@@ -25,7 +25,7 @@ def load(lists: str, data_root: Path | None) -> dict[str, ImageFiles]:
         UserError: a list is missing or empty, or lines have no path, no label from 0 to 9,999, or a path that is
             absolute or climbs out of the root; the message counts them and names the first lines.
     """
-    files = [Path(text).expanduser() for text in lists.split(",")]
+    files = [expanded(text) for text in lists.split(",")]
     if len(files) > 2:
         raise UserError(f"list:{lists}: {len(files)} files; give one (train) or two (train,test)")
     if data_root is not None and not data_root.is_dir():

@@ -6,7 +6,7 @@ from pathlib import Path
 from tailscope.data import folders, huggingface, listfiles, sources
 from tailscope.data.imageset import ImageSet
 from tailscope.data.streams import ImageStream, MemoryImages
-from tailscope.errors import UserError
+from tailscope.errors import UserError, expanded
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ def open_images(source: str, *, data_root: Path | None = None) -> OpenedImages:
     """
     kind, _, rest = source.partition(":")
     if kind == "folder":
-        return OpenedImages(source, dict(folders.load(Path(rest).expanduser())), None)
+        return OpenedImages(source, dict(folders.load(expanded(rest))), None)
     if kind == "list":
         return OpenedImages(source, dict(listfiles.load(rest, data_root)), None)
     if kind == "hf":

@@ -178,6 +178,16 @@ RECIPES = {
             stage2=_STAGE2,
             views=10,
         ),
+        Recipe(
+            name="miniature",
+            card="A rehearsal: seconds, no result means anything. ResNet-8 of four channels, 48 steps a backbone and as"
+            " many a classifier, whatever the data.",
+            converged=False,
+            model="resnet8(width=4)",
+            stage1=TrainSpec(steps=48, batch=64, learning_rate=0.1, weight_decay=2e-4, schedule="onecycle"),
+            stage2=TrainSpec(steps=48, batch=64, learning_rate=0.1, weight_decay=2e-4),
+            views=1,
+        ),
     )
 }
 

@@ -7,11 +7,11 @@ import platform
 import shutil
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -109,6 +109,42 @@ class Runtime:
         """Return the hardware for a result file."""
         gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
         return {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def arithmetic(
+    device: torch.device, precision: torch.dtype, *, compiled: bool = False, fused: bool = False
+) -> dict[str, str | None]:
+    """Return what the numbers of a trained stage depend on beyond its key, for its description in the store.
+
+    Args:
+        device: where it was trained.
+        precision: of convolutions and matrix products.
+        compiled: whether its steps were compiled.
+        fused: whether kernels of ours took part.
+    """
+    return {
+        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "engine": _engine(compiled, fused),
+        "precision": str(precision).removeprefix("torch."),
+        "torch": torch.__version__,
+    }
+
+
+def arithmetic_of(meta: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return the arithmetic that a stored stage's description names; None for what one from before it did not say."""
+    if "arithmetic" in meta:
+        return dict(meta["arithmetic"])
+    device = meta.get("device", {})
+    return {
+        "processor": device.get("gpu") or device.get("cpu"),
+        "engine": _engine(meta["compiled"], meta.get("fused", False)) if "compiled" in meta else None,
+        "precision": meta.get("precision"),
+        "torch": None,
+    }
+
+
+def _engine(compiled: bool, fused: bool) -> str:
+    return "compiled" if compiled else "fused" if fused else "eager"
 
 
 def has_bf16(device: torch.device | str) -> bool:

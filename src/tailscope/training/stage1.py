@@ -17,7 +17,7 @@ from tailscope.spec import StageSpec
 from tailscope.store import Meta, Tensors
 from tailscope.training.epochs import Epochs, Flat, History, Keeper, resume, train_epochs
 from tailscope.training.graph import Capture, capturing
-from tailscope.training.runtime import Runtime
+from tailscope.training.runtime import Runtime, arithmetic
 from tailscope.training.step import Normalizer, Stepper, loss_function
 
 CHUNK_BATCHES = 64
@@ -79,6 +79,7 @@ def train_backbone(
 
 def described(spec: StageSpec, images: int, seed: int, runtime: Runtime, stepper: Stepper, history: History) -> Meta:
     """Return what is told of every trained backbone."""
+    precision = runtime.dtype(spec.train.precision)
     return {
         "spec": spec.model_dump(mode="json"),
         "seed": seed,
@@ -86,8 +87,9 @@ def described(spec: StageSpec, images: int, seed: int, runtime: Runtime, stepper
         "steps": spec.train.lengths(images)[1],
         "parameters": count_parameters(stepper.model),
         "losses": history.losses,
-        "precision": str(runtime.dtype(spec.train.precision)).removeprefix("torch."),
+        "precision": str(precision).removeprefix("torch."),
         "compiled": stepper.compiled,
+        "arithmetic": arithmetic(runtime.device, precision, compiled=stepper.compiled, fused=stepper.fused),
         "seconds": history.seconds,
         "images_per_second": spec.train.images(images) / max(history.seconds, 1e-9),
         "selection": "last epoch",

@@ -11,6 +11,7 @@ from tailscope.seeds import derive, keyed, torch_stream
 from tailscope.spec import StageSpec
 from tailscope.store import Meta, Tensors
 from tailscope.training.epochs import Epochs, Flat
+from tailscope.training.runtime import arithmetic
 
 View = tuple[Tensor, Tensor]
 """Features [n, d] and labels int64 [n] of one augmented view of the training data."""
@@ -83,5 +84,6 @@ def fit_classifier(
         "losses": losses,
         "seconds": time.monotonic() - started,
         "bn_mode": spec.bn_mode,
+        "arithmetic": arithmetic(torch.device("cpu"), torch.float32),
     }
     return {"weight": classifier.weight.detach(), "bias": classifier.bias.detach()}, meta
