@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -151,12 +151,12 @@ class FeatureTable:
         if isinstance(given, str | os.PathLike):
             return cls.load(Path(given))
         if is_pair(given):
-            features, labels = given
+            features, labels = cast(tuple[Any, Any], given)
             return cls.from_arrays(features.to_numpy() if _is_frame(features) else features, labels, source=name)
         if isinstance(given, Mapping):
             return _of_mapping(given, name)
         if _is_frame(given):
-            return _of_frame(given, name)
+            return _of_frame(cast(Frame, given), name)
         expected = "a file, a pair (features, labels), a mapping of arrays or a DataFrame"
         raise UserError(f"{name}: a {type(given).__name__}; expected {expected}")
 
@@ -215,8 +215,8 @@ class FeatureTable:
     def counts(self) -> list[int]:
         """Return the number of samples of each class, in the order of `class_names` or else of the labels."""
         if self.class_names is None:
-            return self.labels.unique(return_counts=True)[1].tolist()
-        return torch.bincount(self.labels, minlength=len(self.class_names)).tolist()
+            return [int(n) for n in np.unique(self.labels.numpy(), return_counts=True)[1]]
+        return [int(n) for n in torch.bincount(self.labels, minlength=len(self.class_names))]
 
     def take(self, rows: Sequence[int] | npt.NDArray[np.int64] | Tensor) -> "FeatureTable":
         """Return the samples at `rows`, in that order; class names stay."""
@@ -242,7 +242,7 @@ def is_pair(given: Any) -> bool:
     """
     if not isinstance(given, tuple) or len(given) != 2:
         return False
-    whole = str | os.PathLike | FeatureTable | Mapping | tuple
+    whole = (str, os.PathLike, FeatureTable, Mapping, tuple)
     return not isinstance(given[0], whole) and not isinstance(given[1], whole) and not _is_frame(given[1])
 
 
@@ -278,8 +278,8 @@ def _with_names(table: FeatureTable) -> FeatureTable:
     """Return the table with labels 0 to C-1 and class names: without a list of them, the digits of its labels."""
     if table.class_names is not None:
         return table
-    values, codes = torch.unique(table.labels, return_inverse=True)
-    return replace(table, class_names=tuple(map(str, values.tolist())), labels=codes, named_rows=True)
+    values, codes = np.unique(table.labels.numpy(), return_inverse=True)
+    return replace(table, class_names=tuple(map(str, values)), labels=torch.from_numpy(codes), named_rows=True)
 
 
 def _matched(table: FeatureTable, first: FeatureTable, names: tuple[str, ...]) -> FeatureTable:
@@ -341,5 +341,5 @@ def _of_frame(frame: Frame, name: str) -> FeatureTable:
     except (ValueError, TypeError):
         raise UserError(f"{name}: the lists in column {chosen.features[0]!r} have gaps or differ in length") from None
     features = features if features.dtype.kind == "f" or chosen.lists else features.astype(np.float64)
-    fields = columns.to_arrays(name, features, picked)
+    fields: dict[str, Any] = columns.to_arrays(name, features, picked)
     return FeatureTable.from_arrays(**fields, source=name, notes=chosen.notes)

@@ -97,13 +97,14 @@ def to_labels(where: str, values: npt.ArrayLike | Tensor, rows: int, of: str) ->
     if array.dtype.kind in "SUT":
         return _texts(where, array)
     if array.dtype.kind == "f":
-        _require(where, array, np.isfinite(array) & (array == np.floor(array)), "expected whole numbers or names")
-        _require(where, array, np.abs(array) < 2**63, "expected whole numbers below 2**63")
+        array = array.astype(np.float64)
+        _require(where, array, np.isfinite(array) & (array == np.floor(array)), "is no whole number")
+        _require(where, array, np.abs(array) < 2**63, "is too large; labels are below 2**63")
     elif array.dtype.kind not in "iub":
         raise UserError(f"{where} is {array.dtype}; expected whole numbers or names")
-    _require(where, array, array >= 0, "a label is a whole number of at least 0 or a name; leave unlabelled rows out")
+    _require(where, array, array >= 0, "is negative; leave unlabelled rows out, labels are names or count from 0")
     if array.dtype.kind == "u":
-        _require(where, array, array < 2**63, "expected whole numbers below 2**63")
+        _require(where, array, array < 2**63, "is too large; labels are below 2**63")
     return array.astype(np.int64)
 
 
@@ -117,7 +118,7 @@ def positions(where: str, labels: Labels, names: tuple[str, ...]) -> npt.NDArray
         order = np.argsort(names)
         place = np.searchsorted(names, labels, sorter=order).clip(max=len(names) - 1)
         found: npt.NDArray[np.int64] = order[place]
-        _require(where, labels, np.array(names)[found] == labels, f"class_names has {listed(names)}")
+        _require(where, labels, np.array(names)[found] == labels, f"is not in class_names ({listed(names)})")
         return found
     high = int(labels.argmax())
     if labels[high] >= len(names):
@@ -138,21 +139,24 @@ def check_classes(source: str, classes: int) -> None:
 
 def _texts(where: str, array: npt.NDArray[Any]) -> npt.NDArray[np.str_]:
     text = np.char.decode(array, "utf-8", "backslashreplace") if array.dtype.kind == "S" else array.astype(np.str_)
-    _require(where, text, np.char.strip(text) != "", "give every row a name, or leave it out")
+    _require(where, text, np.char.strip(text) != "", "is empty; leave unlabelled rows out")
     return text
 
 
 def _plain(where: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return an array of Python objects [N] as one of text or of numbers."""
     kinds = np.array([_kind(value) for value in array])
-    _require(where, array, kinds != "", "expected a whole number or a name in every row")
+    wrong = np.flatnonzero(kinds == "")
+    if len(wrong):
+        row = int(wrong[0])
+        raise UserError(f"{where}: {len(wrong)} of {len(array)} rows hold no number or text, the first is row {row}")
     found = sorted(set(kinds))
     if len(found) > 1:
         raise UserError(f"{where}: {(kinds == found[0]).sum()} rows hold a {found[0]}, the others a {found[1]}")
-    try:
-        return np.array(array.tolist())
-    except (ValueError, OverflowError):  # integers beyond 64 bits
-        raise UserError(f"{where}: expected whole numbers below 2**63") from None
+    plain = np.array(array.tolist())
+    if plain.dtype.kind == "O":  # integers beyond 64 bits
+        raise UserError(f"{where}: a number is too large; labels are below 2**63")
+    return plain
 
 
 def _kind(value: object) -> str:
@@ -164,11 +168,12 @@ def _kind(value: object) -> str:
     return ""
 
 
-def _require(where: str, array: npt.NDArray[Any], holds: npt.NDArray[np.bool_], mend: str) -> None:
+def _require(where: str, labels: npt.NDArray[Any], holds: npt.NDArray[np.bool_], what: str) -> None:
     wrong = np.flatnonzero(~holds)
     if len(wrong):
-        row, others = int(wrong[0]), f" ({len(wrong)} rows are so)" if len(wrong) > 1 else ""
-        raise UserError(f"{where}: row {row} holds {str(array[row])[:40]!r}{others}; {mend}")
+        first, more = str(labels[wrong[0]])[:40], f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        first = repr(first) if labels.dtype.kind == "U" else first
+        raise UserError(f"{where}: label {first} in row {wrong[0]}{more} {what}")
 
 
 def to_names(source: str, values: npt.ArrayLike, *, numbers: bool = False) -> tuple[str, ...]:

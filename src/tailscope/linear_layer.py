@@ -1,7 +1,7 @@
 """The linear layer that turns features into logits, as a file: `weight` [C, d], `bias` [C], optional `class_names`.
 
-A single row, as scikit-learn has it for two classes, is a score for the second: it becomes two rows, minus and plus half
-of it, whose softmax gives the same probabilities.
+A single row, as scikit-learn has it for two classes, is a score for the second: it becomes two rows, minus and plus
+half of it, whose softmax gives the same probabilities.
 """
 
 from collections.abc import Sequence
@@ -48,8 +48,8 @@ class LinearLayer:
     ) -> "LinearLayer":
         """Check arrays or tensors and make a classifier of them; no bias is a bias of zero, a single row becomes two.
 
-        >>> LinearLayer.from_arrays([[2.0, 0.0]], [1.0]).weight.tolist()
-        [[-1.0, 0.0], [1.0, 0.0]]
+        >>> LinearLayer.from_arrays([[2.0, 4.0]], [1.0]).weight.tolist()
+        [[-1.0, -2.0], [1.0, 2.0]]
 
         Raises:
             UserError: a field has the wrong type, shape or length, or values are NaN or infinite.

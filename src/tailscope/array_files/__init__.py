@@ -75,7 +75,7 @@ def _guarded(path: Path, required: Sequence[str], optional: Sequence[str]) -> Co
     except PermissionError:
         raise UserError(f"{path}: may not be read (permission denied)") from None
     except reader.unreadable as error:
-        raise UserError(f"{path}: not a readable {path.suffix}, or truncated ({message_of(error)})") from None
+        raise UserError(f"{path}: not a readable {path.suffix}, truncated or damaged ({message_of(error)})") from None
 
 
 def _require_file(path: Path) -> None:

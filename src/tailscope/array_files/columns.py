@@ -63,7 +63,7 @@ def choose(where: Path | str, names: Iterable[str], kinds: Mapping[str, str], ty
     features, lists, notes = _features(where, rest, kinds, types)
     for field, found in (("features", features), ("labels", "labels" in fields or "class_name" in fields)):
         if not found:
-            raise UserError(f"{where}: no field {field!r}; it holds {in_words(held)}; needs features, labels")
+            raise UserError(f"{where}: no field {field!r}; needs features, labels, and holds {in_words(held)}")
     return Choice(fields, features, lists, (*notes, *unread(where, rest, features)))
 
 

@@ -56,8 +56,7 @@ def resolve(
             found[field] = names[0]
     missing = [field for field in required if field not in found]
     if missing:
-        needs = f"; needs {', '.join(required)}" if len(required) > 1 else ""
-        raise UserError(f"{where}: no field {missing[0]!r}; it holds {in_words(held)}{needs}")
+        raise UserError(f"{where}: no field {missing[0]!r}; needs {', '.join(required)}, and holds {in_words(held)}")
     return found
 
 

@@ -94,7 +94,7 @@ def read(
     if linear is not None:
         linear = linear.aligned(names, aligned[0].width, aligned[0].source)
     kept, warnings = _without_duplicates(list(aligned), names, drop_duplicates)
-    notes = [note for one in (*tables, *([] if linear is None else [linear])) for note in one.notes]
+    notes = [note for table in tables for note in table.notes] + list(linear.notes if linear else ())
     warnings += [*_uneven(kept), *_absent(kept[1:], names), *notes]
     return Inputs(kept[0], kept[1], kept[2] if test is not None else None, linear, names, tuple(warnings))
 
