@@ -44,7 +44,7 @@ _WRITERS: dict[str, Callable[[Path, Arrays], None]] = {
     ".parquet": parquet.write,
 }
 _KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
-_LFS = b"version https://git-lfs"
+_LFS, _LFS_BYTES = b"version https://git-lfs", 1024
 
 
 def read(path: Path, required: Sequence[str], optional: Sequence[str]) -> Contents:
@@ -71,6 +71,8 @@ def _guarded(path: Path, required: Sequence[str], optional: Sequence[str]) -> Co
         raise UserError(f"{path}: unknown format {path.suffix!r}; known: {', '.join(_READERS)}")
     _require_file(path)
     try:
+        if path.stat().st_size < _LFS_BYTES and path.read_bytes().startswith(_LFS):
+            raise UserError(f"{path}: a pointer of Git LFS, not the file itself; fetch it with git lfs pull")
         return reader.read(path, required, optional)
     except PermissionError:
         raise UserError(f"{path}: may not be read (permission denied)") from None
@@ -96,8 +98,6 @@ def _require_file(path: Path) -> None:
         raise UserError(f"{path}: {kind}, not a file")
     if status.st_size == 0:
         raise UserError(f"{path}: the file is empty")
-    if status.st_size < 1024 and os.access(path, os.R_OK) and path.read_bytes().startswith(_LFS):
-        raise UserError(f"{path}: a pointer of Git LFS, not the file itself; fetch it with git lfs pull")
 
 
 def check_writable(path: Path) -> None:

@@ -17,7 +17,7 @@ from tailscope.array_files.fields import ALIASES, Header, in_words, resolve, unr
 from tailscope.array_files.text import Array, Arrays
 from tailscope.errors import UserError
 
-NUMBER, LISTS, OTHER = "number", "lists", "other"
+NUMBER, LISTS, OTHER = "number", "lists", "text"
 _ROW_FIELDS = ("labels", "ids", "groups")
 _INDEX = ("", "index", "level_0", "__index_level_0__", "Unnamed: 0")
 _NUMBERED = re.compile(r"(.*?)(\d{1,9})", re.DOTALL)

@@ -48,7 +48,7 @@ def read(path: Path, required: Sequence[str], optional: Sequence[str]) -> Conten
     if "features" not in required:
         raise UserError(f"{path}: a table has one row a sample; expected {', '.join(required)} in an .npz")
     pa = require_pyarrow(path)
-    with pa.parquet.ParquetFile(path) as file:
+    with path.open("rb") as opened, pa.parquet.ParquetFile(opened) as file:  # a name that is no UTF-8 opens only so
         schema = file.schema_arrow
         types = {name: str(kind) for name, kind in zip(schema.names, schema.types, strict=True)}
         kinds = {name: _kind(pa, kind) for name, kind in zip(schema.names, schema.types, strict=True)}

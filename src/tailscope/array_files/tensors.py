@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from tailscope.array_files.fields import Header, require_room, resolve, unread
-from tailscope.array_files.text import Array, Arrays, Contents, arrays_to_header, header_to_arrays, message_of
+from tailscope.array_files.text import Array, Arrays, Contents, arrays_to_header, header_to_arrays, message_of, shown
+from tailscope.errors import UserError
 
 # What safetensors raises on damaged files; it checks its header against the size of the file before it reads.
 UNREADABLE: tuple[type[Exception], ...] = (
@@ -24,9 +25,11 @@ def read(path: Path, required: Sequence[str], optional: Sequence[str]) -> Conten
     """Return those of the fields that the file has; bfloat16 and smaller floats become float32.
 
     Raises:
-        UserError: a field is missing.
+        UserError: a field is missing, or the file's name is no UTF-8.
         Exception: one of `UNREADABLE`, where the file is damaged.
     """
+    if shown(path) != str(path):
+        raise UserError(f"{path}: safetensors opens only files whose names are UTF-8; rename it")
     with safe_open(path, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         held = {name: Header(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
