@@ -14,7 +14,7 @@ from tailscope.errors import UserError, one_line
 Train = Annotated[
     list[Path],
     typer.Option(
-        help="Features of the training samples: .npz, .npy, .pt, .safetensors, .parquet, .csv. Repeat to compare encoders."
+        help="Features of training samples: .npz, .npy, .pt, .safetensors, .parquet, .csv. Repeat for more encoders."
     ),
 ]
 Unseen = Annotated[list[Path], typer.Option(help="Features of samples that had no part in training, one per --train.")]

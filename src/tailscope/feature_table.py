@@ -292,7 +292,7 @@ def _matched(table: FeatureTable, first: FeatureTable, names: tuple[str, ...]) -
     places = torch.tensor([position.get(name, -1) for name in own.class_names or ()])
     labels = places[own.labels]
     if (labels < 0).any():
-        surplus = [(own.class_names or ())[k] for k in own.labels[labels < 0].unique().tolist()]
+        surplus = [(own.class_names or ())[k] for k in np.unique(own.labels[labels < 0].numpy())]
         raise UserError(
             f"{table.source}: has samples of {listed(surplus)}, which {first.source} has not among its classes "
             f"({listed(names)}); give it some or leave these out"
