@@ -9,8 +9,6 @@ import json
 import os
 import pickle
 import struct
-import subprocess
-import sys
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -25,6 +23,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from tailscope.array_files import fields
+from tailscope.array_files import npz as npz_files
 from tailscope.errors import UserError
 from tailscope.feature_table import FeatureTable
 from tailscope.linear_layer import LinearLayer
@@ -192,9 +191,8 @@ def test_sizes_are_checked_before_anything_is_allocated(tmp_path, name):
 
 def test_bombs(tmp_path, monkeypatch):
     path = tmp_path / "bomb.npz"
-    zeros = np.zeros((2**21, 40), dtype=np.float32)  # 320 MiB in 300 KiB
-    np.savez_compressed(path, features=zeros, labels=Y)
-    assert path.stat().st_size < 2**20
+    monkeypatch.setattr(npz_files, "_BOMB_BYTES", 2**20)
+    np.savez_compressed(path, features=np.zeros((2**18, 4), dtype=np.float32), labels=Y)  # 4 MiB in 4 KiB
     assert "features would unpack to" in refusal(path)
     pq.write_table(pa.table({"f0": np.zeros(10**6), "label": np.zeros(10**6, int)}), tmp_path / "bomb.parquet")
     monkeypatch.setattr(fields, "_memory", lambda: 10**6)
@@ -314,17 +312,17 @@ def test_a_name_that_is_no_utf8(tmp_path, valid, suffix):
     assert FeatureTable.load(path).source == str(tmp_path / f"caf\ufffd_features.{suffix}")
 
 
-def test_a_name_that_is_no_utf8_from_end_to_end(tmp_path):
-    """In a process of its own, since only a real command line has such names."""
+def test_a_name_that_is_no_utf8_from_end_to_end(tailscope_, tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
-    for name in (b"caf\xe9.npz", b"new\xe9.npz"):
-        y = np.repeat([0, 1], 40)
-        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:  # noqa: PTH118, PTH123 - bytes
-            np.savez(file, features=(rng.normal(size=(80, 3)) + 4 * y[:, None]).astype("f4"), labels=y)
-    given = [b"--train", b"caf\xe9.npz", b"--unseen", b"new\xe9.npz", b"--out", b"out", b"--permutations", b"0"]
-    code = "from tailscope.cli import main; main()"
-    command = [sys.executable, "-c", code, "diagnose", *given, "--no-verdict", "--no-report"]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True)
-    assert ended.returncode == 0, ended.stderr
-    source = json.loads((tmp_path / "out" / "diagnosis.json").read_text(encoding="utf-8"))["spec"]["encoders"]
-    assert [one["train"]["source"] for one in source.values()] == ["caf\ufffd.npz"]
+    monkeypatch.chdir(tmp_path)
+    names = [os.fsdecode(name) for name in (b"caf\xe9.npz", b"new\xe9.npz")]  # as the command line has them
+    y = np.repeat([0, 1], 40)
+    for name in names:
+        np.savez(name, features=(rng.normal(size=(80, 3)) + 4 * y[:, None]).astype("f4"), labels=y)
+    options = ("--out", "out", "--permutations", 0, "--no-verdict", "--no-report")
+    ended = tailscope_("diagnose", "--train", names[0], "--unseen", names[1], *options)
+    assert (ended.code, ended.err) == (0, "")
+    encoders = json.loads((tmp_path / "out" / "diagnosis.json").read_text(encoding="utf-8"))["spec"]["encoders"]
+    assert [one["train"]["source"] for one in encoders.values()] == ["caf\ufffd.npz"]
+    ended = tailscope_("diagnose", "--train", names[0] + ".npz", "--unseen", names[1], *options)
+    assert (ended.code, ended.err.encode().count(b"\n")) == (2, 1)
