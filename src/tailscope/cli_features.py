@@ -9,6 +9,7 @@ from rich.console import Console
 
 from tailscope.cli_options import DataRoot, Device, Json, Overwrite
 from tailscope.cli_output import console_beside, print_json
+from tailscope.errors import one_line
 
 Model = Annotated[
     str,
@@ -113,7 +114,7 @@ def features(
 def _show(written: dict[str, Any], console: Console) -> None:
     """Say what was written, and what to mind."""
     for warning in written["warnings"]:
-        console.out(f"warning: {warning}", highlight=False)
+        console.out(f"warning: {one_line(warning)}", highlight=False)
     console.out(
         f"{written['features']}: {written['rows']:,} rows of {written['width']} features, {written['classes']} classes"
         f" ({written['resumed']:,} rows were there, {written['skipped']:,} images skipped)",

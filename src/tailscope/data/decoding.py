@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from tailscope.data.streams import UNREADABLE, ImageStream, MemoryImages
+from tailscope.data.pixels import ImageError
+from tailscope.data.streams import ImageStream, MemoryImages
 from tailscope.errors import UserError
 from tailscope.progress import Progress
 from tailscope.seeds import keyed
@@ -55,10 +56,8 @@ class _Decoded(Dataset[tuple[int, Tensor | None, str]]):
         # Returned, not raised: an exception leaves a worker as a page of text, and would end the whole epoch.
         try:
             image = self._stream.image(row)
-        except FileNotFoundError:
-            return row, None, "missing"
-        except UNREADABLE as error:
-            return row, None, f"cannot be decoded, {type(error).__name__}"
+        except ImageError as error:
+            return row, None, str(error)
         if self._seed_of is None:
             return row, self._transform(image), ""
         with keyed(self._seed_of(self._stream.ids[row], repeat)):

@@ -110,7 +110,7 @@ def run_features(
     encoder = load(model, checkpoint, pretrained=pretrained, channels=channels, wishes=wishes)
     if not encoder.preprocessing.one_size and opened.in_memory is None:
         raise UserError(f"{data}: the images may differ in size, and {model} takes them as they are; give --image-size")
-    warnings = list(encoder.notes)
+    warnings = [*images.notes, *encoder.notes]
     for note in warnings:
         runtime.progress.note(note)
     extraction = extract_to_file(encoder, images, out, runtime, options, {"data": data, "split": split, "part": part})
