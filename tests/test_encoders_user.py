@@ -98,7 +98,7 @@ def test_factories_of_the_user() -> None:
         ("my_encoders:broken", "KeyError: 'weights.pt'"),
         ("my_encoders:pairs", "returned a str, not a torch.nn.Module"),
         ("my_encoders:maps", r"its features are \[2, 2, 224, 224\], not \[B, d\]"),
-        ("my_encoders:own_size", r"fails on an input of shape \[2, 3, 224, 224\] .* try --image-size"),
+        ("my_encoders:own_size", r"fails on an input of shape \[2, 3, 224, 224\]: RuntimeError.*; try --image-size$"),
         ("my_encoders:plain(hidden=open('x'))", "factory .* expected a name or a call with plain values"),
         ("my_encoders:", "factory ''"),
     ],

@@ -168,7 +168,9 @@ def from_torchvision(name: str, pretrained: bool, wishes: Wishes) -> Architectur
     notes: tuple[str, ...] = ()
     if not pretrained and not published and wishes.resize is None and wishes.image_size is None:
         other = f"; other weights of it were made for --resize {', '.join(map(str, others))}" if others else ""
-        notes = (f"torchvision:{name}: the images are resized to {resize} and cropped to {crop}, {weights.name}'s{other}",)
+        notes = (
+            f"torchvision:{name}: the images are resized to {resize} and cropped to {crop}, {weights.name}'s{other}",
+        )
     return Architecture(model, InputOf(layer), f"input of {layer}", (layer,), preprocessing, notes)
 
 

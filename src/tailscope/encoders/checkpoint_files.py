@@ -49,14 +49,20 @@ _HARMLESS: list[Any] = [
     np.ndarray,
     np.dtype,
     *_NUMPY,
-    *{type(np.dtype(t)) for t in ("?", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "U", "S", "O")},
+    *{
+        type(np.dtype(t))
+        for t in ("?", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "U", "S", "O")
+    },
     *((pathlib.PosixPath, f"pathlib.{module}PosixPath") for module in ("", "_local.")),
     *((pathlib.PureWindowsPath, f"pathlib.{module}WindowsPath") for module in ("", "_local.")),
 ]
 
 _SIGNATURES: list[tuple[re.Pattern[bytes], str]] = [
     (re.compile(rb"version https://git-lfs"), "is a Git-LFS pointer, not the weights; fetch them with `git lfs pull`"),
-    (re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE), "is a web page, not the weights; download the file itself"),
+    (
+        re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE),
+        "is a web page, not the weights; download the file itself",
+    ),
     (re.compile(rb"\x89HDF"), "is an HDF5 file, as Keras writes; a PyTorch state_dict or .safetensors is needed"),
     (re.compile(rb"\x1f\x8b"), "is compressed with gzip; unpack it first"),
     (re.compile(rb"BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd"), "is a compressed archive; unpack it first"),
@@ -127,7 +133,9 @@ def _require_torch_archive(path: Path) -> None:
     if "constants.pkl" in inner:
         raise UserError(f"{path}: is a TorchScript archive, which holds code; save the network's state_dict instead")
     if "data.pkl" not in inner:
-        kind = "is NumPy's .npz" if all(n.endswith(".npy") for n in names) else f"is a zip archive of {listed(names, 3)}"
+        kind = (
+            "is NumPy's .npz" if all(n.endswith(".npy") for n in names) else f"is a zip archive of {listed(names, 3)}"
+        )
         raise UserError(f"{path}: {kind}, not what torch.save writes; a PyTorch state_dict or .safetensors is needed")
 
 

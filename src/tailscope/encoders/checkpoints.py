@@ -172,7 +172,9 @@ def fit(
     model.load_state_dict({name: t for name, t in state.items() if name in own}, strict=False)
     if strange:
         what = "; ".join(strange)
-        notes += (f"{checkpoint.path.name}: its classifier ({what}) is not known to be one linear layer; no classifier file",)
+        notes += (
+            f"{checkpoint.path.name}: its classifier ({what}) is not known to be one linear layer; no classifier file",
+        )
     left_out = _left_out(place, own, used)
     if left_out:
         notes += (f"{checkpoint.path.name}: left out what is no part of {model_name}: {left_out}",)
@@ -270,9 +272,7 @@ def _equal(a: Place, b: Place, own: Mapping[str, Tensor]) -> bool:
     """Whether both places hold the same weights."""
     ours, theirs = a.state(), b.state()
     pairs = [(ours[name], theirs[name]) for name in _counted(own)]
-    return all(
-        _has_values(x) and _has_values(y) and x.dtype == y.dtype and bool((x == y).all()) for x, y in pairs
-    )
+    return all(_has_values(x) and _has_values(y) and x.dtype == y.dtype and bool((x == y).all()) for x, y in pairs)
 
 
 def _has_values(tensor: Tensor) -> bool:
@@ -321,7 +321,7 @@ def _find_classifier(checkpoint: Checkpoint, place: Place, model: nn.Module, nam
 
 
 def _stored_apart(checkpoint: Checkpoint, place: Place, layer: nn.Module) -> _Sought | None:
-    """Return the classifier that MiSLAS or classifier-balancing keep beside the backbone, its logits times LWS's scales."""
+    """Return the classifier that MiSLAS or classifier-balancing keep beside the backbone, with LWS's scales in it."""
     *above, _ = place.container.where or ("",)
     state, scale = _plain(checkpoint.at(*above, "state_dict_classifier")), None
     if state:

@@ -130,13 +130,13 @@ class Wishes:
     def mend(self) -> str:
         """What to do about a model that fails on its input, which is not what was done already."""
         used = [option for option in self.given if not option.startswith("--normalize")]
-        return f"leave out {' and '.join(used)}" if used else "try another --image-size"
+        return f"leave out {' and '.join(used)}" if used else "try --image-size"
 
     def sizes(self, crop: int | None, resize: int | None) -> tuple[int | None, int | None]:
         """Return (crop, resize) as wished; a model's own are the arguments, None for as the images are.
 
-        >>> Wishes(resize=256).sizes(224, 232), Wishes(image_size=112).sizes(224, 256), Wishes(resize="none").sizes(224, 256)
-        ((224, 256), (112, 128), (None, None))
+        >>> [w.sizes(224, 232) for w in (Wishes(resize=256), Wishes(image_size=112), Wishes(resize="none"))]
+        [(224, 256), (112, 116), (None, None)]
         """
         if self.resize == "none":
             return self.image_size, None

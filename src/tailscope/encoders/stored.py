@@ -75,12 +75,16 @@ def _checked(artifact: Artifact, path: Path) -> StoredBackbone:
         counts = tuple(int(n) for n in spec["data"]["counts"])
         rows = artifact.tensors["rows"].numpy()
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path.parent}: is no backbone that tailscope stored ({type(error).__name__}: {error})") from None
+        raise UserError(
+            f"{path.parent}: is no backbone that tailscope stored ({type(error).__name__}: {error})"
+        ) from None
     try:
         MODELS.parse(model)
         size = size_of(augment) if for_photos(augment) else None
     except UserError as error:
-        raise UserError(f"{path.parent / 'meta.json'}: {error}; names in a file are only looked up, never run") from None
+        raise UserError(
+            f"{path.parent / 'meta.json'}: {error}; names in a file are only looked up, never run"
+        ) from None
     if rows.ndim != 1 or rows.dtype.kind not in "iu" or len(rows) == 0 or rows.min() < 0:
         raise UserError(f"{path}: its rows {list(rows.shape)} are no row numbers of training images")
     if size is not None and not 1 <= size <= _LARGEST:

@@ -210,7 +210,9 @@ def _refuse_logits(name: str, model: nn.Module, outputs: dict[str, list[Tensor]]
     Raises:
         UserError: it does; by the name or the type of the last layer with parameters, or of what that is part of.
     """
-    owners = [path for path, module in model.named_modules() if path and next(module.parameters(False), None) is not None]
+    owners = [
+        path for path, module in model.named_modules() if path and next(module.parameters(False), None) is not None
+    ]
     path = owners[-1] if owners else ""
     while path:
         module = model.get_submodule(path)
