@@ -1,6 +1,7 @@
 """Read checkpoint files without running anything in them, and call what is no checkpoint by its name.
 
-PyTorch's files are read with `weights_only=True`: tensors, plain values, and the harmless types listed here.
+PyTorch's files are read with `weights_only=True`: tensors, plain values, and the harmless types listed here. Objects of
+other classes, such as a training's options, become empty placeholders: no class is imported, no function called.
 """
 
 import argparse
@@ -9,7 +10,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections import defaultdict, deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from tailscope.store import load_tensors
 
 State = dict[str, Tensor]
 
+_PLACEHOLDER_OF = "placeholder_of"
 _DEEPEST = 8
 _MOST_CONTAINERS = 10_000
 _DAMAGED = (EOFError, RuntimeError, ValueError, KeyError, AttributeError, TypeError, IndexError, MemoryError)
@@ -42,10 +44,6 @@ _NUMPY: list[Any] = [
 ]
 _HARMLESS: list[Any] = [
     argparse.Namespace,
-    defaultdict,
-    dict,  # defaultdict's
-    list,
-    int,
     np.ndarray,
     np.dtype,
     *_NUMPY,
@@ -115,10 +113,10 @@ def _content(path: Path) -> Any:
     for pattern, what in _SIGNATURES:
         if pattern.match(head):
             raise UserError(f"{path}: {what}")
-    if path.suffix == ".safetensors":
-        return load_tensors(path)
     if head.startswith(b"PK"):
         _require_torch_archive(path)
+    elif path.suffix == ".safetensors":
+        return load_tensors(path)
     return _unpickle(path)
 
 
@@ -143,7 +141,10 @@ def _unpickle(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old pickle protocols; what cannot be read is refused below
-            return torch.load(path, map_location="cpu", weights_only=True)
+            is_zip = zipfile.is_zipfile(path)
+            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(str(path)) if is_zip else []
+            with torch.serialization.safe_globals([(_placeholder(name), name) for name in unknown]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         culprit = re.search(r"GLOBAL (\S+)", str(error))
         what = f"holds {culprit[1]}, and only tensors are unpickled" if culprit else "is no checkpoint"
@@ -152,6 +153,28 @@ def _unpickle(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read ({message_of(error)[:80]})") from None
     except _DAMAGED as error:
         raise UserError(f"{path}: not a readable checkpoint, or truncated ({message_of(error)[:80]})") from None
+    name = getattr(content, _PLACEHOLDER_OF, None)
+    if name is not None:
+        raise UserError(f"{path}: holds {name}, and only tensors are unpickled; save the model's state_dict by itself")
+    return content
+
+
+class _Uncallable(type):
+    """Unpickling an object of a class asks `__new__` alone; what calls it may be any function of the file's choice."""
+
+    def __call__(cls, *_: Any, **__: Any) -> Any:
+        raise pickle.UnpicklingError(f"GLOBAL {cls.__name__} would be called")
+
+
+def _placeholder(name: str) -> type:
+    """Return a class that stands for the one that a file calls `name`: its objects are empty dictionaries."""
+
+    def make(_: type, *__: Any) -> Any:
+        made: OrderedDict[Any, Any] = OrderedDict()  # which `torch.load` lets the file fill
+        setattr(made, _PLACEHOLDER_OF, name)
+        return made
+
+    return _Uncallable(name, (), {"__new__": make})
 
 
 def _walk(content: Mapping[Any, Any]) -> Iterator[Container]:

@@ -127,7 +127,7 @@ def choose(
     if key is not None:
         return _asked_for(checkpoint, fitting, key), ()
     chosen = min(fitting, key=_rank)
-    others = [place for place in fitting if not _equal(place, chosen, own)]
+    others = [place for place in fitting if place is not chosen and not _equal(place, chosen, own)]
     if any(_rank(place) == _rank(chosen) for place in others):
         raise UserError(
             f"{checkpoint.path}: holds several networks that fit {model_name}: {_names([chosen, *others])}; say which "
@@ -312,7 +312,9 @@ def _find_classifier(checkpoint: Checkpoint, place: Place, model: nn.Module, nam
     usual = [each for each in _CLASSIFIER_NAMES if not any(k.startswith(f"{each}.") for k in model.state_dict())]
     above = [place.prefix[: match.end()] for match in re.finditer(r"\.", place.prefix)][-2::-1]
     above += [""] if place.prefix else []
-    for prefix in [f"{place.prefix}{each}." for each in (name, *usual)] + [f"{p}{u}." for p in above for u in usual]:
+    for prefix in [f"{place.prefix}{each}." for each in (name, *usual)] + [
+        f"{p}{u}." for p in above for u in _CLASSIFIER_NAMES
+    ]:
         below = {k.removeprefix(prefix): t for k, t in place.container.state.items() if k.startswith(prefix)}
         if below:
             known = layer if prefix == f"{place.prefix}{name}." else None
