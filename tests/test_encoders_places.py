@@ -17,10 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from image_trees import draw
 from tailscope.encoders import load
 from tailscope.encoders.checkpoint_files import containers
 from tailscope.encoders.preprocessing import Wishes
 from tailscope.errors import UserError
+from tailscope.feature_table import FeatureTable
 
 State = dict[str, Tensor]
 CLASSES = 7
@@ -315,3 +317,32 @@ def test_torchvisions_sequential_classifiers_and_timms_norms(tmp_path: Path) -> 
     encoder = load("timm:test_convnext", saved(tmp_path, {"model": net.state_dict()}), wishes=Wishes())
     assert encoder.classifier is None
     assert "its classifier (head.fc.1.weight" in encoder.notes[-1]
+
+
+def test_the_cases_by_command_line(tmp_path: Path, tailscope_) -> None:
+    for i in range(4):
+        draw(tmp_path / "data" / "ab"[i % 2] / f"{i}.png", seed=i)
+    cases = {
+        "lightning": (LAYOUTS["Lightning"][0], 0, "left out what is no part of resnet10: criterion.*"),
+        "swa": (averaged, 0, "left out what is no part of resnet10: n_averaged"),
+        "ema": ({"ema": SD, "best": np.float64(0.9)}, 0, "7 outputs, the data 2 classes"),
+        "dropout": (backbone(SD) | CLASSIFIERS["dropout"][0], 0, "is not known to be one linear layer"),
+        "list": ([SD], 2, "holds a list; save the model's state_dict"),
+    }
+    for name, (content, code, says) in cases.items():
+        saved(tmp_path, content, f"{name}.pth")
+        done = tailscope_(
+            "features", "--model", "resnet10", "--checkpoint", tmp_path / f"{name}.pth", "--image-size", 32,
+            "--data", f"folder:{tmp_path / 'data'}", "--out", tmp_path / f"{name}.npz",
+        )  # fmt: skip
+        assert done.code == code, done.err
+        assert says in done.out + done.err
+        assert (tmp_path / f"{name}.classifier.npz").exists() == (code == 0 and name != "dropout")
+    saved(tmp_path, {"model": SD, "ema": OTHER_SD}, "both.pth")
+    done = tailscope_(
+        "features", "--model", "resnet10", "--checkpoint", tmp_path / "both.pth", "--checkpoint-key", "model",
+        "--image-size", 32, "--data", f"folder:{tmp_path / 'data'}", "--out", tmp_path / "model.npz",
+    )  # fmt: skip
+    assert done.code == 0
+    same = [FeatureTable.load(tmp_path / f"{name}.npz").features for name in ("model", "swa")]
+    assert torch.equal(*same)

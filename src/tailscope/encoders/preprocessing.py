@@ -231,7 +231,7 @@ def by_data(wishes: Wishes, channels: int) -> tuple[Preprocessing, str]:
         if size == _CIFAR_SIZE and channels == 3:
             default, name = CIFAR, "CIFAR"
         made = Preprocessing(v2.Compose(_to_normalised(wishes.normalization(default, channels))), channels)
-        seen = f"stay {size[1]} x {size[0]} pixels, as all are"
+        seen = f"stay {size[1]} x {size[0]} pixels, as all are,"
     else:
         made, name = by_imagenet(wishes, channels), "ImageNet"
         crop, resize = wishes.sizes(224, 256)
