@@ -138,8 +138,8 @@ def test_resize_gives_the_preprocessing_of_the_original_weights(tmp_path: Path) 
     }
     torch.testing.assert_close(plain.preprocessing(noise()), oracles["V2"](noise()), rtol=0, atol=1e-6)
     assert plain.notes == (
-        "torchvision:mobilenet_v3_large: the images are resized to 232 and cropped to 224, IMAGENET1K_V2's; other weights of it "
-        "were made for --resize 256",
+        "torchvision:mobilenet_v3_large: the images are resized to 232 and cropped to 224, IMAGENET1K_V2's; "
+        "other weights of it were made for --resize 256",
     )
     asked = load("torchvision:mobilenet_v3_large", tmp_path / "c.pth", wishes=Wishes(resize=256))
     torch.testing.assert_close(asked.preprocessing(noise()), oracles["V1"](noise()), rtol=0, atol=1e-6)
