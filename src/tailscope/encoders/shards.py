@@ -2,10 +2,12 @@
 
 They lie beside the output, in `OUT.shards/`: `spec.json` says what they are parts of; each shard, named by the first of
 its images, of which it has as many as were done since the last, holds `features` [n, d] and `rows` [n], and is written
-whole or not at all.
+whole or not at all, with a digest. Those of a killed run are checked before it goes on, and a damaged one is extracted
+again.
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +20,9 @@ from torch import Tensor
 from tailscope.data.decoding import Unreadable
 from tailscope.errors import UserError
 from tailscope.spec import digest
-from tailscope.store import load_header, load_tensors, make_folder, save_tensors, write_json
+from tailscope.store import Damaged, check_tensors, load_checkpoint, load_header, make_folder, save_tensors, write_json
+
+_log = logging.getLogger(__name__)
 
 
 class Shards:
@@ -36,7 +40,7 @@ class Shards:
     @property
     def starts(self) -> list[int]:
         """The first images of the shards that are there, ascending."""
-        return sorted(int(path.stem) for path in self.folder.glob("*.safetensors"))
+        return sorted(int(path.stem) for path in self.folder.glob("*.safetensors") if path.stem.isdecimal())
 
     def missing(self) -> list[range]:
         """Return which images no shard has, as runs, ascending."""
@@ -47,18 +51,21 @@ class Shards:
             end = start + int(meta["readable"]) + len(meta["unreadable"])
         return [run for run in [*runs, range(end, self.total)] if run]
 
-    def is_done(self, start: int) -> bool:
-        """Whether the shard that begins with an image is there."""
-        return self._path(start).is_file()
-
     def write(self, start: int, features: Tensor, rows: Tensor, unreadable: list[Unreadable]) -> None:
         """Store a shard: features [n, d] of the images `rows` [n], and what could not be read."""
         meta = {"readable": len(rows), "unreadable": unreadable}
         save_tensors(self._path(start), {"features": features, "rows": rows}, meta)
 
     def read(self, start: int) -> tuple[Tensor, Tensor]:
-        """Return features and rows."""
-        tensors = load_tensors(self._path(start))
+        """Return features and rows.
+
+        Raises:
+            UserError: the shard was damaged since it was written.
+        """
+        try:
+            tensors = load_checkpoint(self._path(start)).tensors
+        except Damaged as error:
+            raise UserError(f"{error}; run the same command again, which extracts these images again") from None
         return tensors["features"], tensors["rows"]
 
     def readable(self) -> int:
@@ -84,6 +91,7 @@ class Shards:
             raise UserError(f"{self.folder}: another process is extracting these features; wait for it") from None
         try:
             self._require_same(spec)
+            self._remove_damaged()
             yield
             # While the lock is held: a process that got it in between would lose its folder.
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -107,6 +115,14 @@ class Shards:
                 f"{self.folder}: its shards are of another extraction ({field} was {old!r}, is {new!r}); delete the "
                 "folder or choose another --out"
             )
+
+    def _remove_damaged(self) -> None:
+        for start in self.starts:
+            try:
+                check_tensors(self._path(start))
+            except Damaged as error:
+                _log.warning("%s; its images are extracted again", error)
+                self._path(start).unlink(missing_ok=True)
 
     def _path(self, start: int) -> Path:
         return self.folder / f"{start:09d}.safetensors"
