@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tailscope.errors import UserError, one_line
+from tailscope.errors import UserError, one_line, plain_name
 from tailscope.progress import Progress, Quiet
 
 Tensors = dict[str, Tensor]
@@ -252,8 +252,11 @@ def make_folder(path: Path, option: str) -> Path:
     """Create a folder and check that it can be written.
 
     Raises:
-        UserError: it cannot, naming the command-line option that asked for it.
+        UserError: it cannot, naming the command-line option that asked for it; or its name is no UTF-8, which the
+            writer of safetensors does not take.
     """
+    if plain_name(str(path)) != str(path):
+        raise UserError(f"{option} {plain_name(str(path))}: its name is no UTF-8; choose another folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".{uuid.uuid4().hex}"

@@ -34,6 +34,7 @@ class HuggingFaceImages:
     class_names: tuple[str, ...]
     ids: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    named = True
 
     def take(self, indices: npt.NDArray[np.int64]) -> "HuggingFaceImages":
         """Return the images at `indices`, in that order; they keep their ids."""

@@ -133,28 +133,30 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 def _scaled(image: Image.Image) -> npt.NDArray[np.uint8]:
     values, top = _values(image)
-    low, high = values.min(), values.max()
+    low, high = float(values.min()), float(values.max())
     if not (np.isfinite(low) and np.isfinite(high) and low >= 0 and high <= top):
         raise ImageError(f"its pixels run from {low:g} to {high:g}, where {top:,} is white; save it with 8 bits")
     if top > 65535 and 0 < high < top / 510:
-        raise ImageError(f"all black: its pixels run to {high:,} where {top:,} is white; save it with 8 bits")
-    if _tag(image, _PHOTOMETRIC, 1) == _WHITE_IS_ZERO:
-        values = top - values
-    return np.rint(values * (255 / top)).astype(np.uint8)
+        raise ImageError(f"all black: its pixels run to {high:,.0f}, where {top:,} is white; save it with 8 bits")
+    scaled = values.astype(np.float32)  # its 24 bits leave room for the 8 that are wanted
+    scaled *= 255 / top
+    np.rint(scaled, out=scaled)
+    pixels = scaled.astype(np.uint8)
+    return 255 - pixels if _tag(image, _PHOTOMETRIC, 1) == _WHITE_IS_ZERO else pixels
 
 
 def _values(image: Image.Image) -> tuple[npt.NDArray[Any], int]:
-    """Return the pixels as float64 and the value that is white. Only TIFF says more of its type than the mode does."""
+    """Return the pixels and the value that is white. Only TIFF says more of its type than the mode does."""
     values = np.asarray(image)
     if image.mode == "F":
-        return values.astype(np.float64), 1
+        return values, 1
     bits = _tag(image, _BITS, 16 if image.mode != "I" or image.format in ("PNG", "PPM") else 0)
     if image.mode != "I":
-        return values.astype(np.float64), 2**bits - 1
+        return values, 2**bits - 1
     signed = bits == 0 or _tag(image, _SAMPLE_FORMAT, 1) == _SIGNED
     if not signed and bits == 32:
         values = values.view(np.uint32)
-    return values.astype(np.float64), 2 ** ((bits or 32) - signed) - 1
+    return values, 2 ** ((bits or 32) - signed) - 1
 
 
 def _tag(image: Image.Image, number: int, default: int) -> int:
