@@ -35,11 +35,11 @@ _UPRIGHT = {
 _ORIENTATION, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 0x0112, 258, 262, 339
 _WHITE_IS_ZERO, _SIGNED = 0, 2
 
-# What Pillow's readers raise for damaged files. It documents no list; the first three are all that 170,000 damaged files
+# What Pillow's readers raise for damaged files. It documents no list: the first three are all that 170,000 damaged ones
 # brought, the others are what Pillow itself expects of its readers.
 _DAMAGED = (
-    OSError, ValueError, SyntaxError, EOFError, TypeError, KeyError, IndexError, OverflowError, MemoryError, struct.error,
-    zlib.error,
+    OSError, ValueError, SyntaxError, EOFError, TypeError, KeyError, IndexError, OverflowError, MemoryError,
+    struct.error, zlib.error,
 )  # fmt: skip
 
 
