@@ -18,7 +18,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from tailscope.array_files import message_of
-from tailscope.data.pixels import ImageError, not_regular, read_image, to_rgb
+from tailscope.data.pixels import ImageError, not_regular, read_image
 from tailscope.errors import UserError
 from tailscope.field_checks import MAX_CLASSES
 
@@ -34,6 +34,7 @@ class HuggingFaceImages:
     class_names: tuple[str, ...]
     ids: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    named = True
 
     def take(self, indices: npt.NDArray[np.int64]) -> "HuggingFaceImages":
         """Return the images at `indices`, in that order; they keep their ids."""
@@ -50,11 +51,9 @@ class HuggingFaceImages:
     def image(self, row: int) -> Image.Image:
         """Decode an image to upright RGB."""
         found = self._undecoded[row][self.column]
-        if isinstance(found, Image.Image):
-            return to_rgb(found)
         if isinstance(found, dict):
             found = found.get("bytes") or found.get("path")
-        if isinstance(found, bytes):
+        if isinstance(found, bytes | Image.Image):
             return read_image(found)
         if not isinstance(found, str):
             raise ImageError(f"column {self.column!r} holds {'nothing' if found is None else type(found).__name__}")
