@@ -160,7 +160,7 @@ def _check_lengths(train: ClassRows, unseen: ClassRows) -> None:
     first, second = median(train.lengths), median(unseen.lengths)
     if first is not None and second is not None and abs(first - second) > MOST_APART:
         raise UserError(
-            f"unseen features: the median row is {2.0 ** (second - first):.0e} times as long as that of the train "
+            f"unseen features: the median row is {2.0 ** max(-1000.0, min(1000.0, second - first)):.0e} times as long as that of the train "
             "features; extract both with the same encoder and scale both by the same number"
         )
 

@@ -14,9 +14,9 @@ from tailscope.geometry.lengths import BLOCK_ELEMENTS, far, log2_lengths, withou
 class ClassRows:
     """The usable rows of one feature matrix [n, d], sorted by class: class k owns `order[starts[k]:starts[k + 1]]`.
 
-    `dropped[k]` counts the class's rows without a direction (of length 0, or as good as 0) and `far[k]` those over 100 times as long as
-    the median row, which `order` leaves out; `alive`, bool [d], says which features are not 0 in every row, and
-    `lengths`, float64 [n], are the binary logarithms of the rows' lengths.
+    `dropped[k]` counts the class's rows without a direction (of length 0, or as good as 0) and `far[k]` those over 100
+    times as long as the median row, which `order` leaves out; `alive`, bool [d], says which features are not 0 in every
+    row, and `lengths`, float64 [n], are the binary logarithms of the rows' lengths.
     """
 
     features: Tensor
