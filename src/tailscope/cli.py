@@ -30,6 +30,7 @@ from tailscope.cli_features import features
 from tailscope.cli_options import Json
 from tailscope.cli_output import Output, open_closed_streams, print_json
 from tailscope.cli_paper import reproduce
+from tailscope.cli_store import store_app
 from tailscope.errors import UserError, one_line
 from tailscope.origin import from_command_line
 
@@ -176,3 +177,4 @@ def methods(as_json: Json = False) -> None:
 
 for _verb in (demo, swap, ladder, geometry, subset, report, methods, diagnose, features, reproduce):
     app.command()(_verb)
+app.add_typer(store_app)

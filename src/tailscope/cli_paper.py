@@ -39,6 +39,20 @@ Jobs = Annotated[
     int,
     typer.Option(min=1, help="With a time limit or everything: backbones trained at a time; 4 may suit a GPU."),
 ]
+Compile = Annotated[
+    bool | None,
+    typer.Option("--compile/--no-compile", help="Compile training steps, or not. [default: where it pays]"),
+]
+WaitForData = Annotated[
+    bool,
+    typer.Option("--wait-for-data", help="With a time limit or everything: train as soon as NAME.npz is in DATA_ROOT."),
+]
+Bundle = Annotated[
+    Path | None,
+    typer.Option(
+        help="With a time limit or everything: folder for results and trained stages as a few archives, to carry home."
+    ),
+]
 Backbones = Annotated[
     str | None, typer.Option(help="Of table1 or fig2: backbones to train, such as lt. [default: all]")
 ]
@@ -57,6 +71,9 @@ def reproduce(
     plan: PlanOnly = False,
     time_limit: TimeLimit = None,
     jobs: Jobs = 1,
+    compile: Compile = None,
+    wait_for_data: WaitForData = False,
+    bundle: Bundle = None,
     backbones: Backbones = None,
     recipe: Recipe = None,
     data: ImageNet = None,
@@ -82,10 +99,9 @@ def reproduce(
     `tailscope reproduce everything --data-root DIR --time-limit 9m --out results`;
     `tailscope reproduce table1 --dataset imagenet-lt --data list:TRAIN.txt,TEST.txt --data-root DIR --devices 4`
     """
-    from tailscope import report
     from tailscope.experiments.workplace import FileOptions
     from tailscope.paper.queue import EVERYTHING, run_queue
-    from tailscope.paper.reproduce import Reproduction, run_reproduce
+    from tailscope.paper.reproduce import Reproduction, draw, run_reproduce
     from tailscope.progress import shown_on
 
     console = console_beside(as_json)
@@ -105,12 +121,18 @@ def reproduce(
         data=data,
         files=FileOptions(devices, num_nodes, micro_batches, workers, verify),
         jobs=jobs,
+        compile=compile,
+        wait_for_data=wait_for_data,
+        bundle=bundle,
     )
     queued = what == EVERYTHING or time_limit is not None
     if queued and (data is not None or dataset == "imagenet-lt"):
         raise UserError("--time-limit: only for the CIFAR data sets; a training on files goes on where it was stopped")
-    if jobs > 1 and not queued:
-        raise UserError("--jobs: only with --time-limit or `everything`")
+    for option, given in (("--jobs", jobs > 1), ("--wait-for-data", wait_for_data), ("--bundle", bundle is not None)):
+        if given and not queued:
+            raise UserError(f"{option}: only with --time-limit or `everything`")
+    if wait_for_data and data_root is None:
+        raise UserError("--wait-for-data: give --data-root, the folder where cifar10.npz or cifar100.npz will appear")
     if queued and plan:
         raise UserError("--plan: leave out --time-limit, and take `all` of one data set instead of `everything`")
 
@@ -125,9 +147,11 @@ def reproduce(
     if queued:
         if as_json:
             print_json(done)
+        if done["failed"]:
+            raise typer.Exit(1)
         return
     if not plan:
-        report.build(out)
+        draw(out, tell)
     if as_json:
         print_json({k: v for k, v in done.items() if k != "results"})
     elif not plan:

@@ -98,6 +98,7 @@ def decode(
         num_workers=workers,
         collate_fn=_Collate(stream),
         pin_memory=pin_memory,
+        generator=torch.Generator(),  # else the loader draws from the default one, which other threads may have seeded
     )
 
 

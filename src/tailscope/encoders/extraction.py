@@ -124,7 +124,6 @@ def _forward(encoder: Encoder, inputs: Tensor, device: torch.device, dtype: torc
     low = dtype != torch.float32
     with (
         torch.inference_mode(),
-        torch.backends.cudnn.flags(enabled=True, allow_tf32=low),
         torch.autocast(device.type, dtype=dtype, enabled=low),
     ):
         return encoder.features(inputs.to(device, non_blocking=True)).float().cpu()

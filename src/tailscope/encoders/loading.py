@@ -46,8 +46,7 @@ def load(
     if pretrained and kind in ("project", "user"):
         raise UserError(f"--pretrained: there are no published weights of {model}; give a file with --checkpoint")
     stored = None if checkpoint is None else checkpoints.read(checkpoint)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeds.derive(0, "encoder"))
+    with seeds.keyed(seeds.derive(0, "encoder")):
         built = _build(kind, name, stored, pretrained, channels, wishes or Wishes())
     notes, classifier = [], None
     if stored is not None:

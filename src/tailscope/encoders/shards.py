@@ -1,10 +1,12 @@
 """Parts of an extraction on disk, so that a killed run continues where it stopped.
 
 They lie beside the output, in `OUT.shards/`: `spec.json` says what they are parts of; each shard, named by the first of
-its images, holds `features` [n, d] and `rows` [n], and is written whole or not at all.
+its images, holds `features` [n, d] and `rows` [n], and is written whole or not at all, with a digest. Those of a killed
+run are checked before it goes on, and a damaged one is extracted again.
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +19,9 @@ from torch import Tensor
 from tailscope.data.decoding import Unreadable
 from tailscope.errors import UserError
 from tailscope.spec import digest
-from tailscope.store import load_header, load_tensors, make_folder, save_tensors, write_json
+from tailscope.store import Damaged, check_tensors, load_checkpoint, load_header, make_folder, save_tensors, write_json
+
+_log = logging.getLogger(__name__)
 
 
 class Shards:
@@ -48,8 +52,15 @@ class Shards:
         save_tensors(self._path(start), {"features": features, "rows": rows}, meta)
 
     def read(self, start: int) -> tuple[Tensor, Tensor]:
-        """Return features and rows."""
-        tensors = load_tensors(self._path(start))
+        """Return features and rows.
+
+        Raises:
+            UserError: the shard was damaged since it was written.
+        """
+        try:
+            tensors = load_checkpoint(self._path(start)).tensors
+        except Damaged as error:
+            raise UserError(f"{error}; run the same command again, which extracts these images again") from None
         return tensors["features"], tensors["rows"]
 
     def readable(self) -> int:
@@ -77,6 +88,7 @@ class Shards:
             raise UserError(f"{self.folder}: another process is extracting these features; wait for it") from None
         try:
             self._require_same(spec)
+            self._remove_damaged()
             yield
             # While the lock is held: a process that got it in between would lose its folder.
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -99,6 +111,14 @@ class Shards:
                 f"{self.folder}: its shards are of another extraction ({field} was {old!r}, is {new!r}); delete the "
                 "folder or choose another --out"
             )
+
+    def _remove_damaged(self) -> None:
+        for start in filter(self.is_done, self.starts):
+            try:
+                check_tensors(self._path(start))
+            except Damaged as error:
+                _log.warning("%s; its images are extracted again", error)
+                self._path(start).unlink(missing_ok=True)
 
     def _path(self, start: int) -> Path:
         return self.folder / f"{start:09d}.safetensors"
