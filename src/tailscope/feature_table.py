@@ -5,6 +5,7 @@
 or text) and `provenance` (a JSON object as text: what made the features).
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,7 @@ from tailscope.field_checks import (
     to_provenance,
 )
 
+_HASHED_ROWS = 10_000
 _REQUIRED = ("features", "labels")
 _OPTIONAL = ("class_names", "ids", "groups", "provenance")
 
@@ -97,11 +99,12 @@ class FeatureTable:
 
         Raises:
             UserError: the file is missing, empty, truncated or of an unknown format, lacks a field or holds Python
-                objects (nothing is ever unpickled), or as `from_arrays`. The message names the file.
+                objects (nothing is ever unpickled), or as `from_arrays`. The message names the file. Or it was written
+                by `save` and holds something else by now.
         """
         arrays = array_files.read(path, _REQUIRED, _OPTIONAL)
         provenance = arrays.get("provenance")
-        return cls.from_arrays(
+        table = cls.from_arrays(
             arrays["features"],
             arrays["labels"],
             class_names=arrays.get("class_names"),
@@ -110,23 +113,44 @@ class FeatureTable:
             provenance=None if provenance is None else to_provenance(str(path), str(provenance)),
             source=str(path),
         )
+        written = table.provenance.pop("sha256", None)
+        if written not in (None, table.digest()):
+            raise UserError(
+                f"{path}: does not hold what was written (the digest in its provenance is another): copy it again, or "
+                "leave out its provenance if it was changed on purpose"
+            )
+        return table
 
     def save(self, path: Path) -> None:
         """Write a feature file in the format that the suffix names, whole or not at all.
 
+        Where there is a provenance, it gets the digest that `load` checks.
+
         Raises:
             UserError: the format is unknown or the file cannot be written.
         """
-        arrays: array_files.Arrays = {"features": self.features.cpu().numpy(), "labels": self.labels.cpu().numpy()}
+        arrays: array_files.Arrays = {}
+        if self.provenance:  # first, so that a directory of files that breaks off after it is noticed
+            arrays["provenance"] = np.array(json.dumps({**self.provenance, "sha256": self.digest()}))
+        arrays |= {"features": self.features.cpu().numpy(), "labels": self.labels.cpu().numpy()}
         if self.class_names is not None:
             arrays["class_names"] = np.array(self.class_names, dtype=np.str_)
         if self.ids is not None:
             arrays["ids"] = self.ids
         if self.groups is not None:
             arrays["groups"] = self.groups
-        if self.provenance:
-            arrays["provenance"] = np.array(json.dumps(self.provenance))
         array_files.write(path, arrays)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of all fields, whatever format a file has."""
+        made_by = json.dumps(self.provenance, sort_keys=True)
+        digest = hashlib.sha256(repr((made_by, self.class_names, tuple(self.features.shape))).encode())
+        for part in torch.split(self.features, _HASHED_ROWS):
+            digest.update((part if part.dtype == torch.float64 else part.float()).contiguous().numpy())
+        digest.update(self.labels.contiguous().numpy())
+        for keys in (self.ids, self.groups):
+            digest.update(b"" if keys is None else "\0".join(map(str, keys.tolist())).encode())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.labels)
