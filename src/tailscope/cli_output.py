@@ -1,6 +1,7 @@
 """What several verbs print, and where; and streams that may fail without costing any work."""
 
 import errno
+import io
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ class Output:
     """
 
     def __init__(self, stream: TextIO | None) -> None:
-        self._stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 -- like a closed one
+        self._stream = stream or io.StringIO()  # none where the process was started with it closed
         self._failure: OSError | None = None
 
     def __getattr__(self, name: str) -> Any:

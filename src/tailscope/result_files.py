@@ -8,6 +8,9 @@ from typing import Any
 from tailscope.errors import UserError
 from tailscope.store import write_json
 
+DEEPEST = 100
+"""Levels of a JSON file: ours have fewer than 20, and what is written or drawn from it recurses."""
+
 DIGITS = 308
 """Digits of a whole number that every float64 can hold."""
 
@@ -64,11 +67,30 @@ def read_json(path: Path) -> Any:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not valid JSON (byte {error.start} is no UTF-8)") from None
     try:
-        return json.loads(text, parse_constant=_refuse, parse_float=_finite, parse_int=_whole)
-    except RecursionError:
-        raise UserError(f"{path}: not valid JSON for us (it nests too deep)") from None
+        value = json.loads(text, parse_constant=_refuse, parse_float=_finite, parse_int=_whole)
+        depth = _depth(value)
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
+    except RecursionError:  # json's own limit is higher, and another one in every Python
+        depth = DEEPEST + 1
+    if depth > DEEPEST:
+        raise UserError(f"{path}: not valid JSON for us (it nests deeper than {DEEPEST} levels)")
+    return value
+
+
+def _depth(value: Any) -> int:
+    """Return how deep a JSON value nests, however deep that is."""
+    level, depth = [value], 0
+    while level:
+        level = [
+            child
+            for node in level
+            if isinstance(node, dict | list)
+            for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, dict | list)
+        ]
+        depth += 1
+    return depth
 
 
 def _refuse(constant: str) -> float:

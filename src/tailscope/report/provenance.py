@@ -90,7 +90,7 @@ def _text(name: str, value: Any) -> str:
         return DASH
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, list):
+    if isinstance(value, list) and all(isinstance(item, int | float) for item in value):
         return f"{len(value)} values, {max(value)} to {min(value)}" if value else DASH
     if isinstance(value, dict):
         return ", ".join(DASH if part is None else str(part) for part in value.values())
