@@ -609,7 +609,7 @@ def test_an_interrupt_leaves_what_is_done_and_says_so(tmp_path, monkeypatch, job
 
 def test_a_limit_ends_the_wait_for_another_run(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(queue, "Deadline", Impatient)
-    monkeypatch.setattr("tailscope.store.STEP", 0.01)
+    monkeypatch.setattr("tailscope.store.entries.STEP", 0.01)
     Impatient.allowed = 3
     reproduction = reproduction_of(tmp_path, "table1", seeds="1")
     settings = reproduction.settings()
