@@ -324,7 +324,8 @@ def test_results_of_another_spec_are_kept_and_left_out(finished):
     with pytest.raises(UserError, match="another spec"):
         run_reproduce(reproduction_of(out, seeds="2"), tell=lambda text: None)
     other = json.loads((out / "swap.json").read_text())
-    other |= {"schema": "tailscope.ladder/1", "augmentations": {}, "spec": {"recipe": "other"}}
+    rungs = dict.fromkeys(("stage1", "stage2", "stage2_aa", "bound"), other["cells"]["lt->lt"])
+    other |= {"schema": "tailscope.ladder/1", "augmentations": {"none": rungs}, "spec": {"recipe": "other"}}
     (out / "ladder.json").write_text(json.dumps(other))
     done = run_reproduce(reproduction_of(out), tell=lambda text: None)
     assert set(done["results"]) == {"swap"}
