@@ -204,6 +204,19 @@ def test_bombs(tmp_path, monkeypatch):
     assert "compressed; torch.save does not compress" in refusal(tmp_path / "bomb.pt")
 
 
+def test_damaged_statistics_of_a_parquet_do_not_end_the_process(tmp_path, valid):
+    """pyarrow aborts when the metadata of a damaged column are asked for; reading the column raises."""
+    path = tmp_path / "t.parquet"
+    good = valid["parquet"]
+    footer = len(good) - 8 - int.from_bytes(good[-8:-4], "little")
+    for at in range(footer, len(good) - 8, 3):
+        path.write_bytes(good[:at] + bytes([(good[at] + 1) % 256]) + good[at + 1 :])
+        try:
+            FeatureTable.load(path)
+        except UserError as error:
+            assert "\n" not in str(error)  # noqa: PT017
+
+
 class Touch:
     def __init__(self, path):
         self.path = path

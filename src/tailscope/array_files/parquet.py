@@ -53,7 +53,7 @@ def read(path: Path, required: Sequence[str], optional: Sequence[str]) -> Conten
         types = {name: str(kind) for name, kind in zip(schema.names, schema.types, strict=True)}
         kinds = {name: _kind(pa, kind) for name, kind in zip(schema.names, schema.types, strict=True)}
         chosen = columns.choose(path, schema.names, kinds, types)
-        _check_sizes(path, file, [*chosen.features, *chosen.fields.values()])
+        _check_sizes(path, file, chosen)
         rows = {field: _plain(path, name, file.read([name]).column(name)) for field, name in chosen.fields.items()}
         arrays = columns.to_arrays(path, _features(path, file, chosen), rows)
         header = {k.decode(): v.decode("utf-8", "replace") for k, v in (schema.metadata or {}).items()}
@@ -78,16 +78,16 @@ def _kind(pa: Any, kind: Any) -> str:
     return columns.NUMBER if pa.types.is_integer(kind) or pa.types.is_floating(kind) else columns.OTHER
 
 
-def _check_sizes(path: Path, file: Any, names: list[str]) -> None:
-    """Check how many values the wanted columns declare: a few bytes may stand for many equal ones."""
-    wanted = set(names)
-    values = 0
-    for i in range(file.metadata.num_row_groups):
-        group = file.metadata.row_group(i)
-        parts = (group.column(j) for j in range(group.num_columns))
-        values += sum(part.num_values for part in parts if part.path_in_schema.partition(".")[0] in wanted)
-    require_room(path, "the table", (values,), 8)
-    require_room(path, "the table", (file.metadata.num_rows,), 8)
+def _check_sizes(path: Path, file: Any, chosen: columns.Choice) -> None:
+    """Check what the file declares, by its first row where the features are lists: few bytes may stand for many values.
+
+    Not by the metadata of single columns: where these are damaged, pyarrow ends the process.
+    """
+    width = len(chosen.features)
+    for first in file.iter_batches(1, columns=chosen.features) if chosen.lists else ():
+        width = len(first.column(chosen.features[0]).flatten())
+        break
+    require_room(path, "the table", (file.metadata.num_rows, max(width, 1)), 8)
 
 
 def _features(path: Path, file: Any, chosen: columns.Choice) -> Array:
