@@ -2,11 +2,15 @@
 
 import io
 import json
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from tailscope.data.huggingface import load
@@ -16,6 +20,7 @@ from tailscope.errors import UserError
 
 pa = pytest.importorskip("pyarrow")
 
+FUZZ = int(os.environ.get("TAILSCOPE_FUZZ", "50"))
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), dtype=np.uint8)
 
 
@@ -198,6 +203,22 @@ def test_a_truncated_arrow_file(tmp_path: Path) -> None:
     damage(tmp_path / "pets", ARROW, content[: len(content) // 2])
     with pytest.raises(UserError, match="no readable Arrow file"):
         load(source)
+
+
+@settings(max_examples=FUZZ)
+@given(st.lists(st.tuples(st.integers(0, 2**12), st.integers(0, 255)), min_size=1, max_size=6))
+def test_damaged_arrow_files_are_read_or_refused(tmp_path_factory, changes: list[tuple[int, int]]) -> None:
+    folder = tmp_path_factory.mktemp("saved") / "pets"
+    source = pets(folder)
+    raw = bytearray((folder / ARROW).read_bytes())
+    for place, value in changes:
+        raw[place % len(raw)] = value
+    damage(folder, ARROW, bytes(raw))
+    with suppress(UserError):
+        for images in load(source).values():
+            for row in range(len(images.ids)):
+                with suppress(ImageError):
+                    assert images.image(row).mode == "RGB"
 
 
 def test_the_package_reads_the_same(tmp_path: Path) -> None:

@@ -243,6 +243,7 @@ def _read_arrow(named: _Named, files: list[Path]) -> Any:
             with pa.ipc.open_stream(pa.memory_map(str(file))) as stream:
                 tables.append(stream.read_all())
             tables[-1].validate(full=True)
+            tables[-1].slice(0, 1).to_pylist()  # finds names of columns that are no text
         except (OSError, ValueError, pa.ArrowException) as error:
             raise UserError(f"hf:{named.source}: {file.name}: no readable Arrow file ({message_of(error)})") from None
     try:
