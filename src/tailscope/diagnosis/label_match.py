@@ -25,7 +25,8 @@ MARGIN = 20.0  # a chance of exp(-10), after the number of assignments has been 
 LEAST_ALIKE = 0.5  # of the held-out centres' own size, along them; 1 or more where labels agree
 LEAST_REVERSED = 0.25  # of the training centres' distances; 1 where only the labels differ
 POOLED_ROWS = 8192
-METRIC_ROWS = 1024
+METRIC_ROWS, METRIC_RANK = 1024, 64
+FEW = 32  # samples of a class from which the noise of its centre is known well enough
 OWN_VARIANCE = 10  # samples of a class from which its own variance is used
 
 FloatArray = npt.NDArray[np.float64]
@@ -47,13 +48,15 @@ class Match:
 class _Metric:
     """A symmetric map of vectors [n, d] that halves squared lengths where a class's own variance is the mean one.
 
-    It is damped whitening, within the span of some training samples' deviations: at a cost of so many rows squared.
+    It is damped whitening along the directions in which some training samples deviate most from their classes' means.
     Held-out samples have no part in it, so that variances measured on them along any direction stay unbiased.
     """
 
     def __init__(self, deviations: Tensor) -> None:
         squares, vectors = torch.linalg.eigh((deviations @ deviations.T).double())
-        kept = squares > 1e-6 * squares[-1:]
+        kept = (squares > 1e-6 * squares[-1:]) & (
+            torch.arange(len(squares), device=squares.device) >= len(squares) - METRIC_RANK
+        )
         mean = squares.sum() / deviations.shape[1]
         self._basis = (vectors[:, kept] / squares[kept].sqrt()).T @ deviations.double()  # [r, d], orthonormal
         self._less = 1 - (mean / (squares[kept] + mean)).sqrt()
@@ -68,7 +71,8 @@ class _Sets:
     """Centres of training samples [C, d] and held-out ones [C, d] about their means over the `rows` that have both.
 
     Both are in a metric in which directions of much variance within classes count less. `deviations` [n, d] are
-    held-out samples minus their class's centre, not in that metric, with `freedom` degrees of freedom.
+    held-out samples minus their class's centre, not in that metric, with `freedom` degrees of freedom; `others` the
+    same of training samples.
     """
 
     train: ClassRows
@@ -79,15 +83,20 @@ class _Sets:
     rows: list[int]
     deviations: Tensor
     freedom: int
+    others: tuple[Tensor, int]
 
     def variances(self, along: Tensor, classes: list[int]) -> FloatArray:
         """Return the variance of samples of one class each along a vector each [L, d], times its squared length.
 
-        Of all classes together, or of the class alone where that is more and it has enough samples.
+        Of all classes together, held-out or training samples, or of the class alone where it has enough samples:
+        whichever is most.
         """
         along = self.metric(along).to(self.deviations)
-        projected = self.deviations @ along.T
-        found: FloatArray = (projected.double().square().sum(dim=0) / self.freedom).cpu().numpy()
+        pooled = [
+            (part @ along.T).double().square().sum(dim=0) / max(1, freedom)
+            for part, freedom in ((self.deviations, self.freedom), self.others)
+        ]
+        found: FloatArray = torch.stack(pooled).amax(dim=0).cpu().numpy()
         for i, k in enumerate(classes):
             if self.unseen.count(k) >= OWN_VARIANCE:
                 own = self.unseen.features[self.unseen.index(k)].to(self.deviations) @ along[i]
@@ -136,7 +145,7 @@ def match_labels(train: ClassRows, unseen: ClassRows) -> Match:
     alike, classes, cost = _alike(sets), len(sets.mu), _cost(sets)
     found, total = [], 0.0
     assigned = dict(zip(sets.rows, linear_sum_assignment(cost)[1].tolist(), strict=True))
-    for cycle in _cycles(assigned):
+    for cycle in cycles(assigned):
         score = _score(sets, cost, {k: assigned[k] for k in cycle}, len(cycle) * math.log(classes) if alike else 0.0)
         total += score
         found += [(k, assigned[k]) for k in cycle if score > 0]
@@ -157,9 +166,10 @@ def _sets(train: ClassRows, unseen: ClassRows) -> _Sets | None:
     deviations, freedom = _deviations(unseen, rows, POOLED_ROWS)
     if freedom < 1:
         return None
+    others = _deviations(train, rows, POOLED_ROWS)
     metric = _Metric(_deviations(train, rows, METRIC_ROWS)[0][:METRIC_ROWS])
     mu, nu = (metric(side - side[rows].mean(dim=0)) for side in (centers.train, centers.unseen))
-    return _Sets(train, unseen, mu, nu, metric, rows, deviations, freedom)
+    return _Sets(train, unseen, mu, nu, metric, rows, deviations, freedom, others)
 
 
 def _deviations(samples: ClassRows, classes: list[int], most: int) -> tuple[Tensor, int]:
@@ -190,10 +200,16 @@ def _cost(sets: _Sets) -> FloatArray:
 
     Squared lengths of training centres are taken without the part that the number of samples alone gives them.
     """
-    absent = np.array([not sets.train.count(k) for k in range(len(sets.mu))])
-    counts = np.array([max(1, sets.train.count(k)) for k in range(len(sets.mu))])
-    own = np.where(np.isin(np.arange(len(counts)), sets.rows), 1 - 2 / len(sets.rows), 1.0)  # the rest is in the mean
-    lengths = sets.mu.square().sum(dim=1).cpu().numpy() - own * sets.noise() / counts
+    absent = [k for k in range(len(sets.mu)) if not sets.train.count(k)]
+    lengths = sets.mu.square().sum(dim=1).cpu().numpy()
+    pooled, inside = sets.noise(), set(sets.rows)
+    for k in range(len(sets.mu)):
+        n, own = sets.train.count(k), 1 - 2 / len(inside) if k in inside else 1.0  # the rest is in the mean
+        if n > 1:
+            deviations, freedom = _deviations(sets.train, [k], FEW)
+            lengths[k] -= own * sets.metric(deviations).double().square().sum().item() / freedom / n
+        elif k in inside:
+            lengths[k] -= own * pooled / max(1, n)
     cost: FloatArray = 0.5 * lengths - (sets.nu[sets.rows] @ sets.mu.T).cpu().numpy()
     cost[:, absent] = np.nanmax(cost) + np.nanmax(np.abs(cost))
     return cost
@@ -214,10 +230,10 @@ def _shift(sets: _Sets, cost: FloatArray) -> dict[int, int]:
     return best
 
 
-def _cycles(assigned: dict[int, int]) -> list[list[int]]:
+def cycles(assigned: dict[int, int]) -> list[list[int]]:
     """Return the classes that move together: cycles, and chains that end at a class without held-out samples.
 
-    >>> _cycles({0: 1, 1: 0, 2: 2, 3: 4})
+    >>> cycles({0: 1, 1: 0, 2: 2, 3: 4})
     [[3], [0, 1]]
     """
     taken = set(assigned.values())
@@ -238,19 +254,32 @@ def _cycles(assigned: dict[int, int]) -> list[list[int]]:
 def _score(sets: _Sets, cost: FloatArray, assigned: dict[int, int], price: float) -> float:
     """Return z^2 - 2 price of the gain of moving some classes, 0 for a gain of no size.
 
-    `price` is the logarithm of the number of assignments from which this one was chosen.
+    For a cycle, gains in squared distance and in inner products are the same. For a chain the smaller counts: a
+    training centre far out, as memorisation puts it, loses in distance to any other, one near 0 in inner products.
+
+    Args:
+        sets: the centres.
+        cost: as `_cost`.
+        assigned: the training class of each held-out class that moves.
+        price: the logarithm of the number of assignments from which this one was chosen.
     """
-    cycle = list(assigned)
-    if not cycle:
+    moving = list(assigned)
+    if not moving:
         return 0.0
-    gain = sum(float(cost[row, k] - cost[row, assigned[k]]) for row, k in enumerate(sets.rows) if k in assigned)
-    steps = torch.stack([sets.mu[assigned[k]] - sets.mu[k] for k in cycle])
-    distance = steps.square().sum().item()
-    if gain <= 0 or 2 * gain < LEAST_REVERSED * distance:
-        return 0.0
-    pulls = {j: torch.zeros_like(sets.mu[0]) for k in cycle for j in (k, assigned[k])}
-    for k in cycle:
-        pulls[assigned[k]] += sets.nu[k] - sets.mu[assigned[k]]
-        pulls[k] -= sets.nu[k] - sets.mu[k]
-    error = sets.error(pulls, dict(zip(cycle, steps, strict=True)))
-    return max(0.0, (gain / error) ** 2 - 2 * price) if error > 0 else 2 * MARGIN
+    steps = torch.stack([sets.mu[assigned[k]] - sets.mu[k] for k in moving])
+    on_nu = dict(zip(moving, steps, strict=True))
+    by_product = {j: torch.zeros_like(sets.mu[0]) for k in moving for j in (k, assigned[k])}
+    for k in moving:
+        by_product[assigned[k]] += sets.nu[k]
+        by_product[k] -= sets.nu[k]
+    by_distance = {
+        j: pull - sets.mu[j] * ((j in assigned.values()) - (j in assigned)) for j, pull in by_product.items()
+    }
+    closer = sum(float(cost[row, k] - cost[row, assigned[k]]) for row, k in enumerate(sets.rows) if k in assigned)
+    product = (sets.nu[moving] * steps).sum().item()
+    least = LEAST_REVERSED / 2 * steps.square().sum().item()
+    scores = []
+    for gain, on_mu in ((closer, by_distance), (product, by_product)):
+        error = sets.error(on_mu, on_nu) if gain > max(0.0, least) else math.inf
+        scores.append(max(0.0, (gain / error) ** 2 - 2 * price) if error > 0 else 2 * MARGIN)
+    return min(scores)

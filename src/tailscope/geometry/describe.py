@@ -159,9 +159,10 @@ def _check_lengths(train: ClassRows, unseen: ClassRows) -> None:
     """Refuse features of which one set is so much longer that the other would vanish beside it."""
     first, second = median(train.lengths), median(unseen.lengths)
     if first is not None and second is not None and abs(first - second) > MOST_APART:
+        times = 2.0 ** max(-1000.0, min(1000.0, second - first))
         raise UserError(
-            f"unseen features: the median row is {2.0 ** max(-1000.0, min(1000.0, second - first)):.0e} times as long as that of the train "
-            "features; extract both with the same encoder and scale both by the same number"
+            f"unseen features: the median row is {times:.0e} times as long as that of the train features; "
+            "extract both with the same encoder and scale both by the same number"
         )
 
 
