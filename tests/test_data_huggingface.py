@@ -197,6 +197,14 @@ def test_damaged_saved_sets(tmp_path: Path, file: str, content: bytes | None, sa
     assert "\n" not in str(caught.value)
 
 
+def test_a_home_that_is_not_there(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"hf:~nosuchuser/pets:train: needs the package datasets"):
+        load("~nosuchuser/pets:train")
+    with pytest.raises(UserError, match="expected hf:NAME:SPLIT"):
+        load("~nosuchuser/pets")
+
+
 def test_a_truncated_arrow_file(tmp_path: Path) -> None:
     source = pets(tmp_path / "pets")
     content = (tmp_path / "pets" / ARROW).read_bytes()

@@ -7,6 +7,7 @@ behind either say which column is meant where several could be.
 import hashlib
 import importlib
 import json
+import os
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -90,7 +91,7 @@ def load(source: str) -> dict[str, HuggingFaceImages]:
             column, or rows without a label.
     """
     named = _parse(source)
-    folder = Path(named.name).expanduser()
+    folder = _folder(named.name)
     if any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
         found = _open_saved(named, folder)
     elif named.split is None:
@@ -106,8 +107,12 @@ def _parse(source: str) -> _Named:
     if not set(columns) <= {"image", "label"} or not all(columns.values()):
         raise UserError(f"hf:{source}: behind the comma label=COLUMN and image=COLUMN are known")
     found = re.fullmatch(r"(.+):([\w.+-]+(?:\[[^\]]*\])?)", name)  # a split may be a part of one: train[:10%]
-    whole, split = found.groups() if found and not Path(name).expanduser().is_dir() else (name, None)
+    whole, split = found.groups() if found and not _folder(name).is_dir() else (name, None)
     return _Named(source, whole, split, columns)
+
+
+def _folder(name: str) -> Path:
+    return Path(os.path.expanduser(name))  # noqa: PTH111 -- a name that is no user's is one of the Hub's, or of nothing
 
 
 def _load_by_name(named: _Named, split: str) -> Any:
