@@ -63,7 +63,8 @@ class _Metric:
 
     def __call__(self, vectors: Tensor) -> Tensor:
         basis = self._basis.to(vectors.dtype)
-        return vectors - ((vectors @ basis.T) * self._less.to(vectors.dtype)) @ basis
+        shrunk: Tensor = vectors - ((vectors @ basis.T) * self._less.to(vectors.dtype)) @ basis
+        return shrunk
 
 
 @dataclass(frozen=True)
