@@ -126,12 +126,12 @@ def prepare(
     filled = [given or [None] * len(trains) for given in others]
     found: dict[str, Inputs] = {}
     for first, second, third, linear in zip(trains, *filled, strict=True):
-        table, second, third = (None if given is None else as_table(given) for given in (first, second, third))
-        notes = [note for given in (table, second, third) if given is not None for note in far_notes(given)]
+        table, held_out, scored = as_table(first), as_table(second), None if third is None else as_table(third)
+        notes = [note for given in (table, held_out, scored) if given is not None for note in far_notes(given)]
         reference = next(iter(found.values()), None)
         if reference is not None:
             table = same_names(reference.train, table)
-        inputs = read(table, second, third, linear, drop_duplicates=settings.drop_duplicates)
+        inputs = read(table, held_out, scored, linear, drop_duplicates=settings.drop_duplicates)
         inputs = replace(inputs, warnings=(*notes, *inputs.warnings))
         name = _free_name(Path(table.source).stem, found)
         found[name] = inputs if reference is None else _paired(reference, inputs)

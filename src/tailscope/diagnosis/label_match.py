@@ -58,12 +58,13 @@ class _Metric:
             torch.arange(len(squares), device=squares.device) >= len(squares) - METRIC_RANK
         )
         mean = squares.sum() / deviations.shape[1]
-        self._basis = (vectors[:, kept] / squares[kept].sqrt()).T @ deviations.double()  # [r, d], orthonormal
-        self._less = 1 - (mean / (squares[kept] + mean)).sqrt()
+        self._basis: Tensor = (vectors[:, kept] / squares[kept].sqrt()).T @ deviations.double()  # [r, d], orthonormal
+        self._less: Tensor = 1 - (mean / (squares[kept] + mean)).sqrt()
 
     def __call__(self, vectors: Tensor) -> Tensor:
         basis = self._basis.to(vectors.dtype)
-        return vectors - ((vectors @ basis.T) * self._less.to(vectors.dtype)) @ basis
+        along: Tensor = (vectors @ basis.T) * self._less.to(vectors.dtype)
+        return vectors - along @ basis
 
 
 @dataclass(frozen=True)
