@@ -86,7 +86,7 @@ def scaled(features: Tensor, power: int) -> Tensor:
         return features
     half = power // 2  # 2 ** power itself may lie outside the type's range
     rows: Tensor = features.to(torch.promote_types(features.dtype, torch.float32)) * math.ldexp(1.0, half)
-    return rows.mul_(math.ldexp(1.0, power - half))
+    return torch.mul(rows, math.ldexp(1.0, power - half))
 
 
 def _rows_at_once(features: Tensor) -> int:
