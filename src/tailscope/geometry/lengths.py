@@ -95,7 +95,7 @@ def _rows_at_once(features: Tensor) -> int:
 
 def _log2_lengths(rows: Tensor) -> Tensor:
     """Return the logarithms; where a square leaves the type's range, each row counts in its own largest value."""
-    lengths = torch.linalg.vector_norm(rows, dim=1).double().log2()
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=1).double().log2()
     outside = (~(lengths.abs() < -math.log2(torch.finfo(rows.dtype).tiny) / 4)).nonzero().flatten()
     if len(outside):
         part = rows[outside].double()
