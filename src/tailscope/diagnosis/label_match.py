@@ -21,6 +21,7 @@ from tailscope.geometry.rows import ClassRows
 # no surer than the mean of this many samples.
 SUREST = 20
 LEAST_Z = 5.0
+MOST_CLASSES = 4000  # beyond, where the best assignment takes minutes, only the centres as a whole are compared
 MARGIN = 20.0  # a chance of exp(-10), after the number of assignments has been allowed for
 LEAST_ALIKE = 0.5  # of the held-out centres' own size, along them; 1 or more where labels agree
 LEAST_REVERSED = 0.25  # of the training centres' distances; 1 where only the labels differ
@@ -58,13 +59,13 @@ class _Metric:
             torch.arange(len(squares), device=squares.device) >= len(squares) - METRIC_RANK
         )
         mean = squares.sum() / deviations.shape[1]
-        self._basis = (vectors[:, kept] / squares[kept].sqrt()).T @ deviations.double()  # [r, d], orthonormal
-        self._less = 1 - (mean / (squares[kept] + mean)).sqrt()
+        self._basis: Tensor = (vectors[:, kept] / squares[kept].sqrt()).T @ deviations.double()  # [r, d], orthonormal
+        self._less: Tensor = 1 - (mean / (squares[kept] + mean)).sqrt()
 
     def __call__(self, vectors: Tensor) -> Tensor:
         basis = self._basis.to(vectors.dtype)
-        shrunk: Tensor = vectors - ((vectors @ basis.T) * self._less.to(vectors.dtype)) @ basis
-        return shrunk
+        along: Tensor = (vectors @ basis.T) * self._less.to(vectors.dtype)
+        return vectors - along @ basis
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,10 @@ def match_labels(train: ClassRows, unseen: ClassRows) -> Match:
     sets = _sets(train, unseen)
     if sets is None:
         return Match()
-    alike, classes, cost = _alike(sets), len(sets.mu), _cost(sets)
+    alike, classes = _alike(sets), len(sets.mu)
+    if classes > MOST_CLASSES:
+        return Match(alike)
+    cost = _cost(sets)
     found, total = [], 0.0
     assigned = dict(zip(sets.rows, linear_sum_assignment(cost)[1].tolist(), strict=True))
     for cycle in cycles(assigned):

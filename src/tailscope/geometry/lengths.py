@@ -85,7 +85,8 @@ def scaled(features: Tensor, power: int) -> Tensor:
     if not power:
         return features
     half = power // 2  # 2 ** power itself may lie outside the type's range
-    return features.to(torch.promote_types(features.dtype, torch.float32)) * 2.0**half * 2.0 ** (power - half)
+    rows: Tensor = features.to(torch.promote_types(features.dtype, torch.float32)) * math.ldexp(1.0, half)
+    return torch.mul(rows, math.ldexp(1.0, power - half))
 
 
 def _rows_at_once(features: Tensor) -> int:

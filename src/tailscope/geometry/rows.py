@@ -23,8 +23,8 @@ class ClassRows:
     order: Tensor
     starts: list[int]
     dropped: list[int]
-    far: list[int]
     alive: Tensor
+    far: list[int]
     lengths: Tensor
 
     @property
@@ -69,7 +69,7 @@ def group_rows(features: Tensor, labels: Tensor, class_names: Sequence[str], wha
     counts = torch.bincount(labels[kept], minlength=classes)
     dropped, distant = (torch.bincount(labels[rows], minlength=classes).tolist() for rows in (nothing, beyond))
     starts = [0, *torch.cumsum(counts, 0).tolist()]
-    return ClassRows(features, order, starts, dropped, distant, _alive(features), lengths)
+    return ClassRows(features, order, starts, dropped, _alive(features), distant, lengths)
 
 
 def gather(train: ClassRows, unseen: ClassRows, k: int) -> Tensor:
