@@ -104,6 +104,23 @@ def test_a_killed_extraction_continues(tmp_path: Path, encoder, images, expected
     assert leftovers(tmp_path) == ["f.npz"]
 
 
+def test_a_damaged_shard_is_named_and_its_images_are_extracted_again(
+    tmp_path: Path, encoder, images, expected, caplog
+) -> None:
+    out = tmp_path / "f.npz"
+    with pytest.raises(Killed):
+        extract_to_file(dying_after(encoder, 15)[0], images, out, CPU, SMALL)
+    shard = tmp_path / "f.npz.shards" / "000000000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-9] ^= 1
+    shard.write_bytes(content)
+    counting, seen = dying_after(encoder, 1000)
+    done = extract_to_file(counting, images, out, CPU, SMALL)
+    assert (done.resumed, sum(seen)) == (100, 150)
+    assert f"{shard}: damaged" in caplog.text
+    torch.testing.assert_close(done.table.features, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("change", ["weights", "preprocessing", "images", "stored", "precision"])
 def test_shards_of_another_extraction_are_never_mixed_in(tmp_path: Path, encoder, images, change: str) -> None:
     out = tmp_path / "f.npz"

@@ -1,12 +1,11 @@
 """`reproduce` under a time limit: the order of the pieces, stopping in time, going on, and the folder it leaves."""
 
 import json
-import os
 import re
-import subprocess
-import sys
+import shutil
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import REPOSITORY
 from tailscope.data.sources import load
 from tailscope.errors import UserError
 from tailscope.experiments.lab import Lab
@@ -24,7 +22,7 @@ from tailscope.paper.reproduce import Reproduction, run_reproduce
 from tailscope.paper.runs import runs
 from tailscope.paper.timing import parse_duration
 from tailscope.progress import Deadline, Quiet, TimeIsUp
-from tailscope.store import Store
+from tailscope.store import Store, add, packed_bytes, save_tensors
 from tailscope.training import stage1
 from tailscope.training.recipes import RECIPES, Recipe
 from tailscope.training.runtime import Runtime
@@ -238,7 +236,7 @@ def test_other_figures_need_all_backbones(tmp_path, what):
         run_reproduce(reproduction_of(tmp_path, what, backbones="lt"))
 
 
-# -- the command line and the script -------------------------------------------------------------------------------
+# -- the command line -------------------------------------------------------------------------------
 
 
 def test_the_verb_tells_what_is_left_and_exits_with_0(at_once, tailscope_):
@@ -254,23 +252,24 @@ def test_the_verb_tells_what_is_left_and_exits_with_0(at_once, tailscope_):
     assert tailscope_(*command, "--time-limit", "5m", "--plan").code == 2
 
 
-@pytest.mark.skipif(os.name != "posix", reason="a shell script")
-@pytest.mark.parametrize(("finished", "code"), [(True, 0), (False, 3)])
-def test_the_script_passes_everything_on_and_says_by_its_status_whether_it_is_done(tmp_path, finished, code):
-    python = tmp_path / "python"
-    python.write_text(
-        f'#!/bin/sh\nif [ "$1" = -m ]; then echo "$@"; mkdir -p \'{tmp_path}/out\'; '
-        f"echo '{json.dumps({'finished': finished})}' > '{tmp_path}/out/reproduce.json'; "
-        f"else exec '{sys.executable}' \"$@\"; fi\n"
+def test_what_only_a_queue_can_do_is_refused_elsewhere(tmp_path, tailscope_):
+    command = ("reproduce", "table1", "--dataset", "digits-lt", "--recipe", "tiny", "--out", tmp_path)
+    for option in (("--jobs", 2), ("--wait-for-data",), ("--bundle", tmp_path / "bundle")):
+        refused = tailscope_(*command, *option)
+        assert refused.code == 2
+        assert f"{option[0]}: only with --time-limit or `everything`" in refused.err
+    refused = tailscope_(*command, "--time-limit", "1m", "--wait-for-data")
+    assert (refused.code, "--wait-for-data: give --data-root" in refused.err) == (2, True)
+
+
+def test_a_failed_training_shows_in_the_exit_code(tmp_path, tailscope_, monkeypatch):
+    monkeypatch.setattr(
+        ahead.Trainings, "_train", lambda self, training, progress: setattr(training, "state", "failed")
     )
-    python.chmod(0o755)
-    script = REPOSITORY / "scripts" / "gpu_reproduce.sh"
-    command = [script, "cifar data", "9", tmp_path / "out", "--quick"]
-    ran = subprocess.run(command, env={**os.environ, "PYTHON": str(python)}, capture_output=True, text=True)
-    assert ran.returncode == code
-    expected = f"-m tailscope reproduce everything --data-root cifar data --time-limit 9m --out {tmp_path}/out --quick"
-    assert ran.stdout.strip() == expected
-    assert subprocess.run([script], capture_output=True).returncode == 2
+    command = ("reproduce", "table1", "--dataset", "digits-lt", "--recipe", "tiny", "--seeds", "1", "--out", tmp_path)
+    shown = tailscope_(*command, "--time-limit", "5m")
+    assert shown.code == 1
+    assert "FAILED: digits seed 0 lt, digits seed 0 true" in shown.out
 
 
 def test_pieces_read_well():
@@ -512,6 +511,59 @@ def test_threads_say_every_minute_how_far_they_are(tmp_path, monkeypatch):
     )
 
 
+# -- the bundle ---------------------------------------------------------------------------------------------------
+
+
+def test_a_bundle_holds_the_most_valuable_in_as_many_bytes_and_files_as_it_may(tmp_path, monkeypatch):
+    """Its room is made so small that one of the four backbones, and one of the two checkpoints, stay behind."""
+    reproduction = reproduction_of(tmp_path / "out", bundle=tmp_path / "bundle", store=tmp_path / "store")
+    run_queue(replace(reproduction, what="table1"), tell=lambda text: None)
+    store = Store(tmp_path / "store")
+    _, _, needed = trainings_of(tmp_path / "store", 1, what="table1")
+    backbones = sorted(
+        {run.backbone_key: run for run in needed}.values(), key=lambda run: (run.seed, run.encoder != "true")
+    )
+    assert [(run.seed, run.encoder) for run in backbones] == [(0, "true"), (0, "lt"), (1, "true"), (1, "lt")]
+    for run in backbones[2:]:  # seed 1 as if its backbones had been stopped
+        scratch = store.scratch("stage1", run.backbone_key)
+        scratch.mkdir(parents=True)
+        save_tensors(scratch / "checkpoint.safetensors", store.read("stage1", run.backbone_key).tensors, {"epochs": 1})
+        shutil.rmtree(store.entry("stage1", run.backbone_key))
+    one = packed_bytes(store, "stage1", backbones[0].backbone_key)
+    archive = one + 2 * queue.TAR_END
+    stages = sum(packed_bytes(store, "stage2", key) for key in store.keys("stage2")) + 2 * one
+    monkeypatch.setattr(queue, "ARCHIVE", archive)
+    bundle, said = tmp_path / "bundle", []
+    (bundle / "stages-9.tar").touch()  # of an earlier run
+
+    def sizes(room, files):
+        monkeypatch.setattr(queue, "ROOM", room)
+        monkeypatch.setattr(queue, "FILES", files)
+        monkeypatch.setattr(queue._Queue, "work", lambda self: self._take_in())
+        run_queue(replace(reproduction, what="table1"), tell=said.append)
+        found = {file.name: file.stat().st_size for file in bundle.iterdir()}
+        assert sum(found.values()) <= room
+        assert len(found) <= files
+        assert all(size <= archive for name, size in found.items() if name != "results.tar.gz")
+        return sorted(found)
+
+    results = (bundle / "results.tar.gz").stat().st_size
+    everything = sizes(results + 100 * one, 8)
+    assert everything[:2] == ["checkpoints-1.tar", "checkpoints-2.tar"]
+    assert everything[2] == "results.tar.gz"
+    assert "bundle: results, 10 stages, 2 checkpoints; " in said[-2] + said[-1]
+    assert sizes(results + stages + one + queue.TAR_END, 8)[:2] == ["checkpoints.tar", "results.tar.gz"]
+    assert "1 checkpoints (2 are there)" in said[-2] + said[-1]
+    assert sizes(results + 100 * one, 1 + len(everything) - 3) == everything[2:]
+    assert sizes(results + 1024, 8) == ["results.tar.gz"]
+    assert "0 stages (10 are there)" in said[-2] + said[-1]
+    home = Store(tmp_path / "home")
+    sizes(results + 100 * one, 8)
+    add(home, *sorted(bundle.glob("*.tar")))
+    assert home.keys("stage1") == store.keys("stage1")
+    assert all(home.checkpoint("stage1", run.backbone_key)["epochs"] == 1 for run in backbones[2:])
+
+
 # -- the end -------------------------------------------------------------------------------------------------------
 
 
@@ -557,7 +609,7 @@ def test_an_interrupt_leaves_what_is_done_and_says_so(tmp_path, monkeypatch, job
 
 def test_a_limit_ends_the_wait_for_another_run(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(queue, "Deadline", Impatient)
-    monkeypatch.setattr("tailscope.store.STEP", 0.01)
+    monkeypatch.setattr("tailscope.store.entries.STEP", 0.01)
     Impatient.allowed = 3
     reproduction = reproduction_of(tmp_path, "table1", seeds="1")
     settings = reproduction.settings()

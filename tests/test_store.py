@@ -165,14 +165,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, monke
             file.write(text[:1])
         raise OSError(28, "No space left on device")
 
-    def full_bytes(path, data):
-        path.open("wb").close()
-        raise error
-
     with monkeypatch.context() as patch:
-        patch.setattr(store_entries, "save_file", full)
+        patch.setattr(store_files, "save_file", full)
         patch.setattr(Path, "write_text", full_text)
-        patch.setattr(Path, "write_bytes", full_bytes)
         for attempt in (
             lambda: store.get_or_make("stage1", "k", made),
             lambda: save_tensors(tmp_path / "checkpoint", TENSORS, META),
@@ -236,19 +231,19 @@ KILLED_WRITER = """
 import os, signal, sys
 from pathlib import Path
 from test_store import META, TENSORS
-from tailscope.store import Store, entries
+from tailscope.store import Store, files
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
 def killed_at(moment, store):
     if moment == "tensors":
-        real = entries.save_file
+        real = files.save_file
         def half(tensors, path, **options):
             real(tensors, path, **options)
             os.truncate(path, path.stat().st_size // 2)
             die()
-        entries.save_file = half
+        files.save_file = half
     elif moment == "meta":
         Path.write_text = die
     elif moment == "done":
@@ -430,4 +425,8 @@ def test_a_folder_that_cannot_be_written_is_named_with_its_option(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     for path in (tmp_path / "file", tmp_path / "file" / "store"):
         with pytest.raises(UserError, match="--store"):
+            Store(path)
+    os.mkdir(os.fsencode(tmp_path) + b"/\xff")  # noqa: PTH102
+    for path in (tmp_path / "\udcff", tmp_path / "\udcff" / "new"):
+        with pytest.raises(UserError, match="its name is no UTF-8"):
             Store(path)

@@ -1,7 +1,7 @@
 """The verb `reproduce`: the paper's tables and figures from one command."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -22,6 +22,9 @@ from tailscope.cli_options import (
 )
 from tailscope.cli_output import console_beside, print_json
 from tailscope.errors import UserError
+
+if TYPE_CHECKING:  # PyTorch takes its time, and --help need not wait for it
+    from tailscope.paper.reproduce import Reproduction
 
 What = Annotated[
     str, typer.Argument(metavar="WHAT", help="table1, fig2, fig3, ... fig8, all, or everything: both CIFAR data sets.")
@@ -126,15 +129,7 @@ def reproduce(
         bundle=bundle,
     )
     queued = what == EVERYTHING or time_limit is not None
-    if queued and (data is not None or dataset == "imagenet-lt"):
-        raise UserError("--time-limit: only for the CIFAR data sets; a training on files goes on where it was stopped")
-    for option, given in (("--jobs", jobs > 1), ("--wait-for-data", wait_for_data), ("--bundle", bundle is not None)):
-        if given and not queued:
-            raise UserError(f"{option}: only with --time-limit or `everything`")
-    if wait_for_data and data_root is None:
-        raise UserError("--wait-for-data: give --data-root, the folder where cifar10.npz or cifar100.npz will appear")
-    if queued and plan:
-        raise UserError("--plan: leave out --time-limit, and take `all` of one data set instead of `everything`")
+    _refuse_what_does_not_go_together(reproduction, queued, plan)
 
     def tell(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -156,6 +151,22 @@ def reproduce(
         print_json({k: v for k, v in done.items() if k != "results"})
     elif not plan:
         _show(done, out, console)
+
+
+def _refuse_what_does_not_go_together(asked: "Reproduction", queued: bool, plan: bool) -> None:
+    if queued and (asked.data is not None or asked.dataset == "imagenet-lt"):
+        raise UserError("--time-limit: only for the CIFAR data sets; a training on files goes on where it was stopped")
+    for option, given in (
+        ("--jobs", asked.jobs > 1),
+        ("--wait-for-data", asked.wait_for_data),
+        ("--bundle", asked.bundle is not None),
+    ):
+        if given and not queued:
+            raise UserError(f"{option}: only with --time-limit or `everything`")
+    if asked.wait_for_data and asked.data_root is None:
+        raise UserError("--wait-for-data: give --data-root, the folder where cifar10.npz or cifar100.npz will appear")
+    if queued and plan:
+        raise UserError("--plan: leave out --time-limit, and take `all` of one data set instead of `everything`")
 
 
 def _show(done: dict[str, Any], out: Path, console: Console) -> None:

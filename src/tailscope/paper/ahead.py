@@ -175,6 +175,11 @@ class Trainings:
         """Whether threads train, or will."""
         return self.jobs > 1 and bool(self._count("training") or (self._count("waiting") and not self.too_late))
 
+    def images(self) -> list[int]:
+        """Return on how many images threads have trained each backbone so far, without those of before a checkpoint."""
+        with self._lock:
+            return [training.watched.now for training in self._all.values()]
+
     @property
     def total(self) -> int:
         """How many were taken in."""
@@ -231,7 +236,7 @@ class Trainings:
             with self._lock:
                 trainings = list(self._all.values())
             active = [t for t in trainings if t.state == "training"]
-            images = sum(t.watched.now for t in trainings)
+            images = sum(self.images())
             shares = [f"{t} {t.watched.images / max(1, t.watched.total):.0%}" for t in active]
             self.tell(
                 f"{(now - began) / 60:.0f} min: {self._count('stored')} of {len(trainings)} backbones trained,"

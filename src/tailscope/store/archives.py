@@ -25,7 +25,6 @@ from tailscope.store.entries import DONE, KINDS, META, SCRATCH, TENSORS, Digests
 from tailscope.store.files import (
     CHECKPOINT,
     Damaged,
-    check_bytes,
     check_tensors,
     load_header,
     previous_of,
@@ -193,8 +192,12 @@ def _pack_entry(store: Store, kind: str, key: str, archive: _Archive) -> None:
 def _pack_checkpoint(store: Store, kind: str, key: str, archive: _Archive) -> None:
     path = _checkpoint_of(store, kind, key)
     with reading(path):
-        data = path.read_bytes()
-    check_bytes(path, bytearray(data))
+        data = path.read_bytes()  # once: a running training may replace it at any moment
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / path.name
+        with writing(copy):
+            copy.write_bytes(data)
+        check_tensors(copy)
     archive.add_bytes(f"{SCRATCH}/{kind}-{key}/{CHECKPOINT}", data)
 
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from tailscope.progress import Progress, Quiet
 from tailscope.store.files import (
@@ -30,9 +30,11 @@ from tailscope.store.files import (
     make_folder,
     reading,
     ready,
+    require_utf8,
     sync,
     to_json,
     whole_checkpoint,
+    write_tensors,
     writing,
 )
 
@@ -67,9 +69,10 @@ class Store:
         """Open the store at `root`, and create it if it is not there. Reading it takes no right to write.
 
         Raises:
-            UserError: the folder cannot be created.
+            UserError: the folder cannot be created, or its name is no UTF-8.
         """
         self.root = root
+        require_utf8(root, "--store")
         with reading(root):
             there = root.is_dir()
         if not there:
@@ -281,10 +284,7 @@ class Store:
         with writing(entry):
             building.mkdir()
             path = building / TENSORS
-            path.touch()
-            mode = path.stat().st_mode
-            save_file(ready(tensors), path)
-            path.chmod(mode)  # safetensors leaves files that only their owner can read
+            write_tensors(path, ready(tensors))
             (building / META).write_text(description)
             if kind not in CHEAP:
                 sync(path)

@@ -1,7 +1,7 @@
 """Files written whole or not at all, with a digest that reading checks. Nothing is ever pickled.
 
-A file of `save_tensors`, a checkpoint or a part of an extraction, carries the SHA-256 of all its bytes in its own
-header, computed with zeros in the digest's place: one file, so that no kill can part it from its digest.
+A file of `save_tensors`, a checkpoint or a part of an extraction, carries the SHA-256 of what it says in its own
+header: one file, so that no kill can part it from its digest.
 """
 
 import errno
@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tailscope.errors import UserError, one_line
@@ -34,7 +35,6 @@ CHECKPOINT = "checkpoint.safetensors"
 SYNC_EVERY = 5.0
 """Seconds: a file that is replaced more often, a checkpoint after short epochs, waits for the disk only so often."""
 
-_MARK, _BLANK = b'"sha256":"', "0" * 64
 _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 _ADVICE = {
     errno.EACCES: "ask for the right to write there, or take another folder",
@@ -161,12 +161,25 @@ def write_json(path: Path, value: Any) -> None:
         partial.replace(path)
 
 
+def require_utf8(path: Path, option: str) -> None:
+    """Refuse a name that safetensors cannot write to.
+
+    Raises:
+        UserError: it is no UTF-8.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{option} {one_line(str(path))}: its name is no UTF-8; choose another folder") from None
+
+
 def make_folder(path: Path, option: str) -> Path:
     """Create a folder and check that it can be written.
 
     Raises:
-        UserError: it cannot, naming the command-line option that asked for it.
+        UserError: it cannot, naming the command-line option that asked for it; or its name is no UTF-8.
     """
+    require_utf8(path, option)
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".{uuid.uuid4().hex}"
@@ -206,50 +219,62 @@ def previous_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.previous")
 
 
+def write_tensors(path: Path, tensors: Tensors, header: dict[str, str] | None = None) -> None:
+    """Write a safetensors file with the mode that umask gives; safetensors alone lets only the owner read it."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata=header)
+    path.chmod(mode)
+
+
 def save_tensors(path: Path, tensors: Tensors, meta: Meta) -> None:
-    """Write tensors with a JSON description and a digest in the file's header, atomically: a checkpoint.
+    """Write tensors with a JSON description and a digest of both in the file's header, atomically: a checkpoint.
 
     The file that it replaces is kept as `previous_of(path)`, of those that come faster than `SYNC_EVERY` some.
 
     Raises:
         UserError: the disk is full, or the like; or the description holds NaN.
     """
-    header = {"meta": to_json(path, meta), "sha256": _BLANK}
-    data = bytearray(save(ready(tensors), metadata=header))
-    place = _place_of_digest(data)
-    assert place is not None
-    data[place] = hashlib.sha256(data).hexdigest().encode()
+    tensors, text = ready(tensors), to_json(path, meta)
+    header = {"meta": text, "sha256": _digest_of(tensors, text)}
     partial = _partial(path)
     with writing(path, partial):
-        partial.write_bytes(data)
+        write_tensors(partial, tensors, header)
         if _keep_previous(path):
             sync(partial)
         partial.replace(path)
 
 
 def check_tensors(path: Path) -> bool:
-    """Check every byte of a file of `save_tensors`; return whether it has a digest: of before there are some without.
+    """Check all that a file of `save_tensors` says; return whether it has a digest: of before there are some without.
 
     Raises:
-        Damaged: a byte is not what was written, or the file is missing.
+        Damaged: it says something else than what was written, or is missing.
         UserError: it may not be read.
     """
-    with reading(path):
-        return check_bytes(path, bytearray(path.read_bytes()))
+    return _checked(path)[1]
 
 
-def check_bytes(path: Path, data: bytearray) -> bool:
-    """Check the content of a file of `save_tensors`, as `check_tensors`."""
-    place = _place_of_digest(data)
-    if place is None:
-        with reading(path), safe_open(path, framework="pt") as file:  # is it cut off?
-            json.loads(file.metadata()["meta"])
-        return False
-    stored = data[place].decode("ascii", "replace")
-    data[place] = _BLANK.encode()
-    if hashlib.sha256(data).hexdigest() != stored:
+def _checked(path: Path) -> tuple[Artifact, bool]:
+    with reading(path), safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = file.metadata()
+        artifact = Artifact(tensors, dict(json.loads(header["meta"])))
+    if "sha256" not in header:
+        return artifact, False
+    if header["sha256"] != _digest_of(tensors, header["meta"]):
         raise Damaged(f"{path}: damaged (its bytes do not fit its digest)")
-    return True
+    return artifact, True
+
+
+def _digest_of(tensors: Tensors, text: str) -> str:
+    """Return the SHA-256 of all that a file of `save_tensors` says: names, types, shapes, numbers and description."""
+    ordered = sorted(tensors.items())
+    named = [[name, str(tensor.dtype), list(tensor.shape)] for name, tensor in ordered]
+    digest = hashlib.sha256(json.dumps([text, named]).encode())
+    for _, tensor in ordered:
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_checkpoint(path: Path) -> Artifact:
@@ -259,9 +284,7 @@ def load_checkpoint(path: Path) -> Artifact:
         UserError: it is missing or damaged.
     """
     try:
-        check_tensors(path)
-        with reading(path):
-            return Artifact(load_file(path), load_header(path))
+        return _checked(path)[0]
     except Damaged as error:
         raise Damaged(f"{error}; delete it to start again") from None
 
@@ -304,13 +327,6 @@ def whole_checkpoint(folder: Path) -> Path | None:
 def _warn(damaged: list[UserError], what: str) -> None:
     for error in damaged:
         _log.warning("%s; %s", error, what)
-
-
-def _place_of_digest(data: bytearray) -> slice | None:
-    """Return where the digest stands in a safetensors file; nothing else in a header is spelt like its field."""
-    end = 8 + int.from_bytes(data[:8], "little")
-    start = data.find(_MARK, 8, min(end, len(data)))
-    return None if start < 0 else slice(start + len(_MARK), start + len(_MARK) + len(_BLANK))
 
 
 def _keep_previous(path: Path) -> bool:

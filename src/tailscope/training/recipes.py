@@ -180,12 +180,12 @@ RECIPES = {
         ),
         Recipe(
             name="miniature",
-            card="A rehearsal: seconds, no result means anything. ResNet-8 of four channels, three epochs a backbone,"
-            " two a classifier.",
+            card="A rehearsal: seconds, no result means anything. ResNet-8 of four channels, 48 steps a backbone and as"
+            " many a classifier, whatever the data.",
             converged=False,
             model="resnet8(width=4)",
-            stage1=TrainSpec(epochs=3, batch=64, learning_rate=0.1, weight_decay=2e-4, schedule="multistep"),
-            stage2=TrainSpec(epochs=2, batch=64, learning_rate=0.1, weight_decay=2e-4),
+            stage1=TrainSpec(steps=48, batch=64, learning_rate=0.1, weight_decay=2e-4, schedule="onecycle"),
+            stage2=TrainSpec(steps=48, batch=64, learning_rate=0.1, weight_decay=2e-4),
             views=1,
         ),
     )

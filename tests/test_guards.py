@@ -1,0 +1,147 @@
+"""What users build on must not change by accident: fields of results, options of verbs, signatures, stores.
+
+A change that is meant to move one of these records it anew in the same commit, and says so there:
+`TAILSCOPE_RECORD=1 python -m pytest tests/test_guards.py`.
+"""
+
+import inspect
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.main import get_command
+
+import experiment_setups
+import tailscope
+from tailscope import api, classifiers, cli, encoders, geometry, verbs
+from tailscope.training.recipes import RECIPES
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def assert_recorded(name: str, value: Any) -> None:
+    """Compare with the recorded value, or record it where that was asked for."""
+    path = GOLDEN / f"{name}.json"
+    if os.environ.get("TAILSCOPE_RECORD"):
+        path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    assert value == json.loads(path.read_text())
+
+
+BY_NAME = {"augmentations", "cells", "defaults", "encoders", "groups", "per_encoder", "versions"}
+"""Fields whose keys are names of things that are all alike."""
+
+
+def fields(value: Any, path: str = "") -> set[str]:
+    """Return the paths of all fields of a result; items of a list are alike, and so is what `BY_NAME` holds.
+
+    >>> sorted(fields({"a": [{"b": 1}, {"c": "x"}], "groups": {"head": {"d": 1}, "tail": {"d": None}}}))
+    ['a', 'a[].b', 'a[].c', 'groups', 'groups.*.d']
+    """
+    found = {path} - {""}
+    if isinstance(value, dict):
+        named = path.rpartition(".")[2] in BY_NAME
+        places = ((f"{path}.*" if named else f"{path}.{key}" if path else key, item) for key, item in value.items())
+        below = [fields(item, place) for place, item in places]
+        return found.union(*below) - {f"{path}.*"}
+    if isinstance(value, list):
+        return found.union(*(fields(item, f"{path}[]") for item in value if isinstance(item, dict))) - {f"{path}[]"}
+    return found
+
+
+def features_file(path: Path, counts: list[int], seed: int) -> Path:
+    stream = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(len(counts)), counts)
+    features = 3 * np.eye(len(counts), 8)[labels] + stream.normal(size=(len(labels), 8))
+    np.savez(path, features=features.astype(np.float32), labels=labels)
+    return path
+
+
+def test_the_fields_of_every_result(tailscope_, tmp_path, monkeypatch):
+    monkeypatch.setattr(verbs.report, "build", lambda *_, **__: None)
+    run = ("--data", "digits", "--profile", "exp:20", "--recipe", "demo", "--out", tmp_path, "--permutations", 19)
+    small = (*run[:-2], "--seeds", 1)
+    train, unseen = (features_file(tmp_path / f"{k}.npz", n, k) for k, n in enumerate([[60, 20, 8], [30, 30, 30]]))
+    for verb in (
+        ("subset", *run[:4], "--out", tmp_path),
+        ("swap", *small, "--matched"),
+        ("ladder", *small),
+        ("geometry", *run, "--seeds", 1),
+        ("diagnose", "--train", train, "--unseen", unseen, "--test", unseen, *run[6:]),
+    ):
+        ended = tailscope_(*verb)
+        assert (ended.code, ended.err) == (0, "")
+    found = {path.stem: sorted(fields(json.loads(path.read_text()))) for path in tmp_path.glob("*.json")}
+    assert set(found) == {"subset", "swap", "ladder", "geometry", "diagnosis"}
+    assert_recorded("fields", found)
+
+
+def test_the_fields_of_methods(tailscope_):
+    assert_recorded("fields_of_methods", sorted(fields(json.loads(tailscope_("methods", "--json").out))))
+
+
+def test_the_options_of_every_verb():
+    commands = get_command(cli.app).commands
+    described = {
+        verb: {
+            "help": command.help,
+            "options": {
+                " ".join(option.opts): {
+                    "default": str(option.default),
+                    "environment": option.envvar,
+                    "several": option.multiple,
+                    "required": option.required,
+                    "help": option.help,
+                }
+                for option in command.params
+            },
+        }
+        for verb, command in commands.items()
+    }
+    assert_recorded("options", described)
+
+
+def test_the_public_signatures():
+    modules = {
+        "tailscope": tailscope,
+        "api": api,
+        "classifiers": classifiers,
+        "geometry": geometry,
+        "encoders": encoders,
+    }
+    public = {
+        f"{name}.{member}": getattr(module, member)
+        for name, module in modules.items()
+        for member in getattr(module, "__all__", ["swap", "ladder", "geometry", "run", "load", "default_store"])
+    }
+    signatures = {name: str(inspect.signature(one)) for name, one in public.items() if callable(one)}
+    assert_recorded("signatures", signatures)
+
+
+def test_a_store_of_the_first_version_is_recalled_without_training(tmp_path):
+    """An entry was tensors.safetensors, meta.json and an empty DONE, nothing else."""
+    lab = experiment_setups.lab(tmp_path)
+    settings = experiment_setups.settings(seeds=(0,))
+    before = experiment_setups.EXPERIMENTS["swap"](lab, settings)
+    for entry in (done.parent for done in tmp_path.glob("*/*/DONE")):
+        for path in entry.iterdir():
+            if path.name not in ("tensors.safetensors", "meta.json"):
+                path.unlink()
+        (entry / "DONE").write_text("")
+    again = experiment_setups.lab(tmp_path)
+    after = experiment_setups.EXPERIMENTS["swap"](again, settings)
+    assert again.trained == 0
+    assert experiment_setups.timeless(after) == experiment_setups.timeless(before)
+
+
+@pytest.mark.parametrize("verb", sorted(get_command(cli.app).commands))
+def test_every_verb_is_in_the_readme(verb):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert f"| `{verb}` |" in readme
+
+
+def test_every_recipe_is_documented():
+    text = "".join(path.read_text(encoding="utf-8") for path in (Path(__file__).parents[1] / "docs").rglob("*.md"))
+    assert [name for name in RECIPES if f"`{name}" not in text] == []
