@@ -28,3 +28,12 @@ def expanded(path: Path | str) -> Path:
     if user.startswith("~") and not Path(user).exists():
         raise UserError(f"{path}: no home folder is known for {user}; write the path out, or set HOME")
     return found
+
+
+def plain_name(name: str) -> str:
+    r"""Return a file's name as text that any file or page can hold: bytes that are no UTF-8 stand as `\xff`.
+
+    >>> print(plain_name("caf\udce9"), plain_name("café"))
+    caf\xe9 café
+    """
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
