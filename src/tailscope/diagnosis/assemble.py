@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from tailscope.diagnosis.advice import advise
 from tailscope.diagnosis.encoders import compare, pair_up, same_names
-from tailscope.diagnosis.inputs import Inputs, Source, as_table, bursts, read
+from tailscope.diagnosis.inputs import Inputs, bursts, read
 from tailscope.diagnosis.neighbours import confusable_pairs
 from tailscope.errors import UserError
+from tailscope.feature_table import FeatureTable, Source, is_pair
 from tailscope.geometry import GeometryResult, describe
 from tailscope.groups import GROUPS
 from tailscope.linear_layer import LinearLayer
@@ -84,7 +85,8 @@ def diagnose(
     """Say where accuracy is lost on given features, for which classes, how sure that is, and what to try.
 
     Args:
-        train: features of the training samples, a `FeatureTable` or a file; or a list of them, one an encoder.
+        train: features of the training samples: a file, a `FeatureTable`, a pair (features, labels), a mapping of
+            arrays or a DataFrame; or a list of them, one an encoder.
         unseen: features of samples from the true distribution that had no part in training; a list like `train`.
         test: features that only score, or None: then the unseen samples score, cross-fitted.
         classifier: the linear classifier in use, or None for a softmax regression on the training features.
@@ -125,7 +127,7 @@ def prepare(
     filled = [given or [None] * len(trains) for given in others]
     found: dict[str, Inputs] = {}
     for first, second, third, linear in zip(trains, *filled, strict=True):
-        table = as_table(first)
+        table = FeatureTable.of(first, "train")
         reference = next(iter(found.values()), None)
         if reference is not None:
             table = same_names(reference.train, table)
@@ -242,7 +244,7 @@ def _paired(reference: Inputs, inputs: Inputs) -> Inputs:
 def _many(given: Any) -> list[Any]:
     if given is None:
         return []
-    return list(given) if isinstance(given, list | tuple) else [given]
+    return list(given) if isinstance(given, list | tuple) and not is_pair(given) else [given]
 
 
 def _free_name(name: str, taken: dict[str, Inputs]) -> str:
