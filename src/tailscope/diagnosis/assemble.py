@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from tailscope.diagnosis.advice import advise
 from tailscope.diagnosis.encoders import compare, pair_up, same_names
 from tailscope.diagnosis.inputs import Inputs, bursts, read
 from tailscope.diagnosis.neighbours import confusable_pairs
+from tailscope.diagnosis.soundness import doubts, doubts_of_outcomes, far_notes, withhold, without_far_rows
 from tailscope.errors import UserError
 from tailscope.feature_table import FeatureTable, Source, is_pair
 from tailscope.geometry import GeometryResult, describe
@@ -127,11 +128,14 @@ def prepare(
     filled = [given or [None] * len(trains) for given in others]
     found: dict[str, Inputs] = {}
     for first, second, third, linear in zip(trains, *filled, strict=True):
-        table = FeatureTable.of(first, "train")
+        given = zip((first, second, third), ("train", "unseen", "test"), strict=True)
+        table, second, third = (None if one is None else FeatureTable.of(one, role) for one, role in given)
+        notes = [note for one in (table, second, third) if one is not None for note in far_notes(one)]
         reference = next(iter(found.values()), None)
         if reference is not None:
             table = same_names(reference.train, table)
         inputs = read(table, second, third, linear, drop_duplicates=settings.drop_duplicates)
+        inputs = replace(inputs, warnings=(*notes, *inputs.warnings))
         name = _free_name(Path(table.source).stem, found)
         found[name] = inputs if reference is None else _paired(reference, inputs)
     return found
@@ -149,8 +153,10 @@ def run(inputs: dict[str, Inputs], settings: DiagnosisSettings, runtime: Runtime
         UserError: the unseen samples are too few for a verdict.
     """
     results, outcomes = {}, {}
-    for name, one in inputs.items():
-        results[name], outcomes[name] = _one(one, settings, runtime)
+    kept = without_far_rows(inputs)
+    reasons = doubts(kept)
+    for name, one in kept.items():
+        results[name], outcomes[name] = _one(one, inputs[name].train.counts(), reasons, settings, runtime)
     first = next(iter(inputs.values()))
     result = {
         "schema": "tailscope.diagnosis/1",
@@ -168,12 +174,22 @@ def run(inputs: dict[str, Inputs], settings: DiagnosisSettings, runtime: Runtime
         **results[next(iter(inputs))],
     }
     if len(inputs) > 1:
-        result |= {"encoders": results, "comparison": compare(inputs, results, outcomes)}
+        result |= {"encoders": results, "comparison": compare(kept, results, outcomes)}
     return result
 
 
-def _one(inputs: Inputs, settings: DiagnosisSettings, runtime: Runtime) -> "tuple[dict[str, Any], Outcomes | None]":
-    """Return the part of a diagnosis that is one encoder's."""
+def _one(
+    inputs: Inputs, counts: list[int], reasons: list[str], settings: DiagnosisSettings, runtime: Runtime
+) -> "tuple[dict[str, Any], Outcomes | None]":
+    """Return the part of a diagnosis that is one encoder's.
+
+    Args:
+        inputs: without rows that are far too long.
+        counts: training samples of each class, with them.
+        reasons: why no verdict may be given.
+        settings: of the diagnosis.
+        runtime: where it is measured.
+    """
     train, unseen, names = inputs.train, inputs.unseen, inputs.names
     first, second = bursts(train, unseen)
     with runtime.progress.task("geometry", len(names)) as advance:
@@ -183,6 +199,7 @@ def _one(inputs: Inputs, settings: DiagnosisSettings, runtime: Runtime) -> "tupl
             unseen.features.to(runtime.device),
             unseen.labels,
             names,
+            train_counts=counts,
             permutations=settings.permutations,
             alpha=settings.alpha,
             seed=settings.seed,
@@ -191,7 +208,7 @@ def _one(inputs: Inputs, settings: DiagnosisSettings, runtime: Runtime) -> "tupl
             progress=lambda done, total: advance(1),
         )
     measured: dict[str, Any] = {
-        "counts": train.counts(),
+        "counts": counts,
         "groups_rule": geometry.groups_rule,
         "classes": geometry.classes,
         "groups": geometry.groups,
@@ -204,10 +221,13 @@ def _one(inputs: Inputs, settings: DiagnosisSettings, runtime: Runtime) -> "tupl
         )
     if settings.verdict:
         judged, caveats, outcomes = _judge(inputs, geometry, settings, runtime.progress)
-        return measured | judged | {"warnings": list(dict.fromkeys([*warnings, *caveats]))}, outcomes
+        reasons = [*reasons, *(() if reasons else doubts_of_outcomes(inputs, outcomes))]
+        if reasons:
+            withhold(judged, reasons)
+        return measured | judged | {"warnings": list(dict.fromkeys([*reasons, *warnings, *caveats]))}, outcomes
     pairs = confusable_pairs(geometry.centers, names)
     unjudged = {"accuracy": None, "verdict": None, "advice": [], "pairs": pairs}
-    return measured | unjudged | {"warnings": list(dict.fromkeys(warnings))}, None
+    return measured | unjudged | {"warnings": list(dict.fromkeys([*reasons, *warnings]))}, None
 
 
 def _judge(
