@@ -133,8 +133,10 @@ def load(source: str, *, data_root: Path | None = None) -> Data:
     test = splits.get("test", splits.get("val"))
     if "train" not in splits or test is None:
         needs = "folder:PATH with train/ and test/ (or val/)" if kind == "folder" else "list:TRAIN.txt,TEST.txt"
-        has = "" if "all" in splits else f" and this is {', '.join(splits)} alone"
-        raise UserError(f"{source}: an experiment needs images to train on and to test on{has}; give {needs}")
+        has = "no splits" if "all" in splits else f"only {', '.join(splits)}"
+        raise UserError(
+            f"{source}: an experiment needs images to train on and to test on; give {needs}; this has {has}"
+        )
     train, test = _without_unused_numbers(splits["train"], test)
     return FileData(train.name, FileSet(train), FileSet(test))
 

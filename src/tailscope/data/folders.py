@@ -69,7 +69,7 @@ def load(root: Path) -> dict[str, ImageFiles]:
         _refuse_empty(trees[first], splits[first])
     hidden = [*([] if top is trees[first] else top.hidden), *(name for tree in trees.values() for name in tree.hidden)]
     if hidden:
-        notes.append(f"{_many(len(hidden), 'hidden or system file')} or folders left out: {listed(hidden)}")
+        notes.append(f"hidden or system files and folders left out: {len(hidden):,} ({listed(sorted(hidden))})")
     return {split: replace(images, notes=(*notes, *_notes(trees[split], images))) for split, images in splits.items()}
 
 

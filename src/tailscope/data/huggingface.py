@@ -7,6 +7,7 @@ behind either say which column is meant where several could be.
 import hashlib
 import importlib
 import json
+import os
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,7 +19,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from tailscope.array_files import message_of
-from tailscope.data.pixels import ImageError, not_regular, read_image, to_rgb
+from tailscope.data.pixels import ImageError, not_regular, read_image
 from tailscope.errors import UserError
 from tailscope.field_checks import MAX_CLASSES
 
@@ -34,6 +35,7 @@ class HuggingFaceImages:
     class_names: tuple[str, ...]
     ids: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    named = True
 
     def take(self, indices: npt.NDArray[np.int64]) -> "HuggingFaceImages":
         """Return the images at `indices`, in that order; they keep their ids."""
@@ -50,11 +52,9 @@ class HuggingFaceImages:
     def image(self, row: int) -> Image.Image:
         """Decode an image to upright RGB."""
         found = self._undecoded[row][self.column]
-        if isinstance(found, Image.Image):
-            return to_rgb(found)
         if isinstance(found, dict):
             found = found.get("bytes") or found.get("path")
-        if isinstance(found, bytes):
+        if isinstance(found, bytes | Image.Image):
             return read_image(found)
         if not isinstance(found, str):
             raise ImageError(f"column {self.column!r} holds {'nothing' if found is None else type(found).__name__}")
@@ -91,7 +91,7 @@ def load(source: str) -> dict[str, HuggingFaceImages]:
             column, or rows without a label.
     """
     named = _parse(source)
-    folder = Path(named.name).expanduser()
+    folder = _folder(named.name)
     if any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
         found = _open_saved(named, folder)
     elif named.split is None:
@@ -107,8 +107,12 @@ def _parse(source: str) -> _Named:
     if not set(columns) <= {"image", "label"} or not all(columns.values()):
         raise UserError(f"hf:{source}: behind the comma label=COLUMN and image=COLUMN are known")
     found = re.fullmatch(r"(.+):([\w.+-]+(?:\[[^\]]*\])?)", name)  # a split may be a part of one: train[:10%]
-    whole, split = found.groups() if found and not Path(name).expanduser().is_dir() else (name, None)
+    whole, split = found.groups() if found and not _folder(name).is_dir() else (name, None)
     return _Named(source, whole, split, columns)
+
+
+def _folder(name: str) -> Path:
+    return Path(os.path.expanduser(name))  # noqa: PTH111 -- a name that is no user's is one of the Hub's, or of nothing
 
 
 def _load_by_name(named: _Named, split: str) -> Any:
@@ -244,6 +248,7 @@ def _read_arrow(named: _Named, files: list[Path]) -> Any:
             with pa.ipc.open_stream(pa.memory_map(str(file))) as stream:
                 tables.append(stream.read_all())
             tables[-1].validate(full=True)
+            tables[-1].slice(0, 1).to_pylist()  # finds names of columns that are no text
         except (OSError, ValueError, pa.ArrowException) as error:
             raise UserError(f"hf:{named.source}: {file.name}: no readable Arrow file ({message_of(error)})") from None
     try:

@@ -26,6 +26,7 @@ class ImageStream(Protocol):
         name: the data set's name.
         labels: int64 [N], 0 to C-1.
         class_names: one name a class.
+        named: whether the class names are names even where they look like 0 to C-1; else those are numbers.
         ids: text [N], different for different images of the data set.
         notes: what a reader of results must know of where the images come from, such as what was left out.
     """
@@ -41,6 +42,10 @@ class ImageStream(Protocol):
     @property
     def class_names(self) -> tuple[str, ...]:
         """One name a class."""
+
+    @property
+    def named(self) -> bool:
+        """Whether the classes have names."""
 
     @property
     def ids(self) -> Sequence[str]:
@@ -90,6 +95,11 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.paths)
 
+    @property
+    def named(self) -> bool:
+        """Folders are names, though they may be called 0, 1, ...; in lists these are numbers."""
+        return self.list_file is None
+
     @cached_property
     def ids(self) -> Sequence[str]:
         """The relative paths, as text that any file can hold."""
@@ -137,6 +147,7 @@ class MemoryImages:
     images: ImageSet
     ids: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    named = False
 
     @classmethod
     def of(cls, name: str, split: str, images: ImageSet) -> "MemoryImages":

@@ -220,7 +220,7 @@ def _merge(shards: Shards) -> tuple[Tensor, Tensor]:
 
 def _table(features: Tensor, rows: Tensor, images: ImageStream, provenance: dict[str, Any], out: Path) -> FeatureTable:
     names = images.class_names
-    numbered = names == tuple(str(k) for k in range(len(names)))
+    numbered = not images.named and names == tuple(str(k) for k in range(len(names)))
     picked = rows.tolist()
     return FeatureTable.from_arrays(
         features,
