@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -255,10 +256,43 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     assert [p.name for p in tmp_path.iterdir()] == ["t.npz"]
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_no_flipped_bit_of_a_file_of_ours_is_silent(tmp_path: Path, suffix: str) -> None:
+    path, saved, stream = tmp_path / f"f{suffix}", table(), np.random.default_rng(0)
+    saved.save(path)
+    whole = path.read_bytes()
+    for bit in stream.integers(8 * len(whole), size=120):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        try:
+            loaded = FeatureTable.load(path)
+        except UserError as error:
+            assert str(path) in str(error)  # noqa: PT017
+        else:
+            if suffix == ".parquet" and not loaded.provenance:  # both lie in the footer, and can be lost as one
+                loaded = replace(loaded, class_names=saved.class_names)
+            assert same(replace(loaded, provenance=saved.provenance), saved), bit
+            assert loaded.provenance.get("encoder", "resnet32") == "resnet32"  # or its name, or the digest's, is hit
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_of_ours_that_was_changed_is_told(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"f{suffix}"
+    loaded = FeatureTable.from_arrays([[0.0], [1.0]], [0, 1], provenance={"by": "hand"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureTable, "digest", lambda _: "0" * 64)
+        loaded.save(path)
+    with pytest.raises(UserError, match="does not hold what was written"):
+        FeatureTable.load(path)
+    loaded.save(path)
+    assert FeatureTable.load(path).provenance == {"by": "hand"}
+
+
 def test_provenance_is_json_in_every_format(tmp_path: Path) -> None:
     table().save(tmp_path / "t.npz")
     with np.load(tmp_path / "t.npz") as file:
-        assert json.loads(str(file["provenance"])) == {"encoder": "resnet32"}
+        assert json.loads(str(file["provenance"])) == {"encoder": "resnet32", "sha256": table().digest()}
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

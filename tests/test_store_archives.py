@@ -18,6 +18,7 @@ import torch
 from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from experiment_setups import EXPERIMENTS, entries, lab, settings, timeless
 from tailscope.errors import UserError
@@ -244,6 +245,18 @@ def test_no_flipped_bit_of_an_archive_is_silent(tmp_path, archive, monkeypatch):
             assert contents(store) == contents(expected.root), number
             shutil.rmtree(store)
     assert noticed > 30
+
+
+def test_a_checkpoint_of_before_digests_is_checked_by_the_manifest(tmp_path):
+    store = Store(tmp_path / "from")
+    path = save_checkpoint(store, "c", 2)
+    save_file({"x": torch.zeros(3000)}, path, metadata={"meta": '{"epochs": 2}'})
+    pack(store, tmp_path / "a.tar", [], CHECKPOINTS)
+    assert add(Store(tmp_path / "to"), tmp_path / "a.tar").added == ["stage1/c (checkpoint)"]
+    data = bytearray((tmp_path / "a.tar").read_bytes())
+    data[5000] ^= 1
+    (tmp_path / "a.tar").write_bytes(data)
+    assert "does not fit the manifest" in refused(tmp_path / "other", tmp_path / "a.tar")
 
 
 @pytest.mark.parametrize("part", [0, 0.01, 0.3, 0.6, 0.9, 1])

@@ -6,6 +6,7 @@ labels are positions in it), `ids` [N], `groups` [N] (integers or text) and `pro
 made the features). `of` takes arrays and DataFrames as well.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -166,12 +167,13 @@ class FeatureTable:
 
         Raises:
             UserError: the file is missing, empty, truncated or of an unknown format, lacks a field or holds Python
-                objects (nothing is ever unpickled), or as `from_arrays`. The message names the file.
+                objects (nothing is ever unpickled), or as `from_arrays`. The message names the file. Or it was written
+                by `save` and holds something else by now.
         """
         arrays, notes = array_files.read(path, _REQUIRED, _OPTIONAL)
         source = array_files.shown(path)
         provenance = arrays.get("provenance")
-        return cls.from_arrays(
+        table = cls.from_arrays(
             arrays["features"],
             arrays["labels"],
             class_names=arrays.get("class_names"),
@@ -181,23 +183,42 @@ class FeatureTable:
             source=source,
             notes=notes,
         )
+        written = table.provenance.pop("sha256", None)
+        if written not in (None, table.digest()):
+            raise UserError(
+                f"{path}: does not hold what was written (the digest in its provenance is another): copy it again, or "
+                "leave out its provenance if it was changed on purpose"
+            )
+        return table
 
     def save(self, path: Path) -> None:
         """Write a feature file in the format that the suffix names, whole or not at all.
 
+        Where there is a provenance, it gets the digest that `load` checks.
+
         Raises:
             UserError: the format is unknown or the file cannot be written.
         """
-        arrays: array_files.Arrays = {"features": self.features.cpu().numpy(), "labels": self.labels.cpu().numpy()}
+        arrays: array_files.Arrays = {}
+        if self.provenance:  # first, so that a directory of files that breaks off after it is noticed
+            arrays["provenance"] = np.array(json.dumps({**self.provenance, "sha256": self.digest()}))
+        arrays |= {"features": self.features.cpu().numpy(), "labels": self.labels.cpu().numpy()}
         if self.class_names is not None:
             arrays["class_names"] = np.array(self.class_names, dtype=np.str_)
         if self.ids is not None:
             arrays["ids"] = self.ids
         if self.groups is not None:
             arrays["groups"] = self.groups
-        if self.provenance:
-            arrays["provenance"] = np.array(json.dumps(self.provenance))
         array_files.write(path, arrays)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of all fields, whatever format a file has."""
+        keys = [None if k is None else (k.dtype.kind, k.tolist()) for k in (self.ids, self.groups)]
+        described = [self.provenance, self.class_names, keys, str(self.features.dtype), list(self.features.shape)]
+        digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+        for numbers in (self.features, self.labels):
+            digest.update(numbers.contiguous().numpy().data)
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -273,7 +273,7 @@ def _digest_of(tensors: Tensors, text: str) -> str:
     named = [[name, str(tensor.dtype), list(tensor.shape)] for name, tensor in ordered]
     digest = hashlib.sha256(json.dumps([text, named]).encode())
     for _, tensor in ordered:
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
