@@ -128,9 +128,9 @@ def prepare(
     filled = [given or [None] * len(trains) for given in others]
     found: dict[str, Inputs] = {}
     for first, second, third, linear in zip(trains, *filled, strict=True):
-        given = zip((first, second, third), ("train", "unseen", "test"), strict=True)
-        table, second, third = (None if one is None else FeatureTable.of(one, role) for one, role in given)
-        notes = [note for one in (table, second, third) if one is not None for note in far_notes(one)]
+        table, second = FeatureTable.of(first, "train"), FeatureTable.of(second, "unseen")
+        third = None if third is None else FeatureTable.of(third, "test")
+        notes = [note for given in (table, second, third) if given is not None for note in far_notes(given)]
         reference = next(iter(found.values()), None)
         if reference is not None:
             table = same_names(reference.train, table)

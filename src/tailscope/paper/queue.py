@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tailscope.data.sources import load
+from tailscope.errors import expanded
 from tailscope.experiments.lab import Lab
 from tailscope.experiments.runs import Run, evaluate
 from tailscope.experiments.settings import Settings, store_root

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tailscope.errors import UserError, one_line, plain_name
+from tailscope.errors import UserError, one_line
 
 Tensors = dict[str, Tensor]
 Meta = dict[str, Any]
