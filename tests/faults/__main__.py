@@ -17,6 +17,8 @@ TESTS = Path(__file__).resolve().parents[1]
 RESULT = TESTS.parent / "results" / "faults.json"
 FUZZ = "TAILSCOPE_FUZZ"
 CASES = 2_000
+PAGE = TESTS.parent / "docs" / "reliability.md"
+BEGIN, END = "<!-- counts: written by `python -m tests.faults` -->\n", "<!-- end of counts -->"
 
 
 def fuzzed() -> list[str]:
@@ -36,6 +38,25 @@ def hardware() -> dict[str, Any]:
     """Return what it ran on."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"processor": platform.processor() or platform.machine(), "cores": cores, "system": platform.system()}
+
+
+def table(document: dict[str, Any]) -> str:
+    """Return the counts as the page shows them."""
+    environment, fuzz = document["environment"], document["fuzz"]
+    cores, version = environment["hardware"]["cores"], environment["versions"]["tailscope"]
+    rows = [(name, f"{value:g}") for name, value in document["faults"].items() if name != "seconds"]
+    rows += [("tests that fuzz", len(fuzz["cases"])), ("fuzzed cases", f"{fuzz['all cases']:,}")]
+    rows += [("fuzzed cases of a test, at least", f"{min(fuzz['cases'].values(), default=0):,}")]
+    rows += [("minutes", round(document["seconds"] / 60)), ("passed", "yes" if document["passed"] else "no")]
+    lines = [f"| {name} | {value} |" for name, value in rows]
+    about = f"{document['created'][:10]}, {cores} cores, tailscope {version}"
+    return "\n".join([about, "", "| what | count |", "|---|---|", *lines, ""])
+
+
+def page(text: str, document: dict[str, Any]) -> str:
+    """Return the page with the counts in their place."""
+    before, _, rest = text.partition(BEGIN)
+    return before + BEGIN + table(document) + END + rest.partition(END)[2]
 
 
 def main() -> int:
@@ -63,6 +84,7 @@ def main() -> int:
     print(text)
     if amount == "1":
         RESULT.write_text(text + "\n", encoding="utf-8")
+        PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), document), encoding="utf-8")
     return int(any(codes))
 
 
