@@ -326,3 +326,12 @@ def test_what_a_verb_tells_cannot_steer_the_terminal(tailscope_, monkeypatch, tm
     )
     ended = tailscope_("reproduce", "table1", "--plan", "--out", tmp_path)
     assert (ended.code, ended.out) == (0, "  a\ufffd[2J\ufffd\ufffdb [bold]\n")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"indices": [[1' + "0" * 40 + "]]}", '{"indices": [[NaN]]}', "[]"])
+def test_a_subset_file_that_is_none_is_one_line(tailscope_, tmp_path, text):
+    (tmp_path / "subset.json").write_text(text)
+    data = ("--model", "resnet32", "--data", "digits", "--split", "train", "--out", tmp_path / "f.npz")
+    ended = tailscope_("features", *data, "--subset", tmp_path / "subset.json")
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert f"--subset {tmp_path / 'subset.json'}: " in ended.err
