@@ -298,3 +298,40 @@ def test_json_files_that_are_none_are_one_line(tailscope_, tmp_path, kind):
     assert ended.code == 2
     assert re.fullmatch(r"error: [^\n]+\n", ended.err)
     assert str(path) in ended.err
+
+
+HOSTILE = "a\x1b[2J\u202e\udce9b"
+
+
+def test_a_strangers_store_cannot_steer_the_terminal(tailscope_, tmp_path):
+    for kind, key in ((HOSTILE, "0" * 32), ("stage1", HOSTILE)):
+        entry = tmp_path / kind / key
+        entry.mkdir(parents=True)
+        (entry / "meta.json").write_text(json.dumps({HOSTILE: HOSTILE, "spec": {"model": HOSTILE}}))
+        (entry / "tensors.safetensors").write_text("none")
+        (entry / "DONE").touch()
+    for verb in (("list",), ("verify",), ("prune", "--damaged", "--dry-run"), ("list", "--json"), ("verify", "--json")):
+        ended = tailscope_("store", *verb, "--store", tmp_path)
+        assert ended.code in (0, 1), ended.err
+        assert "a" in ended.out
+        for sign in "\x1b\u202e":
+            assert sign not in ended.out + ended.err
+
+
+def test_what_a_verb_tells_cannot_steer_the_terminal(tailscope_, monkeypatch, tmp_path):
+    from tailscope.paper import reproduce
+
+    monkeypatch.setattr(
+        reproduce, "run_reproduce", lambda *_, tell, **__: tell(f"  {HOSTILE} [bold]") or {"label": "", "plan": {}}
+    )
+    ended = tailscope_("reproduce", "table1", "--plan", "--out", tmp_path)
+    assert (ended.code, ended.out) == (0, "  a\ufffd[2J\ufffd\ufffdb [bold]\n")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"indices": [[1' + "0" * 40 + "]]}", '{"indices": [[NaN]]}', "[]"])
+def test_a_subset_file_that_is_none_is_one_line(tailscope_, tmp_path, text):
+    (tmp_path / "subset.json").write_text(text)
+    data = ("--model", "resnet32", "--data", "digits", "--split", "train", "--out", tmp_path / "f.npz")
+    ended = tailscope_("features", *data, "--subset", tmp_path / "subset.json")
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert f"--subset {tmp_path / 'subset.json'}: " in ended.err

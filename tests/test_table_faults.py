@@ -339,3 +339,12 @@ def test_a_name_that_is_no_utf8_from_end_to_end(tailscope_, tmp_path, monkeypatc
     assert [one["train"]["source"] for one in encoders.values()] == ["caf\ufffd.npz"]
     ended = tailscope_("diagnose", "--train", names[0] + ".npz", "--unseen", names[1], *options)
     assert (ended.code, ended.err.encode().count(b"\n")) == (2, 1)
+
+
+def test_text_in_a_parquet_file_that_is_no_utf8_is_refused(tmp_path):
+    table = {"features": pa.array(list(X)), "label": Y, "id": [f"test:{k}" for k in range(12)]}
+    pq.write_table(pa.table(table), tmp_path / "t.parquet", compression="none", use_dictionary=False)
+    data = (tmp_path / "t.parquet").read_bytes()
+    assert data.count(b"test:7") == 1
+    (tmp_path / "t.parquet").write_bytes(data.replace(b"test:7", b"test:\xb7"))
+    assert "damaged" in refusal(tmp_path / "t.parquet")

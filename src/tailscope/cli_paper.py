@@ -21,7 +21,7 @@ from tailscope.cli_options import (
     Workers,
 )
 from tailscope.cli_output import console_beside, print_json
-from tailscope.errors import UserError
+from tailscope.errors import UserError, printable
 
 if TYPE_CHECKING:  # PyTorch takes its time, and --help need not wait for it
     from tailscope.paper.reproduce import Reproduction
@@ -132,7 +132,7 @@ def reproduce(
     _refuse_what_does_not_go_together(reproduction, queued, plan)
 
     def tell(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
     with shown_on(console) as progress:
         if queued:

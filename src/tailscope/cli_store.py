@@ -11,7 +11,7 @@ from rich.console import Console
 
 from tailscope.cli_options import Json, StoreRoot
 from tailscope.cli_output import console_beside, print_json
-from tailscope.errors import UserError
+from tailscope.errors import UserError, printable
 from tailscope.progress import shown_on
 
 if TYPE_CHECKING:  # PyTorch takes its time, and --help need not wait for it
@@ -78,7 +78,7 @@ def verify(store: StoreRoot = None, as_json: Json = False) -> None:
         print_json({"schema": "tailscope.store-list/1", "entries": [asdict(row) for row in rows]})
     else:
         for row in bad:
-            typer.echo(f"{row.state}: {row.name}: {row.problem}")
+            typer.echo(printable(f"{row.state}: {row.name}: {row.problem}"))
         whole = len(rows) - len(bad) - unverified
         typer.echo(f"{whole} whole, {unverified} readable without digests, {len(bad)} damaged or unreadable")
     if bad:
@@ -288,7 +288,8 @@ def _show(rows: "list[Row]") -> None:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         Console().out(
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip(), highlight=False
+            printable("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()),
+            highlight=False,
         )
 
 

@@ -14,7 +14,12 @@ def one_line(text: str) -> str:
     >>> one_line("a\n  b \x1b[31mred")
     'a b �[31mred'
     """
-    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
+    return printable(" ".join(text.split()))
+
+
+def printable(text: str) -> str:
+    """Return text without control characters, line ends among them, and what else a terminal would obey."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def expanded(path: Path | str) -> Path:

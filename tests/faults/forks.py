@@ -33,12 +33,16 @@ Prepare = Callable[[], object]
 
 @dataclass
 class Task:
-    """A piece of work that a run told about: of `total` images `before` were there, and `done` more were done."""
+    """A piece of work that a run told about: of `total` images `before` were there, and `done` more were done.
+
+    `starts` says how many were done when each epoch began.
+    """
 
     description: str
     total: int
     before: int
     done: int = 0
+    starts: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -74,6 +78,9 @@ class Recorder(Quiet):
 
     def note(self, text: str) -> None:
         self._tell("note", text=text)
+
+    def safe_point(self) -> None:
+        self._tell("safe point")
 
 
 class Running:
@@ -121,6 +128,9 @@ def _take_in(ended: Ended, line: str) -> None:
         ended.tasks.append(Task(**values))
     elif kind == "advance":
         ended.tasks[-1].done += values["items"]
+    elif kind == "safe point":
+        if ended.tasks:
+            ended.tasks[-1].starts.append(ended.tasks[-1].done)
     else:
         ended.notes.append(values["text"])
 

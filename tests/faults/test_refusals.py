@@ -13,7 +13,7 @@ import pytest
 
 from faults.results import contents
 
-TRIALS = 16
+TRIALS = 8
 """Of every call and verb, in a full round."""
 CALLS = {
     "write": (os, "fsync", (errno.ENOSPC, errno.EIO, errno.EDQUOT)),

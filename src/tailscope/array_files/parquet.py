@@ -48,15 +48,22 @@ def read(path: Path, required: Sequence[str], optional: Sequence[str]) -> Conten
     if "features" not in required:
         raise UserError(f"{path}: a table has one row a sample; expected {', '.join(required)} in an .npz")
     pa = require_pyarrow(path)
-    with path.open("rb") as opened, pa.parquet.ParquetFile(opened) as file:  # a name that is no UTF-8 opens only so
-        schema = file.schema_arrow
-        types = {name: str(kind) for name, kind in zip(schema.names, schema.types, strict=True)}
-        kinds = {name: _kind(pa, kind) for name, kind in zip(schema.names, schema.types, strict=True)}
-        chosen = columns.choose(path, schema.names, kinds, types)
-        _check_sizes(path, file, chosen)
-        rows = {field: _plain(path, name, file.read([name]).column(name)) for field, name in chosen.fields.items()}
-        arrays = columns.to_arrays(path, _features(path, file, chosen), rows)
-        header = {k.decode(): v.decode("utf-8", "replace") for k, v in (schema.metadata or {}).items()}
+    try:
+        with path.open("rb") as opened, pa.parquet.ParquetFile(opened) as file:  # a name that is no UTF-8 opens only so
+            return _read(pa, path, file, optional)
+    except pa.ArrowException as error:  # which is, of text that is no UTF-8, none of those above
+        raise ValueError(str(error)) from error
+
+
+def _read(pa: Any, path: Path, file: Any, optional: Sequence[str]) -> Contents:
+    schema = file.schema_arrow
+    types = {name: str(kind) for name, kind in zip(schema.names, schema.types, strict=True)}
+    kinds = {name: _kind(pa, kind) for name, kind in zip(schema.names, schema.types, strict=True)}
+    chosen = columns.choose(path, schema.names, kinds, types)
+    _check_sizes(path, file, chosen)
+    rows = {field: _plain(path, name, file.read([name]).column(name)) for field, name in chosen.fields.items()}
+    arrays = columns.to_arrays(path, _features(path, file, chosen), rows)
+    header = {k.decode(): v.decode("utf-8", "replace") for k, v in (schema.metadata or {}).items()}
     texts = header_to_arrays(path, {k: v for k, v in header.items() if k in optional})
     return Contents(arrays | texts, chosen.notes)
 

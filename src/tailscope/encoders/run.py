@@ -1,6 +1,5 @@
 """From names to a feature file: what `tailscope features` does."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from tailscope.encoders.loading import load
 from tailscope.encoders.preprocessing import Normalization, Wishes
 from tailscope.encoders.stored import PREFIX, StoredBackbone, find
 from tailscope.errors import UserError
+from tailscope.result_files import read_json
 from tailscope.training.runtime import Runtime
 from tailscope.training.step import Normalizer
 
@@ -185,9 +185,11 @@ def _trained_rows(stored: StoredBackbone, labels: npt.NDArray[np.int64]) -> npt.
 def _subset_rows(path: Path, images: int) -> npt.NDArray[np.int64]:
     """Return the rows that a `subset.json` keeps, classes ascending, in the order drawn."""
     try:
-        by_class = json.loads(path.read_text())["indices"]
+        by_class = read_json(path)["indices"]
         rows = np.concatenate([np.asarray(kept, dtype=np.int64) for kept in by_class])
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except UserError as error:
+        raise UserError(f"--subset {error}; it is no subset.json") from None
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise UserError(f"--subset {path}: no subset.json with 'indices' per class ({message_of(error)})") from None
     if len(rows) == 0 or rows.min() < 0 or rows.max() >= images:
         raise UserError(f"--subset {path}: its indices are not rows of these {images} images; was it drawn from them?")

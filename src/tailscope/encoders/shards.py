@@ -6,7 +6,6 @@ whole or not at all, with a digest. Those of a killed run are checked before it 
 again.
 """
 
-import json
 import logging
 import shutil
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from tailscope.data.decoding import Unreadable
 from tailscope.errors import UserError
+from tailscope.result_files import read_json
 from tailscope.spec import digest
 from tailscope.store import Damaged, check_tensors, load_checkpoint, load_header, make_folder, save_tensors, write_json
 
@@ -104,8 +104,8 @@ class Shards:
             write_json(path, spec)
             return
         try:
-            found = dict(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError):
+            found = dict(read_json(path))
+        except (UserError, ValueError, TypeError):
             found = {}
         found.pop("shard", None)  # they were once of a fixed number of images
         if digest(found) != digest(spec):

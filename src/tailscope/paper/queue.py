@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tailscope.data.sources import load
+from tailscope.errors import expanded
 from tailscope.experiments.lab import Lab
 from tailscope.experiments.runs import Run, evaluate
 from tailscope.experiments.settings import Settings, store_root
@@ -365,7 +366,7 @@ def _has_come(reproduction: Reproduction) -> bool:
     """Return whether the data are there to be opened: who waits for them waits for NAME.npz."""
     if not reproduction.wait_for_data or reproduction.data_root is None:
         return True
-    return (reproduction.data_root.expanduser() / f"{targets.benchmark(reproduction.dataset).data}.npz").is_file()
+    return (expanded(reproduction.data_root) / f"{targets.benchmark(reproduction.dataset).data}.npz").is_file()
 
 
 def _is_done(piece: Piece, out: Path, own: Mapping[str, Any], *, overwrite: bool) -> bool:
