@@ -332,3 +332,14 @@ def test_degenerate_features_hold_no_nan_and_no_traceback(kind, classes, dims, t
     found = tailscope.diagnose(*given, permutations=19)
     json.dumps(found, allow_nan=False)
     assert found["verdict"]["bottleneck"] in ("undecided", "classifier")
+
+
+@pytest.mark.parametrize("types", [(np.float64, np.float32), (np.float32, np.float64), (np.float16, np.float64)])
+def test_files_of_different_types_go_together(types):
+    """A .csv file holds float64, the .npz file beside it float32."""
+    (train, labels), (unseen, truth) = separable()
+    sides = ((train.astype(types[0]), labels), (unseen.astype(types[1]), truth))
+    alike = ((train.astype(np.float32), labels), (unseen.astype(np.float32), truth))
+    mixed, same = (tailscope.diagnose(*given, seed=0, **FEW) for given in (sides, alike))
+    assert mixed["verdict"]["bottleneck"] == same["verdict"]["bottleneck"]
+    assert mixed["accuracy"]["current"]["accuracy"] == pytest.approx(same["accuracy"]["current"]["accuracy"], abs=0.01)

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from experiment_setups import EXPERIMENTS, entries, lab, settings, timeless
 from tailscope.errors import UserError
 from tailscope.store import CHECKPOINT, Damaged, Store, add, pack, packed_bytes, save_tensors
-from tailscope.training import stage1
+from tailscope.training import epochs as epochs_module
 from test_store import META, TENSORS, assert_complete, files, made
 
 
@@ -418,9 +418,10 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from experiment_setups import EXPERIMENTS, lab, settings
-from tailscope.training import stage1
+from tailscope.training import epochs
 
-save, saved = stage1.save_tensors, []
+epochs.SPACING = 0  # a checkpoint after every epoch, however short
+save, saved = epochs.save_tensors, []
 
 def save_and_die(path, tensors, meta):
     save(path, tensors, meta)
@@ -428,7 +429,7 @@ def save_and_die(path, tensors, meta):
     if len(set(saved)) == 2 and meta["epochs"] == 1:  # the second backbone
         os.kill(os.getpid(), signal.SIGKILL)
 
-stage1.save_tensors = save_and_die
+epochs.save_tensors = save_and_die
 EXPERIMENTS["swap"](lab(Path(sys.argv[1])), settings(seeds=(0,)))
 """
 
@@ -445,8 +446,9 @@ def test_a_run_that_is_killed_and_moved_ends_with_the_same_numbers(tmp_path, mon
     shutil.rmtree(here.root)
     there = lab(tmp_path / "there")
     add(there.store, tmp_path / "moved.tar")
-    epochs, save = [], stage1.save_tensors
-    monkeypatch.setattr(stage1, "save_tensors", lambda *a: (epochs.append(a[2]["epochs"]), save(*a)))
+    epochs, save = [], epochs_module.save_tensors
+    monkeypatch.setattr(epochs_module, "SPACING", 0)
+    monkeypatch.setattr(epochs_module, "save_tensors", lambda *a: (epochs.append(a[2]["epochs"]), save(*a)))
     moved = EXPERIMENTS["swap"](there, settings(seeds=(0,)))
     assert epochs == list(range(2, 2 + len(epochs)))  # the rest of one backbone, after its first epoch
     assert epochs

@@ -198,7 +198,8 @@ def _labels(inputs: Inputs, held_out: FeatureTable, name: str) -> list[str]:
 def _match(train: FeatureTable, held_out: FeatureTable, names: Sequence[str]) -> Match:
     sides = [group_rows(table.features, table.labels, names, table.source) for table in (train, held_out)]
     power = exponent(*(side.lengths for side in sides))
-    return match_labels(*(replace(side, features=scaled(side.features, power)) for side in sides))
+    kind = torch.promote_types(*(side.features.dtype for side in sides))
+    return match_labels(*(replace(side, features=scaled(side.features, power).to(kind)) for side in sides))
 
 
 def _lengths(inputs: Inputs, held_out: FeatureTable, name: str) -> list[str]:

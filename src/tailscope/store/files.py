@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tailscope.errors import UserError, one_line
+from tailscope.errors import UserError, one_line, plain_name
 
 Tensors = dict[str, Tensor]
 Meta = dict[str, Any]
@@ -170,7 +170,7 @@ def require_utf8(path: Path, option: str) -> None:
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        raise UserError(f"{option} {one_line(str(path))}: its name is no UTF-8; choose another folder") from None
+        raise UserError(f"{option} {plain_name(str(path))}: its name is no UTF-8; choose another folder") from None
 
 
 def make_folder(path: Path, option: str) -> Path:
