@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: install demo test test-slow lint docs bench bench-quick
+.PHONY: install demo test test-slow test-faults lint docs bench bench-quick
 .NOTPARALLEL:
 
 install: $(READY)-dev
@@ -18,6 +18,10 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# Half an hour on two cores; its counts go to results/faults.json.
+test-faults: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults
 
 lint: install
 	$(BIN)/ruff check

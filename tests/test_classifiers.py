@@ -4,6 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import log_softmax
@@ -25,10 +26,12 @@ from tailscope.classifiers import (
     NearestClassMean,
     SoftmaxRegression,
     TauNorm,
+    solver,
 )
-from tailscope.classifiers.base import stratified_holdout
+from tailscope.classifiers.base import Diverged, stratified_holdout
 from tailscope.classifiers.post_hoc import TAUS
 from tailscope.classifiers.softmax import balanced_weights, label_aware_smoothing
+from tailscope.classifiers.solver import Stopping, fit_softmax
 from tailscope.errors import UserError
 
 EXACT = {"tol": 1e-14, "max_iter": 2000}
@@ -325,3 +328,43 @@ def test_features_and_weights_whose_squares_leave_the_range_of_float32():
     base.coef_, base.intercept_ = np.float32(1e30) * corners, np.zeros(4, dtype=np.float32)
     adjusted = TauNorm(base=FrozenEstimator(base), tau=1.0, bias="drop").fit(corners, labels)
     assert np.allclose(adjusted.coef_, corners)
+
+
+def wide(rows=40, dims=200, classes=4, seed=0):
+    rng = np.random.default_rng(seed)
+    y = np.arange(rows) % classes
+    return 3 + rng.normal(size=(classes, dims))[y] * 0.3 + rng.normal(size=(rows, dims)), y
+
+
+@pytest.mark.parametrize("more", [{}, {"start": True}, {"offset": [0.5, 0, -1, 2]}, {"smoothing": [0.1, 0, 0.2, 0]}])
+def test_a_fit_in_the_span_of_the_rows_is_the_fit_in_all_features(monkeypatch, more):
+    (X, y), rng = wide(), np.random.default_rng(1)
+    if "start" in more:
+        more = {"start": (0.1 * rng.normal(size=(4, 200)), rng.normal(size=4))}
+    arguments = {"class_weight": np.array([0.4, 0.8, 1.2, 1.6]), "l2": 1e-2, "stopping": Stopping(1e-15, 5000), **more}
+    weight, bias, _ = fit_softmax(X, y, **arguments)
+    monkeypatch.setattr(solver, "_row_space", lambda features: (features, None, torch.zeros(200, dtype=torch.float64)))
+    direct_weight, direct_bias, _ = fit_softmax(X, y, **arguments)
+    logits, direct = X @ weight.T + bias, X @ direct_weight.T + direct_bias
+    assert np.abs(logits - direct).max() < 1e-6 * np.abs(direct).max()
+    assert np.abs(weight - direct_weight).max() < 1e-6 * np.abs(direct_weight).max()
+
+
+def test_wide_features_cost_by_their_rows(monkeypatch):
+    orders = []
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: (orders.append(len(matrix)), eigh(matrix))[1])
+    X, y = wide(dims=3000)
+    SoftmaxRegression(choose_l2=True).fit(X.astype(np.float32), y)
+    assert max(orders) == 40
+
+
+def test_what_is_not_finite_ends_the_fit():
+    X, y = wide(dims=3)
+    huge = (np.full((4, 3), 3e38), np.zeros(4))
+    with pytest.raises(Diverged, match="loss or its gradient"):
+        fit_softmax(X.astype(np.float32), y, np.ones(4), 1e-3, Stopping(1e-4, 10), start=huge)
+    model = SoftmaxRegression().fit(X, y)
+    model.coef_ = np.full_like(model.coef_, np.inf)
+    with pytest.raises(Diverged, match="logits"):
+        model.predict(X)

@@ -143,15 +143,18 @@ def replaced(**fields: object) -> Callable[[Arrays], object]:
             "test_images is empty",
         ),
         (lambda c: c.update(train_labels=c["train_labels"][:-1]), "train_labels: 11 labels for 12 images"),
-        (lambda c: c.update(test_labels=c["test_labels"] * 1.0), "test_labels is float64; expected integers"),
-        (lambda c: c.update(train_labels=c["train_labels"] > 0), "train_labels is bool"),
-        (lambda c: c.update(train_labels=c["train_labels"][:, None]), "expected [N]"),
-        (lambda c: c.update(train_labels=c["train_labels"] - 1), "label -1 in row 0 is negative"),
+        (lambda c: c.update(test_labels=c["test_labels"] * 0.5), "test_labels: label 0.5 in row 1 (and 1 more) is no"),
+        (lambda c: c.update(train_labels=np.eye(12)), "expected one label a row, [N] or [N, 1]"),
+        (lambda c: c.update(train_labels=c["train_labels"] - 1), "label -1 in row 0 (and 3 more) is negative"),
         (replaced(train_labels=[0, 2] * 6), "class 1 (bee) of 0 to 2 has no training images"),
         (replaced(train_labels=[0, 1] * 6), "class 2 (cat) of 0 to 2 has no training images"),
-        (replaced(test_labels=[0, 1, 2, 0, 1, 3]), "test_labels: label 3 is outside 0 to 2"),
+        (replaced(test_labels=[0, 1, 2, 0, 1, 3]), "test_labels: class_names has 3 names, but row 5 has label 3"),
+        (
+            lambda c: (c.pop("class_names"), c.update(test_labels=c["test_labels"] + 1)),
+            "test_labels has '3'",
+        ),
         (replaced(train_labels=np.zeros(12, int)), "single class"),
-        (replaced(class_names=["ant", "bee"]), "class_names has 2 names, but train_labels run to 2"),
+        (replaced(class_names=["ant", "bee"]), "train_labels: class_names has 2 names, but row 2 has label 2"),
         (replaced(class_names=["ant", "bee", "cat", "dog"]), "class 3 (dog) of 0 to 3 has no training images"),
         (replaced(class_names=["ant", "bee", "bee"]), "'bee' 2 times"),
         (replaced(class_names=[1, 2, 3]), "expected text [C]"),
@@ -169,11 +172,27 @@ def test_every_mistake_in_an_npz_is_one_line_that_names_it(
     assert "bad.npz" in message
 
 
-def test_labels_far_beyond_the_data_are_refused_without_class_names(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (lambda labels: labels[:, None].astype(np.uint8), "012"),  # as MedMNIST's files have them
+        (lambda labels: labels[None], "012"),
+        (lambda labels: labels * 1.0, "012"),
+        (lambda labels: labels.astype(">i2") + 1, "123"),
+        (lambda labels: labels * 10**15, ("0", "1000000000000000", "2000000000000000")),
+        (lambda labels: np.array(["ant", "bee", "cat"])[labels], ("ant", "bee", "cat")),
+        (lambda labels: np.array([b"ant", b"b\xc3\xa9e", b"cat"])[labels], ("ant", "b\xe9e", "cat")),
+    ],
+)
+def test_labels_name_their_classes(tmp_path: Path, change: Callable[[np.ndarray], np.ndarray], names: str) -> None:
     content = arrays()
     del content["class_names"]
-    content["train_labels"] = np.array([0, 1, 2] * 3 + [0, 1, 10**15])
-    assert "class 3 of 0 to 1000000000000000 has no training images" in complaint(save(tmp_path / "far.npz", content))
+    plain = sources.load(save(tmp_path / "plain.npz", content))
+    labels = {k: change(content[k]) for k in ("train_labels", "test_labels")}
+    data = sources.load(save(tmp_path / "named.npz", content | labels))
+    assert data.train.class_names == data.test.class_names == tuple(names)
+    assert torch.equal(data.train.labels, plain.train.labels)
+    assert torch.equal(data.test.labels, plain.test.labels)
 
 
 class Bomb:

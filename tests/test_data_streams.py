@@ -37,7 +37,9 @@ def test_all_unreadable_images_are_found_with_their_lines(tmp_path: Path, worker
     found = find_unreadable(images, workers=workers, progress=Quiet())
     assert [bad.row for bad in found] == [1, 2, 4]
     message = str(refuse(images, found))
-    assert message.startswith("list: 3 images cannot be read: list.txt line 2: ant/1.jpg (cannot be decoded, ")
+    assert message.startswith(
+        "list: 3 images cannot be read: list.txt line 2: ant/1.jpg (empty); list.txt line 3: bee/1.jpg (cannot"
+    )
     assert message.endswith("list.txt line 5: cat/9.png (missing)")
     assert find_unreadable(images.take([0, 3, 5]), workers=workers, progress=Quiet()) == []
 

@@ -228,6 +228,11 @@ def test_linear_cka_is_the_kernels_alignment():
     expected = (k * m).sum() / np.sqrt((k * k).sum() * (m * m).sum())
     assert linear_cka(torch.from_numpy(x), torch.from_numpy(y)) == pytest.approx(expected)
     assert linear_cka(torch.ones(9, 2), torch.randn(9, 2)) is None
+    few = torch.from_numpy(x)[:4], torch.from_numpy(y)[:4]  # fewer samples than features: the same by kernels
+    centred = [side - side.mean(dim=0) for side in few]
+    products = [float((b.T @ a).square().sum()) for a, b in (centred, centred[:1] * 2, centred[1:] * 2)]
+    assert linear_cka(*few) == pytest.approx(products[0] / (products[1] * products[2]) ** 0.5, rel=1e-9)
+    assert linear_cka(1e-25 * few[0].float(), 1e30 * few[1].float()) == pytest.approx(linear_cka(*few), rel=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -95,7 +95,7 @@ def test_a_diagnosis_beside_experiments_has_a_page_of_its_own(result, tmp_path):
 
 def test_a_damaged_diagnosis_is_refused(result, tmp_path):
     path = tmp_path / "diagnosis.json"
-    for stored, words in [("{", "cannot be read"), ("{}", "schema")]:
+    for stored, words in [("{", "not valid JSON"), ("{}", "schema")]:
         path.write_text(stored)
         with pytest.raises(UserError, match=words):
             report.build(tmp_path)

@@ -13,7 +13,6 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tailscope.encoders import checkpoints, load
 from tailscope.encoders.preprocessing import CIFAR, Wishes
@@ -140,16 +139,6 @@ def test_resnet10_is_torchvisions(imagenet: nn.Module) -> None:
     assert sum(p.numel() for p in MODELS.make("resnet10", 3, 1000).parameters()) == 5_418_792
 
 
-def test_ldams_cosine_classifier_decides_as_it_did(tmp_path: Path, cifar: nn.Module) -> None:
-    columns = torch.randn(64, CLASSES)
-    state = {**without(cifar.state_dict(), "classifier"), "linear.weight": columns}
-    path = saved(tmp_path / "ldam.pth.tar", {"state_dict": prefixed("module.", state)})
-    encoder = load("resnet32", path)
-    features = torch.randn(50, 64)
-    cosines = F.normalize(features, dim=1) @ F.normalize(columns, dim=0)
-    assert torch.equal(encoder.classifier.logits(features).argmax(1), cosines.argmax(1))
-
-
 def test_the_fields_checkpoints_get_the_fields_normalisation(tmp_path: Path, cifar: nn.Module) -> None:
     state = cifar.state_dict()
     foreign = saved(tmp_path / "ldam.pth", {"state_dict": renamed(state, "classifier", "linear")})
@@ -201,14 +190,14 @@ def test_torchvision_and_timm_models_take_another_number_of_classes(tmp_path: Pa
             lambda s: without(s, "layer3"),
             r"does not fit resnet32: keys: 50 missing \('layer3.0.conv1.weight', .* and 47 more\)",
         ),
-        (lambda s: s | {"fc_add.weight": torch.zeros(2, 2)}, r"keys: 1 surplus \('fc_add.weight'\)"),
+        (lambda s: s | {"layer3.5.conv1.weight": torch.zeros(2, 2)}, r"keys: 1 surplus \('layer3.5.conv1.weight'\)"),
         (
             lambda s: s | {"conv1.weight": torch.zeros(64, 3, 3, 3)},
             r"1 of another shape \('conv1.weight' is \[64, 3, 3, 3\], not \[16, 3, 3, 3\]\)",
         ),
         (lambda s: {"a": torch.zeros(1)}, r"\d+ missing \(.*\), 1 surplus \('a'\)"),
-        (lambda s: s | {"classifier.weight": torch.zeros(7, 5)}, "classifier takes 5 features, but the model has 64"),
-        (lambda s: {"epoch": 3}, "holds no state_dict"),
+        (lambda s: {"epoch": 3}, "holds no tensors; at the top it has 'epoch'"),
+        (lambda s: {}, "holds no tensors; at the top it has nothing"),
         (lambda s: [1, 2], "holds a list; save the model's state_dict"),
         (lambda s: {"state_dict_model": s, "state_dict_block": {}}, "extra block .* is not supported"),
     ],
@@ -252,7 +241,9 @@ def test_damaged_checkpoints(tmp_path: Path, cifar: nn.Module) -> None:
     content = path.read_bytes()
     for damaged in (b"", b"no checkpoint at all", content[:100], content[: len(content) // 2], content[:-50]):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"c.pth: (not a readable|is no) checkpoint") as caught:
+        with pytest.raises(
+            UserError, match=r"c.pth: (not a readable checkpoint|is no checkpoint|the file is empty)"
+        ) as caught:
             checkpoints.read(path)
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"--checkpoint .*absent.pth: no such file"):
@@ -272,4 +263,4 @@ def test_numbers_that_numpy_1_pickled_are_harmless(tmp_path: Path, cifar: nn.Mod
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in members.items():
             archive.writestr(name, content)
-    assert checkpoints.read(path).state.keys() == cifar.state_dict().keys()
+    assert checkpoints.read(path).at("state_dict").keys() == cifar.state_dict().keys()

@@ -1,5 +1,7 @@
 """Extraction to files: the features of a plain forward pass, whatever is killed, skipped or sharded."""
 
+import json
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from tailscope.data.opening import open_images
 from tailscope.data.streams import ImageStream
-from tailscope.encoders import Encoder, Options, extract_to_file, load, shards
+from tailscope.encoders import Encoder, Options, extract_to_file, extraction, load, shards
 from tailscope.encoders.preprocessing import Wishes
 from tailscope.errors import UserError
 from tailscope.feature_table import FeatureTable
@@ -73,7 +75,7 @@ def test_mixed_precision_is_close_and_off_by_default(tmp_path: Path, encoder, im
     assert 1e-4 < difference.max() < 0.1 * expected.abs().max()
 
 
-class Killed(Exception):
+class Killed(BaseException):
     """Stands for SIGKILL: nothing catches it."""
 
 
@@ -96,12 +98,29 @@ def test_a_killed_extraction_continues(tmp_path: Path, encoder, images, expected
     with pytest.raises(Killed):
         extract_to_file(dying, images, out, CPU, SMALL)
     assert not out.exists()
-    (tmp_path / "f.npz.shards" / "000000100.safetensors.1.partial").write_bytes(b"half a shard")
+    (tmp_path / "f.npz.shards" / "000000112.safetensors.1.partial").write_bytes(b"half a shard")
     counting, seen = dying_after(encoder, 1000)
     done = extract_to_file(counting, images, out, CPU, replace(SMALL, batch=50))
-    assert (done.resumed, sum(seen)) == (100, 150)
+    assert (done.resumed, sum(seen)) == (112, 138)
     torch.testing.assert_close(FeatureTable.load(out).features, expected, rtol=1e-5, atol=1e-6)
     assert leftovers(tmp_path) == ["f.npz"]
+
+
+def test_a_damaged_shard_is_named_and_its_images_are_extracted_again(
+    tmp_path: Path, encoder, images, expected, caplog
+) -> None:
+    out = tmp_path / "f.npz"
+    with pytest.raises(Killed):
+        extract_to_file(dying_after(encoder, 15)[0], images, out, CPU, SMALL)
+    shard = tmp_path / "f.npz.shards" / "000000000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-9] ^= 1
+    shard.write_bytes(content)
+    counting, seen = dying_after(encoder, 1000)
+    done = extract_to_file(counting, images, out, CPU, SMALL)
+    assert (done.resumed, sum(seen)) == (112, 138)
+    assert f"{shard}: damaged" in caplog.text
+    torch.testing.assert_close(done.table.features, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("change", ["weights", "preprocessing", "images", "stored", "precision"])
@@ -156,10 +175,10 @@ def test_features_that_are_not_finite_are_refused(tmp_path: Path, encoder, image
     nan = replace(
         encoder, function=lambda m, x: encoder.function(m, x).masked_fill(x.mean((1, 2, 3))[:, None] > 0, torch.nan)
     )
-    with pytest.raises(UserError, match=r"digits: float32 features of images 0 to 99: \d+ of 100 rows hold NaN"):
+    with pytest.raises(UserError, match=r"digits: float32 features of images 0 to 111: \d+ of 112 rows hold NaN"):
         extract_to_file(nan, images, tmp_path / "f.npz", CPU, SMALL)
     huge = replace(encoder, function=lambda m, x: encoder.function(m, x) + 1e5)
-    with pytest.raises(UserError, match=r"float16 features of images 0 to 99: 100 of 100 rows"):
+    with pytest.raises(UserError, match=r"float16 features of images 0 to 111: 112 of 112 rows"):
         extract_to_file(huge, images, tmp_path / "g.npz", CPU, replace(SMALL, stored="float16"))
 
 
@@ -177,7 +196,7 @@ def test_progress_counts_what_was_there(tmp_path: Path, encoder, images) -> None
 
     class Recorder(Quiet):
         def task(self, description: str, total: int, done: int = 0):
-            assert (description, total, done) == ("features of digits", 250, 100)
+            assert (description, total, done) == ("features of digits", 250, 112)
             return super().task(description, total, done)
 
         def note(self, text: str) -> None:
@@ -185,3 +204,85 @@ def test_progress_counts_what_was_there(tmp_path: Path, encoder, images) -> None
 
     extract_to_file(encoder, images, tmp_path / "f.npz", replace(CPU, progress=Recorder()), SMALL)
     assert told == [f"writing {tmp_path / 'f.npz'}: 250 rows, d = 32"]
+
+
+def test_time_decides_what_is_saved(tmp_path: Path, encoder, images, monkeypatch) -> None:
+    assert Options().save_every == 30
+    now = iter(range(0, 10**6, 11))
+    monkeypatch.setattr(extraction.time, "monotonic", lambda: next(now))
+    saved: list[int] = []
+    write = shards.Shards.write
+
+    def recorded(self, start: int, features: Tensor, *rest: object) -> None:
+        saved.append(len(features))
+        write(self, start, features, *rest)
+
+    monkeypatch.setattr(shards.Shards, "write", recorded)
+    done = extract_to_file(encoder, images, tmp_path / "f.npz", CPU, Options(batch=16))
+    # Eleven seconds pass between two looks at the clock: three batches, then 33 seconds are over.
+    assert saved == [48] * 5 + [10]
+    assert len(done.table) == 250
+
+
+def test_shards_of_before_are_of_any_length(tmp_path: Path, encoder, images, expected) -> None:
+    """A folder that the version with a fixed number of images left is gone on with; a gap in the middle is filled."""
+    out = tmp_path / "f.npz"
+    with pytest.raises(Killed):
+        extract_to_file(dying_after(encoder, 12)[0], images, out, CPU, replace(SMALL, save_every=0.0))
+    folder = tmp_path / "f.npz.shards"
+    assert len(list(folder.glob("*.safetensors"))) == 12
+    for start in (32, 48, 112):
+        (folder / f"{start:09d}.safetensors").unlink()
+    spec = folder / "spec.json"
+    spec.write_text(json.dumps({**json.loads(spec.read_text()), "shard": 10_000}))
+    counting, seen = dying_after(encoder, 1000)
+    done = extract_to_file(counting, images, out, CPU, SMALL)
+    assert (done.resumed, sum(seen), len(seen)) == (9 * 16, 250 - 9 * 16, 3 + 4)
+    torch.testing.assert_close(FeatureTable.load(out).features, expected, rtol=1e-5, atol=1e-6)
+    (tmp_path / "whole").mkdir()
+    extract_to_file(encoder, images, tmp_path / "whole" / "f.npz", CPU, SMALL)
+    assert (tmp_path / "whole" / "f.npz").read_bytes() == out.read_bytes()
+
+
+def test_batches_lie_on_one_grid() -> None:
+    for start in range(7):
+        batches = extraction._on_grid(range(start, 20), 6)
+        assert [row for batch in batches for row in batch] == list(range(start, 20))
+        assert all(batch.start % 6 == 0 for batch in batches[1:])
+
+
+def extract_until_killed(out: Path, ready) -> None:
+    """Run in a process of its own, which is killed at some moment or ends."""
+    torch.set_num_threads(1)
+    data = open_images("digits").splits["train"]
+    network = load("resnet8", channels=1, wishes=Wishes(normalize="0.3/0.4"))
+    ready.set()
+    extract_to_file(network, data, out, CPU, Options(batch=8, save_every=0.005))
+
+
+def test_kills_at_random_moments_cost_no_bit(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "tailscope.encoders"])
+    random, resumed, kills = np.random.default_rng(), [], 0
+    out = tmp_path / "f.npz"
+    while not out.exists():
+        ready = context.Event()
+        process = context.Process(target=extract_until_killed, args=(out, ready))
+        process.start()
+        assert ready.wait(60)
+        process.join(random.uniform(0.01, 0.4) if kills < 4 else 60)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            kills += 1
+        else:
+            assert process.exitcode == 0
+        resumed.append(len(list((tmp_path / "f.npz.shards").glob("*.safetensors"))))
+    assert kills > 0
+    assert max(resumed) > 0
+    (tmp_path / "whole").mkdir()
+    torch.set_num_threads(1)
+    data = open_images("digits").splits["train"]
+    network = load("resnet8", channels=1, wishes=Wishes(normalize="0.3/0.4"))
+    extract_to_file(network, data, tmp_path / "whole" / "f.npz", CPU, Options(batch=8))
+    assert out.read_bytes() == (tmp_path / "whole" / "f.npz").read_bytes()

@@ -276,7 +276,7 @@ def test_bursts_are_permuted_whole_and_straddling_ones_reported():
             {2: lambda x: x.index_fill(0, torch.tensor([1]), torch.inf)},
             "unseen features: 1 rows are NaN or infinite, the first is row 1",
         ),
-        ({0: lambda x: x.float() * 1e30}, "too large to square in float32, the first is row 0; divide"),
+        ({0: lambda x: x.float() * 1e30}, "e-31 times as long as that of the train features"),
         ({0: lambda x: x.long()}, "train features: expected floating-point"),
         ({0: lambda x: x[:, 0]}, "train features: expected floating-point"),
         ({2: lambda x: x[:, :3]}, "unseen features have 3 columns, train features have 6"),
@@ -332,3 +332,45 @@ def test_angles_are_exact_where_the_arc_cosine_is_not():
     angles, classes = nearest_center(torch.tensor([[1.0, 0.0], [0.0, 0.0], [torch.nan, 0.0]]))
     assert angles.isnan().all()
     assert classes.tolist() == [-1, -1, -1]
+
+
+@pytest.mark.parametrize("power", [-110, -40, -15, 15, 40, 120])
+def test_every_scale_is_measured_the_same(power):
+    sets = made_up(3, most=30, dtype=torch.float32)
+    scaled = [x * 2.0**power if x.is_floating_point() else x for x in sets]
+    before, after = (describe(*x, names(4), permutations=29) for x in (sets, scaled))
+    for a, b in zip([*before.classes, *before.groups.values()], [*after.classes, *after.groups.values()], strict=True):
+        squared = {field: b[field] / 4.0**power for field in ABSOLUTE if b[field] is not None}
+        assert b | squared == a
+    assert before.warnings == after.warnings
+
+
+def test_squares_beyond_the_range_of_numbers_are_undefined_and_said():
+    sets = [x * 1e200 if x.is_floating_point() else x for x in made_up(3, most=30)]
+    found = describe(*sets, names(4), permutations=29)
+    json.dumps(found.to_json(), allow_nan=False)
+    assert all(entry["variance"] is None and entry["spread_train_deg"] > 0 for entry in found.classes)
+    assert any(note.startswith("variance lies outside the range of numbers") for note in found.warnings)
+
+
+def test_a_row_far_too_long_is_left_out_and_counted():
+    sets = made_up(3, most=30)
+    longer = [torch.cat([sets[0], 1e5 * sets[0][:1]]), torch.cat([sets[1], sets[1][:1]]), *sets[2:]]
+    before, after = (describe(*x, names(4), permutations=29) for x in (sets, longer))
+    assert_close(before.classes, after.classes)
+    added = [note for note in after.warnings if note not in before.warnings]
+    assert added[0].startswith("1 feature vectors are over 100 times as long as the median one and were left out (1 tr")
+
+
+def test_close_rows_are_no_copies_at_any_scale():
+    sets = made_up(3, most=30)
+    for scale in (1e-30, 1.0, 1e18):
+        near = sets[0] * scale
+        close = torch.cat([near[:5] * (1 + 1e-12), near[5:7]]).float()
+        sides = [group_rows(x, y, names(4), "") for x, y in ((near.float(), sets[1]), (close, sets[1][:7]))]
+        equal = (close[:, None] == near.float()[None]).all(dim=2).any(dim=1)
+        assert torch.equal(unseen_copies(*sides), equal)
+        moved = torch.cat([near[:5] * (1 + 1e-6), near[5:7]]).float()
+        assert (
+            unseen_copies(sides[0], group_rows(moved, sets[1][:7], names(4), "")).tolist() == [False] * 5 + [True] * 2
+        )

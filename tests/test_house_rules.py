@@ -1,12 +1,15 @@
 """The house rules that no linter checks: sizes, docstrings, types, and no text that only holds on one machine."""
 
 import ast
+import json
 import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from faults.__main__ import page
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SOURCES = sorted((REPOSITORY / "src").rglob("*.py"))
@@ -135,3 +138,11 @@ def test_only_the_fixtures_know_what_lies_beside_the_repository() -> None:
 )
 def test_the_search_finds_what_it_should(text: str, is_forbidden: bool) -> None:
     assert bool(FORBIDDEN.search(text)) == is_forbidden
+
+
+def test_the_page_on_reliability_shows_the_counts_that_are_stored() -> None:
+    stored = REPOSITORY / "results" / "faults.json"
+    if not stored.is_file():
+        pytest.skip("no full round of faults yet")
+    text = (REPOSITORY / "docs" / "reliability.md").read_text(encoding="utf-8")
+    assert page(text, json.loads(stored.read_text())) == text

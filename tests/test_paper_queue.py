@@ -1,11 +1,11 @@
 """`reproduce` under a time limit: the order of the pieces, stopping in time, going on, and the folder it leaves."""
 
 import json
-import os
-import subprocess
-import sys
+import re
+import shutil
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +13,6 @@ from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import REPOSITORY
 from tailscope.data.sources import load
 from tailscope.errors import UserError
 from tailscope.experiments.lab import Lab
@@ -23,7 +22,7 @@ from tailscope.paper.reproduce import Reproduction, run_reproduce
 from tailscope.paper.runs import runs
 from tailscope.paper.timing import parse_duration
 from tailscope.progress import Deadline, Quiet, TimeIsUp
-from tailscope.store import Store
+from tailscope.store import Store, add, packed_bytes, save_tensors
 from tailscope.training import stage1
 from tailscope.training.recipes import RECIPES, Recipe
 from tailscope.training.runtime import Runtime
@@ -69,7 +68,7 @@ class Impatient(Deadline):
             raise TimeIsUp
 
 
-ahead_train = ahead._train
+ahead_train = ahead.Trainings._train
 
 
 def reproduction_of(out, what="all", **options):
@@ -160,7 +159,7 @@ def test_stopped_again_and_again_it_gets_to_the_same_end(at_once, tmp_path, monk
         "swap of digits-lt, seeds 0 1",
         "ladder of digits-lt, seeds 0 1",
     ]
-    assert "UNFINISHED, left: swap of digits-lt, seed 0; " in told[2]
+    assert "UNFINISHED, left: swap of digits-lt, seed 0; " in next(line for line in told if "pieces done" in line)
     assert told[-1].endswith("nothing is left")
     done = [sum(state(document)) for document in documents]
     assert done == sorted(done)
@@ -237,7 +236,7 @@ def test_other_figures_need_all_backbones(tmp_path, what):
         run_reproduce(reproduction_of(tmp_path, what, backbones="lt"))
 
 
-# -- the command line and the script -------------------------------------------------------------------------------
+# -- the command line -------------------------------------------------------------------------------
 
 
 def test_the_verb_tells_what_is_left_and_exits_with_0(at_once, tailscope_):
@@ -253,23 +252,24 @@ def test_the_verb_tells_what_is_left_and_exits_with_0(at_once, tailscope_):
     assert tailscope_(*command, "--time-limit", "5m", "--plan").code == 2
 
 
-@pytest.mark.skipif(os.name != "posix", reason="a shell script")
-@pytest.mark.parametrize(("finished", "code"), [(True, 0), (False, 3)])
-def test_the_script_passes_everything_on_and_says_by_its_status_whether_it_is_done(tmp_path, finished, code):
-    python = tmp_path / "python"
-    python.write_text(
-        f'#!/bin/sh\nif [ "$1" = -m ]; then echo "$@"; mkdir -p \'{tmp_path}/out\'; '
-        f"echo '{json.dumps({'finished': finished})}' > '{tmp_path}/out/reproduce.json'; "
-        f"else exec '{sys.executable}' \"$@\"; fi\n"
+def test_what_only_a_queue_can_do_is_refused_elsewhere(tmp_path, tailscope_):
+    command = ("reproduce", "table1", "--dataset", "digits-lt", "--recipe", "tiny", "--out", tmp_path)
+    for option in (("--jobs", 2), ("--wait-for-data",), ("--bundle", tmp_path / "bundle")):
+        refused = tailscope_(*command, *option)
+        assert refused.code == 2
+        assert f"{option[0]}: only with --time-limit or `everything`" in refused.err
+    refused = tailscope_(*command, "--time-limit", "1m", "--wait-for-data")
+    assert (refused.code, "--wait-for-data: give --data-root" in refused.err) == (2, True)
+
+
+def test_a_failed_training_shows_in_the_exit_code(tmp_path, tailscope_, monkeypatch):
+    monkeypatch.setattr(
+        ahead.Trainings, "_train", lambda self, training, progress: setattr(training, "state", "failed")
     )
-    python.chmod(0o755)
-    script = REPOSITORY / "scripts" / "gpu_reproduce.sh"
-    command = [script, "cifar data", "9", tmp_path / "out", "--quick"]
-    ran = subprocess.run(command, env={**os.environ, "PYTHON": str(python)}, capture_output=True, text=True)
-    assert ran.returncode == code
-    expected = f"-m tailscope reproduce everything --data-root cifar data --time-limit 9m --out {tmp_path}/out --quick"
-    assert ran.stdout.strip() == expected
-    assert subprocess.run([script], capture_output=True).returncode == 2
+    command = ("reproduce", "table1", "--dataset", "digits-lt", "--recipe", "tiny", "--seeds", "1", "--out", tmp_path)
+    shown = tailscope_(*command, "--time-limit", "5m")
+    assert shown.code == 1
+    assert "FAILED: digits seed 0 lt, digits seed 0 true" in shown.out
 
 
 def test_pieces_read_well():
@@ -314,8 +314,12 @@ class Expiring(Deadline):
 def workers(monkeypatch):
     """Each training does what the test puts into the list."""
     acts = []
-    monkeypatch.setattr(ahead, "_train", lambda backbone, deadline, stop: acts[0](backbone, deadline, stop))
+    monkeypatch.setattr(ahead.Trainings, "_train", lambda self, training, progress: acts[0](self, training, progress))
     return acts
+
+
+def unfinished(trainings, training, progress):
+    training.state = "unfinished"
 
 
 def test_with_jobs_too_a_piece_is_written_while_later_ones_are_trained(tmp_path, monkeypatch, workers):
@@ -324,15 +328,15 @@ def test_with_jobs_too_a_piece_is_written_while_later_ones_are_trained(tmp_path,
     monkeypatch.setattr(Expiring, "expired", threading.Event())
     asked = []
 
-    def act(backbone, deadline, stop):
-        asked.append(backbone.run.backbone_key)
+    def act(trainings, training, progress):
+        asked.append(training.run.backbone_key)
         if len(asked) <= 2:
-            return ahead_train(backbone, Deadline(Quiet(), 60), stop)
+            return ahead_train(trainings, training, Deadline(Quiet(), 60))
         until = time.monotonic() + 20
         while not (tmp_path / "swap.json").is_file() and time.monotonic() < until:
             time.sleep(0.01)
         Expiring.expired.set()
-        return False
+        return unfinished(trainings, training, progress)
 
     workers.append(act)
     said = []
@@ -340,14 +344,16 @@ def test_with_jobs_too_a_piece_is_written_while_later_ones_are_trained(tmp_path,
     assert json.loads((tmp_path / "swap.json").read_text())["seeds"] == [0]
     assert state(document) == [True, False, False, False]
     assert "2 of 10 backbones trained" in said
-    assert len(asked) == len(set(asked)) == 10
+    assert len(asked) == len(set(asked))
 
 
-def missing_backbones(tmp_path, seeds="2"):
-    """Return an empty store and what to train into it for Table 1."""
-    settings = reproduction_of(tmp_path, "table1", seeds=seeds).settings()
-    lab = Lab(load("digits"), Store(tmp_path), Runtime.choose("cpu"))
-    return lab.store, list(ahead.missing(lab, settings, "swap").values())
+def trainings_of(store, jobs, *, seeds="2", what="table1", seconds=60.0, closing=0.0, tell=lambda text: None):
+    """Return trainings that are not begun, with the lab and the runs of a reproduction."""
+    runtime = Runtime.choose("cpu")
+    lab = Lab(load("digits"), Store(store), runtime)
+    settings = reproduction_of(store, what, seeds=seeds).settings()
+    found = [run for verb in targets.experiments(what, "digits-lt") for run in runs(lab, settings, verb)]
+    return ahead.Trainings(jobs, runtime, Deadline(Quiet(), seconds), closing, tell), lab, found
 
 
 def test_trainings_in_threads_do_not_disturb_one_another(tmp_path):
@@ -357,10 +363,15 @@ def test_trainings_in_threads_do_not_disturb_one_another(tmp_path):
     torch.set_num_threads(1)
     try:
         for jobs in (1, 4):
-            store, backbones = missing_backbones(tmp_path / str(jobs))
-            with ahead.training(backbones, jobs, Deadline(Quiet(), 60)) as trained:
-                assert all(trained(backbone.run.backbone_key) for backbone in backbones)
-            found.append([store.read("stage1", backbone.run.backbone_key).tensors for backbone in backbones])
+            trainings, lab, needed = trainings_of(tmp_path / str(jobs), jobs)
+            with trainings:
+                assert trainings.add(lab, needed) == 4
+                while trainings.train(run.backbone_key for run in needed):
+                    pass
+                while trainings.busy:
+                    time.sleep(0.01)
+            keys = list(dict.fromkeys(run.backbone_key for run in needed))
+            found.append([lab.store.read("stage1", key).tensors for key in keys])
     finally:
         torch.set_num_threads(threads)
     assert len(found[0]) == 4
@@ -381,26 +392,224 @@ def test_an_exception_ends_trainings_at_their_next_step_and_finished_epochs_are_
 
     real = stage1._Batches.epoch
     monkeypatch.setattr(stage1._Batches, "epoch", epoch)
-    store, backbones = missing_backbones(tmp_path)
-    with pytest.raises(ZeroDivisionError), ahead.training(backbones, 1, Deadline(Quiet(), 60)):
-        _ = 1 / (not second.wait(20))
+    trainings, lab, needed = trainings_of(tmp_path, 2)
+
+    def interrupted():
+        with trainings:
+            trainings.add(lab, needed)
+            _ = 1 / (not second.wait(20))
+
+    with pytest.raises(ZeroDivisionError):
+        interrupted()
     assert not any(thread.name.startswith("training") for thread in threading.enumerate())
-    first, *others = (backbone.run.backbone_key for backbone in backbones)
-    assert store.checkpoint("stage1", first)["epochs"] == 1
-    assert not any(store.checkpoint("stage1", key) for key in others)
-    assert store.keys("stage1") == []
+    saved = [lab.store.checkpoint("stage1", key) for key in {run.backbone_key for run in needed}]
+    assert [checkpoint["epochs"] for checkpoint in saved if checkpoint] in ([1], [1, 1])
+    assert lab.store.keys("stage1") == []
 
 
 def test_what_could_not_be_trained_in_time_is_not_begun_again(tmp_path, workers):
-    workers.append(lambda *_: False)
+    workers.append(unfinished)
     document = run_queue(reproduction_of(tmp_path, "table1", jobs=2), tell=lambda text: None)
     assert state(document) == [False, False]
     assert not (tmp_path / "store" / "stage1").exists()
 
 
+def test_the_long_trainings_of_a_seed_come_first_whenever_they_were_added(tmp_path, workers):
+    """One thread is held by the first; what is added meanwhile is worked off by its value."""
+    began, go, asked = threading.Event(), threading.Event(), []
+
+    def act(trainings, training, progress):
+        asked.append((training.run.seed, len(training.run.trained_on.rows)))
+        began.set()
+        go.wait(20)
+        unfinished(trainings, training, progress)
+
+    workers.append(act)
+    trainings, lab, needed = trainings_of(tmp_path, 2, what="all")
+    later = {run.backbone_key for run in needed if run.encoder == "true"}
+    with trainings:
+        trainings.add(lab, [run for run in needed if run.backbone_key not in later])
+        assert began.wait(20)
+        trainings.add(lab, needed)
+        go.set()
+        while trainings.busy:
+            time.sleep(0.01)
+    rest = asked[2:]  # two threads had begun before
+    assert len(asked) == 10
+    assert rest == sorted(rest, key=lambda one: (one[0], -one[1]))
+    assert rest[0] == (0, 1297)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_shortly_before_the_time_is_up_no_training_begins(tmp_path, workers, jobs):
+    workers.append(lambda *_: pytest.fail("began"))
+    trainings, lab, needed = trainings_of(tmp_path, jobs, seconds=50.0, closing=60.0)
+    with trainings:
+        trainings.add(lab, needed)
+        assert not trainings.train(run.backbone_key for run in needed)
+        assert not trainings.busy
+    assert trainings._count("waiting") == trainings.total == 4
+
+
+def test_the_last_minute_of_a_short_limit_is_a_tenth_of_it(tmp_path, monkeypatch):
+    seen = []
+    real = ahead.Trainings.__init__
+    monkeypatch.setattr(ahead.Trainings, "__init__", lambda self, *rest: (seen.append(rest[3]), real(self, *rest))[1])
+    monkeypatch.setattr(queue._Queue, "work", lambda self: None)
+    for limit in ("1h", "50s", None):
+        run_queue(reproduction_of(tmp_path, time_limit=limit), tell=lambda text: None)
+    assert seen == [60.0, 5.0, 0.0]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("compiles", [True, False])
+def test_a_training_that_fails_costs_only_itself(tmp_path, monkeypatch, jobs, compiles, caplog):
+    """It is tried once more, uncompiled, where it was compiled; the pieces of the others are written."""
+    tried, real = [], Lab.backbone
+
+    def backbone(self, stage, rows, seed, label):
+        if label == "lt+mixup":
+            tried.append(self.runtime.compile)
+            raise RuntimeError("a kernel of this GPU")
+        return real(self, stage, rows, seed, label)
+
+    monkeypatch.setattr(Lab, "backbone", backbone)
+    monkeypatch.setattr(Runtime, "should_compile", lambda self, steps: compiles and self.compile is not False)
+    monkeypatch.setattr("tailscope.training.step.torch.compile", lambda function, **_: function)
+    said = []
+    document = run_queue(reproduction_of(tmp_path, seeds="1", jobs=jobs), tell=said.append)
+    assert tried == ([None, False] if compiles else [None])
+    assert document["failed"] == ["digits seed 0 lt+mixup"]
+    assert document["left"] == ["ladder of digits-lt, seed 0"]
+    assert "FAILED: digits seed 0 lt+mixup" in said[-1]
+    assert json.loads((tmp_path / "swap.json").read_text())["seeds"] == [0]
+    assert "a kernel of this GPU" in caplog.text
+    assert len(Store(tmp_path / "store").keys("stage1")) == 4  # every other backbone
+
+
+def test_a_mistake_in_one_training_is_told_in_a_line_and_not_repeated(tmp_path, monkeypatch):
+    def backbone(self, stage, rows, seed, label):
+        raise UserError("the loss is not finite")
+
+    monkeypatch.setattr(Lab, "backbone", backbone)
+    said = []
+    document = run_queue(reproduction_of(tmp_path, "table1", seeds="1"), tell=said.append)
+    assert [line for line in said if "not finite" in line] == [
+        "digits seed 0 lt failed: the loss is not finite",
+        "digits seed 0 true failed: the loss is not finite",
+    ]
+    assert len(document["failed"]) == 2
+
+
+def test_threads_say_every_minute_how_far_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(ahead, "STATUS", 0.05)
+    said = []
+    run_queue(reproduction_of(tmp_path, "table1", seeds="1", jobs=2), tell=said.append)
+    lines = [line for line in said if "images/s" in line]
+    assert any(
+        re.fullmatch(r"0 min: 0 of 2 backbones trained, [\d,]+ images/s; .*digits seed 0 lt \d+%.*", x) for x in lines
+    )
+
+
+# -- the bundle ---------------------------------------------------------------------------------------------------
+
+
+def test_a_bundle_holds_the_most_valuable_in_as_many_bytes_and_files_as_it_may(tmp_path, monkeypatch):
+    """Its room is made so small that one of the four backbones, and one of the two checkpoints, stay behind."""
+    reproduction = reproduction_of(tmp_path / "out", bundle=tmp_path / "bundle", store=tmp_path / "store")
+    run_queue(replace(reproduction, what="table1"), tell=lambda text: None)
+    store = Store(tmp_path / "store")
+    _, _, needed = trainings_of(tmp_path / "store", 1, what="table1")
+    backbones = sorted(
+        {run.backbone_key: run for run in needed}.values(), key=lambda run: (run.seed, run.encoder != "true")
+    )
+    assert [(run.seed, run.encoder) for run in backbones] == [(0, "true"), (0, "lt"), (1, "true"), (1, "lt")]
+    for run in backbones[2:]:  # seed 1 as if its backbones had been stopped
+        scratch = store.scratch("stage1", run.backbone_key)
+        scratch.mkdir(parents=True)
+        save_tensors(scratch / "checkpoint.safetensors", store.read("stage1", run.backbone_key).tensors, {"epochs": 1})
+        shutil.rmtree(store.entry("stage1", run.backbone_key))
+    one = packed_bytes(store, "stage1", backbones[0].backbone_key)
+    archive = one + 2 * queue.TAR_END
+    stages = sum(packed_bytes(store, "stage2", key) for key in store.keys("stage2")) + 2 * one
+    monkeypatch.setattr(queue, "ARCHIVE", archive)
+    bundle, said = tmp_path / "bundle", []
+    (bundle / "stages-9.tar").touch()  # of an earlier run
+
+    def sizes(room, files):
+        monkeypatch.setattr(queue, "ROOM", room)
+        monkeypatch.setattr(queue, "FILES", files)
+        monkeypatch.setattr(queue._Queue, "work", lambda self: self._take_in())
+        run_queue(replace(reproduction, what="table1"), tell=said.append)
+        found = {file.name: file.stat().st_size for file in bundle.iterdir()}
+        assert sum(found.values()) <= room
+        assert len(found) <= files
+        assert all(size <= archive for name, size in found.items() if name != "results.tar.gz")
+        return sorted(found)
+
+    results = (bundle / "results.tar.gz").stat().st_size
+    everything = sizes(results + 100 * one, 8)
+    assert everything[:2] == ["checkpoints-1.tar", "checkpoints-2.tar"]
+    assert everything[2] == "results.tar.gz"
+    assert "bundle: results, 10 stages, 2 checkpoints; " in said[-2] + said[-1]
+    assert sizes(results + stages + one + queue.TAR_END, 8)[:2] == ["checkpoints.tar", "results.tar.gz"]
+    assert "1 checkpoints (2 are there)" in said[-2] + said[-1]
+    assert sizes(results + 100 * one, 1 + len(everything) - 3) == everything[2:]
+    assert sizes(results + 1024, 8) == ["results.tar.gz"]
+    assert "0 stages (10 are there)" in said[-2] + said[-1]
+    home = Store(tmp_path / "home")
+    sizes(results + 100 * one, 8)
+    add(home, *sorted(bundle.glob("*.tar")))
+    assert home.keys("stage1") == store.keys("stage1")
+    assert all(home.checkpoint("stage1", run.backbone_key)["epochs"] == 1 for run in backbones[2:])
+
+
+# -- the end -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("library", ["altair", "vl_convert"])
+def test_without_a_drawing_library_only_the_figures_are_missing(tmp_path, monkeypatch, library):
+    def build(out):
+        raise ModuleNotFoundError(f"No module named {library!r}", name=library)
+
+    monkeypatch.setattr("tailscope.report.build", build)
+    said = []
+    document = run_queue(reproduction_of(tmp_path, "table1", seeds="1"), tell=said.append)
+    assert document["finished"]
+    assert [line for line in said if library in line] == [said[-1]]
+    assert {"paper-table1.md", "swap.md"} <= {path.name for path in (tmp_path / "tables").iterdir()}
+    monkeypatch.setattr("tailscope.report.build", lambda out: build(out) if library == "x" else 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # anything else is no missing library
+        run_queue(reproduction_of(tmp_path, "table1", seeds="1"), tell=said.append)
+
+
+def test_the_report_is_built_once_and_only_where_something_is_new(tmp_path, monkeypatch):
+    built = []
+    monkeypatch.setattr("tailscope.report.build", lambda out: (built.append(out), (out / "report.html").touch()))
+    for _ in range(2):
+        run_queue(reproduction_of(tmp_path, seeds="1"), tell=lambda text: None)
+    assert built == [tmp_path]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_an_interrupt_leaves_what_is_done_and_says_so(tmp_path, monkeypatch, jobs):
+    real = queue._Queue._finish
+
+    def finish(self, piece, lab):
+        real(self, piece, lab)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(queue._Queue, "_finish", finish)
+    with pytest.raises(KeyboardInterrupt):
+        run_queue(reproduction_of(tmp_path, jobs=jobs), tell=lambda text: None)
+    document = json.loads((tmp_path / "reproduce.json").read_text())
+    assert state(document) == [True, False, False, False]
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_a_limit_ends_the_wait_for_another_run(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(queue, "Deadline", Impatient)
-    monkeypatch.setattr("tailscope.store.STEP", 0.01)
+    monkeypatch.setattr("tailscope.store.entries.STEP", 0.01)
     Impatient.allowed = 3
     reproduction = reproduction_of(tmp_path, "table1", seeds="1")
     settings = reproduction.settings()

@@ -8,19 +8,23 @@ import sys
 import time
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import tailscope.cli
 from tailscope.data.sources import load
 from tailscope.errors import UserError
+from tailscope.experiments import results
 from tailscope.experiments.lab import Lab
 from tailscope.intervals import paired
-from tailscope.paper import targets
+from tailscope.paper import targets, timing
 from tailscope.paper.plan import make_plan
 from tailscope.paper.reproduce import EXPERIMENTS, Reproduction, run_reproduce
 from tailscope.paper.runs import outcomes
-from tailscope.paper.timing import Rates, duration, measure
+from tailscope.paper.timing import Rates, duration, measure, other_work, remembered
+from tailscope.report import provenance
 from tailscope.store import CHECKPOINT, Store, save_tensors
+from tailscope.training import runtime as training_runtime
 from tailscope.training.recipes import RECIPES, Recipe
 from tailscope.training.runtime import Runtime
 
@@ -37,7 +41,7 @@ TINY = Recipe.model_validate(
 # What a process of its own needs to know this file's recipe and data set.
 CHILD = f"""
 from pathlib import Path
-from tailscope.paper import targets
+from tailscope.paper import targets, timing
 from tailscope.paper.reproduce import Reproduction, run_reproduce
 from tailscope.training.recipes import RECIPES, Recipe
 RECIPES["tiny"] = Recipe.model_validate_json({TINY.model_dump_json()!r})
@@ -45,9 +49,9 @@ targets.BENCHMARKS["digits-lt"] = targets.Benchmark("digits", "exp:20", "nested"
 """
 SLEEP_AFTER_A_CHECKPOINT = """
 import time
-from tailscope.training import stage1
-save = stage1.save_tensors
-stage1.save_tensors = lambda *checkpoint: (save(*checkpoint), time.sleep(600))
+from tailscope.training import epochs
+save = epochs.save_tensors
+epochs.save_tensors = lambda *checkpoint: (save(*checkpoint), time.sleep(600))
 """
 
 
@@ -154,7 +158,55 @@ def test_time_is_what_the_rates_say(tmp_path, digits):
     assert duration(3600 * 2) == "2 h 0 min"
 
 
-def test_the_plan_knows_what_a_killed_run_has_saved(tmp_path, digits):
+def test_an_estimate_prefers_the_rate_of_a_stored_training_like_the_plans(finished, digits):
+    """lt of seed 0 was trained a moment ago: seed 1's takes as long, whatever a measurement beside other work says."""
+    settings = reproduction_of(finished[0], seeds="0,1").settings()
+    lab = Lab(digits, Store(finished[0] / "store"), Runtime.choose("cpu"))
+    plan = make_plan(lab, settings, ["swap", "ladder"])
+    augment = plan.backbones[0].augment
+    metas = [lab.store.meta("stage1", b.key) for b in make_plan(lab, settings, ["swap"]).backbones if b.stored]
+    rates = measure(lab, settings.recipe, plan, seconds=0.1)
+    assert len(metas) == 2
+    expected = sum(1 / meta["images_per_second"] for meta in metas) / 2  # the median of two
+    assert rates.remembered == {augment: pytest.approx(expected)}
+    known = sum(b.images for b in plan.to_train if b.augment == augment)
+    unknown = {b.augment for b in plan.to_train} - {augment}
+    assert rates.augment.keys() == unknown
+    assert unknown
+    alone = Rates(0.0, dict.fromkeys(unknown, 0.0), 0.0, 0.0, rates.remembered)
+    assert alone.estimate(plan) == pytest.approx(known * expected)
+    assert "remembers" in rates.sources(plan)
+    assert "else measured on single steps" in rates.sources(plan)
+    # Nothing is remembered of another network, batch, precision, device, thread or compiled step.
+    other = settings.recipe.model_copy(update={"model": "resnet8(width=4)"})
+    assert remembered(lab, other, plan) == {}
+    compiled = Lab(digits, lab.store, Runtime.choose("cpu", compile=True))
+    assert remembered(compiled, settings.recipe, plan) == {}
+
+
+def test_a_single_slow_step_is_no_rate(monkeypatch):
+    """The first of all may build kernels, and any may wait for another process: neither decides."""
+    now, took = [0.0], iter([900.0, 0.1, 0.1, 60.0, 0.1, 0.1])
+    monkeypatch.setattr(timing.time, "monotonic", lambda: now[0])
+    rate = timing._seconds_each(lambda: now.__setitem__(0, now[0] + next(took)), 10, 0.05)
+    assert rate == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(
+    ("load", "cores", "told"), [(0.3, 2, False), (7.4, 2, True), (2.0, 64, False), (30.0, 64, True)]
+)
+def test_an_estimate_says_that_others_work_here(monkeypatch, tmp_path, load, cores, told):
+    monkeypatch.setattr(timing.os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(timing.os, "cpu_count", lambda: cores)
+    assert (f"load {load:.1f} on {cores} cores" in other_work()) == told
+    said = []
+    run_reproduce(reproduction_of(tmp_path), tell=said.append, plan_only=True)
+    line = next(line for line in said if "estimated time here" in line)
+    assert ("other work is running here" in line) == told
+    assert "measured on single steps" in line
+
+
+def test_the_plan_knows_what_a_killed_run_has_saved(tmp_path, digits, caplog):
     settings = reproduction_of(tmp_path).settings()
     lab = Lab(digits, Store(tmp_path), Runtime.choose("cpu"))
     fresh = make_plan(lab, settings, ["swap"]).backbones[0]
@@ -169,8 +221,9 @@ def test_the_plan_knows_what_a_killed_run_has_saved(tmp_path, digits):
     rates = Rates(step=1.0, augment={fresh.augment: 0.0}, view=0.0, clean=0.0)
     assert rates.estimate(plan) == fresh.images // 2 + other.images
     (scratch / CHECKPOINT).write_bytes(b"torn")
-    with pytest.raises(UserError, match=r"damaged.*delete it to start again"):
-        make_plan(lab, settings, ["swap"])
+    assert make_plan(lab, settings, ["swap"]).backbones == (fresh, other)
+    assert "damaged" in caplog.text
+    assert "training starts again" in caplog.text
 
 
 def test_only_the_plan_trains_nothing(tmp_path):
@@ -203,6 +256,48 @@ def test_a_killed_run_started_again_gives_the_same_numbers(finished, tmp_path):
     assert not list(killed.glob(checkpoints))  # it was this backbone that went on
 
 
+def test_stages_of_two_processors_are_not_pooled_without_a_word(tmp_path, digits, monkeypatch):
+    settings = reproduction_of(tmp_path).settings()
+    store = Store(tmp_path / "store")
+
+    def run(seeds, processor, **changes):
+        monkeypatch.setattr(training_runtime, "cpu_name", lambda: processor)
+        lab = Lab(digits, store, Runtime.choose("cpu", **changes))
+        result = EXPERIMENTS["swap"](lab, settings.model_copy(update={"seeds": seeds}))
+        cards = provenance.by_result({"swap": result})[0]
+        return [w for w in result["warnings"] if "arithmetic" in w], result["provenance"], cards
+
+    alone, rows, cards = run((0,), "processor A")
+    assert alone == []
+    assert rows[0]["arithmetic"] | {"engine": ""} == {
+        "processor": "processor A", "engine": "", "precision": "float32", "torch": torch.__version__,
+    }  # fmt: skip
+    assert {row["row"] for row in rows if row["stage2_arithmetic"] is None} == {"lt stage1", "true stage1"}
+    assert "arithmetic differs" not in cards.cards[0].summary
+    again, recalled, _ = run((0,), "processor B")
+    assert (again, recalled) == ([], rows)  # what counts is what trained, not what recalls
+    pooled, _, cards = run((0, 1), "processor B")
+    assert [w.split(" ")[0] for w in pooled] == ["backbones", "classifiers"]
+    assert all("(processor: 'processor A' of seed 0, 'processor B' of seed 1)" in w for w in pooled)
+    assert all(card.summary.endswith("arithmetic differs between seeds") for card in cards.cards)
+    told = dict(cards.facts)["arithmetic of backbones"]
+    assert told.startswith("differs between rows or seeds: processor A, ")
+
+
+def test_what_a_stage_from_before_does_not_say_differs_from_nothing():
+    device = {"cpu": "A", "cores": 2, "threads": 2, "gpu": None}
+    old = {"device": device, "compiled": True, "precision": "bfloat16"}
+    known = {"processor": "A", "engine": "compiled", "precision": "bfloat16", "torch": None}
+    assert training_runtime.arithmetic_of(old) == known
+    assert training_runtime.arithmetic_of(old | {"compiled": False, "fused": True})["engine"] == "fused"
+    assert training_runtime.arithmetic_of(old | {"device": device | {"gpu": "G"}})["processor"] == "G"
+    assert set(training_runtime.arithmetic_of({"spec": {}}).values()) == {None}  # a classifier
+    cards = [{"seed": 0, "arithmetic": known}, {"seed": 1, "arithmetic": known | {"torch": "2.11.0"}}]
+    assert results.differing_arithmetic(cards) == []
+    cards.append({"seed": 2, "arithmetic": known | {"torch": "2.14.1"}})
+    assert "torch: '2.11.0' of seed 1, '2.14.1' of seed 2" in results.differing_arithmetic(cards)[0]
+
+
 @pytest.mark.parametrize(
     ("reproduction", "message"),
     [
@@ -229,7 +324,8 @@ def test_results_of_another_spec_are_kept_and_left_out(finished):
     with pytest.raises(UserError, match="another spec"):
         run_reproduce(reproduction_of(out, seeds="2"), tell=lambda text: None)
     other = json.loads((out / "swap.json").read_text())
-    other |= {"schema": "tailscope.ladder/1", "augmentations": {}, "spec": {"recipe": "other"}}
+    rungs = dict.fromkeys(("stage1", "stage2", "stage2_aa", "bound"), other["cells"]["lt->lt"])
+    other |= {"schema": "tailscope.ladder/1", "augmentations": {"none": rungs}, "spec": {"recipe": "other"}}
     (out / "ladder.json").write_text(json.dumps(other))
     done = run_reproduce(reproduction_of(out), tell=lambda text: None)
     assert set(done["results"]) == {"swap"}

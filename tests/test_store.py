@@ -19,10 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from tailscope import store as store_module
 from tailscope.errors import UserError
 from tailscope.progress import Deadline, Quiet, TimeIsUp
 from tailscope.store import (
+    Damaged,
     Store,
     load_checkpoint,
     load_tensors,
@@ -30,6 +30,8 @@ from tailscope.store import (
     save_tensors,
     write_json,
 )
+from tailscope.store import entries as store_entries
+from tailscope.store import files as store_files
 
 TENSORS = {
     "weights": torch.arange(6.0).reshape(2, 3),
@@ -164,7 +166,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, monke
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, "save_file", full)
+        patch.setattr(store_files, "save_file", full)
         patch.setattr(Path, "write_text", full_text)
         for attempt in (
             lambda: store.get_or_make("stage1", "k", made),
@@ -190,11 +192,15 @@ DAMAGE = {
     "meta no utf-8": ("meta.json", lambda old: b"\xff\xfe\xfa"),
     "meta no object": ("meta.json", lambda old: b"[1, 2]"),
     "meta missing": ("meta.json", None),
+    "digests truncated": ("DONE", lambda old: old[: len(old) // 2]),
+    "digests swapped": ("DONE", lambda old: b"\n".join(old.splitlines()[::-1]) + b"\n\n"),
+    "digests no text": ("DONE", lambda old: b"\xff\n"),
+    "digests of more": ("DONE", lambda old: old + old.splitlines()[0][:64] + b"  more\n"),
 }
 
 
 @pytest.mark.parametrize(("name", "damage"), DAMAGE.values(), ids=DAMAGE)
-def test_damage_is_one_line_that_names_the_file_and_the_mend(tmp_path, name, damage):
+def test_a_damaged_entry_is_named_and_made_again(tmp_path, caplog, name, damage):
     store = Store(tmp_path)
     store.get_or_make("stage1", "k", made)
     path = tmp_path / "stage1" / "k" / name
@@ -202,37 +208,47 @@ def test_damage_is_one_line_that_names_the_file_and_the_mend(tmp_path, name, dam
         path.unlink()
     else:
         path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UserError) as raised:
-        store.get_or_make("stage1", "k", never)
-    message = str(raised.value)
-    assert str(path) in message
-    assert "delete its folder" in message
-    assert "\n" not in message
+    with pytest.raises(Damaged) as raised:
+        store.read("stage1", "k")
+    assert str(path) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+    def fails(_: Path):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.get_or_make("stage1", "k", fails)
+    assert store.has("stage1", "k")  # it stays until the new one is whole
+    caplog.clear()
+    assert store.get_or_make("stage1", "k", made)[1] is False
+    assert [record.getMessage() for record in caplog.records] == [f"{raised.value}; it is made again"]
+    assert_complete(store)
+    assert store.get_or_make("stage1", "k", never)[1] is True
+    assert not any((tmp_path / "scratch").iterdir())
 
 
 KILLED_WRITER = """
 import os, signal, sys
 from pathlib import Path
 from test_store import META, TENSORS
-from tailscope import store as store_module
-from tailscope.store import Store
+from tailscope.store import Store, files
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
 def killed_at(moment, store):
     if moment == "tensors":
-        real = store_module.save_file
+        real = files.save_file
         def half(tensors, path, **options):
             real(tensors, path, **options)
             os.truncate(path, path.stat().st_size // 2)
             die()
-        store_module.save_file = half
+        files.save_file = half
     elif moment == "meta":
         Path.write_text = die
     elif moment == "done":
         real_write = Path.write_text
-        Path.write_text = lambda path, text: die() if path.name == "DONE" else real_write(path, text)
+        Path.write_text = lambda path, *a, **k: die() if path.name == "DONE" else real_write(path, *a, **k)
     elif moment == "rename":
         Path.rename = die
     store.get_or_make("stage1", "k", lambda scratch: (scratch.joinpath("checkpoint").touch(), (TENSORS, META))[1])
@@ -292,7 +308,7 @@ def test_two_that_ask_at_once_compute_once(tmp_path):
 @pytest.fixture
 def held(tmp_path, monkeypatch):
     """The lock of an entry, held as by another run."""
-    monkeypatch.setattr(store_module, "STEP", 0.01)
+    monkeypatch.setattr(store_entries, "STEP", 0.01)
     (tmp_path / "locks").mkdir()
     with FileLock(tmp_path / "locks" / "stage1-k.lock") as lock:
         yield lock
@@ -366,7 +382,7 @@ def test_the_second_computes_when_the_first_fails(tmp_path):
     assert store.get_or_make("stage1", "k", made)[1] is False
 
 
-@given(st.dictionaries(st.text(max_size=10), st.text(max_size=10) | st.floats(allow_nan=False) | st.none()))
+@given(st.dictionaries(st.text(max_size=10), st.text(max_size=10) | st.floats(-1e9, 1e9) | st.none()))
 def test_checkpoints_keep_tensors_and_meta(tmp_path_factory, meta):
     path = tmp_path_factory.mktemp("checkpoint") / "checkpoint.safetensors"
     save_tensors(path, TENSORS, {"older": 1})
@@ -374,7 +390,8 @@ def test_checkpoints_keep_tensors_and_meta(tmp_path_factory, meta):
     read = load_checkpoint(path)
     assert read.meta == meta
     assert torch.equal(read.tensors["a"], TENSORS["channels last"])
-    assert [p.name for p in path.parent.iterdir()] == ["checkpoint.safetensors"]
+    assert {p.name for p in path.parent.iterdir()} == {"checkpoint.safetensors", "checkpoint.safetensors.previous"}
+    assert load_checkpoint(store_files.previous_of(path)).meta == {"older": 1}
 
 
 def test_a_damaged_checkpoint_is_one_line(tmp_path):
@@ -406,5 +423,10 @@ def test_a_folder_that_cannot_be_written_is_named_with_its_option(tmp_path):
         assert str(raised.value).startswith(f"--out {path}: cannot be written (")
         assert "\n" not in str(raised.value)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
-    with pytest.raises(UserError, match="--store"):
-        Store(tmp_path / "file" / "store")
+    for path in (tmp_path / "file", tmp_path / "file" / "store"):
+        with pytest.raises(UserError, match="--store"):
+            Store(path)
+    os.mkdir(os.fsencode(tmp_path) + b"/\xff")  # noqa: PTH102
+    for path in (tmp_path / "\udcff", tmp_path / "\udcff" / "new"):
+        with pytest.raises(UserError, match="its name is no UTF-8"):
+            Store(path)

@@ -16,7 +16,7 @@ from image_trees import photos as draw_photos
 from tailscope.data.filedata import FileSet, load
 from tailscope.errors import UserError
 from tailscope.experiments.files import IMAGENET, OnDisk
-from tailscope.methods import MIXINGS, photos
+from tailscope.methods import LOSSES, MIXINGS, photos
 from tailscope.seeds import derive, keyed, torch_stream
 from tailscope.spec import DataSpec, StageSpec, TrainSpec
 from tailscope.training.schedules import SCHEDULES
@@ -141,6 +141,22 @@ def test_an_interruption_costs_no_bit(data, tmp_path):
     resumed, resumed_meta = train(spec, data, tmp_path / "cut")
     assert_same_state(whole, resumed)
     assert resumed_meta["losses"] == meta["losses"]
+
+
+def test_a_training_that_diverges_is_one_line_and_keeps_the_epoch_before(data, tmp_path, monkeypatch):
+    """45 images in batches of 16: step 5 is the second of the second epoch."""
+    calls = iter(range(100))
+
+    def loss(logits, labels):
+        value = cross_entropy(logits, labels, reduction="none")
+        return value * torch.nan if next(calls) == 4 else value
+
+    monkeypatch.setattr(LOSSES, "make", lambda *_: loss)
+    with pytest.raises(UserError, match=r"^tiny: training diverged, the loss is nan in epoch 2 of 3, step 2 of 3,"):
+        train(stage(data), data, tmp_path)
+    kept = load_file(tmp_path / "checkpoint.safetensors")
+    assert int(kept["model.bn1.num_batches_tracked"]) == 3
+    assert all(tensor.isfinite().all() for tensor in kept.values())
 
 
 def test_an_image_that_vanishes_ends_the_training_with_its_line(data, tmp_path):

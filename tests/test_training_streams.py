@@ -1,19 +1,34 @@
 """Initialisation, order, augmentation and mixing have streams of their own; where a run computes changes none."""
 
 import contextlib
+import multiprocessing
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
 
+from image_trees import photos as draw_photos
+from tailscope.data.decoding import decode
+from tailscope.data.filedata import load as load_files
+from tailscope.encoders import load as load_encoder
+from tailscope.encoders.preprocessing import Wishes
 from tailscope.errors import UserError
+from tailscope.features import extract
 from tailscope.kernels import norm_act
+from tailscope.methods import photos
+from tailscope.paper.ahead import prepare_thread
 from tailscope.progress import Quiet
-from tailscope.seeds import derive, numpy_stream, torch_stream
+from tailscope.seeds import derive, keyed, numpy_stream, torch_stream
+from tailscope.spec import StageSpec, TrainSpec
 from tailscope.training import runtime as runtime_module
 from tailscope.training.runtime import COMPILE_FROM_STEPS, Runtime
 from tailscope.training.stage1 import _Batches, new_model
-from training_setups import CPU, assert_same_state, digits, stage1_spec, train_stage1
+from tailscope.training.stage2 import fit_classifier
+from tailscope.training.step import Normalizer
+from training_setups import CPU, assert_same_state, data_spec, digits, stage1_spec, train_stage1
 
 
 def batches(epoch=0, seed=0, steps=5, images=None, **changes):
@@ -89,6 +104,128 @@ def test_training_neither_reads_nor_moves_the_global_streams(tmp_path):
     assert not torch.equal(first["conv1.weight"], other["conv1.weight"])
 
 
+def initial_classifier():
+    """A classifier after one step of a vanishing learning rate."""
+    spec = StageSpec(data=data_spec(digits()), train=TrainSpec(steps=1, batch=300, learning_rate=1e-30))
+    return fit_classifier(spec, [(torch.zeros(300, 8), digits().labels)], digits().counts(), seed=0)[0]
+
+
+SEEDED = {
+    "backbone": lambda: new_model("resnet8", 1, 10, seed=0).state_dict(),
+    "classifier": initial_classifier,
+    "encoder": lambda: load_encoder("resnet8", wishes=Wishes("none")).model.state_dict(),
+}
+
+
+@pytest.mark.parametrize("one", SEEDED)
+@pytest.mark.parametrize("other", SEEDED)
+def test_threads_that_seed_the_default_generator_do_not_disturb_one_another(one, other):
+    """Without the lock one in seven backbones started from other weights while classifiers were fitted."""
+    before = torch.get_rng_state()
+    expected = {name: SEEDED[name]() for name in {one, other}}
+    interval, stop = sys.getswitchinterval(), threading.Event()
+
+    def disturb():
+        while not stop.is_set():
+            assert_same_state(SEEDED[other](), expected[other])
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            disturbing = pool.submit(disturb)
+            for _ in range(20):
+                assert_same_state(SEEDED[one](), expected[one])
+            stop.set()
+            disturbing.result()
+    finally:
+        stop.set()
+        sys.setswitchinterval(interval)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_seeded_blocks_of_one_thread_may_nest():
+    with keyed(1):
+        first = torch.rand(2)
+        with keyed(2):
+            inner = torch.rand(2)
+        rest = torch.rand(2)
+    with keyed(1):
+        assert torch.equal(torch.rand(4), torch.cat([first, rest]))
+    with keyed(2):
+        assert torch.equal(torch.rand(2), inner)
+
+
+def _draw(numbers):
+    with keyed(1):
+        numbers.put(torch.rand(1).item())
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="processes are not forked here")
+@pytest.mark.filterwarnings("ignore:This process.*fork:DeprecationWarning")
+def test_a_process_that_is_forked_while_another_thread_draws_may_draw_too():
+    """A loader forks its workers while another training's network is initialised."""
+    holding, context = threading.Event(), multiprocessing.get_context("fork")
+
+    def hold():
+        with keyed(2):
+            holding.set()
+            threading.Event().wait(0.3)
+
+    thread, numbers = threading.Thread(target=hold), context.SimpleQueue()
+    child = context.Process(target=_draw, args=(numbers,))
+    thread.start()
+    holding.wait()
+    child.start()
+    child.join(30)
+    alive = child.is_alive()
+    child.kill()
+    thread.join()
+    assert not alive
+    with keyed(1):
+        assert numbers.get() == torch.rand(1).item()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.filterwarnings("ignore:This process.*fork:DeprecationWarning", "ignore:This DataLoader will create")
+def test_decoding_leaves_the_default_generator(tmp_path, workers):
+    draw_photos(tmp_path, [4, 4], split="train", side=20)
+    files = load_files(f"list:{tmp_path / 'train.txt'},{tmp_path / 'train.txt'}").train.files
+    before = torch.get_rng_state()
+    transform = photos.training(("resized_crop(size=16)", "flip"))
+    list(decode(files, transform, [[0, 1], [2]], workers=workers, seed_of=lambda *_: 5))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("changes", [{"mix": "mixup"}, {"sampler": "class_balanced"}, {"sampler": "square_root"}])
+def test_what_is_drawn_does_not_depend_on_where_the_images_are(changes, monkeypatch):
+    """PyTorch's `meta` device stands for a GPU: it has no generator and computes nothing."""
+    drawn = []
+
+    def recorded(name):
+        real = getattr(torch, name)
+
+        def draw(*args, **kwargs):
+            drawn.append(real(*args, **kwargs))
+            return drawn[-1]
+
+        monkeypatch.setattr(torch, name, draw)
+
+    for name in ("rand", "randint", "randperm", "multinomial"):
+        recorded(name)
+    images = digits()
+    spec = stage1_spec(images, augment=("crop", "flip", "autoaugment"), **changes)
+    found = []
+    for device in ("cpu", "meta"):
+        batches = list(_Batches(spec, images.images.to(device), images.labels, 10, 0).epoch(0, 5))
+        assert [len(b.images) for b in batches] == [64] * 4 + [44]
+        assert {t.device.type for b in batches for t in vars(b).values() if t is not None} == {device}
+        found.append(list(drawn))
+        drawn.clear()
+    assert len(found[0]) > 3
+    for on_cpu, on_meta in zip(*found, strict=True):
+        assert torch.equal(on_cpu, on_meta)
+
+
 def test_streams_differ_by_every_part_of_their_name():
     names = [(seed, *path) for seed in (0, 1, 2**63, 10**30) for path in [(), ("order",), ("order", 0), ("augment", 0)]]
     seeds = [derive(*name) for name in names]
@@ -157,3 +294,75 @@ def test_a_missing_cuda_device_is_one_line():
     with pytest.raises(UserError, match="take cpu"):
         Runtime.choose("cuda")
     assert Runtime.choose("auto").device == torch.device("cpu")
+
+
+class FakeGpus:
+    """Two CUDA devices, of which the second is the current one and the first is old."""
+
+    def __init__(self, patch):
+        self.current = 1
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "device_count", lambda: 2)
+        patch.setattr(torch.cuda, "current_device", lambda: self.current)
+        patch.setattr(torch.cuda, "set_device", self.set_device)
+        patch.setattr(torch.cuda, "get_device_capability", self.capability)
+
+    def set_device(self, device):
+        self.current = torch.cuda._utils._get_device_index(device)  # refuses a device without a number, as CUDA does
+
+    def capability(self, device=None):
+        return [(7, 5), (9, 0)][torch.cuda._utils._get_device_index(device, optional=True)]
+
+
+TF32 = (torch.backends.cudnn, torch.backends.cuda.matmul)
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    before = [flags.allow_tf32 for flags in TF32]
+    for flags in TF32:
+        flags.allow_tf32 = True
+    yield FakeGpus(monkeypatch)
+    for flags, value in zip(TF32, before, strict=True):
+        flags.allow_tf32 = value
+
+
+@pytest.mark.parametrize(
+    ("asked", "number", "low"),
+    [
+        ("cuda", 1, torch.bfloat16),
+        ("auto", 1, torch.bfloat16),
+        ("cuda:1", 1, torch.bfloat16),
+        ("cuda:0", 0, torch.float32),
+    ],
+)
+def test_a_cuda_device_has_its_number_and_its_own_abilities(asked, number, low, gpus):
+    runtime = Runtime.choose(asked, keep_memory=False)
+    assert runtime.device == torch.device("cuda", number)
+    assert runtime.low_precision == low
+    assert gpus.current == number
+
+
+def test_a_thread_takes_the_chosen_device(gpus, monkeypatch):
+    """The current device is each thread's own; without a number `set_device` refuses."""
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
+    device = Runtime.choose("cuda", keep_memory=False).device
+    gpus.current = 0
+    threads = torch.get_num_threads()
+    prepare_thread(device, threads)
+    assert gpus.current == 1
+
+
+def test_float32_has_all_its_digits_on_cuda_and_no_call_flips_that(gpus, monkeypatch, tmp_path):
+    Runtime.choose("cpu", keep_memory=False)
+    assert all(flags.allow_tf32 for flags in TF32)  # no business of ours
+    Runtime.choose("cuda", keep_memory=False)
+    assert not any(flags.allow_tf32 for flags in TF32)
+    monkeypatch.setattr(torch.backends.cudnn, "flags", lambda *_, **__: pytest.fail("flags are all threads'"))
+    images = digits(80)
+    train_stage1(stage1_spec(images, steps=3), images, tmp_path, runtime=replace(CPU, low_precision=torch.bfloat16))
+    model = new_model("resnet8", 1, 10, seed=0)
+    for dtype in (torch.float32, torch.bfloat16):
+        extract(model, images.images, Normalizer.of(images.images), dtype, CPU, "features")
+    assert not any(flags.allow_tf32 for flags in TF32)

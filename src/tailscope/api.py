@@ -7,6 +7,7 @@ from typing import Any
 
 from tailscope.data.filedata import Data
 from tailscope.data.filedata import load as load
+from tailscope.errors import expanded
 from tailscope.experiments import geometry as _geometry
 from tailscope.experiments import ladder as _ladder
 from tailscope.experiments import swap as _swap
@@ -98,4 +99,4 @@ def run(
 
 def default_store() -> Path:
     """Return `$TAILSCOPE_STORE`, else the user's cache folder."""
-    return Path(os.environ.get("TAILSCOPE_STORE") or Path.home() / ".cache" / "tailscope" / "store")
+    return expanded(os.environ.get("TAILSCOPE_STORE") or "~/.cache/tailscope/store")

@@ -13,7 +13,9 @@ from tailscope.errors import UserError, one_line
 
 Train = Annotated[
     list[Path],
-    typer.Option(help="Features of the training samples: .npz, .safetensors or .parquet. Repeat to compare encoders."),
+    typer.Option(
+        help="Features of training samples: .npz, .npy, .pt, .safetensors, .parquet, .csv. Repeat for more encoders."
+    ),
 ]
 Unseen = Annotated[list[Path], typer.Option(help="Features of samples that had no part in training, one per --train.")]
 Test = Annotated[
@@ -57,8 +59,8 @@ def diagnose(
 ) -> None:
     """Say what holds back a classifier on features that you already have: a verdict with error bars, and advice.
 
-    Writes diagnosis.json and report.html. Feature files hold `features` [N, d] and `labels` [N], and may hold
-    `class_names`, `ids` (find duplicates, pair encoders) and `groups` (related samples, permuted together).
+    Writes diagnosis.json and report.html. Feature files hold `features` [N, d] and `labels` [N] (numbers or names), and
+    may hold `class_names`, `ids` (find duplicates, pair encoders) and `groups` (related samples, permuted together).
 
     Examples: `tailscope diagnose --train train.npz --unseen held-out.npz --out out`;
     `tailscope diagnose --train a.npz --unseen a-u.npz --train b.npz --unseen b-u.npz --out compared`

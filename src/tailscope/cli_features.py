@@ -9,6 +9,7 @@ from rich.console import Console
 
 from tailscope.cli_options import DataRoot, Device, Json, Overwrite
 from tailscope.cli_output import console_beside, print_json
+from tailscope.errors import one_line
 
 Model = Annotated[
     str,
@@ -19,7 +20,10 @@ Images = Annotated[
 ]
 File = Annotated[Path, typer.Option("--out", help="Feature file to write: .npz, .safetensors or .parquet.")]
 Checkpoint = Annotated[
-    Path | None, typer.Option(help="Local weights; also the layouts of LDAM-DRW, MiSLAS and classifier-balancing.")
+    Path | None, typer.Option(help="Local weights: .safetensors or PyTorch's, wherever in the file the network lies.")
+]
+CheckpointKey = Annotated[
+    str | None, typer.Option(help="Which of the checkpoint's networks, such as ema, where several fit.")
 ]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="Published weights of timm or torchvision.")]
 Split = Annotated[str | None, typer.Option(help="Split of the data; needed where there are several.")]
@@ -33,6 +37,9 @@ StoreRoot = Annotated[
 ]
 Normalize = Annotated[str | None, typer.Option(help="imagenet, cifar, data, none or MEANS/DEVIATIONS.")]
 ImageSize = Annotated[int | None, typer.Option(min=1, help="Height and width of the input.")]
+Resize = Annotated[
+    str | None, typer.Option(help="Pixels of the shorter side before the centre is cropped, or none for no resizing.")
+]
 Verify = Annotated[bool, typer.Option("--verify", help="Decode every image first and report all that cannot be read.")]
 Skip = Annotated[bool, typer.Option("--skip-unreadable", help="Leave out images that cannot be read, with a count.")]
 Mixed = Annotated[bool, typer.Option("--mixed", help="bfloat16 where the device has it; geometry wants fp32.")]
@@ -46,6 +53,7 @@ def features(
     data: Images,
     out: File,
     checkpoint: Checkpoint = None,
+    checkpoint_key: CheckpointKey = None,
     pretrained: Pretrained = False,
     split: Split = None,
     subset: Subset = None,
@@ -54,6 +62,7 @@ def features(
     data_root: DataRoot = None,
     normalize: Normalize = None,
     image_size: ImageSize = None,
+    resize: Resize = None,
     verify: Verify = False,
     skip_unreadable: Skip = False,
     mixed: Mixed = False,
@@ -91,6 +100,7 @@ def features(
             data,
             out,
             checkpoint=checkpoint,
+            checkpoint_key=checkpoint_key,
             pretrained=pretrained,
             split=split,
             subset=subset,
@@ -99,6 +109,7 @@ def features(
             data_root=data_root,
             normalize=normalize,
             image_size=image_size,
+            resize=resize,
             verify=verify,
             overwrite=overwrite,
             options=options,
@@ -113,7 +124,7 @@ def features(
 def _show(written: dict[str, Any], console: Console) -> None:
     """Say what was written, and what to mind."""
     for warning in written["warnings"]:
-        console.out(f"warning: {warning}", highlight=False)
+        console.out(f"warning: {one_line(warning)}", highlight=False)
     console.out(
         f"{written['features']}: {written['rows']:,} rows of {written['width']} features, {written['classes']} classes"
         f" ({written['resumed']:,} rows were there, {written['skipped']:,} images skipped)",

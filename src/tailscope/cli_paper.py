@@ -1,7 +1,7 @@
 """The verb `reproduce`: the paper's tables and figures from one command."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -21,7 +21,10 @@ from tailscope.cli_options import (
     Workers,
 )
 from tailscope.cli_output import console_beside, print_json
-from tailscope.errors import UserError
+from tailscope.errors import UserError, printable
+
+if TYPE_CHECKING:  # PyTorch takes its time, and --help need not wait for it
+    from tailscope.paper.reproduce import Reproduction
 
 What = Annotated[
     str, typer.Argument(metavar="WHAT", help="table1, fig2, fig3, ... fig8, all, or everything: both CIFAR data sets.")
@@ -38,6 +41,20 @@ TimeLimit = Annotated[
 Jobs = Annotated[
     int,
     typer.Option(min=1, help="With a time limit or everything: backbones trained at a time; 4 may suit a GPU."),
+]
+Compile = Annotated[
+    bool | None,
+    typer.Option("--compile/--no-compile", help="Compile training steps, or not. [default: where it pays]"),
+]
+WaitForData = Annotated[
+    bool,
+    typer.Option("--wait-for-data", help="With a time limit or everything: train as soon as NAME.npz is in DATA_ROOT."),
+]
+Bundle = Annotated[
+    Path | None,
+    typer.Option(
+        help="With a time limit or everything: folder for results and trained stages as a few archives, to carry home."
+    ),
 ]
 Backbones = Annotated[
     str | None, typer.Option(help="Of table1 or fig2: backbones to train, such as lt. [default: all]")
@@ -57,6 +74,9 @@ def reproduce(
     plan: PlanOnly = False,
     time_limit: TimeLimit = None,
     jobs: Jobs = 1,
+    compile: Compile = None,
+    wait_for_data: WaitForData = False,
+    bundle: Bundle = None,
     backbones: Backbones = None,
     recipe: Recipe = None,
     data: ImageNet = None,
@@ -82,10 +102,9 @@ def reproduce(
     `tailscope reproduce everything --data-root DIR --time-limit 9m --out results`;
     `tailscope reproduce table1 --dataset imagenet-lt --data list:TRAIN.txt,TEST.txt --data-root DIR --devices 4`
     """
-    from tailscope import report
     from tailscope.experiments.workplace import FileOptions
     from tailscope.paper.queue import EVERYTHING, run_queue
-    from tailscope.paper.reproduce import Reproduction, run_reproduce
+    from tailscope.paper.reproduce import Reproduction, draw, run_reproduce
     from tailscope.progress import shown_on
 
     console = console_beside(as_json)
@@ -105,17 +124,15 @@ def reproduce(
         data=data,
         files=FileOptions(devices, num_nodes, micro_batches, workers, verify),
         jobs=jobs,
+        compile=compile,
+        wait_for_data=wait_for_data,
+        bundle=bundle,
     )
     queued = what == EVERYTHING or time_limit is not None
-    if queued and (data is not None or dataset == "imagenet-lt"):
-        raise UserError("--time-limit: only for the CIFAR data sets; a training on files goes on where it was stopped")
-    if jobs > 1 and not queued:
-        raise UserError("--jobs: only with --time-limit or `everything`")
-    if queued and plan:
-        raise UserError("--plan: leave out --time-limit, and take `all` of one data set instead of `everything`")
+    _refuse_what_does_not_go_together(reproduction, queued, plan)
 
     def tell(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
     with shown_on(console) as progress:
         if queued:
@@ -125,13 +142,31 @@ def reproduce(
     if queued:
         if as_json:
             print_json(done)
+        if done["failed"]:
+            raise typer.Exit(1)
         return
     if not plan:
-        report.build(out)
+        draw(out, tell)
     if as_json:
         print_json({k: v for k, v in done.items() if k != "results"})
     elif not plan:
         _show(done, out, console)
+
+
+def _refuse_what_does_not_go_together(asked: "Reproduction", queued: bool, plan: bool) -> None:
+    if queued and (asked.data is not None or asked.dataset == "imagenet-lt"):
+        raise UserError("--time-limit: only for the CIFAR data sets; a training on files goes on where it was stopped")
+    for option, given in (
+        ("--jobs", asked.jobs > 1),
+        ("--wait-for-data", asked.wait_for_data),
+        ("--bundle", asked.bundle is not None),
+    ):
+        if given and not queued:
+            raise UserError(f"{option}: only with --time-limit or `everything`")
+    if asked.wait_for_data and asked.data_root is None:
+        raise UserError("--wait-for-data: give --data-root, the folder where cifar10.npz or cifar100.npz will appear")
+    if queued and plan:
+        raise UserError("--plan: leave out --time-limit, and take `all` of one data set instead of `everything`")
 
 
 def _show(done: dict[str, Any], out: Path, console: Console) -> None:

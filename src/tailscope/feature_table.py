@@ -1,15 +1,18 @@
 """Features with a label each, as users hand them in: checked once, so that nothing after it has to.
 
-`load` and `save` read and write `.npz`, `.safetensors` and `.parquet` (`tailscope.array_files`) with the fields
-`features` float [N, d], `labels` integer [N] and, optionally, `class_names` text [C], `ids` [N], `groups` [N] (integers
-or text) and `provenance` (a JSON object as text: what made the features).
+`load` reads every format of `tailscope.array_files`, `save` writes `.npz`, `.safetensors` and `.parquet`, with the
+fields `features` float [N, d], `labels` [N] (whole numbers or names) and, optionally, `class_names` text [C] (then
+labels are positions in it), `ids` [N], `groups` [N] (integers or text) and `provenance` (a JSON object as text: what
+made the features). `of` takes arrays and DataFrames as well.
 """
 
+import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +20,14 @@ import torch
 from torch import Tensor
 
 from tailscope import array_files
+from tailscope.array_files import columns
+from tailscope.array_files.fields import Header, resolve, unread
 from tailscope.errors import UserError
 from tailscope.field_checks import (
     Keys,
-    match_names,
+    check_classes,
+    listed,
+    positions,
     require_finite,
     to_floats,
     to_keys,
@@ -33,18 +40,35 @@ _REQUIRED = ("features", "labels")
 _OPTIONAL = ("class_names", "ids", "groups", "provenance")
 
 
+class Frame(Protocol):
+    """A DataFrame of pandas or polars."""
+
+    columns: Any
+
+    def __getitem__(self, name: Any) -> Any:
+        """Return a column."""
+
+    def to_numpy(self) -> Any:
+        """Return all of it."""
+
+
+Pair = tuple[npt.ArrayLike | Tensor | Frame, npt.ArrayLike | Tensor]
+
+
 @dataclass(frozen=True, eq=False)
 class FeatureTable:
     """Features of N samples. Build one with `load` or `from_arrays`, which check everything.
 
     Attributes:
         features: float16, float32 or float64 [N, d], all finite.
-        labels: int64 [N], 0 to C-1.
+        labels: int64 [N]: positions in `class_names` or, without, any whole numbers from 0, each the name of a class.
         class_names: [C] different names, or None where the source has none.
         ids: [N] integers or text that name samples across tables, or None.
         groups: [N] integers or text: samples of one group (a burst) belong together, or None.
         provenance: what made the features.
         source: what messages call this table: its file.
+        named_rows: whether the source's labels are themselves the names, not positions in a list of names.
+        notes: what was left out or guessed in reading the source.
     """
 
     features: Tensor
@@ -54,6 +78,8 @@ class FeatureTable:
     groups: Keys | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     source: str = "the table"
+    named_rows: bool = False
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def from_arrays(
@@ -66,6 +92,7 @@ class FeatureTable:
         groups: npt.ArrayLike | None = None,
         provenance: dict[str, Any] | None = None,
         source: str = "the table",
+        notes: Sequence[str] = (),
     ) -> "FeatureTable":
         """Check arrays or tensors and make a table of them; features are copied only where they have to be.
 
@@ -73,23 +100,66 @@ class FeatureTable:
         >>> len(table), table.width, table.num_classes
         (2, 2, 2)
 
+        Labels that are names make up the class names, in alphabetical order.
+
+        >>> FeatureTable.from_arrays([[0.0], [1.0], [2.0]], ["cat", "ant", "cat"]).labels.tolist()
+        [1, 0, 1]
+
         Raises:
             UserError: a field has the wrong type, shape or length, a feature is NaN or infinite, a label is negative,
                 there are more than 10,000 classes, or two classes share a name.
         """
         rows = to_floats(f"{source}: features", features, "[N, d]")
         names = None if class_names is None else to_names(source, class_names)
-        checked_labels = to_labels(source, labels, len(rows), names)
+        where, named_rows = f"{source}: labels", False
+        values = to_labels(where, labels, len(rows), "rows of features")
+        if names is not None:
+            values = positions(where, values, names)
+        elif values.dtype.kind == "U":
+            unique, values = np.unique(values, return_inverse=True)
+            names, named_rows = tuple(map(str, unique)), True
+        check_classes(source, len(np.unique(values)) if names is None else len(names))
         require_finite(f"{source}: features", rows)
         return cls(
             rows,
-            checked_labels,
+            torch.from_numpy(values.astype(np.int64)),
             names,
             None if ids is None else to_keys(f"{source}: ids", ids, len(rows)),
             None if groups is None else to_keys(f"{source}: groups", groups, len(rows)),
             provenance or {},
             source,
+            named_rows,
+            tuple(notes),
         )
+
+    @classmethod
+    def of(cls, given: "Source", name: str = "the table") -> "FeatureTable":
+        """Return a table of whatever holds features and labels.
+
+        Args:
+            given: a table, a file, a pair (features, labels) of arrays, tensors or lists, a mapping with the fields of
+                a file, or a DataFrame with the columns of a `.csv` or `.parquet` file.
+            name: what messages call what is no file.
+
+        >>> FeatureTable.of(([[0.0], [1.0]], ["ant", "bee"])).class_names
+        ('ant', 'bee')
+
+        Raises:
+            UserError: as `load` and `from_arrays`, or it is nothing of these.
+        """
+        if isinstance(given, FeatureTable):
+            return given
+        if isinstance(given, str | os.PathLike):
+            return cls.load(Path(given))
+        if is_pair(given):
+            features, labels = cast(tuple[Any, Any], given)
+            return cls.from_arrays(features.to_numpy() if _is_frame(features) else features, labels, source=name)
+        if isinstance(given, Mapping):
+            return _of_mapping(given, name)
+        if _is_frame(given):
+            return _of_frame(cast(Frame, given), name)
+        expected = "a file, a pair (features, labels), a mapping of arrays or a DataFrame"
+        raise UserError(f"{name}: a {type(given).__name__}; expected {expected}")
 
     @classmethod
     def load(cls, path: Path) -> "FeatureTable":
@@ -97,36 +167,58 @@ class FeatureTable:
 
         Raises:
             UserError: the file is missing, empty, truncated or of an unknown format, lacks a field or holds Python
-                objects (nothing is ever unpickled), or as `from_arrays`. The message names the file.
+                objects (nothing is ever unpickled), or as `from_arrays`. The message names the file. Or it was written
+                by `save` and holds something else by now.
         """
-        arrays = array_files.read(path, _REQUIRED, _OPTIONAL)
+        arrays, notes = array_files.read(path, _REQUIRED, _OPTIONAL)
+        source = array_files.shown(path)
         provenance = arrays.get("provenance")
-        return cls.from_arrays(
+        table = cls.from_arrays(
             arrays["features"],
             arrays["labels"],
             class_names=arrays.get("class_names"),
             ids=arrays.get("ids"),
             groups=arrays.get("groups"),
-            provenance=None if provenance is None else to_provenance(str(path), str(provenance)),
-            source=str(path),
+            provenance=None if provenance is None else to_provenance(source, str(provenance)),
+            source=source,
+            notes=notes,
         )
+        written = table.provenance.pop("sha256", None)
+        if written not in (None, table.digest()):
+            raise UserError(
+                f"{path}: does not hold what was written (the digest in its provenance is another): copy it again, or "
+                "leave out its provenance if it was changed on purpose"
+            )
+        return table
 
     def save(self, path: Path) -> None:
         """Write a feature file in the format that the suffix names, whole or not at all.
 
+        Where there is a provenance, it gets the digest that `load` checks.
+
         Raises:
             UserError: the format is unknown or the file cannot be written.
         """
-        arrays: array_files.Arrays = {"features": self.features.cpu().numpy(), "labels": self.labels.cpu().numpy()}
+        arrays: array_files.Arrays = {}
+        if self.provenance:  # first, so that a directory of files that breaks off after it is noticed
+            arrays["provenance"] = np.array(json.dumps({**self.provenance, "sha256": self.digest()}))
+        arrays |= {"features": self.features.cpu().numpy(), "labels": self.labels.cpu().numpy()}
         if self.class_names is not None:
             arrays["class_names"] = np.array(self.class_names, dtype=np.str_)
         if self.ids is not None:
             arrays["ids"] = self.ids
         if self.groups is not None:
             arrays["groups"] = self.groups
-        if self.provenance:
-            arrays["provenance"] = np.array(json.dumps(self.provenance))
         array_files.write(path, arrays)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of all fields, whatever format a file has."""
+        keys = [None if k is None else (k.dtype.kind, k.tolist()) for k in (self.ids, self.groups)]
+        described = [self.provenance, self.class_names, keys, str(self.features.dtype), list(self.features.shape)]
+        digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+        for numbers in (self.features, self.labels):
+            digest.update(numbers.contiguous().numpy().data)
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -138,12 +230,14 @@ class FeatureTable:
 
     @property
     def num_classes(self) -> int:
-        """Number of class names or, without them, the largest label plus one."""
-        return int(self.labels.max()) + 1 if self.class_names is None else len(self.class_names)
+        """Number of class names or, without them, of different labels."""
+        return len(self.counts())
 
     def counts(self) -> list[int]:
-        """Return the number of samples of each class."""
-        return [int(n) for n in torch.bincount(self.labels, minlength=self.num_classes)]
+        """Return the number of samples of each class, in the order of `class_names` or else of the labels."""
+        if self.class_names is None:
+            return [int(n) for n in np.unique(self.labels.numpy(), return_counts=True)[1]]
+        return [int(n) for n in torch.bincount(self.labels, minlength=len(self.class_names))]
 
     def take(self, rows: Sequence[int] | npt.NDArray[np.int64] | Tensor) -> "FeatureTable":
         """Return the samples at `rows`, in that order; class names stay."""
@@ -158,11 +252,26 @@ class FeatureTable:
         )
 
 
+Source = FeatureTable | str | os.PathLike[str] | Pair | Mapping[str, Any] | Frame
+
+
+def is_pair(given: Any) -> bool:
+    """Return whether this is a tuple (features, labels), not two things that each hold both.
+
+    >>> is_pair(([[0.0]], [1])), is_pair(("a.npz", "b.npz")), is_pair([[[0.0]], [1]])
+    (True, False, False)
+    """
+    if not isinstance(given, tuple) or len(given) != 2:
+        return False
+    whole = (str, os.PathLike, FeatureTable, Mapping, tuple)
+    return not isinstance(given[0], whole) and not isinstance(given[1], whole) and not _is_frame(given[1])
+
+
 def align(*tables: FeatureTable) -> tuple[FeatureTable, ...]:
     """Return the tables with one meaning of every label, and `class_names` filled in.
 
-    With class names, labels are matched by name and follow the first table's order. Without, labels mean the same
-    everywhere and classes are called "0", "1", ... up to the largest label of all tables.
+    Classes are those of the first table, in its order, and are matched by name. Without class names a label is its own
+    name: the label 10 is "10" in every table.
 
     >>> a = FeatureTable.from_arrays([[0.0], [1.0]], [0, 1], class_names=["ant", "bee"])
     >>> b = FeatureTable.from_arrays([[2.0]], [0], class_names=["bee", "ant"])
@@ -170,8 +279,8 @@ def align(*tables: FeatureTable) -> tuple[FeatureTable, ...]:
     [[0, 1], [1]]
 
     Raises:
-        UserError: the tables differ in width or in their sets of names, some have names and some have not, or there is
-            a single class.
+        UserError: the tables differ in width, one has samples of a class that the first does not know, some list names
+            and some have bare numbers, or there is a single class.
     """
     first = tables[0]
     for table in tables:
@@ -180,19 +289,78 @@ def align(*tables: FeatureTable) -> tuple[FeatureTable, ...]:
                 f"{table.source}: d = {table.width} features, but {first.source} has d = {first.width}; "
                 "extract both with the same encoder"
             )
-    names = first.class_names
-    if names is None:
-        names = tuple(str(k) for k in range(max(table.num_classes for table in tables)))
-    if len(names) < 2:
+    classes = _with_names(first)
+    if len(classes.class_names or ()) < 2:
         raise UserError(f"{first.source}: a single class; at least two are needed")
-    return tuple(_with_names(table, names, first) for table in tables)
+    return (classes, *(_matched(table, first, classes.class_names or ()) for table in tables[1:]))
 
 
-def _with_names(table: FeatureTable, names: tuple[str, ...], first: FeatureTable) -> FeatureTable:
-    if (table.class_names is None) != (first.class_names is None):
-        named, bare = (first, table) if table.class_names is None else (table, first)
-        raise UserError(f"{bare.source}: no class_names, but {named.source} has them; give them in all files or none")
-    if table.class_names is None or table.class_names == names:
-        return replace(table, class_names=names)
-    position = match_names(table.source, table.class_names, first.source, names)
-    return replace(table, class_names=names, labels=torch.from_numpy(position)[table.labels])
+def _with_names(table: FeatureTable) -> FeatureTable:
+    """Return the table with labels 0 to C-1 and class names: without a list of them, the digits of its labels."""
+    if table.class_names is not None:
+        return table
+    values, codes = np.unique(table.labels.numpy(), return_inverse=True)
+    return replace(table, class_names=tuple(map(str, values)), labels=torch.from_numpy(codes), named_rows=True)
+
+
+def _matched(table: FeatureTable, first: FeatureTable, names: tuple[str, ...]) -> FeatureTable:
+    """Return the table with the first one's class names and numbers."""
+    _refuse_numbers_beside_names(table, first)
+    own = _with_names(table)
+    if own.class_names == names:
+        return own
+    position = {name: k for k, name in enumerate(names)}
+    places = torch.tensor([position.get(name, -1) for name in own.class_names or ()])
+    labels = places[own.labels]
+    if (labels < 0).any():
+        surplus = [(own.class_names or ())[k] for k in np.unique(own.labels[labels < 0].numpy())]
+        raise UserError(
+            f"{table.source}: has samples of {listed(surplus)}, which {first.source} has not among its classes "
+            f"({listed(names)}); give it some or leave these out"
+        )
+    return replace(own, class_names=names, labels=labels)
+
+
+def _refuse_numbers_beside_names(table: FeatureTable, first: FeatureTable) -> None:
+    """Refuse a bare number beside a list of names: it may be a position in that list, or one of its names."""
+    for bare, named in ((table, first), (first, table)):
+        if bare.class_names is not None or named.class_names is None or named.named_rows:
+            continue
+        if named.class_names != tuple(map(str, range(len(named.class_names)))):
+            raise UserError(
+                f"{bare.source}: no class_names, but {named.source} has them; give them in all files or none"
+            )
+
+
+def _is_frame(given: Any) -> bool:
+    return hasattr(given, "columns") and hasattr(given, "to_numpy")
+
+
+def _of_mapping(given: Mapping[str, Any], name: str) -> FeatureTable:
+    held = {str(key): Header(type(value).__name__, getattr(value, "shape", None)) for key, value in given.items()}
+    found = resolve(name, held, _REQUIRED, _OPTIONAL)
+    fields = {field: given[key] for field, key in found.items()}
+    return FeatureTable.from_arrays(
+        fields.pop("features"), fields.pop("labels"), **fields, source=name, notes=unread(name, held, found.values())
+    )
+
+
+def _of_frame(frame: Frame, name: str) -> FeatureTable:
+    names = [str(column) for column in frame.columns]
+    own = dict(zip(names, frame.columns, strict=True))
+    arrays = {} if len(own) < len(names) else {column: np.asarray(frame[key]) for column, key in own.items()}
+    types = {column: str(array.dtype) for column, array in arrays.items()} or dict.fromkeys(names, "a column")
+    chosen = columns.choose(name, names, {column: columns.kind_of(array) for column, array in arrays.items()}, types)
+    picked = {}
+    for meaning, column in chosen.fields.items():
+        is_label = meaning in ("labels", "class_name")
+        array = arrays[column]
+        picked[meaning] = to_labels(f"{name}: {column}", array, len(array), "rows") if is_label else array
+    parts = [arrays[column] for column in chosen.features]
+    try:
+        features = np.stack(parts[0].tolist()) if chosen.lists else np.column_stack(parts)
+    except (ValueError, TypeError):
+        raise UserError(f"{name}: the lists in column {chosen.features[0]!r} have gaps or differ in length") from None
+    features = features if features.dtype.kind == "f" or chosen.lists else features.astype(np.float64)
+    fields: dict[str, Any] = columns.to_arrays(name, features, picked)
+    return FeatureTable.from_arrays(**fields, source=name, notes=chosen.notes)

@@ -37,7 +37,6 @@ def extract(
         runtime.threads_for(images, BATCH),
         runtime.progress.task(label, len(images)) as advance,
         torch.inference_mode(),
-        torch.backends.cudnn.flags(enabled=True, allow_tf32=low),  # float32 means float32: geometry needs the digits
     ):
         for batch in torch.split(images, BATCH):
             x = normalize(batch.to(runtime.device, non_blocking=True))

@@ -115,7 +115,6 @@ def _forward(
     device, low = normalize.mean.device, dtype != torch.float32
     with (
         torch.inference_mode(),
-        torch.backends.cudnn.flags(enabled=True, allow_tf32=low),  # float32 means float32: geometry needs the digits
         torch.autocast(device.type, dtype=dtype, enabled=low),
     ):
         features = model.features(normalize(decoded.images.to(device, non_blocking=True)))

@@ -3,7 +3,7 @@
 `source` is what messages call the origin of a field: a file, usually.
 """
 
-import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,12 +12,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tailscope.array_files import message_of, parse_json
+from tailscope.array_files.tensors import to_array
 from tailscope.errors import UserError
 
 MAX_CLASSES = 10_000
 _BLOCK_ELEMENTS = 2**22
 
 Keys = npt.NDArray[np.int64] | npt.NDArray[np.str_]
+Labels = npt.NDArray[np.int64] | npt.NDArray[np.str_]
 Floats = npt.NDArray[np.floating[Any]]
 
 
@@ -42,9 +45,7 @@ def to_floats(where: str, values: npt.ArrayLike | Tensor, dimensions: str) -> Te
     Raises:
         UserError: another type, another number of dimensions, or no values.
     """
-    if isinstance(values, Tensor) and values.dtype == torch.bfloat16:
-        values = values.float()
-    array: npt.NDArray[Any] = _to_array(values)
+    array = _to_array(where, values)
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
         raise UserError(f"{where} is {array.dtype}; expected float16, float32 or float64 {dimensions}")
     if array.ndim != dimensions.count(",") + 1:
@@ -70,49 +71,124 @@ def require_finite(where: str, rows: Tensor) -> None:
         raise UserError(f"{where}: {len(found)} of {len(rows)} rows hold NaN or infinity, the first is row {found[0]}")
 
 
-def to_labels(source: str, values: npt.ArrayLike | Tensor, rows: int, names: tuple[str, ...] | None) -> Tensor:
-    """Return labels as int64 [rows].
+def to_labels(where: str, values: npt.ArrayLike | Tensor, rows: int, of: str) -> Labels:
+    """Return labels [rows] as they are meant: whole numbers of at least 0 as int64, names as text.
+
+    Booleans, whole floats and integers of any size are numbers; bytes are text in UTF-8; [rows, 1] and [1, rows] are
+    taken as [rows].
+
+    Args:
+        where: source and field, for messages.
+        values: an array or tensor.
+        rows: how many there must be.
+        of: what messages call the rows.
 
     Raises:
-        UserError: they are no integers, not [rows], negative, beyond the names, or of too many classes.
+        UserError: one is empty, negative, no whole number or of another type, or there are more or fewer than `rows`.
     """
-    array: npt.NDArray[Any] = _to_array(values)
-    check_labels(f"{source}: labels", array, rows, "rows of features")
-    high = int(array.argmax())
-    if names is not None and array[high] >= len(names):
-        raise UserError(f"{source}: class_names has {len(names)} names, but row {high} has label {array[high]}")
-    if max(int(array[high]) + 1, len(names or ())) > MAX_CLASSES:
-        raise UserError(f"{source}: labels run to {array[high]}; at most {MAX_CLASSES:,} classes are supported")
-    return torch.from_numpy(array.astype(np.int64))
+    array = _to_array(where, values)
+    if array.ndim == 2 and 1 in array.shape:
+        array = array.reshape(-1)
+    if array.ndim != 1:
+        raise UserError(f"{where} has shape {array.shape}; expected one label a row, [N] or [N, 1]")
+    if len(array) != rows:
+        raise UserError(f"{where}: {len(array)} labels for {rows} {of}")
+    array = _plain(where, array) if array.dtype.kind == "O" else array
+    if array.dtype.kind in "SUT":
+        return _texts(where, array)
+    if array.dtype.kind == "f":
+        array = array.astype(np.float64)
+        _require(where, array, np.isfinite(array) & (array == np.floor(array)), "is no whole number")
+        _require(where, array, np.abs(array) < 2**63, "is too large; labels are below 2**63")
+    elif array.dtype.kind not in "iub":
+        raise UserError(f"{where} is {array.dtype}; expected whole numbers or names")
+    _require(where, array, array >= 0, "is negative; leave unlabelled rows out, labels are names or count from 0")
+    if array.dtype.kind == "u":
+        _require(where, array, array < 2**63, "is too large; labels are below 2**63")
+    return array.astype(np.int64)
 
 
-def check_labels(where: str, labels: npt.NDArray[Any], rows: int, of: str) -> None:
-    """Check that there is a label for each of `rows`, at least one; `of` is what messages call these.
+def positions(where: str, labels: Labels, names: tuple[str, ...]) -> npt.NDArray[np.int64]:
+    """Return labels as positions in a list of class names: names by name, numbers as they are.
 
     Raises:
-        UserError: they are no integers, not [rows], or negative.
+        UserError: a label is not in the list.
     """
-    if labels.dtype.kind not in "iu":
-        raise UserError(f"{where} is {labels.dtype}; expected integers 0 to C-1")
-    if labels.ndim != 1:
-        raise UserError(f"{where} has shape {labels.shape}; expected [N]")
-    if len(labels) != rows:
-        raise UserError(f"{where}: {len(labels)} labels for {rows} {of}")
-    low = int(labels.argmin())
-    if labels[low] < 0:
-        raise UserError(f"{where}: label {labels[low]} in row {low} is negative; labels run 0 to C-1")
+    if labels.dtype.kind == "U":
+        order = np.argsort(names)
+        place = np.searchsorted(names, labels, sorter=order).clip(max=len(names) - 1)
+        found: npt.NDArray[np.int64] = order[place]
+        _require(where, labels, np.array(names)[found] == labels, f"is not in class_names ({listed(names)})")
+        return found
+    high = int(labels.argmax())
+    if labels[high] >= len(names):
+        mend = "" if labels.min() == 0 else "; number them from 0 in the order of class_names"
+        raise UserError(f"{where}: class_names has {len(names)} names, but row {high} has label {labels[high]}{mend}")
+    return labels.astype(np.int64)
 
 
-def to_names(source: str, values: npt.ArrayLike) -> tuple[str, ...]:
-    """Return class names as text.
+def check_classes(source: str, classes: int) -> None:
+    """Check that there are not more classes than every table and plot has room for.
+
+    Raises:
+        UserError: there are.
+    """
+    if classes > MAX_CLASSES:
+        raise UserError(f"{source}: labels of {classes:,} classes; at most {MAX_CLASSES:,} classes are supported")
+
+
+def _texts(where: str, array: npt.NDArray[Any]) -> npt.NDArray[np.str_]:
+    text = np.char.decode(array, "utf-8", "backslashreplace") if array.dtype.kind == "S" else array.astype(np.str_)
+    _require(where, text, np.char.strip(text) != "", "is empty; leave unlabelled rows out")
+    return text
+
+
+def _plain(where: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return an array of Python objects [N] as one of text or of numbers."""
+    kinds = np.array([_kind(value) for value in array])
+    wrong = np.flatnonzero(kinds == "")
+    if len(wrong):
+        row = int(wrong[0])
+        raise UserError(f"{where}: {len(wrong)} of {len(array)} rows hold no number or text, the first is row {row}")
+    found = sorted(set(kinds))
+    if len(found) > 1:
+        raise UserError(f"{where}: {(kinds == found[0]).sum()} rows hold a {found[0]}, the others a {found[1]}")
+    plain = np.array(array.tolist())
+    if plain.dtype.kind == "O":  # integers beyond 64 bits
+        raise UserError(f"{where}: a number is too large; labels are below 2**63")
+    return plain
+
+
+def _kind(value: object) -> str:
+    """Return what a Python object is as a label; nothing for a missing value of any library, and for other things."""
+    if isinstance(value, str | bytes):
+        return "name"
+    if isinstance(value, int | float | np.number | np.bool_) and not math.isnan(value):
+        return "number"
+    return ""
+
+
+def _require(where: str, labels: npt.NDArray[Any], holds: npt.NDArray[np.bool_], what: str) -> None:
+    wrong = np.flatnonzero(~holds)
+    if len(wrong):
+        first, more = str(labels[wrong[0]])[:40], f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        first = repr(first) if labels.dtype.kind == "U" else first
+        raise UserError(f"{where}: label {first} in row {wrong[0]}{more} {what}")
+
+
+def to_names(source: str, values: npt.ArrayLike, *, numbers: bool = False) -> tuple[str, ...]:
+    """Return class names as text; whole numbers, as scikit-learn's `classes_` has them, where `numbers` allows it.
 
     Raises:
         UserError: they are not text [C], or two are equal.
     """
-    array: npt.NDArray[Any] = np.asarray(values)
-    if array.dtype.kind not in "US" or array.ndim != 1:
+    array = _to_array(f"{source}: class_names", values)
+    array = array.astype(np.str_) if numbers and array.dtype.kind in "iu" else array
+    if array.dtype.kind == "O" and all(isinstance(name, str) for name in array.flat):
+        array = array.astype(np.str_)
+    if array.dtype.kind not in "UST" or array.ndim != 1:
         raise UserError(f"{source}: class_names is {array.dtype} {array.shape}; expected text [C]")
-    text = np.char.decode(array, "utf-8", "replace") if array.dtype.kind == "S" else array
+    text = np.char.decode(array, "utf-8", "backslashreplace") if array.dtype.kind == "S" else array
     unique, times = np.unique(text, return_counts=True)
     if (times > 1).any():
         twice = str(unique[times.argmax()])
@@ -126,16 +202,17 @@ def to_keys(where: str, values: npt.ArrayLike, rows: int) -> Keys:
     Raises:
         UserError: they are neither integers nor text, or not [rows].
     """
-    array: npt.NDArray[Any] = np.asarray(values)
+    array = _to_array(where, values)
     if array.shape != (rows,):
         raise UserError(f"{where} has shape {array.shape}; expected [N] with N = {rows}")
+    array = _plain(where, array) if array.dtype.kind == "O" else array
     if array.dtype.kind in "iu":
         return array.astype(np.int64)
     if array.dtype.kind == "S":
         return np.char.decode(array, "utf-8", "replace")
-    if array.dtype.kind != "U":
+    if array.dtype.kind not in "UT":
         raise UserError(f"{where} is {array.dtype}; expected integers or text")
-    return array
+    return array.astype(np.str_)
 
 
 def to_provenance(source: str, text: str) -> dict[str, Any]:
@@ -144,10 +221,7 @@ def to_provenance(source: str, text: str) -> dict[str, Any]:
     Raises:
         UserError: the text is none.
     """
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
+    value = parse_json(text)
     if not isinstance(value, dict):
         raise UserError(f"{source}: provenance is not a JSON object")
     return value
@@ -168,5 +242,10 @@ def match_names(source: str, names: Sequence[str], other_source: str, other: Seq
     return np.array([position[name] for name in names], dtype=np.int64)
 
 
-def _to_array(values: npt.ArrayLike | Tensor) -> npt.NDArray[Any]:
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+def _to_array(where: str, values: npt.ArrayLike | Tensor) -> npt.NDArray[Any]:
+    if isinstance(values, Tensor):
+        return to_array(values)
+    try:
+        return np.asarray(values)
+    except (ValueError, TypeError) as error:  # lists of different lengths, or tensors on a GPU in a list
+        raise UserError(f"{where} is no array ({message_of(error)})") from None

@@ -1,4 +1,8 @@
-"""The linear layer that turns features into logits, as a file: `weight` [C, d], `bias` [C], optional `class_names`."""
+"""The linear layer that turns features into logits, as a file: `weight` [C, d], `bias` [C], optional `class_names`.
+
+A single row, as scikit-learn has it for two classes, is a score for the second: it becomes two rows, minus and plus
+half of it, whose softmax gives the same probabilities.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,12 +27,14 @@ class LinearLayer:
         bias: the same type, [C], finite.
         class_names: [C] names of the rows, or None: then row k is label k.
         source: what messages call this classifier: its file.
+        notes: what was left out in reading the source.
     """
 
     weight: Tensor
     bias: Tensor
     class_names: tuple[str, ...] | None = None
     source: str = "the classifier"
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def from_arrays(
@@ -38,34 +44,42 @@ class LinearLayer:
         *,
         class_names: npt.ArrayLike | None = None,
         source: str = "the classifier",
+        notes: Sequence[str] = (),
     ) -> "LinearLayer":
-        """Check arrays or tensors and make a classifier of them; without a bias it is zero.
+        """Check arrays or tensors and make a classifier of them; no bias is a bias of zero, a single row becomes two.
+
+        >>> LinearLayer.from_arrays([[2.0, 4.0]], [1.0]).weight.tolist()
+        [[-1.0, -2.0], [1.0, 2.0]]
 
         Raises:
             UserError: a field has the wrong type, shape or length, or values are NaN or infinite.
         """
         rows = to_floats(f"{source}: weight", weight, "[C, d]")
         offsets = rows.new_zeros(len(rows)) if bias is None else to_floats(f"{source}: bias", bias, "[C]").to(rows)
-        names = None if class_names is None else to_names(source, class_names)
+        names = None if class_names is None else to_names(source, class_names, numbers=True)
+        if len(rows) == len(offsets) == 1:
+            rows, offsets = (torch.cat([-half, half]) for half in (rows / 2, offsets / 2))
         for field, length in [("bias", len(offsets)), ("class_names", len(rows) if names is None else len(names))]:
             if length != len(rows):
                 raise UserError(f"{source}: {field} has length {length}, but weight has {len(rows)} rows")
         require_finite(f"{source}: weight", rows)
         require_finite(f"{source}: bias", offsets[:, None])
-        return cls(rows, offsets, names, source)
+        return cls(rows, offsets, names, source, tuple(notes))
 
     @classmethod
     def load(cls, path: Path) -> "LinearLayer":
-        """Read a classifier from `.npz` or `.safetensors`.
+        """Read a classifier from a file with the fields of `from_arrays`, or scikit-learn's names for them.
 
         Raises:
             UserError: as `FeatureTable.load`.
         """
-        if path.suffix == ".parquet":
-            raise UserError(f"{path}: a classifier is an .npz or .safetensors with weight [C, d] and bias [C]")
-        arrays = array_files.read(path, ("weight",), ("bias", "class_names"))
+        arrays, notes = array_files.read(path, ("weight",), ("bias", "class_names"))
         return cls.from_arrays(
-            arrays["weight"], arrays.get("bias"), class_names=arrays.get("class_names"), source=str(path)
+            arrays["weight"],
+            arrays.get("bias"),
+            class_names=arrays.get("class_names"),
+            source=array_files.shown(path),
+            notes=notes,
         )
 
     def save(self, path: Path) -> None:
@@ -95,7 +109,7 @@ class LinearLayer:
             raise UserError(f"{self.source}: weight takes d = {self.weight.shape[1]}, but {source} has d = {width}")
         if len(self.weight) != len(class_names):
             raise UserError(
-                f"{self.source}: weight has {len(self.weight)} rows for {len(class_names)} classes of {source}"
+                f"{self.source}: a classifier of {len(self.weight)} classes, but {source} has {len(class_names)}"
             )
         if self.class_names is None:
             return replace(self, class_names=tuple(class_names))

@@ -1,13 +1,18 @@
-"""Progress of long work: rich bars on a terminal, nothing elsewhere; and ending it in time."""
+"""Progress of long work: rich bars on a terminal, a line a minute elsewhere; and ending it in time."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Protocol, Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+
+from tailscope.errors import one_line
 
 
 class Advance(Protocol):
@@ -71,7 +76,7 @@ class Bars:
     def task(self, description: str, total: int, done: int = 0) -> Iterator[Advance]:
         """Show a bar while the task runs."""
         started, count = time.monotonic(), 0
-        bar = self._bars.add_task(description, total=total, completed=done, rate="")
+        bar = self._bars.add_task(escape(one_line(description)), total=total, completed=done, rate="")
 
         def advance(items: int, /) -> None:
             nonlocal count
@@ -87,15 +92,83 @@ class Bars:
 
     def note(self, text: str) -> None:
         """Print a line above the bars."""
-        self.console.print(text, style="dim", highlight=False)
+        self.console.print(one_line(text), style="dim", highlight=False, markup=False)
 
     def safe_point(self) -> None:
         """Do nothing: bars have no end of their own."""
 
 
+class Lines:
+    """A plain line every minute for logs: what, how much of it, how fast, and the time left; notes are left out."""
+
+    EVERY = 60.0
+
+    def __init__(self, tell: Callable[[str], object], clock: Callable[[], float] = time.monotonic) -> None:
+        self._tell, self._clock = tell, clock
+        self._started = self._told = clock()
+        self._open: list[_Task] = []
+
+    @contextmanager
+    def task(self, description: str, total: int, done: int = 0) -> Iterator[Advance]:
+        """Count, and tell from time to time."""
+        task = _Task(one_line(description), total, done, done, self._clock())
+        self._open.append(task)
+
+        def advance(items: int, /) -> None:
+            task.done += items
+            self.safe_point()
+
+        try:
+            yield advance
+        finally:
+            self._open.remove(task)
+
+    def note(self, text: str) -> None:
+        """Do nothing."""
+
+    def safe_point(self) -> None:
+        """Tell the innermost task, if the last line is a minute old."""
+        now = self._clock()
+        if now - self._told >= self.EVERY and self._open:
+            self._told = now
+            self._tell(f"[{_duration(now - self._started)}] {self._open[-1].line(now)}")
+
+
+@dataclass(eq=False)
+class _Task:
+    """A piece of work: items done of all, those that were done before, and since when it runs."""
+
+    description: str
+    total: int
+    done: int
+    before: int
+    started: float
+
+    def line(self, now: float) -> str:
+        text = f"{self.description}: {self.done:,}/{self.total:,}"
+        rate = (self.done - self.before) / max(1e-9, now - self.started)
+        if rate == 0:
+            return text
+        left = (self.total - self.done) / rate
+        return f"{text}, {rate:,.0f}/s, {_duration(left)} left" if rate >= 1 else f"{text}, {_duration(left)} left"
+
+
+def _duration(seconds: float) -> str:
+    """Return whole minutes, with hours where there are some.
+
+    >>> _duration(95), _duration(20), _duration(7300)
+    ('2 min', '1 min', '2 h 2 min')
+    """
+    hours, minutes = divmod(max(1, round(seconds / 60)), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
 def shown_on(console: Console) -> AbstractContextManager[Progress]:
-    """Return bars on a terminal, silence elsewhere."""
-    return Bars(console) if console.is_terminal else nullcontext(Quiet())
+    """Return bars on the console, or where it is no terminal on standard error; where neither is one, lines there."""
+    for screen in (console, Console(stderr=True)):
+        if screen.is_terminal:
+            return Bars(screen)
+    return nullcontext(Lines(lambda text: print(text, file=sys.stderr, flush=True)))  # noqa: T201
 
 
 class TimeIsUp(Exception):

@@ -5,11 +5,23 @@ them draws never shifts another, and an epoch's stream can be rebuilt when a run
 """
 
 import hashlib
+import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
+
+_DEFAULT_GENERATOR = threading.RLock()
+"""Torch's default generator is one for all threads of a process: who seeds it holds this until it has drawn."""
+
+if hasattr(os, "register_at_fork"):  # a process that is forked while another thread holds the lock could never take it
+    os.register_at_fork(
+        before=_DEFAULT_GENERATOR.acquire,
+        after_in_parent=_DEFAULT_GENERATOR.release,
+        after_in_child=_DEFAULT_GENERATOR.release,
+    )
 
 
 def derive(seed: int, *path: str | int) -> int:
@@ -36,10 +48,14 @@ def numpy_stream(seed: int, *path: str | int) -> np.random.Generator:
 
 @contextmanager
 def keyed(seed: int) -> Iterator[None]:
-    """Seed torch's default CPU generator for the block, for code that takes no generator; put it back afterwards."""
-    before = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before)
+    """Seed torch's default CPU generator for the block, for code that takes no generator; put it back afterwards.
+
+    Such blocks run one at a time in a process: the generator is shared by its threads, and the only lock is here.
+    """
+    with _DEFAULT_GENERATOR:
+        before = torch.get_rng_state()
+        torch.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            torch.set_rng_state(before)

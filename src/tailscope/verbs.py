@@ -105,6 +105,8 @@ def experiments(request: Request, verbs: Sequence[str], console: Console) -> dic
         shown_on(console) as progress,
     ):
         settings = settings.model_copy(update={"recipe": place.recipe(settings.recipe)})
+        for note in data.notes() if isinstance(data, FileData) else ():
+            Console(stderr=True).out(f"warning: {one_line(note)}", highlight=False)
         for seed in settings.seeds:
             draw(data, settings.profile, settings.protocol, settings.subset_seed_of(seed))
         make_folder(request.out, "--out")
@@ -113,9 +115,9 @@ def experiments(request: Request, verbs: Sequence[str], console: Console) -> dic
         store = Store(store_root(request.out, request.store))
         lab = place.lab(store, progress, partial(Console(stderr=True).out, highlight=False))
         results = _run(lab, settings, request, verbs)
+    report.build(request.out)
     if lab.trained == 0:
         console.print(f"Nothing was trained: all {lab.recalled} stages were in the store.")
-    report.build(request.out)
     return results
 
 
@@ -197,6 +199,7 @@ def describe_subset(data: Data, profile: str, protocol: str, seed: int) -> dict[
         "counts": drawn.counts,
         "groups": groups,
         "groups_rule": rule,
+        "warnings": data.notes() if isinstance(data, FileData) else [],
         "sha256": drawn.sha256,
         "indices": [kept.tolist() for kept in drawn.indices],
     }
@@ -205,6 +208,8 @@ def describe_subset(data: Data, profile: str, protocol: str, seed: int) -> dict[
 def show_subset(result: dict[str, Any], out: Path | None, console: Console) -> None:
     """Print a subset's counts as a bar chart, and its fingerprint."""
     counts = result["counts"]
+    for warning in result["warnings"]:
+        console.out(f"warning: {one_line(warning)}", highlight=False)
     console.out(f"{sum(counts):,} images, counts {' '.join(map(str, counts))}", highlight=False)
     console.out(f"sha256 {result['sha256']}", highlight=False)
     table = Table("class", "group", "images", "", box=None)

@@ -1,50 +1,103 @@
-"""Named arrays in files: `.npz`, `.safetensors` or `.parquet`. Nothing is ever unpickled.
+"""Named arrays in files of many formats. Nothing is ever unpickled but by PyTorch's restricted reader.
 
 What the formats hold is the same; only text differs. An `.npz` has text arrays. A `.safetensors`, which has none, keeps
 `class_names` and `provenance` as JSON in its header, and text of the rows as UTF-8 bytes, uint8 [N, longest], padded
-with zeros. A `.parquet` has one row a sample (`tailscope.array_files.parquet`).
+with zeros. `.parquet` and `.csv` have one row a sample (`columns`), `.npy` one array (`beside`), `.pt` a dict.
 """
 
+import errno
 import os
+import stat
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from tailscope.array_files import npz, parquet, tensors
-from tailscope.array_files.text import Array, Arrays, message_of
+from tailscope.array_files import delimited, npz, parquet, pickles, tensors
+from tailscope.array_files.beside import labels_beside
+from tailscope.array_files.text import SINGLE, Array, Arrays, Contents, message_of, parse_json, shown
 from tailscope.errors import UserError
 
-__all__ = ["Array", "Arrays", "check_writable", "message_of", "read", "write"]
+__all__ = ["Array", "Arrays", "Contents", "check_writable", "message_of", "parse_json", "read", "shown", "write"]
 
-_READERS: dict[str, Callable[[Path, Sequence[str]], Arrays]] = {
-    ".npz": npz.read,
-    ".safetensors": tensors.read,
-    ".parquet": parquet.read,
+
+class _Format(NamedTuple):
+    """How a format is read, and what its reader raises on a damaged file: nothing else is caught."""
+
+    read: Callable[[Path, Sequence[str], Sequence[str]], Contents]
+    unreadable: tuple[type[Exception], ...]
+
+
+_READERS = {
+    ".npz": _Format(npz.read, npz.UNREADABLE),
+    ".safetensors": _Format(tensors.read, tensors.UNREADABLE),
+    ".parquet": _Format(parquet.read, parquet.UNREADABLE),
+    ".npy": _Format(npz.read_single, npz.UNREADABLE),
+    ".pt": _Format(pickles.read, pickles.UNREADABLE),
+    ".pth": _Format(pickles.read, pickles.UNREADABLE),
+    ".csv": _Format(delimited.read, delimited.UNREADABLE),
+    ".tsv": _Format(delimited.read, delimited.UNREADABLE),
 }
 _WRITERS: dict[str, Callable[[Path, Arrays], None]] = {
     ".npz": npz.write,
     ".safetensors": tensors.write,
     ".parquet": parquet.write,
 }
+_KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
+_LFS, _LFS_BYTES = b"version https://git-lfs", 1024
 
 
-def read(path: Path, required: Sequence[str], optional: Sequence[str]) -> Arrays:
+def read(path: Path, required: Sequence[str], optional: Sequence[str]) -> Contents:
     """Return the named arrays of a file; fields that are not asked for are not read.
 
     Raises:
         UserError: the file is missing, damaged or of an unknown format, lacks a field, or holds Python objects.
     """
-    if path.suffix not in _READERS:
+    contents = _guarded(path, required, optional)
+    if SINGLE not in contents.arrays:
+        return contents
+    features = contents.arrays[SINGLE]
+    beside = labels_beside(path, features, required)
+    labels = _guarded(beside, (), ()).arrays.get(SINGLE)
+    if labels is None:
+        raise UserError(f"{beside}: expected the labels of {path.name} alone")
+    return Contents({"features": features, "labels": labels})
+
+
+def _guarded(path: Path, required: Sequence[str], optional: Sequence[str]) -> Contents:
+    """Read one file: the one place where what the libraries raise becomes a line."""
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
         raise UserError(f"{path}: unknown format {path.suffix!r}; known: {', '.join(_READERS)}")
-    if not path.is_file():
-        raise UserError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
-    if path.stat().st_size == 0:
+    _require_file(path)
+    try:
+        if path.stat().st_size < _LFS_BYTES and path.read_bytes().startswith(_LFS):
+            raise UserError(f"{path}: a pointer of Git LFS, not the file itself; fetch it with git lfs pull")
+        return reader.read(path, required, optional)
+    except PermissionError:
+        raise UserError(f"{path}: may not be read (permission denied)") from None
+    except reader.unreadable as error:
+        raise UserError(f"{path}: not a readable {path.suffix}, truncated or damaged ({message_of(error)})") from None
+
+
+def _require_file(path: Path) -> None:
+    """Check that a path is a file with something in it, which opening a pipe or a device would not tell.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        status = path.stat()
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+        looped = isinstance(error, OSError) and error.errno == errno.ELOOP
+        reason = "no such file" if missing else "links that lead in a circle" if looped else message_of(error)
+        raise UserError(f"{path}: {reason}") from None
+    if not stat.S_ISREG(status.st_mode):
+        kind = next((name for holds, name in _KINDS if holds(status.st_mode)), "a device")
+        raise UserError(f"{path}: {kind}, not a file")
+    if status.st_size == 0:
         raise UserError(f"{path}: the file is empty")
-    arrays = _READERS[path.suffix](path, [*required, *optional])
-    missing = [name for name in required if name not in arrays]
-    if missing:
-        raise UserError(f"{path}: no field {missing[0]!r}; needs {', '.join(required)}")
-    return arrays
 
 
 def check_writable(path: Path) -> None:

@@ -1,36 +1,60 @@
-"""NumPy's `.npz`, read without pickle."""
+"""NumPy's `.npz` and `.npy`, read without pickle, every size checked against the file before it is allocated."""
 
+import math
+import struct
+import tokenize
+import warnings
 import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
-from tailscope.array_files.text import Array, Arrays, message_of
+from tailscope.array_files.fields import Header, require_room, resolve, unread
+from tailscope.array_files.text import SINGLE, Array, Arrays, Contents
 from tailscope.errors import UserError
 
-_UNREADABLE = (ValueError, OSError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
+# What zipfile, zlib, NumPy's header parser and the file system raise on damaged files.
+UNREADABLE: tuple[type[Exception], ...] = (
+    OSError, EOFError, ValueError, TypeError, OverflowError, MemoryError, RuntimeError, SyntaxError,
+    tokenize.TokenError, struct.error, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+_MAGIC = b"\x93NUMPY"
+_KNOWN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+_BOMB_BYTES, _BOMB_RATIO = 2**28, 100  # features hardly compress; sorted labels do, but are small
 
 
-def read(path: Path, wanted: Sequence[str]) -> Arrays:
-    """Return those of the wanted fields that the file has.
+def read(path: Path, required: Sequence[str], optional: Sequence[str]) -> Contents:
+    """Return those of the fields that an `.npz` has.
 
     Raises:
-        UserError: the file is damaged, or a wanted field holds Python objects.
+        UserError: a field is missing, or holds Python objects.
+        Exception: one of `UNREADABLE`, where the file is damaged.
     """
-    with path.open("rb") as file:  # opened here because np.load leaves a file that is no zip open
-        try:
-            loaded = np.load(file, allow_pickle=False)
-        except _UNREADABLE as error:
-            # What is no zip may be a pickle to NumPy, which then tells how to load it unsafely.
-            detail = "no zip archive; write it with np.savez" if "pickle" in str(error) else message_of(error)
-            raise UserError(f"{path}: not a readable .npz, or truncated ({detail})") from None
-        if isinstance(loaded, np.ndarray):
-            raise UserError(f"{path}: holds a single array; save the fields with np.savez")
-        with loaded:
-            return {name: _field(path, loaded, name) for name in wanted if name in loaded}
+    with path.open("rb") as file:
+        if file.read(len(_MAGIC)) == _MAGIC:
+            raise UserError(f"{path}: holds a single array; save the fields with np.savez, or call the file .npy")
+        with zipfile.ZipFile(file) as archive:
+            members = _members(path, archive)
+            held = {name: _described(archive, member) for name, member in members.items()}
+            found = resolve(path, held, required, optional)
+            arrays = {field: _array(path, archive, members[name], name) for field, name in found.items()}
+    return Contents(arrays, unread(path, held, found.values()))
+
+
+def read_single(path: Path, required: Sequence[str], optional: Sequence[str]) -> Contents:
+    """Return the array of an `.npy` as `SINGLE`; it has no fields.
+
+    Raises:
+        UserError: it holds Python objects.
+        Exception: one of `UNREADABLE`, where the file is damaged.
+    """
+    with path.open("rb") as file:
+        _check(path, SINGLE, file, path.stat().st_size)
+        file.seek(0)
+        return Contents({SINGLE: np.lib.format.read_array(file, allow_pickle=False)})
 
 
 def write(path: Path, arrays: Arrays) -> None:
@@ -39,15 +63,55 @@ def write(path: Path, arrays: Arrays) -> None:
         np.savez(file, allow_pickle=False, **arrays)
 
 
-def _field(path: Path, loaded: Any, name: str) -> Array:
-    try:
-        array = loaded[name]
-    except _UNREADABLE as error:
-        if "Object arrays" in str(error):
-            raise UserError(
-                f"{path}: {name} holds Python objects, which are never unpickled; save plain arrays"
-            ) from None
-        raise UserError(f"{path}: {name} cannot be read, truncated or damaged ({message_of(error)})") from None
-    if not isinstance(array, np.ndarray):
+def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    members: dict[str, zipfile.ZipInfo] = {}
+    for member in archive.infolist():
+        name = member.filename.removesuffix(".npy")
+        if name in members:
+            raise UserError(f"{path}: holds {name!r} twice; write it anew")
+        members[name] = member
+    return members
+
+
+def _described(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Header:
+    if member.compress_type not in _KNOWN or not member.filename.endswith(".npy"):
+        return Header("no array")
+    with archive.open(member) as file:
+        shape, dtype = _header(file)
+    return Header("Python objects" if dtype.hasobject else dtype.name, shape)
+
+
+def _array(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) -> Array:
+    if member.compress_type not in _KNOWN or not member.filename.endswith(".npy"):
         raise UserError(f"{path}: {name} is not an array")
+    if member.file_size > max(_BOMB_BYTES, _BOMB_RATIO * member.compress_size):
+        ratio = member.file_size // max(member.compress_size, 1)
+        raise UserError(f"{path}: {name} would unpack to {ratio:,} times its size; save it with np.savez, uncompressed")
+    with archive.open(member) as file:
+        _check(path, name, file, member.file_size)
+    with archive.open(member) as file:
+        array: Array = np.lib.format.read_array(file, allow_pickle=False)
     return array
+
+
+def _check(path: Path, name: str, file: IO[bytes], size: int) -> None:
+    """Check that an open `.npy` of `size` bytes holds plain numbers or text, exactly as many as it declares."""
+    shape, dtype = _header(file)
+    if dtype.hasobject:
+        raise UserError(f"{path}: {name} holds Python objects, which are never unpickled; save plain arrays")
+    if dtype.kind == "V" or (dtype.itemsize == 0 and math.prod(shape) > 0):
+        raise UserError(f"{path}: {name} is {dtype}; expected plain numbers or text")
+    require_room(path, name, shape, dtype.itemsize)
+    if math.prod(shape) * dtype.itemsize != size - file.tell():
+        raise ValueError(f"{name} declares {dtype} {list(shape)}, but {size - file.tell()} bytes follow")
+
+
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    version = np.lib.format.read_magic(file)
+    reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    if reader is None:
+        raise ValueError(f"version {version} of NumPy's format")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a header that Python 2 wrote is read all the same
+        shape, _, dtype = reader(file)
+    return shape, dtype

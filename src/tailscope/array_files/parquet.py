@@ -1,22 +1,27 @@
 """Feature tables as Parquet: one row a sample. Needs pyarrow, which is imported only here.
 
-Columns: `label` (integer), the features either as one list column `features` or as `f0`, `f1`, ...; optionally `id`,
-`group` and `class_name` (the name of the row's class). The names of all classes may instead stand in the schema's
+The columns are those of `tailscope.array_files.columns`. The names of all classes may instead stand in the schema's
 metadata, as the JSON list `class_names`; that is how `write` does it, with `provenance` beside it.
 """
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tailscope.array_files.text import Array, Arrays, arrays_to_header, header_to_arrays, message_of
+from tailscope.array_files import columns
+from tailscope.array_files.fields import require_room
+from tailscope.array_files.text import Array, Arrays, Contents, arrays_to_header, header_to_arrays
 from tailscope.errors import UserError
 
+# What pyarrow raises on damaged files: its own errors derive from these.
+UNREADABLE: tuple[type[Exception], ...] = (
+    OSError, EOFError, ValueError, TypeError, LookupError, OverflowError, MemoryError, RuntimeError,
+)  # fmt: skip
 _ROWS_AT_ONCE = 2**14
-_RAGGED = "{}: the lists in column 'features' have gaps or differ in length"
+_RAGGED = "{}: the lists in column {!r} have gaps or differ in length"
 _COLUMNS = {"labels": "label", "ids": "id", "groups": "group"}
 
 
@@ -33,84 +38,98 @@ def require_pyarrow(path: Path) -> Any:
         raise UserError(f"{path}: Parquet needs pyarrow; pip install 'tailscope[parquet]'") from None
 
 
-def read(path: Path, wanted: Sequence[str]) -> Arrays:
-    """Return those of the wanted fields that the file has.
+def read(path: Path, required: Sequence[str], optional: Sequence[str]) -> Contents:
+    """Return the features, labels and what else of the fields a table has.
 
     Raises:
-        UserError: the file is damaged, columns hold nulls or lists of different lengths, or a class has no name.
+        UserError: other fields are asked for, columns are missing or hold nulls or lists of different lengths.
+        Exception: one of `UNREADABLE`, where the file is damaged.
     """
+    if "features" not in required:
+        raise UserError(f"{path}: a table has one row a sample; expected {', '.join(required)} in an .npz")
     pa = require_pyarrow(path)
     try:
-        with pa.parquet.ParquetFile(path) as file:
-            return _read_open(path, file, wanted)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise UserError(f"{path}: not a readable .parquet, or truncated ({message_of(error)})") from None
+        with path.open("rb") as opened, pa.parquet.ParquetFile(opened) as file:  # a name that is no UTF-8 opens only so
+            return _read(pa, path, file, optional)
+    except pa.ArrowException as error:  # which is, of text that is no UTF-8, none of those above
+        raise ValueError(str(error)) from error
+
+
+def _read(pa: Any, path: Path, file: Any, optional: Sequence[str]) -> Contents:
+    schema = file.schema_arrow
+    types = {name: str(kind) for name, kind in zip(schema.names, schema.types, strict=True)}
+    kinds = {name: _kind(pa, kind) for name, kind in zip(schema.names, schema.types, strict=True)}
+    chosen = columns.choose(path, schema.names, kinds, types)
+    _check_sizes(path, file, chosen)
+    rows = {field: _plain(path, name, file.read([name]).column(name)) for field, name in chosen.fields.items()}
+    arrays = columns.to_arrays(path, _features(path, file, chosen), rows)
+    header = {k.decode(): v.decode("utf-8", "replace") for k, v in (schema.metadata or {}).items()}
+    texts = header_to_arrays(path, {k: v for k, v in header.items() if k in optional})
+    return Contents(arrays | texts, chosen.notes)
 
 
 def write(path: Path, arrays: Arrays) -> None:
     """Write a table with `features` and whatever else of the fields there is."""
     pa = require_pyarrow(path)
     features = np.ascontiguousarray(arrays["features"])
-    columns = {column: pa.array(arrays[field]) for field, column in _COLUMNS.items() if field in arrays}
-    columns["features"] = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), features.shape[1])
-    table = pa.table(columns).replace_schema_metadata(arrays_to_header(arrays))
+    table_columns = {column: pa.array(arrays[field]) for field, column in _COLUMNS.items() if field in arrays}
+    table_columns["features"] = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), features.shape[1])
+    table = pa.table(table_columns).replace_schema_metadata(arrays_to_header(arrays))
     # Features do not compress, and a dictionary of them would only take time.
     pa.parquet.write_table(table, path, row_group_size=_ROWS_AT_ONCE, use_dictionary=False, compression="none")
 
 
-def _read_open(path: Path, file: Any, wanted: Sequence[str]) -> Arrays:
-    present = file.schema_arrow.names
-    arrays = {}
-    if "features" in wanted and (features := _features(path, file)) is not None:
-        arrays["features"] = features
-    for field, column in _COLUMNS.items():
-        if field in wanted and column in present:
-            arrays[field] = _column(path, file, column)
-    if "class_names" in wanted and "class_name" in present and "labels" in arrays:
-        arrays["class_names"] = _names_of_rows(path, arrays["labels"], _column(path, file, "class_name"))
-    header = {k.decode(): v.decode("utf-8", "replace") for k, v in (file.schema_arrow.metadata or {}).items()}
-    return arrays | header_to_arrays(path, {k: v for k, v in header.items() if k in wanted})
+def _kind(pa: Any, kind: Any) -> str:
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return columns.LISTS
+    return columns.NUMBER if pa.types.is_integer(kind) or pa.types.is_floating(kind) else columns.OTHER
 
 
-def _features(path: Path, file: Any) -> Array | None:
-    """Return [N, d] from the list column or from f0 ... f(d-1), batch by batch; None where there is neither."""
-    present = file.schema_arrow.names
-    names = ["features"]
-    if "features" not in present:
-        names = [f"f{i}" for i in range(sum(name[0] == "f" and name[1:].isdigit() for name in present))]
-        missing = [name for name in names if name not in present]
-        if missing:
-            raise UserError(f"{path}: no column {missing[0]!r}; the features are f0 to {names[-1]}")
-        if not names:
-            return None
+def _check_sizes(path: Path, file: Any, chosen: columns.Choice) -> None:
+    """Check what the file declares, by its first row where the features are lists: few bytes may stand for many values.
+
+    Not by the metadata of single columns: where these are damaged, pyarrow ends the process.
+    """
+    width = len(chosen.features)
+    for first in file.iter_batches(1, columns=chosen.features) if chosen.lists else ():
+        width = len(first.column(chosen.features[0]).flatten())
+        break
+    require_room(path, "the table", (file.metadata.num_rows, max(width, 1)), 8)
+
+
+def _features(path: Path, file: Any, chosen: columns.Choice) -> Array:
+    """Return [N, d] from the column of lists or from a column a feature, batch by batch."""
     rows, filled = np.empty((0, 0)), 0
-    for batch in file.iter_batches(_ROWS_AT_ONCE, columns=names):
-        if names == ["features"]:
-            block = _lists(path, batch.column("features"))
-        else:
-            block = np.column_stack([_plain(path, name, batch.column(name)) for name in names])
+    for block in _blocks(path, file, chosen):
         if filled == 0:
-            rows = np.empty((file.metadata.num_rows, block.shape[1]), dtype=block.dtype)
+            shape = (file.metadata.num_rows, block.shape[1])
+            require_room(path, "the table", shape, block.dtype.itemsize)
+            rows = np.empty(shape, dtype=block.dtype)
         if block.shape[1] != rows.shape[1]:
-            raise UserError(_RAGGED.format(path))
+            raise UserError(_RAGGED.format(path, chosen.features[0]))
         rows[filled : filled + len(block)] = block
         filled += len(block)
+    if filled != len(rows):
+        raise ValueError(f"declares {len(rows)} rows, but has {filled}")
     return rows
 
 
-def _lists(path: Path, column: Any) -> Array:
-    if "list" not in str(column.type):
-        raise UserError(f"{path}: column 'features' is {column.type}; expected lists of numbers")
+def _blocks(path: Path, file: Any, chosen: columns.Choice) -> Iterator[Array]:
+    for batch in file.iter_batches(_ROWS_AT_ONCE, columns=chosen.features):
+        if chosen.lists:
+            yield _lists(path, chosen.features[0], batch.column(chosen.features[0]))
+        else:
+            parts = [_plain(path, name, batch.column(name)) for name in chosen.features]
+            yield np.column_stack([part if part.dtype.kind == "f" else part.astype(np.float64) for part in parts])
+
+
+def _lists(path: Path, name: str, column: Any) -> Array:
     values = column.flatten()
     lengths = column.value_lengths().to_numpy(zero_copy_only=False)
     if column.null_count or values.null_count or (lengths != lengths[:1]).any():
-        raise UserError(_RAGGED.format(path))
+        raise UserError(_RAGGED.format(path, name))
     array: Array = values.to_numpy(zero_copy_only=False)
     return array.reshape(len(column), -1)
-
-
-def _column(path: Path, file: Any, name: str) -> Array:
-    return _plain(path, name, file.read([name]).column(name))
 
 
 def _plain(path: Path, name: str, column: Any) -> Array:
@@ -119,18 +138,3 @@ def _plain(path: Path, name: str, column: Any) -> Array:
         raise UserError(f"{path}: column {name!r} has {column.null_count} empty cells; fill or drop these rows")
     array: Array = np.asarray(column)
     return array.astype(np.str_) if array.dtype.kind == "O" else array
-
-
-def _names_of_rows(path: Path, labels: Array, names: Array) -> Array:
-    """Return the name of each class 0 ... C-1 from the rows' labels and names [N]."""
-    present, first = np.unique(labels, return_index=True)
-    by_row = names[first][np.searchsorted(present, labels)]
-    if (by_row != names).any():
-        row = int((by_row != names).argmax())
-        raise UserError(f"{path}: label {labels[row]} is called '{by_row[row]}' and '{names[row]}' in 'class_name'")
-    absent = np.setdiff1d(np.arange(len(present)), present)
-    if len(absent):
-        raise UserError(
-            f"{path}: no row names class {absent[0]}; put all names into the schema's metadata as 'class_names'"
-        )
-    return names[first]

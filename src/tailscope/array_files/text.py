@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,11 +11,41 @@ from tailscope.errors import UserError
 
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array]
+SINGLE = "the array"  # the name of an array that a file holds alone
+
+
+class Contents(NamedTuple):
+    """What was read of a file.
+
+    Attributes:
+        arrays: by the name of the field.
+        notes: what was left out or guessed, one line each.
+    """
+
+    arrays: Arrays
+    notes: tuple[str, ...] = ()
 
 
 def message_of(error: BaseException) -> str:
     """Return an exception's message on one line, or its type where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def shown(path: Path) -> str:
+    r"""Return a path as text that any terminal and any file can hold: bytes that are no UTF-8 are replaced.
+
+    >>> shown(Path("caf\udce9.npz"))
+    'caf�.npz'
+    """
+    return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def parse_json(text: str) -> Any:
+    """Return what the text says as JSON, None where it is no JSON or nests deeper than Python follows."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def header_to_arrays(path: Path, header: dict[str, str]) -> Arrays:
@@ -28,10 +58,7 @@ def header_to_arrays(path: Path, header: dict[str, str]) -> Arrays:
     if "provenance" in header:
         arrays["provenance"] = np.array(header["provenance"])
     if "class_names" in header:
-        try:
-            names = json.loads(header["class_names"])
-        except ValueError:
-            names = None
+        names = parse_json(header["class_names"])
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise UserError(f"{path}: class_names in the header is not a JSON list of text")
         arrays["class_names"] = np.array(names, dtype=np.str_)

@@ -17,6 +17,10 @@ IntArray = NDArray[np.int64]
 LOGITS_AT_ONCE = 2**22  # 16 MB in float32: stays near the processor's caches
 
 
+class Diverged(ValueError):
+    """A loss or logit is NaN or infinite: what it led to would be no result."""
+
+
 class FeatureClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """A classifier on features [N, d] that has one logit a class.
 
@@ -40,9 +44,19 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return self._logits(self._checked(X))
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
-        """Return the most likely label of each row, [N]; ties go to the first."""
+        """Return the most likely label of each row, [N]; ties go to the first.
+
+        Raises:
+            Diverged: a logit is NaN or infinite.
+        """
         checked = self._checked(X)
-        best = [self._logits(checked[rows]).argmax(axis=1) for rows in row_blocks(len(checked), len(self.classes_))]
+        best = []
+        for rows in row_blocks(len(checked), len(self.classes_)):
+            with np.errstate(over="ignore", invalid="ignore"):  # told by the next line
+                logits = self._logits(checked[rows])
+            if not np.isfinite(logits).all():
+                raise Diverged("logits are not finite")
+            best.append(logits.argmax(axis=1))
         labels: NDArray[Any] = self.classes_[np.concatenate(best)]
         return labels
 

@@ -4,6 +4,7 @@ Full-batch L-BFGS (Liu & Nocedal 1989, SciPy's implementation) has no learning r
 answer every time.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 from torch.nn import functional
 
-from tailscope.classifiers.base import Floats, IntArray, row_blocks
+from tailscope.classifiers.base import Diverged, Floats, IntArray, row_blocks
 
 RowLoss = Callable[[Sequence[Tensor], slice], Tensor]
 
@@ -50,6 +51,9 @@ def minimise(
     Returns:
         the expanded parameters at the minimum and the number of iterations; a ConvergenceWarning where the limit
         came first.
+
+    Raises:
+        Diverged: the loss or its gradient is not finite.
     """
     sizes = [p.numel() for p in start]
 
@@ -68,6 +72,8 @@ def minimise(
             total += loss.item()
         torch.autograd.backward([*expanded, penalty], [*(leaf.grad for leaf in leaves), torch.ones_like(penalty)])
         gradient = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
+        if not (math.isfinite(total) and gradient.isfinite().all()):
+            raise Diverged("the loss or its gradient is not finite")
         return total, gradient.double().numpy()
 
     options = {"maxiter": stopping.max_iter, "maxfun": 2 * stopping.max_iter, "ftol": stopping.tol, "gtol": 0.0}
@@ -96,7 +102,8 @@ def fit_softmax(
     against the target that has 1 - smoothing[y_i] at y_i and the rest spread over the other classes.
 
     The search runs in coordinates in which the features are centred and, by a damped whitening, about equally
-    spread; the objective stays the one above.
+    spread; the objective stays the one above. Where there are fewer rows than features it runs in the span of the
+    centred rows, which holds every iterate that starts there, and the optimum: its cost grows with min(N, d).
 
     Args:
         X: [N, d].
@@ -110,13 +117,17 @@ def fit_softmax(
 
     Returns:
         weight [C, d], bias [C], number of iterations.
+
+    Raises:
+        Diverged: the loss or its gradient is not finite.
     """
-    features, labels = shared_tensor(X), torch.from_numpy(y)
+    features, span, origin = _row_space(shared_tensor(X))
+    labels, width = torch.from_numpy(y), X.shape[1]
     rows, dims = features.shape
     classes = len(class_weight)
     dtype = features.dtype
     sample_weight = torch.tensor(class_weight, dtype=dtype)[labels] / rows
-    mean, variance, basis, inverse = _damped_whitening(features, sample_weight, l2)
+    mean, variance, basis, inverse = _damped_whitening(features, sample_weight, l2, width)
     shift = torch.tensor(np.zeros(classes) if offset is None else offset, dtype=dtype)
     smooth = None if smoothing is None else torch.tensor(smoothing, dtype=dtype)[labels] * classes / (classes - 1)
 
@@ -136,10 +147,13 @@ def fit_softmax(
 
     first = [torch.zeros(classes, dims, dtype=dtype), torch.zeros(classes, dtype=dtype)]
     if start is not None:
-        weight, bias = (torch.tensor(value, dtype=dtype) for value in start)
+        weight, bias = (torch.tensor(value, dtype=torch.float64) for value in start)
+        bias = (bias + weight @ origin).to(dtype)
+        weight = (weight if span is None else weight @ span).to(dtype)
         first = [weight @ inverse, bias + weight @ mean]
     (weight, bias), iterations = minimise(first, expand, row_loss, rows, classes, stopping)
-    return weight.numpy(), bias.numpy(), iterations
+    wide = weight.double() if span is None else weight.double() @ span.T
+    return wide.to(dtype).numpy(), (bias.double() - wide @ origin).to(dtype).numpy(), iterations
 
 
 def shared_tensor(X: Floats) -> Tensor:
@@ -147,8 +161,28 @@ def shared_tensor(X: Floats) -> Tensor:
     return torch.from_numpy(np.require(X, requirements=["C", "W"]))
 
 
-def _damped_whitening(features: Tensor, sample_weight: Tensor, l2: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _row_space(features: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return features in coordinates of the span of their centred rows, where N < d; else as they are.
+
+    Returns:
+        the coordinates [N, N]; in float64 the span's orthonormal basis [d, N] and the mean [d] from which they count.
+        Or the features, None and zeros.
+    """
+    rows, dims = features.shape
+    if rows >= dims:
+        return features, None, torch.zeros(dims, dtype=torch.float64)
+    wide = features.double()
+    origin = wide.mean(dim=0)
+    span, coordinates = torch.linalg.qr((wide - origin).T)
+    return coordinates.T.to(features.dtype).contiguous(), span, origin
+
+
+def _damped_whitening(
+    features: Tensor, sample_weight: Tensor, l2: float, width: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the weighted mean [d], the mean variance, and [d, d] matrices B and A: W = z B' and z = W A.
+
+    `width` is the number of features before they were turned, over which the variance is averaged.
 
     Half the covariance bounds the curvature of the cross-entropy (Böhning 1992). A tenth of the mean variance is added
     to it, because full whitening also stretches directions that carry little but noise, which slows the search.
@@ -160,7 +194,7 @@ def _damped_whitening(features: Tensor, sample_weight: Tensor, l2: float) -> tup
         centred = features[block] - mean
         covariance += ((centred * sample_weight[block, None]).T @ centred).double()
     covariance /= total
-    variance = covariance.trace() / len(covariance)
+    variance = covariance.trace() / width
     if variance <= 0:  # constant features: any scale does
         variance = torch.ones_like(variance)
     eigenvalues, vectors = torch.linalg.eigh(covariance)

@@ -5,7 +5,7 @@ batch or process that an image falls into changes what is drawn.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from tailscope.data.streams import UNREADABLE, ImageStream, MemoryImages
+from tailscope.data.pixels import ImageError
+from tailscope.data.streams import ImageStream, MemoryImages
 from tailscope.errors import UserError
 from tailscope.progress import Progress
 from tailscope.seeds import keyed
@@ -44,23 +45,28 @@ class DecodedBatch(NamedTuple):
     unreadable: list[Unreadable]
 
 
-class _Decoded(Dataset[tuple[int, Tensor | None, str]]):
-    """(row, times drawn before) -> (row, transformed image or None, why it could not be read)."""
+_Item: TypeAlias = tuple[int, Tensor | None, "str | UserError"]
+"""A row, its transformed image or None, and why it could not be read, or what the transform refused."""
+
+
+class _Decoded(Dataset[_Item]):
+    """(row, times drawn before) -> `_Item`."""
 
     def __init__(self, stream: ImageStream, transform: Callable[[Image.Image], Tensor], seed_of: SeedOf | None) -> None:
         self._stream, self._transform, self._seed_of = stream, transform, seed_of
 
-    def __getitem__(self, draw: tuple[int, int]) -> tuple[int, Tensor | None, str]:
+    def __getitem__(self, draw: tuple[int, int]) -> _Item:
         row, repeat = draw
         # Returned, not raised: an exception leaves a worker as a page of text, and would end the whole epoch.
         try:
             image = self._stream.image(row)
-        except FileNotFoundError:
-            return row, None, "missing"
-        except UNREADABLE as error:
-            return row, None, f"cannot be decoded, {type(error).__name__}"
+        except ImageError as error:
+            return row, None, str(error)
         if self._seed_of is None:
-            return row, self._transform(image), ""
+            try:
+                return row, self._transform(image), ""
+            except UserError as error:
+                return row, None, error
         with keyed(self._seed_of(self._stream.ids[row], repeat)):
             return row, self._transform(image), ""
 
@@ -74,8 +80,8 @@ def decode(
     pin_memory: bool = False,
     seed_of: SeedOf | None = None,
     repeats: Sequence[Sequence[int]] | None = None,
-) -> DataLoader[Any]:
-    """Return an iterable of `DecodedBatch`, in order.
+) -> Iterator[DecodedBatch]:
+    """Yield the decoded batches, in order.
 
     Args:
         stream: the images.
@@ -85,31 +91,46 @@ def decode(
         pin_memory: whether batches are put where a GPU can fetch them from.
         seed_of: seeds the transform, where it draws.
         repeats: of every drawn row, how often it was drawn before (see `earlier_draws`); None: never.
+
+    Raises:
+        UserError: a user's transform fails, or the images of a batch come out in several sizes.
     """
     if workers is None:
         few = sum(map(len, batches)) < _TOO_FEW_FOR_WORKERS
         workers = 0 if few or isinstance(stream, MemoryImages) else min(8, _cores())
-    return DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         _Decoded(stream, transform, seed_of),
         batch_sampler=[
             list(zip(rows, [0] * len(rows) if repeats is None else repeats[i], strict=True))
             for i, rows in enumerate(batches)
         ],
         num_workers=workers,
-        collate_fn=_Collate(stream),
+        collate_fn=_Collate(stream, str(getattr(transform, "label", "the transform"))),
         pin_memory=pin_memory,
+        generator=torch.Generator(),  # else the loader draws from the default one, which other threads may have seeded
     )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
 
 class _Collate:
     """Stack what was decoded, and list what was not. A class, because spawned workers need to pickle it."""
 
-    def __init__(self, stream: ImageStream) -> None:
-        self._where = stream.where
+    def __init__(self, stream: ImageStream, label: str) -> None:
+        self._where, self._label = stream.where, label
 
-    def __call__(self, items: list[tuple[int, Tensor | None, str]]) -> DecodedBatch:
+    def __call__(self, items: list[_Item]) -> DecodedBatch | UserError:
+        for row, _, reason in items:
+            if isinstance(reason, UserError):
+                return UserError(f"{reason}: {self._where(row)}")
         good = [(row, image) for row, image, _ in items if image is not None]
-        bad = [Unreadable(row, self._where(row), reason) for row, image, reason in items if image is None]
+        bad = [Unreadable(row, self._where(row), str(reason)) for row, image, reason in items if image is None]
+        sizes = {tuple(image.shape): row for row, image in reversed(good)}
+        if len(sizes) > 1:
+            shown = ", ".join(f"{list(size)} of {self._where(row)}" for size, row in list(sizes.items())[:3])
+            return UserError(f"{self._label} makes inputs of several sizes: {shown}; resize and crop to one size")
         images = torch.stack([image for _, image in good]) if good else torch.empty(0)
         return DecodedBatch(images, torch.tensor([row for row, _ in good], dtype=torch.int64), bad)
 

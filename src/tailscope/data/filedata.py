@@ -20,7 +20,7 @@ from tailscope.data import folders, listfiles, sources
 from tailscope.data.decoding import Unreadable, find_unreadable, refuse
 from tailscope.data.sources import ImageData
 from tailscope.data.streams import ImageFiles
-from tailscope.errors import UserError
+from tailscope.errors import UserError, expanded
 from tailscope.progress import Progress
 from tailscope.spec import digest
 from tailscope.store import Store
@@ -96,13 +96,14 @@ class FileData:
         return hashlib.sha256(both.encode()).hexdigest()
 
     def notes(self) -> list[str]:
-        """Return what a reader of a result must know: how many images cannot be read, and the first of them."""
+        """Return what a reader of a result must know: what was left out, and how many images cannot be read."""
+        found = list(dict.fromkeys((*self.train.files.notes, *self.test.files.notes)))
         if not self.skipped:
-            return []
+            return found
         plural = "image" if len(self.skipped) == 1 else "images"
         more = f" and {len(self.skipped) - SHOWN} more" if len(self.skipped) > SHOWN else ""
         shown = "; ".join(self.skipped[:SHOWN])
-        return [f"{len(self.skipped)} {plural} cannot be read and took no part: {shown}{more}"]
+        return [*found, f"{len(self.skipped)} {plural} cannot be read and took no part: {shown}{more}"]
 
     def keep(self, rows: dict[str, Rows], skipped: Sequence[str] = ()) -> "FileData":
         """Return the data set with only these rows of its splits."""
@@ -124,7 +125,7 @@ def load(source: str, *, data_root: Path | None = None) -> Data:
     """
     kind, _, rest = source.partition(":")
     if kind == "folder":
-        splits = folders.load(Path(rest).expanduser())
+        splits = folders.load(expanded(rest))
     elif kind == "list":
         splits = listfiles.load(rest, data_root)
     else:
@@ -132,8 +133,25 @@ def load(source: str, *, data_root: Path | None = None) -> Data:
     test = splits.get("test", splits.get("val"))
     if "train" not in splits or test is None:
         needs = "folder:PATH with train/ and test/ (or val/)" if kind == "folder" else "list:TRAIN.txt,TEST.txt"
-        raise UserError(f"{source}: an experiment needs images to train on and to test on; give {needs}")
-    return FileData(splits["train"].name, FileSet(splits["train"]), FileSet(test))
+        has = "no splits" if "all" in splits else f"only {', '.join(splits)}"
+        raise UserError(
+            f"{source}: an experiment needs images to train on and to test on; give {needs}; this has {has}"
+        )
+    train, test = _without_unused_numbers(splits["train"], test)
+    return FileData(train.name, FileSet(train), FileSet(test))
+
+
+def _without_unused_numbers(train: ImageFiles, test: ImageFiles) -> tuple[ImageFiles, ImageFiles]:
+    """Leave out the numbers of classes that lists do not use; each class is still called by its own."""
+    used = np.unique(train.labels)
+    strange = np.setdiff1d(test.labels, used)
+    if len(strange):
+        name = test.class_names[strange[0]]
+        raise UserError(f"{test.name}: has class {name!r}, of which {train.name} has no image to train on")
+    names = tuple(train.class_names[k] for k in used)
+    return tuple(  # type: ignore[return-value]
+        replace(images, labels=np.searchsorted(used, images.labels), class_names=names) for images in (train, test)
+    )
 
 
 def readable(

@@ -1,15 +1,27 @@
-"""Hugging Face datasets: `hf:NAME:SPLIT`, through the optional package `datasets`."""
+"""Hugging Face datasets: `hf:NAME:SPLIT`, through the optional package `datasets`, or saved by its `save_to_disk`.
+
+`hf:FOLDER` and `hf:FOLDER:SPLIT` name a saved one, whose Arrow files pyarrow reads. `,label=COLUMN` and `,image=COLUMN`
+behind either say which column is meant where several could be.
+"""
 
 import hashlib
-from dataclasses import dataclass
-from typing import Any
+import importlib
+import json
+import os
+import re
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from tailscope.array_files import message_of
+from tailscope.data.pixels import ImageError, not_regular, read_image
 from tailscope.errors import UserError
+from tailscope.field_checks import MAX_CLASSES
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,19 +34,33 @@ class HuggingFaceImages:
     labels: npt.NDArray[np.int64]
     class_names: tuple[str, ...]
     ids: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    named = True
 
     def take(self, indices: npt.NDArray[np.int64]) -> "HuggingFaceImages":
         """Return the images at `indices`, in that order; they keep their ids."""
         ids = tuple(self.ids[i] for i in indices)
-        dataset = self.dataset.select(indices.tolist())
-        return HuggingFaceImages(self.name, dataset, self.column, self.labels[indices], self.class_names, ids)
+        return replace(self, dataset=self.dataset.select(indices.tolist()), labels=self.labels[indices], ids=ids)
+
+    @cached_property
+    def _undecoded(self) -> Any:
+        """The dataset with images as their bytes: they are decoded here, by the rules of all sources."""
+        if type(self.dataset.features[self.column]).__name__ != "Image" or not hasattr(self.dataset, "cast_column"):
+            return self.dataset
+        return self.dataset.cast_column(self.column, importlib.import_module("datasets").Image(decode=False))
 
     def image(self, row: int) -> Image.Image:
-        """Decode an image."""
-        image = self.dataset[row][self.column]
-        if not isinstance(image, Image.Image):
-            raise ValueError(f"column {self.column!r} holds {type(image).__name__}, no image")
-        return image
+        """Decode an image to upright RGB."""
+        found = self._undecoded[row][self.column]
+        if isinstance(found, dict):
+            found = found.get("bytes") or found.get("path")
+        if isinstance(found, bytes | Image.Image):
+            return read_image(found)
+        if not isinstance(found, str):
+            raise ImageError(f"column {self.column!r} holds {'nothing' if found is None else type(found).__name__}")
+        if isinstance(self.dataset, _Saved):  # anybody may have written it, and its path may lead anywhere
+            raise ImageError("its bytes are not in the saved set, only a path")
+        return read_image(Path(found))
 
     def where(self, row: int) -> str:
         """Say the row."""
@@ -48,35 +74,199 @@ class HuggingFaceImages:
         return digest.hexdigest()
 
 
+class _Named(NamedTuple):
+    """What `hf:` is followed by, taken apart."""
+
+    source: str
+    name: str
+    split: str | None
+    columns: dict[str, str]
+
+
 def load(source: str) -> dict[str, HuggingFaceImages]:
-    """Return the one split that `NAME:SPLIT` names; its image and label columns are found by their types.
+    """Return the one split that `NAME:SPLIT` names, or all of a saved set; columns are found by their types.
 
     Raises:
-        UserError: `datasets` is not installed, the dataset cannot be had, or it has no image or label column.
+        UserError: `datasets` or pyarrow is not installed, the dataset cannot be had, it has not one image and one label
+            column, or rows without a label.
     """
-    name, _, split = source.rpartition(":")
-    if not name or not split:
+    named = _parse(source)
+    folder = _folder(named.name)
+    if any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
+        found = _open_saved(named, folder)
+    elif named.split is None:
         raise UserError(f"hf:{source}: expected hf:NAME:SPLIT, such as hf:cifar10:train")
+    else:
+        found = {named.split: _load_by_name(named, named.split)}
+    return {split: _images(named, split, dataset) for split, dataset in found.items()}
+
+
+def _parse(source: str) -> _Named:
+    name, *options = source.split(",")
+    columns = dict(option.partition("=")[::2] for option in options)
+    if not set(columns) <= {"image", "label"} or not all(columns.values()):
+        raise UserError(f"hf:{source}: behind the comma label=COLUMN and image=COLUMN are known")
+    found = re.fullmatch(r"(.+):([\w.+-]+(?:\[[^\]]*\])?)", name)  # a split may be a part of one: train[:10%]
+    whole, split = found.groups() if found and not _folder(name).is_dir() else (name, None)
+    return _Named(source, whole, split, columns)
+
+
+def _folder(name: str) -> Path:
+    return Path(os.path.expanduser(name))  # noqa: PTH111 -- a name that is no user's is one of the Hub's, or of nothing
+
+
+def _load_by_name(named: _Named, split: str) -> Any:
     try:
         import datasets
     except ImportError:
-        raise UserError(f"hf:{source}: needs the package datasets; pip install 'tailscope[hf]'") from None
+        raise UserError(f"hf:{named.source}: needs the package datasets; pip install 'tailscope[hf]'") from None
     try:
-        dataset = datasets.load_dataset(name, split=split)
+        return datasets.load_dataset(named.name, split=split)
     except Exception as error:  # the package has no common base class for what may go wrong
-        raise UserError(f"hf:{source}: cannot be loaded ({message_of(error)})") from None
-    image_column = _column_of_type(source, dataset.features, "Image")
-    label_column = _column_of_type(source, dataset.features, "ClassLabel")
-    labels = np.asarray(dataset[label_column][:], dtype=np.int64)
-    names = tuple(str(n) for n in dataset.features[label_column].names)
-    if len(labels) == 0 or labels.min() < 0:
-        raise UserError(f"hf:{source}: {'no rows' if len(labels) == 0 else 'rows without a label (-1)'}")
+        raise UserError(f"hf:{named.source}: cannot be loaded ({message_of(error)})") from None
+
+
+def _images(named: _Named, split: str, dataset: Any) -> HuggingFaceImages:
+    image = _column(named, "image", dataset.features, "Image")
+    label = _column(named, "label", dataset.features, "ClassLabel")
+    labels, names = _labels(f"hf:{named.source}: column {label!r}", dataset[label][:], dataset.features[label])
     ids = tuple(f"{split}:{row}" for row in range(len(labels)))
-    return {split: HuggingFaceImages(name, dataset, image_column, labels, names, ids)}
+    return HuggingFaceImages(named.name, dataset, image, labels, names, ids)
 
 
-def _column_of_type(source: str, features: dict[str, Any], kind: str) -> str:
-    found = [name for name, feature in features.items() if type(feature).__name__ == kind]
+def _column(named: _Named, what: str, features: dict[str, Any], kind: str) -> str:
+    """Return the column that was asked for, or the only one of its type."""
+    wish = named.columns.get(what)
+    if wish is not None:
+        if wish not in features:
+            raise UserError(f"hf:{named.source}: no column {wish!r}; its columns are {', '.join(features)}")
+        return wish
+    found = [name for name, feature in features.items() if _kind(feature) == kind]
     if not found:
-        raise UserError(f"hf:{source}: no column of type {kind}; its columns are {', '.join(features)}")
+        raise UserError(
+            f"hf:{named.source}: no column of type {kind}; its columns are {', '.join(features)}; choose one with "
+            f",{what}=COLUMN"
+        )
+    if len(found) > 1:
+        raise UserError(
+            f"hf:{named.source}: the columns {', '.join(found)} are all of type {kind}; choose one, with "
+            f",{what}={found[0]} for instance"
+        )
     return found[0]
+
+
+def _kind(feature: Any) -> str:
+    """Return a feature's type: a class of `datasets`, or what a saved set says of it."""
+    return str(feature.get("_type", "")) if isinstance(feature, dict) else type(feature).__name__
+
+
+def _labels(where: str, values: Any, feature: Any) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
+    """Return labels 0 to C-1 and the names of the classes: those of the column's type, or its different values."""
+    names = feature.get("names") if isinstance(feature, dict) else getattr(feature, "names", None)
+    if not len(values):
+        raise UserError(f"{where}: no rows")
+    empty = [row for row, value in enumerate(values) if value is None or (names is not None and value == -1)]
+    if empty:
+        raise UserError(
+            f"{where}: {len(empty)} of {len(values)} rows have no label (null or -1), the first is row {empty[0]}; "
+            "drop these rows"
+        )
+    if not all(type(value) is type(values[0]) and isinstance(value, int | str) for value in values):
+        raise UserError(
+            f"{where}: labels are {', '.join(sorted({type(v).__name__ for v in values}))}; expected integers or text"
+        )
+    if names is None:
+        known = sorted(set(values))
+        number = {value: k for k, value in enumerate(known)}
+        names, values = [str(value) for value in known], [number[value] for value in values]
+    if len(names) > MAX_CLASSES:
+        raise UserError(f"{where}: {len(names):,} classes; at most {MAX_CLASSES:,} are supported")
+    if isinstance(values[0], str) or not 0 <= min(values) <= max(values) < len(names):
+        raise UserError(f"{where}: labels beyond its {len(names)} classes")
+    return np.asarray(values, dtype=np.int64), tuple(str(name) for name in names)
+
+
+class _Saved:
+    """A split that `save_to_disk` wrote, as the part of `datasets.Dataset` that is used here."""
+
+    def __init__(self, table: Any, features: dict[str, Any], fingerprint: str, rows: npt.NDArray[np.int64]) -> None:
+        self._table, self.features, self._fingerprint, self._rows = table, features, fingerprint, rows
+
+    def __getitem__(self, key: str | int) -> Any:
+        if isinstance(key, str):
+            values = self._table.column(key).to_pylist()
+            return [values[row] for row in self._rows]
+        return self._table.slice(int(self._rows[key]), 1).to_pylist()[0]
+
+    def select(self, indices: list[int]) -> "_Saved":
+        """Return these rows; nothing is copied."""
+        drawn = hashlib.sha256(repr((self._fingerprint, indices)).encode()).hexdigest()
+        return _Saved(self._table, self.features, drawn, self._rows[indices])
+
+
+def _open_saved(named: _Named, folder: Path) -> dict[str, _Saved]:
+    """Return the splits of a folder, or the one that was asked for."""
+    if (folder / "dataset_dict.json").is_file():
+        names = _json(named, folder / "dataset_dict.json").get("splits")
+        if not isinstance(names, list) or not names or not all(_stays(name) for name in names):
+            raise UserError(f"hf:{named.source}: dataset_dict.json names no splits")
+        folders = {name: folder / name for name in names}
+    else:
+        folders = {str(_json(named, folder / "state.json").get("_split") or named.split or "train"): folder}
+    if named.split is not None:
+        if named.split not in folders:
+            raise UserError(f"hf:{named.source}: no split {named.split!r}; it has {', '.join(folders)}")
+        folders = {named.split: folders[named.split]}
+    return {split: _read_saved(named, where) for split, where in folders.items()}
+
+
+def _read_saved(named: _Named, folder: Path) -> _Saved:
+    state, info = (_json(named, folder / file) for file in ("state.json", "dataset_info.json"))
+    if state.get("_indices_data_files"):
+        raise UserError(f"hf:{named.source}: saved by an old version of datasets; load it there and save it again")
+    files, features = state.get("_data_files"), info.get("features")
+    names = [file.get("filename") for file in files if isinstance(file, dict)] if isinstance(files, list) else []
+    if not names or not all(_stays(name) for name in names) or not isinstance(features, dict):
+        raise UserError(f"hf:{named.source}: state.json and dataset_info.json do not name Arrow files and features")
+    table = _read_arrow(named, [folder / str(name) for name in names])
+    features = {name: feature for name, feature in features.items() if name in table.column_names}
+    return _Saved(table, features, str(state.get("_fingerprint", "")), np.arange(len(table)))
+
+
+def _read_arrow(named: _Named, files: list[Path]) -> Any:
+    """Return the table that the files hold one after the other, mapped into memory."""
+    try:
+        pa = importlib.import_module("pyarrow")
+    except ImportError:
+        raise UserError(f"hf:{named.source}: needs pyarrow; pip install 'tailscope[hf]'") from None
+    tables = []
+    for file in files:
+        problem = not_regular(file)
+        if problem:
+            raise UserError(f"hf:{named.source}: {file.name}: {problem}")
+        try:
+            with pa.ipc.open_stream(pa.memory_map(str(file))) as stream:
+                tables.append(stream.read_all())
+            tables[-1].validate(full=True)
+            tables[-1].slice(0, 1).to_pylist()  # finds names of columns that are no text
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise UserError(f"hf:{named.source}: {file.name}: no readable Arrow file ({message_of(error)})") from None
+    try:
+        return pa.concat_tables(tables)
+    except (ValueError, pa.ArrowException) as error:
+        raise UserError(f"hf:{named.source}: its Arrow files do not fit together ({message_of(error)})") from None
+
+
+def _json(named: _Named, path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if not_regular(path) is None else None
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"hf:{named.source}: {path.name}: {not_regular(path) or 'not a JSON object'}")
+    return found
+
+
+def _stays(name: object) -> bool:
+    """Whether a name from a file is one, and does not lead out of its folder."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")

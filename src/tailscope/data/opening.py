@@ -6,7 +6,7 @@ from pathlib import Path
 from tailscope.data import folders, huggingface, listfiles, sources
 from tailscope.data.imageset import ImageSet
 from tailscope.data.streams import ImageStream, MemoryImages
-from tailscope.errors import UserError
+from tailscope.errors import UserError, expanded
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,7 +18,7 @@ class OpenedImages:
     in_memory: ImageSet | None
 
     def split(self, name: str | None) -> tuple[str, ImageStream]:
-        """Return a split with its name; None takes the only one there is.
+        """Return a split with its name, which any of `folders.SPLITS` may call; None takes the only one there is.
 
         Raises:
             UserError: there is no such split, or None does not say which.
@@ -28,6 +28,8 @@ class OpenedImages:
             if len(self.splits) > 1:
                 raise UserError(f"{self.source} has the splits {known}; say which with --split")
             name = next(iter(self.splits))
+        if name not in self.splits:
+            name = folders.split_of(name) or name
         if name not in self.splits:
             raise UserError(f"--split {name}: {self.source} has {known}")
         return name, self.splits[name]
@@ -41,7 +43,7 @@ def open_images(source: str, *, data_root: Path | None = None) -> OpenedImages:
     """
     kind, _, rest = source.partition(":")
     if kind == "folder":
-        return OpenedImages(source, dict(folders.load(Path(rest).expanduser())), None)
+        return OpenedImages(source, dict(folders.load(expanded(rest))), None)
     if kind == "list":
         return OpenedImages(source, dict(listfiles.load(rest, data_root)), None)
     if kind == "hf":

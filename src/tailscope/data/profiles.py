@@ -4,12 +4,11 @@
 file that holds a list of counts or an object with the field `counts` (such as a stored `subset.json`).
 """
 
-import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
-from tailscope.errors import UserError
+from tailscope.errors import UserError, expanded
+from tailscope.result_files import read_json
 
 KNOWN = "exp:IF, step:IF, balanced, balanced:N, full, counts:N,N,..., COUNTS.json"
 # n_max / IF may come out a rounding error below a whole number (49 * (1/49) < 1): that is no reason to lose an image.
@@ -117,12 +116,10 @@ def _checked_counts(where: str, values: Sequence[object]) -> tuple[int, ...]:
 
 
 def _read_counts(path: str) -> list[object]:
-    try:
-        data = json.loads(Path(path).expanduser().read_text())
-    except FileNotFoundError:
-        raise UserError(f"profile {path!r}: no such counts file") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"profile {path!r}: cannot be read as JSON ({error})") from None
+    file = expanded(path)
+    if not file.exists():
+        raise UserError(f"profile {path!r}: no such counts file")
+    data = read_json(file)
     counts = data.get("counts") if isinstance(data, dict) else data
     if not isinstance(counts, list) or not counts:
         raise UserError(f"profile {path!r}: expected a JSON list of counts or an object with the field 'counts'")

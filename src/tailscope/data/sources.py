@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from tailscope import seeds
 from tailscope.data import npz, splits
 from tailscope.data.imageset import ImageSet
-from tailscope.errors import UserError
+from tailscope.errors import UserError, expanded
 
 DIGITS_TEST_PER_CLASS = 50
 DIGITS_SPLIT_SEED = 0
@@ -55,7 +55,7 @@ def load(source: str, *, data_root: Path | None = None, also: tuple[str, ...] = 
         train, test = _LOADERS[source](data_root)
         return ImageData(source, train, test)
     if source.endswith(".npz"):
-        path = Path(source).expanduser()
+        path = expanded(source)
         return ImageData(path.stem, *npz.read(path))
     raise UserError(f"unknown data set {source!r}; known: {', '.join((*sorted(_LOADERS), 'PATH.npz', *also))}")
 
@@ -76,7 +76,7 @@ def _digits(_: Path | None) -> tuple[ImageSet, ImageSet]:
 
 
 def _cifar(name: str, data_root: Path | None) -> tuple[ImageSet, ImageSet]:
-    root = data_root.expanduser() if data_root else _default_root()
+    root = expanded(data_root) if data_root else _default_root()
     if (root / f"{name}.npz").is_file():
         return npz.read(root / f"{name}.npz")
     if data_root is not None and not root.is_dir():
@@ -106,7 +106,7 @@ def _official(name: str, root: Path, *, train: bool) -> ImageSet:
 
 def _default_root() -> Path:
     named = os.environ.get("TAILSCOPE_DATA")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "tailscope" / "data"
+    return expanded(named or "~/.cache/tailscope/data")
 
 
 _LOADERS: dict[str, Callable[[Path | None], tuple[ImageSet, ImageSet]]] = {

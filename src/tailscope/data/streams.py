@@ -2,7 +2,8 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -12,11 +13,10 @@ import torch
 from PIL import Image
 
 from tailscope.data.imageset import ImageSet
+from tailscope.data.pixels import read_image
+from tailscope.errors import plain_name
 
 PIL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-
-# What Pillow raises for a file that is missing, truncated, no image, or a "decompression bomb".
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 
 
 class ImageStream(Protocol):
@@ -26,7 +26,9 @@ class ImageStream(Protocol):
         name: the data set's name.
         labels: int64 [N], 0 to C-1.
         class_names: one name a class.
+        named: whether the class names are names even where they look like 0 to C-1; else those are numbers.
         ids: text [N], different for different images of the data set.
+        notes: what a reader of results must know of where the images come from, such as what was left out.
     """
 
     @property
@@ -42,14 +44,22 @@ class ImageStream(Protocol):
         """One name a class."""
 
     @property
+    def named(self) -> bool:
+        """Whether the classes have names."""
+
+    @property
     def ids(self) -> Sequence[str]:
         """One name an image."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines for people."""
 
     def take(self, indices: npt.NDArray[np.int64]) -> "ImageStream":
         """Return the images at `indices`, in that order; class names stay."""
 
     def image(self, row: int) -> Image.Image:
-        """Decode an image; raises one of `UNREADABLE` where that fails."""
+        """Decode an image; raises `ImageError` where that fails."""
 
     def where(self, row: int) -> str:
         """Say where the image comes from, such as a line of a list file."""
@@ -65,11 +75,12 @@ class ImageFiles:
     Attributes:
         name: the data set's name.
         root: the directory that `paths` start from.
-        paths: relative, with `/`; they are the ids.
+        paths: relative, with `/`, as the system spells them: bytes that are no UTF-8 are surrogates.
         labels: int64 [N], 0 to C-1.
         class_names: one name a class.
         list_file: the list that names the images, if a list does.
         lines: the line of each image there, counted from 1.
+        notes: what was left out, and what else a reader of results must know; lines for people.
     """
 
     name: str
@@ -79,14 +90,20 @@ class ImageFiles:
     class_names: tuple[str, ...]
     list_file: Path | None = None
     lines: npt.NDArray[np.int64] | None = None
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.paths)
 
     @property
+    def named(self) -> bool:
+        """Folders are names, though they may be called 0, 1, ...; in lists these are numbers."""
+        return self.list_file is None
+
+    @cached_property
     def ids(self) -> Sequence[str]:
-        """The relative paths."""
-        return self.paths
+        """The relative paths, as text that any file can hold."""
+        return tuple(plain_name(path) for path in self.paths)
 
     def counts(self) -> list[int]:
         """Return the number of images of each class."""
@@ -96,20 +113,17 @@ class ImageFiles:
         """Return the images at `indices`, in that order; class names stay."""
         index = np.asarray(indices, dtype=np.int64)
         lines = None if self.lines is None else self.lines[index]
-        paths = tuple(self.paths[i] for i in index)
-        return ImageFiles(self.name, self.root, paths, self.labels[index], self.class_names, self.list_file, lines)
+        return replace(self, paths=tuple(self.paths[i] for i in index), labels=self.labels[index], lines=lines)
 
     def image(self, row: int) -> Image.Image:
-        """Decode an image, in the mode that the file has."""
-        with Image.open(self.root / self.paths[row]) as image:
-            image.load()
-            return image
+        """Decode an image to upright RGB."""
+        return read_image(self.root / self.paths[row])
 
     def where(self, row: int) -> str:
         """Say the path and, where there is one, the list file's line."""
         if self.list_file is None or self.lines is None:
-            return self.paths[row]
-        return f"{self.list_file.name} line {self.lines[row]}: {self.paths[row]}"
+            return self.ids[row]
+        return f"{self.list_file.name} line {self.lines[row]}: {self.ids[row]}"
 
     def fingerprint(self) -> str:
         """Return the SHA-256 (hex) of paths, file sizes, labels and class names; pixels are not read."""
@@ -121,7 +135,7 @@ class ImageFiles:
     def _size(self, path: str) -> int:
         try:
             return (self.root / path).stat().st_size
-        except OSError:
+        except (OSError, ValueError):
             return -1
 
 
@@ -132,6 +146,8 @@ class MemoryImages:
     name: str
     images: ImageSet
     ids: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    named = False
 
     @classmethod
     def of(cls, name: str, split: str, images: ImageSet) -> "MemoryImages":
@@ -152,7 +168,7 @@ class MemoryImages:
     def take(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> "MemoryImages":
         """Return the images at `indices`, in that order; they keep their ids."""
         index = np.asarray(indices, dtype=np.int64)
-        return MemoryImages(self.name, self.images.take(index), tuple(self.ids[i] for i in index))
+        return replace(self, images=self.images.take(index), ids=tuple(self.ids[i] for i in index))
 
     def image(self, row: int) -> Image.Image:
         """Return the pixels as they are, as an image with 1 to 4 channels."""

@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailscope.diagnosis.advice import advise
 from tailscope.diagnosis.encoders import compare, pair_up, same_names
-from tailscope.diagnosis.inputs import Inputs, Source, as_table, bursts, read
+from tailscope.diagnosis.inputs import Inputs, bursts, read
 from tailscope.diagnosis.neighbours import confusable_pairs
+from tailscope.diagnosis.soundness import doubts, doubts_of_outcomes, far_notes, withhold, without_far_rows
 from tailscope.errors import UserError
+from tailscope.feature_table import FeatureTable, Source, is_pair
 from tailscope.geometry import GeometryResult, describe
 from tailscope.groups import GROUPS
 from tailscope.linear_layer import LinearLayer
@@ -84,7 +86,8 @@ def diagnose(
     """Say where accuracy is lost on given features, for which classes, how sure that is, and what to try.
 
     Args:
-        train: features of the training samples, a `FeatureTable` or a file; or a list of them, one an encoder.
+        train: features of the training samples: a file, a `FeatureTable`, a pair (features, labels), a mapping of
+            arrays or a DataFrame; or a list of them, one an encoder.
         unseen: features of samples from the true distribution that had no part in training; a list like `train`.
         test: features that only score, or None: then the unseen samples score, cross-fitted.
         classifier: the linear classifier in use, or None for a softmax regression on the training features.
@@ -125,11 +128,14 @@ def prepare(
     filled = [given or [None] * len(trains) for given in others]
     found: dict[str, Inputs] = {}
     for first, second, third, linear in zip(trains, *filled, strict=True):
-        table = as_table(first)
+        table, held = FeatureTable.of(first, "train"), FeatureTable.of(second, "unseen")
+        scored = None if third is None else FeatureTable.of(third, "test")
+        notes = [note for given in (table, held, scored) if given is not None for note in far_notes(given)]
         reference = next(iter(found.values()), None)
         if reference is not None:
             table = same_names(reference.train, table)
-        inputs = read(table, second, third, linear, drop_duplicates=settings.drop_duplicates)
+        inputs = read(table, held, scored, linear, drop_duplicates=settings.drop_duplicates)
+        inputs = replace(inputs, warnings=(*notes, *inputs.warnings))
         name = _free_name(Path(table.source).stem, found)
         found[name] = inputs if reference is None else _paired(reference, inputs)
     return found
@@ -147,8 +153,10 @@ def run(inputs: dict[str, Inputs], settings: DiagnosisSettings, runtime: Runtime
         UserError: the unseen samples are too few for a verdict.
     """
     results, outcomes = {}, {}
-    for name, one in inputs.items():
-        results[name], outcomes[name] = _one(one, settings, runtime)
+    kept = without_far_rows(inputs)
+    reasons = doubts(kept)
+    for name, one in kept.items():
+        results[name], outcomes[name] = _one(one, inputs[name].train.counts(), reasons, settings, runtime)
     first = next(iter(inputs.values()))
     result = {
         "schema": "tailscope.diagnosis/1",
@@ -166,12 +174,22 @@ def run(inputs: dict[str, Inputs], settings: DiagnosisSettings, runtime: Runtime
         **results[next(iter(inputs))],
     }
     if len(inputs) > 1:
-        result |= {"encoders": results, "comparison": compare(inputs, results, outcomes)}
+        result |= {"encoders": results, "comparison": compare(kept, results, outcomes)}
     return result
 
 
-def _one(inputs: Inputs, settings: DiagnosisSettings, runtime: Runtime) -> "tuple[dict[str, Any], Outcomes | None]":
-    """Return the part of a diagnosis that is one encoder's."""
+def _one(
+    inputs: Inputs, counts: list[int], reasons: list[str], settings: DiagnosisSettings, runtime: Runtime
+) -> "tuple[dict[str, Any], Outcomes | None]":
+    """Return the part of a diagnosis that is one encoder's.
+
+    Args:
+        inputs: without rows that are far too long.
+        counts: training samples of each class, with them.
+        reasons: why no verdict may be given.
+        settings: of the diagnosis.
+        runtime: where it is measured.
+    """
     train, unseen, names = inputs.train, inputs.unseen, inputs.names
     first, second = bursts(train, unseen)
     with runtime.progress.task("geometry", len(names)) as advance:
@@ -181,6 +199,7 @@ def _one(inputs: Inputs, settings: DiagnosisSettings, runtime: Runtime) -> "tupl
             unseen.features.to(runtime.device),
             unseen.labels,
             names,
+            train_counts=counts,
             permutations=settings.permutations,
             alpha=settings.alpha,
             seed=settings.seed,
@@ -189,7 +208,7 @@ def _one(inputs: Inputs, settings: DiagnosisSettings, runtime: Runtime) -> "tupl
             progress=lambda done, total: advance(1),
         )
     measured: dict[str, Any] = {
-        "counts": train.counts(),
+        "counts": counts,
         "groups_rule": geometry.groups_rule,
         "classes": geometry.classes,
         "groups": geometry.groups,
@@ -202,10 +221,13 @@ def _one(inputs: Inputs, settings: DiagnosisSettings, runtime: Runtime) -> "tupl
         )
     if settings.verdict:
         judged, caveats, outcomes = _judge(inputs, geometry, settings, runtime.progress)
-        return measured | judged | {"warnings": list(dict.fromkeys([*warnings, *caveats]))}, outcomes
+        reasons = [*reasons, *(() if reasons else doubts_of_outcomes(inputs, outcomes))]
+        if reasons:
+            withhold(judged, reasons)
+        return measured | judged | {"warnings": list(dict.fromkeys([*reasons, *warnings, *caveats]))}, outcomes
     pairs = confusable_pairs(geometry.centers, names)
     unjudged = {"accuracy": None, "verdict": None, "advice": [], "pairs": pairs}
-    return measured | unjudged | {"warnings": list(dict.fromkeys(warnings))}, None
+    return measured | unjudged | {"warnings": list(dict.fromkeys([*reasons, *warnings]))}, None
 
 
 def _judge(
@@ -242,7 +264,7 @@ def _paired(reference: Inputs, inputs: Inputs) -> Inputs:
 def _many(given: Any) -> list[Any]:
     if given is None:
         return []
-    return list(given) if isinstance(given, list | tuple) else [given]
+    return list(given) if isinstance(given, list | tuple) and not is_pair(given) else [given]
 
 
 def _free_name(name: str, taken: dict[str, Inputs]) -> str:

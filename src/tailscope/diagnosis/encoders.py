@@ -17,6 +17,7 @@ from tailscope.errors import UserError
 from tailscope.feature_table import FeatureTable
 from tailscope.field_checks import match_names
 from tailscope.geometry.fields import Entry
+from tailscope.geometry.lengths import exponent, log2_lengths, scaled
 from tailscope.groups import GROUPS
 
 if TYPE_CHECKING:
@@ -52,8 +53,22 @@ def linear_cka(first: Tensor, second: Tensor) -> float | None:
     >>> round(linear_cka(x, 3 * x.flip(1) + 1), 6)
     1.0
     """
+    sides = [scaled(x, exponent(log2_lengths(x, "features"))) for x in (first, second)]
+    cross, own, other = _by_samples(*sides) if len(first) < max(x.shape[1] for x in sides) else _by_features(*sides)
+    return cross / (own**0.5 * other**0.5) if own > 0 and other > 0 else None
+
+
+def _by_samples(first: Tensor, second: Tensor) -> tuple[float, float, float]:
+    """Return ||Y'X||_F^2, ||X'X||_F^2 and ||Y'Y||_F^2 of centred features from n x n kernels, where n is small."""
+    k, m = (side @ side.T for side in (x.double() - x.mean(dim=0, dtype=torch.float64) for x in (first, second)))
+    return float((k * m).sum()), float(k.square().sum()), float(m.square().sum())
+
+
+def _by_features(first: Tensor, second: Tensor) -> tuple[float, float, float]:
+    """Return the same from products over the features."""
     means = [x.mean(dim=0, dtype=torch.float64) for x in (first, second)]
-    products = [torch.zeros(a, b, dtype=torch.float64) for a, b in _shapes(first, second)]
+    d, e = first.shape[1], second.shape[1]
+    products = [torch.zeros(a, b, dtype=torch.float64) for a, b in ((e, d), (d, d), (e, e))]
     for start in range(0, len(first), ROWS_AT_ONCE):
         x, y = (
             side[start : start + ROWS_AT_ONCE].double() - mean
@@ -62,7 +77,7 @@ def linear_cka(first: Tensor, second: Tensor) -> float | None:
         for product, left, right in zip(products, (y, x, y), (x, x, y), strict=True):
             product += left.T @ right
     cross, own, other = (float(product.square().sum()) for product in products)
-    return cross / (own * other) ** 0.5 if own > 0 and other > 0 else None
+    return cross, own, other
 
 
 def pair_up(reference: FeatureTable, other: FeatureTable) -> FeatureTable:
@@ -177,8 +192,3 @@ def _value(entry: Entry, field: str) -> float | None:
         return value
     apart, spread = entry["nearest_center_true_deg"], entry["spread_true_deg"]
     return apart / spread if apart is not None and spread else None
-
-
-def _shapes(first: Tensor, second: Tensor) -> list[tuple[int, int]]:
-    d, e = first.shape[1], second.shape[1]
-    return [(e, d), (d, d), (e, e)]

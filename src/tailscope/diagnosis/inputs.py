@@ -11,13 +11,12 @@ import numpy.typing as npt
 import torch
 
 from tailscope.errors import UserError
-from tailscope.feature_table import FeatureTable, align
+from tailscope.feature_table import FeatureTable, Source, align
 from tailscope.field_checks import listed
 from tailscope.geometry.duplicates import unseen_copies
 from tailscope.geometry.rows import group_rows
 from tailscope.linear_layer import LinearLayer
 
-Source = FeatureTable | Path | str
 BoolArray = npt.NDArray[np.bool_]
 UNEVEN = 2.0
 
@@ -76,7 +75,7 @@ def read(
     """Read and check what a diagnosis needs.
 
     Args:
-        train: a table or the file that holds it.
+        train: whatever `FeatureTable.of` takes: a table, a file, arrays or a DataFrame.
         unseen: the same.
         test: the same, or None.
         classifier: a linear classifier or its file, or None.
@@ -86,7 +85,8 @@ def read(
         UserError: a file cannot be used, as `FeatureTable.load` and `align` say; a class has no training samples; the
             classifier does not fit; or nothing is left once duplicates are dropped.
     """
-    tables = [as_table(source) for source in (train, unseen, *(() if test is None else (test,)))]
+    given = {"train": train, "unseen": unseen} | ({} if test is None else {"test": test})
+    tables = [FeatureTable.of(source, name) for name, source in given.items()]
     aligned = align(*tables)
     names = aligned[0].class_names or ()
     _require_training_samples(aligned[0], names)
@@ -94,7 +94,9 @@ def read(
     if linear is not None:
         linear = linear.aligned(names, aligned[0].width, aligned[0].source)
     kept, warnings = _without_duplicates(list(aligned), names, drop_duplicates)
-    return Inputs(kept[0], kept[1], kept[2] if test is not None else None, linear, names, (*warnings, *_uneven(kept)))
+    notes = [note for table in tables for note in table.notes] + list(linear.notes if linear else ())
+    warnings += [*_uneven(kept), *_absent(kept[1:], names), *notes]
+    return Inputs(kept[0], kept[1], kept[2] if test is not None else None, linear, names, tuple(warnings))
 
 
 def bursts(*tables: FeatureTable) -> list[torch.Tensor | None]:
@@ -113,16 +115,12 @@ def bursts(*tables: FeatureTable) -> list[torch.Tensor | None]:
     return [torch.from_numpy(part.astype(np.int64)) for part in np.split(codes, ends)]
 
 
-def as_table(source: Source) -> FeatureTable:
-    """Return the table, read where it is a file."""
-    return source if isinstance(source, FeatureTable) else FeatureTable.load(Path(source))
-
-
 def _require_training_samples(train: FeatureTable, names: tuple[str, ...]) -> None:
     missing = [names[k] for k, count in enumerate(train.counts()) if not count]
     if missing:
         raise UserError(
-            f"{train.source}: no training samples of {listed(missing)}; add some or leave the class out of every file"
+            f"{train.source}: no training samples of {listed(missing)}; add some, or leave the class out of "
+            "class_names and of every file"
         )
 
 
@@ -165,6 +163,16 @@ def _same_data(a: FeatureTable, b: FeatureTable) -> bool:
 
 def _name(source: str) -> str:
     return Path(source).name or source
+
+
+def _absent(tables: list[FeatureTable], names: tuple[str, ...]) -> list[str]:
+    """Warn where a held-out table has no samples of a class: nothing can be said about it there."""
+    found = []
+    for table in tables:
+        missing = [name for name, count in zip(names, table.counts(), strict=True) if not count]
+        if missing:
+            found.append(f"{table.source}: no samples of {listed(missing)}, so nothing is said about them there")
+    return found
 
 
 def _uneven(tables: list[FeatureTable]) -> list[str]:

@@ -8,6 +8,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tailscope.geometry.angles import unit_centers
+
 IntArray = npt.NDArray[np.int64]
 BLOCK = 512
 
@@ -32,7 +34,7 @@ def confusable_pairs(
         `first`, `second` (names; indices as `first_index`, `second_index`), `angle_deg`, and the shares of scored
         samples of the first taken for the second, `first_as_second`, and the reverse, `second_as_first`.
     """
-    unit = torch.nn.functional.normalize(centers.cpu().nan_to_num(), dim=1)
+    unit = unit_centers(centers.cpu(), torch.float64)[0]
     found = []
     for i, j in closest(unit, most):
         angle = 2 * torch.asin((unit[i] - unit[j]).norm().clamp(max=2) / 2)

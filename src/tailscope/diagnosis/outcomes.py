@@ -12,12 +12,14 @@ from sklearn.exceptions import ConvergenceWarning
 
 from tailscope.bounds import INFLATION, Bound, Selection, at_least, cross_fitted, held_out, select_nested
 from tailscope.classifiers import LinearClassifier, LogitAdjustment, NearestClassMean, SoftmaxRegression, TauNorm
-from tailscope.classifiers.base import FeatureClassifier, Floats, IntArray
+from tailscope.classifiers.base import Diverged, FeatureClassifier, Floats, IntArray
 from tailscope.classifiers.softmax import balanced_weights
 from tailscope.classifiers.solver import Stopping, fit_softmax
 from tailscope.diagnosis.inputs import Inputs, bursts
+from tailscope.diagnosis.soundness import fit_scale
 from tailscope.errors import UserError
 from tailscope.feature_table import FeatureTable
+from tailscope.geometry.lengths import scaled
 from tailscope.intervals import proportion
 from tailscope.progress import Progress
 
@@ -37,6 +39,7 @@ class Outcomes:
     Attributes:
         labels: [m].
         predicted: [m], by the classifier in use.
+        predicted_train: [n], of the training samples by the same.
         current: [m] of bool.
         current_name: the file of the classifier in use, or how it was fitted.
         rebalanced: the best remedy, chosen on samples that it is not scored on.
@@ -48,6 +51,7 @@ class Outcomes:
 
     labels: IntArray
     predicted: IntArray
+    predicted_train: IntArray
     current: BoolArray
     current_name: str
     rebalanced: Selection
@@ -84,17 +88,18 @@ def score(inputs: Inputs, seed: int, progress: Progress) -> Outcomes:
     """Fit and score every classifier that a verdict compares.
 
     Raises:
-        UserError: the unseen samples are too few to fit or to choose a classifier on.
+        UserError: the unseen samples are too few to fit or to choose a classifier on; a loss or logit is not finite.
     """
-    train, unseen = _arrays(inputs.train), _arrays(inputs.unseen)
-    scored = unseen if inputs.test is None else _arrays(inputs.test)
+    power = fit_scale(inputs)
+    train, unseen = _arrays(inputs.train, power), _arrays(inputs.unseen, power)
+    scored = unseen if inputs.test is None else _arrays(inputs.test, power)
     for table in (inputs.unseen, inputs.scored):
         if table.labels.min() == table.labels.max():
             only = inputs.names[int(table.labels[0])]
             raise UserError(f"{table.source}: all samples are of class {only!r}; add others, or use --no-verdict")
     notes: list[str] = []
-    with progress.task("classifiers", len(STEPS)) as advance, _convergence(notes):
-        current, name = _current(inputs, *train)
+    with progress.task("classifiers", len(STEPS)) as advance, _convergence(notes), _divergence(inputs):
+        current, name = _current(inputs, *train, power)
         predicted = _predict(current, scored[0])
         advance(1)
         fitted = remedies(current, *train)
@@ -107,6 +112,7 @@ def score(inputs: Inputs, seed: int, progress: Progress) -> Outcomes:
     return Outcomes(
         scored[1],
         predicted,
+        _predict(current, train[0]),
         predicted == scored[1],
         name,
         rebalanced,
@@ -141,17 +147,21 @@ def tolerance(features: Floats, classes: int) -> float:
     return LARGE_TOL if features.size * classes > LARGE else TOL
 
 
-def _arrays(table: FeatureTable) -> tuple[Floats, IntArray]:
-    """Return features in 32 or 64 bits, and labels."""
+def _arrays(table: FeatureTable, power: int) -> tuple[Floats, IntArray]:
+    """Return features times 2 ** power in 32 or 64 bits, and labels."""
     features = table.features if table.features.dtype.itemsize >= 4 else table.features.float()
-    return features.numpy(), table.labels.numpy()
+    return scaled(features, power).numpy(), table.labels.numpy()
 
 
-def _current(inputs: Inputs, features: Floats, labels: IntArray) -> tuple[FixedClassifier, str]:
+def _current(inputs: Inputs, features: Floats, labels: IntArray, power: int) -> tuple[FixedClassifier, str]:
+    """Return the classifier in use, on features that were multiplied by 2 ** power, and its name."""
     given = inputs.classifier
     if given is not None:
         with np.errstate(over="ignore"):  # told below
-            weight, bias = (tensor.numpy().astype(features.dtype) for tensor in (given.weight, given.bias))
+            weight, bias = (
+                tensor.double().numpy().astype(features.dtype)
+                for tensor in (scaled(given.weight.double(), -power), given.bias)
+            )
         if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
             raise UserError(f"{given.source}: weight or bias is beyond {features.dtype}, the type of the features")
         return FixedClassifier(weight, bias), given.source
@@ -194,11 +204,26 @@ def _bound(inputs: Inputs, unseen: tuple[Floats, IntArray], scored: tuple[Floats
         codes = bursts(inputs.unseen)[0]
         together = None if codes is None else codes.numpy()
         return cross_fitted(*unseen, classifier=classifier, folds=FOLDS, bursts=together, seed=seed)
+    except Diverged:
+        raise
     except ValueError as error:
         why = " ".join(str(error).split())
         raise UserError(
             f"{inputs.unseen.source}: no classifier can be fitted to the unseen samples ({why}); give more samples, or "
             "use --no-verdict"
+        ) from None
+
+
+@contextmanager
+def _divergence(inputs: Inputs) -> Iterator[None]:
+    """Turn a loss or logit that is not finite into one line."""
+    try:
+        yield
+    except Diverged as error:
+        given = inputs.classifier
+        start = "" if given is None else f", which starts from {given.source}"
+        raise UserError(
+            f"{inputs.train.source}: no classifier can be fitted{start}: {error}; check the values, or use --no-verdict"
         ) from None
 
 

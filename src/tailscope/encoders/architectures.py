@@ -2,35 +2,34 @@
 
 import importlib
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import torch
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models import get_model, get_model_weights, list_models
-from torchvision.transforms import InterpolationMode
 
 from tailscope.array_files import message_of
-from tailscope.encoders.encoder import FeatureFunction, InputOf, last_linear, measure, probe
+from tailscope.encoders import checkpoints
+from tailscope.encoders.checkpoints import Checkpoint
+from tailscope.encoders.encoder import FeatureFunction, InputOf, by_method, by_timm, last_linear
 from tailscope.encoders.preprocessing import (
     CIFAR,
-    IMAGENET,
     Normalization,
     Preprocessing,
     Wishes,
+    by_imagenet,
     centre_crop,
     whole_image,
 )
 from tailscope.errors import UserError
 from tailscope.models import MODELS, CifarResNet
-from tailscope.registry import split_call
 
 _CLASSES_OF_AN_UNTRAINED_MODEL = 10
-_CROP_SHARE = 224 / 256
+_PROJECTS_CLASSIFIER = "classifier"
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +42,8 @@ class Architecture:
         how: `function` in words.
         classifiers: names of its classifier layers.
         preprocessing: what it wants to see.
+        notes: what the user should know, about the preprocessing above all.
+        source: SHA-256 of the user's module that made the network; empty for others.
     """
 
     model: nn.Module
@@ -50,24 +51,51 @@ class Architecture:
     how: str
     classifiers: tuple[str, ...]
     preprocessing: Preprocessing
+    notes: tuple[str, ...] = ()
+    source: str = ""
 
 
-def project(call: str, channels: int, foreign: bool, wishes: Wishes) -> Architecture:
-    """Build one of the project's own models.
+def project(call: str, channels: int, stored: Checkpoint | None, wishes: Wishes) -> Architecture:
+    """Build one of the project's own models, which takes as many channels as the checkpoint's.
+
+    The weights of the field's codebases, whose classifiers have other names, were trained on CIFAR normalised by its
+    usual constants.
 
     Args:
         call: call-string of the registry, such as "resnet32(width=64)".
-        channels: of the images.
-        foreign: whether the weights come from one of the field's codebases, which normalise CIFAR by its constants.
+        channels: of the images, where there is no checkpoint.
+        stored: the weights to come. Nothing is allocated before they are known to fit: the file bounds the network.
         wishes: about the preprocessing.
+
+    Raises:
+        UserError: the model is unknown, cannot be built, or is not the checkpoint's.
     """
-    model: nn.Module = MODELS.make(call, channels, _CLASSES_OF_AN_UNTRAINED_MODEL)
+    foreign = False
+    if stored is not None:
+        own = checkpoints.backbone_of(_made(call, channels, "meta"), (_PROJECTS_CLASSIFIER,))
+        for place in checkpoints.places(stored, own)[:1]:
+            state = place.state()
+            foreign = f"{_PROJECTS_CLASSIFIER}.weight" not in state
+            if state["conv1.weight"].ndim == 4:
+                channels = state["conv1.weight"].shape[1]
+                own = checkpoints.backbone_of(_made(call, channels, "meta"), (_PROJECTS_CLASSIFIER,))
+        checkpoints.require_fit(stored, own, call, (_PROJECTS_CLASSIFIER,))
+    model = _made(call, channels, "cpu")
     if isinstance(model, CifarResNet):
         normalization = wishes.normalization(CIFAR if foreign and channels == 3 else "data", channels)
-        preprocessing = whole_image(wishes.image_size, normalization, channels)
+        preprocessing = whole_image(wishes, normalization, channels)
     else:
-        preprocessing = _imagenet(wishes, channels)
-    return Architecture(model, _by_method, "features(x)", ("classifier",), preprocessing)
+        preprocessing = by_imagenet(wishes, channels)
+    return Architecture(model, by_method, "features(x)", (_PROJECTS_CLASSIFIER,), preprocessing)
+
+
+def _made(call: str, channels: int, device: str) -> nn.Module:
+    try:
+        with torch.device(device):
+            model: nn.Module = MODELS.make(call, channels, _CLASSES_OF_AN_UNTRAINED_MODEL)
+    except (RuntimeError, MemoryError, OverflowError) as error:  # sizes beyond memory, or beyond what counts them
+        raise UserError(f"model {call}: cannot be built ({message_of(error)[:80]}); make it smaller") from None
+    return model
 
 
 def from_timm(name: str, pretrained: bool, wishes: Wishes) -> Architecture:
@@ -83,7 +111,8 @@ def from_timm(name: str, pretrained: bool, wishes: Wishes) -> Architecture:
             "MODULE:FACTORY and those of timm.list_models()"
         )
     try:
-        model = timm.create_model(name, pretrained=pretrained)
+        with _tensors_only():
+            model = timm.create_model(name, pretrained=pretrained)
     except Exception as error:  # hub, network and disk each have their own exceptions
         if not pretrained:
             raise
@@ -93,21 +122,34 @@ def from_timm(name: str, pretrained: bool, wishes: Wishes) -> Architecture:
     config |= {"mean": normalization.mean, "std": normalization.std}
     if wishes.image_size is not None:
         config["input_size"] = (config["input_size"][0], wishes.image_size, wishes.image_size)
-    transform = timm.data.create_transform(**config, is_training=False)
+    preprocessing = Preprocessing(timm.data.create_transform(**config, is_training=False))
+    if wishes.resize is not None:
+        crop, resize = wishes.sizes(config["input_size"][-1], None)
+        interpolation = timm.data.transforms.str_to_interp_mode(config["interpolation"])
+        preprocessing = centre_crop(crop, resize, interpolation, normalization)
     named = model.pretrained_cfg.get("classifier") or ()
     classifiers = (named,) if isinstance(named, str) else tuple(named)
-    return Architecture(model, _by_timm, "forward_head(pre_logits=True)", classifiers, Preprocessing(transform))
+    return Architecture(model, by_timm, "forward_head(pre_logits=True)", classifiers, preprocessing)
 
 
 def from_torchvision(name: str, pretrained: bool, wishes: Wishes) -> Architecture:
-    """Build a torchvision classification model, with the preprocessing of its best published weights.
+    """Build a torchvision classification model, with the preprocessing of its weights.
+
+    Args:
+        name: the model's, and after a dot which of its published weights, if not the best: `resnet50.IMAGENET1K_V1`.
+        pretrained: load those weights.
+        wishes: about the preprocessing.
 
     Raises:
-        UserError: torchvision has no such model, its classifier is not linear, or the weights cannot be had.
+        UserError: torchvision has no such model or weights, its classifier is not linear, or the weights cannot be had.
     """
+    name, _, published = name.partition(".")
     if name not in list_models(module=torchvision.models):
         raise UserError(f"torchvision:{name}: torchvision {torchvision.__version__} has no such classification model")
-    weights = get_model_weights(name)["DEFAULT"]
+    known = get_model_weights(name)
+    if published and published not in known.__members__:
+        raise UserError(f"torchvision:{name}.{published}: no such weights; known: {', '.join(known.__members__)}")
+    weights = known[published or "DEFAULT"]
     # These two warn without it, and would take another initialisation.
     options: dict[str, Any] = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
     try:
@@ -120,83 +162,16 @@ def from_torchvision(name: str, pretrained: bool, wishes: Wishes) -> Architectur
         raise UserError(f"torchvision:{name}: has no linear classifier; wrap it as module:factory with features(x)")
     preset = weights.transforms()
     normalization = wishes.normalization(Normalization(tuple(preset.mean), tuple(preset.std)), 3)
-    crop, resize = preset.crop_size[0], preset.resize_size[0]
-    if wishes.image_size is not None:
-        crop, resize = wishes.image_size, round(resize / crop * wishes.image_size)
+    crop, resize = wishes.sizes(preset.crop_size[0], preset.resize_size[0])
     preprocessing = centre_crop(crop, resize, preset.interpolation, normalization)
-    return Architecture(model, InputOf(layer), f"input of {layer}", (layer,), preprocessing)
-
-
-def from_user(name: str, wishes: Wishes) -> Architecture:
-    """Call `module:factory`, imported as from the current directory; call-strings set the factory's arguments.
-
-    The factory returns a model, or a model and its transform (image -> tensor [3, H, W]). Penultimate features are
-    those of a method `features(x)`, else timm's, else the input of the last linear layer if this ends the model, else
-    the model's output.
-
-    Raises:
-        UserError: the module or the factory is not there, or fails.
-    """
-    module_name, _, call = name.partition(":")
-    function, args, kwargs = split_call(call, "factory")
-    try:
-        with _current_directory_first():
-            made = getattr(importlib.import_module(module_name), function)(*args, **kwargs)
-    except Exception as error:  # anything may go wrong inside a user's module
-        raise UserError(f"{name}: {type(error).__name__}: {message_of(error)}") from error
-    model, transform = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-    if not isinstance(model, nn.Module):
-        raise UserError(f"{name}: returned a {type(model).__name__}, not a torch.nn.Module or a pair with a transform")
-    preprocessing = _imagenet(wishes, 3) if transform is None else Preprocessing(transform)
-    chosen, how, classifiers = _features_of(name, model, preprocessing)
-    return Architecture(model, chosen, how, classifiers, preprocessing)
-
-
-def _features_of(
-    name: str, model: nn.Module, preprocessing: Preprocessing
-) -> tuple[FeatureFunction, str, tuple[str, ...]]:
-    layer = last_linear(model)
-    classifiers = () if layer is None else (layer,)
-    method = getattr(model, "features", None)
-    if callable(method) and not isinstance(method, nn.Module):
-        return _by_method, "features(x)", classifiers
-    if hasattr(model, "forward_features") and hasattr(model, "forward_head"):
-        return _by_timm, "forward_head(pre_logits=True)", classifiers
-    if layer is not None and _ends_with(name, model, layer, probe(preprocessing)):
-        return InputOf(layer), f"input of {layer}", classifiers
-    return _by_output, "output", ()
-
-
-def _ends_with(name: str, model: nn.Module, layer: str, x: Tensor) -> bool:
-    """Whether the layer's output is the model's."""
-    outputs: list[Tensor] = []
-    handle = model.get_submodule(layer).register_forward_hook(lambda _, __, output: outputs.append(output))
-    try:
-        whole = measure(name, model, _by_output, x)
-    finally:
-        handle.remove()
-    return bool(outputs) and outputs[-1].shape == whole.shape and bool((outputs[-1] == whole).all())
-
-
-def _by_method(model: nn.Module, x: Tensor) -> Tensor:
-    features: Tensor = model.features(x)  # type: ignore[operator]
-    return features
-
-
-def _by_timm(model: nn.Module, x: Tensor) -> Tensor:
-    features: Tensor = model.forward_head(model.forward_features(x), pre_logits=True)  # type: ignore[operator]
-    return features
-
-
-def _by_output(model: nn.Module, x: Tensor) -> Tensor:
-    features: Tensor = model(x)
-    return features
-
-
-def _imagenet(wishes: Wishes, channels: int) -> Preprocessing:
-    normalization = wishes.normalization(IMAGENET, channels)
-    crop = wishes.image_size or 224
-    return centre_crop(crop, round(crop / _CROP_SHARE), InterpolationMode.BILINEAR, normalization, channels)
+    others = sorted({each.transforms().resize_size[0] for each in known} - {preset.resize_size[0]})
+    notes: tuple[str, ...] = ()
+    if not pretrained and not published and wishes.resize is None and wishes.image_size is None:
+        other = f"; other weights of it were made for --resize {', '.join(map(str, others))}" if others else ""
+        notes = (
+            f"torchvision:{name}: the images are resized to {resize} and cropped to {crop}, {weights.name}'s{other}",
+        )
+    return Architecture(model, InputOf(layer), f"input of {layer}", (layer,), preprocessing, notes)
 
 
 def _ours() -> str:
@@ -224,13 +199,3 @@ def _tensors_only() -> Iterator[None]:
         yield
     finally:
         os.environ.pop(name) if before is None else os.environ.update({name: before})
-
-
-@contextmanager
-def _current_directory_first() -> Iterator[None]:
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        sys.path.remove(here)

@@ -1,99 +1,147 @@
-"""Read checkpoints of any codebase, and fit them to a model: backbone and classifier, or a list of what differs.
+"""Find a network's weights in a checkpoint of any codebase: its backbone, and its classifier if that is linear.
 
-Files are safetensors or what `torch.save` writes, read with `weights_only=True`. Known layouts: a state_dict, one
-inside a dict, wrappers' prefixes (`module.`), and those of LDAM-DRW (Cao et al. 2019), MiSLAS (Zhong et al. 2021) and
-classifier-balancing (Kang et al. 2020).
+A checkpoint is a tree of dictionaries. The network lies where all of its backbone's names are found under one prefix:
+`model.` (Lightning), `module.` (DataParallel, averaged models), `net`/`backbone.`, `ema`, `module.encoder_q.` (MoCo),
+`feat_model` (classifier-balancing), `state_dict_model` (MiSLAS) and whatever else people choose. What lies beside it, a
+criterion, a queue, a projection, is left out and said.
 """
 
-import argparse
-import pickle
 import re
-import warnings
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from tailscope.array_files import message_of
+from tailscope.encoders.checkpoint_files import Container, State, containers
 from tailscope.errors import UserError
 from tailscope.field_checks import listed
 from tailscope.linear_layer import LinearLayer
-from tailscope.store import load_tensors
 
-State = dict[str, Tensor]
-
-_INSIDE = ("state_dict_best", "state_dict", "model", "model_state_dict")
-_WRAPPERS = ("module.", "_orig_mod.", "model.")
 _CLASSIFIER_NAMES = ("classifier", "linear", "fc", "head")
-_DAMAGED = (OSError, EOFError, RuntimeError, ValueError, KeyError, AttributeError)
+_BOOKKEEPING = ("num_batches_tracked", "total_ops", "total_params")
+_STORED_ROWS = "rows"
+"""What our own store keeps beside the weights."""
 
-# Bookkeeping that training scripts put beside the weights: plain values, of which unpickling runs no code.
-_SCALAR: Any = np.float64(0).__reduce__()[0]
-_HARMLESS: list[Any] = [
-    argparse.Namespace,
-    (_SCALAR, "numpy.core.multiarray.scalar"),  # NumPy 1's name
-    (_SCALAR, "numpy._core.multiarray.scalar"),
-    np.dtype,
-    *(type(np.dtype(t)) for t in ("f4", "f8", "i4", "i8", "?")),
-]
+_PREFERRED = ("best", "ema", "swa", "averaged", "teacher", "encoder_q", "online")
+"""Which of several networks that fit is taken: averaged weights first, as timm and DINO evaluate, and MoCo's query."""
+
+_SHOWN_BRANCHES = 4
+
+_PROJECTING = re.compile(r"(^|\.)encoder_[qk]\.$")
+"""Prefixes of networks whose last layer is a projection and no classifier."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint's weights under plain names.
-
-    Attributes:
-        path: the file.
-        state: all tensors of the network, or of the backbone where the classifier is stored apart.
-        classifier: weight [C, d] and bias [C] of a classifier that is stored apart, or None.
-    """
+    """What a file holds: its dictionaries of tensors, the outermost first."""
 
     path: Path
-    state: State
-    classifier: tuple[Tensor, Tensor] | None
+    containers: tuple[Container, ...]
 
-    def classifier_prefix(self, names: Sequence[str]) -> str | None:
-        """Return the name under which `state` holds a classifier: one of the model's `names`, or a usual one."""
-        for name in (*names, *_CLASSIFIER_NAMES):
-            weight = self.state.get(f"{name}.weight")
-            if weight is not None and weight.ndim == 2:
-                return name
-        return None
+    def at(self, *where: str) -> State:
+        """Return the tensors of the dictionary at `where`, empty where there is none."""
+        return next((found.state for found in self.containers if found.where == where), {})
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a checkpoint a network may lie."""
+
+    container: Container
+    prefix: str
+
+    @property
+    def name(self) -> str:
+        """What messages and `--checkpoint-key` call it; empty at the top."""
+        return ".".join([*self.container.where, *self.prefix.split(".")]).strip(".")
+
+    def state(self) -> State:
+        """Return the tensors below, by their names there."""
+        return {k.removeprefix(self.prefix): t for k, t in self.container.state.items() if k.startswith(self.prefix)}
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What else a checkpoint had: a linear classifier, or None, and what the user should know."""
+
+    classifier: LinearLayer | None
+    notes: tuple[str, ...]
 
 
 def read(path: Path) -> Checkpoint:
-    """Read a checkpoint and undo its layout.
+    """Read a checkpoint.
 
     Raises:
-        UserError: the file is missing or damaged, holds more than tensors and plain values, or holds no state_dict.
+        UserError: the file is missing, damaged or something else, holds more than tensors and plain values, or no
+            tensors.
     """
-    if not path.is_file():
-        raise UserError(f"--checkpoint {path}: no such file")
-    content: Any = load_tensors(path) if path.suffix == ".safetensors" else _unpickle(path)
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path}: holds a {type(content).__name__}; save the model's state_dict")
-    if "state_dict_model" in content:  # MiSLAS
-        if "state_dict_block" in content:
-            raise UserError(f"{path}: MiSLAS's extra block (Places-LT) is not supported; wrap it as module:factory")
-        scale = _state(content.get("state_dict_lws_model", {})).get("learned_norm")
-        apart = _apart(_state(content.get("state_dict_classifier", {})), scale)
-        return _checked(path, _state(content["state_dict_model"]), apart)
-    for key in _INSIDE:
-        if isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    if isinstance(content.get("feat_model"), Mapping):  # classifier-balancing
-        classifier = _state(content.get("classifier", {}))
-        return _checked(path, _state(content["feat_model"]), _apart(classifier, classifier.get("scales")))
-    return _checked(path, _state(content), None)
+    return Checkpoint(path, tuple(containers(path)))
 
 
-def fit(checkpoint: Checkpoint, model: nn.Module, model_name: str, classifiers: Sequence[str]) -> LinearLayer | None:
+def places(checkpoint: Checkpoint, names: Iterable[str]) -> list[Place]:
+    """Return where all of a backbone's `names` are found under one prefix."""
+    wanted = set(_counted(names))
+    if not wanted:
+        return [Place(checkpoint.containers[0], "")]
+    return [place for place, found in _partly(checkpoint, wanted) if found == len(wanted)]
+
+
+def require_fit(
+    checkpoint: Checkpoint, own: Mapping[str, Tensor], model_name: str, classifiers: Sequence[str]
+) -> list[Place]:
+    """Return the places whose names and shapes are the backbone's; arguments as of `choose`.
+
+    Raises:
+        UserError: there is none; says how the nearest differs.
+    """
+    fitting = [place for place in places(checkpoint, own) if not _misfits(place.state(), own, classifiers)]
+    if not fitting:
+        raise UserError(f"{checkpoint.path}: does not fit {model_name}: {_nearest(checkpoint, own, classifiers)}")
+    return fitting
+
+
+def choose(
+    checkpoint: Checkpoint,
+    own: Mapping[str, Tensor],
+    model_name: str,
+    classifiers: Sequence[str],
+    key: str | None = None,
+) -> tuple[Place, tuple[str, ...]]:
+    """Return where the network's weights are taken from, and a note where others would fit too.
+
+    Args:
+        checkpoint: the weights.
+        own: the backbone's tensors, of which names and shapes count.
+        model_name: what messages call it.
+        classifiers: names of the model's classifier layers.
+        key: part of the name of the place, where the user said which.
+
+    Raises:
+        UserError: as `require_fit`; or several fit and none is preferred.
+    """
+    fitting = require_fit(checkpoint, own, model_name, classifiers)
+    if key is not None:
+        return _asked_for(checkpoint, fitting, key), ()
+    chosen = min(fitting, key=_rank)
+    others = [place for place in fitting if place is not chosen and not _equal(place, chosen, own)]
+    if any(_rank(place) == _rank(chosen) for place in others):
+        raise UserError(
+            f"{checkpoint.path}: holds several networks that fit {model_name}: {_names([chosen, *others])}; say which "
+            "with --checkpoint-key"
+        )
+    if not others:
+        return chosen, ()
+    taken = f"took the weights of {_names([chosen])}, not of {_names(others)}"
+    return chosen, (f"{checkpoint.path.name}: {taken}; --checkpoint-key takes another",)
+
+
+def fit(
+    checkpoint: Checkpoint, model: nn.Module, model_name: str, classifiers: Sequence[str], key: str | None = None
+) -> Fitted:
     """Load the weights into the model, whose classifier layers are replaced by some of the checkpoint's size.
 
     Args:
@@ -101,105 +149,245 @@ def fit(checkpoint: Checkpoint, model: nn.Module, model_name: str, classifiers: 
         model: changed in place.
         model_name: what messages call it.
         classifiers: names of the model's classifier layers; all but the backbone's names may be absent.
-
-    Returns:
-        The checkpoint's classifier, or None where it has none, or several.
+        key: see `choose`.
 
     Raises:
-        UserError: keys are missing, surplus or of another shape; says how many and which are the first.
+        UserError: as `choose`; or the weights are quantised, not finite, or no values at all.
     """
-    state = {k: v for k, v in checkpoint.state.items() if k != "rows"}  # of our own store: the training rows
-    found = []
+    own = backbone_of(model, classifiers)
+    place, notes = choose(checkpoint, own, model_name, classifiers, key)
+    state = place.state()
+    _require_values(checkpoint.path, state, own)
+    found, used, strange = [], set[str](), []
     for name in classifiers:
-        pair = checkpoint.classifier or _take(state, model, name)
-        if pair is not None:
-            _replace(checkpoint.path, model, name, *pair)
-            found.append(pair)
-    own = {k: v for k, v in model.state_dict().items() if k.rpartition(".")[0] not in classifiers}
-    _require_equal(checkpoint.path, model_name, own, state)
-    model.load_state_dict(state, strict=False)
-    return LinearLayer.from_arrays(*found[0], source=str(checkpoint.path)) if len(found) == 1 else None
+        sought = _find_classifier(checkpoint, place, model, name)
+        if sought is None:
+            continue
+        used |= sought.keys
+        if sought.pair is None:
+            strange.append(sought.what)
+        else:
+            _replace(model, name, *sought.pair)
+            found.append(sought.pair)
+    model.load_state_dict({name: t for name, t in state.items() if name in own}, strict=False)
+    if strange:
+        what = "; ".join(strange)
+        notes += (
+            f"{checkpoint.path.name}: its classifier ({what}) is not known to be one linear layer; no classifier file",
+        )
+    left_out = _left_out(place, own, used)
+    if left_out:
+        notes += (f"{checkpoint.path.name}: left out what is no part of {model_name}: {left_out}",)
+    linear = LinearLayer.from_arrays(*found[0], source=str(checkpoint.path)) if len(found) == 1 else None
+    return Fitted(linear, notes)
 
 
-def _unpickle(path: Path) -> Any:
-    try:
-        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about old pickle protocols; what cannot be read is refused below
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        culprit = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"holds {culprit[1]}, and only tensors are unpickled" if culprit else "is no checkpoint"
-        raise UserError(f"{path}: {what}; save the model's state_dict by itself") from None
-    except _DAMAGED as error:
-        raise UserError(f"{path}: not a readable checkpoint, or truncated ({message_of(error)[:80]})") from None
+def backbone_of(model: nn.Module, classifiers: Sequence[str]) -> State:
+    """Return all tensors of the model but its classifiers'."""
+    return {k: t for k, t in model.state_dict().items() if k.rpartition(".")[0] not in classifiers}
 
 
-def _state(content: Mapping[str, Any]) -> State:
-    """Return the tensors of a state_dict without the prefixes that wrappers put before every name."""
-    state = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
-    stripped = True
-    while state and stripped:
-        stripped = False
-        for prefix in _WRAPPERS:
-            if all(name.startswith(prefix) for name in state):
-                state = {name.removeprefix(prefix): v for name, v in state.items()}
-                stripped = True
+def _counted(names: Iterable[str]) -> list[str]:
+    """Return the names that a checkpoint must have: older ones do not count batches, for instance."""
+    return [name for name in names if not name.endswith(_BOOKKEEPING)]
+
+
+def _partly(checkpoint: Checkpoint, names: set[str]) -> list[tuple[Place, int]]:
+    """Return every prefix under which some of the names are, and how many."""
+    found: list[tuple[Place, int]] = []
+    for container in checkpoint.containers:
+        prefixes: Counter[str] = Counter()
+        for key in container.state:
+            starts = [0, *(match.end() for match in re.finditer(r"\.", key))]
+            prefixes.update(key[:start] for start in starts if key[start:] in names)
+        found += [(Place(container, prefix), count) for prefix, count in prefixes.items()]
+    return found
+
+
+def _misfits(state: State, own: Mapping[str, Tensor], classifiers: Sequence[str]) -> list[str]:
+    """Return how the tensors under a prefix differ from the backbone's: missing, of another shape, or more of them.
+
+    More of them counts within the backbone's own parts: ResNet-34 has all names of ResNet-18, and more blocks.
+    """
+    missing = [name for name in _counted(own) if name not in state]
+    reshaped = [name for name in own if name in state and own[name].shape != state[name].shape]
+    inside = {name.partition(".")[0] for name in own if "." in name}
+    more = [name for name in _counted(state) if name not in own and name.partition(".")[0] in inside]
+    surplus = [name for name in more if not _is_of_classifier(name, own, classifiers)]
+    parts = [f"{len(k)} {kind} ({listed(k, 3)})" for kind, k in [("missing", missing), ("surplus", surplus)] if k]
+    if reshaped:
+        name = reshaped[0]
+        shapes = f"{name!r} is {list(state[name].shape)}, not {list(own[name].shape)}"
+        parts.append(f"{len(reshaped)} of another shape ({shapes})")
+    return parts
+
+
+def _is_of_classifier(name: str, own: Mapping[str, Tensor], classifiers: Sequence[str]) -> bool:
+    """Whether a name lies below a classifier of the model, or below one's usual name where the backbone has nothing."""
+    if name.startswith(tuple(f"{each}." for each in classifiers)):
+        return True
+    parts = name.split(".")
+    stems = [".".join(parts[: i + 1]) + "." for i, part in enumerate(parts) if part in _CLASSIFIER_NAMES]
+    return any(not any(key.startswith(stem) for key in own) for stem in stems)
+
+
+def _nearest(checkpoint: Checkpoint, own: Mapping[str, Tensor], classifiers: Sequence[str]) -> str:
+    """Say how the place that has most of the names differs."""
+    partly = _partly(checkpoint, set(_counted(own)))
+    if not partly:
+        keys = [name for container in checkpoint.containers for name in container.state]
+        wanted = _counted(own)
+        return f"keys: {len(wanted)} missing ({listed(wanted, 3)}), {len(keys)} surplus ({listed(keys, 3)})"
+    place = max(partly, key=lambda each: each[1])[0]
+    state = place.state()
+    where = f" (under {place.name!r})" if place.name else ""
+    # RIDE and SADE: layer3s.0, layer3s.1 ... for a layer3.
+    stems = {name.partition(".")[0] + "s" for name in own if name not in state}
+    experts = sorted({".".join(key.split(".")[:2]) for key in state if key.partition(".")[0] in stems})
+    if experts:
+        return f"it has several experts ({listed(experts, 6)}){where}; build one of them in a module:factory"
+    return f"keys: {', '.join(_misfits(state, own, classifiers))}{where}"
+
+
+def _asked_for(checkpoint: Checkpoint, fitting: list[Place], key: str) -> Place:
+    exact = [place for place in fitting if place.name == key]
+    found = exact or [place for place in fitting if f".{key.strip('.')}." in f".{place.name}."]
+    if len(found) == 1:
+        return found[0]
+    what = f"fits {_names(found)}; give more of the name" if found else f"not there; what fits is {_names(fitting)}"
+    raise UserError(f"{checkpoint.path}: --checkpoint-key {key}: {what}")
+
+
+def _names(them: Iterable[Place]) -> str:
+    return ", ".join(place.name or "the top level" for place in them)
+
+
+def _rank(place: Place) -> int:
+    """Return the place's number in `_PREFERRED`, and more for all others."""
+    words = {*re.split(r"[._]", place.name), *place.name.split(".")}
+    return next((i for i, wanted in enumerate(_PREFERRED) if wanted in words), len(_PREFERRED))
+
+
+def _equal(a: Place, b: Place, own: Mapping[str, Tensor]) -> bool:
+    """Whether both places hold the same weights."""
+    ours, theirs = a.state(), b.state()
+    pairs = [(ours[name], theirs[name]) for name in _counted(own)]
+    return all(_has_values(x) and _has_values(y) and x.dtype == y.dtype and bool((x == y).all()) for x, y in pairs)
+
+
+def _has_values(tensor: Tensor) -> bool:
+    return not tensor.is_meta and tensor.layout == torch.strided
+
+
+def _require_values(path: Path, state: State, own: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are no numbers, or not the ones that they stand for.
+
+    Raises:
+        UserError: they are meta or sparse tensors, quantised, NaN or infinite.
+    """
+    for name in (name for name in own if name in state):
+        tensor = state[name]
+        if not _has_values(tensor):
+            kind = "meta" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
+            raise UserError(f"{path}: {name!r} is a {kind} tensor, without the values of weights")
+        if own[name].is_floating_point() and not tensor.is_floating_point():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"{path}: {name!r} is {dtype}; quantised weights are not supported")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+            raise UserError(f"{path}: {name!r} holds NaN or infinity: the training diverged, or the file is damaged")
+
+
+@dataclass(frozen=True)
+class _Sought:
+    """A classifier's keys in its container; weight [C, d] and bias [C] if it is linear, and what it is if not."""
+
+    keys: set[str]
+    pair: tuple[Tensor, Tensor] | None
+    what: str = ""
+
+
+def _find_classifier(checkpoint: Checkpoint, place: Place, model: nn.Module, name: str) -> _Sought | None:
+    """Look for the classifier under the model's name for it, a usual name, above the backbone, or stored apart."""
+    layer = model.get_submodule(name)
+    usual = [each for each in _CLASSIFIER_NAMES if not any(k.startswith(f"{each}.") for k in model.state_dict())]
+    above = [place.prefix[: match.end()] for match in re.finditer(r"\.", place.prefix)][-2::-1]
+    above += [""] if place.prefix else []
+    for prefix in [f"{place.prefix}{each}." for each in (name, *usual)] + [
+        f"{p}{u}." for p in above for u in _CLASSIFIER_NAMES
+    ]:
+        below = {k.removeprefix(prefix): t for k, t in place.container.state.items() if k.startswith(prefix)}
+        if below:
+            known = layer if prefix == f"{place.prefix}{name}." else None
+            return _judge(prefix, below, layer, known, projecting=bool(_PROJECTING.search(place.prefix)))
+    return _stored_apart(checkpoint, place, layer)
+
+
+def _stored_apart(checkpoint: Checkpoint, place: Place, layer: nn.Module) -> _Sought | None:
+    """Return the classifier that MiSLAS or classifier-balancing keep beside the backbone, with LWS's scales in it."""
+    *above, _ = place.container.where or ("",)
+    state, scale = _plain(checkpoint.at(*above, "state_dict_classifier")), None
+    if state:
+        scale = _plain(checkpoint.at(*above, "state_dict_lws_model")).get("learned_norm")
+    else:
+        state = _plain(checkpoint.at(*above, "classifier"))
+        scale = state.get("scales")
+    below = {k.removeprefix("fc."): t for k, t in state.items() if k.startswith("fc.")}
+    if not below:
+        return None
+    judged = _judge("fc.", below, layer, None, projecting=False)
+    if judged.pair is None or scale is None:
+        return _Sought(set(), judged.pair, judged.what)
+    weight, bias = judged.pair
+    return _Sought(set(), (weight * scale.reshape(-1, 1), bias * scale.reshape(-1)))
+
+
+def _plain(state: State) -> State:
+    """Return the tensors without the prefix of a wrapper that all names have."""
+    for wrapper in ("module.", "_orig_mod."):
+        if state and all(name.startswith(wrapper) for name in state):
+            return _plain({name.removeprefix(wrapper): t for name, t in state.items()})
     return state
 
 
-def _checked(path: Path, state: State, classifier: tuple[Tensor, Tensor] | None) -> Checkpoint:
-    if not state:
-        raise UserError(f"{path}: holds no state_dict; looked at the top and under {', '.join(_INSIDE)}")
-    return Checkpoint(path, state, classifier)
+def _judge(prefix: str, below: State, layer: nn.Module, known: nn.Module | None, *, projecting: bool) -> _Sought:
+    """Say whether the tensors below a prefix are a linear layer on the features.
+
+    Without a bias that is only known where the model itself has such a layer there: cosine classifiers (LDAM's
+    `NormedLinear` [d, C] and others) are stored like one, and are none.
+    """
+    keys = {prefix + name for name in below}
+    shapes = ", ".join(f"{prefix}{name} {list(t.shape)}" for name, t in below.items())
+    weight, bias = below.get("weight"), below.get("bias")
+    if projecting:
+        return _Sought(keys, None, f"{shapes}, a projection")
+    width = layer.in_features if isinstance(layer, nn.Linear) else None
+    if weight is None or weight.ndim != 2 or not set(below) <= {"weight", "bias"}:
+        return _Sought(keys, None, shapes)
+    if bias is None:
+        if not (isinstance(known, nn.Linear) and known.bias is None and weight.shape[1] == width):
+            return _Sought(keys, None, f"{shapes} without a bias, as cosine classifiers are stored")
+        bias = weight.new_zeros(len(weight))
+    if bias.shape != weight.shape[:1] or width not in (None, weight.shape[1]):
+        return _Sought(keys, None, f"{shapes}, for features of width {width}")
+    return _Sought(keys, (weight.float(), bias.float()))
 
 
-def _apart(state: State, scale: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """Return the linear layer `fc` of a classifier stored apart, its logits multiplied by LWS's learnt scales [C]."""
-    if "fc.weight" not in state:
-        return None
-    weight = state["fc.weight"].float()
-    bias = state["fc.bias"].float() if "fc.bias" in state else weight.new_zeros(len(weight))
-    if scale is None:
-        return weight, bias
-    return weight * scale.reshape(-1, 1), bias * scale.reshape(-1)
-
-
-def _take(state: State, model: nn.Module, name: str) -> tuple[Tensor, Tensor] | None:
-    """Remove the classifier from the state, under the model's name for it or a usual one, and return it."""
-    backbone = {key.rpartition(".")[0] for key in model.state_dict()} - {name}
-    prefixes = [name, *(usual for usual in _CLASSIFIER_NAMES if usual not in backbone)]
-    prefix = next((p for p in prefixes if state.get(f"{p}.weight", torch.empty(0)).ndim == 2), None)
-    if prefix is None:
-        return None
-    weight, bias = state.pop(f"{prefix}.weight").float(), state.pop(f"{prefix}.bias", None)
-    layer = model.get_submodule(name)
-    width = layer.in_features if isinstance(layer, nn.Linear) else weight.shape[1]
-    if bias is None and weight.shape[0] == width and (prefix == "linear" or weight.shape[1] != width):
-        # LDAM's cosine classifier, stored [d, C]: its decisions are those of the normalised columns without a bias.
-        weight = F.normalize(weight, dim=0).T.contiguous()
-    return weight, weight.new_zeros(len(weight)) if bias is None else bias.float()
-
-
-def _replace(path: Path, model: nn.Module, name: str, weight: Tensor, bias: Tensor) -> None:
-    layer = model.get_submodule(name)
-    if isinstance(layer, nn.Linear) and layer.in_features != weight.shape[1]:
-        raise UserError(
-            f"{path}: its classifier takes {weight.shape[1]} features, but the model has {layer.in_features}"
-        )
+def _replace(model: nn.Module, name: str, weight: Tensor, bias: Tensor) -> None:
     linear = nn.Linear(weight.shape[1], len(weight))
     linear.load_state_dict({"weight": weight, "bias": bias})
     model.set_submodule(name, linear)
 
 
-def _require_equal(path: Path, model_name: str, own: State, state: State) -> None:
-    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
-    surplus = [k for k in state if k not in own]
-    reshaped = [k for k in own if k in state and own[k].shape != state[k].shape]
-    parts = [
-        f"{len(keys)} {kind} ({listed(keys, 3)})" for kind, keys in [("missing", missing), ("surplus", surplus)] if keys
-    ]
-    if reshaped:
-        shapes = f"{reshaped[0]!r} is {list(state[reshaped[0]].shape)}, not {list(own[reshaped[0]].shape)}"
-        parts.append(f"{len(reshaped)} of another shape ({shapes})")
-    if parts:
-        raise UserError(f"{path}: does not fit {model_name}: keys: {', '.join(parts)}")
+def _left_out(place: Place, own: Mapping[str, Tensor], used: set[str]) -> str:
+    """Name the other tensors of the place's dictionary, a whole branch at a time."""
+    branches: Counter[str] = Counter()
+    taken = {f"{place.prefix}{name}" for name in own} | used | {_STORED_ROWS}
+    for key in _counted(place.container.state):
+        if key not in taken:
+            parts = key.split(".")
+            pairs = zip(parts, place.prefix.split("."), strict=False)
+            shared = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+            branches[".".join([*parts[: shared + 1], *["*"] * (len(parts) > shared + 1)])] += 1
+    shown = [f"{name} ({count})" if count > 1 else name for name, count in branches.most_common(_SHOWN_BRANCHES)]
+    more = len(branches) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")

@@ -1,7 +1,7 @@
 """A frozen network as a function from images to penultimate features."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from tailscope.encoders.foreign import foreign_code
 from tailscope.encoders.preprocessing import Preprocessing
 from tailscope.errors import UserError
 from tailscope.linear_layer import LinearLayer
@@ -31,6 +32,7 @@ class Encoder:
         weights: where the weights come from: a file's name, "pretrained" or "random".
         classifier: the linear layer on the features, where trained weights have one.
         notes: what the user should know.
+        source: SHA-256 of the user's module that made the network; empty for others.
     """
 
     name: str
@@ -42,10 +44,16 @@ class Encoder:
     weights: str
     classifier: LinearLayer | None = None
     notes: tuple[str, ...] = ()
+    source: str = ""
 
     def features(self, x: Tensor) -> Tensor:
-        """Return the features [B, d] of inputs [B, C, H, W]."""
-        return self.function(self.model, x)
+        """Return the features [B, d] of inputs [B, C, H, W].
+
+        Raises:
+            UserError: the model fails.
+        """
+        with foreign_code(f"{self.name}: fails on an input of shape {list(x.shape)}"):
+            return self.function(self.model, x)
 
     def weights_sha256(self) -> str:
         """Return the SHA-256 (hex) of all parameters and buffers."""
@@ -63,7 +71,20 @@ class Encoder:
             "weights_sha256": self.weights_sha256(),
             "features": self.how,
             "preprocessing": self.preprocessing.describe(),
+            **({"source_sha256": self.source} if self.source else {}),
         }
+
+
+def by_method(model: nn.Module, x: Tensor) -> Tensor:
+    """Return `model.features(x)`."""
+    features: Tensor = model.features(x)  # type: ignore[operator]
+    return features
+
+
+def by_timm(model: nn.Module, x: Tensor) -> Tensor:
+    """Return what timm's networks give to their classifier."""
+    features: Tensor = model.forward_head(model.forward_features(x), pre_logits=True)  # type: ignore[operator]
+    return features
 
 
 class InputOf:
@@ -93,36 +114,105 @@ def last_linear(model: nn.Module) -> str | None:
     return names[-1] if names else None
 
 
-def probe(preprocessing: Preprocessing) -> Tensor:
-    """Return two preprocessed images of noise [2, C, H, W], to try a model on."""
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(256, (2, _PROBE_PIXELS, _PROBE_PIXELS, 3), generator=generator, dtype=torch.uint8)
-    return torch.stack([preprocessing(Image.fromarray(image.numpy())) for image in pixels])
+def probe(preprocessing: Preprocessing, size: tuple[int, int] | None = None) -> Tensor:
+    """Return two preprocessed images of noise [2, C, H, W], to try a model on.
 
-
-def measure(name: str, model: nn.Module, function: FeatureFunction, x: Tensor) -> Tensor:
-    """Return the features [2, d] of the probe.
+    Args:
+        preprocessing: what the model wants to see.
+        size: height and width of the images, those of the data where known.
 
     Raises:
-        UserError: the model fails on its input, or what comes out is no matrix of features.
+        UserError: the user's own transform fails, or makes images of several sizes.
     """
-    try:
-        with torch.no_grad():
-            features = function(model.eval(), x)
-    except Exception as error:  # anything may go wrong inside a user's model
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{name}: fails on an input of shape {list(x.shape)} ({reason}); try --image-size") from error
+    generator = torch.Generator().manual_seed(0)
+    height, width = size or (_PROBE_PIXELS, _PROBE_PIXELS)
+    pixels = torch.randint(256, (2, height, width, 3), generator=generator, dtype=torch.uint8)
+    made = [preprocessing(Image.fromarray(image.numpy())) for image in pixels]
+    if made[0].shape != made[1].shape:
+        shapes = " and ".join(str(list(image.shape)) for image in made)
+        raise UserError(f"{preprocessing.label} makes {shapes} of two images of {width} x {height} pixels")
+    return torch.stack(made)
+
+
+def run(name: str, model: nn.Module, function: Callable[[nn.Module, Tensor], Any], x: Tensor, mend: str) -> Any:
+    """Return what a function of the model and the probe returns, in eval mode and without gradients.
+
+    Raises:
+        UserError: the model fails.
+    """
+    with torch.no_grad(), foreign_code(f"{name}: fails on an input of shape {list(x.shape)}", mend):
+        return function(model.eval(), x)
+
+
+def measure(name: str, model: nn.Module, function: FeatureFunction, x: Tensor, mend: str = "") -> Tensor:
+    """Return the features [2, d] of the probe.
+
+    Args:
+        name: what messages call the model.
+        model: the network.
+        function: (model, inputs) -> features.
+        x: the probe.
+        mend: what the user may do if the model fails on an input of this size.
+
+    Raises:
+        UserError: the model fails on its input, or what comes out is no matrix of finite features, one row an image.
+    """
+    features = run(name, model, function, x, mend)
     if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(x):
-        shape = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        raise UserError(f"{name}: its features are {shape}, not [B, d]; give the model a method features(x) -> [B, d]")
+        shape = list(features.shape) if isinstance(features, Tensor) else f"a {type(features).__name__}"
+        raise UserError(f"{name}: its features are {shape}, not [B, d]; let a method features(x) return them pooled")
+    if features.is_meta or not features.is_floating_point() or not bool(torch.isfinite(features).all()):
+        what = "on the meta device" if features.is_meta else f"of {str(features.dtype).removeprefix('torch.')}"
+        if not features.is_meta and features.is_floating_point():
+            what = "NaN or infinite"
+        raise UserError(f"{name}: its features of an image of noise are {what}; check the network and its weights")
     return features
 
 
+def require_independent(name: str, model: nn.Module, function: FeatureFunction, x: Tensor, features: Tensor) -> None:
+    """Check that an image's features do not depend on the rest of its batch, nor on chance.
+
+    Raises:
+        UserError: they do, by batch normalisation without running statistics, say, or by dropout that is always on.
+    """
+    among_others = measure(name, model, function, torch.cat([x[:1], x[:1]]))[:1]
+    if bool((among_others - features[:1]).abs().max() > 1e-3 * features.abs().max()):
+        raise UserError(
+            f"{name}: the same image has other features in another batch: batch normalisation without running "
+            "statistics, or dropout, is at work in eval mode"
+        )
+
+
+def parts_of(output: Any) -> dict[str, Tensor]:
+    """Return the tensors in a model's output by name: the output itself, or the items of a tuple, dict or ModelOutput.
+
+    >>> list(parts_of({"logits": torch.zeros(1), "loss": None})), list(parts_of((torch.zeros(1), torch.ones(1))))
+    (["output['logits']"], ['output[0]', 'output[1]'])
+    """
+    if isinstance(output, Tensor):
+        return {"output": output}
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(output, Mapping):
+        items = output.items()
+    elif isinstance(output, tuple | list):
+        items = enumerate(output)
+    return {f"output[{key!r}]": value for key, value in items if isinstance(value, Tensor)}
+
+
+def is_decision(logits: Tensor, output: Tensor) -> bool:
+    """Whether an output is these logits, or their softmax or its logarithm: [B, C] alike, up to rounding."""
+    if output.shape != logits.shape or logits.ndim != 2:
+        return False
+    logits, output = logits.float(), output.float()
+    return any(
+        bool((made - output).abs().max() <= 1e-3 * output.abs().max())
+        for made in (logits, logits.softmax(1), logits.log_softmax(1))
+    )
+
+
 def explains(classifier: LinearLayer, model: nn.Module, features: Tensor, x: Tensor) -> bool:
-    """Whether the model's output is that linear classifier on those features, on the probe."""
+    """Whether the model's output, or part of it, is that linear classifier on those features, on the probe."""
     with torch.no_grad():
         output = model.eval()(x)
-    if not isinstance(output, Tensor) or output.shape != (len(x), len(classifier.weight)):
-        return False
-    error = (classifier.logits(features) - output.float()).abs().max()
-    return bool(error <= 1e-3 * output.abs().max())
+    logits = classifier.logits(features)
+    return any(is_decision(logits, part) for part in parts_of(output).values())

@@ -1,7 +1,8 @@
 """Extract features of a stream of images to a file: resumable, and never holding them twice."""
 
-from collections.abc import Iterator
+import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,8 @@ from tailscope.feature_table import FeatureTable
 from tailscope.field_checks import require_finite
 from tailscope.training.runtime import Runtime
 
+_TRIED = 16
+
 
 @dataclass(frozen=True)
 class Options:
@@ -27,7 +30,8 @@ class Options:
         precision: `fp32`, without TF32: what geometry wants; or `auto`: bfloat16 where the device has it.
         stored: the type of the features in the file; float16 halves it, at three significant digits.
         batch: images at a time.
-        shard: images between two savings.
+        save_every: seconds between two savings, which a kill costs at most.
+        shard: images between two savings, where so many are done before that time.
         workers: processes that decode; None decides by the number and kind of images.
         skip_unreadable: leave out images that cannot be read, instead of stopping at the first batch with some.
     """
@@ -35,6 +39,7 @@ class Options:
     precision: Literal["fp32", "auto"] = "fp32"
     stored: Literal["float32", "float16"] = "float32"
     batch: int = 64
+    save_every: float = 30.0
     shard: int = 10_000
     workers: int | None = None
     skip_unreadable: bool = False
@@ -69,14 +74,15 @@ def extract_to_file(
 
     Raises:
         UserError: `out` cannot be written; shards of another extraction lie beside it, or another process is at work
-            on them; images cannot be read; or the network gives NaN or infinity.
+            on them; images cannot be read; the user's transform or network fails; or the network gives NaN or infinity.
     """
     options = options or Options()
     array_files.check_writable(out)
     dtype = runtime.dtype(options.precision)
     made_by = {**encoder.spec(), "precision": str(dtype).removeprefix("torch."), "stored": options.stored}
-    shards = Shards(out, len(images.labels), options.shard)
-    with shards.opened({**made_by, "images": images.fingerprint(), "shard": options.shard}):
+    _try_first(encoder, images, options)
+    shards = Shards(out, len(images.labels))
+    with shards.opened({**made_by, "images": images.fingerprint()}):
         resumed = shards.readable()
         _extract_missing(encoder, images, shards, runtime, options)
         skipped = shards.unreadable()
@@ -89,32 +95,100 @@ def extract_to_file(
     return Extraction(table, resumed, skipped)
 
 
+def _try_first(encoder: Encoder, images: ImageStream, options: Options) -> None:
+    """Preprocess a few images from all over the data, so that what cannot work fails before the work.
+
+    Raises:
+        UserError: the user's transform fails, or images come out in several sizes.
+    """
+    total = len(images.labels)
+    rows = sorted({i * (total - 1) // (_TRIED - 1) for i in range(_TRIED)}) if total else []
+    for _ in decode(images, encoder.preprocessing, [rows] if options.batch > 1 else [[row] for row in rows], workers=0):
+        pass
+
+
 def _extract_missing(encoder: Encoder, images: ImageStream, shards: Shards, runtime: Runtime, options: Options) -> None:
-    todo = [shards.images(start) for start in shards.starts if not shards.is_done(start)]
-    batches = [rows[i : i + options.batch] for rows in todo for i in range(0, len(rows), options.batch)]
-    pin = runtime.device.type == "cuda"
-    loader = iter(decode(images, encoder.preprocessing, batches, workers=options.workers, pin_memory=pin))
+    """Write shards of all images that have none yet.
+
+    Batches begin at multiples of their size, whatever was done before: an image's features depend on its batch in the
+    last bits, and a killed run ends with the same as one that was not.
+    """
+    missing = shards.missing()
+    batches = [batch for run in missing for batch in _on_grid(run, options.batch)]
+    decoding = decode(
+        images,
+        encoder.preprocessing,
+        batches,
+        workers=options.workers,
+        pin_memory=runtime.device.type == "cuda",
+    )
     encoder.model.to(runtime.device)
-    done = shards.total - sum(map(len, todo))
+    done = shards.total - sum(map(len, missing))
     with runtime.progress.task(f"features of {images.name}", shards.total, done) as advance:
-        for rows in todo:
-            features, kept, unreadable = [], [], []
-            for decoded in _next(loader, -(-len(rows) // options.batch)):
-                if decoded.unreadable and not options.skip_unreadable:
-                    raise refuse(images, decoded.unreadable)
-                features.append(_forward(encoder, decoded.images, runtime.device, runtime.dtype(options.precision)))
-                kept.append(decoded.rows)
-                unreadable += decoded.unreadable
-                advance(len(decoded.rows) + len(decoded.unreadable))
-            block = torch.cat(features).to(getattr(torch, options.stored))
+        part = _Part(images.name, shards, options)
+        for batch, decoded in zip(batches, decoding, strict=True):
+            if decoded.unreadable and not options.skip_unreadable:
+                raise refuse(images, decoded.unreadable)
+            if batch.start != part.end:
+                part.save(batch.start)
+            features = _forward(encoder, decoded.images, runtime.device, runtime.dtype(options.precision))
+            part.add(batch, features, decoded)
+            if part.is_due():
+                part.save(batch.stop)
+                runtime.progress.safe_point()
+            advance(len(batch))
+        part.save(shards.total)
+
+
+def _on_grid(run: range, size: int) -> list[range]:
+    """Cut a run of images into batches that begin at multiples of their size.
+
+    >>> _on_grid(range(70, 150), 64)
+    [range(70, 128), range(128, 150)]
+    """
+    cuts = [run.start, *range(run.start - run.start % size + size, run.stop, size), run.stop]
+    return [range(start, stop) for start, stop in pairwise(cuts)]
+
+
+class _Part:
+    """What was done since the last saving: features, rows and unreadable images of `start` to `end`."""
+
+    def __init__(self, name: str, shards: Shards, options: Options) -> None:
+        self._name, self._shards, self._options = name, shards, options
+        self._begin(0)
+
+    def _begin(self, start: int) -> None:
+        self.start = self.end = start
+        self._features: list[Tensor] = []
+        self._rows: list[Tensor] = []
+        self._unreadable: list[Unreadable] = []
+        self._since = time.monotonic()
+
+    def add(self, batch: range, features: Tensor, decoded: DecodedBatch) -> None:
+        """Keep the features of a batch in memory."""
+        self.end = batch.stop
+        self._features.append(features.to(getattr(torch, self._options.stored)))
+        self._rows.append(decoded.rows)
+        self._unreadable += decoded.unreadable
+
+    def is_due(self) -> bool:
+        """Whether it is time to save."""
+        late = time.monotonic() - self._since >= self._options.save_every
+        return late or self.end - self.start >= self._options.shard
+
+    def save(self, start: int) -> None:
+        """Write a shard of what there is, and begin anew at an image.
+
+        Raises:
+            UserError: features are not finite.
+        """
+        if self._features:
+            block = torch.cat(self._features)
+            what = f"{self._name}: {self._options.stored} features of images {self.start} to {self.end - 1}"
             if len(block):
-                require_finite(f"{images.name}: {options.stored} features of images {rows[0]} to {rows[-1]}", block)
-            shards.write(rows[0], block, torch.cat(kept), unreadable)
-
-
-def _next(loader: Iterator[DecodedBatch], batches: int) -> Iterator[DecodedBatch]:
-    for _ in range(batches):
-        yield next(loader)
+                require_finite(what, block)
+            self._shards.write(self.start, block, torch.cat(self._rows), self._unreadable)
+        self._begin(start)
 
 
 def _forward(encoder: Encoder, inputs: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -124,7 +198,6 @@ def _forward(encoder: Encoder, inputs: Tensor, device: torch.device, dtype: torc
     low = dtype != torch.float32
     with (
         torch.inference_mode(),
-        torch.backends.cudnn.flags(enabled=True, allow_tf32=low),
         torch.autocast(device.type, dtype=dtype, enabled=low),
     ):
         return encoder.features(inputs.to(device, non_blocking=True)).float().cpu()
@@ -133,10 +206,11 @@ def _forward(encoder: Encoder, inputs: Tensor, device: torch.device, dtype: torc
 def _merge(shards: Shards) -> tuple[Tensor, Tensor]:
     """Return all features [N, d] and rows [N]; beside them, one shard at a time is in memory."""
     total, filled = shards.readable(), 0
-    first = shards.read(shards.starts[0])[0]
+    starts = shards.starts
+    first = shards.read(starts[0])[0]
     features = torch.empty(total, first.shape[1], dtype=first.dtype)
     rows = torch.empty(total, dtype=torch.int64)
-    for start in shards.starts:
+    for start in starts:
         part, part_rows = shards.read(start)
         end = filled + len(part_rows)
         features[filled:end], rows[filled:end] = part, part_rows
@@ -146,7 +220,7 @@ def _merge(shards: Shards) -> tuple[Tensor, Tensor]:
 
 def _table(features: Tensor, rows: Tensor, images: ImageStream, provenance: dict[str, Any], out: Path) -> FeatureTable:
     names = images.class_names
-    numbered = names == tuple(str(k) for k in range(len(names)))
+    numbered = not images.named and names == tuple(str(k) for k in range(len(names)))
     picked = rows.tolist()
     return FeatureTable.from_arrays(
         features,

@@ -1,6 +1,5 @@
 """From names to a feature file: what `tailscope features` does."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy.typing as npt
 from tailscope.array_files import message_of
 from tailscope.data.decoding import find_unreadable, refuse
 from tailscope.data.opening import OpenedImages, open_images
+from tailscope.data.pixels import ImageError
 from tailscope.data.streams import ImageStream
 from tailscope.encoders.encoder import Encoder
 from tailscope.encoders.extraction import Options, extract_to_file
@@ -17,8 +17,11 @@ from tailscope.encoders.loading import load
 from tailscope.encoders.preprocessing import Normalization, Wishes
 from tailscope.encoders.stored import PREFIX, StoredBackbone, find
 from tailscope.errors import UserError
+from tailscope.result_files import read_json
 from tailscope.training.runtime import Runtime
 from tailscope.training.step import Normalizer
+
+_LOOKED_AT = 16
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ def run_features(
     out: Path,
     *,
     checkpoint: Path | None = None,
+    checkpoint_key: str | None = None,
     pretrained: bool = False,
     split: str | None = None,
     subset: Path | None = None,
@@ -60,6 +64,7 @@ def run_features(
     data_root: Path | None = None,
     normalize: str | None = None,
     image_size: int | None = None,
+    resize: int | str | None = None,
     verify: bool = False,
     overwrite: bool = False,
     options: Options | None = None,
@@ -73,6 +78,7 @@ def run_features(
         out: the feature file, `.npz`, `.safetensors` or `.parquet`. A checkpoint's classifier goes to
             `NAME.classifier.npz` beside it.
         checkpoint: local weights.
+        checkpoint_key: which of the checkpoint's networks, such as `ema`, where several fit.
         pretrained: take published weights of timm or torchvision.
         split: of the data; needed where there are several.
         subset: a `subset.json`: only those images, in its order.
@@ -82,6 +88,8 @@ def run_features(
         data_root: where CIFAR, or the images of list files, lie.
         normalize: `imagenet`, `cifar`, `data`, `none` or MEANS/DEVIATIONS, in place of the model's own.
         image_size: height and width of the input, in place of the model's own.
+        resize: what the shorter side becomes before the centre is cropped, in place of the model's own; `none` leaves
+            images as they are.
         verify: decode every image before anything else, and report all that cannot be read.
         overwrite: replace `out`.
         options: precision, batch, workers, what to do with unreadable images.
@@ -105,12 +113,23 @@ def run_features(
         images = images.take(rows)
     if verify:
         _verify(images, options, runtime)
-    wishes = Wishes(normalize, image_size, _statistics(opened))
-    channels = opened.in_memory.images.shape[-1] if opened.in_memory is not None else 3
-    encoder = load(model, checkpoint, pretrained=pretrained, channels=channels, wishes=wishes)
-    if not encoder.preprocessing.one_size and opened.in_memory is None:
+    wishes = Wishes(normalize, image_size, resize, _statistics(opened), _size_of(images))
+    encoder = load(
+        model,
+        checkpoint,
+        checkpoint_key=checkpoint_key,
+        pretrained=pretrained,
+        channels=opened.in_memory.images.shape[-1] if opened.in_memory is not None else 3,
+        wishes=wishes,
+        classes=len(images.class_names),
+    )
+    asked_for = wishes.resize == "none" and wishes.data_size is not None
+    if not encoder.preprocessing.one_size and opened.in_memory is None and not asked_for:
         raise UserError(f"{data}: the images may differ in size, and {model} takes them as they are; give --image-size")
-    warnings = list(encoder.notes)
+    warnings = [*images.notes, *encoder.notes]
+    if encoder.classifier is not None and len(encoder.classifier.weight) != len(images.class_names):
+        outputs = len(encoder.classifier.weight)
+        warnings.append(f"{model}: its classifier has {outputs} outputs, the data {len(images.class_names)} classes")
     for note in warnings:
         runtime.progress.note(note)
     extraction = extract_to_file(encoder, images, out, runtime, options, {"data": data, "split": split, "part": part})
@@ -166,13 +185,28 @@ def _trained_rows(stored: StoredBackbone, labels: npt.NDArray[np.int64]) -> npt.
 def _subset_rows(path: Path, images: int) -> npt.NDArray[np.int64]:
     """Return the rows that a `subset.json` keeps, classes ascending, in the order drawn."""
     try:
-        by_class = json.loads(path.read_text())["indices"]
+        by_class = read_json(path)["indices"]
         rows = np.concatenate([np.asarray(kept, dtype=np.int64) for kept in by_class])
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except UserError as error:
+        raise UserError(f"--subset {error}; it is no subset.json") from None
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise UserError(f"--subset {path}: no subset.json with 'indices' per class ({message_of(error)})") from None
     if len(rows) == 0 or rows.min() < 0 or rows.max() >= images:
         raise UserError(f"--subset {path}: its indices are not rows of these {images} images; was it drawn from them?")
     return rows
+
+
+def _size_of(images: ImageStream) -> tuple[int, int] | None:
+    """Return height and width of the images if some from all over the data have the same, else None."""
+    total = len(images.labels)
+    sizes = set()
+    for row in {i * (total - 1) // (_LOOKED_AT - 1) for i in range(_LOOKED_AT)} if total else ():
+        try:
+            sizes.add(images.image(row).size)
+        except ImageError:  # extraction tells of it, or leaves it out
+            continue
+    width, height = sizes.pop() if len(sizes) == 1 else (None, None)
+    return None if width is None or height is None else (height, width)
 
 
 def _statistics(opened: OpenedImages) -> Normalization | None:

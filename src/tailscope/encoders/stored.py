@@ -1,4 +1,8 @@
-"""Backbones that tailscope trained itself, recalled from a store by key, with the images they were trained on."""
+"""Backbones that tailscope trained itself, recalled from a store by key, with the images they were trained on.
+
+A store may come from a stranger. What its descriptions name is looked up among the project's own networks and nowhere
+else: nothing is imported, and sizes are bounded by the stored weights, which the network must fit.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +14,13 @@ import numpy.typing as npt
 from tailscope.errors import UserError
 from tailscope.field_checks import listed
 from tailscope.methods.photos import for_photos, size_of
-from tailscope.store import Store
+from tailscope.models import MODELS
+from tailscope.store import Artifact, Store
 
 PREFIX = "store:"
 _SHOWN = 12
+_LARGEST = 1024
+"""Side in pixels beyond which no backbone was trained."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,18 +59,43 @@ def find(root: Path | None, key: str) -> StoredBackbone:
         what = "no such backbone" if not matching else f"{len(matching)} backbones"
         have = listed([f"{known[:_SHOWN]} ({_describe(store.meta('stage1', known))})" for known in keys])
         raise UserError(f"--model {PREFIX}{key}: {what}; {root} has {have if keys else 'none'}")
-    artifact = store.read("stage1", matching[0])
-    spec = artifact.meta["spec"]
-    return StoredBackbone(
-        spec["model"],
-        store.tensors_file("stage1", matching[0]),
-        artifact.tensors["rows"].numpy(),
-        tuple(spec["data"]["counts"]),
-        size_of(spec["augment"]) if for_photos(spec["augment"]) else None,
-    )
+    path = store.tensors_file("stage1", matching[0])
+    return _checked(store.read("stage1", matching[0]), path)
+
+
+def _checked(artifact: Artifact, path: Path) -> StoredBackbone:
+    """Return the backbone of an entry, of which only what a training of ours may have written is believed.
+
+    Raises:
+        UserError: a field is missing, of another kind, or names no network of ours.
+    """
+    try:
+        spec = artifact.meta["spec"]
+        model, augment = str(spec["model"]), [str(call) for call in spec["augment"]]
+        counts = tuple(int(n) for n in spec["data"]["counts"])
+        rows = artifact.tensors["rows"].numpy()
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path.parent}: is no backbone that tailscope stored ({type(error).__name__}: {error})"
+        ) from None
+    try:
+        MODELS.parse(model)
+        size = size_of(augment) if for_photos(augment) else None
+    except UserError as error:
+        raise UserError(
+            f"{path.parent / 'meta.json'}: {error}; names in a file are only looked up, never run"
+        ) from None
+    if rows.ndim != 1 or rows.dtype.kind not in "iu" or len(rows) == 0 or rows.min() < 0:
+        raise UserError(f"{path}: its rows {list(rows.shape)} are no row numbers of training images")
+    if size is not None and not 1 <= size <= _LARGEST:
+        raise UserError(f"{path.parent / 'meta.json'}: images of {size} pixels; at most {_LARGEST} are believed")
+    return StoredBackbone(model, path, rows, counts, size)
 
 
 def _describe(meta: dict[str, Any]) -> str:
-    spec = meta["spec"]
-    how = "+".join([*spec["augment"], *([spec["mix"]] if spec["mix"] else [])])
-    return f"{spec['data']['name']} {spec['data']['profile']}, {how}, seed {meta['seed']}"
+    try:
+        spec = meta["spec"]
+        how = "+".join([*spec["augment"], *([spec["mix"]] if spec["mix"] else [])])
+        return f"{spec['data']['name']} {spec['data']['profile']}, {how}, seed {meta['seed']}"
+    except (KeyError, TypeError, AttributeError):
+        return "no description"

@@ -35,13 +35,13 @@ def geometry(lab: Lab, settings: Settings) -> dict[str, Any]:
             label = f"seed {seed}: {run.encoder}"
             backbone = lab.backbone(run.stage1, run.trained_on.rows, seed, f"seed {seed}: encoder {run.encoder}")
             encoders[run.encoder]["seeds"][str(seed)] = _measure(lab, settings, backbone, sets["lt"], label)
-            rows.append(provenance(run, backbone))
+            rows.append(provenance(lab, run, backbone))
     for encoder in encoders.values():
         encoder["mean"] = {variant: _mean_over_seeds(encoder["seeds"], variant) for variant in ("paper", "calibrated")}
-    result = header("geometry", settings, lab, lt_sets)
+    result = header("geometry", settings, lab, lt_sets, rows)
     if not settings.recipe.converged:
         result["warnings"].append("geometry not converged: within-class variance keeps shrinking in longer training")
-    return {**result, "provenance": rows, "encoders": encoders}
+    return {**result, "encoders": encoders}
 
 
 def runs(settings: Settings, sets: Mapping[str, TrainingSet], seed: int) -> Iterator[Run]:

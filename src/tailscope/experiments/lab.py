@@ -195,7 +195,12 @@ class Lab:
             "stage2",
             run.key(),
             lambda _: fit_classifier(
-                run.stage2, self.views(backbone, run.stage2, rows, run.seed), run.stage2.data.counts, run.seed, start
+                run.stage2,
+                self.views(backbone, run.stage2, rows, run.seed),
+                run.stage2.data.counts,
+                run.seed,
+                start,
+                label,
             ),
             self.runtime.progress,
         )

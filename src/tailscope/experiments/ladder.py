@@ -47,12 +47,11 @@ def ladder(lab: Lab, settings: Settings) -> dict[str, Any]:
             backbone = lab.backbone(run.stage1, run.trained_on.rows, seed, f"seed {seed}: backbone on lt, {name}")
             right = evaluate(lab, run, backbone, f"seed {seed}: {name}, {rung}")
             correct.setdefault(name, {}).setdefault(rung, []).append(right)
-            rows.append(provenance(run, backbone))
-    result = header("ladder", settings, lab, lt_sets)
+            rows.append(provenance(lab, run, backbone))
+    result = header("ladder", settings, lab, lt_sets, rows)
     labels = lab.data.test.labels.numpy()
     return {
         **result,
-        "provenance": rows,
         "augmentations": {
             name: {rung: summarize(np.stack(right), labels, result["groups"]) for rung, right in rungs.items()}
             for name, rungs in correct.items()

@@ -1,6 +1,6 @@
 """What every result file of an experiment starts with, and the card of one row."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -10,14 +10,17 @@ from tailscope.experiments.runs import Run
 from tailscope.experiments.settings import Settings
 from tailscope.groups import assign_groups
 from tailscope.origin import command, versions
+from tailscope.training.runtime import arithmetic_of
 
 STAGE2_CARD = (
     "key", "profile", "subset_sha256", "counts", "parameters", "epochs", "steps", "batch", "learning_rate",
-    "weight_decay", "schedule", "start",
+    "weight_decay", "schedule", "start", "arithmetic",
 )  # fmt: skip
 
 
-def header(verb: str, settings: Settings, lab: Lab, lt_sets: Sequence[TrainingSet]) -> dict[str, Any]:
+def header(
+    verb: str, settings: Settings, lab: Lab, lt_sets: Sequence[TrainingSet], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     """Return the fields that every result file starts with.
 
     Args:
@@ -25,6 +28,7 @@ def header(verb: str, settings: Settings, lab: Lab, lt_sets: Sequence[TrainingSe
         settings: what was asked for.
         lab: gives the data and the hardware.
         lt_sets: the long-tailed training set of each seed.
+        rows: the cards of all rows.
     """
     counts = list(lt_sets[0].spec.counts)
     groups, rule = assign_groups(counts)
@@ -50,8 +54,8 @@ def header(verb: str, settings: Settings, lab: Lab, lt_sets: Sequence[TrainingSe
         "groups_rule": rule,
         "seeds": list(settings.seeds),
         "subset_sha256": [s.spec.indices_sha256 for s in lt_sets],
-        "warnings": _warnings(settings, lab),
-        "provenance": [],
+        "warnings": _warnings(settings, lab) + differing_arithmetic(rows),
+        "provenance": list(rows),
     }
 
 
@@ -62,10 +66,45 @@ def _warnings(settings: Settings, lab: Lab) -> list[str]:
     return warnings + (lab.data.notes() if isinstance(lab.data, FileData) else [])
 
 
-def provenance(run: Run, backbone: Backbone) -> dict[str, Any]:
+def differing_arithmetic(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a warning for each stage whose stored results were not all computed by the same arithmetic.
+
+    Neither a key nor a result's spec says which it was, and after a training it differs by more than rounding. What a
+    stage does not say, because it was stored before stages said it, differs from nothing.
+
+    >>> cards = [{"row": "lt->lt", "seed": k, "arithmetic": {"processor": p}} for k, p in enumerate(["A", "A", "B"])]
+    >>> differing_arithmetic(cards)  # doctest: +NORMALIZE_WHITESPACE
+    ["backbones were trained by different arithmetic, under the same keys (processor: 'A' of seeds 0 1, 'B' of seed 2):
+    part of what differs between them may be due to that"]
+    """
+    warnings = []
+    for field, stage in (("arithmetic", "backbones"), ("stage2_arithmetic", "classifiers")):
+        seeds: dict[str, dict[str, set[int]]] = {}
+        for row in rows:
+            for name, value in (row.get(field) or {}).items():
+                if value is not None:
+                    seeds.setdefault(name, {}).setdefault(value, set()).add(row["seed"])
+        told = [f"{name}: {_by_seeds(values)}" for name, values in seeds.items() if len(values) > 1]
+        if told:
+            warnings.append(
+                f"{stage} were trained by different arithmetic, under the same keys ({'; '.join(told)}): part of what"
+                " differs between them may be due to that"
+            )
+    return warnings
+
+
+def _by_seeds(values: Mapping[str, set[int]]) -> str:
+    return ", ".join(
+        f"{value!r} of seed{'s' * (len(seeds) > 1)} {' '.join(map(str, sorted(seeds)))}"
+        for value, seeds in values.items()
+    )
+
+
+def provenance(lab: Lab, run: Run, backbone: Backbone) -> dict[str, Any]:
     """Return the card of one row: everything a reader needs to compare it with another system's.
 
     Args:
+        lab: whose store holds the classifier.
         run: what was evaluated.
         backbone: its trained encoder.
 
@@ -99,7 +138,7 @@ def provenance(run: Run, backbone: Backbone) -> dict[str, Any]:
         "profile": stage1.data.profile,
         "subset_sha256": stage1.data.indices_sha256,
         "counts": list(stage1.data.counts),
-        **_stage2_card(run, backbone),
+        **_stage2_card(lab, run, backbone),
         "precision": meta["precision"],
         "compiled": meta["compiled"],
         "fused": meta.get("fused", False),
@@ -107,10 +146,11 @@ def provenance(run: Run, backbone: Backbone) -> dict[str, Any]:
         "seconds": meta["seconds"],
         "images_per_second": meta["images_per_second"],
         "key": backbone.key,
+        "arithmetic": arithmetic_of(meta),
     }
 
 
-def _stage2_card(run: Run, backbone: Backbone) -> dict[str, Any]:
+def _stage2_card(lab: Lab, run: Run, backbone: Backbone) -> dict[str, Any]:
     """Return what a retrained classifier was trained on and how; every field is None without one."""
     found: dict[str, Any] = {}
     spec = run.spec()
@@ -130,5 +170,6 @@ def _stage2_card(run: Run, backbone: Backbone) -> dict[str, Any]:
             "weight_decay": stage2.train.weight_decay,
             "schedule": stage2.train.schedule,
             "start": stage2.start,
+            "arithmetic": arithmetic_of(lab.store.meta("stage2", spec.key())),
         }
     return {f"stage2_{name}": found.get(name) for name in STAGE2_CARD}

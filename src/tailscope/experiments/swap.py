@@ -33,9 +33,9 @@ def swap(lab: Lab, settings: Settings) -> dict[str, Any]:
             right = evaluate(lab, run, backbone, f"seed {seed}: {run.row}")
             found, name = (own, run.encoder) if run.stage2 is None else (cells, run.row)
             found.setdefault(name, []).append(right)
-            rows.append(provenance(run, backbone))
+            rows.append(provenance(lab, run, backbone))
     outcomes = {row: np.stack(per_seed) for row, per_seed in cells.items()}
-    result = header("swap", settings, lab, lt_sets)
+    result = header("swap", settings, lab, lt_sets, rows)
     labels = lab.data.test.labels.numpy()
     whole = all(cell in outcomes for cell in CELLS)
     if not whole:
@@ -45,7 +45,6 @@ def swap(lab: Lab, settings: Settings) -> dict[str, Any]:
         )
     return {
         **result,
-        "provenance": rows,
         "cells": {row: summarize(right, labels, result["groups"]) for row, right in outcomes.items()},
         "stage1": {name: summarize(np.stack(right), labels, result["groups"]) for name, right in own.items()},
         "attribution": attribute(outcomes, labels, result["groups"]) if whole else None,

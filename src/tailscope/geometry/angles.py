@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from tailscope.geometry.rows import BLOCK_ELEMENTS
+from tailscope.geometry.lengths import BLOCK_ELEMENTS
 
 
 def resolution_deg(dtype: torch.dtype) -> float:

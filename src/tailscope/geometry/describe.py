@@ -1,8 +1,9 @@
 """The geometry of every class in one call: `describe(train, unseen)`."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from tailscope.errors import UserError
 from tailscope.geometry.angles import angle_between, nearest_center
 from tailscope.geometry.centers import Centers, class_centers, separation_by_chance
 from tailscope.geometry.fields import Entry
+from tailscope.geometry.lengths import exponent, median, scaled
 from tailscope.geometry.measure import Facts, measure_class
-from tailscope.geometry.notes import class_notes, input_notes, verdict_notes
+from tailscope.geometry.notes import class_notes, input_notes, undefined_notes, verdict_notes
 from tailscope.geometry.parallel import map_mixed
 from tailscope.geometry.pooling import pool_groups
 from tailscope.geometry.rows import ClassRows, gather, group_rows
@@ -28,13 +30,16 @@ EXCESSES = (
     ("escape_rate", "escape_rate_null", "escape_rate_excess"),
     ("nearest_center_train_deg", "nearest_center_train_null_deg", "nearest_center_train_excess_deg"),
 )
+MOST_APART = 30  # powers of two between the lengths of train and unseen features
+SQUARED = ("variance", "variance_unseen", "covariance_norm", "covariance_norm_unbiased")  # in squared units of features
 
 
 @dataclass(frozen=True)
 class GeometryResult:
     """Measurements of every class and group, with the fields of `tailscope.geometry.FIELDS`.
 
-    `centers`, float64 [C, d], are the means of the classes over training and unseen samples.
+    `centers`, float64 [C, d], are the means of the classes over training and unseen samples, all times one power of
+    two that brings them near 1.
     """
 
     classes: list[Entry]
@@ -95,6 +100,9 @@ def describe(
     _check(train_features, unseen_features, class_names, permutations, alpha)
     train = group_rows(train_features, train_labels, class_names, "train")
     unseen = group_rows(unseen_features, unseen_labels, class_names, "unseen")
+    _check_lengths(train, unseen)
+    power = exponent(train.lengths, unseen.lengths)
+    train, unseen = (replace(rows, features=scaled(rows.features, power)) for rows in (train, unseen))
     groups, rule = assign_groups(_training_counts(train, class_names, train_counts))
     keys = _stream_keys(class_names)
     centers = class_centers(train, unseen)
@@ -123,12 +131,15 @@ def describe(
     _separate(entries, centers, chance, train, unseen, torch.cat([search.means() for search in searches]))
     differing = tests.finish(entries, chances)
     _excesses(entries)
+    _original_units(entries, power)
+    undefined = undefined_notes(entries)
     dropped = [a + b for a, b in zip(train.dropped, unseen.dropped, strict=True)]
     dead = int((~(train.alive | unseen.alive)).sum())
     warnings = [
         *input_notes(train, unseen, dead, units.straddling),
         *class_notes(entries, facts, dropped),
         *verdict_notes(entries, differing),
+        *undefined,
     ]
     return GeometryResult(list(entries), pool_groups(entries, tests.group_p, alpha), rule, warnings, centers.true)
 
@@ -144,9 +155,20 @@ def _check(train: Tensor, unseen: Tensor, class_names: Sequence[str], permutatio
         raise UserError(f"alpha: got {alpha}, expected a number between 0 and 1")
 
 
+def _check_lengths(train: ClassRows, unseen: ClassRows) -> None:
+    """Refuse features of which one set is so much longer that the other would vanish beside it."""
+    first, second = median(train.lengths), median(unseen.lengths)
+    if first is not None and second is not None and abs(first - second) > MOST_APART:
+        times = 2.0 ** max(-1000.0, min(1000.0, second - first))
+        raise UserError(
+            f"unseen features: the median row is {times:.0e} times as long as that of the train features; "
+            "extract both with the same encoder and scale both by the same number"
+        )
+
+
 def _training_counts(train: ClassRows, class_names: Sequence[str], given: Sequence[int] | None) -> list[int]:
     """Return training images per class; refuse classes without any."""
-    counts = [train.count(k) + train.dropped[k] for k in range(len(class_names))]
+    counts = [train.count(k) + train.dropped[k] + train.far[k] for k in range(len(class_names))]
     missing = [str(name) for name, count in zip(class_names, counts, strict=True) if not count]
     if missing:
         more = f" and {len(missing) - 1} more classes" if len(missing) > 1 else ""
@@ -202,3 +224,12 @@ def _excesses(entries: Sequence[Entry]) -> None:
                 entry[null] = None
             elif entry[null] is not None:
                 entry[excess] = entry[raw] - entry[null]
+
+
+def _original_units(entries: Sequence[Entry], power: int) -> None:
+    """Give squared measures of features that were multiplied by 2 ** power in squared units of the features given."""
+    for entry in entries:
+        for name in SQUARED:
+            if power and entry[name]:
+                half = entry[name] * 2.0**-power  # the factor's square may lie outside the range of float64
+                entry[name] = half * 2.0**-power or math.nan

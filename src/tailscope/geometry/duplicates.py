@@ -1,21 +1,19 @@
 """Rows that are copies of one another, within a class: they make training and unseen samples look alike."""
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from tailscope.geometry.lengths import BLOCK_ELEMENTS
 from tailscope.geometry.parallel import map_parallel
 from tailscope.geometry.rows import ClassRows, gather
-
-NEAR = 1e-4
 
 
 @dataclass(frozen=True)
 class Copies:
-    """Near-identical rows of one class: which unseen rows copy a training row, and how many rows repeat their own set.
+    """Equal rows of one class: which unseen rows copy a training row, and how many rows repeat their own set.
 
     `unseen` is bool [m].
     """
@@ -24,20 +22,19 @@ class Copies:
     repeats: int
 
 
-def find_copies(rows: Tensor, n: int, variance: float) -> Copies:
+def find_copies(rows: Tensor, n: int) -> Copies:
     """Return the copies among a class's rows [n + m, d], training rows first.
 
-    Two rows are copies where their distance is below 1/10,000 of that of two typical samples,
-    sqrt(2 * variance). Rows are sorted along one random direction, so that copies become neighbours.
+    Copies are rows whose bytes are the same: rows that are only close are neighbours, at whatever scale.
+
+    >>> find_copies(torch.tensor([[1.0, 2.0], [1.0, 2.5], [1.0, 2.0]]), 2).unseen.tolist()
+    [True]
     """
-    count, d = rows.shape
-    limit = NEAR * math.sqrt(2 * variance)
-    key, order = (rows @ _direction(d).to(device=rows.device, dtype=rows.dtype)).sort()
-    # Along a direction of standard normal entries a distance shows as that distance times a standard normal number.
-    linked = (key.diff() < 6 * limit).nonzero().flatten()
-    if len(linked):
-        distance = torch.linalg.vector_norm(rows[order[linked]] - rows[order[linked + 1]], dim=1)
-        linked = linked[distance < limit]
+    count = len(rows)
+    bits = rows.contiguous().view(torch.int64 if rows.dtype == torch.float64 else torch.int32)
+    key, order = _digest(bits).sort()
+    linked = (key.diff() == 0).nonzero().flatten()
+    linked = linked[(bits[order[linked]] == bits[order[linked + 1]]).all(dim=1)]
     if not len(linked):
         return Copies(torch.zeros(count - n, dtype=torch.bool, device=rows.device), 0)
     unseen = torch.arange(count, device=rows.device) >= n
@@ -51,9 +48,16 @@ def find_copies(rows: Tensor, n: int, variance: float) -> Copies:
     return Copies((seen_in[cluster] > 0)[unseen], int(repeats))
 
 
+def _digest(bits: Tensor) -> Tensor:
+    """Return a number for each row of integers, int64 [n], by which equal rows become neighbours."""
+    factors = _factors(bits.shape[1]).to(bits.device)
+    blocks = torch.split(bits, max(1, BLOCK_ELEMENTS // bits.shape[1]))
+    return torch.cat([(block * factors).sum(dim=1) for block in blocks])  # both wrap round
+
+
 @lru_cache(maxsize=1)
-def _direction(d: int) -> Tensor:
-    return torch.randn(d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+def _factors(d: int) -> Tensor:
+    return torch.randint(-(2**62), 2**62, (d,), generator=torch.Generator().manual_seed(0))
 
 
 def unseen_copies(train: ClassRows, unseen: ClassRows) -> Tensor:
@@ -63,10 +67,7 @@ def unseen_copies(train: ClassRows, unseen: ClassRows) -> Tensor:
     def one(k: int) -> None:
         n, m = train.count(k), unseen.count(k)
         if n and m:
-            rows = gather(train, unseen, k)
-            rows -= rows.mean(dim=0)
-            variance = torch.linalg.vector_norm(rows).square().item() / (n + m - 1)
-            found[unseen.index(k)] = find_copies(rows, n, variance).unseen
+            found[unseen.index(k)] = find_copies(gather(train, unseen, k), n).unseen
 
     map_parallel(one, len(train.starts) - 1, unseen.features.device)
     return found

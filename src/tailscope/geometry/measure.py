@@ -62,6 +62,7 @@ def measure_class(rows: Tensor, n: int, k: int, centers: Centers, halves: np.ran
     entry.update(_compactness(sample))
     if n and sample.m:
         entry.update(_comparison(sample))
+    copied = find_copies(rows, n)
     traces = _center_each(sample)  # from here on rows are deviations
     entry.update(_displacement(sample, *traces))
     _center_all(sample)
@@ -74,7 +75,6 @@ def measure_class(rows: Tensor, n: int, k: int, centers: Centers, halves: np.ran
     copies = repeats = 0
     if n and sample.m and variance > 0:
         entry.update(_between(sample, variance, found.covariance_norm or 0.0))
-        copied = find_copies(rows, n, variance)
         copies, repeats = int(copied.unseen.sum()), copied.repeats
     collapsed = (n > 1 and traces[0] == 0) or (len(rows) > 1 and variance == 0)
     return entry, Facts(collapsed, 0.0 in sample.lengths[:2], copies, repeats)

@@ -1,9 +1,11 @@
 """Warnings about features: what makes a measurement undefined, imprecise or easy to misread."""
 
+import math
 from collections.abc import Sequence
 
 from tailscope.geometry.calibration import VERDICT_SAMPLES
 from tailscope.geometry.fields import Entry
+from tailscope.geometry.lengths import FAR
 from tailscope.geometry.measure import Facts
 from tailscope.geometry.rows import ClassRows
 
@@ -21,6 +23,12 @@ def input_notes(train: ClassRows, unseen: ClassRows, dead: int, split_bursts: in
         notes.append(
             f"{dropped} feature vectors of length 0 have no direction and were left out "
             f"({sum(train.dropped)} training, {sum(unseen.dropped)} unseen){many}"
+        )
+    distant = sum(train.far) + sum(unseen.far)
+    if distant:
+        notes.append(
+            f"{distant} feature vectors are over {FAR:.0f} times as long as the median one and were left out "
+            f"({sum(train.far)} training, {sum(unseen.far)} unseen)"
         )
     if dead:
         width = train.features.shape[1]
@@ -42,7 +50,10 @@ def class_notes(entries: Sequence[Entry], facts: Sequence[Facts], dropped: Seque
     repeats = sum(f.repeats for f in facts)
     found = [
         (named([x > 0 for x in dropped]), "some vectors of length 0 were left out"),
-        (named([x == 0 for x in n]), "no training vector has a direction: nothing about training can be measured"),
+        (
+            named([x == 0 for x in n]),
+            "no training vector with a direction and an ordinary length: nothing about training can be measured",
+        ),
         (named([x == 0 for x in m]), "no unseen samples: shift, gap and escape not assessable"),
         (named([0 < x < FEW_UNSEEN for x in m]), f"fewer than {FEW_UNSEEN} unseen samples: comparisons are imprecise"),
         (named([x == 1 for x in n]), "1 training sample: spread, width, gap and escape undefined, see the group"),
@@ -85,6 +96,21 @@ def verdict_notes(entries: Sequence[Entry], differing: Sequence[bool]) -> list[s
         (_named(differ), "the verdict on the gap changes when centres average unit vectors instead of raw ones"),
     ]
     return [f"{text}: {names}" for names, text in found if names]
+
+
+def undefined_notes(entries: Sequence[Entry]) -> list[str]:
+    """Make NaN and infinity None, in place, and return a warning for each field that held any."""
+    found: dict[str, list[Entry]] = {}
+    for entry in entries:
+        for field, value in entry.items():
+            if not all(
+                math.isfinite(v) for v in (value if isinstance(value, list) else [value]) if isinstance(v, float)
+            ):
+                entry[field] = None
+                found.setdefault(field, []).append(entry)
+    return [
+        f"{field} lies outside the range of numbers and is left undefined: {_named(e)}" for field, e in found.items()
+    ]
 
 
 def _named(entries: Sequence[Entry]) -> str:

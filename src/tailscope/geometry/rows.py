@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from tailscope.errors import UserError
-
-BLOCK_ELEMENTS = 1 << 22
+from tailscope.geometry.lengths import BLOCK_ELEMENTS, far, log2_lengths, without
 
 
 @dataclass(frozen=True)
 class ClassRows:
     """The usable rows of one feature matrix [n, d], sorted by class: class k owns `order[starts[k]:starts[k + 1]]`.
 
-    `dropped[k]` counts the class's rows without a direction (zero norm), which `order` leaves out; `alive`, bool [d],
-    says which features are not 0 in every row.
+    `dropped[k]` counts the class's rows without a direction (of length 0, or as good as 0) and `far[k]` those over 100
+    times as long as the median row, which `order` leaves out; `alive`, bool [d], says which features are not 0 in every
+    row, and `lengths`, float64 [n], are the binary logarithms of the rows' lengths.
     """
 
     features: Tensor
@@ -24,6 +24,8 @@ class ClassRows:
     starts: list[int]
     dropped: list[int]
     alive: Tensor
+    far: list[int]
+    lengths: Tensor
 
     @property
     def dtype(self) -> torch.dtype:
@@ -54,19 +56,20 @@ def group_rows(features: Tensor, labels: Tensor, class_names: Sequence[str], wha
         what: "train" or "unseen", used in messages.
 
     Raises:
-        UserError: wrong shapes or dtypes, labels out of range, NaN or infinite features.
+        UserError: wrong shapes or dtypes, labels out of range, features that are NaN, infinite or subnormal.
     """
     features = features.detach()
     _check_shapes(features, labels, len(class_names), what)
-    usable, alive = _usable(features, what)
+    lengths = log2_lengths(features, f"{what} features")
+    nothing, beyond = without(lengths), far(lengths)
     labels = labels.to(device=features.device, dtype=torch.long)
     classes = len(class_names)
-    kept = usable.nonzero().flatten()
+    kept = (~(nothing | beyond)).nonzero().flatten()
     order = kept[torch.argsort(labels[kept], stable=True)]
     counts = torch.bincount(labels[kept], minlength=classes)
-    dropped = torch.bincount(labels[~usable], minlength=classes)
+    dropped, distant = (torch.bincount(labels[rows], minlength=classes).tolist() for rows in (nothing, beyond))
     starts = [0, *torch.cumsum(counts, 0).tolist()]
-    return ClassRows(features, order, starts, dropped.tolist(), alive)
+    return ClassRows(features, order, starts, dropped, _alive(features), distant, lengths)
 
 
 def gather(train: ClassRows, unseen: ClassRows, k: int) -> Tensor:
@@ -95,21 +98,11 @@ def _check_shapes(features: Tensor, labels: Tensor, classes: int, what: str) -> 
         raise UserError(f"{what} labels: found {low} to {high}, expected 0 to {classes - 1} for {classes} class names")
 
 
-def _usable(features: Tensor, what: str) -> tuple[Tensor, Tensor]:
-    """Return which rows have a direction and which features are ever not 0; refuse rows that are not finite."""
-    wide = torch.promote_types(features.dtype, torch.float32)
-    norms = []
-    alive, all_alive = torch.zeros(features.shape[1], dtype=torch.bool, device=features.device), False
+def _alive(features: Tensor) -> Tensor:
+    """Return which features are ever not 0, bool [d]."""
+    alive = torch.zeros(features.shape[1], dtype=torch.bool, device=features.device)
     for block in torch.split(features, max(1, BLOCK_ELEMENTS // max(1, features.shape[1]))):
-        norms.append(torch.linalg.vector_norm(block, dim=1, dtype=wide))
-        if not all_alive:
-            alive |= (block != 0).any(dim=0)
-            all_alive = bool(alive.all())
-    norm = torch.cat(norms)
-    wrong = (~torch.isfinite(norm)).nonzero().flatten()
-    if len(wrong):
-        huge = bool(torch.isfinite(features[wrong]).all())
-        cause = f"too large to square in {str(wide).removeprefix('torch.')}" if huge else "NaN or infinite"
-        mend = "; divide all features by one number" if huge else ""
-        raise UserError(f"{what} features: {len(wrong)} rows are {cause}, the first is row {int(wrong[0])}{mend}")
-    return norm > 0, alive
+        alive |= (block != 0).any(dim=0)
+        if bool(alive.all()):
+            break
+    return alive

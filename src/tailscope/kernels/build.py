@@ -16,6 +16,7 @@ import torch
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 _SECONDS = 120
+_DIGITS = 64
 _log = logging.getLogger(__name__)
 
 
@@ -24,7 +25,8 @@ def library(name: str) -> ctypes.CDLL | None:
     """Return the compiled `name`.cpp; None where that cannot be had, which costs speed and nothing else.
 
     It takes a C++ compiler (`$CXX`, else g++) and Linux. The result is kept under `$XDG_CACHE_HOME/tailscope`, named
-    by the source, its headers, the compiler and the processor, since it is built for the processor at hand.
+    by the source, its headers, the compiler and the processor, since it is built for the processor at hand. It ends
+    with the digest of what stands before, which loaders do not see; a damaged one is compiled again.
     """
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None or sys.platform != "linux":
@@ -32,7 +34,7 @@ def library(name: str) -> ctypes.CDLL | None:
     source = Path(__file__).with_name(f"{name}.cpp")
     try:
         file = _cache() / f"{name}-{_fingerprint(source, compiler)}.so"
-        if not file.is_file():
+        if not _is_whole(file):
             _compile(compiler, source, file)
         _share_openmp()
         return ctypes.CDLL(str(file))
@@ -72,7 +74,21 @@ def _compile(compiler: str, source: Path, to: Path) -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SECONDS)
             if done.returncode:
                 raise OSError(f"{compiler} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
+        with linked.open("ab") as file:
+            file.write(_digest(linked.read_bytes()))
         linked.replace(to)
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a compiled file is there and ends with the SHA-256 of the rest."""
+    if not file.is_file():
+        return False
+    content = file.read_bytes()
+    return content[-_DIGITS:] == _digest(content[:-_DIGITS])
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode()
 
 
 def _share_openmp() -> None:

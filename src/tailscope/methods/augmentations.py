@@ -1,8 +1,10 @@
 """Augmentations of whole batches of uint8 images, on the images' device.
 
-An augmentation takes (images uint8 [n, H, W, C], generator on the images' device) and returns images of the same
-shape. Every image has draws of its own; nothing loops over images. What an image draws depends on its place in the
-call, so a run that is to be repeated must cut its data into the same calls. Normalisation is not an augmentation.
+An augmentation takes (images uint8 [n, H, W, C], generator) and returns images of the same shape. It draws on the
+generator's device, in training the CPU, so that a seed means the same everywhere, and moves the draws to the images
+without waiting. Every image has draws of its own; nothing loops over images. What an image draws depends on its place
+in the call, so a run that is to be repeated must cut its data into the same calls. Normalisation is not an
+augmentation.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,7 +36,8 @@ def crop(padding: int = 4) -> Augmentation:
 
     def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         n, height, width, _ = images.shape
-        offsets = torch.randint(2 * padding + 1, (2, n), generator=generator, device=images.device)
+        offsets = torch.randint(2 * padding + 1, (2, n), generator=generator, device=generator.device)
+        offsets = offsets.to(images.device, non_blocking=True)
         padded = pad(images, (0, 0, padding, padding, padding, padding))
         windows = padded.unfold(1, height, 1).unfold(2, width, 1)  # a view [n, y, x, C, H, W]: no copy is made
         crops = windows[torch.arange(n, device=images.device), offsets[0], offsets[1]]
@@ -48,7 +51,8 @@ def flip() -> Augmentation:
     """Horizontal flip with probability one half."""
 
     def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        flipped = torch.rand(len(images), generator=generator, device=images.device) < 0.5
+        flipped = torch.rand(len(images), generator=generator, device=generator.device) < 0.5
+        flipped = flipped.to(images.device, non_blocking=True)
         return torch.where(flipped[:, None, None, None], images.flip(2), images)
 
     return augment

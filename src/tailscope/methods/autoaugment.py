@@ -64,15 +64,15 @@ class BatchedAutoAugment:
         return Choices(sub_policy, uniform[0] < self._probability.to(device)[sub_policy], uniform[1] < 0.5)
 
     def apply(self, images: torch.Tensor, choices: Choices) -> torch.Tensor:
-        """Return the images after both steps of their choices."""
+        """Return the images after both steps of their choices, which may lie on another device."""
         # The kernels are vectorised for, and their rounding is defined by, contiguous channels-first images.
         out = images.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
-        index = self._index.to(images.device)
+        index = self._index.to(choices.sub_policy.device)
         for step in (0, 1):
             chosen = index[choices.sub_policy, step, choices.negative[:, step].long()]
             chosen = torch.where(choices.applied[:, step], chosen, -1)
             sizes = torch.bincount(chosen + 1, minlength=len(self._operations) + 1).tolist()
-            groups = torch.split(torch.argsort(chosen, stable=True), sizes)
+            groups = torch.split(torch.argsort(chosen, stable=True).to(images.device, non_blocking=True), sizes)
             for operation, members in zip(self._operations, groups[1:], strict=True):
                 if len(members):
                     out.index_copy_(0, members, self._transform(out.index_select(0, members), operation))

@@ -18,7 +18,7 @@ from tailscope.paper import claims, side_by_side, targets
 from tailscope.paper.evidence import Evidence
 from tailscope.paper.plan import Plan, make_plan
 from tailscope.paper.runs import Outcomes, outcomes
-from tailscope.paper.timing import duration, measure
+from tailscope.paper.timing import duration, measure, other_work
 from tailscope.progress import Progress, Quiet
 from tailscope.report.results import load as load_results
 from tailscope.result_files import check_free, write
@@ -49,6 +49,10 @@ class Reproduction:
         backbones: those that Table 1 trains, such as `lt`; by default all.
         time_limit: such as `9m`; see `tailscope.paper.queue`.
         jobs: backbones that are trained at a time under a time limit or by `everything`.
+        compile: whether training steps are compiled; by default where it pays.
+        wait_for_data: take a data set in when its NAME.npz appears in `data_root`, under a time limit or by
+            `everything`.
+        bundle: folder that gets results and trained stages as archives, for another machine; likewise.
         data: of imagenet-lt: the whole of ImageNet as `list:TRAIN.txt,TEST.txt` or `folder:PATH`.
         files: of imagenet-lt: devices, workers and what to do with images that cannot be read.
     """
@@ -69,6 +73,9 @@ class Reproduction:
     data: str | None = None
     files: FileOptions = field(default_factory=FileOptions)
     jobs: int = 1
+    compile: bool | None = None
+    wait_for_data: bool = False
+    bundle: Path | None = None
 
     def open(self) -> Data:
         """Return the data set.
@@ -143,7 +150,8 @@ def run_reproduce(
         UserError: something about the reproduction, the data or OUT is not usable; before any training.
     """
     reproduction.settings(), reproduction.wanted()
-    with workplace(reproduction.open(), reproduction.files, Runtime.choose(reproduction.device)) as place:
+    runtime = Runtime.choose(reproduction.device, compile=reproduction.compile)
+    with workplace(reproduction.open(), reproduction.files, runtime) as place:
         recipe = place.recipe(reproduction.settings().recipe)
         settings = reproduction.settings().model_copy(update={"recipe": recipe})
         make_folder(reproduction.out, "--out")
@@ -163,11 +171,11 @@ def _reproduce(reproduction: Reproduction, lab: Lab, settings: Settings, tell: T
     if not plan.complete and isinstance(lab.data, FileData):
         tell("estimated time here: not measured for images in files; progress shows images a second")
     elif not plan.complete:
-        seconds = measure(lab, settings.recipe, plan).estimate(plan)
-        done["estimated_seconds"] = seconds
-        compiles = any(lab.runtime.should_compile(backbone.steps) for backbone in plan.to_train)
-        errs = ", not compiled, so long trainings take less" if compiles else ""
-        tell(f"estimated time here: {duration(seconds)}; measured on single steps{errs}; geometry's tests come on top")
+        busy = other_work()  # before we add to it
+        rates = measure(lab, settings.recipe, plan)
+        done["estimated_seconds"] = seconds = rates.estimate(plan)
+        by = f"; rates {rates.sources(plan)}" if plan.to_train else ""
+        tell(f"estimated time here: {duration(seconds)}{by}; geometry's tests come on top{busy and f'; {busy}'}")
     if plan_only:
         return done
     for experiment in wanted:
@@ -196,6 +204,19 @@ def conclude(lab: Lab, settings: Settings, out: Path) -> dict[str, Any]:
         "claims": document["claims"],
         "tables": {numbers.name: list(numbers.rows) for numbers, _ in tables},
     }
+
+
+def draw(out: Path, tell: Tell) -> None:
+    """Build the report of a folder; without a library that draws, only its tables, and tell so."""
+    from tailscope import report  # here because it imports those libraries, for a second
+
+    try:
+        report.build(out)
+    except ModuleNotFoundError as missing:
+        if missing.name not in ("altair", "vl_convert"):
+            raise
+        report.tables.write(out, report.load(out))
+        tell(f"{missing.name} is not installed: no figures, no report.html; where it is, `tailscope report {out.name}`")
 
 
 def _recalled(lab: Lab, settings: Settings, results: Mapping[str, Any]) -> Outcomes:

@@ -1,9 +1,11 @@
-"""How long a plan takes on this machine, from a measurement of a few seconds."""
+"""How long a plan takes on this machine: from what its store remembers, else from a measurement of a few seconds."""
 
+import os
 import re
+import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -26,6 +28,9 @@ from tailscope.training.step import Stepper, loss_function
 SECONDS = 8.0
 """How long `measure` takes, unless single operations take longer than their share of it."""
 
+FEWEST = 5
+"""How often each operation is timed at least: on a busy machine a single time may be anything."""
+
 AUGMENTED, EXTRACTED = 1_024, 256
 """How many images the measurement augments at once, and extracts features of."""
 
@@ -39,17 +44,76 @@ class Rates:
         augment: in each way of augmenting stage 1, by its call-strings.
         view: in extracting a feature in the training's precision.
         clean: in extracting a feature in float32.
+        remembered: in a whole training, by its augmentation, where the store knows one.
     """
 
     step: float
     augment: dict[tuple[str, ...], float]
     view: float
     clean: float
+    remembered: dict[tuple[str, ...], float] = field(default_factory=dict)
 
     def estimate(self, plan: Plan) -> float:
         """Return the seconds that the plan's training and extraction take; geometry's permutations come on top."""
-        training = sum(b.images_left * (self.step + self.augment[b.augment]) for b in plan.to_train)
+        training = sum(b.images_left * self._training(b.augment) for b in plan.to_train)
         return training + plan.views * self.view + plan.clean * self.clean
+
+    def sources(self, plan: Plan) -> str:
+        """Return where the rates of the plan's trainings come from, in words."""
+        known = [b.augment in self.remembered for b in plan.to_train]
+        measured = "measured on single steps, not compiled"
+        if not any(known):
+            return measured
+        remembered = "by trainings that the store remembers from this machine"
+        return remembered if all(known) else f"{remembered}, where it knows such ones ({sum(known)}), else {measured}"
+
+    def _training(self, augment: tuple[str, ...]) -> float:
+        return self.remembered[augment] if augment in self.remembered else self.step + self.augment[augment]
+
+
+def remembered(lab: Lab, recipe: Recipe, plan: Plan) -> dict[tuple[str, ...], float]:
+    """Return the seconds an image took in stored trainings like the plan's: the median, by augmentation.
+
+    Alike are the data set, the network, the batch, the precision, whether steps are compiled, and the hardware with its
+    number of threads. Descriptions that cannot be read say nothing.
+    """
+    hardware = _hardware(lab, recipe.stage1.batch)
+    fixed = (lab.data.fingerprint, recipe.model, recipe.stage1.batch, _precision(lab.runtime, recipe), *hardware)
+    alike = {b.augment: (*fixed, lab.runtime.should_compile(b.steps)) for b in plan.to_train}
+    found: dict[tuple[str, ...], list[float]] = {}
+    for key in lab.store.keys("stage1"):
+        try:
+            meta = lab.store.meta("stage1", key)
+            spec, device = meta["spec"], meta["device"]
+            augment = tuple(spec["augment"])
+            stage = (spec["data"]["fingerprint"], spec["model"], spec["train"]["batch"], meta["precision"])
+            told = (*stage, device["gpu"], device["cpu"], device["threads"], meta["compiled"])
+            rate = float(meta["images_per_second"])
+        except (UserError, KeyError, TypeError, ValueError):
+            continue
+        if alike.get(augment) == told and rate > 0:
+            found.setdefault(augment, []).append(1 / rate)
+    return {augment: statistics.median(seconds) for augment, seconds in found.items()}
+
+
+def _hardware(lab: Lab, batch: int) -> tuple[str | int | None, ...]:
+    """Return the GPU, the processor and the threads that a training here would have."""
+    assert isinstance(lab.data, ImageData)
+    with lab.runtime.threads_for(lab.data.train.images, batch):
+        device = lab.runtime.describe()
+    return device["gpu"], device["cpu"], device["threads"]
+
+
+def _precision(runtime: Runtime, recipe: Recipe) -> str:
+    return str(runtime.dtype(recipe.stage1.precision)).removeprefix("torch.")
+
+
+def other_work() -> str:
+    """Return a warning where other processes keep the processor busy, else nothing."""
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    if load < max(1.0, cores / 4):
+        return ""
+    return f"other work is running here (load {load:.1f} on {cores} cores): without it this may take a fraction"
 
 
 def measure(lab: Lab, recipe: Recipe, plan: Plan, seconds: float | None = None) -> Rates:
@@ -59,13 +123,14 @@ def measure(lab: Lab, recipe: Recipe, plan: Plan, seconds: float | None = None) 
     theirs, an estimate from these rates errs high.
 
     Args:
-        lab: the data and the runtime.
+        lab: the data, the runtime, and the store that may remember faster and better.
         recipe: the model, the batches and the precision.
         plan: names the augmentations.
         seconds: how long everything together may take; default `SECONDS`.
     """
     runtime = replace(lab.runtime, progress=Quiet())
-    augmentations = {b.augment for b in plan.backbones}
+    known = remembered(lab, recipe, plan)
+    augmentations = {b.augment for b in plan.to_train if b.augment not in known}
     share = (SECONDS if seconds is None else seconds) / (4 + len(augmentations))
     assert isinstance(lab.data, ImageData)  # files are decoded while training: their rate is not measured here
     images = lab.data.train.images
@@ -78,10 +143,11 @@ def measure(lab: Lab, recipe: Recipe, plan: Plan, seconds: float | None = None) 
         return _seconds_each(work, len(rows), share)
 
     return Rates(
-        step=_step(lab, recipe, runtime, 2 * share),
+        step=_step(lab, recipe, runtime, 2 * share) if augmentations else 0.0,
         augment={calls: _augmentation(calls, augmented, share) for calls in augmentations},
         view=extraction(runtime.dtype(recipe.stage2.precision)),
         clean=extraction(torch.float32),
+        remembered=known,
     )
 
 
@@ -135,16 +201,14 @@ def _augmentation(calls: tuple[str, ...], images: Tensor, seconds: float) -> flo
 
 
 def _seconds_each(work: Callable[[], object], images: int, seconds: float) -> float:
-    """Return the seconds an image takes: `work` on `images`, repeated for `seconds`.
+    """Return the median of the seconds an image takes: `work` on `images`, for `seconds` and `FEWEST` times at least.
 
-    The first time warms up and does not count, unless it takes all the time there is.
+    The first time warms up, or builds kernels, and does not count.
     """
-    begun = time.monotonic()
     work()
-    started, times = time.monotonic(), 0
-    if started - begun >= seconds:
-        return (started - begun) / images
-    while time.monotonic() - begun < seconds or not times:
+    begun, times = time.monotonic(), list[float]()
+    while time.monotonic() - begun < seconds or len(times) < FEWEST:
+        started = time.monotonic()
         work()
-        times += 1
-    return (time.monotonic() - started) / times / images
+        times.append(time.monotonic() - started)
+    return statistics.median(times) / images

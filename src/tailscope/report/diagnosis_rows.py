@@ -1,17 +1,12 @@
 """A stored diagnosis as flat rows, raw numbers under plain names. Its charts, tables and sentences draw from these."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from tailscope.errors import UserError
 from tailscope.groups import GROUPS
-from tailscope.report.results import Result, ranks
+from tailscope.report.results import Result, ranks, read
 from tailscope.report.rows import Row
-from tailscope.report.text import writable
 
-SCHEMA = "tailscope.diagnosis/1"
-FIELDS = ("dataset", "counts", "classes", "groups", "accuracy", "verdict", "advice", "pairs", "warnings", "spec")
 ACCURACIES = {"current": "current", "rebalanced": "re-balanced", "classifier_bound": "classifier bound"}
 
 
@@ -19,20 +14,9 @@ def load(path: Path) -> Result:
     """Read diagnosis.json.
 
     Raises:
-        UserError: it is no diagnosis, or lacks a field.
+        UserError: it is no diagnosis.
     """
-    try:
-        result = writable(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); run diagnose again with --overwrite") from None
-    schema = result.get("schema") if isinstance(result, dict) else None
-    if schema != SCHEMA:
-        raise UserError(f"{path}: field 'schema' is {schema!r}, expected {SCHEMA!r}; run diagnose again")
-    missing = [field for field in FIELDS if field not in result]
-    if missing:
-        raise UserError(f"{path}: field {missing[0]!r} is missing; run diagnose again with --overwrite")
-    found: Result = result
-    return found
+    return read(path, "diagnosis")
 
 
 def classes(result: Result) -> list[Row]:

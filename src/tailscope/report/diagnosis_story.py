@@ -27,7 +27,7 @@ def findings(result: Result) -> list[str]:
     """Return what was found: accuracies, gaps, groups, classes, encoders; the first is the lead."""
     found = []
     if result["verdict"] is not None:
-        found += [_lead(result), _gaps(result), *_by_group(result)]
+        found += [_lead(result), *([] if result["verdict"].get("withheld") else [_gaps(result), *_by_group(result)])]
     return [*found, _memorised(result), *_encoders(result)]
 
 

@@ -16,8 +16,8 @@ def build(out: Path | str, *, figures: bool = True) -> Path:
     from tailscope.report import diagnosis_page, page  # here because they import drawing libraries, for a second
 
     out = Path(out)
-    diagnosed = (out / "diagnosis.json").is_file()
-    trained = any((out / f"{verb}.json").is_file() for verb in TRAINED)
+    diagnosed = (out / "diagnosis.json").exists()
+    trained = any((out / f"{verb}.json").exists() for verb in TRAINED)
     if diagnosed:
         name = "diagnosis.html" if trained else "report.html"
         written = diagnosis_page.build(out, name, figures=figures)

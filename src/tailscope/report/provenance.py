@@ -44,12 +44,20 @@ def _of_result(verb: str, result: Result) -> ResultProvenance:
         ("versions", versions),
         ("processor", f"{hardware.get('cpu') or DASH}, {hardware.get('cores') or DASH} cores"),
         ("accelerator", hardware.get("gpu") or "none"),
+        ("arithmetic of backbones", _arithmetics(result["provenance"], "arithmetic")),
+        ("arithmetic of classifiers", _arithmetics(result["provenance"], "stage2_arithmetic")),
         ("subset SHA-256", ", ".join(str(digest)[:16] for digest in _distinct(result.get("subset_sha256", [])))),
     ]
     spec = json.dumps(result.get("spec"), indent=2, ensure_ascii=False)
     return ResultProvenance(
         verb, [(name, str(value or DASH)) for name, value in facts], spec, _cards(result["provenance"])
     )
+
+
+def _arithmetics(entries: Sequence[Result], field: str) -> str:
+    """Return what the rows' stages were computed by, each once; more than one is worth a word."""
+    found = _distinct(_text(field, entry[field]) for entry in entries if entry.get(field))
+    return f"differs between rows or seeds: {'; '.join(found)}" if len(found) > 1 else "".join(found)
 
 
 def _cards(entries: Sequence[Result]) -> list[Card]:
@@ -71,6 +79,7 @@ def _card(row: str, members: Sequence[Result]) -> Card:
         str(first.get("model") or DASH),
         f"{_text('epochs', first.get('epochs'))} epochs",
         f"{number(sum(seconds) / len(seconds))} s a seed" if seconds else "",
+        "arithmetic differs between seeds" if len({str(member.get("arithmetic")) for member in members}) > 1 else "",
     ]
     seeds = [member.get("seed") for member in members]
     return Card(arrow(row), ", ".join(fact for fact in facts if fact), seeds, fields)
@@ -81,8 +90,10 @@ def _text(name: str, value: Any) -> str:
         return DASH
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, list):
+    if isinstance(value, list) and all(isinstance(item, int | float) for item in value):
         return f"{len(value)} values, {max(value)} to {min(value)}" if value else DASH
+    if isinstance(value, dict):
+        return ", ".join(DASH if part is None else str(part) for part in value.values())
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):

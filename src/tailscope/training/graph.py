@@ -1,11 +1,18 @@
 """Whole training steps as CUDA graphs.
 
 A small network spends its time on launching kernels; a graph launches all of a step's at once.
+
+A graph goes on using the memory that it found: its own, and the workspaces that cuBLAS keeps for a stream. Where two
+graphs were captured on one stream they share these, and in some versions of PyTorch the end of one graph frees them for
+both. So every training has a stream that no other training has at the same time: all of its work runs there, before,
+during and after a capture, and its graphs end together, when the last of them has been replayed.
 """
 
 import logging
 import threading
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -21,7 +28,7 @@ Replay = Callable[[], None]
 
 
 class Capture(Protocol):
-    """Where steps run before the capture, and how one is captured."""
+    """How steps run before the capture, and how one is captured."""
 
     def warm_up(self, step: Step, *given: Tensor | None) -> Tensor:
         """Run a step as it is."""
@@ -31,28 +38,61 @@ class Capture(Protocol):
 
 
 _PREPARING = threading.Lock()
-"""Neither compiling nor capturing is made for several threads at a time; replaying is."""
+"""Compiling, capturing and dealing out streams are done for one thread at a time; replaying is not."""
+
+_IDLE: defaultdict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)
+"""Streams that no training has now. PyTorch deals out the same 32 in turn: two trainings could get one otherwise."""
+
+
+@contextmanager
+def capturing(device: torch.device) -> Iterator[Capture | None]:
+    """Give the block, a whole training, a CUDA stream of its own and what captures steps on it; nothing on a CPU.
+
+    What was captured ends with the block.
+    """
+    if device.type != "cuda":
+        yield None
+        return
+    with _PREPARING:
+        stream = _IDLE[device].pop() if _IDLE[device] else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(device))
+    capture = CudaCapture(stream)
+    try:
+        with torch.cuda.stream(stream):
+            yield capture
+    finally:
+        with _PREPARING:
+            stream.synchronize()
+            capture.release()
+            _IDLE[device].append(stream)
 
 
 class CudaCapture:
-    """CUDA's capture, as PyTorch's notes on CUDA graphs ask for: warm-up on a stream of its own, then one recording."""
+    """CUDA's capture, as PyTorch's notes on CUDA graphs ask for, on a stream that is the current one already."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
+        self._graphs: list[torch.cuda.CUDAGraph] = []
 
     def warm_up(self, step: Step, *given: Tensor | None) -> Tensor:
-        """Run a step on another stream than the default one."""
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with _PREPARING, torch.cuda.stream(side):
-            loss = step(*given)
-        torch.cuda.current_stream().wait_stream(side)
-        return loss
+        """Run a step, while no other thread compiles or captures."""
+        with _PREPARING:
+            return step(*given)
 
     def record(self, work: Callable[[], None]) -> Replay:
         """Capture `work`, which computes nothing meanwhile."""
         graph = torch.cuda.CUDAGraph()
         # Another training may use the GPU from another thread of this process.
-        with _PREPARING, torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with _PREPARING, torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             work()
+        self._graphs.append(graph)
         return graph.replay
+
+    def release(self) -> None:
+        """Free what was captured; none of it can be replayed any more."""
+        for graph in self._graphs:
+            graph.reset()
+        self._graphs.clear()
 
 
 class GraphedStep:

@@ -178,26 +178,58 @@ RECIPES = {
             stage2=_STAGE2,
             views=10,
         ),
+        Recipe(
+            name="miniature",
+            card="A rehearsal: seconds, no result means anything. ResNet-8 of four channels, 48 steps a backbone and as"
+            " many a classifier, whatever the data.",
+            converged=False,
+            model="resnet8(width=4)",
+            stage1=TrainSpec(steps=48, batch=64, learning_rate=0.1, weight_decay=2e-4, schedule="onecycle"),
+            stage2=TrainSpec(steps=48, batch=64, learning_rate=0.1, weight_decay=2e-4),
+            views=1,
+        ),
     )
 }
 
 
 PARAMETRISED: Registry[Recipe] = Registry("recipe")
-"""Recipes whose size and length a call-string may change, such as `imagenet(size=128, epochs=30)`."""
+"""Recipes that a call-string may change, such as `imagenet(size=128, epochs=30)`."""
+
+
+@PARAMETRISED.register("demo")
+def demo(learning_rate: float = 0.1) -> Recipe:
+    """Train as `demo` does, stage 1 with another learning rate."""
+    return _changed("demo", stage1={"learning_rate": learning_rate})
+
+
+@PARAMETRISED.register("fast")
+def fast(learning_rate: float = 0.2) -> Recipe:
+    """Train as `fast` does, stage 1 with another learning rate, which must be lower where training diverges."""
+    return _changed("fast", stage1={"learning_rate": learning_rate})
 
 
 @PARAMETRISED.register("paper")
-def paper(stage2_epochs: int = 10, stage2_start: Start = "new", stage2_augment: bool = True) -> Recipe:
+def paper(
+    stage2_epochs: int = 10, stage2_start: Start = "new", stage2_augment: bool = True, learning_rate: float = 0.1
+) -> Recipe:
     """Follow the paper's section 3 on CIFAR with another stage 2: 10 epochs may not finish new classifiers.
 
     Args:
         stage2_epochs: how long classifiers are trained.
         stage2_start: what they start from: "new" weights, or those of "stage1".
         stage2_augment: whether they see crops and flips; AutoAugment, where a rung asks for it, they see in any case.
+        learning_rate: of stage 1.
     """
-    stage2 = TrainSpec.model_validate({**_STAGE2.model_dump(), "epochs": stage2_epochs})
-    changes = {"stage2": stage2, "stage2_start": stage2_start, "stage2_augment": stage2_augment}
-    return Recipe.model_validate({**RECIPES["paper"].model_dump(), **changes})
+    stages = {"stage1": {"learning_rate": learning_rate}, "stage2": {"epochs": stage2_epochs}}
+    return _changed("paper", **stages, stage2_start=stage2_start, stage2_augment=stage2_augment)
+
+
+def _changed(name: str, **changes: Any) -> Recipe:
+    """Return a recipe with some of its fields, or of its stages' fields, changed and checked."""
+    values = RECIPES[name].model_dump()
+    for field, change in changes.items():
+        values[field] = {**values[field], **change} if isinstance(change, dict) else change
+    return Recipe.model_validate(values)
 
 
 @PARAMETRISED.register("imagenet")

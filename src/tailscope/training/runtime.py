@@ -7,11 +7,11 @@ import platform
 import shutil
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -45,10 +45,10 @@ class Runtime:
         progress: Progress | None = None,
         keep_memory: bool = True,
     ) -> "Runtime":
-        """Pick the device and what it can do; tune the process's allocator.
+        """Pick the device and what it can do; tune the process's allocator, and let float32 mean float32 on CUDA.
 
         Args:
-            device: auto, cpu, cuda or cuda:N.
+            device: auto, cpu, cuda or cuda:N; `cuda` is the current device, and the runtime's has its number.
             compile: True or False overrides the decision by the planned number of steps.
             progress: receives the work done.
             keep_memory: keep what is freed for the next step; False where no networks run and memory is short.
@@ -66,11 +66,13 @@ class Runtime:
             raise UserError(f"--device {device}: known are auto, cpu, cuda and cuda:N")
         if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
             raise UserError(f"--device {device}: this machine has no such CUDA device that PyTorch can use; take cpu")
-        if chosen.type == "cuda" and chosen.index is not None:
-            torch.cuda.set_device(chosen)  # streams, graphs and what the device can do are asked of the current one
+        if chosen.type == "cuda":
+            chosen = torch.device("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index)
+            torch.cuda.set_device(chosen)
+            _refuse_tf32()
         if keep_memory:
             keep_freed_memory()
-        low = torch.bfloat16 if has_bf16(device) else torch.float32
+        low = torch.bfloat16 if has_bf16(chosen) else torch.float32
         return cls(chosen, low, compile, progress or Quiet())
 
     def dtype(self, precision: Literal["auto", "fp32"]) -> torch.dtype:
@@ -109,12 +111,58 @@ class Runtime:
         return {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
 
 
-def has_bf16(device: str) -> bool:
+def arithmetic(
+    device: torch.device, precision: torch.dtype, *, compiled: bool = False, fused: bool = False
+) -> dict[str, str | None]:
+    """Return what the numbers of a trained stage depend on beyond its key, for its description in the store.
+
+    Args:
+        device: where it was trained.
+        precision: of convolutions and matrix products.
+        compiled: whether its steps were compiled.
+        fused: whether kernels of ours took part.
+    """
+    return {
+        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "engine": _engine(compiled, fused),
+        "precision": str(precision).removeprefix("torch."),
+        "torch": torch.__version__,
+    }
+
+
+def arithmetic_of(meta: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return the arithmetic that a stored stage's description names; None for what one from before it did not say."""
+    if "arithmetic" in meta:
+        return dict(meta["arithmetic"])
+    device = meta.get("device", {})
+    return {
+        "processor": device.get("gpu") or device.get("cpu"),
+        "engine": _engine(meta["compiled"], meta.get("fused", False)) if "compiled" in meta else None,
+        "precision": meta.get("precision"),
+        "torch": None,
+    }
+
+
+def _engine(compiled: bool, fused: bool) -> str:
+    return "compiled" if compiled else "fused" if fused else "eager"
+
+
+def has_bf16(device: torch.device | str) -> bool:
     """Whether bf16 is native there; where it is emulated, fp32 is faster."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_capability()[0] >= 8
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
     flags = torch.backends.cpu.get_cpu_capability()
     return flags.startswith("AVX512") and torch.ops.mkldnn._is_mkldnn_bf16_supported() and _cpu_flag("avx512_bf16")
+
+
+def _refuse_tf32() -> None:
+    """Keep all digits of float32 in convolutions and matrix products, for good: the setting is one for all threads.
+
+    Geometry needs the digits and a recipe may ask for them; what may be rounded is bfloat16, whatever is set here.
+    """
+    # The newer `fp32_precision` cannot be set for convolutions alone: PyTorch then refuses to be asked for the old one.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def can_compile() -> bool:

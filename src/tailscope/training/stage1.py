@@ -1,10 +1,8 @@
 """Stage 1: train a backbone end to end. The last epoch counts; the test split is never seen here."""
 
 import itertools
-import threading
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,36 +12,23 @@ from tailscope.data.imageset import ImageSet
 from tailscope.methods import LOSSES, MIXINGS, SAMPLERS
 from tailscope.methods.augmentations import build
 from tailscope.models import MODELS, CifarResNet, count_parameters
-from tailscope.seeds import derive, torch_stream
+from tailscope.seeds import derive, keyed, torch_stream
 from tailscope.spec import StageSpec
-from tailscope.store import CHECKPOINT, Meta, Tensors, load_checkpoint, save_tensors
-from tailscope.training.graph import CudaCapture
-from tailscope.training.runtime import Runtime
-from tailscope.training.schedules import SCHEDULES
+from tailscope.store import Meta, Tensors
+from tailscope.training.epochs import Epochs, Flat, History, Keeper, resume, train_epochs
+from tailscope.training.graph import Capture, capturing
+from tailscope.training.runtime import Runtime, arithmetic
 from tailscope.training.step import Normalizer, Stepper, loss_function
 
 CHUNK_BATCHES = 64
 """How many batches are augmented at once: vectorised, and bounded in memory."""
 
-_GLOBAL_RANDOM_STATE = threading.Lock()
-"""Layers are initialised from it, and the threads of a process have one in common."""
-
 
 def new_model(call: str, channels: int, num_classes: int, seed: int) -> CifarResNet:
     """Build a freshly initialised model in channels-last layout, without touching the global random state."""
-    with _GLOBAL_RANDOM_STATE, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "init"))
+    with keyed(derive(seed, "init")):
         model = MODELS.make(call, channels, num_classes)
     return model.to(memory_format=torch.channels_last)
-
-
-@dataclass
-class History:
-    """What grows while training, kept in checkpoints."""
-
-    epochs: int = 0
-    seconds: float = 0.0
-    losses: list[float] = field(default_factory=list)
 
 
 def train_backbone(
@@ -51,7 +36,9 @@ def train_backbone(
 ) -> tuple[Tensors, Meta]:
     """Train the backbone that `spec` describes on `data` (already the subset that `spec.data` names).
 
-    A checkpoint after every epoch lets a killed run redo at most one; it ends with the same numbers.
+    What ends a training early costs the epoch that was begun, or a little more where epochs are short and the process
+    is killed (`Keeper`); started again, it ends with the same numbers. The draws come from CPU generators on every
+    device, so that a seed means one training.
 
     Args:
         spec: the stage.
@@ -63,55 +50,61 @@ def train_backbone(
         label: what progress calls this training.
 
     Returns:
-        The model's state, and a description: losses per epoch, seconds, images/s and how it ran.
+        The model's state on the CPU, and a description: losses per epoch, seconds, images/s and how it ran.
+
+    Raises:
+        UserError: the training diverged.
     """
-    images, labels = data.images.to(runtime.device), data.labels.to(runtime.device)
-    epochs, steps = spec.train.lengths(len(labels))
-    stepper = _stepper(spec, data, normalize, seed, runtime)
-    batches = _Batches(spec, images, labels, data.num_classes, seed)
-    multipliers = SCHEDULES.make(spec.train.schedule, steps, batches.per_epoch)
-    history = _resume(scratch, stepper)
-    planned, done = (n * spec.train.batch for n in (steps, history.epochs * batches.per_epoch))
-    threads = runtime.threads_for(images, spec.train.batch)
-    with threads, runtime.progress.task(label, planned, done) as advance:
-        device = runtime.describe()  # here, where its threads are those that train
-        for epoch in range(history.epochs, epochs):
+    epochs, keeper = Epochs(spec, len(data), label), Keeper(scratch)
+    with capturing(runtime.device) as capture:
+        stepper = _stepper(spec, data, normalize, seed, runtime, capture)
+        images = data.images.to(runtime.device)
+        batches = _Batches(spec, images, data.labels, data.num_classes, seed)
+        history = resume(scratch, stepper)
+
+        def steps(epoch: int, multipliers: Sequence[float]) -> Iterator[Tensor]:
             runtime.progress.safe_point()
-            started = time.monotonic()
-            losses = []
-            rates = multipliers[epoch * batches.per_epoch : (epoch + 1) * batches.per_epoch]
-            for rate, batch in zip(rates, batches.epoch(epoch, len(rates)), strict=True):
-                losses.append(stepper(batch.images, batch.labels, rate, batch.lam, batch.partner))
-                advance(spec.train.batch)
-            history.losses.append(float(torch.stack(losses).mean()))
-            history.epochs = epoch + 1
-            history.seconds += time.monotonic() - started
-            save_tensors(scratch / CHECKPOINT, stepper.state(), vars(history))
-    return stepper.model.state_dict(), {
+            for multiplier, batch in zip(multipliers, batches.epoch(epoch, len(multipliers)), strict=True):
+                yield stepper(batch.images, batch.labels, multiplier, batch.lam, batch.partner)
+
+        threads = runtime.threads_for(images, spec.train.batch)
+        task = runtime.progress.task(label, epochs.images(), epochs.images(history.epochs))
+        with keeper.saving(), threads, task as advance:
+            device = runtime.describe()  # here, where its threads are those that train
+            train_epochs(epochs, history, stepper, keeper, advance, steps)
+        state = Flat(stepper.model.state_dict()).tensors()
+    how = {"fused": stepper.fused, "device": device}
+    return state, {**described(spec, len(data), seed, runtime, stepper, history), **how}
+
+
+def described(spec: StageSpec, images: int, seed: int, runtime: Runtime, stepper: Stepper, history: History) -> Meta:
+    """Return what is told of every trained backbone."""
+    precision = runtime.dtype(spec.train.precision)
+    return {
         "spec": spec.model_dump(mode="json"),
         "seed": seed,
-        "epochs": epochs,
-        "steps": steps,
+        "epochs": history.epochs,
+        "steps": spec.train.lengths(images)[1],
         "parameters": count_parameters(stepper.model),
         "losses": history.losses,
-        "precision": str(runtime.dtype(spec.train.precision)).removeprefix("torch."),
+        "precision": str(precision).removeprefix("torch."),
         "compiled": stepper.compiled,
-        "fused": stepper.fused,
-        "device": device,
+        "arithmetic": arithmetic(runtime.device, precision, compiled=stepper.compiled, fused=stepper.fused),
         "seconds": history.seconds,
-        "images_per_second": spec.train.images(len(labels)) / max(history.seconds, 1e-9),
+        "images_per_second": spec.train.images(images) / max(history.seconds, 1e-9),
         "selection": "last epoch",
     }
 
 
-def _stepper(spec: StageSpec, data: ImageSet, normalize: Normalizer, seed: int, runtime: Runtime) -> Stepper:
+def _stepper(
+    spec: StageSpec, data: ImageSet, normalize: Normalizer, seed: int, runtime: Runtime, capture: Capture | None
+) -> Stepper:
     """Build the model, its loss and its optimiser on the runtime's device."""
     assert spec.model is not None
     model = new_model(spec.model, data.images.shape[-1], data.num_classes, seed).to(runtime.device).train()
     loss = LOSSES.make(spec.loss, torch.tensor(data.counts(), device=runtime.device))
     compute = loss_function(model, loss, normalize.to(runtime.device), runtime.dtype(spec.train.precision))
     _, steps = spec.train.lengths(len(data))
-    capture = CudaCapture() if runtime.device.type == "cuda" else None
     return Stepper(model, compute, spec.train, compile=runtime.should_compile(steps), capture=capture)
 
 
@@ -126,23 +119,26 @@ class Batch:
 
 
 class _Batches:
-    """Draws, augments and cuts each epoch's batches, a function of (seed, epoch) alone."""
+    """Draws, augments and cuts each epoch's batches, a function of (seed, epoch) alone.
+
+    What is drawn is small and drawn on the CPU, whose generators give the same numbers everywhere; it goes to the
+    images' device a chunk at a time, without waiting for it, and all work on pixels is done there.
+    """
 
     def __init__(self, spec: StageSpec, images: Tensor, labels: Tensor, num_classes: int, seed: int) -> None:
-        self._images, self._labels, self._batch, self._seed = images, labels, spec.train.batch, seed
-        self._sampler = SAMPLERS.make(spec.sampler, labels, num_classes)
+        self._images, self._labels = images, labels.to(images.device)
+        self._batch, self._seed = spec.train.batch, seed
+        self._sampler = SAMPLERS.make(spec.sampler, labels.cpu(), num_classes)
         self._augment = build(spec.augment)
         self._mixing = MIXINGS.make(spec.mix) if spec.mix else None
         self.per_epoch = -(-len(labels) // spec.train.batch)
 
     def epoch(self, epoch: int, steps: int) -> Iterator[Batch]:
         """Yield the first `steps` batches of an epoch."""
-        device = self._images.device
-        order = self._sampler(len(self._labels), torch_stream(self._seed, "order", epoch, device=device))
-        order = order[: steps * self._batch]
-        augment_stream = torch_stream(self._seed, "augment", epoch, device=device)
-        mixes = self._mixes(len(order), torch_stream(self._seed, "mix", epoch, device=device))
-        for rows in torch.split(order, CHUNK_BATCHES * self._batch):
+        order = self._sampler(len(self._labels), torch_stream(self._seed, "order", epoch))[: steps * self._batch]
+        augment_stream = torch_stream(self._seed, "augment", epoch)
+        mixes = self._mixes(len(order), torch_stream(self._seed, "mix", epoch))
+        for rows in torch.split(order.to(self._images.device, non_blocking=True), CHUNK_BATCHES * self._batch):
             images, labels = self._augment(self._images[rows], augment_stream), self._labels[rows]
             for batch in zip(torch.split(images, self._batch), torch.split(labels, self._batch), strict=True):
                 yield Batch(*batch, *next(mixes))
@@ -153,17 +149,6 @@ class _Batches:
             yield from itertools.repeat((None, None))
             return
         full, rest = divmod(images, self._batch)
-        yield from zip(*self._mixing.draw(full, self._batch, stream), strict=True)
-        if rest:
-            lam, partner = self._mixing.draw(1, rest, stream)
-            yield lam[0], partner[0]
-
-
-def _resume(scratch: Path, stepper: Stepper) -> History:
-    """Restore the last checkpoint, if there is one."""
-    path = scratch / CHECKPOINT
-    if not path.is_file():
-        return History()
-    checkpoint = load_checkpoint(path)
-    stepper.restore(checkpoint.tensors)
-    return History(**checkpoint.meta)
+        for steps, batch in [(full, self._batch), (1, rest)] if rest else [(full, self._batch)]:
+            drawn = self._mixing.draw(steps, batch, stream)
+            yield from zip(*(t.to(self._images.device, non_blocking=True) for t in drawn), strict=True)

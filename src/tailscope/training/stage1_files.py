@@ -7,9 +7,8 @@ processes, like the number of workers, changes a result by rounding at most; the
 it, and is part of the recipe.
 """
 
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,13 +19,12 @@ from torch import Tensor
 from tailscope.data.decoding import DecodedBatch, decode, earlier_draws, refuse
 from tailscope.data.filedata import FileSet, Rows
 from tailscope.methods import LOSSES, MIXINGS, SAMPLERS, photos
-from tailscope.models import count_parameters
 from tailscope.seeds import derive, torch_stream
 from tailscope.spec import StageSpec
-from tailscope.store import CHECKPOINT, Meta, Tensors, load_checkpoint, save_tensors
+from tailscope.store import Meta, Tensors
+from tailscope.training.epochs import Epochs, Flat, Keeper, resume, train_epochs
 from tailscope.training.runtime import Runtime
-from tailscope.training.schedules import SCHEDULES
-from tailscope.training.stage1 import History, new_model
+from tailscope.training.stage1 import described, new_model
 from tailscope.training.step import LossFunction, Normalizer, Stepper, loss_function
 from tailscope.training.team import Team
 
@@ -45,8 +43,9 @@ def train_on_files(
 ) -> tuple[Tensors, Meta]:
     """Train the backbone that `spec` describes on `data` (already the subset that `spec.data` names).
 
-    All processes of the team call this together. The last epoch counts. A checkpoint after every epoch lets a killed
-    run redo at most one, with any number of processes.
+    All processes of the team call this together. The last epoch counts. What ends a training early costs the epoch that
+    was begun, or a little more where epochs are short and the process is killed (`Keeper`); started again, with any
+    number of processes, it goes on from there.
 
     Args:
         spec: the stage; its first augmentation is `resized_crop`.
@@ -63,49 +62,29 @@ def train_on_files(
         The model's state, and a description, as `train_backbone` does.
 
     Raises:
-        UserError: an image has become unreadable, or the team does not divide the micro-batches evenly.
+        UserError: an image has become unreadable, the team does not divide the micro-batches evenly, or the training
+            diverged.
     """
-    epochs, steps = spec.train.lengths(len(data))
-    per_epoch = -(-len(data) // spec.train.batch)
+    epochs, keeper = Epochs(spec, len(data), label or "stage 1"), Keeper(scratch)
     assert spec.model is not None
     model = new_model(spec.model, data.channels, data.num_classes, seed).to(runtime.device).train()
     loss = LOSSES.make(spec.loss, torch.tensor(data.counts(), device=runtime.device))
     compute = loss_function(model, loss, normalize.to(runtime.device), runtime.dtype(spec.train.precision))
     stepper = Stepper(model, compute, spec.train, compile=False)
     step = _SharedStep(stepper, compute, spec.train.learning_rate, team)
-    history = _resume(scratch, stepper, team)
-    multipliers = SCHEDULES.make(spec.train.schedule, steps, per_epoch)
-    planned, done = (n * spec.train.batch for n in (steps, history.epochs * per_epoch))
     batches = _Batches(spec, data, seed, runtime, team, workers)
-    with runtime.progress.task(label, planned, done) as advance:
-        for epoch in range(history.epochs, epochs):
-            started = time.monotonic()
-            rates = multipliers[epoch * per_epoch : (epoch + 1) * per_epoch]
-            losses = []
-            for rate, (sizes, mine) in zip(rates, batches.epoch(epoch, len(rates)), strict=True):
-                if sizes:
-                    losses.append(step(mine, sizes, rate))
-                advance(spec.train.batch)
-            history.losses.append(float(torch.stack(losses).mean()))
-            history.epochs = epoch + 1
-            history.seconds += time.monotonic() - started
-            if scratch is not None:
-                save_tensors(scratch / CHECKPOINT, stepper.state(), asdict(history))
-    return model.state_dict(), {
-        "spec": spec.model_dump(mode="json"),
-        "seed": seed,
-        "epochs": epochs,
-        "steps": steps,
-        "parameters": count_parameters(model),
-        "losses": history.losses,
-        "precision": str(runtime.dtype(spec.train.precision)).removeprefix("torch."),
-        "compiled": False,
-        "device": runtime.describe(),
-        "processes": team.size,
-        "seconds": history.seconds,
-        "images_per_second": spec.train.images(len(data)) / max(history.seconds, 1e-9),
-        "selection": "last epoch",
-    }
+    history = resume(scratch, stepper, team)
+
+    def steps(epoch: int, multipliers: Sequence[float]) -> Iterator[Tensor | None]:
+        for rate, (sizes, mine) in zip(multipliers, batches.epoch(epoch, len(multipliers)), strict=True):
+            yield step(mine, sizes, rate) if sizes else None
+
+    task = runtime.progress.task(label, epochs.images(), epochs.images(history.epochs))
+    with keeper.saving(), task as advance:
+        train_epochs(epochs, history, stepper, keeper, advance, steps)
+    state = Flat(model.state_dict()).tensors()
+    how = {"device": runtime.describe(), "processes": team.size}
+    return state, {**described(spec, len(data), seed, runtime, stepper, history), **how}
 
 
 @dataclass(frozen=True)
@@ -220,13 +199,3 @@ class _SharedStep:
 def _restore(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for buffer, value in zip(buffers, values, strict=True):
         buffer.copy_(value)
-
-
-def _resume(scratch: Path | None, stepper: Stepper, team: Team) -> History:
-    """Restore the leader's last checkpoint in every process, if there is one."""
-    path = None if scratch is None else scratch / CHECKPOINT
-    found = load_checkpoint(path) if path is not None and path.is_file() else None
-    tensors, meta = team.share(None if found is None else (found.tensors, found.meta)) or ({}, {})
-    if tensors:
-        stepper.restore(tensors)
-    return History(**meta)

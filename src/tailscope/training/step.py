@@ -11,7 +11,7 @@ from tailscope.kernels import norm_act
 from tailscope.methods.losses import Loss
 from tailscope.models import CifarResNet
 from tailscope.spec import TrainSpec
-from tailscope.training.graph import Capture, GraphedStep
+from tailscope.training.graph import Capture, GraphedStep, Step
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,27 @@ def loss_function(model: CifarResNet, loss: Loss, normalize: Normalizer, dtype: 
     return compute
 
 
+def _step(
+    optimizer: torch.optim.Optimizer,
+    compute: LossFunction,
+    images: Tensor,
+    labels: Tensor,
+    lam: Tensor | None,
+    partner: Tensor | None,
+) -> Tensor:
+    """Move the parameters once; return the detached loss."""
+    try:
+        loss = compute(images, labels, lam, partner)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    finally:
+        # After a capture that failed on its way, gradients lie in memory that nothing wrote: no step may add to them.
+        optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
+
+
 class Stepper:
-    """Runs steps of a model: compiled and captured for full batches, eager for the short last batch of an epoch.
+    """Runs steps of a model; the short last batch of an epoch is not compiled, and captured by itself.
 
     Steps that are not compiled use our kernels, which compiled ones would have to leave their graph for.
     """
@@ -89,18 +108,12 @@ class Stepper:
             compute: the mean loss of a batch.
             train: batch size and optimiser.
             compile: whether full batches go through `torch.compile`.
-            capture: what captures the step of full batches; None: it is launched kernel by kernel.
+            capture: what captures the steps, of full and of short batches; None: they are launched kernel by kernel.
         """
         self.model = model
         self.compiled = compile
         device = next(model.parameters()).device
         self.fused = not compile and device.type == "cpu" and norm_act.used_by(model)
-        self._eager = partial(self._step, compute)
-        self._full: Callable[..., Tensor] = (
-            partial(self._step, torch.compile(compute, dynamic=False)) if compile else self._eager
-        )
-        if capture:
-            self._full = GraphedStep(self._full, capture)
         self._batch = train.batch
         self._learning_rate = train.learning_rate
         self.optimizer = torch.optim.SGD(
@@ -112,6 +125,10 @@ class Stepper:
             weight_decay=train.weight_decay,
             fused=True,
         )
+        # Nothing of this refers back to the stepper: a graph must not wait for the garbage collector to find a cycle.
+        short: Step = partial(_step, self.optimizer, compute)
+        full: Step = partial(_step, self.optimizer, torch.compile(compute, dynamic=False)) if compile else short
+        self._full, self._short = (GraphedStep(step, capture) if capture else step for step in (full, short))
 
     def __call__(
         self,
@@ -121,9 +138,12 @@ class Stepper:
         lam: Tensor | None = None,
         partner: Tensor | None = None,
     ) -> Tensor:
-        """Take one step at `multiplier` times the base learning rate; return the detached loss, still on the device."""
+        """Take one step at `multiplier` times the base learning rate; return the detached loss, still on the device.
+
+        Batches that are not full are all of one size: an epoch's last one.
+        """
         self._set_rate(self._learning_rate * multiplier)
-        step = self._full if len(labels) == self._batch else self._eager
+        step = self._full if len(labels) == self._batch else self._short
         return step(images, labels, lam, partner)
 
     def _set_rate(self, value: float) -> None:
@@ -132,15 +152,6 @@ class Stepper:
             group["lr"].fill_(value)
         else:
             group["lr"] = value
-
-    def _step(
-        self, compute: LossFunction, images: Tensor, labels: Tensor, lam: Tensor | None, partner: Tensor | None
-    ) -> Tensor:
-        loss = compute(images, labels, lam, partner)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
 
     def state(self) -> dict[str, Tensor]:
         """Return parameters, buffers and momentum as named tensors."""

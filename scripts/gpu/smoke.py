@@ -1,0 +1,176 @@
+"""A first look at a GPU: do captured, compiled and concurrent steps train alike, and at what rate?
+
+    smoke.py plain|compiled [--device cuda:0] [--seconds 2.5] [--miniature]      measure, in a process of its own
+    smoke.py choose                                                             print the table and choose
+
+Results go to FOLDER/smoke.jsonl, a line as soon as it is known: what hangs or dies afterwards spoils nothing. `choose`
+writes FOLDER/options, what `tailscope reproduce` is to be given.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+
+from tailscope.data.imageset import ImageSet
+from tailscope.data.sources import ImageData
+from tailscope.experiments.lab import Lab
+from tailscope.experiments.runs import Run
+from tailscope.paper.ahead import Trainings
+from tailscope.progress import Deadline, Quiet
+from tailscope.store import Store
+from tailscope.training import stage1
+from tailscope.training.recipes import RECIPES
+from tailscope.training.runtime import Runtime
+
+COMPILING_COSTS = 0.8
+"""What is left of a compiled rate where each kind of step is compiled within the time that is measured out."""
+PATIENCE = 60.0
+"""Seconds in which every training must have seen its images three times."""
+PAPER = 24 * 4_280_000
+"""About how many images the CIFAR half of the paper is."""
+
+
+class Enough(Exception):
+    """Ends trainings whose rate is known."""
+
+
+class Bench:
+    """Trainings of random images, as many as CIFAR-10-LT has, by the paper's recipe."""
+
+    def __init__(self, device: str, *, compile: bool, miniature: bool) -> None:
+        count = 640 if miniature else 12_406
+        stream = torch.Generator().manual_seed(0)
+        images = torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8, generator=stream)
+        self.images = ImageSet(images, torch.arange(count) % 10, tuple("0123456789"))
+        self.runtime = Runtime.choose(device, compile=compile)
+        self.recipe = RECIPES["miniature" if miniature else "paper"]
+
+    @contextmanager
+    def trainings(self, jobs: int, seeds: int, epochs: int) -> Iterator[tuple[Trainings, Lab, list[str]]]:
+        """Have `seeds` backbones trained, `jobs` at a time, in a store that does not last."""
+        with tempfile.TemporaryDirectory() as folder:
+            lab = Lab(ImageData("smoke", self.images, self.images), Store(Path(folder)), self.runtime)
+            short = self.recipe.stage1.model_copy(update={"epochs": epochs, "steps": None, "schedule": "multistep"})
+            stage, true = self.recipe.model_copy(update={"stage1": short}).backbone(lab.true().spec), lab.true()
+            runs = [Run("smoke", seed, "smoke", stage, true) for seed in range(seeds)]
+            with Trainings(jobs, self.runtime, Deadline(Quiet(), 3600.0), 0.0, str) as trainings:
+                trainings.add(lab, runs)
+                yield trainings, lab, [run.backbone_key for run in runs]
+
+    def losses(self, jobs: int) -> list[float]:
+        """Return the mean loss of the first epoch for each of four seeds; NaN where a training failed."""
+        with self.trainings(jobs, 4, 1) as (trainings, lab, keys):
+            while trainings.train(keys) or trainings.busy:
+                time.sleep(0.01)
+            stored = [lab.store.has("stage1", key) for key in keys]
+            metas = [lab.store.meta("stage1", key) if there else {} for key, there in zip(keys, stored, strict=True)]
+        return [meta.get("losses", [float("nan")])[0] for meta in metas]
+
+    def rate(self, jobs: int, seconds: float) -> dict[str, object]:
+        """Return the images/s of `jobs` trainings at a time, everything included but for their first epochs."""
+        found: dict[str, object] = {"jobs": jobs, "images_per_second": 0}
+        with suppress(Enough), self.trainings(max(2, jobs), jobs, 200) as (trainings, _, _):
+            began = time.monotonic()
+            while min(trainings.images()) < 3 * len(self.images):
+                if time.monotonic() - began > PATIENCE or not trainings.busy:
+                    raise Enough
+                time.sleep(0.01)
+            before, started = sum(trainings.images()), time.monotonic()
+            time.sleep(seconds)
+            rate = (sum(trainings.images()) - before) / (time.monotonic() - started)
+            found |= {"images_per_second": round(rate), "warm_up": round(started - began, 1)}
+            raise Enough
+        return found
+
+
+def difference(losses: list[float], reference: list[float]) -> float | None:
+    """Return the largest relative difference; None where a loss is no number."""
+    found = max(abs(a - b) / abs(b) for a, b in zip(losses, reference, strict=True))
+    return None if any(loss != loss for loss in (*losses, *reference)) else found
+
+
+def equality(bench: Bench, jobs: int) -> dict[str, object]:
+    """Return by how much losses differ from those of steps that are neither captured nor compiled, one at a time."""
+    as_chosen, bench.runtime = bench.runtime, Runtime.choose(str(bench.runtime.device), compile=False)
+    with patch.object(stage1, "capturing", lambda device: nullcontext()):
+        eager, again = bench.losses(1), bench.losses(1)
+    bench.runtime = as_chosen
+    return {
+        "noise": difference(again, eager),
+        "alone": difference(bench.losses(1), eager),
+        "together": difference(bench.losses(jobs), eager),
+    }
+
+
+def measure(asked: argparse.Namespace) -> None:
+    """Write a line for each thing that is measured."""
+    bench = Bench(asked.device, compile=asked.part == "compiled", miniature=asked.miniature)
+    jobs = (1, 2) if asked.miniature else (1, 4, 8, 2)
+
+    def note(what: str, work: Callable[[], dict[str, object]]) -> None:
+        started = time.monotonic()
+        try:
+            found = work()
+        except Exception as error:  # the rest is still worth knowing
+            found = {"error": f"{type(error).__name__}: {error}"}
+        row = {"part": asked.part, "what": what, **found, "took": round(time.monotonic() - started, 1)}
+        with (asked.folder / "smoke.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(row, flush=True)
+
+    versions = {"torch": torch.__version__, "python": platform.python_version(), **bench.runtime.describe()}
+    note("versions", lambda: dict(versions))
+    note("equality", lambda: equality(bench, max(jobs)))
+    for number in jobs:
+        note("rate", lambda number=number: bench.rate(number, asked.seconds))
+
+
+def sound(rows: list[dict[str, object]]) -> bool:
+    """Whether losses are those of eager steps, within ten times what two eager trainings differ by, or 2 %."""
+    found = [row for row in rows if row["what"] == "equality"]
+    values = [row.get(name) for row in found for name in ("noise", "alone", "together")]
+    return bool(values) and None not in values and max(values[1:]) <= max(0.02, 10 * values[0])
+
+
+def choose(folder: Path) -> None:
+    """Print what was measured, and write the options of the best sound rate."""
+    path = folder / "smoke.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    best, options = 0.0, "--jobs 1 --no-compile"
+    for part in ("plain", "compiled"):
+        own = [row for row in rows if row["part"] == part]
+        told = sound(own) if any(row["what"] == "equality" for row in own) else "not measured (yet)"
+        print(f"{part}: trains as eager steps do: {told}")
+        for row in own:
+            images = row.get("images_per_second", 0)
+            whole = f"; all 24 trainings in {PAPER / images:,.0f} s" if images else ""
+            print("   ", {name: value for name, value in row.items() if name != "part"}, whole)
+            score = images * (COMPILING_COSTS if part == "compiled" else 1.0) if sound(own) else 0.0
+            if score > best:
+                best, options = score, f"--jobs {row['jobs']} --{'' if part == 'compiled' else 'no-'}compile"
+    (folder / "options").write_text(f"{options}\n")
+    print("chosen:", options)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("part", choices=("plain", "compiled", "choose"))
+    parser.add_argument("--folder", type=Path, default=Path("out/gpu"))
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--seconds", type=float, default=2.5)
+    parser.add_argument("--miniature", action="store_true", help="a rehearsal of seconds on a CPU")
+    given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
+    choose(given.folder) if given.part == "choose" else measure(given)
+    sys.stdout.flush()
+    os._exit(0)  # a training that hangs must not keep the process

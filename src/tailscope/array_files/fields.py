@@ -1,0 +1,102 @@
+"""Which array of a file is which field, what the file holds in words, and whether that fits into memory.
+
+`ALIASES` is the one table of the names that a field may have. A file that holds two names of a field is refused.
+"""
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from tailscope.errors import UserError
+
+ALIASES: dict[str, tuple[str, ...]] = {
+    "features": ("features", "feature", "embeddings", "embedding", "X"),
+    "labels": ("labels", "label", "targets", "target", "y"),
+    "class_names": ("class_names", "classes_"),
+    "ids": ("ids", "id"),
+    "groups": ("groups", "group"),
+    "weight": ("weight", "coef_", "coef"),
+    "bias": ("bias", "intercept_", "intercept"),
+}
+_MOST_NAMED = 8
+
+
+class Header(NamedTuple):
+    """What a file says of an array before it is read: its type, and its shape where it has one."""
+
+    dtype: str
+    shape: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        return self.dtype if self.shape is None else f"{self.dtype} {list(self.shape)}"
+
+
+def resolve(
+    where: Path | str, held: Mapping[str, Header], required: Sequence[str], optional: Sequence[str]
+) -> dict[str, str]:
+    """Return the name in the file of each field that it holds.
+
+    Args:
+        where: the file, for messages.
+        held: everything that the file holds, by name.
+        required: fields that must be there.
+        optional: fields that may be there.
+
+    Raises:
+        UserError: a required field is not there, or a field is there under two names.
+    """
+    found = {}
+    for field in (*required, *optional):
+        names = [name for name in ALIASES.get(field, (field,)) if name in held]
+        if len(names) > 1:
+            raise UserError(f"{where}: holds both {names[0]!r} and {names[1]!r}; keep the one that is the {field}")
+        if names:
+            found[field] = names[0]
+    missing = [field for field in required if field not in found]
+    if missing:
+        raise UserError(f"{where}: no field {missing[0]!r}; needs {', '.join(required)}, and holds {in_words(held)}")
+    return found
+
+
+def in_words(held: Mapping[str, Header]) -> str:
+    """Return what a file holds, in words.
+
+    >>> in_words({"feats": Header("float32", (600, 8)), "y": Header("int64", (600,))})
+    "'feats' float32 [600, 8], 'y' int64 [600]"
+    """
+    named = [f"{name!r} {header}" for name, header in [*held.items()][:_MOST_NAMED]]
+    more = [f"{len(held) - _MOST_NAMED} more"] if len(held) > _MOST_NAMED else []
+    return ", ".join([*named, *more]) or "nothing"
+
+
+def unread(where: Path | str, held: Iterable[str], read: Iterable[str]) -> tuple[str, ...]:
+    """Return a note on what the file holds besides what was read, if there is such a thing."""
+    left = [name for name in held if name not in set(read)]
+    if not left:
+        return ()
+    named = ", ".join(map(repr, left[:_MOST_NAMED])) + (f" and {len(left) - _MOST_NAMED} more" if left[8:] else "")
+    return (f"{where}: not read: {named}",)
+
+
+def require_room(where: Path | str, name: str, shape: Sequence[int], itemsize: int) -> int:
+    """Return the bytes of an array that a file declares, before any is allocated.
+
+    Raises:
+        UserError: a dimension is negative, or the machine's memory could not hold the array.
+    """
+    if any(length < 0 for length in shape):
+        raise UserError(f"{where}: {name} declares the shape {list(shape)}: damaged")
+    size = math.prod(shape) * max(itemsize, 1)
+    if size > _memory():
+        raise UserError(f"{where}: {name} declares {size / 2**30:,.0f} GiB, more than this machine's memory")
+    return size
+
+
+def _memory() -> int:
+    """Return the machine's memory in bytes; where the system does not tell, what 48 bits address."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 2**48

@@ -1,0 +1,318 @@
+"""The verb `store`: what is trained and stored, checked, thinned out, and moved between machines as one archive."""
+
+import re
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from tailscope.cli_options import Json, StoreRoot
+from tailscope.cli_output import console_beside, print_json
+from tailscope.errors import UserError, printable
+from tailscope.progress import shown_on
+
+if TYPE_CHECKING:  # PyTorch takes its time, and --help need not wait for it
+    from tailscope.store import Row, Store
+
+SOME_DAMAGED = 1
+"""The exit code of `verify` where something is damaged or may not be read."""
+
+_SHOWN = 12
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
+store_app = typer.Typer(
+    name="store", help="What is trained and stored: list, check, thin out, and move it between machines as one archive."
+)
+
+
+@store_app.callback(invoke_without_command=True)
+def options(context: typer.Context) -> None:
+    """Show the help where no command is given."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+Keys = Annotated[list[str] | None, typer.Argument(metavar="[KEYS]...", help="Beginnings of keys. [default: all]")]
+Checkpoints = Annotated[bool, typer.Option("--checkpoints", help="Also the checkpoints of unfinished stages.")]
+
+
+@store_app.command("list")
+def list_(store: StoreRoot = None, as_json: Json = False) -> None:
+    """List what a store holds: kind, key, what it is, size, age, what computed it, and whether it has digests.
+
+    States: `digests` (has them, and every reading checks them), `unverified` (written before there were digests; gets
+    them when it is first used), `damaged`, `unreadable`. Tensors are not read; `store verify` does that.
+
+    Example: `tailscope store list --store out/store`
+    """
+    from tailscope.store import inventory
+
+    rows = inventory(_open(store))
+    if as_json:
+        print_json({"schema": "tailscope.store-list/1", "entries": [asdict(row) for row in rows]})
+    else:
+        _show(rows)
+
+
+@store_app.command()
+def verify(store: StoreRoot = None, as_json: Json = False) -> None:
+    """Check every byte of a store against its digests, and name what is damaged.
+
+    The exit code is 0 if all is whole, 1 if something is damaged or may not be read, and 2 if there is no store. What
+    is damaged is made again by the run that needs it; entries without digests get them now, checkpoints with the next
+    epoch.
+
+    Example: `tailscope store verify --store out/store`
+    """
+    from tailscope.store import verify as verify_
+
+    opened = _open(store)
+    with shown_on(console_beside(as_json)) as progress:
+        rows = verify_(opened, progress)
+    bad = [row for row in rows if row.problem is not None]
+    unverified = sum(row.state == "unverified" for row in rows)
+    if as_json:
+        print_json({"schema": "tailscope.store-list/1", "entries": [asdict(row) for row in rows]})
+    else:
+        for row in bad:
+            typer.echo(printable(f"{row.state}: {row.name}: {row.problem}"))
+        whole = len(rows) - len(bad) - unverified
+        typer.echo(f"{whole} whole, {unverified} readable without digests, {len(bad)} damaged or unreadable")
+    if bad:
+        raise typer.Exit(SOME_DAMAGED)
+
+
+@store_app.command()
+def pack(
+    out: Annotated[Path, typer.Option(help="The archive, FILE.tar; with --max-size also FILE-1.tar, FILE-2.tar ...")],
+    keys: Keys = None,
+    kind: Annotated[str, typer.Option(help="Kinds of entries.")] = "stage1,stage2",
+    checkpoints: Checkpoints = False,
+    max_size: Annotated[
+        str | None, typer.Option(help="Bytes of an archive, such as 15MiB; what does not fit goes into a further one.")
+    ] = None,
+    store: StoreRoot = None,
+    as_json: Json = False,
+) -> None:
+    """Pack trained stages into one archive, with digests of every file: another machine recalls what this one trained.
+
+    Examples: `tailscope store pack --store out/store --out stages.tar`;
+    `tailscope store pack 2099 c95d --checkpoints --kind stage1 --max-size 15MiB --store out/store --out stages.tar`
+    """
+    from tailscope.store import KINDS
+    from tailscope.store import pack as pack_
+
+    opened = _open(store)
+    limit = None if max_size is None else parse_size(max_size)
+    kinds = kind.split(",")
+    unknown = [name for name in kinds if name not in KINDS]
+    if unknown:
+        raise UserError(f"--kind {unknown[0]}: no such kind; known: {', '.join(KINDS)}")
+    entries, unfinished = _chosen(opened, keys or [], kinds, checkpoints)
+    with shown_on(console_beside(as_json)) as progress:
+        files = pack_(opened, out, entries, unfinished, limit, progress)
+    if as_json:
+        print_json({"files": files, "entries": len(entries), "checkpoints": len(unfinished)})
+        return
+    for file in files:
+        typer.echo(f"{file}: {_size(file.stat().st_size)}")
+    typer.echo(
+        f"{len(entries)} entries, {len(unfinished)} checkpoints; `tailscope store add` puts them into another store"
+    )
+
+
+@store_app.command()
+def add(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Archives of `store pack`.")],
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Entries of another content are replaced by the archive's.")
+    ] = False,
+    store: StoreRoot = None,
+    as_json: Json = False,
+) -> None:
+    """Add what archives of `store pack` hold to a store; all is checked before anything appears in it.
+
+    An entry that is there already is counted; one that is there with another content is left, and the exit code is 2
+    (training twice gives other seconds, so this is no damage). A checkpoint is added where neither its entry nor one
+    that is as far is there.
+
+    Example: `tailscope store add stages.tar --store out/store`
+    """
+    from tailscope.store import Store
+    from tailscope.store import add as add_
+
+    with shown_on(console_beside(as_json)) as progress:
+        done = add_(Store(_root(store)), *files, replace=replace, progress=progress)
+    if as_json:
+        print_json(asdict(done))
+    else:
+        words = {
+            "added": done.added,
+            "replaced": done.replaced,
+            "there already": done.equal,
+            "not needed": done.unneeded,
+        }
+        typer.echo(", ".join(f"{len(names)} {word}" for word, names in words.items() if names) or "nothing to add")
+    for names, why in (
+        (done.differing, "there with another content, and left; --replace takes the archive's"),
+        (done.busy, "left, for a running process is working on it; add again when it has ended"),
+    ):
+        if names:
+            raise UserError(f"{', '.join(names[:3])}{' ...' if names[3:] else ''}: {why}")
+
+
+@store_app.command()
+def prune(
+    kind: Annotated[str | None, typer.Option(help="All entries of these kinds, such as views,features.")] = None,
+    scratch: Annotated[
+        bool, typer.Option("--scratch", help="Unfinished work: checkpoints, and what killed runs left.")
+    ] = False,
+    damaged: Annotated[bool, typer.Option("--damaged", help="Check every byte; what is damaged goes.")] = False,
+    keep: Annotated[list[str] | None, typer.Option(help="Beginning of a key that stays; may be repeated.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    store: StoreRoot = None,
+    as_json: Json = False,
+) -> None:
+    """Free space: remove what can be made again, the easiest first; what a running process works on stays.
+
+    `views` and `features` are extracted again in seconds to minutes, `stage2` is fitted again in about as long,
+    `stage1` is trained again.
+
+    Examples: `tailscope store prune --kind views,features --dry-run --store out/store`;
+    `tailscope store prune --scratch --keep c95d --store out/store`
+    """
+    from tailscope.store import prune as prune_
+
+    opened = _open(store)
+    if not (kind or scratch or damaged):
+        raise UserError(f"say what may go: --kind, --scratch or --damaged; {opened.root} holds {_summary(opened)}")
+    with shown_on(console_beside(as_json)) as progress:
+        done = prune_(
+            opened,
+            kinds=kind.split(",") if kind else (),
+            scratch=scratch,
+            damaged=damaged,
+            keep=keep or (),
+            dry_run=dry_run,
+            progress=progress,
+        )
+    if as_json:
+        print_json({"removed": [asdict(row) for row in done.removed], "busy": done.busy, "dry_run": dry_run})
+        return
+    _show(done.removed)
+    freed = _size(sum(row.bytes for row in done.removed))
+    typer.echo(f"{len(done.removed)} {'would go' if dry_run else 'removed'}, {freed}; {len(done.busy)} in use stayed")
+
+
+# -- helpers --------------------------------------------------------------------------------------------------------
+
+
+def parse_size(text: str) -> int:
+    """Return a number of bytes.
+
+    >>> parse_size("15MiB"), parse_size("16 MB"), parse_size("1000")
+    (15728640, 16000000, 1000)
+
+    Raises:
+        UserError: it is none.
+    """
+    found = re.fullmatch(r"(\d+)\s*([A-Za-z]*)", text.strip())
+    if found is None or found[2].upper() not in _UNITS or int(found[1]) == 0:
+        raise UserError(f"--max-size {text}: no size; give one like 15MiB, 16MB or 16000000")
+    return int(found[1]) * _UNITS[found[2].upper()]
+
+
+def _root(root: Path | None) -> Path:
+    if root is None:
+        raise UserError("which store? give its folder with --store, OUT/store of an experiment, or as $TAILSCOPE_STORE")
+    return root
+
+
+def _open(root: Path | None) -> "Store":
+    """Open a store that is there."""
+    from tailscope.store import Store
+
+    if not _root(root).is_dir():
+        raise UserError(f"--store {root}: no such folder")
+    return Store(_root(root))
+
+
+def _chosen(
+    store: "Store", beginnings: list[str], kinds: list[str], checkpoints: bool
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Return kind and key of the entries and of the checkpoints that are asked for.
+
+    Raises:
+        UserError: one of the keys names nothing, or there is nothing at all.
+    """
+    from tailscope.store import inventory
+
+    rows = [row for row in inventory(store) if row.kind in kinds and (checkpoints or not row.checkpoint)]
+    for beginning in beginnings:
+        if not any(row.key.startswith(beginning) for row in rows):
+            raise UserError(f"{beginning}: no such key among {', '.join(kinds)}; {store.root} holds {_summary(store)}")
+    rows = [row for row in rows if not beginnings or row.key.startswith(tuple(beginnings))]
+    if not rows:
+        raise UserError(f"{store.root}: nothing to pack; it holds {_summary(store)}")
+    rows.sort(key=lambda row: (kinds.index(row.kind), row.key))
+    return [(r.kind, r.key) for r in rows if not r.checkpoint], [(r.kind, r.key) for r in rows if r.checkpoint]
+
+
+def _summary(store: "Store") -> str:
+    """Return what a store holds, in a few words."""
+    from tailscope.store import inventory
+
+    sizes: dict[str, list[int]] = {}
+    for row in inventory(store):
+        sizes.setdefault("checkpoints" if row.checkpoint else row.kind, []).append(row.bytes)
+    return ", ".join(f"{len(of)} {kind} ({_size(sum(of))})" for kind, of in sizes.items()) or "nothing"
+
+
+def _show(rows: "list[Row]") -> None:
+    """Print a line for each row, in columns."""
+    now = time.time()
+    lines = [
+        (
+            row.kind + (" checkpoint" if row.checkpoint else ""),
+            row.key[:_SHOWN],
+            _size(row.bytes),
+            _age(now - row.written),
+            row.state,
+            "; ".join(filter(None, (row.what or row.problem, row.arithmetic))),
+        )
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        Console().out(
+            printable("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()),
+            highlight=False,
+        )
+
+
+def _size(count: float) -> str:
+    """Return a number of bytes as people read it.
+
+    >>> _size(1_981_368), _size(20)
+    ('2.0 MB', '20 B')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def _age(seconds: float) -> str:
+    """Return a time as people read it.
+
+    >>> _age(40), _age(7200), _age(86400 * 3)
+    ('now', '2 h ago', '3 d ago')
+    """
+    for name, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds // length:.0f} {name} ago"
+    return "now"

@@ -1,0 +1,192 @@
+"""Read checkpoint files without running anything in them, and call what is no checkpoint by its name.
+
+PyTorch's files are read with `weights_only=True`: tensors, plain values, and the harmless types listed here. Objects of
+other classes, such as a training's options, become empty placeholders: no class is imported, no function called.
+"""
+
+import argparse
+import pathlib
+import pickle
+import re
+import warnings
+import zipfile
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tailscope.array_files import message_of
+from tailscope.errors import UserError
+from tailscope.field_checks import listed
+from tailscope.store import load_tensors
+
+State = dict[str, Tensor]
+
+_PLACEHOLDER_OF = "placeholder_of"
+_DEEPEST = 8
+_MOST_CONTAINERS = 10_000
+_DAMAGED = (EOFError, RuntimeError, ValueError, KeyError, AttributeError, TypeError, IndexError, MemoryError)
+
+# What training scripts keep beside the weights: plain values, of which unpickling runs no code of the file's choice.
+# NumPy's arrays and numbers under NumPy 1's and 2's names, paths, and argparse's options.
+_NUMPY: list[Any] = [
+    (function, f"numpy.{core}.multiarray.{name}")
+    for core in ("core", "_core")
+    for name, function in [
+        ("scalar", np.float64(0).__reduce__()[0]),
+        ("_reconstruct", np.zeros(0).__reduce__()[0]),
+    ]
+]
+_HARMLESS: list[Any] = [
+    argparse.Namespace,
+    np.ndarray,
+    np.dtype,
+    *_NUMPY,
+    *{
+        type(np.dtype(t))
+        for t in ("?", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "U", "S", "O")
+    },
+    *((pathlib.PosixPath, f"pathlib.{module}PosixPath") for module in ("", "_local.")),
+    *((pathlib.PureWindowsPath, f"pathlib.{module}WindowsPath") for module in ("", "_local.")),
+]
+
+_SIGNATURES: list[tuple[re.Pattern[bytes], str]] = [
+    (re.compile(rb"version https://git-lfs"), "is a Git-LFS pointer, not the weights; fetch them with `git lfs pull`"),
+    (
+        re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE),
+        "is a web page, not the weights; download the file itself",
+    ),
+    (re.compile(rb"\x89HDF"), "is an HDF5 file, as Keras writes; a PyTorch state_dict or .safetensors is needed"),
+    (re.compile(rb"\x1f\x8b"), "is compressed with gzip; unpack it first"),
+    (re.compile(rb"BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd"), "is a compressed archive; unpack it first"),
+    (re.compile(rb"\x93NUMPY"), "is a NumPy array; a PyTorch state_dict or .safetensors is needed"),
+    (re.compile(rb"GGUF"), "is a GGUF file of quantised weights; a PyTorch state_dict or .safetensors is needed"),
+    (re.compile(rb"\s*[{\[]"), "is JSON text, an index perhaps, and holds no weights; give the file that it names"),
+    (re.compile(rb"(?s).{257}ustar"), "is a tar archive; unpack it first"),
+]
+
+
+@dataclass(frozen=True)
+class Container:
+    """A dictionary of tensors in a checkpoint, and the keys that lead to it."""
+
+    where: tuple[str, ...]
+    state: State
+
+
+def containers(path: Path) -> list[Container]:
+    """Return all dictionaries of a checkpoint that hold tensors, the outermost first.
+
+    Raises:
+        UserError: see `tailscope.encoders.checkpoints.read`.
+    """
+    content = _content(path)
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path}: holds a {type(content).__name__}; save the model's state_dict")
+    if "state_dict_model" in content and "state_dict_block" in content:
+        raise UserError(f"{path}: MiSLAS's extra block (Places-LT) is not supported; wrap it as module:factory")
+    found = list(_walk(content))
+    if not found:
+        keys = listed([str(key) for key in content], 5) if content else "nothing"
+        raise UserError(f"{path}: holds no tensors; at the top it has {keys}")
+    return found
+
+
+def _content(path: Path) -> Any:
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "no such file"
+        raise UserError(f"--checkpoint {path}: {what}")
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if not head:
+        raise UserError(f"{path}: the file is empty")
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:  # whatever the suffix
+        return load_tensors(path)
+    for pattern, what in _SIGNATURES:
+        if pattern.match(head):
+            raise UserError(f"{path}: {what}")
+    if head.startswith(b"PK"):
+        _require_torch_archive(path)
+    elif path.suffix == ".safetensors":
+        return load_tensors(path)
+    return _unpickle(path)
+
+
+def _require_torch_archive(path: Path) -> None:
+    """Refuse zip archives that `torch.save` did not write."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise UserError(f"{path}: not a readable checkpoint, or truncated ({message_of(error)[:80]})") from None
+    inner = {name.partition("/")[2] for name in names}
+    if "constants.pkl" in inner:
+        raise UserError(f"{path}: is a TorchScript archive, which holds code; save the network's state_dict instead")
+    if "data.pkl" not in inner:
+        kind = (
+            "is NumPy's .npz" if all(n.endswith(".npy") for n in names) else f"is a zip archive of {listed(names, 3)}"
+        )
+        raise UserError(f"{path}: {kind}, not what torch.save writes; a PyTorch state_dict or .safetensors is needed")
+
+
+def _unpickle(path: Path) -> Any:
+    try:
+        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old pickle protocols; what cannot be read is refused below
+            is_zip = zipfile.is_zipfile(path)
+            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(str(path)) if is_zip else []
+            with torch.serialization.safe_globals([(_placeholder(name), name) for name in unknown]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        culprit = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"holds {culprit[1]}, and only tensors are unpickled" if culprit else "is no checkpoint"
+        raise UserError(f"{path}: {what}; save the model's state_dict by itself") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({message_of(error)[:80]})") from None
+    except _DAMAGED as error:
+        raise UserError(f"{path}: not a readable checkpoint, or truncated ({message_of(error)[:80]})") from None
+    name = getattr(content, _PLACEHOLDER_OF, None)
+    if name is not None:
+        raise UserError(f"{path}: holds {name}, and only tensors are unpickled; save the model's state_dict by itself")
+    return content
+
+
+class _Uncallable(type):
+    """Unpickling an object of a class asks `__new__` alone; what calls it may be any function of the file's choice."""
+
+    def __call__(cls, *_: Any, **__: Any) -> Any:
+        raise pickle.UnpicklingError(f"GLOBAL {cls.__name__} would be called")
+
+
+def _placeholder(name: str) -> type:
+    """Return a class that stands for the one that a file calls `name`: its objects are empty dictionaries."""
+
+    def make(_: type, *__: Any) -> Any:
+        made: OrderedDict[Any, Any] = OrderedDict()  # which `torch.load` lets the file fill
+        setattr(made, _PLACEHOLDER_OF, name)
+        return made
+
+    return _Uncallable(name, (), {"__new__": make})
+
+
+def _walk(content: Mapping[Any, Any]) -> Iterator[Container]:
+    """Yield every dictionary that holds tensors, level by level: of any depth that people nest, and no deeper."""
+    queue: deque[tuple[tuple[str, ...], Any]] = deque([((), content)])
+    seen = 0
+    while queue and seen < _MOST_CONTAINERS:
+        where, node = queue.popleft()
+        seen += 1
+        items = list(node.items() if isinstance(node, Mapping) else enumerate(node))
+        state = {str(key): value for key, value in items if isinstance(value, Tensor)}
+        if state and isinstance(node, Mapping):
+            yield Container(where, state)
+        if len(where) < _DEEPEST:
+            queue.extend(((*where, str(k)), v) for k, v in items if isinstance(v, Mapping | list | tuple))

@@ -1,0 +1,364 @@
+"""Content-addressed entries: trained stages and extracted features under a kind and a key.
+
+An entry is a folder `STORE/kind/key/` with `tensors.safetensors`, `meta.json` and, written last, `DONE`: the SHA-256 of
+the other two, as `sha256sum -c` takes it; empty in entries of before there were digests, which are called unverified.
+It is built in a folder of its own and renamed into place, so a reader sees all of it or nothing. A lock per entry lets
+two runs share a store: the second waits for the first and then finds the work done. Nothing is ever pickled.
+"""
+
+import errno
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+from safetensors.torch import load_file
+
+from tailscope.progress import Progress, Quiet
+from tailscope.store.files import (
+    CHECKPOINT,
+    Artifact,
+    Damaged,
+    Meta,
+    Tensors,
+    file_digest,
+    load_header,
+    make_folder,
+    reading,
+    ready,
+    require_utf8,
+    sync,
+    to_json,
+    whole_checkpoint,
+    write_tensors,
+    writing,
+)
+
+STEP = 1.0
+"""Seconds between two looks whether the time is up, while another run holds an entry."""
+
+KINDS = {
+    "views": "features of augmented images",
+    "features": "features of images",
+    "shifted": "batch-norm statistics",
+    "checked": "list of images that cannot be read",
+    "stage2": "classifier",
+    "stage1": "backbone",
+}
+"""What an entry of a kind is, the easiest to make again first."""
+
+CHEAP = ("views", "features", "shifted", "checked")
+"""Kinds made again without training: what a power cut takes of them is noticed, so they need not wait for the disk."""
+
+TENSORS, META, DONE = "tensors.safetensors", "meta.json", "DONE"
+SCRATCH, LOCKS = "scratch", "locks"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+_log = logging.getLogger(__name__)
+
+Digests = dict[str, str]
+
+
+class Store:
+    """A folder of artifacts addressed by kind and key."""
+
+    def __init__(self, root: Path) -> None:
+        """Open the store at `root`, and create it if it is not there. Reading it takes no right to write.
+
+        Raises:
+            UserError: the folder cannot be created, or its name is no UTF-8.
+        """
+        self.root = root
+        require_utf8(root, "--store")
+        with reading(root):
+            there = root.is_dir()
+        if not there:
+            make_folder(root, "--store")
+
+    # -- looking ------------------------------------------------------------------------------------------------
+
+    def has(self, kind: str, key: str) -> bool:
+        """Whether the entry is complete.
+
+        Raises:
+            UserError: it may not be read.
+        """
+        done = self.entry(kind, key) / DONE
+        with reading(done):
+            return done.is_file()
+
+    def kinds(self) -> list[str]:
+        """Return the kinds of which there are entries: the easiest to make again first, then unknown ones."""
+        found = {done.parent.parent.name for done in self.root.glob(f"*/*/{DONE}")} - {SCRATCH, LOCKS}
+        return [kind for kind in KINDS if kind in found] + sorted(found - set(KINDS))
+
+    def keys(self, kind: str) -> list[str]:
+        """Return the keys of all complete entries, sorted."""
+        return sorted(done.parent.name for done in (self.root / kind).glob(f"*/{DONE}"))
+
+    def entry(self, kind: str, key: str) -> Path:
+        """Return the folder of an entry."""
+        return self.root / kind / key
+
+    def scratch(self, kind: str, key: str) -> Path:
+        """Return the folder where an entry is being made, with its checkpoint."""
+        return self.root / SCRATCH / f"{kind}-{key}"
+
+    def tensors_file(self, kind: str, key: str) -> Path:
+        """Return the path of an entry's tensors."""
+        return self.entry(kind, key) / TENSORS
+
+    def size(self, kind: str, key: str) -> int:
+        """Return the bytes of an entry's files."""
+        entry = self.entry(kind, key)
+        with reading(entry):
+            return sum((entry / name).stat().st_size for name in (TENSORS, META, DONE))
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def read(self, kind: str, key: str) -> Artifact:
+        """Read a complete entry and check every byte of it.
+
+        Raises:
+            Damaged: a byte is not what was written, or a file is missing.
+            UserError: a file may not be read.
+        """
+        self.check(kind, key)  # before the file is mapped into memory, from which the same pages are read
+        path = self.tensors_file(kind, key)
+        with reading(path):
+            return Artifact(load_file(path), self.meta(kind, key))
+
+    def check(self, kind: str, key: str) -> bool:
+        """Check every byte of a complete entry; return whether it had digests. One without gets them now.
+
+        Raises:
+            Damaged: a byte is not what was written, or a file is missing.
+            UserError: a file may not be read.
+        """
+        entry = self.entry(kind, key)
+        stored, found = self.digests(kind, key), self.compute_digests(kind, key)
+        if stored is None:
+            with reading(entry / TENSORS):
+                load_file(entry / TENSORS)
+            self.meta(kind, key)
+            self._add_digests(entry, found)
+            return False
+        for name, digest in found.items():
+            if digest != stored[name]:
+                raise Damaged(f"{entry / name}: damaged (its bytes do not fit its digest)")
+        return True
+
+    def compute_digests(self, kind: str, key: str) -> Digests:
+        """Return the digests of an entry's files as they are now.
+
+        Raises:
+            Damaged: one is missing.
+            UserError: one may not be read.
+        """
+        return {name: file_digest(self.entry(kind, key) / name) for name in (TENSORS, META)}
+
+    def digests(self, kind: str, key: str) -> Digests | None:
+        """Return the digests that a complete entry was written with; None of an entry of before there were any.
+
+        Raises:
+            Damaged: they are missing or malformed.
+            UserError: they may not be read.
+        """
+        path = self.entry(kind, key) / DONE
+        with reading(path):
+            text = path.read_bytes().decode("ascii")
+        if not text:
+            return None
+        found = {name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}
+        if found.keys() != {TENSORS, META} or done_text(found) != text:
+            raise Damaged(f"{path}: damaged (it does not hold the digests of {TENSORS} and {META})")
+        return found
+
+    def meta(self, kind: str, key: str) -> Meta:
+        """Read only an entry's description, and check it.
+
+        Raises:
+            Damaged: a byte is not what was written, or it is missing.
+            UserError: it may not be read.
+        """
+        stored = self.digests(kind, key)
+        path = self.entry(kind, key) / META
+        if stored is not None and file_digest(path) != stored[META]:
+            raise Damaged(f"{path}: damaged (its bytes do not fit its digest)")
+        with reading(path):
+            return dict(json.loads(path.read_text()))
+
+    def checkpoint(self, kind: str, key: str) -> Meta | None:
+        """Return the description of the checkpoint that a killed run would go on from, if one is whole."""
+        path = whole_checkpoint(self.scratch(kind, key))
+        return None if path is None else load_header(path)
+
+    # -- making -------------------------------------------------------------------------------------------------
+
+    def get_or_make(
+        self,
+        kind: str,
+        key: str,
+        make: Callable[[Path], tuple[Tensors, Meta]],
+        progress: Progress | None = None,
+    ) -> tuple[Artifact, bool]:
+        """Return the entry and whether it was there already, computing and storing it if not.
+
+        A damaged entry is named in a warning and computed again; it stays until the new one is whole. Of a damaged
+        checkpoint the one before is taken.
+
+        Args:
+            kind: the folder that such entries share.
+            key: names the entry.
+            make: gets a scratch folder that outlives a killed run: a place for checkpoints, removed on success.
+            progress: may end the wait for another run that is making the entry, at a safe point every second.
+
+        Raises:
+            UserError: the entry may not be read, or cannot be written.
+        """
+        try:
+            if self.has(kind, key):
+                return self.read(kind, key), True
+        except Damaged as error:
+            _log.warning("%s; it is made again", error)
+        with self._locked(kind, key, progress or Quiet()):
+            with suppress(Damaged):
+                if self.has(kind, key):
+                    return self.read(kind, key), True
+            scratch = self.scratch(kind, key)
+            with writing(scratch):
+                scratch.mkdir(parents=True, exist_ok=True)
+                self.mend_checkpoint(kind, key)
+            tensors, meta = make(scratch)
+            self._write(kind, key, scratch / "entry", tensors, meta)
+            shutil.rmtree(scratch, ignore_errors=True)
+        return Artifact(tensors, meta), False
+
+    def put_in_place(self, kind: str, key: str, building: Path) -> None:
+        """Move a whole entry into place, and what is there away; the caller holds its lock.
+
+        Raises:
+            UserError: the disk refuses.
+        """
+        entry, replaced = self.entry(kind, key), building.with_name(f"{building.name}.replaced")
+        with writing(entry):
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            if entry.exists():  # without DONE, damaged, or to be replaced
+                entry.rename(replaced)
+            building.rename(entry)
+            if kind not in CHEAP:
+                sync(entry.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    @contextmanager
+    def held(self, kind: str, key: str) -> Iterator[bool]:
+        """Hold an entry's lock; False where a running process holds it.
+
+        Raises:
+            UserError: the store cannot be written.
+        """
+        lock = self._try_lock(kind, key, 0)
+        try:
+            yield lock is not None
+        finally:
+            if lock is not None:
+                lock.release()
+
+    def mend_checkpoint(self, kind: str, key: str) -> None:
+        """Put the newest checkpoint that is whole where training looks for it; the caller holds the entry's lock."""
+        scratch = self.scratch(kind, key)
+        newest, whole = scratch / CHECKPOINT, whole_checkpoint(scratch)
+        if whole is None:
+            newest.unlink(missing_ok=True)
+        elif whole != newest:
+            whole.replace(newest)
+
+    def _write(self, kind: str, key: str, building: Path, tensors: Tensors, meta: Meta) -> None:
+        entry = self.entry(kind, key)
+        description = to_json(entry / META, meta)
+        shutil.rmtree(building, ignore_errors=True)  # left by a killed run
+        shutil.rmtree(building.with_name(f"{building.name}.replaced"), ignore_errors=True)
+        with writing(entry):
+            building.mkdir()
+            path = building / TENSORS
+            write_tensors(path, ready(tensors))
+            (building / META).write_text(description)
+            if kind not in CHEAP:
+                sync(path)
+                sync(building / META)
+            write_done(building, {name: file_digest(building / name) for name in (TENSORS, META)})
+            if kind not in CHEAP:
+                sync(building)
+        self.put_in_place(kind, key, building)
+
+    @staticmethod
+    def _add_digests(entry: Path, digests: Digests) -> None:
+        """Give an entry of before its digests, where the store may be written."""
+        partial = entry / f"{DONE}.{os.getpid()}.partial"
+        try:
+            partial.write_text(done_text(digests), encoding="ascii", newline="\n")
+            sync(partial)
+            partial.replace(entry / DONE)
+        except OSError:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+    @contextmanager
+    def _locked(self, kind: str, key: str, progress: Progress) -> Iterator[None]:
+        """Hold an entry's lock, waiting for whoever has it."""
+        lock = self._try_lock(kind, key, 0)
+        if lock is None:
+            _log.warning("another run is working on %s; waiting for it", self.entry(kind, key))
+            with progress.task("waiting for another run", 1):
+                while (lock := self._try_lock(kind, key, STEP)) is None:
+                    progress.safe_point()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _try_lock(self, kind: str, key: str, seconds: float) -> BaseFileLock | None:
+        """Try for some seconds to get a lock; a look every now and then, which Ctrl-C interrupts."""
+        path = self.root / LOCKS / f"{kind}-{key}.lock"
+        with writing(self.entry(kind, key)):
+            path.parent.mkdir(exist_ok=True)
+            lock: BaseFileLock = FileLock(path)
+            try:
+                lock.acquire(timeout=seconds)
+            except Timeout:
+                return None
+            except (OSError, NotImplementedError) as error:
+                if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+                    raise
+                return _try_soft_lock(path.with_suffix(".softlock"), seconds)
+            return lock
+
+
+def _try_soft_lock(path: Path, seconds: float) -> BaseFileLock | None:
+    """Try the same on a file system without locks, where a file has to do, which a killed run leaves behind."""
+    lock = SoftFileLock(path)
+    try:
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        _log.warning("%s: this disk has no locks but such files; delete it if no run is at work", path)
+        return None
+    return lock
+
+
+def write_done(folder: Path, digests: Digests) -> None:
+    """Write an entry's last file, and wait until the disk has it: an empty one would mean an entry of before."""
+    path = folder / DONE
+    path.write_text(done_text(digests), encoding="ascii", newline="\n")
+    sync(path)
+
+
+def done_text(digests: Digests) -> str:
+    r"""Return what DONE holds.
+
+    >>> done_text({"a": "00ff"})
+    '00ff  a\n'
+    """
+    return "".join(f"{digest}  {name}\n" for name, digest in digests.items())

@@ -1,0 +1,348 @@
+"""Files written whole or not at all, with a digest that reading checks. Nothing is ever pickled.
+
+A file of `save_tensors`, a checkpoint or a part of an extraction, carries the SHA-256 of what it says in its own
+header: one file, so that no kill can part it from its digest.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tailscope.errors import UserError, one_line, plain_name
+
+Tensors = dict[str, Tensor]
+Meta = dict[str, Any]
+
+CHECKPOINT = "checkpoint.safetensors"
+"""What a training that was killed goes on from, in its scratch folder."""
+
+SYNC_EVERY = 5.0
+"""Seconds: a file that is replaced more often, a checkpoint after short epochs, waits for the disk only so often."""
+
+_UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+_ADVICE = {
+    errno.EACCES: "ask for the right to write there, or take another folder",
+    errno.EPERM: "ask for the right to write there, or take another folder",
+    errno.EROFS: "take another folder",
+    errno.EXDEV: "all of a store must lie on one disk",
+}
+_log = logging.getLogger(__name__)
+
+
+class Damaged(UserError):
+    """A stored file is not what was written, or is missing: whoever can make it again may replace it."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A stored entry: named tensors and a JSON description."""
+
+    tensors: Tensors
+    meta: Meta
+
+
+# -- errors ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def writing(path: Path, partial: Path | None = None) -> Iterator[None]:
+    """Turn a full disk and the like into one line, without the partial file."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if partial is not None:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+        advice = _ADVICE.get(getattr(error, "errno", None) or 0, "free space or take another disk")
+        raise UserError(f"{path}: cannot be written ({_reason(error)}); {advice}") from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Tell what is damaged, or missing, from what may not be read: only the first may be made anew."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise Damaged(f"{path}: damaged ({_reason(error)})") from error
+    except PermissionError as error:
+        raise UserError(
+            f"{path}: may not be read ({_reason(error)}); ask its owner for the right to read it"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({_reason(error)}); see whether its disk is well") from error
+    # What safetensors and json raise; a description without its fields, of another type or nested without end.
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Damaged(f"{path}: damaged ({_reason(error)})") from error
+
+
+def _reason(error: BaseException) -> str:
+    return one_line(getattr(error, "strerror", None) or str(error))
+
+
+# -- durable files --------------------------------------------------------------------------------------------------
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk has what was written to a file, or which names a folder has; where the system can."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal digits.
+
+    Raises:
+        Damaged: it is missing.
+        UserError: it may not be read.
+    """
+    with reading(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def to_json(path: Path, meta: Meta) -> str:
+    """Return a description as JSON, which has no NaN and no infinity.
+
+    Raises:
+        UserError: it holds one; `path` is where it would have been stored.
+    """
+    try:
+        return json.dumps(meta, indent=1, allow_nan=False)
+    except ValueError as error:
+        field = next((name for name, value in meta.items() if not _finite(value)), None)
+        if field is None:
+            raise
+        raise UserError(f"{path}: not stored, for its {one_line(field)} holds NaN or infinity") from error
+
+
+def _finite(value: Any) -> bool:
+    """Whether a JSON value holds no NaN and no infinity."""
+    if isinstance(value, dict):
+        return all(map(_finite, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically; NaN and infinities are refused: undefined must be None.
+
+    Raises:
+        UserError: the disk is full, or the like.
+    """
+    text = json.dumps(value, indent=1, allow_nan=False)
+    partial = _partial(path)
+    with writing(path, partial):
+        partial.write_text(text + "\n")
+        sync(partial)
+        partial.replace(path)
+
+
+def require_utf8(path: Path, option: str) -> None:
+    """Refuse a name that safetensors cannot write to.
+
+    Raises:
+        UserError: it is no UTF-8.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{option} {plain_name(str(path))}: its name is no UTF-8; choose another folder") from None
+
+
+def make_folder(path: Path, option: str) -> Path:
+    """Create a folder and check that it can be written.
+
+    Raises:
+        UserError: it cannot, naming the command-line option that asked for it; or its name is no UTF-8.
+    """
+    require_utf8(path, option)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".{uuid.uuid4().hex}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be written ({error.strerror}); choose another folder") from error
+    return path
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{os.getpid()}.partial")
+
+
+# -- tensors --------------------------------------------------------------------------------------------------------
+
+
+def ready(tensors: Tensors) -> Tensors:
+    """Return the tensors as safetensors takes them."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def load_tensors(path: Path) -> Tensors:
+    """Read a safetensors file, anybody's.
+
+    Raises:
+        UserError: it is missing, truncated or something else.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read as safetensors ({one_line(str(error))})") from error
+
+
+def previous_of(path: Path) -> Path:
+    """Return where `save_tensors` keeps the file that it replaced."""
+    return path.with_name(f"{path.name}.previous")
+
+
+def write_tensors(path: Path, tensors: Tensors, header: dict[str, str] | None = None) -> None:
+    """Write a safetensors file with the mode that umask gives; safetensors alone lets only the owner read it."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata=header)
+    path.chmod(mode)
+
+
+def save_tensors(path: Path, tensors: Tensors, meta: Meta) -> None:
+    """Write tensors with a JSON description and a digest of both in the file's header, atomically: a checkpoint.
+
+    The file that it replaces is kept as `previous_of(path)`, of those that come faster than `SYNC_EVERY` some.
+
+    Raises:
+        UserError: the disk is full, or the like; or the description holds NaN.
+    """
+    tensors, text = ready(tensors), to_json(path, meta)
+    header = {"meta": text, "sha256": _digest_of(tensors, text)}
+    partial = _partial(path)
+    with writing(path, partial):
+        write_tensors(partial, tensors, header)
+        if _keep_previous(path):
+            sync(partial)
+        partial.replace(path)
+
+
+def check_tensors(path: Path) -> bool:
+    """Check all that a file of `save_tensors` says; return whether it has a digest: of before there are some without.
+
+    Raises:
+        Damaged: it says something else than what was written, or is missing.
+        UserError: it may not be read.
+    """
+    return _checked(path)[1]
+
+
+def _checked(path: Path) -> tuple[Artifact, bool]:
+    with reading(path), safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = file.metadata()
+        artifact = Artifact(tensors, dict(json.loads(header["meta"])))
+    if "sha256" not in header:
+        return artifact, False
+    if header["sha256"] != _digest_of(tensors, header["meta"]):
+        raise Damaged(f"{path}: damaged (its bytes do not fit its digest)")
+    return artifact, True
+
+
+def _digest_of(tensors: Tensors, text: str) -> str:
+    """Return the SHA-256 of all that a file of `save_tensors` says: names, types, shapes, numbers and description."""
+    ordered = sorted(tensors.items())
+    named = [[name, str(tensor.dtype), list(tensor.shape)] for name, tensor in ordered]
+    digest = hashlib.sha256(json.dumps([text, named]).encode())
+    for _, tensor in ordered:
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def load_checkpoint(path: Path) -> Artifact:
+    """Read what `save_tensors` wrote.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        return _checked(path)[0]
+    except Damaged as error:
+        raise Damaged(f"{error}; delete it to start again") from None
+
+
+def load_header(path: Path) -> Meta:
+    """Read the description that `save_tensors` wrote, without the tensors and without checking the digest.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    with reading(path), safe_open(path, framework="pt") as file:
+        return dict(json.loads(file.metadata()["meta"]))
+
+
+def whole_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint in a scratch folder that is whole; None where there is none.
+
+    A damaged one is named in a warning and left where it is.
+
+    Raises:
+        UserError: one may not be read.
+    """
+    newest = folder / CHECKPOINT
+    damaged: list[UserError] = []
+    for path in (newest, previous_of(newest)):
+        with reading(folder):
+            if not path.exists():
+                continue
+        try:
+            check_tensors(path)
+        except Damaged as error:
+            damaged.append(error)
+        else:
+            _warn(damaged, "the one before it is taken")
+            return path
+    _warn(damaged, "training starts again")
+    return None
+
+
+def _warn(damaged: list[UserError], what: str) -> None:
+    for error in damaged:
+        _log.warning("%s; %s", error, what)
+
+
+def _keep_previous(path: Path) -> bool:
+    """Keep a file that is about to be replaced, unless that was just done; return whether the new one is to be synced.
+
+    So of two files, one is on the disk whatever happens, and epochs of milliseconds do not wait for it.
+    """
+    previous = previous_of(path)
+    if not path.exists():
+        return True
+    if previous.exists() and 0 <= time.time() - previous.stat().st_ctime < SYNC_EVERY:
+        return False
+    sync(path)
+    previous.unlink(missing_ok=True)
+    try:
+        os.link(path, previous)  # `path` is there at every moment
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, previous)
+    return True
