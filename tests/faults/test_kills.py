@@ -59,7 +59,8 @@ def kill_until_done(forks, command, dice: random.Random, seconds: float, ledger,
         ledger.add("kills")
         if ended[-1].code != -number:  # before the command line has taken the signals over, the process just ends
             assert number != signal.SIGKILL
-            assert (ended[-1].code, ended[-1].err.strip().partition(";")[0]) == (128 + number, "interrupted")
+            said = ended[-1].err.strip().splitlines()[-1:]  # `reproduce` tells its plan before
+            assert (ended[-1].code, [line.partition(";")[0] for line in said]) == (128 + number, ["interrupted"])
     return [*ended, forks.run(*command, prepare=prepare)]
 
 
