@@ -501,6 +501,28 @@ def test_a_mistake_in_one_training_is_told_in_a_line_and_not_repeated(tmp_path, 
     assert len(document["failed"]) == 2
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_piece_that_cannot_be_written_costs_the_trainings_nothing(tmp_path, monkeypatch, jobs, caplog):
+    """Beside threads that train, it is left and named; alone it ends the run. A bundle is written either way."""
+
+    def fail(lab, settings):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(queue.EXPERIMENTS, "swap", fail)
+    wanted = reproduction_of(tmp_path, seeds="1", jobs=jobs, bundle=tmp_path / "bundle")
+    if jobs == 1:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            run_queue(wanted, tell=lambda text: None)
+    else:
+        document = run_queue(wanted, tell=lambda text: None)
+        assert document["failed"] == ["swap of digits-lt, seed 0"]
+        assert document["left"] == ["swap of digits-lt, seed 0"]
+        assert "out of memory" in caplog.text
+        assert len(Store(tmp_path / "store").keys("stage1")) == 5
+    assert json.loads((tmp_path / "reproduce.json").read_text())["finished"] is False
+    assert (tmp_path / "bundle" / "stages.tar").is_file()
+
+
 def test_threads_say_every_minute_how_far_they_are(tmp_path, monkeypatch):
     monkeypatch.setattr(ahead, "STATUS", 0.05)
     said = []

@@ -8,6 +8,7 @@
 # folder makes DEST/NAME.npz. EARLIER holds the bundle of a run that was not finished: its archives are the first parts,
 # and what they hold is not trained again. LIMIT, in MiB, is what can be brought in one go.
 set -euo pipefail
+shopt -s nullglob
 cd "$(dirname "$0")/../.."
 data=${1:?"usage: prepare.sh DATA [EARLIER]"} earlier=${2:-} into=.gpu limit=$((${LIMIT:-64} << 20))
 exclude=$(git rev-parse --git-path info/exclude)

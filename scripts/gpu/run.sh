@@ -18,13 +18,18 @@ mkdir -p "$OUT" "$work/packed" "$work/npz"
 export PYTHONPATH=${SOURCE:-src}:$work/site PYTHONUNBUFFERED=1
 export TORCHINDUCTOR_CACHE_DIR=$PWD/$work/inductor TRITON_CACHE_DIR=$PWD/$work/triton
 export CUDA_DEVICE_MAX_CONNECTIONS=32 # hardware queues: as many trainings side by side must not share one
+# What augments and fits on the CPU leaves cores to the threads that launch kernels.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + 2) / 3))}
 
-alive() { [ -f "$work/$1.pid" ] && kill -0 "$(cat "$work/$1.pid")" 2>/dev/null; }
+alive() { # whether it runs: one that has ended may stay as a zombie, where nothing collects it
+    local state
+    [ -f "$work/$1.pid" ] && state=$(sed 's/.*) //' "/proc/$(cat "$work/$1.pid")/stat" 2> /dev/null) && [ "${state%% *}" != Z ]
+}
 detached() { # NAME COMMAND: in a session of its own, which outlives this call
     setsid nohup "${@:2}" >> "$work/$1.log" 2>&1 < /dev/null &
     echo $! > "$work/$1.pid"
 }
-smoke() { "$python" "$bin/smoke.py" "$@" --folder "$work" --device "$device" ${SMOKE_OPTIONS:-}; }
+smoke() { timeout -k 5 "${SMOKE_LIMIT:-110}" "$python" "$bin/smoke.py" "$@" --folder "$work" --device "$device" ${SMOKE_OPTIONS:-}; }
 
 take_in() {
     if [ ! -d "$work/site" ] && ls "$bin"/../wheels/*.whl > /dev/null 2>&1; then
@@ -56,8 +61,8 @@ stuck() { # whether two lines of progress in a row told of trainings and of no i
 
 attempts() { # one that dies or hangs is followed by a more careful one; what is stored is not trained again
     local careful code log=$work/attempt.log
-    for careful in "" "--no-compile" "--no-compile --jobs 2" "--no-compile --jobs 1"; do
-        reproduce $(cat "$work/options" 2>/dev/null || echo "--jobs 1 --no-compile") ${OPTIONS:-} $careful > "$log" 2>&1 &
+    for careful in "" "--no-compile" "--no-compile --jobs 2" "--no-compile --jobs 2"; do # one job tells of no hang
+        reproduce $(cat "$work/options" 2>/dev/null || echo "--jobs 2 --no-compile") ${OPTIONS:-} $careful > "$log" 2>&1 &
         echo $! > "$work/reproduce.pid"
         while alive reproduce; do
             sleep 1
@@ -73,7 +78,10 @@ attempts() { # one that dies or hangs is followed by a more careful one; what is
 
 begin() {
     alive attempts && return
-    while alive compiled; do sleep 1; done # compiled steps may still be measured
+    for _ in $(seq 150); do # compiled steps may still be measured
+        alive compiled || break
+        sleep 1
+    done
     smoke choose
     rm -rf "$work/stop" "$work/bin" "$work/src" # from copies: the next call replaces what it carries
     cp -r "$bin" "$work/bin"
@@ -101,14 +109,22 @@ finish() { # SECONDS since the call began
             alive reproduce || break
             sleep 1
         done
-        alive reproduce && kill -KILL "$(cat "$work/reproduce.pid")"
+        alive reproduce && { kill -KILL "$(cat "$work/reproduce.pid")"; rm -f "$work/bundle/results.tar.gz"; }
     fi
-    # One that had to be killed has left no bundle: this makes it, and nothing else.
+    # One that had to be killed has left no whole bundle: this makes it, and nothing else. Should even that take too
+    # long, the backbones lie in $OUT as they are: unpacked in a store, they are its entries.
     if [ ! -f "$work/bundle/results.tar.gz" ] || { [ "$was_alive" ] && [ "$work/stop" -nt "$work/bundle/results.tar.gz" ]; }; then
-        (reproduce ${OPTIONS:-} --time-limit 1s) 2>&1 | tail -n 3
+        (cd "$work/store" && ls -d stage1/*/ | split -l 5 - ../raw.) 2> /dev/null
+        for list in "$work"/raw.*; do
+            [ -f "$list" ] && tar -C "$work/store" -cf "$OUT/$(basename "$list").tar" -T "$list"
+        done
+        timeout -k 5 40 bash "$bin/run.sh" bundle 2>&1 | tail -n 3
+        [ -f "$work/bundle/results.tar.gz" ] && rm -f "$OUT"/raw.*.tar
+        rm -f "$work"/raw.*
     fi
     status
-    cp -f "$work"/bundle/*.tar* "$work"/smoke* "$work"/*.log "$OUT"/ 2> /dev/null
+    cp -f "$work"/bundle/*.tar* "$OUT"/ 2> /dev/null
+    (cd "$work" && tar -czf - smoke.jsonl *.log) > "$OUT/logs.tar.gz" 2> /dev/null # one file: few come home
     ls -l "$OUT"
 }
 
@@ -117,13 +133,16 @@ look)
     take_in
     rm -f "$work/smoke.jsonl" "$work/options"
     nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader 2> /dev/null
-    # Two processes: an error that sticks to one does not spoil the other.
-    smoke plain 2>&1 | tail -n 40
-    [ "${COMPILED:-yes}" = no ] || detached compiled timeout 150 bash "$bin/run.sh" compiled
+    "$python" -m tailscope --version || echo "THE COMMAND LINE IS BROKEN: mend that before anything else"
+    # Two processes: an error that sticks to one does not spoil the other. Compiling stops all other trainings meanwhile,
+    # which within a quarter of an hour costs more than it brings.
+    smoke plain 2>&1 | tee "$work/plain.log"
+    [ "${COMPILED:-no}" = no ] || SMOKE_LIMIT=150 detached compiled bash "$bin/run.sh" compiled
     smoke choose
     ;;
 compiled) smoke compiled ;;
 attempts) attempts ;;
+bundle) reproduce ${OPTIONS:-} --time-limit 1s ;;
 begin)
     take_in
     begin

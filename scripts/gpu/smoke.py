@@ -146,7 +146,7 @@ def choose(folder: Path) -> None:
     """Print what was measured, and write the options of the best sound rate."""
     path = folder / "smoke.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    best, options = 0.0, "--jobs 1 --no-compile"
+    best, options = 0.0, "--jobs 2 --no-compile"
     for part in ("plain", "compiled"):
         own = [row for row in rows if row["part"] == part]
         told = sound(own) if any(row["what"] == "equality" for row in own) else "not measured (yet)"

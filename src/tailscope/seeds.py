@@ -8,7 +8,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 import torch
@@ -44,6 +44,11 @@ def torch_stream(seed: int, *path: str | int, device: str | torch.device = "cpu"
 def numpy_stream(seed: int, *path: str | int) -> np.random.Generator:
     """Return a new NumPy generator for the stream named by `path`."""
     return np.random.default_rng(derive(seed, *path))
+
+
+def alone() -> AbstractContextManager[object]:
+    """Keep every other thread from torch's default generator for the block, for code that puts back its state."""
+    return _DEFAULT_GENERATOR
 
 
 @contextmanager

@@ -7,16 +7,17 @@ their time outside of Python's lock, so a process of its own would bring nothing
 the end of an epoch or of an extraction, which the store keeps, and the same command goes on from there.
 """
 
+import logging
 import tarfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from tailscope.data.sources import load
-from tailscope.errors import expanded
+from tailscope.errors import UserError, expanded
 from tailscope.experiments.lab import Lab
 from tailscope.experiments.runs import Run, evaluate
 from tailscope.experiments.settings import Settings, store_root
@@ -30,13 +31,15 @@ from tailscope.result_files import check_free, stored_spec, write
 from tailscope.store import Store, make_folder, pack, packed_bytes
 from tailscope.training.runtime import Runtime
 
+_log = logging.getLogger(__name__)
+
 EVERYTHING = "everything"
 DATASETS = ("cifar10-lt", "cifar100-lt")
 """What `everything` is: the CIFAR half of the paper."""
 SCHEMA = "tailscope.reproduce/1"
 GEOMETRY = "geometry"
-ARCHIVE, ROOM, FILES = 15 << 20, 62 << 20, 8
-"""Of a bundle: the bytes of an archive and of all together, and how many files it has at most."""
+ARCHIVE, ROOM, FILES = 15 << 20, 62 << 20, 7
+"""Of a bundle: the bytes of an archive and of all together, and how many files it has at most; logs make one more."""
 TAR_END = 16 << 10
 """More bytes than what an archive has beside its entries."""
 WAIT = 0.2
@@ -106,8 +109,11 @@ def run_queue(reproduction: Reproduction, *, tell: Tell = print, progress: Progr
     try:
         with trainings:
             queue.work()
-    except KeyboardInterrupt:
-        queue.conclude()
+    except BaseException as error:
+        if (
+            isinstance(error, KeyboardInterrupt) or reproduction.bundle is not None
+        ):  # who wants a bundle cannot come back
+            queue.conclude()
         raise
     document = queue.conclude()
     for out in queue.reports():
@@ -141,6 +147,7 @@ class _Queue:
         self._done: set[Piece] = set()
         self._stored: set[str] = set()
         self._evaluated: set[str] = set()
+        self._broken: set[Piece] = set()
 
     def work(self) -> None:
         """Do what can be done, one thing after the other, until nothing is left or the time is up."""
@@ -243,7 +250,7 @@ class _Queue:
     def _step(self) -> bool:
         """Evaluate one run, write one piece, or train one backbone; return whether there was anything to do."""
         for piece in self._left():
-            if piece.dataset not in self._labs:
+            if piece.dataset not in self._labs or piece in self._broken:
                 continue
             lab, rows = self._labs[piece.dataset], self._rows[piece]
             missing = [row.backbone for row in rows if not self._is_stored(lab, row.backbone)]
@@ -252,14 +259,29 @@ class _Queue:
                 if self._trainings.busy or (self._reproduction.jobs > 1 and self._trainings.too_late):
                     continue
             elif row := next((r for r in rows if r.key not in self._evaluated and r.backbone not in missing), None):
-                self._evaluate(lab, row)
+                self._try(piece, self._evaluate, lab, row)
                 return True
             if not missing:
-                self._finish(piece, lab)
+                self._try(piece, self._finish, piece, lab)
                 return True
             if self._trainings.train(missing):
                 return True
         return False
+
+    def _try(self, piece: Piece, work: Callable[..., None], *given: Any) -> None:
+        """Do a part of a piece. Where threads train beside it, what goes wrong costs the piece alone, not them."""
+        try:
+            work(*given)
+        except TimeIsUp:
+            raise
+        except Exception as error:
+            if self._reproduction.jobs == 1:
+                raise
+            self._broken.add(piece)
+            if isinstance(error, UserError):
+                self._tell(f"{piece} failed: {error}")
+            else:
+                _log.exception("%s failed", piece)
 
     def _is_stored(self, lab: Lab, key: str) -> bool:
         if key not in self._stored and lab.store.has("stage1", key):
@@ -306,7 +328,7 @@ class _Queue:
             "time_limit_seconds": self._limit,
             "pieces": listed,
             "left": [str(piece) for piece in self._left()],
-            "failed": self._trainings.failed,
+            "failed": self._trainings.failed + [str(piece) for piece in self._pieces if piece in self._broken],
         }
 
 

@@ -18,6 +18,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tailscope.seeds import alone
+
 WARM_UP = 3
 """Steps before the capture: they compile, choose algorithms and create what the optimiser remembers."""
 
@@ -76,7 +78,7 @@ class CudaCapture:
 
     def warm_up(self, step: Step, *given: Tensor | None) -> Tensor:
         """Run a step, while no other thread compiles or captures."""
-        with _PREPARING:
+        with _PREPARING, alone():  # the compiler saves and restores the default generator's state
             return step(*given)
 
     def record(self, work: Callable[[], None]) -> Replay:
