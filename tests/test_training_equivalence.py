@@ -54,11 +54,8 @@ def one(lab: Lab, seed: int, arm: str) -> dict[str, float]:
     recipe = RECIPES["demo"].model_copy(update={"model": "resnet8(width=16)"})
     lt = lab.long_tailed("exp:20", "nested", 0)
     stage = recipe.backbone(lt.spec)
-    stage = stage.model_copy(
-        update={
-            "train": stage.train.model_copy(update={"precision": "auto", "steps": 100 if arm == "shorter" else 200})
-        }
-    )
+    train = stage.train.model_copy(update={"precision": "auto", "steps": 100 if arm == "shorter" else 200})
+    stage = stage.model_copy(update={"train": train})
     backbone = lab.backbone(stage, lt.rows, seed, arm)
     assert backbone.meta["fused"] is (arm not in ("reference", "shorter"))
     seen = torch.from_numpy(lt.rows)
