@@ -14,7 +14,7 @@ from typer.main import get_command
 
 import result_factory
 import tailscope
-from diagnosis_cases import head_biased, scattered, separable, table
+from diagnosis_cases import CLASSES, FEW, head_biased, scattered, separable, table
 from tailscope import cli, report
 from tailscope.errors import UserError
 from tailscope.geometry import FIELDS
@@ -177,3 +177,12 @@ def test_the_tutorial_runs_as_it_is_written(tmp_path, monkeypatch, capsys):
     found = json.loads((tmp_path / "network" / "diagnosis.json").read_text())
     assert found["dataset"]["class_names"][9] == "digit 9"
     assert "localises" in (tmp_path / "compared" / "tables" / "diagnosis-comparison.csv").read_text()
+
+
+def test_a_withheld_verdict_is_a_short_headline_and_its_reason_the_first_caveat():
+    (train, labels), (unseen, truth) = separable()
+    result = tailscope.diagnose(table(train, labels), table(unseen, CLASSES - 1 - truth), **FEW)
+    headline = diagnosis_story.headline(result)
+    assert headline.startswith("Undecided: the labels of ")
+    assert headline.endswith("seem to mean different classes")
+    assert diagnosis_story.caveats(result)[0] == f"No verdict: {result['verdict']['reason']}."

@@ -20,7 +20,8 @@ def headline(result: Result) -> str:
     if verdict["bottleneck"] == "representation":
         gap = _gap(verdict["representation_gap"])
         return f"The representation is the bottleneck: even the best classifier found misses {gap}"
-    return f"Undecided: {verdict['reason']}"
+    reason = verdict["reason"]
+    return f"Undecided: {reason.partition(': ')[0] if verdict.get('withheld') else reason}"  # the first caveat has all
 
 
 def findings(result: Result) -> list[str]:
@@ -33,7 +34,9 @@ def findings(result: Result) -> list[str]:
 
 def caveats(result: Result) -> list[str]:
     """Return what limits the findings."""
-    found = ["One encoder as it is: intervals cover new samples, not new trainings."]
+    withheld = (result["verdict"] or {}).get("withheld") or []
+    found = [f"No verdict: {reason}." for reason in withheld]
+    found.append("One encoder as it is: intervals cover new samples, not new trainings.")
     if result["verdict"] is not None:
         ceiling = percent(result["verdict"]["ceiling"], 0)
         found.append(
