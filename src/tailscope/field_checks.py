@@ -267,7 +267,9 @@ def _to_array(where: str, values: npt.ArrayLike | Tensor) -> npt.NDArray[Any]:
         except (RuntimeError, TypeError) as error:  # sparse, quantised, or without values (meta)
             raise UserError(f"{where} is no plain dense tensor ({message_of(error)})") from None
     if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
-        raise UserError(f"{where}: {np.ma.count_masked(values)} values are masked; leave these rows out or fill them")
+        raise UserError(
+            f"{where}: {np.ma.getmaskarray(values).sum()} values are masked; leave these rows out or fill them"
+        )
     try:
         return np.asarray(values)
     except (ValueError, TypeError) as error:  # lists of different lengths, or tensors on a GPU in a list
