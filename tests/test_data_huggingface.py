@@ -140,6 +140,26 @@ def test_labels_that_are_none(tmp_path: Path, labels: list, says: str) -> None:
         load(pets(tmp_path / "pets", labels))
 
 
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (5, "no list of texts"),
+        (True, "no list of texts"),
+        ({"0": "a", "1": "b"}, "no list of texts"),
+        ("ab", "no list of texts"),
+        (["a", 1], "no list of texts"),
+        (["a", None], "no list of texts"),
+        (["a", "a"], "names have 'a' 2 times; names must differ"),
+        ([], "labels beyond its 0 classes"),
+    ],
+)
+def test_class_names_that_are_none_are_refused_when_the_set_is_opened(tmp_path: Path, names, says: str) -> None:
+    features = {"img": IMAGE, "pet": {"_type": "ClassLabel", "names": names}}
+    folder = save(tmp_path / "set", {"img": ROWS, "pet": [0, 1, 1, 0, 1]}, features)
+    with pytest.raises(UserError, match=f"^hf:.*: column 'pet': .*{says}"):
+        load(folder)
+
+
 def test_images_that_are_none_are_unreadable_and_nothing_else_is_opened(tmp_path: Path) -> None:
     outside = tmp_path / "outside.png"
     Image.fromarray(PIXELS[0]).save(outside)

@@ -174,6 +174,10 @@ def test_damaged_metadata_cost_no_image(tmp_path: Path) -> None:
         (np.where(RAMP > 0.5, np.nan, RAMP).astype("f4"), "run from nan to nan"),
         (np.where(RAMP > 0.5, np.inf, RAMP).astype("f4"), "run from 0 to inf"),
         ((RAMP * 255).astype("i4"), "all black: its pixels run to 255, where 2,147,483,647 is white"),
+        ((RAMP * 100).astype("u2"), "all black: its pixels run to 100, where 65,535 is white; save it with 8 bits"),
+        ((RAMP * 255).astype("u2"), "nearly black: its pixels run to 255, 12 bits or fewer, where 65,535 is white"),
+        ((RAMP * 4095).astype("u2"), "nearly black: its pixels run to 4,095, 12 bits or fewer"),
+        ((RAMP * 1e-3).astype("f4"), "all black: its pixels run to 0.001, where 1 is white"),
         ((RAMP * 255 - 9).astype("i4"), "run from -9 to 246, where 2,147,483,647 is white"),
     ],
 )
@@ -181,6 +185,14 @@ def test_pixels_without_a_range_are_refused(tmp_path: Path, values: np.ndarray, 
     Image.fromarray(values).save(tmp_path / "x.tif")
     with pytest.raises(ImageError, match=says.replace("+", r"\+")):
         read_image(tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize(("bits", "brightest"), [(16, 4096), (32, 2**24)])
+def test_the_darkest_that_are_taken(tmp_path: Path, bits: int, brightest: int) -> None:
+    values = (RAMP * brightest).round()
+    Image.fromarray(values.astype("u2" if bits == 16 else "i4")).save(tmp_path / "x.tif")
+    top = 2**31 - 1 if bits == 32 else 2**bits - 1
+    assert (read(tmp_path / "x.tif")[..., 0] == np.rint(values * 255 / top)).all()
 
 
 def test_all_black_is_black_in_every_type(tmp_path: Path) -> None:

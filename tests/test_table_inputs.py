@@ -188,7 +188,14 @@ def test_a_real_dataframe():
         ((X, np.array([*Y[:-1], "ant"], dtype=object)), "1 rows hold a name, the others a number"),
         ((X, np.array([10**30] * len(X))), "a number is too large; labels are below 2**63"),
         (([[0.0], [1.0, 2.0]], [0, 1]), "features is no array"),
-        ({"features": X, "label": Y, "labels": Y}, "holds both 'labels' and 'label'"),
+        ({"features": X, "label": Y, "target": Y}, "holds both 'label' and 'target'"),
+        ({"X": X, "embeddings": X, "labels": Y}, "holds both 'embeddings' and 'X'"),
+        ((X, np.ma.masked_equal(Y, 5)), "labels: 6 values are masked; leave these rows out"),
+        ((np.ma.masked_array(X, X[0, 0] == X), Y), "features: 1 values are masked"),
+        ((torch.tensor(X).to_sparse(), Y), "features is no plain dense tensor ("),
+        ((X, torch.tensor(Y).to_sparse()), "labels is no plain dense tensor ("),
+        ((torch.empty(146, 8, device="meta"), Y), "features is no plain dense tensor ("),
+        ({"features": X, "labels": Y, "provenance": "hello"}, "provenance is not a JSON object"),
         ({"feats": X, "labels": Y}, "no field 'features'; needs features, labels, and holds 'feats' ndarray [146, 8]"),
         (Frame({"a": NAMES[Y], "label": Y}), "no field 'features'"),
         (Frame({"f0": X[:, 0], "f2": X[:, 0], "label": Y}), "no column 'f1'"),
@@ -234,6 +241,47 @@ def test_text_in_a_csv_that_looks_like_numbers_stays_text(tmp_path):
     assert FeatureTable.load(tmp_path / "t.csv").labels.tolist() == [3, 7]
 
 
+@pytest.mark.parametrize("missing", ["", " ", "NA", "n/a", "nan", "NaN", "None", "null", "<NA>"])
+def test_missing_labels_beside_numbers_are_no_class(missing):
+    with pytest.raises(UserError, match=r"in row 2 \(and 1 more\) is empty"):
+        FeatureTable.from_arrays(np.zeros((5, 1)), ["0", "1", missing, "2.0", missing])
+
+
+def test_words_for_nothing_are_names_among_names():
+    table = FeatureTable.from_arrays(np.zeros((4, 1)), ["None", "ant", "NA", "null"])
+    assert table.class_names == ("NA", "None", "ant", "null")
+
+
+def test_the_fields_own_name_wins_and_the_other_is_named(tmp_path):
+    np.savez(tmp_path / "t.npz", features=X, labels=Y, y=Y[::-1], X=X + 1)
+    (tmp_path / "t.csv").write_text("a,b,labels,y\n1,2,0,1\n3,4,1,0\n")
+    table = FeatureTable.load(tmp_path / "t.npz")
+    assert torch.equal(table.labels, torch.tensor(Y))
+    np.testing.assert_array_equal(table.features.numpy(), X)
+    assert table.notes == (f"{tmp_path / 't.npz'}: not read: 'y', 'X'",)
+    table = FeatureTable.load(tmp_path / "t.csv")
+    assert table.features.tolist() == [[1, 2], [3, 4]]  # what else may be the labels is no feature
+    assert table.notes[-1] == f"{tmp_path / 't.csv'}: not read: 'y'"
+    lists = Frame({"features": np.array([*map(list, X), None], dtype=object)[:-1], "X": X[:, 0], "label": Y})
+    assert "not read: 'X'" in FeatureTable.of(lists).notes[0]
+
+
+def test_an_opened_file_of_ours_is_what_the_file_is(tmp_path, monkeypatch):
+    ids = [f"i{k}" for k in range(len(X))]
+    FeatureTable.from_arrays(X, Y, ids=ids, provenance={"data": "d"}).save(tmp_path / "t.npz")
+    with np.load(tmp_path / "t.npz") as opened:
+        table = FeatureTable.of(opened)
+        fields = dict(opened)
+    assert table.provenance == {"data": "d"} == FeatureTable.load(tmp_path / "t.npz").provenance
+    with pytest.raises(UserError, match="does not hold what was written"):
+        FeatureTable.of({**fields, "features": X + 1})
+    del fields["provenance"]
+    monkeypatch.setattr(FeatureTable, "digest", lambda _: pytest.fail("hashed, though no digest was written"))
+    FeatureTable.of(fields)
+    np.savez(tmp_path / "foreign.npz", **fields)
+    FeatureTable.load(tmp_path / "foreign.npz")
+
+
 def test_columns_without_numbers_and_what_is_left_out_are_said(tmp_path):
     path = tmp_path / "iris.csv"
     path.write_text(",length,width,species_id,label\n0,1.5,2,x,a\n1,2.5,3,x,b\n")
@@ -256,6 +304,12 @@ def test_columns_without_numbers_and_what_is_left_out_are_said(tmp_path):
         ("1,2,0\n3,4,1\n", "no names; the first line names the columns"),
         ("f0,label\n", "no samples"),
         ("f0,label\n1,a\n2,\n", "label '' in row 1 is empty"),
+        ("f0,label\n1,0\n2,NA\n3,NA\n", "label 'NA' in row 1 (and 1 more) is empty; leave unlabelled rows out"),
+        ("f0,label\n1,None\n2,7\n", "label 'None' in row 0 is empty"),
+        ("f0,label\n1,a\n2,nan\n3,<NA>\n", "label 'nan' in row 1 (and 1 more) is empty"),
+        ("f0,f1,f2,label\n1,1,,0\n1,1,1,1\n", "line 2, column 'f2': '' is no number"),
+        ("f0,f1,f2,label\n1,,1,0\n1,1,1,1\n", "line 2, column 'f1': '' is no number"),
+        ("e_0,e_1,label\n,,0\n1,1,1\n", "line 2, column 'e_0': '' is no number"),
         ("f0,label\n1,0\nnan,1\n", "1 of 2 rows hold NaN or infinity"),
         ("f0,label,label\n1,0,0\n", "2 columns are called 'label'"),
         ("f0,label,target\n1,0,0\n", "holds both 'label' and 'target'"),
@@ -317,7 +371,7 @@ def binary():
     return X[both], Y[both]
 
 
-@pytest.mark.parametrize("names", [(0, 1), (3, 7), ("ant", "bee")])
+@pytest.mark.parametrize("names", [(0, 1), (3, 7), ("ant", "bee"), (3.0, 7.0), (False, True)])
 def test_scikit_learns_classifier_of_two_classes(tmp_path, names):
     x, y = binary()
     y = np.array(names)[y]
@@ -334,6 +388,12 @@ def test_scikit_learns_classifier_of_two_classes(tmp_path, names):
         assert result["accuracy"]["current"]["mean"] == pytest.approx(fitted.score(x, y))
     with pytest.raises(UserError, match="a classifier of 2 classes, but train has 6"):
         read((X, Y), (U, V), classifier=tmp_path / "b.npz")
+
+
+def test_classes_that_are_no_whole_numbers(tmp_path):
+    np.savez(tmp_path / "a.npz", coef_=np.zeros((2, 8)), intercept_=np.zeros(2), classes_=[0.5, 1])
+    with pytest.raises(UserError, match=r"class_names: label 0.5 in row 0 is no whole number"):
+        LinearLayer.load(tmp_path / "a.npz")
 
 
 def test_a_tables_own_file_keeps_the_names_that_its_labels_were(tmp_path):

@@ -171,25 +171,7 @@ class FeatureTable:
                 by `save` and holds something else by now.
         """
         arrays, notes = array_files.read(path, _REQUIRED, _OPTIONAL)
-        source = array_files.shown(path)
-        provenance = arrays.get("provenance")
-        table = cls.from_arrays(
-            arrays["features"],
-            arrays["labels"],
-            class_names=arrays.get("class_names"),
-            ids=arrays.get("ids"),
-            groups=arrays.get("groups"),
-            provenance=None if provenance is None else to_provenance(source, str(provenance)),
-            source=source,
-            notes=notes,
-        )
-        written = table.provenance.pop("sha256", None)
-        if written not in (None, table.digest()):
-            raise UserError(
-                f"{path}: does not hold what was written (the digest in its provenance is another): copy it again, or "
-                "leave out its provenance if it was changed on purpose"
-            )
-        return table
+        return _of_fields(arrays, array_files.shown(path), notes)
 
     def save(self, path: Path) -> None:
         """Write a feature file in the format that the suffix names, whole or not at all.
@@ -336,13 +318,27 @@ def _is_frame(given: Any) -> bool:
     return hasattr(given, "columns") and hasattr(given, "to_numpy")
 
 
+def _of_fields(fields: Mapping[str, Any], source: str, notes: Sequence[str]) -> FeatureTable:
+    """Return the table that the fields of a file make up, whose digest holds where one was written."""
+    provenance = fields.get("provenance")
+    if provenance is not None:
+        own = isinstance(provenance, Mapping)
+        provenance = dict(provenance) if own else to_provenance(source, str(provenance))
+    table = FeatureTable.from_arrays(**{**fields, "provenance": provenance}, source=source, notes=notes)
+    written = table.provenance.pop("sha256", None)
+    if written is not None and written != table.digest():
+        raise UserError(
+            f"{source}: does not hold what was written (the digest in its provenance is another): copy it again, or "
+            "leave out its provenance if it was changed on purpose"
+        )
+    return table
+
+
 def _of_mapping(given: Mapping[str, Any], name: str) -> FeatureTable:
     held = {str(key): Header(type(value).__name__, getattr(value, "shape", None)) for key, value in given.items()}
     found = resolve(name, held, _REQUIRED, _OPTIONAL)
     fields = {field: given[key] for field, key in found.items()}
-    return FeatureTable.from_arrays(
-        fields.pop("features"), fields.pop("labels"), **fields, source=name, notes=unread(name, held, found.values())
-    )
+    return _of_fields(fields, name, unread(name, held, found.values()))
 
 
 def _of_frame(frame: Frame, name: str) -> FeatureTable:

@@ -18,6 +18,8 @@ from tailscope.errors import UserError
 
 MAX_CLASSES = 10_000
 _BLOCK_ELEMENTS = 2**22
+_MISSING = ("", "nan", "<na>")
+_MISSING_BESIDE_NUMBERS = (*_MISSING, "na", "n/a", "none", "null")
 
 Keys = npt.NDArray[np.int64] | npt.NDArray[np.str_]
 Labels = npt.NDArray[np.int64] | npt.NDArray[np.str_]
@@ -75,7 +77,8 @@ def to_labels(where: str, values: npt.ArrayLike | Tensor, rows: int, of: str) ->
     """Return labels [rows] as they are meant: whole numbers of at least 0 as int64, names as text.
 
     Booleans, whole floats and integers of any size are numbers; bytes are text in UTF-8; [rows, 1] and [1, rows] are
-    taken as [rows].
+    taken as [rows]. Of text, "", "nan" and "<NA>" are no label; nor are "NA", "N/A", "None" and "null" where all others
+    are numbers.
 
     Args:
         where: source and field, for messages.
@@ -139,8 +142,19 @@ def check_classes(source: str, classes: int) -> None:
 
 def _texts(where: str, array: npt.NDArray[Any]) -> npt.NDArray[np.str_]:
     text = np.char.decode(array, "utf-8", "backslashreplace") if array.dtype.kind == "S" else array.astype(np.str_)
-    _require(where, text, np.char.strip(text) != "", "is empty; leave unlabelled rows out")
+    plain = np.char.lower(np.char.strip(text))
+    beside_numbers = np.isin(plain, _MISSING_BESIDE_NUMBERS)
+    missing = beside_numbers if _are_numbers(plain[~beside_numbers]) else np.isin(plain, _MISSING)
+    _require(where, text, ~missing, "is empty; leave unlabelled rows out")
     return text
+
+
+def _are_numbers(text: npt.NDArray[np.str_]) -> bool:
+    try:
+        text.astype(np.float64)
+    except ValueError:
+        return False
+    return True
 
 
 def _plain(where: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -179,10 +193,14 @@ def _require(where: str, labels: npt.NDArray[Any], holds: npt.NDArray[np.bool_],
 def to_names(source: str, values: npt.ArrayLike, *, numbers: bool = False) -> tuple[str, ...]:
     """Return class names as text; whole numbers, as scikit-learn's `classes_` has them, where `numbers` allows it.
 
+    Whole numbers may be floats or booleans: they are named as such labels are.
+
     Raises:
         UserError: they are not text [C], or two are equal.
     """
     array = _to_array(f"{source}: class_names", values)
+    if numbers and array.dtype.kind in "fb" and array.ndim == 1:  # as labels of these types are taken
+        array = to_labels(f"{source}: class_names", array, len(array), "classes")
     array = array.astype(np.str_) if numbers and array.dtype.kind in "iu" else array
     if array.dtype.kind == "O" and all(isinstance(name, str) for name in array.flat):
         array = array.astype(np.str_)
@@ -244,7 +262,14 @@ def match_names(source: str, names: Sequence[str], other_source: str, other: Seq
 
 def _to_array(where: str, values: npt.ArrayLike | Tensor) -> npt.NDArray[Any]:
     if isinstance(values, Tensor):
-        return to_array(values)
+        try:
+            return to_array(values)
+        except (RuntimeError, TypeError) as error:  # sparse, quantised, or without values (meta)
+            raise UserError(f"{where} is no plain dense tensor ({message_of(error)})") from None
+    if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
+        raise UserError(
+            f"{where}: {np.ma.getmaskarray(values).sum()} values are masked; leave these rows out or fill them"
+        )
     try:
         return np.asarray(values)
     except (ValueError, TypeError) as error:  # lists of different lengths, or tensors on a GPU in a list

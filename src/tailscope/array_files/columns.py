@@ -20,7 +20,7 @@ from tailscope.errors import UserError
 NUMBER, LISTS, OTHER = "number", "lists", "text"
 _ROW_FIELDS = ("labels", "ids", "groups")
 _INDEX = ("", "index", "level_0", "__index_level_0__", "Unnamed: 0")
-_NUMBERED = re.compile(r"(.*?)(\d{1,9})", re.DOTALL)
+NUMBERED = re.compile(r"(.*?)(\d{1,9})", re.DOTALL)
 
 
 class Choice(NamedTuple):
@@ -60,7 +60,8 @@ def choose(where: Path | str, names: Iterable[str], kinds: Mapping[str, str], ty
     if "class_name" in names:
         fields["class_name"] = "class_name"
     rest = [name for name in names if name not in fields.values()]
-    features, lists, notes = _features(where, rest, kinds, types)
+    other_labels = {alias for field in _ROW_FIELDS for alias in ALIASES[field]}  # beside `labels`: no features
+    features, lists, notes = _features(where, [name for name in rest if name not in other_labels], kinds, types)
     for field, found in (("features", features), ("labels", "labels" in fields or "class_name" in fields)):
         if not found:
             raise UserError(f"{where}: no field {field!r}; needs features, labels, and holds {in_words(held)}")
@@ -85,12 +86,12 @@ def _features(
     where: Path | str, rest: list[str], kinds: Mapping[str, str], types: Mapping[str, str]
 ) -> tuple[list[str], bool, list[str]]:
     named = [name for name in ALIASES["features"] if name in rest]
-    if len(named) > 1:
+    if len(named) > 1 and named[0] != "features":
         raise UserError(f"{where}: holds both {named[0]!r} and {named[1]!r}; keep the one that is the features")
     if named:
         if kinds[named[0]] != LISTS:
             raise UserError(f"{where}: column {named[0]!r} is {types[named[0]]}; expected lists of numbers")
-        return named, True, []
+        return named[:1], True, []
     numbered = _numbered(where, [name for name in rest if kinds[name] == NUMBER])
     if numbered:
         return numbered, False, []
@@ -103,7 +104,7 @@ def _numbered(where: Path | str, names: list[str]) -> list[str]:
     """Return the columns PREFIX0, PREFIX1, ... in the order of their numbers; none where there are no such columns."""
     families: dict[str, dict[int, str]] = {}
     for name in names:
-        if match := _NUMBERED.fullmatch(name):
+        if match := NUMBERED.fullmatch(name):
             families.setdefault(match[1], {})[int(match[2])] = name
     families = {prefix: family for prefix, family in families.items() if len(family) > 1 or prefix == "f"}
     if len(families) > 1:

@@ -44,7 +44,7 @@ def read(path: Path, required: Sequence[str], optional: Sequence[str]) -> Conten
             raise UserError(
                 f"{path}: {found}; the first line names the columns (f0,f1,label), then comes a line a sample"
             )
-        kinds = {name: _kind(cell) for name, cell in zip(names, first[0][1:], strict=True)}
+        kinds = _kinds(names, first)
         chosen = columns.choose(path, names, kinds, kinds)
         return _collect(path, names, chosen, first, blocks)
 
@@ -113,6 +113,16 @@ def _typed(cells: list[str]) -> Array:
     if all(map(_WHOLE.fullmatch, stripped)):
         return np.array([int(cell.partition(".")[0]) for cell in stripped], dtype=np.int64)
     return np.array(stripped, dtype=np.str_)
+
+
+def _kinds(names: list[str], block: Rows) -> dict[str, str]:
+    """Return what each column holds by its first cell; where that is empty among numbered columns, a number lacks."""
+    cells = dict(zip(names, block[0][1:], strict=True))
+    numbered = {name: match[1] for name in names if (match := columns.NUMBERED.fullmatch(name))}
+    filled = {name: next((row[i] for row in block if row[i].strip()), "") for i, name in enumerate(names, start=1)}
+    prefixes = {prefix for name, prefix in numbered.items() if _is_number(filled[name])}
+    lacking = {name for name, cell in cells.items() if not cell.strip() and numbered.get(name) in prefixes}
+    return {name: columns.NUMBER if name in lacking else _kind(cell) for name, cell in cells.items()}
 
 
 def _kind(cell: str) -> str:

@@ -1,6 +1,7 @@
 """Which array of a file is which field, what the file holds in words, and whether that fits into memory.
 
-`ALIASES` is the one table of the names that a field may have. A file that holds two names of a field is refused.
+`ALIASES` is the one table of the names that a field may have. The field's own name, the first, wins over the others;
+a file that holds two of the others is refused.
 """
 
 import math
@@ -45,12 +46,12 @@ def resolve(
         optional: fields that may be there.
 
     Raises:
-        UserError: a required field is not there, or a field is there under two names.
+        UserError: a required field is not there, or a field is there under two names, neither its own.
     """
     found = {}
     for field in (*required, *optional):
         names = [name for name in ALIASES.get(field, (field,)) if name in held]
-        if len(names) > 1:
+        if len(names) > 1 and names[0] != field:
             raise UserError(f"{where}: holds both {names[0]!r} and {names[1]!r}; keep the one that is the {field}")
         if names:
             found[field] = names[0]

@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -162,7 +163,7 @@ def _kind(feature: Any) -> str:
 
 def _labels(where: str, values: Any, feature: Any) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
     """Return labels 0 to C-1 and the names of the classes: those of the column's type, or its different values."""
-    names = feature.get("names") if isinstance(feature, dict) else getattr(feature, "names", None)
+    names = _names(where, feature)
     if not len(values):
         raise UserError(f"{where}: no rows")
     empty = [row for row, value in enumerate(values) if value is None or (names is not None and value == -1)]
@@ -183,7 +184,20 @@ def _labels(where: str, values: Any, feature: Any) -> tuple[npt.NDArray[np.int64
         raise UserError(f"{where}: {len(names):,} classes; at most {MAX_CLASSES:,} are supported")
     if isinstance(values[0], str) or not 0 <= min(values) <= max(values) < len(names):
         raise UserError(f"{where}: labels beyond its {len(names)} classes")
-    return np.asarray(values, dtype=np.int64), tuple(str(name) for name in names)
+    return np.asarray(values, dtype=np.int64), tuple(names)
+
+
+def _names(where: str, feature: Any) -> list[str] | None:
+    """Return the names that a column's type lists; None where its labels are their own names."""
+    names = feature.get("names") if isinstance(feature, dict) else getattr(feature, "names", None)
+    if names is None:
+        return None
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{where}: its names are no list of texts; expected one name a class")
+    twice = [name for name, times in Counter(names).items() if times > 1]
+    if twice:
+        raise UserError(f"{where}: its names have {twice[0]!r} {names.count(twice[0])} times; names must differ")
+    return list(names)
 
 
 class _Saved:

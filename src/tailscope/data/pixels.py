@@ -2,7 +2,8 @@
 
 The rules: the orientation that EXIF gives is applied. Transparency is dropped, as torchvision's ImageFolder drops it.
 Pixels of more than 8 bits are scaled to 0 ... 255 from the range of their own type: 16 bits from 65,535 (12 bits from
-4,095), 32 bits from 2^31 - 1 or 2^32 - 1, floating point from 1. What does not lie in that range is refused.
+4,095), 32 bits from 2^31 - 1 or 2^32 - 1, floating point from 1. What does not lie in that range is refused, and so is
+what would be all black, or has 16 bits of which it uses 12 or fewer.
 Of several frames the first counts.
 """
 
@@ -34,6 +35,7 @@ _UPRIGHT = {
 }
 _ORIENTATION, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 0x0112, 258, 262, 339
 _WHITE_IS_ZERO, _SIGNED = 0, 2
+_TWELVE_BITS = 4095
 
 # What Pillow's readers raise for damaged files. It documents no list: the first three are all that 170,000 damaged ones
 # brought, the others are what Pillow itself expects of its readers.
@@ -139,13 +141,21 @@ def _scaled(image: Image.Image) -> npt.NDArray[np.uint8]:
     low, high = float(values.min()), float(values.max())
     if not (np.isfinite(low) and np.isfinite(high) and low >= 0 and high <= top):
         raise ImageError(f"its pixels run from {low:g} to {high:g}, where {top:,} is white; save it with 8 bits")
-    if top > 65535 and 0 < high < top / 510:
-        raise ImageError(f"all black: its pixels run to {high:,.0f}, where {top:,} is white; save it with 8 bits")
+    _refuse_dark(high, top)
     scaled = values.astype(np.float32)  # its 24 bits leave room for the 8 that are wanted
     scaled *= 255 / top
     np.rint(scaled, out=scaled)
     pixels = scaled.astype(np.uint8)
     return 255 - pixels if _tag(image, _PHOTOMETRIC, 1) == _WHITE_IS_ZERO else pixels
+
+
+def _refuse_dark(high: float, top: int) -> None:
+    """Refuse what would be all black, and 8 to 12 bits in the lower part of 16, as many cameras and scanners save."""
+    says = f"its pixels run to {high:,.0f}" if high >= 1 else f"its pixels run to {high:.3g}"
+    if 0 < high < top / 510:
+        raise ImageError(f"all black: {says}, where {top:,} is white; save it with 8 bits")
+    if top == 65535 and 0 < high <= _TWELVE_BITS:
+        raise ImageError(f"nearly black: {says}, 12 bits or fewer, where {top:,} is white; save it with 8 bits")
 
 
 def _values(image: Image.Image) -> tuple[npt.NDArray[Any], int]:
