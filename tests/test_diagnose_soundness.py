@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -12,16 +13,19 @@ from diagnosis_cases import CENTRES, CLASSES, COUNTS, FEW, UNSEEN, around, head_
 from tailscope import cli
 from tailscope.diagnosis.inputs import Inputs
 from tailscope.diagnosis.label_match import _Sets, match_labels
-from tailscope.diagnosis.soundness import below_chance, far_notes, mixed_rows, without_far_rows
+from tailscope.diagnosis.soundness import below_chance, common_factor, far_notes, mixed_rows, without_far_rows
 from tailscope.errors import UserError
 from tailscope.geometry import group_rows
 from tailscope.linear_layer import LinearLayer
 
 
+def by_class(*sides):
+    names = [str(k) for k in range(sides[0][1].max() + 1)]
+    return [group_rows(torch.from_numpy(x).float(), torch.from_numpy(y), names, "") for x, y in sides]
+
+
 def match(train, labels, unseen, truth):
-    names = [str(k) for k in range(labels.max() + 1)]
-    sides = ((train, labels), (unseen, truth))
-    return match_labels(*(group_rows(torch.from_numpy(x).float(), torch.from_numpy(y), names, "") for x, y in sides))
+    return match_labels(*by_class((train, labels), (unseen, truth)))
 
 
 def long_tail(rng, classes, dims, size, most, fewest, unseen, memorised=0.0, shrunk=1.0):
@@ -211,6 +215,31 @@ def test_files_of_different_scale_decide_nothing(change, words):
     assert words in found["warnings"][0]
     whole = [table(change(x), y) for x, y in (train, (unseen, truth))]
     assert "withheld" not in tailscope.diagnose(*whole, permutations=0)["verdict"]
+
+
+@pytest.mark.parametrize("factor", [0.3, 0.5, 0.6, 2, 3])
+def test_one_factor_of_spread_and_distance_is_a_scale_and_no_other_class(factor):
+    train, (unseen, truth) = separable()
+    found = tailscope.diagnose(table(*train), table(factor * unseen, truth, source="u.npz"), permutations=0)
+    assert found["verdict"]["bottleneck"] == "undecided"
+    said = re.match(
+        r"the rows of --unseen \(u\.npz\) lie (.*) times as far apart as those of --train", found["warnings"][0]
+    )
+    assert float(said[1]) == pytest.approx(factor, rel=0.05)
+
+
+def test_memory_and_shrunken_centres_are_no_scale():
+    rng, found, asked = np.random.default_rng(0), [], 0
+    for draw in range(60):
+        kind = {"memorised": (0.0, 0.5, 1.0)[draw % 3], "shrunk": (0.4, 0.7, 1.0)[draw // 3 % 3]}
+        classes = (2, 10, 30)[draw % 7 % 3]
+        train, labels, unseen, truth = long_tail(rng, classes, 16, 2, 200, 5, 50, **kind)
+        found.append(common_factor(*by_class((train, labels), (unseen, truth))))
+        if kind == {"memorised": 0.0, "shrunk": 1.0} and classes > 2:
+            asked += 1
+            assert common_factor(*by_class((train, labels), (unseen / 2, truth))) == pytest.approx(0.5, rel=0.1)
+    assert found == [None] * 60
+    assert asked >= 3
 
 
 def test_training_samples_given_as_held_out_decide_nothing():
