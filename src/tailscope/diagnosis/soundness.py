@@ -70,7 +70,7 @@ def without_far_rows(inputs: Mapping[str, Inputs]) -> dict[str, Inputs]:
         while (beyond := _far_in_any(found, part)).any():
             kept = (~beyond).nonzero().flatten()
             for name, one in found.items():
-                table: FeatureTable = getattr(one, part)
+                table = getattr(one, part)
                 fewer = table.take(kept)
                 empty = [k for k, count in enumerate(fewer.counts()) if part == "train" and not count]
                 if empty or not len(kept):
