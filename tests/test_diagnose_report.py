@@ -17,6 +17,7 @@ import tailscope
 from diagnosis_cases import CLASSES, FEW, head_biased, scattered, separable, table
 from tailscope import cli, report
 from tailscope.errors import UserError
+from tailscope.feature_table import FeatureTable
 from tailscope.geometry import FIELDS
 from tailscope.report import diagnosis_rows, diagnosis_story, diagnosis_tables, measures_page
 from tailscope.result_files import write
@@ -91,6 +92,15 @@ def test_a_diagnosis_beside_experiments_has_a_page_of_its_own(result, tmp_path):
     assert report.build(tmp_path, figures=False) == tmp_path / "report.html"
     assert diagnosis_story.headline(result) not in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "From the current accuracy to the ceiling" in (tmp_path / "diagnosis.html").read_text(encoding="utf-8")
+
+
+def test_measures_beyond_the_moderate_are_undefined_and_the_page_builds(tmp_path):
+    sides = [FeatureTable.from_arrays(x * 1e52, y) for x, y in separable()]  # variances of about 1e104
+    found = tailscope.diagnose(*sides, permutations=0)
+    assert {entry["variance"] for entry in found["classes"]} == {None}
+    assert any(text.startswith("variance lies outside the range of numbers") for text in found["warnings"])
+    write(tmp_path, "diagnosis", found)
+    assert "variance lies outside the range" in report.build(tmp_path, figures=False).read_text(encoding="utf-8")
 
 
 def test_a_damaged_diagnosis_is_refused(result, tmp_path):

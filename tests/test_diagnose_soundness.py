@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -10,17 +11,21 @@ import torch
 import tailscope
 from diagnosis_cases import CENTRES, CLASSES, COUNTS, FEW, UNSEEN, around, head_biased, scattered, separable, table
 from tailscope import cli
-from tailscope.diagnosis.label_match import match_labels
-from tailscope.diagnosis.soundness import below_chance, mixed_rows
+from tailscope.diagnosis.inputs import Inputs
+from tailscope.diagnosis.label_match import _Sets, match_labels
+from tailscope.diagnosis.soundness import below_chance, common_factor, far_notes, mixed_rows, without_far_rows
 from tailscope.errors import UserError
 from tailscope.geometry import group_rows
 from tailscope.linear_layer import LinearLayer
 
 
+def by_class(*sides):
+    names = [str(k) for k in range(sides[0][1].max() + 1)]
+    return [group_rows(torch.from_numpy(x).float(), torch.from_numpy(y), names, "") for x, y in sides]
+
+
 def match(train, labels, unseen, truth):
-    names = [str(k) for k in range(labels.max() + 1)]
-    sides = ((train, labels), (unseen, truth))
-    return match_labels(*(group_rows(torch.from_numpy(x).float(), torch.from_numpy(y), names, "") for x, y in sides))
+    return match_labels(*by_class((train, labels), (unseen, truth)))
 
 
 def long_tail(rng, classes, dims, size, most, fewest, unseen, memorised=0.0, shrunk=1.0):
@@ -92,6 +97,16 @@ def test_labels_that_mean_other_classes_are_found_and_named(kind, classes):
         assert not found.agree
         assert set(found.pairs) <= wrong
         assert len(found.pairs) > 0.9 * len(wrong)
+
+
+def test_classes_without_part_in_a_closed_cycle_add_nothing_to_its_error(monkeypatch):
+    """Hundreds of swapped pairs would otherwise each ask for every class's variance."""
+    train, labels, unseen, truth = long_tail(np.random.default_rng(0), 60, 64, 6, 200, 5, 30)
+    asked, variances = [], _Sets.variances
+    monkeypatch.setattr(_Sets, "variances", lambda self, *a: asked.append(len(a[1])) or variances(self, *a))
+    found = match(train, labels, unseen, truth ^ 1)
+    assert found.pairs == tuple((k, k ^ 1) for k in range(60))
+    assert sorted(asked)[:-2] == [2] * (len(asked) - 2)  # the first two are of all centres as a whole
 
 
 def test_weak_features_show_a_permutation_though_no_single_pair_is_sure():
@@ -202,6 +217,31 @@ def test_files_of_different_scale_decide_nothing(change, words):
     assert "withheld" not in tailscope.diagnose(*whole, permutations=0)["verdict"]
 
 
+@pytest.mark.parametrize("factor", [0.3, 0.5, 0.6, 2, 3])
+def test_one_factor_of_spread_and_distance_is_a_scale_and_no_other_class(factor):
+    train, (unseen, truth) = separable()
+    found = tailscope.diagnose(table(*train), table(factor * unseen, truth, source="u.npz"), permutations=0)
+    assert found["verdict"]["bottleneck"] == "undecided"
+    said = re.match(
+        r"the rows of --unseen \(u\.npz\) lie (.*) times as far apart as those of --train", found["warnings"][0]
+    )
+    assert float(said[1]) == pytest.approx(factor, rel=0.05)
+
+
+def test_memory_and_shrunken_centres_are_no_scale():
+    rng, found, asked = np.random.default_rng(0), [], 0
+    for draw in range(60):
+        kind = {"memorised": (0.0, 0.5, 1.0)[draw % 3], "shrunk": (0.4, 0.7, 1.0)[draw // 3 % 3]}
+        classes = (2, 10, 30)[draw % 7 % 3]
+        train, labels, unseen, truth = long_tail(rng, classes, 16, 2, 200, 5, 50, **kind)
+        found.append(common_factor(*by_class((train, labels), (unseen, truth))))
+        if kind == {"memorised": 0.0, "shrunk": 1.0} and classes > 2:
+            asked += 1
+            assert common_factor(*by_class((train, labels), (unseen / 2, truth))) == pytest.approx(0.5, rel=0.1)
+    assert found == [None] * 60
+    assert asked >= 3
+
+
 def test_training_samples_given_as_held_out_decide_nothing():
     train, (unseen, truth) = separable()
     found = tailscope.diagnose(table(*train), table(*train), permutations=0)
@@ -284,6 +324,22 @@ def test_a_row_far_too_long_is_named_and_changes_nothing(factor):
     assert found["classes"][0]["train_count"] == COUNTS[0] - 1
     assert not any("copy" in text or "are also in" in text for text in found["warnings"])
     assert found["accuracy"]["current"]["mean"] == pytest.approx(plain["accuracy"]["current"]["mean"], abs=0.02)
+
+
+def test_rows_are_left_out_until_none_is_far_and_all_are_counted():
+    rng = np.random.default_rng(0)
+    lengths, labels = np.exp(rng.normal(size=300)), np.arange(300) % 3
+    lengths[:140] *= np.exp(rng.uniform(2, 9, size=140))  # each that is removed lowers the median
+    kept = lengths
+    while (near := kept <= 100 * np.sort(kept)[(len(kept) - 1) // 2]).sum() < len(kept):
+        kept = kept[near]
+    assert 2 < (lengths > kept.max()).sum() != (lengths > 100 * np.median(lengths)).sum()
+    rows = table(lengths[:, None] * [[0.6, 0.8]], labels, source="t.npz")
+    one = Inputs(rows, rows, None, None, ("a", "b", "c"), ())
+    left = without_far_rows({"": one})[""].train
+    assert len(left) == len(kept)
+    assert group_rows(left.features, left.labels, "abc", "").far == [0, 0, 0]
+    assert f" and {300 - len(kept) - 5} more are up to" in far_notes(rows)[0]
 
 
 def test_rows_far_too_long_stay_paired_over_encoders_and_may_not_be_a_class():

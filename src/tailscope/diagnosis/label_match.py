@@ -118,7 +118,9 @@ class _Sets:
         for gradients, side, more in ((on_mu, self.train, 1 / SUREST), (on_nu, self.unseen, 0.0)):
             shared = torch.stack(list(gradients.values())).sum(dim=0) / len(self.rows)
             nothing = torch.zeros_like(shared)
-            classes = list(dict.fromkeys([*gradients, *self.rows]))
+            # Of a closed cycle the gradients have no sum, and other classes no part in it.
+            none = torch.linalg.vector_norm(shared) <= 1e-6 * max(map(torch.linalg.vector_norm, gradients.values()))
+            classes = list(dict.fromkeys([*gradients, *(() if none else self.rows)]))
             inside = set(self.rows)
             along = torch.stack([gradients.get(k, nothing) - (shared if k in inside else nothing) for k in classes])
             total += self.variances(along, classes) @ np.array([1 / side.count(k) + more for k in classes])

@@ -21,7 +21,7 @@ from tailscope.errors import UserError
 from tailscope.feature_table import FeatureTable
 from tailscope.geometry.duplicates import find_copies, unseen_copies
 from tailscope.geometry.lengths import FAR, exponent, far, log2_lengths, median, scaled
-from tailscope.geometry.rows import gather, group_rows
+from tailscope.geometry.rows import ClassRows, gather, group_rows
 
 if TYPE_CHECKING:
     from tailscope.diagnosis.outcomes import Outcomes
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 NAMED = 5
 FEW = 20
 MOST_APART = 4.0  # times the median length of another file's rows; memorised features are up to 1.3 times as long
+RESCALED = 1.4  # times the spread within classes, and times the distances of their centres, of another file
+SAME_FACTOR = 0.25  # of its logarithm: how far the two factors may differ
+SURE = 5.0  # standard errors
+FOLDS, MOST_CLASSES = 10, 1000
 EVEN, UNEVEN = 0.002, 0.02  # deviation of the logarithms of lengths in normalised features, and in others
 BELOW = -3.0  # standard errors
 
@@ -41,12 +45,13 @@ def lengths_of(table: FeatureTable) -> Tensor:
 def far_notes(table: FeatureTable) -> list[str]:
     """Return a warning that names the rows over 100 times as long as the median one, by number and id."""
     lengths = lengths_of(table)
-    found = far(lengths).nonzero().flatten().tolist()
+    beyond = far(lengths)
+    found = beyond.nonzero().flatten().tolist()
     if not found:
         return []
     rows = [f"{row}" if table.ids is None else f"{row} (id {table.ids[row]})" for row in found[:NAMED]]
     more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
-    times = 2.0 ** min(1000.0, lengths.max().item() - (median(lengths) or 0.0))
+    times = 2.0 ** min(1000.0, lengths.max().item() - (median(lengths[~beyond]) or 0.0))
     what, are = ("row", "is") if len(found) == 1 else ("rows", "are up to")
     return [
         f"{table.source}: {what} {', '.join(rows)}{more} {are} {times:,.0f} times as long as the median row, over "
@@ -62,19 +67,24 @@ def without_far_rows(inputs: Mapping[str, Inputs]) -> dict[str, Inputs]:
     """
     found = dict(inputs)
     for part in ("train", "unseen", "test"):
-        tables = {name: table for name, one in inputs.items() if (table := getattr(one, part)) is not None}
-        masks = [far(lengths_of(table)) for table in tables.values()]
-        if not masks or not (beyond := torch.stack(masks).any(dim=0)).any():
-            continue
-        kept = (~beyond).nonzero().flatten()
-        for name, table in tables.items():
-            fewer = table.take(kept)
-            empty = [k for k, count in enumerate(fewer.counts()) if part == "train" and not count]
-            if empty or not len(kept):
-                which = f"class {found[name].names[empty[0]]!r}" if empty else "the file"
-                raise UserError(f"{far_notes(table)[0]}; {which} has no other rows: mend or remove them")
-            found[name] = replace(found[name], **{part: fewer})
+        while (beyond := _far_in_any(found, part)).any():
+            kept = (~beyond).nonzero().flatten()
+            for name, one in found.items():
+                table = getattr(one, part)
+                fewer = table.take(kept)
+                empty = [k for k, count in enumerate(fewer.counts()) if part == "train" and not count]
+                if empty or not len(kept):
+                    which = f"class {one.names[empty[0]]!r}" if empty else "the file"
+                    named = [note for other in inputs.values() for note in far_notes(getattr(other, part))]
+                    raise UserError(f"{named[0]}; {which} has no other rows: mend or remove them")
+                found[name] = replace(one, **{part: fewer})
     return found
+
+
+def _far_in_any(inputs: Mapping[str, Inputs], part: str) -> Tensor:
+    """Return which rows of a part are far too long in some encoder's file, bool [n]; none where there is no file."""
+    tables = [table for one in inputs.values() if (table := getattr(one, part)) is not None]
+    return torch.stack([far(lengths_of(table)) for table in tables]).any(dim=0) if tables else torch.zeros(0).bool()
 
 
 def fit_scale(inputs: Inputs) -> int:
@@ -196,10 +206,63 @@ def _labels(inputs: Inputs, held_out: FeatureTable, name: str) -> list[str]:
 
 
 def _match(train: FeatureTable, held_out: FeatureTable, names: Sequence[str]) -> Match:
+    return match_labels(*_grouped(train, held_out, names))
+
+
+def _grouped(train: FeatureTable, held_out: FeatureTable, names: Sequence[str]) -> list[ClassRows]:
+    """Return both files' rows by class, at one scale where nothing overflows."""
     sides = [group_rows(table.features, table.labels, names, table.source) for table in (train, held_out)]
     power = exponent(*(side.lengths for side in sides))
     kind = torch.promote_types(*(side.features.dtype for side in sides))
-    return match_labels(*(replace(side, features=scaled(side.features, power).to(kind)) for side in sides))
+    return [replace(side, features=scaled(side.features, power).to(kind)) for side in sides]
+
+
+def common_factor(train: ClassRows, unseen: ClassRows) -> float | None:
+    """Return by which factor the spread within classes and the distances of their centres both differ, or None.
+
+    Memorised training samples spread less but their centres do not lie nearer; where held-out centres shrink, the
+    spread stays. Standard errors are those of a jackknife over tenths of every class.
+    """
+    classes = [k for k in range(len(train.starts) - 1) if min(train.count(k), unseen.count(k)) >= 4][:MOST_CLASSES]
+    if len(classes) < 2:
+        return None
+    weights = [min(train.count(k), unseen.count(k)) for k in classes]
+    first, second = (_sizes(rows, classes, weights) for rows in (train, unseen))
+    if not (min(first.min(), second.min()) > 0):
+        return None
+    found = 0.5 * torch.log(second / first)  # [spread and distance, all samples and without each fold]
+    factors, folds = found[:, 0], found[:, 1:]
+    errors = folds.std(dim=1, correction=0) * math.sqrt(FOLDS - 1)
+    sure = bool((factors.abs() > torch.maximum(SURE * errors, errors.new_tensor(math.log(RESCALED)))).all())
+    apart = (factors[0] - factors[1]).abs()
+    if not sure or apart > SAME_FACTOR * factors.abs().min():
+        return None
+    return math.exp(factors[0].item())
+
+
+def _sizes(rows: ClassRows, classes: Sequence[int], weights: Sequence[float]) -> Tensor:
+    """Return the mean variance within classes, and the squared distances of their centres without their noise.
+
+    Returns:
+        float64 [2, 1 + FOLDS], of all samples and without those of each fold.
+    """
+    origin, total = rows.features[rows.index(classes[0])].double().mean(dim=0), sum(weights)
+    spread, apart, middle = torch.zeros(FOLDS + 1), torch.zeros(FOLDS + 1), torch.zeros(FOLDS + 1, len(origin))
+    spread, apart, middle = (part.to(origin) for part in (spread, apart, middle))
+    for k, weight in zip(classes, weights, strict=True):
+        part = rows.features[rows.index(k)].double() - origin
+        mean = part.mean(dim=0)
+        part -= mean
+        out = torch.zeros(FOLDS + 1, len(part)).to(part)
+        out[torch.arange(len(part)) % FOLDS + 1, torch.arange(len(part))] = 1
+        left, moved = len(part) - out.sum(dim=1), -(out @ part)
+        squares = part.square().sum(dim=1)
+        variance = (squares.sum() - out @ squares - moved.square().sum(dim=1) / left) / (left - 1)
+        centers = mean + moved / left[:, None]
+        spread += weight / total * variance
+        apart += weight * (centers.square().sum(dim=1) - (1 - weight / total) * variance / left)
+        middle += weight * centers
+    return torch.stack([spread, apart / total - (middle / total).square().sum(dim=1)])
 
 
 def _lengths(inputs: Inputs, held_out: FeatureTable, name: str) -> list[str]:
@@ -214,6 +277,8 @@ def _lengths(inputs: Inputs, held_out: FeatureTable, name: str) -> list[str]:
     elif min(spreads) < EVEN and max(spreads) > UNEVEN and inputs.train.width > 2:
         even, other = (name, _train(inputs)) if spreads[1] < spreads[0] else (_train(inputs), name)
         how = f"and of {_train(inputs)} differ: those of {even} are all of one length, those of {other} are not"
+    elif (factor := common_factor(*_grouped(inputs.train, held_out, inputs.names))) is not None:
+        how = f"lie {factor:.2g} times as far apart as those of {_train(inputs)}, within classes and between them"
     else:
         return []
     return [f"the rows of {name} {how}; one file seems to be scaled or normalised: extract both in the same way"]

@@ -9,6 +9,9 @@ from typing import Any
 
 Entry = dict[str, Any]
 
+MOST = 1e100
+"""No measure is beyond: what is computed or drawn from one does not overflow."""
+
 FIELDS: dict[str, str] = {
     "index": "number of the class",
     "name": "name of the class",

@@ -54,11 +54,18 @@ def median(lengths: Tensor) -> float | None:
 def far(lengths: Tensor) -> Tensor:
     """Return which rows are over 100 times as long as the median one, bool [n], from the logarithms of lengths.
 
+    The median is that of the rows that are left, so that none of these is far itself.
+
     >>> far(torch.tensor([0.0, 0.1, -0.1, 6.0, 7.0])).tolist()
     [False, False, False, False, True]
     """
-    middle = median(lengths)
-    return torch.zeros_like(lengths, dtype=torch.bool) if middle is None else lengths > middle + math.log2(FAR)
+    found = torch.zeros_like(lengths, dtype=torch.bool)
+    while (middle := median(lengths[~found])) is not None:
+        beyond = lengths > middle + math.log2(FAR)
+        if bool((beyond == found).all()):
+            break
+        found = beyond
+    return found
 
 
 def without(lengths: Tensor) -> Tensor:

@@ -1,10 +1,9 @@
 """Warnings about features: what makes a measurement undefined, imprecise or easy to misread."""
 
-import math
 from collections.abc import Sequence
 
 from tailscope.geometry.calibration import VERDICT_SAMPLES
-from tailscope.geometry.fields import Entry
+from tailscope.geometry.fields import MOST, Entry
 from tailscope.geometry.lengths import FAR
 from tailscope.geometry.measure import Facts
 from tailscope.geometry.rows import ClassRows
@@ -99,13 +98,11 @@ def verdict_notes(entries: Sequence[Entry], differing: Sequence[bool]) -> list[s
 
 
 def undefined_notes(entries: Sequence[Entry]) -> list[str]:
-    """Make NaN and infinity None, in place, and return a warning for each field that held any."""
+    """Make NaN, and what is beyond `MOST`, None, in place, and return a warning for each field that held any."""
     found: dict[str, list[Entry]] = {}
     for entry in entries:
         for field, value in entry.items():
-            if not all(
-                math.isfinite(v) for v in (value if isinstance(value, list) else [value]) if isinstance(v, float)
-            ):
+            if not all(abs(v) <= MOST for v in (value if isinstance(value, list) else [value]) if isinstance(v, float)):
                 entry[field] = None
                 found.setdefault(field, []).append(entry)
     return [

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tailscope.errors import UserError
+from tailscope.geometry.fields import MOST
 from tailscope.groups import GROUPS
 from tailscope.report.measures import BY_FIELD
 
-MOST = 1e100
 Number = Annotated[float, Field(ge=-MOST, le=MOST, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=10**15)]
