@@ -2,7 +2,7 @@
 
 `torch.load(weights_only=True)` reads it, after the archive's sizes and checksums and the names in its pickle were
 looked at: only the names below may occur. NumPy's own unpickling is not used, since it trusts what it reads: the
-classes here stand for NumPy's and rebuild plain numbers and text from their bytes, or refuse.
+classes here stand for NumPy's and rebuild plain numbers and text from their bytes, and nothing else.
 """
 
 import pickle
@@ -39,26 +39,28 @@ _NAMES = re.compile(
 
 
 class _Dtype:
-    """Stands for `numpy.dtype` while a file is read."""
+    """Stands for `numpy.dtype` while a file is read; without one of Python objects or records."""
+
+    dtype: np.dtype[Any] | None = None
 
     def __init__(self, code: str, *_: object) -> None:
-        if not _PLAIN_DTYPE.fullmatch(code):
-            raise pickle.UnpicklingError("a NumPy array of Python objects or records; save plain arrays")
-        self.dtype = np.dtype(code)
+        if _PLAIN_DTYPE.fullmatch(code):
+            self.dtype = np.dtype(code)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        if state[1] in ("<", ">"):
+        if self.dtype is not None and state[1] in ("<", ">"):
             self.dtype = self.dtype.newbyteorder(state[1])
 
 
 class _Array:
-    """Stands for `numpy.ndarray` while a file is read."""
+    """Stands for `numpy.ndarray` while a file is read; without an array where its values are no plain ones."""
 
-    array: Array
+    array: Array | None = None
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, by_columns, raw = state
-        self.array = np.frombuffer(raw, dtype.dtype).reshape(shape, order="F" if by_columns else "C")
+        if dtype.dtype is not None:
+            self.array = np.frombuffer(raw, dtype.dtype).reshape(shape, order="F" if by_columns else "C")
 
 
 def _empty(*_: object) -> _Array:
@@ -66,15 +68,16 @@ def _empty(*_: object) -> _Array:
 
 
 def _scalar(dtype: _Dtype, raw: bytes) -> Any:
-    return np.frombuffer(raw, dtype.dtype)[0].item()
+    return None if dtype.dtype is None else np.frombuffer(raw, dtype.dtype)[0].item()
 
 
-_STAND_INS: list[Any] = [
+NUMPY_STAND_INS: list[Any] = [
     (_Array, "numpy.ndarray"),
     (_Dtype, "numpy.dtype"),
     *((_empty, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),  # NumPy 1's name, NumPy 2's
     *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 ]
+"""What stands for NumPy's own classes in `torch.serialization.safe_globals`: those follow pointers from the file."""
 
 
 def read(path: Path, required: Sequence[str], optional: Sequence[str]) -> Contents:
@@ -112,7 +115,7 @@ def _load(path: Path) -> Any:
                 raise ValueError(f"{broken} differs from its checksum")
             _check_names(path, archive)
         file.seek(0)
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_STAND_INS):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY_STAND_INS):
             warnings.simplefilter("ignore")  # of storages' old names
             content = torch.load(file, map_location="cpu", weights_only=True)
     sizes = {member.file_size for member in members}
@@ -145,6 +148,8 @@ def _described(value: Any) -> Header:
     if isinstance(value, torch.Tensor):
         return Header(str(value.dtype).removeprefix("torch."), tuple(value.shape))
     if isinstance(value, _Array):
+        if value.array is None:
+            return Header("a NumPy array of Python objects or records")
         return Header(value.array.dtype.name, value.array.shape)
     if isinstance(value, list | tuple):
         return Header(f"{type(value).__name__} of {len(value)}")
@@ -159,7 +164,7 @@ def _array(path: Path, name: str, value: Any) -> Array:
         if require_room(path, name, value.shape, value.element_size()) > value.untyped_storage().nbytes():
             raise UserError(f"{path}: {name} declares more values than the file has; save it after .contiguous()")
         return to_array(value).copy()
-    if isinstance(value, _Array):
+    if isinstance(value, _Array) and value.array is not None:
         return value.array
     if isinstance(value, _PLAIN):
         return np.asarray(value)
