@@ -104,6 +104,16 @@ def test_a_store_cannot_ask_for_more_than_it_holds(here: Path, changes: dict, sa
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("count", ["1e999", "-1e999", "NaN", "null", '"many"', "[]"])
+def test_counts_of_a_strangers_store_that_are_no_numbers(here: Path, count: str) -> None:
+    foreign(here / "store")
+    path = here / "store" / "stage1" / ("0" * 32) / "meta.json"
+    path.write_text(path.read_text().replace("[1,", f"[{count},"))
+    with pytest.raises(UserError, match="is no backbone that tailscope stored") as caught:
+        run_features("store:0", "digits", here / "f.npz", split="train", store=here / "store")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("meta", ["[]", "{}", '{"spec": 3}', '{"spec": {"model": "resnet8"}}'])
 def test_descriptions_that_are_none(here: Path, meta: str) -> None:
     stored(here / "store")
