@@ -12,7 +12,7 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,12 @@ UNREADABLE: tuple[type[Exception], ...] = (
     MemoryError, RuntimeError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
 _PLAIN = (str, bool, int, float)
+_OPERANDS = ("BINUNICODE", "GLOBAL", "BININT", "BININT1", "BININT2", "LONG1")
+_ITEM_BYTES = {
+    "ComplexDouble": 16, "ComplexFloat": 8, "Double": 8, "Long": 8, "Float": 4, "Int": 4, "QInt32": 4, "Half": 2,
+    "BFloat16": 2, "Short": 2, "Char": 1, "Byte": 1, "Bool": 1, "QInt8": 1, "QUInt8": 1, "QUInt4x2": 1, "QUInt2x4": 1,
+    "Untyped": 1,
+}  # fmt: skip
 _PLAIN_DTYPE = re.compile(r"[biufSU]\d{1,9}")
 _NAMES = re.compile(
     r"torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch \w+Storage|torch\.storage \w+Storage|torch Size|"
@@ -114,15 +120,55 @@ def _load(path: Path) -> Any:
             if (broken := archive.testzip()) is not None:
                 raise ValueError(f"{broken} differs from its checksum")
             _check_names(path, archive)
+            require_own_sizes(archive)
         file.seek(0)
         with warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY_STAND_INS):
             warnings.simplefilter("ignore")  # of storages' old names
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    sizes = {member.file_size for member in members}
-    for value in content.values() if isinstance(content, dict) else [content]:
-        if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() not in sizes:
-            raise ValueError("a tensor declares another size than its bytes have")
-    return content
+            return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def require_own_sizes(archive: zipfile.ZipFile) -> None:
+    """Check that every tensor's storage is as large as its record: PyTorch reads on where it declares more.
+
+    Raises:
+        ValueError: one is not, or the archive is not as `torch.save` writes it.
+    """
+    sizes = {member.filename.partition("/")[2].lower(): member.file_size for member in archive.infolist()}
+    if len(sizes) < len(archive.infolist()):
+        raise ValueError("two members have one name")
+    for member in archive.namelist():
+        if member.endswith(".pkl"):
+            for kind, key, count in _storages(archive.read(member)):
+                item = _ITEM_BYTES.get(kind.rpartition(" ")[2].removesuffix("Storage"), 0)
+                if item == 0 or sizes.get(f"data/{key}".lower()) != count * item:
+                    raise ValueError("a tensor declares another size than its bytes have")
+
+
+def _storages(pickled: bytes) -> Iterator[tuple[str, str, int]]:
+    """Yield kind, record and number of values of each storage: what a pickle's persistent ids say, in the one form that
+    `torch.save` writes; what is put on the stack in any other way is None here.
+    """
+    memo: dict[Any, Any] = {}
+    top: Any = None
+    run: list[Any] | None = None  # since the last mark, of plain operands alone
+    for operation, argument, _ in pickletools.genops(pickled):
+        name = operation.name
+        if name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = top
+        elif name in ("BINGET", "LONG_BINGET", *_OPERANDS):
+            top = argument if name in _OPERANDS else memo.get(argument)
+            if run is not None:
+                run.append(top)
+        elif name == "BINPERSID":
+            match top:
+                case ("storage", str(kind), str(key), str(), int(count)):
+                    yield kind, key, count
+                case _:
+                    raise ValueError("a tensor's bytes are not named as torch.save names them")
+            top, run = None, None
+        else:
+            top = tuple(run) if name == "TUPLE" and run is not None else None
+            run = [] if name == "MARK" else None
 
 
 def _check_names(path: Path, archive: zipfile.ZipFile) -> None:

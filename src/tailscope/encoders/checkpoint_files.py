@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tailscope.array_files import message_of
-from tailscope.array_files.pickles import NUMPY_STAND_INS
+from tailscope.array_files.pickles import NUMPY_STAND_INS, UNREADABLE, require_own_sizes
 from tailscope.errors import UserError
 from tailscope.field_checks import listed
 from tailscope.store import load_tensors
@@ -111,9 +111,11 @@ def _require_torch_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+            inner = {name.partition("/")[2] for name in names}
+            if "data.pkl" in inner and "constants.pkl" not in inner:
+                require_own_sizes(archive)
+    except UNREADABLE as error:
         raise UserError(f"{path}: not a readable checkpoint, or truncated ({message_of(error)[:80]})") from None
-    inner = {name.partition("/")[2] for name in names}
     if "constants.pkl" in inner:
         raise UserError(f"{path}: is a TorchScript archive, which holds code; save the network's state_dict instead")
     if "data.pkl" not in inner:
