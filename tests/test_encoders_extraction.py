@@ -1,14 +1,16 @@
 """Extraction to files: the features of a plain forward pass, whatever is killed, skipped or sharded."""
 
+import errno
 import json
 import multiprocessing
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 from torch import Tensor, nn
 
 from tailscope.data.opening import open_images
@@ -169,6 +171,36 @@ def test_two_processes_do_not_write_the_same_shards(tmp_path: Path, encoder, ima
     folder.mkdir()
     with FileLock(folder / ".lock"), pytest.raises(UserError, match="another process is extracting"):
         extract_to_file(encoder, images, tmp_path / "f.npz", CPU, SMALL)
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, errno.EIO])
+def test_a_disk_without_locks(tmp_path: Path, encoder, images, expected, monkeypatch, code: int) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    out = tmp_path / "f.npz"
+    if code == errno.EIO:
+        with pytest.raises(UserError, match=r"f.npz.shards: cannot be written \(.*\)"):
+            extract_to_file(encoder, images, out, CPU, SMALL)
+        return
+    folder = tmp_path / "f.npz.shards"
+    folder.mkdir()
+    with SoftFileLock(folder / ".lock.softlock"), pytest.raises(UserError, match="another process is extracting"):
+        extract_to_file(encoder, images, out, CPU, SMALL)
+    table = extract_to_file(encoder, images, out, CPU, SMALL).table
+    torch.testing.assert_close(table.features, expected, rtol=1e-4, atol=1e-4)
+    assert leftovers(tmp_path) == ["f.npz"]
+
+
+def test_features_whose_width_changes_are_refused(tmp_path: Path, encoder, images) -> None:
+    one_less = replace(encoder, function=lambda m, x: encoder.function(m, x)[:, : -1 if len(x) == 10 else None])
+    with pytest.raises(UserError, match=r"resnet8: its features of .* 7 more, an .* are \[10, 31\], not \[10, 32\]"):
+        extract_to_file(one_less, images, tmp_path / "f.npz", CPU, SMALL)
+    squeezed = replace(encoder, function=lambda m, x: encoder.function(m, x).squeeze())
+    with pytest.raises(UserError, match=r"\[1, 1, 8, 8\], are \[32\], not \[1, 32\]; let the model pool") as caught:
+        extract_to_file(squeezed, images.take(np.arange(17)), tmp_path / "g.npz", CPU, SMALL)
+    assert "\n" not in str(caught.value)
 
 
 def test_features_that_are_not_finite_are_refused(tmp_path: Path, encoder, images) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,16 @@ def test_a_store_cannot_ask_for_more_than_it_holds(here: Path, changes: dict, sa
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("count", ["1e999", "-1e999", "NaN", "null", '"many"', "[]"])
+def test_counts_of_a_strangers_store_that_are_no_numbers(here: Path, count: str) -> None:
+    foreign(here / "store")
+    path = here / "store" / "stage1" / ("0" * 32) / "meta.json"
+    path.write_text(path.read_text().replace("[1,", f"[{count},"))
+    with pytest.raises(UserError, match="is no backbone that tailscope stored") as caught:
+        run_features("store:0", "digits", here / "f.npz", split="train", store=here / "store")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("meta", ["[]", "{}", '{"spec": 3}', '{"spec": {"model": "resnet8"}}'])
 def test_descriptions_that_are_none(here: Path, meta: str) -> None:
     stored(here / "store")
@@ -137,6 +148,59 @@ def test_a_checkpoint_runs_nothing(here: Path, how: str, legacy: bool) -> None:
     with pytest.raises(UserError, match="only tensors are unpickled"):
         run_features("resnet8", "digits", here / "f.npz", split="train", checkpoint=here / "c.pth")
     assert not (here / "pwned").exists()
+
+
+class Dtype:
+    """NumPy's dtype as a file may claim it to be: a code, and a state that does not belong to it."""
+
+    def __init__(self, code: str, order: str, flags: int) -> None:
+        self.code, self.state = code, (3, order, None, None, None, -1, -1, flags)
+
+    def __reduce__(self):
+        return np.dtype, (self.code, False, True), self.state
+
+
+class Numpy:
+    """NumPy's number or array of such a type, of bytes that a real one would take for pointers."""
+
+    def __init__(self, kind: str, dtype: Dtype, raw: object = b"\x41" * 32) -> None:
+        self.kind, self.dtype, self.raw = kind, dtype, raw
+
+    def __reduce__(self):
+        if self.kind == "scalar":
+            return np.float64(0).__reduce__()[0], (self.dtype, self.raw)
+        return np.zeros(0).__reduce__()[0], (np.ndarray, (0,), b"b"), (1, (4,), self.dtype, False, self.raw)
+
+
+@pytest.mark.parametrize(
+    "crafted",
+    [
+        Numpy("scalar", Dtype("O", "|", 0)),
+        Numpy("scalar", Dtype("O", "|", 63)),
+        Numpy("array", Dtype("O", "|", 0)),
+        Numpy("array", Dtype("f8", "<", 63)),
+        Numpy("scalar", Dtype("f8", "<", 63)),
+        Numpy("array", Dtype("f8", "<", 63), [1.0, 2.0, 3.0, 4.0]),
+        Numpy("array", Dtype("S1", "|", 0), "text"),
+    ],
+    ids=lambda it: f"{it.kind} {it.dtype.code} {it.dtype.state[-1]} {type(it.raw).__name__}",
+)
+@pytest.mark.parametrize("legacy", [False, True])
+def test_numbers_of_a_checkpoint_are_no_pointers(here: Path, crafted: Numpy, legacy: bool) -> None:
+    content = {"state_dict": {"w": torch.ones(3)}, "best": crafted}
+    torch.save(content, here / "c.pth", _use_new_zipfile_serialization=not legacy)
+    code = (
+        "from pathlib import Path\nimport numpy as np\nfrom tailscope.encoders.checkpoint_files import containers\n"
+        "from tailscope.errors import UserError\n"
+        "try: print([sorted(each.state) for each in containers(Path('c.pth'))])\n"
+        "except UserError as error: print(error)\n"
+        "assert not np.dtype('f8').hasobject and np.dtype('f8').isnative"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    spoilt = not isinstance(crafted.raw, bytes)
+    assert done.stdout.startswith("c.pth: not a readable checkpoint" if spoilt else "[['w']]")
+    assert done.stdout.count("\n") == 1
 
 
 class Strange(dict):

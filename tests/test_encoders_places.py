@@ -153,6 +153,31 @@ def test_the_user_may_say_which_network(tmp_path: Path) -> None:
         load("resnet10", checkpoint_key="a")
 
 
+def test_one_backbone_with_several_classifiers(tmp_path: Path) -> None:
+    retrained = NET.state_dict() | classifier(OTHER_SD, "fc")
+    net = resnet10()
+    net.load_state_dict(retrained)
+    path = saved(tmp_path, {"state_dict": SD, "crt_state_dict": retrained})
+    encoder = load("resnet10", path, wishes=PLAIN)
+    check(encoder, linear=False)
+    assert encoder.notes == (
+        "c.pth: state_dict, crt_state_dict have one backbone and different classifiers; no classifier file; say whose "
+        "with --checkpoint-key",
+    )
+    for key, expected in {"state_dict": NET, "crt_state_dict": net}.items():
+        encoder = load("resnet10", path, checkpoint_key=key, wishes=PLAIN)
+        check(encoder, expected)
+        assert encoder.notes == ()
+    preferred = saved(tmp_path, {"state_dict": SD, "state_dict_best": retrained}, "best.pth")
+    encoder = load("resnet10", preferred, wishes=PLAIN)
+    check(encoder, net)
+    assert encoder.notes[0].startswith("best.pth: took the classifier of state_dict_best, not of state_dict, which")
+    alone = saved(tmp_path, {"model": SD, "backbone": backbone(SD)}, "alone.pth")
+    encoder = load("resnet10", alone, wishes=PLAIN)
+    check(encoder)
+    assert encoder.notes == ()
+
+
 def test_experts_are_named(tmp_path: Path) -> None:
     ride = {name.replace("layer4.", "layer4s.0.").replace("layer3.", "layer3s.0."): t for name, t in SD.items()}
     ride |= {name.replace("s.0.", "s.1."): t for name, t in ride.items() if "s.0." in name}

@@ -101,6 +101,11 @@ def temperature(): return Ends(lambda m, x: 30 * m.fc(x), fc=fc())
 def pair(): return Ends(lambda m, x: (m.fc(x), x), fc=fc())
 def dictionary(): return Ends(lambda m, x: {"logits": m.fc(x), "loss": None}, fc=fc())
 def embedding(): return Ends(lambda m, x: F.normalize(m.project(x), dim=1), project=nn.Linear(6, 5))
+def unit_fc(): return Ends(lambda m, x: F.normalize(m.fc(x), dim=1), fc=fc())
+def sigmoid(): return Ends(lambda m, x: m.fc(x).sigmoid(), fc=fc())
+def scaled(): return Ends(lambda m, x: m.fc(x) * m.scales.weight, fc=fc(), scales=nn.Embedding(1, 4))
+def adjusted(): return Ends(lambda m, x: m.classifier(x) + torch.linspace(0, 5, 4), classifier=fc())
+def behind_fc(): return Ends(lambda m, x: torch.cat([x, m.fc(x).sigmoid()], 1), fc=fc())
 def pooler(): return Ends(lambda m, x: ModelOutput(last_hidden_state=x[:, None].repeat(1, 3, 1), pooler_output=x))
 def maps_and_pooled():
     return Ends(lambda m, x: ModelOutput(a=x[..., None, None] + torch.ones(2, 2), b=x[..., None, None]))
@@ -231,18 +236,30 @@ def test_features_are_what_the_last_linear_layer_sees_however_the_output_is_wrap
     ("name", "how", "width"),
     [
         ("embedding", "output", 5),
+        ("unit_fc", "output", 4),
+        ("behind_fc", "output", 10),
         ("pooler", "output['pooler_output']", 6),
         ("maps_and_pooled", "output['b']", 6),
         ("named", "output['features']", 6),
     ],
 )
 def test_the_pooled_part_of_an_output_is_taken_and_said(name: str, how: str, width: int) -> None:
-    encoder = load(f"kinds:{name}", classes=10)
+    encoder = load(f"kinds:{name}", classes=11)
     assert (encoder.how, encoder.width, encoder.classifier) == (how, width, None)
     x = torch.rand(3, 3, 32, 32)
     if how != "output":
         torch.testing.assert_close(encoder.features(x), encoder.model.body(x))
         assert any(f"the features are {how} of the model" in note for note in encoder.notes)
+    else:
+        assert any("the features are the model's output; if those are logits" in note for note in encoder.notes)
+
+
+@pytest.mark.usefixtures("own_module")
+@pytest.mark.parametrize(("name", "layer"), [("sigmoid", "fc"), ("scaled", "fc"), ("adjusted", "classifier")])
+@pytest.mark.parametrize("classes", [None, 10])
+def test_logits_that_were_changed_are_no_features(name: str, layer: str, classes: int | None) -> None:
+    with pytest.raises(UserError, match=f"kinds:{name}: its output is as wide as {layer}, 4, and is made from it"):
+        load(f"kinds:{name}", classes=classes)
 
 
 @pytest.mark.usefixtures("own_module")

@@ -24,6 +24,7 @@ from safetensors.numpy import save_file
 
 from tailscope.array_files import fields
 from tailscope.array_files import npz as npz_files
+from tailscope.encoders import checkpoint_files
 from tailscope.errors import UserError
 from tailscope.feature_table import FeatureTable
 from tailscope.linear_layer import LinearLayer
@@ -202,6 +203,29 @@ def test_bombs(tmp_path, monkeypatch):
         archive.writestr("t/data.pkl", b"\x80\x02" + b"0" * 10**7)
     (tmp_path / "bomb.pt").write_bytes(compressed.getvalue())
     assert "compressed; torch.save does not compress" in refusal(tmp_path / "bomb.pt")
+
+
+@pytest.mark.parametrize("form", ["pair", "dict", "checkpoint"])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_tensor_has_the_size_of_its_own_record(tmp_path, form, swapped):
+    """PyTorch reads beyond a record whose tensor declares more, though another record may have that size."""
+    pair = torch.from_numpy(X), torch.from_numpy(Y.astype("i2"))  # 96 bytes and 24
+    content = pair if form == "pair" else dict(zip(("features", "labels"), pair, strict=True))
+    torch.save(content, tmp_path / "good.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "good.pth") as good,
+        zipfile.ZipFile(tmp_path / "c.pth", "w", zipfile.ZIP_STORED) as bad,
+    ):
+        names = {"/data/0": "/data/1", "/data/1": "/data/0"}
+        held = {name: good.read(name) for name in good.namelist()}
+        held |= {name: raw[:-2] for name, raw in held.items() if name.endswith("/data/1") and not swapped}
+        for name, raw in held.items():
+            end = name[name.index("/") :]
+            bad.writestr(name[: name.index("/")] + (names.get(end, end) if swapped else end), raw)
+
+    load = checkpoint_files.containers if form == "checkpoint" else FeatureTable.load
+    assert load(tmp_path / "good.pth")
+    assert "a tensor declares another size than its bytes have" in refusal(tmp_path / "c.pth", load)
 
 
 def test_damaged_statistics_of_a_parquet_do_not_end_the_process(tmp_path, valid):

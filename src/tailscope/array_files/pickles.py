@@ -2,7 +2,7 @@
 
 `torch.load(weights_only=True)` reads it, after the archive's sizes and checksums and the names in its pickle were
 looked at: only the names below may occur. NumPy's own unpickling is not used, since it trusts what it reads: the
-classes here stand for NumPy's and rebuild plain numbers and text from their bytes, or refuse.
+classes here stand for NumPy's and rebuild plain numbers and text from their bytes, and nothing else.
 """
 
 import pickle
@@ -12,7 +12,7 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,12 @@ UNREADABLE: tuple[type[Exception], ...] = (
     MemoryError, RuntimeError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
 _PLAIN = (str, bool, int, float)
+_OPERANDS = ("BINUNICODE", "GLOBAL", "BININT", "BININT1", "BININT2", "LONG1")
+_ITEM_BYTES = {
+    "ComplexDouble": 16, "ComplexFloat": 8, "Double": 8, "Long": 8, "Float": 4, "Int": 4, "QInt32": 4, "Half": 2,
+    "BFloat16": 2, "Short": 2, "Char": 1, "Byte": 1, "Bool": 1, "QInt8": 1, "QUInt8": 1, "QUInt4x2": 1, "QUInt2x4": 1,
+    "Untyped": 1,
+}  # fmt: skip
 _PLAIN_DTYPE = re.compile(r"[biufSU]\d{1,9}")
 _NAMES = re.compile(
     r"torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch \w+Storage|torch\.storage \w+Storage|torch Size|"
@@ -39,26 +45,28 @@ _NAMES = re.compile(
 
 
 class _Dtype:
-    """Stands for `numpy.dtype` while a file is read."""
+    """Stands for `numpy.dtype` while a file is read; without one of Python objects or records."""
+
+    dtype: np.dtype[Any] | None = None
 
     def __init__(self, code: str, *_: object) -> None:
-        if not _PLAIN_DTYPE.fullmatch(code):
-            raise pickle.UnpicklingError("a NumPy array of Python objects or records; save plain arrays")
-        self.dtype = np.dtype(code)
+        if _PLAIN_DTYPE.fullmatch(code):
+            self.dtype = np.dtype(code)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        if state[1] in ("<", ">"):
+        if self.dtype is not None and state[1] in ("<", ">"):
             self.dtype = self.dtype.newbyteorder(state[1])
 
 
 class _Array:
-    """Stands for `numpy.ndarray` while a file is read."""
+    """Stands for `numpy.ndarray` while a file is read; without an array where its values are no plain ones."""
 
-    array: Array
+    array: Array | None = None
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, by_columns, raw = state
-        self.array = np.frombuffer(raw, dtype.dtype).reshape(shape, order="F" if by_columns else "C")
+        if dtype.dtype is not None:
+            self.array = np.frombuffer(raw, dtype.dtype).reshape(shape, order="F" if by_columns else "C")
 
 
 def _empty(*_: object) -> _Array:
@@ -66,15 +74,16 @@ def _empty(*_: object) -> _Array:
 
 
 def _scalar(dtype: _Dtype, raw: bytes) -> Any:
-    return np.frombuffer(raw, dtype.dtype)[0].item()
+    return None if dtype.dtype is None else np.frombuffer(raw, dtype.dtype)[0].item()
 
 
-_STAND_INS: list[Any] = [
+NUMPY_STAND_INS: list[Any] = [
     (_Array, "numpy.ndarray"),
     (_Dtype, "numpy.dtype"),
     *((_empty, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),  # NumPy 1's name, NumPy 2's
     *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 ]
+"""What stands for NumPy's own classes in `torch.serialization.safe_globals`: those follow pointers from the file."""
 
 
 def read(path: Path, required: Sequence[str], optional: Sequence[str]) -> Contents:
@@ -111,15 +120,55 @@ def _load(path: Path) -> Any:
             if (broken := archive.testzip()) is not None:
                 raise ValueError(f"{broken} differs from its checksum")
             _check_names(path, archive)
+            require_own_sizes(archive)
         file.seek(0)
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_STAND_INS):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY_STAND_INS):
             warnings.simplefilter("ignore")  # of storages' old names
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    sizes = {member.file_size for member in members}
-    for value in content.values() if isinstance(content, dict) else [content]:
-        if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() not in sizes:
-            raise ValueError("a tensor declares another size than its bytes have")
-    return content
+            return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def require_own_sizes(archive: zipfile.ZipFile) -> None:
+    """Check that every tensor's storage is as large as its record: PyTorch reads on where it declares more.
+
+    Raises:
+        ValueError: one is not, or the archive is not as `torch.save` writes it.
+    """
+    sizes = {member.filename.partition("/")[2].lower(): member.file_size for member in archive.infolist()}
+    if len(sizes) < len(archive.infolist()):
+        raise ValueError("two members have one name")
+    for member in archive.namelist():
+        if member.endswith(".pkl"):
+            for kind, key, count in _storages(archive.read(member)):
+                item = _ITEM_BYTES.get(kind.rpartition(" ")[2].removesuffix("Storage"), 0)
+                if item == 0 or sizes.get(f"data/{key}".lower()) != count * item:
+                    raise ValueError("a tensor declares another size than its bytes have")
+
+
+def _storages(pickled: bytes) -> Iterator[tuple[str, str, int]]:
+    """Yield kind, record and number of values of each storage: what a pickle's persistent ids say, in the one form that
+    `torch.save` writes; what is put on the stack in any other way is None here.
+    """
+    memo: dict[Any, Any] = {}
+    top: Any = None
+    run: list[Any] | None = None  # since the last mark, of plain operands alone
+    for operation, argument, _ in pickletools.genops(pickled):
+        name = operation.name
+        if name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = top
+        elif name in ("BINGET", "LONG_BINGET", *_OPERANDS):
+            top = argument if name in _OPERANDS else memo.get(argument)
+            if run is not None:
+                run.append(top)
+        elif name == "BINPERSID":
+            match top:
+                case ("storage", str(kind), str(key), str(), int(count)):
+                    yield kind, key, count
+                case _:
+                    raise ValueError("a tensor's bytes are not named as torch.save names them")
+            top, run = None, None
+        else:
+            top = tuple(run) if name == "TUPLE" and run is not None else None
+            run = [] if name == "MARK" else None
 
 
 def _check_names(path: Path, archive: zipfile.ZipFile) -> None:
@@ -145,6 +194,8 @@ def _described(value: Any) -> Header:
     if isinstance(value, torch.Tensor):
         return Header(str(value.dtype).removeprefix("torch."), tuple(value.shape))
     if isinstance(value, _Array):
+        if value.array is None:
+            return Header("a NumPy array of Python objects or records")
         return Header(value.array.dtype.name, value.array.shape)
     if isinstance(value, list | tuple):
         return Header(f"{type(value).__name__} of {len(value)}")
@@ -159,7 +210,7 @@ def _array(path: Path, name: str, value: Any) -> Array:
         if require_room(path, name, value.shape, value.element_size()) > value.untyped_storage().nbytes():
             raise UserError(f"{path}: {name} declares more values than the file has; save it after .contiguous()")
         return to_array(value).copy()
-    if isinstance(value, _Array):
+    if isinstance(value, _Array) and value.array is not None:
         return value.array
     if isinstance(value, _PLAIN):
         return np.asarray(value)

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from tailscope.array_files import message_of
+from tailscope.array_files.pickles import NUMPY_STAND_INS, UNREADABLE, require_own_sizes
 from tailscope.errors import UserError
 from tailscope.field_checks import listed
 from tailscope.store import load_tensors
@@ -33,24 +33,10 @@ _MOST_CONTAINERS = 10_000
 _DAMAGED = (EOFError, RuntimeError, ValueError, KeyError, AttributeError, TypeError, IndexError, MemoryError)
 
 # What training scripts keep beside the weights: plain values, of which unpickling runs no code of the file's choice.
-# NumPy's arrays and numbers under NumPy 1's and 2's names, paths, and argparse's options.
-_NUMPY: list[Any] = [
-    (function, f"numpy.{core}.multiarray.{name}")
-    for core in ("core", "_core")
-    for name, function in [
-        ("scalar", np.float64(0).__reduce__()[0]),
-        ("_reconstruct", np.zeros(0).__reduce__()[0]),
-    ]
-]
+# NumPy's arrays and numbers, rebuilt without NumPy's own unpickling; paths, and argparse's options.
 _HARMLESS: list[Any] = [
     argparse.Namespace,
-    np.ndarray,
-    np.dtype,
-    *_NUMPY,
-    *{
-        type(np.dtype(t))
-        for t in ("?", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "U", "S", "O")
-    },
+    *NUMPY_STAND_INS,
     *((pathlib.PosixPath, f"pathlib.{module}PosixPath") for module in ("", "_local.")),
     *((pathlib.PureWindowsPath, f"pathlib.{module}WindowsPath") for module in ("", "_local.")),
 ]
@@ -125,9 +111,11 @@ def _require_torch_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+            inner = {name.partition("/")[2] for name in names}
+            if "data.pkl" in inner and "constants.pkl" not in inner:
+                require_own_sizes(archive)
+    except UNREADABLE as error:
         raise UserError(f"{path}: not a readable checkpoint, or truncated ({message_of(error)[:80]})") from None
-    inner = {name.partition("/")[2] for name in names}
     if "constants.pkl" in inner:
         raise UserError(f"{path}: is a TorchScript archive, which holds code; save the network's state_dict instead")
     if "data.pkl" not in inner:

@@ -156,6 +156,10 @@ def fit(
     """
     own = backbone_of(model, classifiers)
     place, notes = choose(checkpoint, own, model_name, classifiers, key)
+    others = [] if key else _other_classifiers(checkpoint, place, model, model_name, classifiers)
+    undecided = [other for other in others if _rank(other) == _rank(place)]
+    if others:
+        notes += (_say_whose(checkpoint.path, place, undecided or others, taken=not undecided),)
     state = place.state()
     _require_values(checkpoint.path, state, own)
     found, used, strange = [], set[str](), []
@@ -166,7 +170,7 @@ def fit(
         used |= sought.keys
         if sought.pair is None:
             strange.append(sought.what)
-        else:
+        elif not undecided:
             _replace(model, name, *sought.pair)
             found.append(sought.pair)
     model.load_state_dict({name: t for name, t in state.items() if name in own}, strict=False)
@@ -180,6 +184,40 @@ def fit(
         notes += (f"{checkpoint.path.name}: left out what is no part of {model_name}: {left_out}",)
     linear = LinearLayer.from_arrays(*found[0], source=str(checkpoint.path)) if len(found) == 1 else None
     return Fitted(linear, notes)
+
+
+def _other_classifiers(
+    checkpoint: Checkpoint, chosen: Place, model: nn.Module, model_name: str, classifiers: Sequence[str]
+) -> list[Place]:
+    """Return the places with the chosen one's backbone and another classifier, as decoupled trainings leave them."""
+    own = backbone_of(model, classifiers)
+    fitting = require_fit(checkpoint, own, model_name, classifiers)
+    twins = [place for place in fitting if place is not chosen and _equal(place, chosen, own)]
+
+    def differs(place: Place, name: str) -> bool:
+        pair, taken = (_find_classifier(checkpoint, each, model, name) for each in (place, chosen))
+        return pair is not None and taken is not None and not _same(pair.pair, taken.pair)
+
+    return [place for place in twins if any(differs(place, name) for name in classifiers)]
+
+
+def _same(a: tuple[Tensor, Tensor] | None, b: tuple[Tensor, Tensor] | None) -> bool:
+    """Whether two classifiers are the same linear layer, or both none."""
+    if a is None or b is None:
+        return a is b
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _say_whose(path: Path, place: Place, others: Sequence[Place], *, taken: bool) -> str:
+    if taken:
+        return (
+            f"{path.name}: took the classifier of {_names([place])}, not of {_names(others)}, which has the same "
+            "backbone; --checkpoint-key takes another"
+        )
+    return (
+        f"{path.name}: {_names([place, *others])} have one backbone and different classifiers; no classifier file; say "
+        "whose with --checkpoint-key"
+    )
 
 
 def backbone_of(model: nn.Module, classifiers: Sequence[str]) -> State:

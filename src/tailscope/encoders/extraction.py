@@ -16,7 +16,7 @@ from tailscope.encoders.encoder import Encoder
 from tailscope.encoders.shards import Shards
 from tailscope.errors import UserError
 from tailscope.feature_table import FeatureTable
-from tailscope.field_checks import require_finite
+from tailscope.field_checks import listed, require_finite
 from tailscope.training.runtime import Runtime
 
 _TRIED = 16
@@ -132,6 +132,7 @@ def _extract_missing(encoder: Encoder, images: ImageStream, shards: Shards, runt
             if batch.start != part.end:
                 part.save(batch.start)
             features = _forward(encoder, decoded.images, runtime.device, runtime.dtype(options.precision))
+            _require_width(encoder, features, decoded, images)
             part.add(batch, features, decoded)
             if part.is_due():
                 part.save(batch.stop)
@@ -201,6 +202,21 @@ def _forward(encoder: Encoder, inputs: Tensor, device: torch.device, dtype: torc
         torch.autocast(device.type, dtype=dtype, enabled=low),
     ):
         return encoder.features(inputs.to(device, non_blocking=True)).float().cpu()
+
+
+def _require_width(encoder: Encoder, features: Tensor, decoded: DecodedBatch, images: ImageStream) -> None:
+    """Check that a batch has a row of features for each image, as wide as those of the probe.
+
+    Raises:
+        UserError: it has not: the width follows the size of the images, or the model drops a dimension.
+    """
+    if features.shape != (len(decoded.images), encoder.width):
+        names = listed([images.ids[row] for row in decoded.rows.tolist()], 3)
+        raise UserError(
+            f"{encoder.name}: its features of {names}, an input of shape {list(decoded.images.shape)}, are "
+            f"{list(features.shape)}, not {[len(decoded.images), encoder.width]}; let the model pool them, or a "
+            "transform make images of one size"
+        )
 
 
 def _merge(shards: Shards) -> tuple[Tensor, Tensor]:

@@ -13,14 +13,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from tailscope.data.decoding import Unreadable
 from tailscope.errors import UserError
 from tailscope.result_files import read_json
 from tailscope.spec import digest
-from tailscope.store import Damaged, check_tensors, load_checkpoint, load_header, make_folder, save_tensors, write_json
+from tailscope.store import (
+    Damaged,
+    check_tensors,
+    load_checkpoint,
+    load_header,
+    make_folder,
+    save_tensors,
+    try_lock,
+    write_json,
+    writing,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -84,11 +93,10 @@ class Shards:
             UserError: another process is at work there, or the shards are of another extraction; the first field of
                 the spec that differs is named.
         """
-        lock = FileLock(self.folder / ".lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise UserError(f"{self.folder}: another process is extracting these features; wait for it") from None
+        with writing(self.folder):
+            lock = try_lock(self.folder / ".lock", 0)
+        if lock is None:
+            raise UserError(f"{self.folder}: another process is extracting these features; wait for it")
         try:
             self._require_same(spec)
             self._remove_damaged()

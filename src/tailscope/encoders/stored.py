@@ -74,7 +74,7 @@ def _checked(artifact: Artifact, path: Path) -> StoredBackbone:
         model, augment = str(spec["model"]), [str(call) for call in spec["augment"]]
         counts = tuple(int(n) for n in spec["data"]["counts"])
         rows = artifact.tensors["rows"].numpy()
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{path.parent}: is no backbone that tailscope stored ({type(error).__name__}: {error})"
         ) from None

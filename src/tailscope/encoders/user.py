@@ -85,7 +85,12 @@ def from_user(name: str, channels: int, wishes: Wishes, classes: int | None) -> 
             "give the model a method features(x)"
         )
     require_independent(name, model, function, x, features)
-    if how.startswith("output["):
+    if how == "output":
+        notes = (
+            *notes,
+            f"{name}: the features are the model's output; if those are logits, give it features(x)",
+        )
+    elif how.startswith("output["):
         notes = (*notes, f"{name}: the features are {how} of the model")
     return Architecture(model, function, how, classifiers, preprocessing, notes, source)
 
@@ -149,6 +154,7 @@ def _features_of(name: str, model: nn.Module, x: Tensor, mend: str) -> tuple[Fea
         return InputOf(layer), f"input of {layer}", (layer,)
     part = _pooled(name, parts)
     _refuse_logits(name, model, outputs, parts[part])
+    _refuse_changed_logits(name, model, outputs, parts[part])
     return PartOfOutput(part), part, ()
 
 
@@ -226,6 +232,23 @@ def _refuse_logits(name: str, model: nn.Module, outputs: dict[str, list[Tensor]]
                 "model a method features(x)"
             )
         path = path.rpartition(".")[0]
+
+
+def _refuse_changed_logits(name: str, model: nn.Module, outputs: dict[str, list[Tensor]], output: Tensor) -> None:
+    """Refuse logits that were scaled, shifted or squashed behind their classifier; an embedding may be normalised.
+
+    Raises:
+        UserError: the output is as wide as the last linear layer that ran, which is named like a classifier.
+    """
+    layers = [path for path in outputs if isinstance(model.get_submodule(path), nn.Linear)]
+    if not layers or not _CLASSIFIER.search(layers[-1]):
+        return
+    logits, output = outputs[layers[-1]][-1], output.flatten(1)
+    if logits.shape == output.shape and not torch.allclose(nn.functional.normalize(logits, dim=1), output, atol=1e-5):
+        raise UserError(
+            f"{name}: its output is as wide as {layers[-1]}, {output.shape[1]}, and is made from it: these are logits, "
+            "not features; give the model a method features(x)"
+        )
 
 
 def _pooled(name: str, parts: dict[str, Tensor]) -> str:

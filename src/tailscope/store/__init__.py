@@ -6,7 +6,7 @@ look after a store. The files themselves (`save_tensors`, `write_json` ...) are 
 
 from tailscope.store.archives import Added, add, pack, packed_bytes
 from tailscope.store.care import Pruned, Row, inventory, prune, verify
-from tailscope.store.entries import CHEAP, KINDS, Store
+from tailscope.store.entries import CHEAP, KINDS, Store, try_lock
 from tailscope.store.files import (
     CHECKPOINT,
     Artifact,
@@ -20,6 +20,7 @@ from tailscope.store.files import (
     make_folder,
     save_tensors,
     write_json,
+    writing,
 )
 
 __all__ = [
@@ -45,6 +46,8 @@ __all__ = [
     "packed_bytes",
     "prune",
     "save_tensors",
+    "try_lock",
     "verify",
     "write_json",
+    "writing",
 ]

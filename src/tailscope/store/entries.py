@@ -325,16 +325,28 @@ class Store:
         path = self.root / LOCKS / f"{kind}-{key}.lock"
         with writing(self.entry(kind, key)):
             path.parent.mkdir(exist_ok=True)
-            lock: BaseFileLock = FileLock(path)
-            try:
-                lock.acquire(timeout=seconds)
-            except Timeout:
-                return None
-            except (OSError, NotImplementedError) as error:
-                if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
-                    raise
-                return _try_soft_lock(path.with_suffix(".softlock"), seconds)
-            return lock
+            return try_lock(path, seconds)
+
+
+def try_lock(path: Path, seconds: float) -> BaseFileLock | None:
+    """Try for some seconds to get the lock of a file, or of one beside it where the file system has no locks.
+
+    Returns:
+        The lock, held; None where another process holds it.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    lock: BaseFileLock = FileLock(path)
+    try:
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        return None
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+        return _try_soft_lock(path.with_suffix(".softlock"), seconds)
+    return lock
 
 
 def _try_soft_lock(path: Path, seconds: float) -> BaseFileLock | None:
