@@ -255,8 +255,17 @@ def check_tensors(path: Path) -> bool:
     return _checked(path)[1]
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file; alone, safetensors says of one that may not be read that it is missing."""
+    with reading(path):
+        path.open("rb").close()
+        with safe_open(path, framework="pt") as file:
+            yield file
+
+
 def _checked(path: Path) -> tuple[Artifact, bool]:
-    with reading(path), safe_open(path, framework="pt") as file:
+    with opened(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         header = file.metadata()
         artifact = Artifact(tensors, dict(json.loads(header["meta"])))
@@ -295,7 +304,7 @@ def load_header(path: Path) -> Meta:
     Raises:
         UserError: it is damaged.
     """
-    with reading(path), safe_open(path, framework="pt") as file:
+    with opened(path) as file:
         return dict(json.loads(file.metadata()["meta"]))
 
 
