@@ -19,6 +19,7 @@ from tailscope.store.files import (
     load_tensors,
     make_folder,
     save_tensors,
+    whole_checkpoint,
     write_json,
 )
 
@@ -46,5 +47,6 @@ __all__ = [
     "prune",
     "save_tensors",
     "verify",
+    "whole_checkpoint",
     "write_json",
 ]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from tailscope.errors import UserError, one_line
 from tailscope.progress import Progress, Quiet
 from tailscope.store.entries import DONE, KINDS, SCRATCH, Store
-from tailscope.store.files import CHECKPOINT, Damaged, Meta, check_tensors, load_header, opened, reading, writing
+from tailscope.store.files import CHECKPOINT, Damaged, Meta, check_checkpoint, opened, reading, writing
 
 State = Literal["verified", "digests", "unverified", "damaged", "unreadable"]
 _STALE = 24 * 3600.0
@@ -173,8 +173,8 @@ def _look_at_checkpoint(store: Store, kind: str, key: str, check: bool) -> tuple
         there = path.exists()
     if not there:
         return "leftovers of a killed run", "", "digests"
-    digested = check_tensors(path)  # a checkpoint is small
-    what = f"after epoch {load_header(path).get('epochs', '?')}"
+    artifact, digested = check_checkpoint(path)  # a checkpoint is small
+    what = f"after epoch {artifact.meta['epochs']}"
     return what, "", ("verified" if check else "digests") if digested else "unverified"
 
 

@@ -27,8 +27,8 @@ from tailscope.store.files import (
     Meta,
     Tensors,
     file_digest,
-    load_header,
     make_folder,
+    previous_of,
     reading,
     ready,
     require_utf8,
@@ -211,8 +211,8 @@ class Store:
 
     def checkpoint(self, kind: str, key: str) -> Meta | None:
         """Return the description of the checkpoint that a killed run would go on from, if one is whole."""
-        path = whole_checkpoint(self.scratch(kind, key))
-        return None if path is None else load_header(path)
+        whole = whole_checkpoint(self.scratch(kind, key))
+        return None if whole is None else whole[1].meta
 
     # -- making -------------------------------------------------------------------------------------------------
 
@@ -290,9 +290,10 @@ class Store:
         scratch = self.scratch(kind, key)
         newest, whole = scratch / CHECKPOINT, whole_checkpoint(scratch)
         if whole is None:
-            newest.unlink(missing_ok=True)
-        elif whole != newest:
-            whole.replace(newest)
+            for path in (newest, previous_of(newest)):
+                path.unlink(missing_ok=True)
+        elif whole[0] != newest:
+            whole[0].replace(newest)
 
     def _write(self, kind: str, key: str, building: Path, tensors: Tensors, meta: Meta) -> None:
         entry = self.entry(kind, key)
