@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from experiment_setups import EXPERIMENTS, entries, lab, settings, timeless
 from tailscope.errors import UserError
 from tailscope.store import CHECKPOINT, Damaged, Store, add, pack, packed_bytes, save_tensors
+from tailscope.store.files import previous_of
 from tailscope.training import epochs as epochs_module
 from test_store import META, TENSORS, assert_complete, files, made
 
@@ -383,6 +384,43 @@ def test_archives_of_another_making_are_refused(tmp_path, members, manifest, cha
             hashlib.sha256(changed[f"stage1/a/{n}"]).hexdigest().encode() + b"  " + n.encode() + b"\n" for n in names
         )
     refused(tmp_path / "s", tar_of(tmp_path / "a.tar", changed, manifest))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        '{"epochs": Infinity}',
+        '{"epochs": NaN}',
+        '{"epochs": -1}',
+        '{"epochs": 1.5}',
+        '{"epochs": true}',
+        '{"epochs": "2"}',
+        '{"epochs": null}',
+        "{}",
+        "[]",
+        '{"epochs": 2, "more": 1}',
+        '{"epochs": 2, "losses": 1.0}',
+        '{"epochs": 2, "losses": [null]}',
+        '{"epochs": 2, "losses": [NaN]}',
+        '{"epochs": 2, "losses": [1' + "0" * 400 + "]}",
+        '{"epochs": 2, "seconds": "1"}',
+        '{"epochs": 2, "seconds": -Infinity}',
+        '{"epochs": ' + "9" * 5000 + "}",
+    ],
+    ids=lambda header: header[:30],
+)
+def test_a_checkpoint_that_is_no_training_s_is_refused_and_never_taken(tmp_path, members, header):
+    path = tmp_path / "c"
+    save_file({"x": torch.zeros(3)}, path, metadata={"meta": header})
+    name = f"scratch/stage1-c/{CHECKPOINT}"
+    assert "damaged (" in refused(tmp_path / "s", tar_of(tmp_path / "a.tar", {**members, name: path.read_bytes()}))
+    store = Store(tmp_path / "own")
+    newest = save_checkpoint(store, "c", 1)
+    save_checkpoint(store, "c", 2)
+    newest.write_bytes(path.read_bytes())
+    assert store.checkpoint("stage1", "c") == {"epochs": 1}
+    previous_of(newest).unlink()
+    assert store.checkpoint("stage1", "c") is None
 
 
 def test_a_name_twice_is_refused(tmp_path, members):

@@ -74,7 +74,7 @@ def test_the_list_as_json(run, store):
     shown = json.loads(run("list", "--json").out)
     assert shown["schema"] == "tailscope.store-list/1"
     rows = {row["key"]: row for row in shown["entries"]}
-    assert rows[VIEW]["bytes"] == store.size("views", VIEW)
+    assert rows[VIEW]["bytes"] == sum(path.stat().st_size for path in store.entry("views", VIEW).iterdir())
     assert [rows[key]["state"] for key in (BACKBONE, CLASSIFIER, VIEW)] == ["damaged", "digests", "digests"]
     assert "meta.json: damaged" in rows[BACKBONE]["problem"]
     assert (rows[UNFINISHED]["checkpoint"], rows[UNFINISHED]["what"]) == (True, "after epoch 7")
@@ -249,6 +249,27 @@ def test_pruning_leaves_what_a_running_process_works_on(run, store):
     assert shown.out.splitlines()[-1].endswith("kB; 2 in use stayed")
     assert {row.key for row in inventory(store)} == {BACKBONE, VIEW, UNFINISHED}
     assert all(row.state == "verified" for row in verify(store))
+
+
+@pytest.mark.parametrize("kind", ["stage2", "checkpoint"])
+def test_what_another_process_mends_before_it_is_pruned_stays(store, monkeypatch, kind):
+    path = store.tensors_file("stage2", CLASSIFIER)
+    if kind == "checkpoint":
+        path = store.scratch("stage1", UNFINISHED) / CHECKPOINT
+    whole = path.read_bytes()
+    damage(path)
+    held = Store.held
+
+    def mended_meanwhile(*place):
+        path.write_bytes(whole)
+        return held(*place)
+
+    monkeypatch.setattr(Store, "held", mended_meanwhile)
+    assert prune(store, damaged=True).removed == []
+    assert path.read_bytes() == whole
+    assert [row.state for row in verify(store)] == ["verified"] * 4
+    removed = prune(store, damaged=True, kinds=["stage2"]).removed  # asked for by name, whole or not
+    assert [row.key for row in removed] == [CLASSIFIER]
 
 
 def test_pruning_what_is_damaged_keeps_the_checkpoint_before(store):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,39 @@ def test_what_was_written_before_digests_is_read_and_gets_them(tmp_path):
     assert done.read_bytes() == b""
 
 
+@pytest.mark.parametrize("meanwhile", ["nothing", "replaced", "made again", "locked", "no locks"])
+def test_digests_go_only_to_what_they_were_computed_of(tmp_path, monkeypatch, meanwhile):
+    store = Store(tmp_path)
+    store.get_or_make("stage1", "k", made)
+    done = tmp_path / "stage1" / "k" / "DONE"
+    done.write_bytes(b"")
+    compute = Store.compute_digests
+
+    def then(self, kind, key):
+        found = compute(self, kind, key)
+        monkeypatch.setattr(Store, "compute_digests", compute)
+        if meanwhile in ("replaced", "made again"):
+            building = store.scratch(kind, key) / "entry"
+            building.parent.mkdir(parents=True)
+            store._write(kind, key, building, {"other": torch.ones(3)}, META)
+            if meanwhile == "replaced":  # by one that has none either
+                done.write_bytes(b"")
+        return found
+
+    monkeypatch.setattr(Store, "compute_digests", then)
+    if meanwhile == "no locks":
+        monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
+    if meanwhile == "locked":  # by the reader itself, which must not wait for itself
+        with store.held("stage1", "k") as ours:
+            assert ours
+            store.read("stage1", "k")
+    else:
+        store.read("stage1", "k")
+    assert (done.read_bytes() != b"") == (meanwhile in ("nothing", "made again"))
+    monkeypatch.undo()
+    assert store.check("stage1", "k") == (meanwhile in ("nothing", "made again"))  # whole, whatever happened
+
+
 def test_digests_are_those_of_sha256sum(tmp_path):
     store = Store(tmp_path)
     store.get_or_make("stage1", "k", made)
@@ -291,7 +325,12 @@ def test_without_locks_a_file_has_to_do(tmp_path, monkeypatch, caplog, code):
 
     def ask():
         barrier.wait()
-        Store(tmp_path).get_or_make("stage1", "k", lambda _: (computed.append(1), (TENSORS, META))[1])
+        Store(tmp_path).get_or_make("stage1", "k", slow)
+
+    def slow(_: Path):
+        computed.append(1)
+        time.sleep(0.3)  # six looks of those that wait
+        return TENSORS, META
 
     askers = [threading.Thread(target=ask) for _ in range(3)]
     for asker in askers:
@@ -300,7 +339,9 @@ def test_without_locks_a_file_has_to_do(tmp_path, monkeypatch, caplog, code):
         asker.join(timeout=60)
     assert computed == [1]
     assert_complete(Store(tmp_path))
-    lock = tmp_path / "locks" / "stage1-other.softlock"
+    lock = tmp_path / "locks" / "stage1-k.softlock"
+    assert caplog.text.count(f"{lock}: this disk has no locks") <= 2  # once for each that waits, not every STEP
+    lock = lock.with_name("stage1-other.softlock")
     with SoftFileLock(lock), Store(tmp_path).held("stage1", "other") as ours:
         assert not ours
     assert f"{lock}: this disk has no locks but such files; delete it if no run is at work" in caplog.text
@@ -338,7 +379,7 @@ import json, os, sys, tempfile
 from pathlib import Path
 from test_store import TENSORS, META, made, never
 from tailscope.errors import UserError
-from tailscope.store import Store, inventory, pack
+from tailscope.store import Store, inventory, pack, prune, verify
 
 warm = Path(tempfile.mkdtemp())  # nothing is imported after the rights are gone
 Store(warm).get_or_make("stage1", "k", made)
@@ -349,8 +390,10 @@ if os.getuid() == 0:
     os.setuid(65534)
 store, said = Store(Path(sys.argv[1])), {}
 said["recalled"] = store.get_or_make("stage1", "k", never)[1]
-said["listed"] = [row.state for row in inventory(store)]
+said["listed"] = [(row.name, row.state) for row in inventory(store)]
+said["verified"] = [(row.name, row.state) for row in verify(store)]
 for name, work in {
+    "pruned": lambda: prune(store, kinds=["stage2"]),
     "new": lambda: store.get_or_make("stage1", "new", made),
     "secret": lambda: store.get_or_make("stage1", "secret", made),
     "hidden": lambda: store.get_or_make("stage2", "hidden", made),
@@ -371,17 +414,26 @@ def test_a_store_that_may_be_read_and_not_written_serves_recalls():
         for kind, key in (("stage1", "k"), ("stage1", "old"), ("stage1", "secret"), ("stage2", "hidden")):
             store.get_or_make(kind, key, made)
         (root / "stage1/old/DONE").write_bytes(b"")
+        (root / "scratch/stage1-c").mkdir()
+        save_tensors(root / "scratch/stage1-c" / CHECKPOINT, TENSORS, {"epochs": 1})
         for path in (root, *root.rglob("*")):
             path.chmod(0o555 if path.is_dir() else 0o444)
         (root / "stage1/secret/tensors.safetensors").chmod(0)
+        (root / "scratch/stage1-c" / CHECKPOINT).chmod(0)
         (root / "stage2").chmod(0)
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+        paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-c", STRANGER, str(root)]
         ran = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr
         said = json.loads(ran.stdout)
         assert said["recalled"] is True
-        assert said["listed"][:2] == ["digests", "unverified"]
+        states = ["unreadable", "digests", "unverified", "unreadable"]
+        names = ["stage2/", "stage1/k", "stage1/old", "stage1/secret", "stage1/c (checkpoint)"]
+        assert said["listed"] == list(map(list, zip(names, [*states, "unreadable"], strict=True)))
+        states[1] = "verified"
+        assert said["verified"] == list(map(list, zip(names, [*states, "unreadable"], strict=True)))
+        assert said["pruned"].startswith(f"{root}/stage2: may not be read")
         assert said["new"].startswith(f"{root}/stage1/new: cannot be written (Permission denied); ask for the right")
         assert said["secret"].startswith(
             f"{root}/stage1/secret/tensors.safetensors: may not be read (Permission denied)"

@@ -1,5 +1,6 @@
 """A training that is interrupted and started again ends with the same bits as one that is not."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tailscope.progress import Quiet
 from training_setups import CPU, assert_same_state, digits, stage1_spec, train_stage1
@@ -119,3 +120,50 @@ def test_progress_counts_what_was_done_before(tmp_path: Path) -> None:
         train_stage1(spec, images, tmp_path, runtime=replace(CPU, progress=Recording(7, stop)))
     train_stage1(spec, images, tmp_path, runtime=replace(CPU, progress=Recording(99, stop)))
     assert opened == [(12 * 64, 0), (12 * 64, 5 * 64)]
+
+
+def without(name: str) -> Callable[[dict, dict], None]:
+    return lambda tensors, meta: tensors.pop(name)
+
+
+BROKEN = {
+    "a weight is missing": without("model.conv1.weight"),
+    "a statistic is missing": without("model.bn1.running_mean"),
+    "a momentum is missing": without("momentum.conv1.weight"),
+    "a tensor too many": lambda tensors, meta: tensors.update({"model.x": tensors["model.conv1.weight"].clone()}),
+    "a shape": lambda tensors, meta: tensors.update({"model.conv1.weight": tensors["model.bn1.weight"].clone()}),
+    "a field too many": lambda tensors, meta: meta.update(more=1),
+    "no epochs": lambda tensors, meta: meta.pop("epochs"),
+    "infinitely many epochs": lambda tensors, meta: meta.update(epochs=float("inf")),
+    "losses that are no numbers": lambda tensors, meta: meta.update(losses=["1.0"]),
+    "seconds that are no number": lambda tensors, meta: meta.update(seconds=None),
+}
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["one before", "none before"])
+@pytest.mark.parametrize("change", BROKEN.values(), ids=BROKEN)
+def test_a_checkpoint_that_is_none_of_this_training_costs_no_bit(tmp_path: Path, caplog, change, before: bool) -> None:
+    images = digits()
+    spec = stage1_spec(images)
+    whole, meta = train_stage1(spec, images, tmp_path / "whole")
+    with pytest.raises(Stopped):
+        train_stage1(spec, images, tmp_path / "cut", runtime=replace(CPU, progress=Interrupting(7, stop)))
+    newest = tmp_path / "cut" / "checkpoint.safetensors"
+    if before:
+        newest.with_name(f"{newest.name}.previous").write_bytes(newest.read_bytes())
+    tensors, description = load_file(newest), {"epochs": 1, "losses": [1.0], "seconds": 0.5}
+    change(tensors, description)
+    save_file(tensors, newest, metadata={"meta": json.dumps(description)})  # as before there were digests
+    opened = []
+
+    class Recording(Quiet):
+        def task(self, description: str, total: int, done: int = 0):
+            opened.append(done)
+            return super().task(description, total, done)
+
+    again, again_meta = train_stage1(spec, images, tmp_path / "cut", runtime=replace(CPU, progress=Recording()))
+    assert_same_state(whole, again)
+    assert again_meta["losses"] == meta["losses"]
+    assert opened == [5 * 64 if before else 0]
+    assert f"{newest}: damaged (" in caplog.text
+    assert ("the one before it is taken" if before else "training starts again") in caplog.text

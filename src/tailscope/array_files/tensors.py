@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from tailscope.array_files.fields import Header, require_room, resolve, unread
 from tailscope.array_files.text import Array, Arrays, Contents, arrays_to_header, header_to_arrays, message_of, shown
 from tailscope.errors import UserError
+from tailscope.store.files import write_tensors
 
 # What safetensors raises on damaged files; it checks its header against the size of the file before it reads.
 UNREADABLE: tuple[type[Exception], ...] = (
@@ -50,13 +50,10 @@ def write(path: Path, arrays: Arrays) -> None:
     """
     header = arrays_to_header(arrays)
     tensors = {name: _to_tensor(array) for name, array in arrays.items() if name not in header}
-    path.touch()
-    mode = path.stat().st_mode
     try:
-        save_file(tensors, path, metadata=header)
+        write_tensors(path, tensors, header)
     except SafetensorError as error:
         raise OSError(message_of(error)) from error
-    path.chmod(mode)  # safetensors leaves files that only their owner can read
 
 
 def to_array(tensor: torch.Tensor, *, text: bool = False) -> Array:

@@ -19,6 +19,7 @@ from tailscope.store.files import (
     load_tensors,
     make_folder,
     save_tensors,
+    whole_checkpoint,
     write_json,
     writing,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "save_tensors",
     "try_lock",
     "verify",
+    "whole_checkpoint",
     "write_json",
     "writing",
 ]

@@ -25,7 +25,7 @@ from tailscope.store.entries import DONE, KINDS, META, SCRATCH, TENSORS, Digests
 from tailscope.store.files import (
     CHECKPOINT,
     Damaged,
-    check_tensors,
+    check_checkpoint,
     load_header,
     previous_of,
     reading,
@@ -197,15 +197,15 @@ def _pack_checkpoint(store: Store, kind: str, key: str, archive: _Archive) -> No
         copy = Path(folder) / path.name
         with writing(copy):
             copy.write_bytes(data)
-        check_tensors(copy)
+        check_checkpoint(copy)
     archive.add_bytes(f"{SCRATCH}/{kind}-{key}/{CHECKPOINT}", data)
 
 
 def _checkpoint_of(store: Store, kind: str, key: str) -> Path:
-    path = whole_checkpoint(store.scratch(kind, key))
-    if path is None:
+    whole = whole_checkpoint(store.scratch(kind, key))
+    if whole is None:
         raise UserError(f"{store.scratch(kind, key)}: no checkpoint there")
-    return path
+    return whole[0]
 
 
 # -- adding ---------------------------------------------------------------------------------------------------------
@@ -378,16 +378,10 @@ def _check_unpacked(file: Path, folder: Path) -> None:
                 raise Damaged(f"{kind}/{key} has no digests")
             unpacked.read(kind, key)
         for path in folder.glob(f"{SCRATCH}/*/{CHECKPOINT}"):
-            check_tensors(path)
-            _epochs(path)
+            check_checkpoint(path)
     except UserError as error:
         message = str(error).replace(f"{folder}/", "")
         raise UserError(f"{file}: {message}; nothing was added") from None
-
-
-def _epochs(checkpoint: Path) -> int:
-    with reading(checkpoint):
-        return int(load_header(checkpoint)["epochs"])
 
 
 def _place_entry(store: Store, building: Path, done: Added, replace: bool) -> None:
@@ -431,14 +425,14 @@ def _place_checkpoint(store: Store, unpacked: Path, done: Added) -> None:
             done.busy.append(name)
             return
         there = whole_checkpoint(store.scratch(kind, key))
-        if store.has(kind, key) or (there is not None and _epochs(there) >= _epochs(unpacked)):
+        if store.has(kind, key) or (there is not None and there[1].meta["epochs"] >= load_header(unpacked)["epochs"]):
             done.unneeded.append(name)
             return
         path = store.scratch(kind, key) / CHECKPOINT
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if there is not None:
-                there.replace(previous_of(path))
+                there[0].replace(previous_of(path))
             sync(unpacked)
             unpacked.replace(path)
         done.added.append(name)

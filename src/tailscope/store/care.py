@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import safe_open
-
 from tailscope.errors import UserError, one_line
 from tailscope.progress import Progress, Quiet
 from tailscope.store.entries import DONE, KINDS, SCRATCH, Store
-from tailscope.store.files import CHECKPOINT, Damaged, Meta, check_tensors, load_header, reading, writing
+from tailscope.store.files import CHECKPOINT, Damaged, Meta, check_checkpoint, opened, reading, writing
 
 State = Literal["verified", "digests", "unverified", "damaged", "unreadable"]
 _STALE = 24 * 3600.0
@@ -26,7 +24,7 @@ class Row:
 
     Attributes:
         kind: the entry's.
-        key: the entry's.
+        key: the entry's; empty where the folder of the whole kind may not be read.
         checkpoint: whether it is unfinished.
         what: what it is, in words.
         bytes: of its files.
@@ -105,6 +103,9 @@ def prune(
     if unknown:
         raise UserError(f"--kind {unknown[0]}: no such kind; known: {', '.join(KINDS)}")
     rows = verify(store, progress) if damaged else inventory(store)
+    for row in rows:
+        if row.kind in kinds and not row.key:
+            raise UserError(f"{row.problem}")
     chosen = [
         row
         for row in rows
@@ -115,7 +116,8 @@ def prune(
     done = Pruned()
     for row in chosen:
         if not row.key.startswith(tuple(keep)):
-            _remove(store, row, done, dry_run=dry_run, mend=not scratch)
+            by_name = scratch if row.checkpoint else row.kind in kinds
+            _remove(store, row, done, dry_run=dry_run, by_name=by_name)
     if scratch and not dry_run:
         _remove_stale(store)
     return done
@@ -127,7 +129,11 @@ def prune(
 def _places(store: Store) -> Iterator[tuple[str, str, bool]]:
     """Yield kind and key of everything, and whether it is unfinished; the easiest to make again first."""
     for kind in store.kinds():
-        yield from ((kind, key, False) for key in store.keys(kind))
+        try:
+            keys = store.keys(kind)
+        except UserError:
+            keys = [""]  # the whole kind may not be read
+        yield from ((kind, key, False) for key in keys)
     for folder in sorted((store.root / SCRATCH).glob("*-*")):
         kind, _, key = folder.name.partition("-")
         if kind in KINDS:
@@ -151,9 +157,11 @@ def _row(store: Store, kind: str, key: str, unfinished: bool, *, check: bool) ->
 
 def _look_at_entry(store: Store, kind: str, key: str, check: bool) -> tuple[str, str, State]:
     """Return what an entry is, its arithmetic and its state."""
+    if not key:
+        raise UserError(f"{store.root / kind}: may not be read; ask its owner for the right to read it")
     digested = store.check(kind, key) if check else store.digests(kind, key) is not None
     meta, path = store.meta(kind, key), store.tensors_file(kind, key)
-    with reading(path), safe_open(path, framework="pt") as file:  # is it cut off?
+    with opened(path) as file:  # is it cut off?
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     what = describe(meta) or "; ".join(f"{one_line(name)} {shape}" for name, shape in list(shapes.items())[:2])
     return what, _arithmetic(meta), ("verified" if check else "digests") if digested else "unverified"
@@ -161,10 +169,12 @@ def _look_at_entry(store: Store, kind: str, key: str, check: bool) -> tuple[str,
 
 def _look_at_checkpoint(store: Store, kind: str, key: str, check: bool) -> tuple[str, str, State]:
     path = store.scratch(kind, key) / CHECKPOINT
-    if not path.exists():
+    with reading(path):
+        there = path.exists()
+    if not there:
         return "leftovers of a killed run", "", "digests"
-    digested = check_tensors(path)  # a checkpoint is small
-    what = f"after epoch {load_header(path).get('epochs', '?')}"
+    artifact, digested = check_checkpoint(path)  # a checkpoint is small
+    what = f"after epoch {artifact.meta['epochs']}"
     return what, "", ("verified" if check else "digests") if digested else "unverified"
 
 
@@ -224,15 +234,18 @@ def _fields(value: Any) -> dict[str, Any]:
 # -- removing -------------------------------------------------------------------------------------------------------
 
 
-def _remove(store: Store, row: Row, done: Pruned, *, dry_run: bool, mend: bool) -> None:
+def _remove(store: Store, row: Row, done: Pruned, *, dry_run: bool, by_name: bool) -> None:
+    """Remove what was asked for by name, or what is still damaged: another process may have mended it meanwhile."""
     with store.held(row.kind, row.key) as ours:
         if not ours:
             done.busy.append(row.name)
             return
+        if not by_name and _row(store, row.kind, row.key, row.checkpoint, check=True).state != "damaged":
+            return
         if not dry_run:
             folder = store.scratch(row.kind, row.key) if row.checkpoint else store.entry(row.kind, row.key)
             with writing(folder):
-                if row.checkpoint and mend:
+                if row.checkpoint and not by_name:
                     store.mend_checkpoint(row.kind, row.key)
                 else:
                     (folder / DONE).unlink(missing_ok=True)  # absent to readers before the rest goes

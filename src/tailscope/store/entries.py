@@ -18,6 +18,7 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from safetensors.torch import load_file
 
+from tailscope.errors import UserError
 from tailscope.progress import Progress, Quiet
 from tailscope.store.files import (
     CHECKPOINT,
@@ -26,8 +27,8 @@ from tailscope.store.files import (
     Meta,
     Tensors,
     file_digest,
-    load_header,
     make_folder,
+    previous_of,
     reading,
     ready,
     require_utf8,
@@ -91,13 +92,35 @@ class Store:
             return done.is_file()
 
     def kinds(self) -> list[str]:
-        """Return the kinds of which there are entries: the easiest to make again first, then unknown ones."""
-        found = {done.parent.parent.name for done in self.root.glob(f"*/*/{DONE}")} - {SCRATCH, LOCKS}
+        """Return the kinds of which there are entries: the easiest to make again first, then unknown ones.
+
+        A known kind that may not be read is among them, for there may be entries of it.
+
+        Raises:
+            UserError: the store may not be read.
+        """
+        found = {kind for kind in _names(self.root) if kind not in (SCRATCH, LOCKS) and self._has_kind(kind)}
         return [kind for kind in KINDS if kind in found] + sorted(found - set(KINDS))
 
     def keys(self, kind: str) -> list[str]:
-        """Return the keys of all complete entries, sorted."""
-        return sorted(done.parent.name for done in (self.root / kind).glob(f"*/{DONE}"))
+        """Return the keys of all complete entries, and of those that may not be read, sorted.
+
+        Raises:
+            UserError: the kind's folder may not be read.
+        """
+        return [key for key in _names(self.root / kind) if self._may_have(kind, key)]
+
+    def _has_kind(self, kind: str) -> bool:
+        try:
+            return bool(self.keys(kind))
+        except UserError:
+            return kind in KINDS  # not the `lost+found` of a disk
+
+    def _may_have(self, kind: str, key: str) -> bool:
+        try:
+            return self.has(kind, key)
+        except UserError:
+            return True
 
     def entry(self, kind: str, key: str) -> Path:
         """Return the folder of an entry."""
@@ -110,12 +133,6 @@ class Store:
     def tensors_file(self, kind: str, key: str) -> Path:
         """Return the path of an entry's tensors."""
         return self.entry(kind, key) / TENSORS
-
-    def size(self, kind: str, key: str) -> int:
-        """Return the bytes of an entry's files."""
-        entry = self.entry(kind, key)
-        with reading(entry):
-            return sum((entry / name).stat().st_size for name in (TENSORS, META, DONE))
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -139,12 +156,13 @@ class Store:
             UserError: a file may not be read.
         """
         entry = self.entry(kind, key)
-        stored, found = self.digests(kind, key), self.compute_digests(kind, key)
+        stored, stamps = self.digests(kind, key), _stamps(entry)
+        found = self.compute_digests(kind, key)
         if stored is None:
             with reading(entry / TENSORS):
                 load_file(entry / TENSORS)
             self.meta(kind, key)
-            self._add_digests(entry, found)
+            self._add_digests(kind, key, found, stamps)
             return False
         for name, digest in found.items():
             if digest != stored[name]:
@@ -193,8 +211,8 @@ class Store:
 
     def checkpoint(self, kind: str, key: str) -> Meta | None:
         """Return the description of the checkpoint that a killed run would go on from, if one is whole."""
-        path = whole_checkpoint(self.scratch(kind, key))
-        return None if path is None else load_header(path)
+        whole = whole_checkpoint(self.scratch(kind, key))
+        return None if whole is None else whole[1].meta
 
     # -- making -------------------------------------------------------------------------------------------------
 
@@ -260,7 +278,7 @@ class Store:
         Raises:
             UserError: the store cannot be written.
         """
-        lock = self._try_lock(kind, key, 0)
+        lock = self._try_lock(kind, key)
         try:
             yield lock is not None
         finally:
@@ -272,9 +290,10 @@ class Store:
         scratch = self.scratch(kind, key)
         newest, whole = scratch / CHECKPOINT, whole_checkpoint(scratch)
         if whole is None:
-            newest.unlink(missing_ok=True)
-        elif whole != newest:
-            whole.replace(newest)
+            for path in (newest, previous_of(newest)):
+                path.unlink(missing_ok=True)
+        elif whole[0] != newest:
+            whole[0].replace(newest)
 
     def _write(self, kind: str, key: str, building: Path, tensors: Tensors, meta: Meta) -> None:
         entry = self.entry(kind, key)
@@ -294,42 +313,54 @@ class Store:
                 sync(building)
         self.put_in_place(kind, key, building)
 
-    @staticmethod
-    def _add_digests(entry: Path, digests: Digests) -> None:
-        """Give an entry of before its digests, where the store may be written."""
-        partial = entry / f"{DONE}.{os.getpid()}.partial"
-        try:
-            partial.write_text(done_text(digests), encoding="ascii", newline="\n")
-            sync(partial)
-            partial.replace(entry / DONE)
-        except OSError:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
+    def _add_digests(self, kind: str, key: str, digests: Digests, stamps: list[tuple[int, int]]) -> None:
+        """Give an entry of before its digests, where the store may be written and nobody, the caller neither, holds it.
+
+        Only to the files that they were computed of: another process may have replaced them meanwhile.
+        """
+        entry = self.entry(kind, key)
+        with suppress(UserError):
+            lock = self._try_lock(kind, key, quiet=True)
+            if lock is None:
+                return
+            try:
+                if self.digests(kind, key) is None and _stamps(entry) == stamps:
+                    _replace_done(entry, digests)
+            finally:
+                lock.release()
 
     @contextmanager
     def _locked(self, kind: str, key: str, progress: Progress) -> Iterator[None]:
         """Hold an entry's lock, waiting for whoever has it."""
-        lock = self._try_lock(kind, key, 0)
+        lock = self._try_lock(kind, key)
         if lock is None:
             _log.warning("another run is working on %s; waiting for it", self.entry(kind, key))
             with progress.task("waiting for another run", 1):
-                while (lock := self._try_lock(kind, key, STEP)) is None:
+                while (lock := self._try_lock(kind, key, STEP, quiet=True)) is None:
                     progress.safe_point()
         try:
             yield
         finally:
             lock.release()
 
-    def _try_lock(self, kind: str, key: str, seconds: float) -> BaseFileLock | None:
-        """Try for some seconds to get a lock; a look every now and then, which Ctrl-C interrupts."""
+    def _try_lock(self, kind: str, key: str, seconds: float = 0, *, quiet: bool = False) -> BaseFileLock | None:
+        """Try for some seconds to get a lock; a look every now and then, which Ctrl-C interrupts.
+
+        On a disk without locks, a file that is there is named in a warning, unless `quiet`.
+        """
         path = self.root / LOCKS / f"{kind}-{key}.lock"
         with writing(self.entry(kind, key)):
             path.parent.mkdir(exist_ok=True)
-            return try_lock(path, seconds)
+            return try_lock(path, seconds, quiet=quiet)
 
 
-def try_lock(path: Path, seconds: float) -> BaseFileLock | None:
+def try_lock(path: Path, seconds: float, *, quiet: bool = False) -> BaseFileLock | None:
     """Try for some seconds to get the lock of a file, or of one beside it where the file system has no locks.
+
+    Args:
+        path: the file that stands for the lock.
+        seconds: how long to try.
+        quiet: whether the warning of a file system without locks has been given.
 
     Returns:
         The lock, held; None where another process holds it.
@@ -345,19 +376,44 @@ def try_lock(path: Path, seconds: float) -> BaseFileLock | None:
     except (OSError, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
             raise
-        return _try_soft_lock(path.with_suffix(".softlock"), seconds)
+        return _try_soft_lock(path.with_suffix(".softlock"), seconds, quiet)
     return lock
 
 
-def _try_soft_lock(path: Path, seconds: float) -> BaseFileLock | None:
+def _names(folder: Path) -> list[str]:
+    """Return the names in a folder, sorted; of none where there is no folder. `glob` hides what may not be read."""
+    with reading(folder):
+        return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+def _try_soft_lock(path: Path, seconds: float, quiet: bool) -> BaseFileLock | None:
     """Try the same on a file system without locks, where a file has to do, which a killed run leaves behind."""
     lock = SoftFileLock(path)
     try:
         lock.acquire(timeout=seconds)
     except Timeout:
-        _log.warning("%s: this disk has no locks but such files; delete it if no run is at work", path)
+        if not quiet:
+            _log.warning("%s: this disk has no locks but such files; delete it if no run is at work", path)
         return None
     return lock
+
+
+def _stamps(entry: Path) -> list[tuple[int, int]]:
+    """Return what tells an entry's files from others of the same names."""
+    stamps = []
+    for name in (TENSORS, META):
+        with reading(entry / name):
+            stat = (entry / name).stat()
+        stamps.append((stat.st_ino, stat.st_mtime_ns))
+    return stamps
+
+
+def _replace_done(entry: Path, digests: Digests) -> None:
+    partial = entry / f"{DONE}.{os.getpid()}.partial"
+    with writing(entry, partial):
+        partial.write_text(done_text(digests), encoding="ascii", newline="\n")
+        sync(partial)
+        partial.replace(entry / DONE)
 
 
 def write_done(folder: Path, digests: Digests) -> None:

@@ -11,9 +11,10 @@ import logging
 import math
 import os
 import shutil
+import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -255,8 +256,17 @@ def check_tensors(path: Path) -> bool:
     return _checked(path)[1]
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file; alone, safetensors says of one that may not be read that it is missing."""
+    with reading(path):
+        path.open("rb").close()
+        with safe_open(path, framework="pt") as file:
+            yield file
+
+
 def _checked(path: Path) -> tuple[Artifact, bool]:
-    with reading(path), safe_open(path, framework="pt") as file:
+    with opened(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         header = file.metadata()
         artifact = Artifact(tensors, dict(json.loads(header["meta"])))
@@ -289,20 +299,68 @@ def load_checkpoint(path: Path) -> Artifact:
         raise Damaged(f"{error}; delete it to start again") from None
 
 
+def check_checkpoint(path: Path, shapes: Mapping[str, torch.Size] | None = None) -> tuple[Artifact, bool]:
+    """Read a training's checkpoint and check what it says; return it, and whether it has a digest.
+
+    Args:
+        path: the file.
+        shapes: of the training's tensors by name; None: they are not looked at.
+
+    Raises:
+        Damaged: its digest does not fit, its description is none of a training's, or its tensors are of another shape.
+        UserError: it may not be read.
+    """
+    artifact, digested = _checked(path)
+    for name, value in artifact.meta.items():
+        if name not in _FIELDS:
+            raise Damaged(f"{path}: damaged (its description has {one_line(name)[:60]!r}, which no checkpoint has)")
+        what, fits = _FIELDS[name]
+        if not fits(value):
+            raise Damaged(f"{path}: damaged (its {name} is {one_line(repr(value))[:60]}, not {what})")
+    if "epochs" not in artifact.meta:
+        raise Damaged(f"{path}: damaged (it does not say after how many epochs it was written)")
+    if shapes is not None:
+        _check_shapes(path, artifact.tensors, shapes)
+    return artifact, digested
+
+
+def _check_shapes(path: Path, tensors: Tensors, shapes: Mapping[str, torch.Size]) -> None:
+    for name in sorted(tensors.keys() | shapes.keys()):
+        if name not in tensors:
+            raise Damaged(f"{path}: damaged (its tensor {name} is missing)")
+        found = list(tensors[name].shape)
+        if name not in shapes:
+            raise Damaged(f"{path}: damaged (it has a tensor {one_line(name)[:60]!r}, which this training has not)")
+        if found != list(shapes[name]):
+            raise Damaged(f"{path}: damaged (its tensor {name} has shape {found}, not {list(shapes[name])})")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "epochs": ("a whole number from 0", lambda value: type(value) is int and value >= 0),
+    "losses": ("a list of numbers", lambda value: isinstance(value, list) and all(map(_is_number, value))),
+    "seconds": ("a number", _is_number),
+}
+"""What a training's checkpoint says of itself: `tailscope.training.epochs.History`."""
+
+
 def load_header(path: Path) -> Meta:
     """Read the description that `save_tensors` wrote, without the tensors and without checking the digest.
 
     Raises:
         UserError: it is damaged.
     """
-    with reading(path), safe_open(path, framework="pt") as file:
+    with opened(path) as file:
         return dict(json.loads(file.metadata()["meta"]))
 
 
-def whole_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint in a scratch folder that is whole; None where there is none.
+def whole_checkpoint(folder: Path, shapes: Mapping[str, torch.Size] | None = None) -> tuple[Path, Artifact] | None:
+    """Return the newest checkpoint in a scratch folder that is whole, and its path; None where there is none.
 
-    A damaged one is named in a warning and left where it is.
+    A damaged one is named in a warning and left where it is; `shapes` are those of the training's tensors.
 
     Raises:
         UserError: one may not be read.
@@ -314,12 +372,12 @@ def whole_checkpoint(folder: Path) -> Path | None:
             if not path.exists():
                 continue
         try:
-            check_tensors(path)
+            artifact, _ = check_checkpoint(path, shapes)
         except Damaged as error:
             damaged.append(error)
         else:
             _warn(damaged, "the one before it is taken")
-            return path
+            return path, artifact
     _warn(damaged, "training starts again")
     return None
 

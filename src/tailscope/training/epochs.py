@@ -13,7 +13,7 @@ from torch import Tensor
 from tailscope.errors import UserError
 from tailscope.progress import Advance
 from tailscope.spec import StageSpec
-from tailscope.store import CHECKPOINT, Meta, Tensors, load_checkpoint, save_tensors
+from tailscope.store import CHECKPOINT, Meta, Tensors, save_tensors, whole_checkpoint
 from tailscope.training.schedules import SCHEDULES
 from tailscope.training.step import Stepper
 from tailscope.training.team import Solo, Team
@@ -155,10 +155,13 @@ class Keeper:
 
 
 def resume(scratch: Path | None, stepper: Stepper, team: Team | None = None) -> History:
-    """Restore the last checkpoint in every process of the team, if its leader has one."""
-    path = None if scratch is None else scratch / CHECKPOINT
-    found = load_checkpoint(path) if path is not None and path.is_file() else None
-    tensors, meta = (team or Solo()).share(None if found is None else (found.tensors, found.meta)) or ({}, {})
+    """Restore the last checkpoint that is whole and fits, in every process of the team, if its leader has one.
+
+    What does not is named in a warning.
+    """
+    whole = None if scratch is None else whole_checkpoint(scratch, stepper.shapes())
+    found = None if whole is None else (whole[1].tensors, whole[1].meta)
+    tensors, meta = (team or Solo()).share(found) or ({}, {})
     if tensors:
         stepper.restore(tensors)
     return History(**meta)

@@ -162,6 +162,14 @@ class Stepper:
         }
         return {**{f"model.{k}": v for k, v in self.model.state_dict().items()}, **momentum}
 
+    def shapes(self) -> dict[str, torch.Size]:
+        """Return the shapes of what `state` returns after a step, by name."""
+        momentum = self.optimizer.param_groups[0]["momentum"]
+        return {
+            **{f"model.{name}": tensor.shape for name, tensor in self.model.state_dict().items()},
+            **{f"momentum.{name}": p.shape for name, p in self.model.named_parameters() if momentum},
+        }
+
     def restore(self, state: dict[str, Tensor]) -> None:
         """Continue from what `state` returned."""
         model = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
