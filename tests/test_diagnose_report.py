@@ -19,7 +19,7 @@ from tailscope import cli, report
 from tailscope.errors import UserError
 from tailscope.feature_table import FeatureTable
 from tailscope.geometry import FIELDS
-from tailscope.report import diagnosis_rows, diagnosis_story, diagnosis_tables, measures_page
+from tailscope.report import diagnosis_charts, diagnosis_rows, diagnosis_story, diagnosis_tables, measures_page
 from tailscope.result_files import write
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -196,3 +196,11 @@ def test_a_withheld_verdict_is_a_short_headline_and_its_reason_the_first_caveat(
     assert headline.startswith("Undecided: the labels of ")
     assert headline.endswith("seem to mean different classes")
     assert diagnosis_story.caveats(result)[0] == f"No verdict: {result['verdict']['reason']}."
+
+
+def test_a_measure_that_a_result_does_not_hold_is_undefined():
+    result = tailscope.diagnose(*(table(*part) for part in separable()), verdict=False, **FEW)
+    for entry in result["classes"]:
+        del entry["nearest_center_true_deg"]
+    assert {row["nearest_center_true_deg"] for row in diagnosis_charts.data(result)["by_count"]} == {None}
+    assert diagnosis_charts.figures(result)

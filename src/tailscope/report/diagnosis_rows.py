@@ -4,8 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from tailscope.groups import GROUPS
+from tailscope.report.measures import BY_FIELD
 from tailscope.report.results import Result, ranks, read
 from tailscope.report.rows import Row
+
+_MEASURES: Row = dict.fromkeys(BY_FIELD)
+"""What a result does not hold is undefined in it."""
 
 ACCURACIES = {"current": "current", "rebalanced": "re-balanced", "classifier_bound": "classifier bound"}
 
@@ -26,7 +30,7 @@ def classes(result: Result) -> list[Row]:
     parts = result["verdict"]["classes"] if result["verdict"] else [{}] * len(result["classes"])
     found = []
     for k, (entry, part) in enumerate(zip(result["classes"], parts, strict=True)):
-        row: Row = {**entry, "rank": rank[k], "count": result["counts"][k]}
+        row: Row = {**_MEASURES, **entry, "rank": rank[k], "count": result["counts"][k]}
         row["name"] = str(entry["name"])
         for name, values in recalls.items():
             row[f"recall_{name}"] = None if values is None else values[k]
@@ -46,7 +50,7 @@ def groups(result: Result) -> list[Row]:
         entry = result["groups"].get(name)
         if entry is None:
             continue
-        row: Row = {**entry, "count": entry["train_count"]}
+        row: Row = {**_MEASURES, **entry, "count": entry["train_count"]}
         if result["accuracy"]:
             row |= {f"recall_{key}": result["accuracy"][key]["groups"][name] for key in ACCURACIES}
         part = ((result["verdict"] or {}).get("groups") or {}).get(name) or {}
