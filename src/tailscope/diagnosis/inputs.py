@@ -54,12 +54,12 @@ class Inputs:
         """
         tables = {"train": self.train, "unseen": self.unseen, "test": self.test}
         found: dict[str, Any] = {
-            name: {"source": _name(table.source), "sha256": _digest(table.features, table.labels)} if table else None
+            name: {"source": named(table.source), "sha256": _digest(table.features, table.labels)} if table else None
             for name, table in tables.items()
         }
         linear = self.classifier
         found["classifier"] = (
-            None if linear is None else {"source": _name(linear.source), "sha256": _digest(linear.weight, linear.bias)}
+            None if linear is None else {"source": named(linear.source), "sha256": _digest(linear.weight, linear.bias)}
         )
         return found
 
@@ -161,7 +161,8 @@ def _same_data(a: FeatureTable, b: FeatureTable) -> bool:
     return one is None or other is None or one == other
 
 
-def _name(source: str) -> str:
+def named(source: str) -> str:
+    """Return a file's name without its folders, which mean nothing on another machine."""
     return Path(source).name or source
 
 

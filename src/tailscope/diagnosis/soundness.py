@@ -8,14 +8,13 @@ of a diagnosis is right and every conclusion from it wrong: then the verdict is 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tailscope.diagnosis.inputs import Inputs
+from tailscope.diagnosis.inputs import Inputs, named
 from tailscope.diagnosis.label_match import MARGIN, Match, cycles, match_labels
 from tailscope.errors import UserError
 from tailscope.feature_table import FeatureTable
@@ -102,7 +101,7 @@ def doubts(inputs: Mapping[str, Inputs]) -> list[str]:
         for one in inputs.values():
             for option, held_out in (("--unseen", one.unseen), ("--test", one.test)):
                 if held_out is not None:
-                    found |= dict.fromkeys(check(one, held_out, f"{option} ({_name(held_out.source)})"))
+                    found |= dict.fromkeys(check(one, held_out, f"{option} ({named(held_out.source)})"))
         if found:
             return list(found)
     return []
@@ -112,14 +111,14 @@ def doubts_of_outcomes(inputs: Inputs, outcomes: "Outcomes") -> list[str]:
     """Return why no verdict may be given on these outcomes: a classifier that is worse than guessing."""
     train = _train(inputs)
     if inputs.classifier is not None:
-        reasons = _classifier(inputs, outcomes.predicted_train, f"--classifier ({_name(inputs.classifier.source)})")
+        reasons = _classifier(inputs, outcomes.predicted_train, f"--classifier ({named(inputs.classifier.source)})")
         if reasons:
             return reasons
     low = (outcomes.bound.accuracy.ci95 or (0.0, 1.0))[0]
     most = np.bincount(outcomes.labels).max() / len(outcomes.labels)
     if not (below_chance(outcomes.predicted, outcomes.labels) and low > most):
         return []
-    scored = f"{'--unseen' if inputs.test is None else '--test'} ({_name(inputs.scored.source)})"
+    scored = f"{'--unseen' if inputs.test is None else '--test'} ({named(inputs.scored.source)})"
     return [
         f"the labels of {scored} and of {train} seem to mean different classes: the classifier in use gets "
         f"{outcomes.current.mean():.1%} of {scored} right, fewer than guessing would, one fitted to held-out samples "
@@ -307,8 +306,4 @@ def _listed(texts: Sequence[str]) -> str:
 
 
 def _train(inputs: Inputs) -> str:
-    return f"--train ({_name(inputs.train.source)})"
-
-
-def _name(source: str) -> str:
-    return Path(source).name or source
+    return f"--train ({named(inputs.train.source)})"
