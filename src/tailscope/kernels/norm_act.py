@@ -85,9 +85,19 @@ def available() -> bool:
     return library("batch_norm") is not None
 
 
-def used_by(network: nn.Module) -> bool:
-    """Whether a network that is not compiled uses the kernel on the CPU."""
-    return any(isinstance(module, NormAct) and module.fused for module in network.modules()) and available()
+def fits(network: nn.Module) -> bool:
+    """Whether the kernel can train a network on the CPU: some of its modules, switched on or off."""
+    return any(module.num_features % _CHANNELS == 0 for module in _within(network)) and available()
+
+
+def switch(network: nn.Module, *, on: bool) -> None:
+    """Let a network use the kernel where it fits, or not."""
+    for module in _within(network):
+        module.fused = on
+
+
+def _within(network: nn.Module) -> list[NormAct]:
+    return [module for module in network.modules() if isinstance(module, NormAct)]
 
 
 class _Fused(torch.autograd.Function):

@@ -205,13 +205,12 @@ class Trainings:
         self._train(training, Deadline(training.watched, self.deadline.left))  # it remembers the last epoch's time
 
     def _train(self, training: _Training, progress: Progress) -> None:
-        """Train a backbone; where that fails, once more without compiling, and then leave it: the others go on."""
+        """Train a backbone; where that fails, once more by PyTorch's own operations, and then leave it."""
         training.state, run = "training", training.run
         lab = copy.copy(training.lab)  # a lab keeps a model, and tells one progress
         lab.runtime = replace(lab.runtime, progress=progress)
-        steps = run.stage1.train.lengths(len(run.trained_on.rows))[1]
         while True:
-            compiles = lab.runtime.should_compile(steps)
+            again = lab.runtime.engine != "eager"
             try:
                 lab.backbone(run.stage1, run.trained_on.rows, run.seed, run.encoder)
                 training.state = "stored"
@@ -221,9 +220,9 @@ class Trainings:
                 self.tell(f"{training} failed: {error}")
                 training.state = "failed"
             except Exception:  # a net: whatever ends one training must not end the others, nor lose their results
-                _log.exception("%s failed%s", training, "; once more, not compiled" if compiles else "")
-                if compiles:
-                    lab.runtime = replace(lab.runtime, compile=False)
+                _log.exception("%s failed%s", training, "; once more with the engine eager" if again else "")
+                if again:
+                    lab.runtime = replace(lab.runtime, engine="eager")
                     continue
                 training.state = "failed"
             return

@@ -21,7 +21,7 @@ from tailscope.paper.plan import Plan
 from tailscope.progress import Quiet
 from tailscope.seeds import torch_stream
 from tailscope.training.recipes import Recipe
-from tailscope.training.runtime import Runtime
+from tailscope.training.runtime import Runtime, arithmetic_of
 from tailscope.training.stage1 import new_model
 from tailscope.training.step import Stepper, loss_function
 
@@ -74,12 +74,12 @@ class Rates:
 def remembered(lab: Lab, recipe: Recipe, plan: Plan) -> dict[tuple[str, ...], float]:
     """Return the seconds an image took in stored trainings like the plan's: the median, by augmentation.
 
-    Alike are the data set, the network, the batch, the precision, whether steps are compiled, and the hardware with its
-    number of threads. Descriptions that cannot be read say nothing.
+    Alike are the data set, the network, the batch, the precision, the engine if one was asked for, and the hardware
+    with its number of threads. Descriptions that cannot be read say nothing.
     """
     hardware = _hardware(lab, recipe.stage1.batch)
-    fixed = (lab.data.fingerprint, recipe.model, recipe.stage1.batch, _precision(lab.runtime, recipe), *hardware)
-    alike = {b.augment: (*fixed, lab.runtime.should_compile(b.steps)) for b in plan.to_train}
+    alike = (lab.data.fingerprint, recipe.model, recipe.stage1.batch, _precision(lab.runtime, recipe), *hardware)
+    wanted, asked = {b.augment for b in plan.to_train}, lab.runtime.engine
     found: dict[tuple[str, ...], list[float]] = {}
     for key in lab.store.keys("stage1"):
         try:
@@ -87,11 +87,12 @@ def remembered(lab: Lab, recipe: Recipe, plan: Plan) -> dict[tuple[str, ...], fl
             spec, device = meta["spec"], meta["device"]
             augment = tuple(spec["augment"])
             stage = (spec["data"]["fingerprint"], spec["model"], spec["train"]["batch"], meta["precision"])
-            told = (*stage, device["gpu"], device["cpu"], device["threads"], meta["compiled"])
+            told = (*stage, device["gpu"], device["cpu"], device["threads"])
+            engine = arithmetic_of(meta)["engine"]
             rate = float(meta["images_per_second"])
         except (UserError, KeyError, TypeError, ValueError):
             continue
-        if alike.get(augment) == told and rate > 0:
+        if augment in wanted and told == alike and asked in (None, engine) and rate > 0:
             found.setdefault(augment, []).append(1 / rate)
     return {augment: statistics.median(seconds) for augment, seconds in found.items()}
 
@@ -189,7 +190,7 @@ def _step(lab: Lab, recipe: Recipe, runtime: Runtime, seconds: float) -> float:
     model = new_model(recipe.model, images.shape[-1], classes, seed=0).to(runtime.device).train()
     loss = LOSSES.make("cross_entropy", torch.bincount(labels, minlength=classes))
     compute = loss_function(model, loss, lab.normalize.to(runtime.device), runtime.dtype(train.precision))
-    stepper = Stepper(model, compute, train, compile=False)
+    stepper = Stepper(model, compute, train)
     with runtime.threads_for(images, train.batch):
         # Reading the loss waits for the device.
         return _seconds_each(lambda: stepper(images, labels, 0.01).item(), len(labels), seconds)
