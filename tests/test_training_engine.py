@@ -77,6 +77,23 @@ def test_the_least_time_counts_whatever_else_the_machine_does(monkeypatch):
     assert choose(PLAIN, work(), busy.prepare) == "fused"
 
 
+def test_a_machine_that_is_too_busy_to_tell_is_measured_another_time(monkeypatch, cache):
+    for seconds, taken in (({"eager": 4.0}, 1), ({"eager": 0.7, "fused": 1.0}, 4)):
+        machine = Machine(monkeypatch, **seconds)
+        assert choose(PLAIN, work(), machine.prepare) == "fused"
+        assert len(machine.steps) == taken
+        assert not cache.exists()
+    slow = Machine(monkeypatch, eager=0.6, fused=0.8)
+    assert choose(PLAIN, work(), slow.prepare) == "eager"
+    assert slow.now <= SECONDS
+
+
+def test_compiled_steps_that_cannot_be_timed_are_not_taken(monkeypatch):
+    slow = itertools.chain([60.0], itertools.repeat(2.0))
+    machine = Machine(monkeypatch, eager=0.2, fused=0.1, compiled=slow)
+    assert choose(ALL, work(LONG), machine.prepare) == "fused"
+
+
 def test_quick_steps_are_not_timed_for_three_seconds(monkeypatch):
     machine = Machine(monkeypatch, eager=0.001, fused=0.002)
     assert choose(PLAIN, work(), machine.prepare) == "eager"

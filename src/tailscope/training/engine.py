@@ -30,7 +30,7 @@ from tailscope.store.files import write_json
 from tailscope.training.runtime import Engine, can_compile
 
 SECONDS = 3.0
-"""How long all timing takes, compiling aside; a network with slower steps takes one with each engine."""
+"""How long all timing takes, compiling aside."""
 
 ROUNDS = 12
 """How often each engine takes its turn at most: small networks need no three seconds."""
@@ -104,7 +104,9 @@ def choose(engines: Sequence[Engine], work: Work, prepare: Prepare, tell: Callab
     with _TIMING:
         known = times = _recall(work)
         if not times.step.keys() >= set(plain):
-            times = Times(_in_turn({engine: prepare(engine) for engine in plain}, SECONDS * 2 / 3))
+            times = Times(_in_turn({engine: prepare(engine) for engine in plain}, SECONDS * 3 / 4))
+        if not times.step:
+            return plain[-1]
         best = min(plain, key=times.step.__getitem__)
         if {"compiled"} & set(engines) - times.step.keys() and times.whole(best, work.steps) >= COMPILED_FROM_SECONDS:
             times = _with_compiled(times, best, prepare)
@@ -116,7 +118,10 @@ def choose(engines: Sequence[Engine], work: Work, prepare: Prepare, tell: Callab
 
 
 def _in_turn(steps: Mapping[Engine, Callable[[], object]], seconds: float) -> dict[Engine, float]:
-    """Return the least seconds of a step with each engine, in rounds as long as another one fits into the time."""
+    """Return the least seconds of a step with each engine, in two rounds and as many more as fit into the time.
+
+    Nothing is returned where even two rounds take longer than `SECONDS`: the machine is too busy to tell.
+    """
     least = dict.fromkeys(steps, float("inf"))
     began = _clock()
     for rounds in range(1, ROUNDS + 1):
@@ -124,13 +129,15 @@ def _in_turn(steps: Mapping[Engine, Callable[[], object]], seconds: float) -> di
             started = _clock()
             step()
             least[engine] = min(least[engine], _clock() - started)
-        if (_clock() - began) * (rounds + 1) / rounds > seconds:
+            if _clock() - began > SECONDS and rounds <= 2:
+                return {}
+        if rounds >= 2 and (_clock() - began) * (rounds + 1) / rounds > seconds:
             break
     return least
 
 
 def _with_compiled(times: Times, best: Engine, prepare: Prepare) -> Times:
-    """Return the times with those of compiled steps, measured in turn with the best others; without where they fail."""
+    """Return the times with those of compiled steps, in turn with the best others; without, where that fails."""
     plain, compiled = prepare(best), prepare("compiled")
     started = _clock()
     try:
@@ -139,7 +146,9 @@ def _with_compiled(times: Times, best: Engine, prepare: Prepare) -> Times:
         _log.warning("torch.compile fails here, training goes on without: %s", one_line(str(error)))
         return times
     compiling = _clock() - started
-    least = _in_turn({best: plain, "compiled": compiled}, SECONDS / 3)
+    least = _in_turn({best: plain, "compiled": compiled}, SECONDS / 4)
+    if not least:
+        return times
     # Relative to the others, so that times from two different minutes are not compared.
     return Times({**times.step, "compiled": times.step[best] * least["compiled"] / least[best]}, compiling)
 
