@@ -86,7 +86,8 @@ class Times:
 def possible(network: nn.Module, device: torch.device, *, compiles: bool = True) -> list[Engine]:
     """Return the engines that can train a network here; `compiles`: whether the training's steps can be compiled."""
     fused = device.type == "cpu" and norm_act.fits(network)
-    return ["eager", *(["fused"] if fused else []), *(["compiled"] if compiles and can_compile() else [])]
+    there: dict[Engine, bool] = {"eager": True, "fused": fused, "compiled": compiles and can_compile()}
+    return [engine for engine, usable in there.items() if usable]
 
 
 def choose(engines: Sequence[Engine], work: Work, prepare: Prepare, tell: Callable[[str], object] = str) -> Engine:

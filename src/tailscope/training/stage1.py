@@ -95,30 +95,43 @@ class Training:
         stepper = self.stepper(capture)
         history = resume(self.scratch, stepper, self.team)
         if history.epochs < epochs.number or not history.engines:
-            work = self._work(epochs, sides)
-            possible = engines.possible(stepper.model, self.runtime.device, compiles=compiles)
             leads = self.team.rank == 0
-            history.go_on_with(self.team.share(self._engine(history, possible, work, capture) if leads else None))
+            own = self.engine(stepper, sides, history, capture, compiles=compiles) if leads else None
+            history.go_on_with(self.team.share(own))
         stepper.use(history.engines[-1])
         task = self.runtime.progress.task(self.label, epochs.images(), epochs.images(history.epochs))
         with keeper.saving(), task as advance:
             train_epochs(epochs, history, stepper, keeper, advance, partial(take, stepper))
         return Flat(stepper.model.state_dict()).tensors(), self._described(stepper, history)
 
-    def _engine(self, history: History, possible: list[Engine], work: Work, capture: Capture | None) -> Engine:
-        """Return the engine that was asked for, else the checkpoint's if it is still there, else the fastest."""
-        asked = self.runtime.engine
+    def engine(
+        self,
+        stepper: Stepper,
+        sides: tuple[int, int],
+        history: History,
+        capture: Capture | None = None,
+        *,
+        compiles: bool = True,
+    ) -> Engine:
+        """Return the engine that was asked for, else the checkpoint's if it is still there, else the fastest.
+
+        The arguments are those of `run`, with what it makes of them.
+
+        Raises:
+            UserError: compiled steps were asked for and there are none.
+        """
+        asked, possible = self.runtime.engine, engines.possible(stepper.model, self.runtime.device, compiles=compiles)
         if asked == "compiled" and asked not in possible:
             raise UserError("--engine compiled: steps on images in files are not compiled; take auto, eager or fused")
         if asked is not None:
             return asked if asked in possible else "eager"  # a network without anything to fuse
         if (before := history.engines[-1:]) and before[0] in possible:
             return before[0]
+        work = self._work(sides)
         return engines.choose(possible, work, partial(self._trial, work.images, capture), self.runtime.progress.note)
 
-    def _work(self, epochs: Epochs, sides: tuple[int, int]) -> Work:
-        train, runtime = self.spec.train, self.runtime
-        hardware = runtime.describe()
+    def _work(self, sides: tuple[int, int]) -> Work:
+        train, hardware = self.spec.train, self.runtime.describe()
         images = (-(-train.batch // train.micro_batches), *sides, self.data.channels)
         alike = {
             "model": self.spec.model,
@@ -129,7 +142,7 @@ class Training:
             "precision": named(self.precision),
             "torch": torch.__version__,
         }
-        return Work(alike, images, epochs.steps * train.micro_batches)
+        return Work(alike, images, train.lengths(len(self.data))[1] * train.micro_batches)
 
     def _trial(self, shape: Sequence[int], capture: Capture | None, engine: Engine) -> Callable[[], object]:
         """Return what takes a step of a copy of the network on random images, and waits for it."""
