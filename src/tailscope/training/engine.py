@@ -91,7 +91,7 @@ def possible(network: nn.Module, device: torch.device, *, compiles: bool = True)
 
 
 def choose(engines: Sequence[Engine], work: Work, prepare: Prepare, tell: Callable[[str], object] = str) -> Engine:
-    """Return the engine that finishes a training first; a short training takes the one that usually does, unmeasured.
+    """Return the engine that finishes a training first; one too short to be timed takes the one that usually does.
 
     Args:
         engines: the possible ones.
@@ -100,12 +100,13 @@ def choose(engines: Sequence[Engine], work: Work, prepare: Prepare, tell: Callab
         tell: receives a line on what was measured just now.
     """
     plain = [engine for engine in engines if engine != "compiled"]
-    if work.pixels < TIMED_FROM_PIXELS or len(engines) == 1:
+    if len(engines) == 1:
         return plain[-1]
     with _TIMING:
         known = times = _recall(work)
         if not times.step.keys() >= set(plain):
-            times = Times(_in_turn({engine: prepare(engine) for engine in plain}, SECONDS * 3 / 4))
+            long = work.pixels >= TIMED_FROM_PIXELS
+            times = Times(_in_turn({engine: prepare(engine) for engine in plain}, SECONDS * 3 / 4) if long else {})
         if not times.step:
             return plain[-1]
         best = min(plain, key=times.step.__getitem__)
