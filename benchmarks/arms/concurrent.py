@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from benchmarks.arms.common import load_images, on_device
-from benchmarks.arms.ours import chosen, stage1_spec
+from benchmarks.arms.ours import SIDES, chosen, stage1_spec
 from benchmarks.workers import Pace
 from tailscope.paper.ahead import prepare_thread
 from tailscope.progress import Advance, Quiet
@@ -59,7 +59,7 @@ def train(
     share = (runtime.device, max(1, torch.get_num_threads() // jobs))
     pace.ready()
     with TemporaryDirectory() as scratch, ThreadPoolExecutor(jobs, "training", prepare_thread, share) as pool:
-        engine = pool.submit(chosen, Training(spec, subset, normalize, 0, runtime, None, "")).result()
+        engine = pool.submit(chosen, Training(spec, subset, SIDES, normalize, 0, runtime, None, "")).result()
         pace.told["engine"] = engine
         folders = [Path(scratch) / str(seed) for seed in range(jobs)]
         for folder in folders:

@@ -8,12 +8,12 @@ from benchmarks.arms.common import STAGE1, Paced, data_spec, load_images, on_dev
 from benchmarks.workers import Pace
 from tailscope.data.imageset import ImageSet
 from tailscope.spec import StageSpec
-from tailscope.training.epochs import History
 from tailscope.training.graph import capturing
 from tailscope.training.runtime import Engine, Runtime
 from tailscope.training.stage1 import Training, train_backbone
 from tailscope.training.step import Normalizer
 
+SIDES = (32, 32)
 AUGMENT = ("crop(padding=4)", "flip")
 
 
@@ -26,7 +26,7 @@ def stage1_spec(subset: ImageSet, batch: int, model: str) -> StageSpec:
 def chosen(training: Training) -> Engine:
     """Return the engine that a training takes: the one that was asked for, else the fastest, measured now."""
     with capturing(training.runtime.device) as capture:
-        return training.engine(training.stepper(capture), (32, 32), History(), capture)
+        return training.engine(training.stepper(capture))
 
 
 def train(
@@ -53,7 +53,7 @@ def train(
     runtime = Runtime.choose(device, engine=engine, progress=Paced(pace))
     normalize = Normalizer.of(subset.images)
     pace.ready()
-    pace.told["engine"] = engine = chosen(Training(spec, subset, normalize, 0, runtime, None, ""))
+    pace.told["engine"] = engine = chosen(Training(spec, subset, SIDES, normalize, 0, runtime, None, ""))
     runtime = replace(runtime, engine=engine)
     with TemporaryDirectory() as scratch:
         train_backbone(spec, subset, normalize, 0, runtime, Path(scratch), "benchmark")

@@ -46,22 +46,26 @@ class Training:
     Attributes:
         spec: the stage.
         data: the training images, already the subset that `spec.data` names.
-        normalize: pixel statistics.
+        sides: height and width of an image as the network sees it.
+        normalize: pixel statistics, those of the true training set for every backbone.
         seed: of initialisation, order and augmentation.
         runtime: device, precision, engine and progress.
         scratch: folder for the checkpoint; None in followers.
         label: what progress calls this training.
         team: the processes that share the work.
+        compiles: whether its steps can be compiled.
     """
 
     spec: StageSpec
     data: ImageSet | FileSet
+    sides: tuple[int, int]
     normalize: Normalizer
     seed: int
     runtime: Runtime
     scratch: Path | None
     label: str
     team: Team = field(default_factory=Solo)
+    compiles: bool = True
 
     @property
     def precision(self) -> torch.dtype:
@@ -77,16 +81,12 @@ class Training:
         compute = loss_function(model, loss, self.normalize.to(device), self.precision)
         return Stepper(model, compute, spec.train, capture=capture)
 
-    def run(
-        self, take: TakeSteps, sides: tuple[int, int], capture: Capture | None = None, *, compiles: bool = True
-    ) -> tuple[Tensors, Meta]:
+    def run(self, take: TakeSteps, capture: Capture | None = None) -> tuple[Tensors, Meta]:
         """Train, or go on from the checkpoint; return the model's state on the CPU and a description.
 
         Args:
             take: takes an epoch's steps, given the stepper, the epoch and the multipliers of the learning rate.
-            sides: height and width of an image as the network sees it.
             capture: of steps.
-            compiles: whether its steps can be compiled.
 
         Raises:
             UserError: the training diverged, or compiled steps were asked for and there are none.
@@ -95,44 +95,29 @@ class Training:
         stepper = self.stepper(capture)
         history = resume(self.scratch, stepper, self.team)
         if history.epochs < epochs.number or not history.engines:
-            leads = self.team.rank == 0
-            own = self.engine(stepper, sides, history, capture, compiles=compiles) if leads else None
-            history.go_on_with(self.team.share(own))
+            history.go_on_with(self.team.share(self.engine(stepper, history.engines) if self.team.rank == 0 else None))
         stepper.use(history.engines[-1])
         task = self.runtime.progress.task(self.label, epochs.images(), epochs.images(history.epochs))
         with keeper.saving(), task as advance:
             train_epochs(epochs, history, stepper, keeper, advance, partial(take, stepper))
         return Flat(stepper.model.state_dict()).tensors(), self._described(stepper, history)
 
-    def engine(
-        self,
-        stepper: Stepper,
-        sides: tuple[int, int],
-        history: History,
-        capture: Capture | None = None,
-        *,
-        compiles: bool = True,
-    ) -> Engine:
-        """Return the engine that was asked for, else the checkpoint's if it is still there, else the fastest.
-
-        The arguments are those of `run`, with what it makes of them.
+    def engine(self, stepper: Stepper, before: Sequence[Engine] = ()) -> Engine:
+        """Return the engine that was asked for, else the last of those before if it is still there, else the fastest.
 
         Raises:
             UserError: compiled steps were asked for and there are none.
         """
-        asked, possible = self.runtime.engine, engines.possible(stepper.model, self.runtime.device, compiles=compiles)
+        possible = engines.possible(stepper.model, self.runtime.device, compiles=self.compiles)
+        asked = self.runtime.engine
         if asked == "compiled" and asked not in possible:
             raise UserError("--engine compiled: steps on images in files are not compiled; take auto, eager or fused")
         if asked is not None:
             return asked if asked in possible else "eager"  # a network without anything to fuse
-        if (before := history.engines[-1:]) and before[0] in possible:
-            return before[0]
-        work = self._work(sides)
-        return engines.choose(possible, work, partial(self._trial, work.images, capture), self.runtime.progress.note)
-
-    def _work(self, sides: tuple[int, int]) -> Work:
+        if before and before[-1] in possible:
+            return before[-1]
         train, hardware = self.spec.train, self.runtime.describe()
-        images = (-(-train.batch // train.micro_batches), *sides, self.data.channels)
+        images = (-(-train.batch // train.micro_batches), *self.sides, self.data.channels)
         alike = {
             "model": self.spec.model,
             "images": images,
@@ -142,7 +127,9 @@ class Training:
             "precision": named(self.precision),
             "torch": torch.__version__,
         }
-        return Work(alike, images, train.lengths(len(self.data))[1] * train.micro_batches)
+        work = Work(alike, images, train.lengths(len(self.data))[1] * train.micro_batches)
+        trial = partial(self._trial, images, stepper.capture)
+        return engines.choose(possible, work, trial, self.runtime.progress.note)
 
     def _trial(self, shape: Sequence[int], capture: Capture | None, engine: Engine) -> Callable[[], object]:
         """Return what takes a step of a copy of the network on random images, and waits for it."""
@@ -193,7 +180,8 @@ def train_backbone(
                 yield stepper(batch.images, batch.labels, multiplier, batch.lam, batch.partner)
 
         height, width = data.images.shape[1:3]
-        return Training(spec, data, normalize, seed, runtime, scratch, label).run(take, (height, width), capture)
+        training = Training(spec, data, (height, width), normalize, seed, runtime, scratch, label)
+        return training.run(take, capture)
 
 
 @dataclass(frozen=True)

@@ -47,29 +47,29 @@ def train_on_files(
 
     Args:
         spec: the stage; its first augmentation is `resized_crop`.
-        data: the images.
-        normalize: pixel statistics.
-        seed: of initialisation, order and augmentation.
-        runtime: device, precision, progress.
-        scratch: folder for the checkpoint, None in followers.
-        label: what progress calls this training.
-        team: the processes that share the work.
-        workers: processes that decode for each of them; None decides.
+        data: the images; what follows are `Training`'s attributes.
+        normalize: see there.
+        seed: see there.
+        runtime: see there.
+        scratch: see there.
+        label: see there.
+        team: see there.
+        workers: processes that decode for each of the team's; None decides.
 
     Raises:
         UserError: an image has become unreadable, the team does not divide the micro-batches evenly, or the training
             diverged.
     """
-    training = Training(spec, data, normalize, seed, runtime, scratch, label, team)
     batches = _Batches(spec, data, seed, runtime, team, workers)
 
     def take(stepper: Stepper, epoch: int, multipliers: Sequence[float]) -> Iterator[Tensor | None]:
-        step = _SharedStep(stepper, spec.train.learning_rate, team)
+        step = _SharedStep(stepper, team)
         for rate, (sizes, mine) in zip(multipliers, batches.epoch(epoch, len(multipliers)), strict=True):
             yield step(mine, sizes, rate) if sizes else None
 
-    size = photos.size_of(spec.augment)
-    return training.run(take, (size, size), compiles=False)  # micro-batches are of several sizes
+    sides = (photos.size_of(spec.augment),) * 2
+    # Micro-batches are of several sizes: they are not compiled.
+    return Training(spec, data, sides, normalize, seed, runtime, scratch, label, team, compiles=False).run(take)
 
 
 def cut(rows: Rows, batch: int, micro_batches: int) -> list[Rows]:
@@ -141,9 +141,8 @@ class _Batches:
 class _SharedStep:
     """One optimisation step on a batch that is cut into micro-batches, here and in other processes."""
 
-    def __init__(self, stepper: Stepper, learning_rate: float, team: Team) -> None:
-        self._optimizer, self._compute = stepper.optimizer, stepper.compute
-        self._learning_rate, self._team = learning_rate, team
+    def __init__(self, stepper: Stepper, team: Team) -> None:
+        self._stepper, self._team = stepper, team
         self._parameters = [p for p in stepper.model.parameters() if p.requires_grad]
         self._statistics = [b for b in stepper.model.buffers() if b.is_floating_point()]
         self._counters = [b for b in stepper.model.buffers() if not b.is_floating_point()]
@@ -157,7 +156,7 @@ class _SharedStep:
         mean_loss = torch.zeros((), device=self._parameters[0].device)
         for piece in mine:
             _restore(self._statistics, before)
-            loss = self._compute(piece.images, piece.labels, piece.lam, piece.partner)
+            loss = self._stepper.compute(piece.images, piece.labels, piece.lam, piece.partner)
             loss = loss * (len(piece.labels) / sum(sizes))
             loss.backward()  # type: ignore[no-untyped-call]
             mean_loss += loss.detach()
@@ -166,8 +165,8 @@ class _SharedStep:
         torch._foreach_div_(after, len(sizes))
         _restore(self._statistics, after)
         _restore(self._counters, steps)
-        self._optimizer.param_groups[0]["lr"] = self._learning_rate * rate
-        self._optimizer.step()
+        self._stepper.set_rate(rate)
+        self._stepper.optimizer.step()
         return mean_loss
 
 

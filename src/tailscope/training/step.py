@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tailscope.kernels import norm_act
 from tailscope.methods.losses import Loss
@@ -89,6 +89,18 @@ def _step(
     return loss.detach()
 
 
+def sgd(model: nn.Module, train: TrainSpec, rate: float | Tensor) -> torch.optim.SGD:
+    """Return the optimiser of a stage."""
+    return torch.optim.SGD(
+        model.parameters(),
+        lr=rate,
+        momentum=train.momentum,
+        nesterov=train.nesterov,
+        weight_decay=train.weight_decay,
+        fused=True,
+    )
+
+
 def _compiling(step: Step) -> Step:
     """Keep other threads from drawing in the first step: the compiler puts back the default generator's state."""
     first = [alone()]
@@ -114,30 +126,25 @@ class Stepper:
             train: batch size and optimiser.
             capture: what captures the steps, of full and of short batches; None: they are launched kernel by kernel.
         """
-        self.model, self.compute, self._capture = model, compute, capture
+        self.model, self.compute, self.capture = model, compute, capture
         self._batch = train.batch
         self._learning_rate = train.learning_rate
         device = next(model.parameters()).device
-        self.optimizer = torch.optim.SGD(
-            model.parameters(),
-            # A captured step reads the rate from memory.
-            lr=torch.tensor(train.learning_rate, device=device) if capture else train.learning_rate,
-            momentum=train.momentum,
-            nesterov=train.nesterov,
-            weight_decay=train.weight_decay,
-            fused=True,
-        )
+        # A captured step reads the rate from memory.
+        rate = torch.tensor(train.learning_rate, device=device) if capture else train.learning_rate
+        self.optimizer = sgd(model, train, rate)
         self.use("fused")
 
     def use(self, engine: Engine) -> None:
         """Take steps with an engine; what is not compiled uses our kernel where it fits, unless that is `eager`."""
         norm_act.switch(self.model, on=engine != "eager")
+        capture = self.capture
         # Nothing of this refers back to the stepper: a graph must not wait for the garbage collector to find a cycle.
         full: Step = partial(_step, self.optimizer, self.compute)
         short = full
         if engine == "compiled":
             full = _compiling(partial(_step, self.optimizer, torch.compile(self.compute, dynamic=False)))
-        self._full, self._short = (GraphedStep(s, self._capture) if self._capture else s for s in (full, short))
+        self._full, self._short = (GraphedStep(s, capture) if capture else s for s in (full, short))
 
     def __call__(
         self,
@@ -151,12 +158,13 @@ class Stepper:
 
         Batches that are not full are all of one size: an epoch's last one.
         """
-        self._set_rate(self._learning_rate * multiplier)
+        self.set_rate(multiplier)
         step = self._full if len(labels) == self._batch else self._short
         return step(images, labels, lam, partner)
 
-    def _set_rate(self, value: float) -> None:
-        group = self.optimizer.param_groups[0]
+    def set_rate(self, multiplier: float) -> None:
+        """Learn at `multiplier` times the base learning rate from now on."""
+        group, value = self.optimizer.param_groups[0], self._learning_rate * multiplier
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(value)
         else:
