@@ -21,7 +21,7 @@ from tailscope.store import Meta, Tensors
 from tailscope.training import engine as engines
 from tailscope.training.engine import Work
 from tailscope.training.epochs import Epochs, Flat, History, Keeper, resume, train_epochs
-from tailscope.training.graph import Capture, capturing
+from tailscope.training.graph import CudaCapture, capturing
 from tailscope.training.runtime import Engine, Runtime, arithmetic, named
 from tailscope.training.step import Normalizer, Stepper, loss_function
 from tailscope.training.team import Solo, Team
@@ -72,7 +72,7 @@ class Training:
         """The type of convolutions and matrix products."""
         return self.runtime.dtype(self.spec.train.precision)
 
-    def stepper(self, capture: Capture | None = None) -> Stepper:
+    def stepper(self, capture: CudaCapture | None = None) -> Stepper:
         """Return the model, its loss and its optimiser on the runtime's device, as they begin."""
         spec, device = self.spec, self.runtime.device
         assert spec.model is not None
@@ -81,7 +81,7 @@ class Training:
         compute = loss_function(model, loss, self.normalize.to(device), self.precision)
         return Stepper(model, compute, spec.train, capture=capture)
 
-    def run(self, take: TakeSteps, capture: Capture | None = None) -> tuple[Tensors, Meta]:
+    def run(self, take: TakeSteps, capture: CudaCapture | None = None) -> tuple[Tensors, Meta]:
         """Train, or go on from the checkpoint; return the model's state on the CPU and a description.
 
         Args:
@@ -131,7 +131,7 @@ class Training:
         trial = partial(self._trial, images, stepper.capture)
         return engines.choose(possible, work, trial, self.runtime.progress.note)
 
-    def _trial(self, shape: Sequence[int], capture: Capture | None, engine: Engine) -> Callable[[], object]:
+    def _trial(self, shape: Sequence[int], capture: CudaCapture | None, engine: Engine) -> Callable[[], object]:
         """Return what takes a step of a copy of the network on random images, and waits for it."""
         stepper, device = self.stepper(capture), self.runtime.device
         stepper.use(engine)

@@ -39,22 +39,11 @@ def train_on_files(
     team: Team,
     workers: int | None = None,
 ) -> tuple[Tensors, Meta]:
-    """Train a backbone on images in files; as `train_backbone`, by a team.
+    """Train a backbone on images in files; the arguments are `Training`'s, the results those of its `run`.
 
     All processes of the team call this together. What ends a training early costs the epoch that was begun, or a little
     more where epochs are short and the process is killed (`Keeper`); started again, with any number of processes, it
-    goes on from there.
-
-    Args:
-        spec: the stage; its first augmentation is `resized_crop`.
-        data: the images; what follows are `Training`'s attributes.
-        normalize: see there.
-        seed: see there.
-        runtime: see there.
-        scratch: see there.
-        label: see there.
-        team: see there.
-        workers: processes that decode for each of the team's; None decides.
+    goes on from there. `workers` processes decode for each of the team's; None decides.
 
     Raises:
         UserError: an image has become unreadable, the team does not divide the micro-batches evenly, or the training

@@ -13,7 +13,7 @@ from tailscope.methods.losses import Loss
 from tailscope.models import CifarResNet
 from tailscope.seeds import alone
 from tailscope.spec import TrainSpec
-from tailscope.training.graph import Capture, GraphedStep, Step
+from tailscope.training.graph import CudaCapture, GraphedStep, Step
 from tailscope.training.runtime import Engine
 
 
@@ -116,7 +116,7 @@ class Stepper:
     """Runs steps of a model; the short last batch of an epoch is not compiled, and captured by itself."""
 
     def __init__(
-        self, model: CifarResNet, compute: LossFunction, train: TrainSpec, *, capture: Capture | None = None
+        self, model: CifarResNet, compute: LossFunction, train: TrainSpec, *, capture: CudaCapture | None = None
     ) -> None:
         """Prepare the optimiser, and steps with the engine `fused`.
 
