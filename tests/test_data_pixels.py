@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -216,7 +217,7 @@ def test_what_is_no_regular_file_is_named_at_once(tmp_path: Path) -> None:
     (tmp_path / "zero").symlink_to("/dev/zero")
     (tmp_path / "empty").touch()
     (tmp_path / "loop").symlink_to("loop")
-    images = ImageFiles("x", tmp_path, tuple(names), np.zeros(len(names), np.int64), ("a",))
+    images = ImageFiles("x", tmp_path, tuple(names), torch.zeros(len(names), dtype=torch.int64), ("a",))
     started, reasons = time.monotonic(), []
     for row in range(len(names)):
         with pytest.raises(ImageError) as caught:

@@ -1,4 +1,4 @@
-"""Extract features of a stream of images to a file: resumable, and never holding them twice."""
+"""Extract features of images to a file: resumable, and never holding them twice."""
 
 import time
 from dataclasses import dataclass
@@ -11,11 +11,12 @@ from torch import Tensor
 
 from tailscope import array_files
 from tailscope.data.decoding import DecodedBatch, Unreadable, decode, refuse
-from tailscope.data.streams import ImageStream
+from tailscope.data.streams import Images
 from tailscope.encoders.encoder import Encoder
 from tailscope.encoders.shards import Shards
 from tailscope.errors import UserError
 from tailscope.feature_table import FeatureTable
+from tailscope.features import forward
 from tailscope.field_checks import listed, require_finite
 from tailscope.training.runtime import Runtime
 
@@ -56,7 +57,7 @@ class Extraction:
 
 def extract_to_file(
     encoder: Encoder,
-    images: ImageStream,
+    images: Images,
     out: Path,
     runtime: Runtime,
     options: Options | None = None,
@@ -81,7 +82,7 @@ def extract_to_file(
     dtype = runtime.dtype(options.precision)
     made_by = {**encoder.spec(), "precision": str(dtype).removeprefix("torch."), "stored": options.stored}
     _try_first(encoder, images, options)
-    shards = Shards(out, len(images.labels))
+    shards = Shards(out, len(images))
     with shards.opened({**made_by, "images": images.fingerprint()}):
         resumed = shards.readable()
         _extract_missing(encoder, images, shards, runtime, options)
@@ -95,19 +96,19 @@ def extract_to_file(
     return Extraction(table, resumed, skipped)
 
 
-def _try_first(encoder: Encoder, images: ImageStream, options: Options) -> None:
+def _try_first(encoder: Encoder, images: Images, options: Options) -> None:
     """Preprocess a few images from all over the data, so that what cannot work fails before the work.
 
     Raises:
         UserError: the user's transform fails, or images come out in several sizes.
     """
-    total = len(images.labels)
+    total = len(images)
     rows = sorted({i * (total - 1) // (_TRIED - 1) for i in range(_TRIED)}) if total else []
     for _ in decode(images, encoder.preprocessing, [rows] if options.batch > 1 else [[row] for row in rows], workers=0):
         pass
 
 
-def _extract_missing(encoder: Encoder, images: ImageStream, shards: Shards, runtime: Runtime, options: Options) -> None:
+def _extract_missing(encoder: Encoder, images: Images, shards: Shards, runtime: Runtime, options: Options) -> None:
     """Write shards of all images that have none yet.
 
     Batches begin at multiples of their size, whatever was done before: an image's features depend on its batch in the
@@ -123,6 +124,7 @@ def _extract_missing(encoder: Encoder, images: ImageStream, shards: Shards, runt
         pin_memory=runtime.device.type == "cuda",
     )
     encoder.model.to(runtime.device)
+    dtype = runtime.dtype(options.precision)
     done = shards.total - sum(map(len, missing))
     with runtime.progress.task(f"features of {images.name}", shards.total, done) as advance:
         part = _Part(images.name, shards, options)
@@ -131,7 +133,9 @@ def _extract_missing(encoder: Encoder, images: ImageStream, shards: Shards, runt
                 raise refuse(images, decoded.unreadable)
             if batch.start != part.end:
                 part.save(batch.start)
-            features = _forward(encoder, decoded.images, runtime.device, runtime.dtype(options.precision))
+            features = torch.empty(0, encoder.width)
+            if len(decoded.images):
+                features = forward(encoder.features, decoded.images, runtime.device, dtype).float().cpu()
             _require_width(encoder, features, decoded, images)
             part.add(batch, features, decoded)
             if part.is_due():
@@ -192,19 +196,7 @@ class _Part:
         self._begin(start)
 
 
-def _forward(encoder: Encoder, inputs: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return the features [b, d], float32 on the CPU."""
-    if len(inputs) == 0:
-        return torch.empty(0, encoder.width)
-    low = dtype != torch.float32
-    with (
-        torch.inference_mode(),
-        torch.autocast(device.type, dtype=dtype, enabled=low),
-    ):
-        return encoder.features(inputs.to(device, non_blocking=True)).float().cpu()
-
-
-def _require_width(encoder: Encoder, features: Tensor, decoded: DecodedBatch, images: ImageStream) -> None:
+def _require_width(encoder: Encoder, features: Tensor, decoded: DecodedBatch, images: Images) -> None:
     """Check that a batch has a row of features for each image, as wide as those of the probe.
 
     Raises:
@@ -234,13 +226,13 @@ def _merge(shards: Shards) -> tuple[Tensor, Tensor]:
     return features, rows
 
 
-def _table(features: Tensor, rows: Tensor, images: ImageStream, provenance: dict[str, Any], out: Path) -> FeatureTable:
+def _table(features: Tensor, rows: Tensor, images: Images, provenance: dict[str, Any], out: Path) -> FeatureTable:
     names = images.class_names
     numbered = not images.named and names == tuple(str(k) for k in range(len(names)))
     picked = rows.tolist()
     return FeatureTable.from_arrays(
         features,
-        images.labels[rows.numpy()],
+        images.labels[rows],
         class_names=None if numbered else names,  # numbers are no names: other files may know more classes
         ids=[images.ids[row] for row in picked],
         provenance=provenance,

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from tailscope.data import splits
-from tailscope.data.filedata import Data, FileData
 from tailscope.data.profiles import canonical, resolve
-from tailscope.experiments.files import OnDisk
-from tailscope.experiments.imagery import Imagery, InMemory, Split
+from tailscope.data.sources import ImageData
+from tailscope.data.streams import Rows
+from tailscope.experiments.imagery import Imagery, Split
 from tailscope.methods import SAMPLERS
 from tailscope.models import CifarResNet
 from tailscope.seeds import torch_stream
@@ -35,7 +35,7 @@ class TrainingSet:
 
     name: str
     spec: DataSpec
-    rows: npt.NDArray[np.int64]
+    rows: Rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,11 +53,11 @@ class Backbone:
 class Lab:
     """Everything that runs on one data set share: its pixel statistics, the store and the runtime."""
 
-    def __init__(self, data: Data, store: Store, runtime: Runtime, imagery: Imagery | None = None) -> None:
+    def __init__(self, data: ImageData, store: Store, runtime: Runtime, imagery: Imagery | None = None) -> None:
         self.data = data
         self.store = store
         self.runtime = runtime
-        self.imagery: Imagery = imagery or (OnDisk(data) if isinstance(data, FileData) else InMemory(data))
+        self.imagery = imagery or Imagery(data)
         self.normalize = self.imagery.normalize
         self.trained = 0
         self.recalled = 0
@@ -81,9 +81,7 @@ class Lab:
         subset = splits.matched(self.data.train.labels, counts, seed=seed)
         return self._named("matched", subset.flat, subset.counts, "matched", "nested", seed)
 
-    def _named(
-        self, name: str, rows: npt.NDArray[np.int64], counts: list[int], profile: str, protocol: str, seed: int
-    ) -> TrainingSet:
+    def _named(self, name: str, rows: Rows, counts: list[int], profile: str, protocol: str, seed: int) -> TrainingSet:
         spec = DataSpec(
             name=self.data.name,
             fingerprint=self.data.fingerprint,
@@ -97,7 +95,7 @@ class Lab:
 
     # -- stage 1 ------------------------------------------------------------------------------------------------
 
-    def backbone(self, stage: StageSpec, rows: npt.NDArray[np.int64], seed: int, label: str) -> Backbone:
+    def backbone(self, stage: StageSpec, rows: Rows, seed: int, label: str) -> Backbone:
         """Train the backbone or recall it."""
         self.imagery.check(stage.train, stage.augment)
         key = backbone_key(stage, seed)
@@ -116,7 +114,7 @@ class Lab:
 
     @staticmethod
     def _with_rows(
-        trained: tuple[dict[str, Tensor], dict[str, Any]], rows: npt.NDArray[np.int64]
+        trained: tuple[dict[str, Tensor], dict[str, Any]], rows: Rows
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Store the kept indices with the backbone."""
         return {**trained[0], "rows": torch.from_numpy(rows)}, trained[1]
@@ -144,7 +142,7 @@ class Lab:
 
         return self.store.get_or_make("features", key, make, self.runtime.progress)[0].tensors["features"]
 
-    def views(self, backbone: Backbone, stage: StageSpec, rows: npt.NDArray[np.int64], seed: int) -> list[View]:
+    def views(self, backbone: Backbone, stage: StageSpec, rows: Rows, seed: int) -> list[View]:
         """Return the augmented views that stage 2 cycles through.
 
         With instance sampling every view is extracted once for the whole of D* and shared by all classifiers on this
@@ -157,15 +155,13 @@ class Lab:
         labels, index = self.data.train.labels[rows], torch.from_numpy(rows)
         return [(self._view(backbone, stage, everything, v, seed)[index], labels) for v in range(stage.views)]
 
-    def _drawn_view(
-        self, backbone: Backbone, stage: StageSpec, rows: npt.NDArray[np.int64], view: int, seed: int
-    ) -> View:
+    def _drawn_view(self, backbone: Backbone, stage: StageSpec, rows: Rows, view: int, seed: int) -> View:
         labels = self.data.train.labels[rows]
         sampler = SAMPLERS.make(stage.sampler, labels, self.data.train.num_classes)
         drawn = sampler(len(rows), torch_stream(seed, "stage2", "draw", view))
         return self._view(backbone, stage, rows[drawn.numpy()], view, seed), labels[drawn]
 
-    def _view(self, backbone: Backbone, stage: StageSpec, rows: npt.NDArray[np.int64], view: int, seed: int) -> Tensor:
+    def _view(self, backbone: Backbone, stage: StageSpec, rows: Rows, view: int, seed: int) -> Tensor:
         """Return the features of one augmentation of `rows`, each row augmented by a draw of its own."""
         key = digest(
             {
@@ -188,7 +184,7 @@ class Lab:
 
     # -- stage 2 and evaluation ---------------------------------------------------------------------------------
 
-    def classifier(self, run: RunSpec, backbone: Backbone, rows: npt.NDArray[np.int64], label: str) -> Artifact:
+    def classifier(self, run: RunSpec, backbone: Backbone, rows: Rows, label: str) -> Artifact:
         """Fit the run's classifier or recall it."""
         start = (backbone.weight, backbone.bias) if run.stage2.start == "stage1" else None
         artifact, found = self.store.get_or_make(

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from tailscope.data.filedata import FileData
 from tailscope.experiments.lab import Backbone, Lab, TrainingSet
 from tailscope.experiments.runs import Run
 from tailscope.experiments.settings import Settings
@@ -63,7 +62,7 @@ def _warnings(settings: Settings, lab: Lab) -> list[str]:
     """Return what a reader must know of the recipe and of the data."""
     recipe = settings.recipe
     warnings = [] if recipe.converged else [f"recipe {recipe.name}: {recipe.card}"]
-    return warnings + (lab.data.notes() if isinstance(lab.data, FileData) else [])
+    return warnings + lab.data.notes()
 
 
 def differing_arithmetic(rows: Sequence[Mapping[str, Any]]) -> list[str]:

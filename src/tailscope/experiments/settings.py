@@ -5,8 +5,8 @@ from typing import Any, cast, get_args
 
 from pydantic import BaseModel, ConfigDict
 
-from tailscope.data.filedata import Data
 from tailscope.data.profiles import canonical
+from tailscope.data.sources import ImageData
 from tailscope.errors import UserError
 from tailscope.spec import BnMode
 from tailscope.training.recipes import Recipe
@@ -41,7 +41,7 @@ class Settings(BaseModel):
     permutations: int = 999
     backbones: tuple[str, ...] | None = None
 
-    def spec(self, data: Data) -> dict[str, Any]:
+    def spec(self, data: ImageData) -> dict[str, Any]:
         """Return what a result depends on, as result files store it.
 
         `backbones` is left out where all are trained, as in the files from before there was a choice.

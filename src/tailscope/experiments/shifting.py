@@ -13,19 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from tailscope.data import splits
+from tailscope.data.streams import Rows
 from tailscope.experiments.lab import Backbone, Lab
 from tailscope.methods import SAMPLERS
 from tailscope.models import CifarResNet
 from tailscope.seeds import torch_stream
 from tailscope.spec import StageSpec, digest
-
-Rows = npt.NDArray[np.int64]
 
 
 def for_stage2(lab: Lab, backbone: Backbone, stage2: StageSpec, rows: Rows, seed: int) -> Backbone:
