@@ -16,7 +16,7 @@ from image_trees import photos as draw_photos
 from tailscope.data.sources import ImageData, load
 from tailscope.data.streams import Images
 from tailscope.errors import UserError
-from tailscope.experiments.imagery import IMAGENET, Imagery
+from tailscope.experiments.imagery import IMAGENET, check
 from tailscope.methods import LOSSES, MIXINGS, photos
 from tailscope.seeds import derive, keyed, torch_stream
 from tailscope.spec import DataSpec, StageSpec, TrainSpec
@@ -191,7 +191,7 @@ def test_micro_batches_part_a_batch_evenly(rows, batch, micro_batches):
 def test_stages_that_files_refuse(data, augment, micro_batches, says):
     spec = stage(data, train={"micro_batches": micro_batches})
     with pytest.raises(UserError, match=says):
-        Imagery(ImageData("photos", data, data)).check(spec.train, augment)
+        check(ImageData("photos", data, data), Solo(), spec.train, augment)
 
 
 def test_steps_may_end_within_an_epoch(data, tmp_path):

@@ -8,8 +8,9 @@ from benchmarks.workers import Pace
 from tailscope.data.imageset import ImageSet
 from tailscope.data.sources import ImageData
 from tailscope.experiments.lab import Lab
+from tailscope.experiments.runs import training_sets
 from tailscope.experiments.settings import Settings
-from tailscope.experiments.swap import swap, training_sets
+from tailscope.experiments.swap import swap
 from tailscope.progress import Progress, Quiet
 from tailscope.spec import TrainSpec
 from tailscope.store import Store

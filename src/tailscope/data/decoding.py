@@ -194,7 +194,7 @@ def readable(
     progress: Progress,
     tell: Callable[[str], object],
 ) -> ImageData:
-    """Decode every image once and return the data set without those that cannot be read.
+    """Decode every image in a file once and return the data set without those that cannot be read.
 
     What was found is kept in the store, under the data set's fingerprint, and not looked for again unless `verify`.
 
@@ -209,6 +209,8 @@ def readable(
     Raises:
         UserError: with `verify`, an image cannot be read; or a class loses all its training images.
     """
+    if data.in_memory:
+        return data
     splits = {"train": data.train, "test": data.test}
 
     def find(tell: Callable[[str], object] = str) -> dict[str, list[Unreadable]]:

@@ -50,6 +50,35 @@ class _Training:
     seed: int
 
 
+def check(data: ImageData, team: Team, train: TrainSpec, augment: Sequence[str]) -> None:
+    """Refuse a stage 1 that a data set's images cannot be trained with.
+
+    Raises:
+        UserError: the augmentations are for images of the other kind, the batch of images in memory is to be cut,
+            or the team cannot share the micro-batches.
+    """
+    name, parts = data.name, train.micro_batches
+    if data.in_memory:
+        if photos.for_photos(augment):
+            raise UserError(
+                f"{name}: images in memory cannot be trained with {augment[0]}, which is for files (folder: or"
+                " list:); take a recipe such as fast or paper"
+            )
+        if parts != 1:
+            raise UserError(f"{name}: only images in files are trained in micro-batches or on several devices")
+        return
+    if not photos.for_photos(augment):
+        raise UserError(
+            f"{name}: images in files need an augmentation that makes them one size, not"
+            f" {', '.join(augment) or 'none'}; take --recipe imagenet or imagenet-fast"
+        )
+    if parts % team.size or 2 * parts > train.batch:
+        raise UserError(
+            f"--micro-batches {parts}: must be a multiple of the {team.size} processes and at most half the"
+            f" batch of {train.batch}"
+        )
+
+
 class Imagery:
     """The images of a data set, wherever they are."""
 
@@ -76,33 +105,9 @@ class Imagery:
                 )
             self.normalize = Normalizer.of(data.train.images)
 
-    def check(self, train: TrainSpec, augment: Sequence[str]) -> None:
-        """Refuse a stage 1 that these images cannot be trained with.
-
-        Raises:
-            UserError: the augmentations are for images of the other kind, the batch of images in memory is to be cut,
-                or the team cannot share the micro-batches.
-        """
-        name, parts = self._data.name, train.micro_batches
-        if self._data.in_memory:
-            if photos.for_photos(augment):
-                raise UserError(
-                    f"{name}: images in memory cannot be trained with {augment[0]}, which is for files (folder: or"
-                    " list:); take a recipe such as fast or paper"
-                )
-            if parts != 1:
-                raise UserError(f"{name}: only images in files are trained in micro-batches or on several devices")
-            return
-        if not photos.for_photos(augment):
-            raise UserError(
-                f"{name}: images in files need an augmentation that makes them one size, not"
-                f" {', '.join(augment) or 'none'}; take --recipe imagenet or imagenet-fast"
-            )
-        if parts % self._team.size or 2 * parts > train.batch:
-            raise UserError(
-                f"--micro-batches {parts}: must be a multiple of the {self._team.size} processes and at most half the"
-                f" batch of {train.batch}"
-            )
+    def check(self, stage: StageSpec) -> None:
+        """Refuse a stage 1 that these images cannot be trained with, as `check` does."""
+        check(self._data, self._team, stage.train, stage.augment)
 
     def train(
         self, stage: StageSpec, rows: Rows, seed: int, runtime: Runtime, scratch: Path, label: str

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from tailscope.data.decoding import readable
 from tailscope.data.sources import ImageData
 from tailscope.errors import UserError
-from tailscope.experiments.imagery import Imagery, follow
+from tailscope.experiments.imagery import check, follow
 from tailscope.experiments.lab import Lab
 from tailscope.progress import Progress
 from tailscope.store import Store
@@ -51,8 +51,7 @@ class Workplace:
             UserError: the recipe does not suit the data, or the team.
         """
         recipe = recipe.with_micro_batches(self.options.micro_batches or self.team.size)
-        if not self.data.in_memory:
-            Imagery(self.data, self.team).check(recipe.stage1, recipe.augment)
+        check(self.data, self.team, recipe.stage1, recipe.augment)
         return recipe
 
     def lab(self, store: Store, progress: Progress, tell: Callable[[str], object] = str) -> Lab:
@@ -66,11 +65,9 @@ class Workplace:
         Raises:
             UserError: as `decoding.readable`.
         """
-        runtime, options = replace(self.runtime, progress=progress), self.options
-        if self.data.in_memory:
-            return Lab(self.data, store, runtime)
-        data = readable(self.data, store, verify=options.verify, workers=options.workers, progress=progress, tell=tell)
-        return Lab(data, store, runtime, Imagery(data, self.team, options.workers))
+        verify, workers = self.options.verify, self.options.workers
+        data = readable(self.data, store, verify=verify, workers=workers, progress=progress, tell=tell)
+        return Lab(data, store, replace(self.runtime, progress=progress), self.team, workers)
 
 
 @contextmanager
