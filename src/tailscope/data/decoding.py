@@ -155,6 +155,15 @@ def earlier_draws(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return earlier
 
 
+def from_all_over(total: int, some: int = 16) -> list[int]:
+    """Return a few rows, the first and the last among them.
+
+    >>> from_all_over(100, 4), from_all_over(2), from_all_over(0)
+    ([0, 33, 66, 99], [0, 1], [])
+    """
+    return sorted({i * (total - 1) // (some - 1) for i in range(some)}) if total else []
+
+
 def _cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -84,6 +84,10 @@ class _Named(NamedTuple):
     split: str | None
     columns: dict[str, str]
 
+    def wrong(self, what: str) -> UserError:
+        """Return the error that names the source."""
+        return UserError(f"hf:{self.source}: {what}")
+
 
 def load(source: str) -> dict[str, HuggingFaceImages]:
     """Return the one split that `NAME:SPLIT` names, or all; columns are found by their types.
@@ -119,11 +123,11 @@ def _load_by_name(named: _Named) -> dict[str, Any]:
     try:
         import datasets
     except ImportError:
-        raise UserError(f"hf:{named.source}: needs the package datasets; pip install 'tailscope[hf]'") from None
+        raise named.wrong("needs the package datasets; pip install 'tailscope[hf]'") from None
     try:
         found = datasets.load_dataset(named.name, split=named.split)
     except Exception as error:  # the package has no common base class for what may go wrong
-        raise UserError(f"hf:{named.source}: cannot be loaded ({message_of(error)})") from None
+        raise named.wrong(f"cannot be loaded ({message_of(error)})") from None
     return dict(found) if named.split is None else {named.split: found}
 
 
@@ -141,18 +145,16 @@ def _column(named: _Named, what: str, features: dict[str, Any], kind: str) -> st
     wish = named.columns.get(what)
     if wish is not None:
         if wish not in features:
-            raise UserError(f"hf:{named.source}: no column {wish!r}; its columns are {', '.join(features)}")
+            raise named.wrong(f"no column {wish!r}; its columns are {', '.join(features)}")
         return wish
     found = [name for name, feature in features.items() if _kind(feature) == kind]
     if not found:
-        raise UserError(
-            f"hf:{named.source}: no column of type {kind}; its columns are {', '.join(features)}; choose one with "
-            f",{what}=COLUMN"
+        raise named.wrong(
+            f"no column of type {kind}; its columns are {', '.join(features)}; choose one with ,{what}=COLUMN"
         )
     if len(found) > 1:
-        raise UserError(
-            f"hf:{named.source}: the columns {', '.join(found)} are all of type {kind}; choose one, with "
-            f",{what}={found[0]} for instance"
+        raise named.wrong(
+            f"the columns {', '.join(found)} are all of type {kind}; choose one, with ,{what}={found[0]} for instance"
         )
     return found[0]
 
@@ -224,13 +226,13 @@ def _open_saved(named: _Named, folder: Path) -> dict[str, _Saved]:
     if (folder / "dataset_dict.json").is_file():
         names = _json(named, folder / "dataset_dict.json").get("splits")
         if not isinstance(names, list) or not names or not all(_stays(name) for name in names):
-            raise UserError(f"hf:{named.source}: dataset_dict.json names no splits")
+            raise named.wrong("dataset_dict.json names no splits")
         folders = {name: folder / name for name in names}
     else:
         folders = {str(_json(named, folder / "state.json").get("_split") or named.split or "train"): folder}
     if named.split is not None:
         if named.split not in folders:
-            raise UserError(f"hf:{named.source}: no split {named.split!r}; it has {', '.join(folders)}")
+            raise named.wrong(f"no split {named.split!r}; it has {', '.join(folders)}")
         folders = {named.split: folders[named.split]}
     return {split: _read_saved(named, where) for split, where in folders.items()}
 
@@ -238,11 +240,11 @@ def _open_saved(named: _Named, folder: Path) -> dict[str, _Saved]:
 def _read_saved(named: _Named, folder: Path) -> _Saved:
     state, info = (_json(named, folder / file) for file in ("state.json", "dataset_info.json"))
     if state.get("_indices_data_files"):
-        raise UserError(f"hf:{named.source}: saved by an old version of datasets; load it there and save it again")
+        raise named.wrong("saved by an old version of datasets; load it there and save it again")
     files, features = state.get("_data_files"), info.get("features")
     names = [file.get("filename") for file in files if isinstance(file, dict)] if isinstance(files, list) else []
     if not names or not all(_stays(name) for name in names) or not isinstance(features, dict):
-        raise UserError(f"hf:{named.source}: state.json and dataset_info.json do not name Arrow files and features")
+        raise named.wrong("state.json and dataset_info.json do not name Arrow files and features")
     table = _read_arrow(named, [folder / str(name) for name in names])
     features = {name: feature for name, feature in features.items() if name in table.column_names}
     return _Saved(table, features, str(state.get("_fingerprint", "")), np.arange(len(table)))
@@ -253,23 +255,23 @@ def _read_arrow(named: _Named, files: list[Path]) -> Any:
     try:
         pa = importlib.import_module("pyarrow")
     except ImportError:
-        raise UserError(f"hf:{named.source}: needs pyarrow; pip install 'tailscope[hf]'") from None
+        raise named.wrong("needs pyarrow; pip install 'tailscope[hf]'") from None
     tables = []
     for file in files:
         problem = unreadable(file)
         if problem:
-            raise UserError(f"hf:{named.source}: {file.name}: {problem}")
+            raise named.wrong(f"{file.name}: {problem}")
         try:
             with pa.ipc.open_stream(pa.memory_map(str(file))) as stream:
                 tables.append(stream.read_all())
             tables[-1].validate(full=True)
             tables[-1].slice(0, 1).to_pylist()  # finds names of columns that are no text
         except (OSError, ValueError, pa.ArrowException) as error:
-            raise UserError(f"hf:{named.source}: {file.name}: no readable Arrow file ({message_of(error)})") from None
+            raise named.wrong(f"{file.name}: no readable Arrow file ({message_of(error)})") from None
     try:
         return pa.concat_tables(tables)
     except (ValueError, pa.ArrowException) as error:
-        raise UserError(f"hf:{named.source}: its Arrow files do not fit together ({message_of(error)})") from None
+        raise named.wrong(f"its Arrow files do not fit together ({message_of(error)})") from None
 
 
 def _json(named: _Named, path: Path) -> dict[str, Any]:
@@ -278,7 +280,7 @@ def _json(named: _Named, path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise UserError(f"hf:{named.source}: {path.name}: {unreadable(path) or 'not a JSON object'}")
+        raise named.wrong(f"{path.name}: {unreadable(path) or 'not a JSON object'}")
     return found
 
 

@@ -2,7 +2,7 @@
 
 import time
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tailscope import array_files
-from tailscope.data.decoding import DecodedBatch, Unreadable, decode, refuse
+from tailscope.data.decoding import DecodedBatch, Unreadable, decode, from_all_over, refuse
 from tailscope.data.streams import Images
 from tailscope.encoders.encoder import Encoder
 from tailscope.encoders.shards import Shards
@@ -19,8 +19,6 @@ from tailscope.feature_table import FeatureTable
 from tailscope.features import forward
 from tailscope.field_checks import listed, require_finite
 from tailscope.training.runtime import Runtime
-
-_TRIED = 16
 
 
 @dataclass(frozen=True)
@@ -102,8 +100,7 @@ def _try_first(encoder: Encoder, images: Images, options: Options) -> None:
     Raises:
         UserError: the user's transform fails, or images come out in several sizes.
     """
-    total = len(images)
-    rows = sorted({i * (total - 1) // (_TRIED - 1) for i in range(_TRIED)}) if total else []
+    rows = from_all_over(len(images))
     for _ in decode(images, encoder.preprocessing, [rows] if options.batch > 1 else [[row] for row in rows], workers=0):
         pass
 
@@ -132,14 +129,14 @@ def _extract_missing(encoder: Encoder, images: Images, shards: Shards, runtime: 
             if decoded.unreadable and not options.skip_unreadable:
                 raise refuse(images, decoded.unreadable)
             if batch.start != part.end:
-                part.save(batch.start)
+                part = part.save(batch.start)
             features = torch.empty(0, encoder.width)
             if len(decoded.images):
                 features = forward(encoder.features, decoded.images, runtime.device, dtype).float().cpu()
             _require_width(encoder, features, decoded, images)
             part.add(batch, features, decoded)
             if part.is_due():
-                part.save(batch.stop)
+                part = part.save(batch.stop)
                 runtime.progress.safe_point()
             advance(len(batch))
         part.save(shards.total)
@@ -158,42 +155,36 @@ def _on_grid(run: range, size: int) -> list[range]:
 class _Part:
     """What was done since the last saving: features, rows and unreadable images of `start` to `end`."""
 
-    def __init__(self, name: str, shards: Shards, options: Options) -> None:
+    def __init__(self, name: str, shards: Shards, options: Options, start: int = 0) -> None:
         self._name, self._shards, self._options = name, shards, options
-        self._begin(0)
-
-    def _begin(self, start: int) -> None:
         self.start = self.end = start
-        self._features: list[Tensor] = []
-        self._rows: list[Tensor] = []
-        self._unreadable: list[Unreadable] = []
+        self._done: list[tuple[Tensor, Tensor, list[Unreadable]]] = []
         self._since = time.monotonic()
 
     def add(self, batch: range, features: Tensor, decoded: DecodedBatch) -> None:
         """Keep the features of a batch in memory."""
         self.end = batch.stop
-        self._features.append(features.to(getattr(torch, self._options.stored)))
-        self._rows.append(decoded.rows)
-        self._unreadable += decoded.unreadable
+        self._done.append((features.to(getattr(torch, self._options.stored)), decoded.rows, decoded.unreadable))
 
     def is_due(self) -> bool:
         """Whether it is time to save."""
         late = time.monotonic() - self._since >= self._options.save_every
         return late or self.end - self.start >= self._options.shard
 
-    def save(self, start: int) -> None:
-        """Write a shard of what there is, and begin anew at an image.
+    def save(self, start: int) -> "_Part":
+        """Write a shard of what there is; return the part that begins anew at an image.
 
         Raises:
             UserError: features are not finite.
         """
-        if self._features:
-            block = torch.cat(self._features)
-            what = f"{self._name}: {self._options.stored} features of images {self.start} to {self.end - 1}"
+        if self._done:
+            features, rows, unreadable = zip(*self._done, strict=True)
+            block = torch.cat(features)
             if len(block):
+                what = f"{self._name}: {self._options.stored} features of images {self.start} to {self.end - 1}"
                 require_finite(what, block)
-            self._shards.write(self.start, block, torch.cat(self._rows), self._unreadable)
-        self._begin(start)
+            self._shards.write(self.start, block, torch.cat(rows), list(chain.from_iterable(unreadable)))
+        return _Part(self._name, self._shards, self._options, start)
 
 
 def _require_width(encoder: Encoder, features: Tensor, decoded: DecodedBatch, images: Images) -> None:
@@ -213,13 +204,12 @@ def _require_width(encoder: Encoder, features: Tensor, decoded: DecodedBatch, im
 
 def _merge(shards: Shards) -> tuple[Tensor, Tensor]:
     """Return all features [N, d] and rows [N]; beside them, one shard at a time is in memory."""
-    total, filled = shards.readable(), 0
-    starts = shards.starts
-    first = shards.read(starts[0])[0]
-    features = torch.empty(total, first.shape[1], dtype=first.dtype)
-    rows = torch.empty(total, dtype=torch.int64)
-    for start in starts:
+    features, rows = torch.empty(0), torch.empty(shards.readable(), dtype=torch.int64)
+    filled = 0
+    for start in shards.starts:
         part, part_rows = shards.read(start)
+        if filled == 0:
+            features = part.new_empty(len(rows), part.shape[1])
         end = filled + len(part_rows)
         features[filled:end], rows[filled:end] = part, part_rows
         filled = end

@@ -1,5 +1,6 @@
 """From names to a feature file: what `tailscope features` does."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from tailscope.array_files import message_of
-from tailscope.data.decoding import find_unreadable, refuse
+from tailscope.data.decoding import find_unreadable, from_all_over, refuse
 from tailscope.data.pixels import ImageError
 from tailscope.data.sources import OpenedImages, open_images
 from tailscope.data.streams import Images, Rows
@@ -20,8 +21,6 @@ from tailscope.errors import UserError
 from tailscope.result_files import read_json
 from tailscope.training.runtime import Runtime
 from tailscope.training.step import Normalizer
-
-_LOOKED_AT = 16
 
 
 @dataclass(frozen=True)
@@ -192,15 +191,12 @@ def _subset_rows(path: Path, images: int) -> Rows:
 
 def _size_of(images: Images) -> tuple[int, int] | None:
     """Return height and width of the images if some from all over the data have the same, else None."""
-    total = len(images)
     sizes = set()
-    for row in {i * (total - 1) // (_LOOKED_AT - 1) for i in range(_LOOKED_AT)} if total else ():
-        try:
+    for row in from_all_over(len(images)):
+        with suppress(ImageError):  # extraction tells of it, or leaves it out
             sizes.add(images.image(row).size)
-        except ImageError:  # extraction tells of it, or leaves it out
-            continue
-    width, height = sizes.pop() if len(sizes) == 1 else (None, None)
-    return None if width is None or height is None else (height, width)
+    (width, height) = sizes.pop() if len(sizes) == 1 else (0, 0)
+    return (height, width) if width else None
 
 
 def _statistics(opened: OpenedImages) -> Normalization | None:

@@ -107,10 +107,9 @@ def parse_bn_mode(text: str) -> BnMode:
     Raises:
         UserError: there is none.
     """
-    for mode in get_args(BnMode):
-        if text == mode:
-            return cast(BnMode, mode)
-    raise UserError(f"--bn-mode {text}: expected {' or '.join(get_args(BnMode))}")
+    if text not in get_args(BnMode):
+        raise UserError(f"--bn-mode {text}: expected {' or '.join(get_args(BnMode))}")
+    return cast(BnMode, text)
 
 
 def store_root(out: Path, store: Path | None) -> Path:
