@@ -61,8 +61,8 @@ def check(data: ImageData, team: Team, train: TrainSpec, augment: Sequence[str])
     if data.in_memory:
         if photos.for_photos(augment):
             raise UserError(
-                f"{name}: images in memory cannot be trained with {augment[0]}, which is for files (folder: or"
-                " list:); take a recipe such as fast or paper"
+                f"{name}: images in memory cannot be trained with {augment[0]}, which is for files (folder:, list: or"
+                " hf:); take a recipe such as fast or paper"
             )
         if parts != 1:
             raise UserError(f"{name}: only images in files are trained in micro-batches or on several devices")

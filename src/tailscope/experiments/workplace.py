@@ -77,15 +77,12 @@ def workplace(data: ImageData, options: FileOptions, runtime: Runtime) -> Iterat
     Raises:
         UserError: the options are for images in files and these are in memory; or as `form`.
     """
-    if data.in_memory:
-        if options != FileOptions():
-            raise UserError(
-                f"{data.name}: --devices, --num-nodes, --micro-batches, --workers and --verify are for images in files"
-                " (folder: or list:)"
-            )
-        yield Workplace(data, runtime, Solo(), options)
-        return
-    team = form(options.devices, options.num_nodes, runtime.device.type)
+    if data.in_memory and options != FileOptions():
+        raise UserError(
+            f"{data.name}: --devices, --num-nodes, --micro-batches, --workers and --verify are for images in files"
+            " (folder:, list: or hf:)"
+        )
+    team = Solo() if data.in_memory else form(options.devices, options.num_nodes, runtime.device.type)
     if team.device is not None:
         runtime = replace(runtime, device=team.device)
     if team.rank > 0:
