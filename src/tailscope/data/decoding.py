@@ -6,6 +6,7 @@ batch or process that an image falls into changes what is drawn.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -68,13 +69,12 @@ class _Decoded(Dataset[_Item]):
             image = self._images.image(row)
         except ImageError as error:
             return row, None, str(error)
-        if self._seed_of is None:
-            try:
+        seed_of = self._seed_of
+        try:
+            with nullcontext() if seed_of is None else keyed(seed_of(self._images.ids[row], repeat)):
                 return row, self._transform(image), ""
-            except UserError as error:
-                return row, None, error
-        with keyed(self._seed_of(self._images.ids[row], repeat)):
-            return row, self._transform(image), ""
+        except UserError as error:
+            return row, None, error
 
 
 def decode(

@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -203,7 +203,7 @@ def _digits(_: Path | None) -> tuple[ImageSet, ImageSet]:
 
 
 def _cifar(name: str, data_root: Path | None) -> tuple[ImageSet, ImageSet]:
-    root = expanded(data_root) if data_root else _default_root()
+    root = expanded(data_root or os.environ.get("TAILSCOPE_DATA") or "~/.cache/tailscope/data")
     if (root / f"{name}.npz").is_file():
         return npz.read(root / f"{name}.npz")
     if data_root is not None and not root.is_dir():
@@ -231,15 +231,9 @@ def _official(name: str, root: Path, *, train: bool) -> ImageSet:
     return ImageSet(torch.from_numpy(dataset.data), labels, tuple(dataset.classes))
 
 
-def _default_root() -> Path:
-    named = os.environ.get("TAILSCOPE_DATA")
-    return expanded(named or "~/.cache/tailscope/data")
-
-
 _LOADERS: dict[str, Callable[[Path | None], tuple[ImageSet, ImageSet]]] = {
     "digits": _digits,
-    "cifar10": lambda root: _cifar("cifar10", root),
-    "cifar100": lambda root: _cifar("cifar100", root),
+    **{name: partial(_cifar, name) for name in _CIFAR},
 }
 _IN_FILES: dict[str, Callable[[str, Path | None], Mapping[str, Images]]] = {
     "folder": lambda rest, _: folders.load(expanded(rest)),
