@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from image_trees import draw, to_tensor, tree
-from tailscope.data import filedata, folders, listfiles
-from tailscope.data.opening import open_images
+from tailscope.data import folders, listfiles, sources
+from tailscope.data.sources import open_images
 from tailscope.errors import UserError
 from tailscope.feature_table import FeatureTable
 
@@ -87,20 +87,20 @@ def test_splits_go_by_their_usual_names(tmp_path: Path, split: str, name: str) -
     assert splits[split].paths == (f"{name}/ant/0.png", f"{name}/bee/0.png")
     assert splits[split].notes == ()
     assert open_images(f"folder:{tmp_path}").split(name)[0] == split
-    data = filedata.load(f"folder:{tmp_path}")
+    data = sources.load(f"folder:{tmp_path}")
     assert data.test.counts() == ([3, 3] if split == "train" else [1, 1])
 
 
 def test_the_test_split_is_preferred_to_the_validation_split(tmp_path: Path) -> None:
     for k, split in enumerate(("train", "valid", "test"), start=1):
         tree(tmp_path / split, ["ant", "bee"], images=k)
-    data = filedata.load(f"folder:{tmp_path}")
+    data = sources.load(f"folder:{tmp_path}")
     assert (data.train.counts(), data.test.counts()) == ([1, 1], [3, 3])
     shutil.rmtree(tmp_path / "train")
     splits = folders.load(tmp_path)
     assert list(splits) == ["val", "test"]
     with pytest.raises(UserError, match=r"give folder:PATH with train/ and test/ .*; this has only val, test"):
-        filedata.load(f"folder:{tmp_path}")
+        sources.load(f"folder:{tmp_path}")
     tree(tmp_path / "test", ["cow"])
     assert folders.load(tmp_path)["val"].class_names == ("ant", "bee", "cow")
 
@@ -186,7 +186,7 @@ def test_hidden_and_system_files_count_nowhere_at_any_depth(tmp_path: Path) -> N
         assert images.notes == ()
         (note,) = stray[split].notes
         assert note.startswith(f"hidden or system files and folders left out: {len(STRAY)} ('$RECYCLE.BIN', '.git', ")
-    assert filedata.load(f"folder:{tmp_path / 'stray'}").notes() == [note]
+    assert sources.load(f"folder:{tmp_path / 'stray'}").notes() == [note]
 
 
 def test_files_of_other_kinds_and_in_no_class_are_counted_and_named(tmp_path: Path) -> None:

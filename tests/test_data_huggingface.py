@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tailscope.data import sources
 from tailscope.data.huggingface import load
-from tailscope.data.opening import open_images
 from tailscope.data.pixels import ImageError
+from tailscope.data.sources import open_images
 from tailscope.errors import UserError
 
 pa = pytest.importorskip("pyarrow")
@@ -89,6 +90,47 @@ def test_a_saved_set_of_splits(tmp_path: Path) -> None:
     assert list(load(str(tmp_path / "test"))) == ["test"]
     with pytest.raises(UserError, match="no split 'train'; it has test"):
         load(f"{tmp_path / 'test'}:train")
+
+
+def splits(folder: Path, **columns: tuple[list, list]) -> str:
+    """Save a set with the splits train and test, of a column of images and one of labels that are their own names."""
+    for split, (images, labels) in columns.items():
+        save(folder / split, {"img": images, "kind": labels}, {"img": IMAGE, "kind": {}}, _split=split)
+    (folder / "dataset_dict.json").write_text(json.dumps({"splits": list(columns)}))
+    return f"hf:{folder},label=kind"
+
+
+def test_an_experiment_numbers_the_classes_of_both_splits_alike(tmp_path: Path) -> None:
+    source = splits(tmp_path / "a", train=(ROWS, list("cabca")), validation=(ROWS[:3], list("cbc")))
+    data = sources.load(source)
+    assert data.name == "a"
+    assert data.train.class_names == data.test.class_names == ("a", "b", "c")
+    assert (data.train.counts(), data.test.labels.tolist()) == ([2, 1, 2], [2, 1, 2])
+    again = splits(tmp_path / "elsewhere" / "a", train=(ROWS, list("cabca")), validation=(ROWS[:3], list("cbc")))
+    assert sources.load(again).fingerprint == data.fingerprint  # of no paths
+    with pytest.raises(UserError, match="has class 'd', of which b has no image to train on"):
+        sources.load(splits(tmp_path / "b", train=(ROWS, list("cabca")), test=(ROWS[:1], ["d"])))
+    with pytest.raises(UserError, match=r"give hf:NAME with the splits train and test.*; this has only test"):
+        sources.load(splits(tmp_path / "c", test=(ROWS[:1], ["d"])))
+
+
+def test_a_swap_on_a_saved_set(tailscope_, tmp_path: Path) -> None:
+    stream = np.random.default_rng(0)
+    drawn = {
+        split: ([image(png(stream.integers(60 * k, 60 * k + 60, (9, 9, 3), np.uint8))) for k in labels], labels)
+        for split, labels in (("train", [0, 1, 2] * 12), ("test", [0, 1, 2] * 3))
+    }
+    drawn["train"][0][4] = image(b"no image")
+    recipe = "imagenet(size=20, width=4, epochs=1, batch=8, views=1)"
+    arguments = ("--data", splits(tmp_path / "grey", **drawn), "--profile", "exp:3", "--recipe", recipe)
+    ended = tailscope_("swap", *arguments, "--seeds", 1, "--out", tmp_path / "out", "--json")
+    assert ended.code == 0, ended.err
+    result = json.loads(ended.out)
+    assert result["dataset"] == {
+        "name": "grey", "class_names": ["0", "1", "2"], "train_images": 35, "test_images": 9,
+    }  # fmt: skip
+    assert result["counts"] == [11, 6, 3]
+    assert any("1 image cannot be read and took no part: hf:grey row train:4" in line for line in result["warnings"])
 
 
 def test_two_label_columns_are_refused_until_one_is_chosen(tmp_path: Path) -> None:
@@ -221,7 +263,7 @@ def test_a_home_that_is_not_there(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"hf:~nosuchuser/pets:train: needs the package datasets"):
         load("~nosuchuser/pets:train")
-    with pytest.raises(UserError, match="expected hf:NAME:SPLIT"):
+    with pytest.raises(UserError, match=r"hf:~nosuchuser/pets: needs the package datasets"):
         load("~nosuchuser/pets")
 
 

@@ -12,12 +12,14 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tailscope.data.pixels import FORMATS, ImageError, not_regular, read_image
+from tailscope.data.pixels import FORMATS, ImageError, read_image
 from tailscope.data.streams import ImageFiles
+from tailscope.errors import unreadable
 
 FUZZ = int(os.environ.get("TAILSCOPE_FUZZ", "50"))
 RAMP = np.add.outer(np.linspace(0, 1, 24), np.linspace(0, 1, 32)) / 2
@@ -215,17 +217,17 @@ def test_what_is_no_regular_file_is_named_at_once(tmp_path: Path) -> None:
     (tmp_path / "zero").symlink_to("/dev/zero")
     (tmp_path / "empty").touch()
     (tmp_path / "loop").symlink_to("loop")
-    images = ImageFiles("x", tmp_path, tuple(names), np.zeros(len(names), np.int64), ("a",))
+    images = ImageFiles("x", tmp_path, tuple(names), torch.zeros(len(names), dtype=torch.int64), ("a",))
     started, reasons = time.monotonic(), []
     for row in range(len(names)):
         with pytest.raises(ImageError) as caught:
             images.image(row)
         reasons.append(str(caught.value))
     assert time.monotonic() - started < 2
-    expected = ["missing", "a folder", "a pipe", "a pipe", "a pipe", "empty", "cannot", "cannot", "cannot"]
+    expected = ["missing", "a folder", "a pipe", "a socket", "a device", "empty", "cannot", "cannot", "cannot"]
     assert [reason[: len(start)] for reason, start in zip(reasons, expected, strict=True)] == expected
     assert len(images.fingerprint()) == 64
-    assert not_regular(tmp_path) == "a folder, not a file"
+    assert unreadable(tmp_path) == "a folder, not a file"
 
 
 def test_a_file_that_may_not_be_read_is_said_to_be_one(tmp_path: Path, monkeypatch) -> None:

@@ -13,8 +13,7 @@ from image_trees import to_tensor, tree
 from tailscope.data import listfiles
 from tailscope.data.decoding import decode, find_unreadable, refuse
 from tailscope.data.imageset import ImageSet
-from tailscope.data.opening import open_images
-from tailscope.data.streams import MemoryImages
+from tailscope.data.sources import load, open_images
 from tailscope.errors import UserError
 from tailscope.progress import Quiet
 
@@ -58,7 +57,7 @@ def test_decoding_keeps_the_order_whatever_the_workers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_images_in_memory_decode_to_their_pixels(channels: int) -> None:
     pixels = torch.randint(256, (5, 6, 7, channels), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    stream = MemoryImages.of("mine", "train", ImageSet(pixels, torch.tensor([0, 1, 1, 0, 1]), ("a", "b")))
+    stream = ImageSet(pixels, torch.tensor([0, 1, 1, 0, 1]), ("a", "b")).of_split("mine", "train")
     for row in range(5):
         assert np.asarray(stream.image(row)).reshape(6, 7, channels).tolist() == pixels[row].tolist()
     picked = stream.take([3, 1])
@@ -79,7 +78,7 @@ def test_opening_says_which_splits_there_are(tmp_path: Path) -> None:
     assert open_images(f"folder:{tmp_path}").split(None)[0] == "all"
     (tmp_path / "l.txt").write_text("ant/0.png 0\n")
     assert open_images(f"list:{tmp_path / 'l.txt'}").split(None)[0] == "train"
-    with pytest.raises(UserError, match=r"unknown data set.*PATH.npz, folder:PATH, list:.*, hf:NAME:SPLIT"):
+    with pytest.raises(UserError, match=r"unknown data set.*PATH.npz, folder:PATH, list:.*, hf:NAME"):
         open_images("nothing")
 
 
@@ -101,11 +100,11 @@ class FakeDataset:
 def fake_datasets(monkeypatch: pytest.MonkeyPatch, **features) -> None:
     module = ModuleType("datasets")
 
-    def load_dataset(name: str, split: str) -> FakeDataset:
+    def load_dataset(name: str, split: str | None) -> FakeDataset | dict[str, FakeDataset]:
         if name != "org/pets":
             raise RuntimeError("Dataset 'x' doesn't exist\non the Hub")
-        assert split == "train"
-        return FakeDataset([7, 8, 9], features)
+        found = {"train": FakeDataset([7, 8, 9], features), "validation": FakeDataset([5, 4], features)}
+        return found if split is None else found[split]
 
     module.load_dataset = load_dataset
     monkeypatch.setitem(sys.modules, "datasets", module)
@@ -125,6 +124,10 @@ def test_hugging_face_images(monkeypatch: pytest.MonkeyPatch) -> None:
     assert picked.ids == ("train:2",)
     assert picked.image(0).getpixel((0, 0)) == (9, 0, 0)
     assert picked.fingerprint() != images.fingerprint()
+    assert open_images("hf:org/pets").split("val")[1].labels.tolist() == [1, 0]
+    data = load("hf:org/pets")
+    assert (data.name, data.in_memory) == ("org/pets", False)
+    assert (data.train.counts(), data.test.counts()) == ([1, 2], [1, 1])
 
 
 @pytest.mark.parametrize(
@@ -133,7 +136,6 @@ def test_hugging_face_images(monkeypatch: pytest.MonkeyPatch) -> None:
         ("hf:org/pets:train", {"fine": COLUMNS["fine"]}, "no column of type Image; its columns are fine"),
         ("hf:org/pets:train", {"img": COLUMNS["img"]}, "no column of type ClassLabel; its columns are img"),
         ("hf:nobody:train", COLUMNS, "cannot be loaded .Dataset 'x' doesn't exist on the Hub"),
-        ("hf:pets", COLUMNS, "expected hf:NAME:SPLIT"),
     ],
 )
 def test_bad_hugging_face_sources(monkeypatch: pytest.MonkeyPatch, source: str, features: dict, says: str) -> None:

@@ -13,8 +13,8 @@ import torch
 from filelock import FileLock, SoftFileLock, Timeout
 from torch import Tensor, nn
 
-from tailscope.data.opening import open_images
-from tailscope.data.streams import ImageStream
+from tailscope.data.sources import open_images
+from tailscope.data.streams import Images
 from tailscope.encoders import Encoder, Options, extract_to_file, extraction, load, shards
 from tailscope.encoders.preprocessing import Wishes
 from tailscope.errors import UserError
@@ -27,7 +27,7 @@ SMALL = Options(batch=16, shard=100)
 
 
 @pytest.fixture(scope="module")
-def images() -> ImageStream:
+def images() -> Images:
     """Return 250 of the digits."""
     return open_images("digits").splits["train"].take(np.arange(0, 1250, 5))
 
@@ -38,7 +38,7 @@ def encoder() -> Encoder:
 
 
 @pytest.fixture(scope="module")
-def expected(encoder: Encoder, images: ImageStream) -> Tensor:
+def expected(encoder: Encoder, images: Images) -> Tensor:
     """The features without any of our machinery."""
     pixels = torch.from_numpy(np.stack([np.asarray(images.image(i)) for i in range(250)])).float()[:, None] / 255
     with torch.no_grad():

@@ -11,7 +11,8 @@ from experiment_setups import EXPERIMENTS, TINY, entries, lab, settings, small_d
 from tailscope.data.profiles import resolve
 from tailscope.data.splits import subset
 from tailscope.experiments.geometry import mean_entry
-from tailscope.experiments.swap import swap, training_sets
+from tailscope.experiments.runs import training_sets
+from tailscope.experiments.swap import swap
 from tailscope.geometry import FIELDS
 from tailscope.models import MODELS
 from tailscope.spec import RunSpec

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from experiment_setups import CPU, timeless
 from image_trees import photos as draw_photos
 from tailscope import verbs
-from tailscope.data import filedata
+from tailscope.data import decoding, sources
 from tailscope.data.profiles import resolve
 from tailscope.errors import UserError
-from tailscope.experiments.files import IMAGENET
 from tailscope.experiments.geometry import geometry
+from tailscope.experiments.imagery import IMAGENET
 from tailscope.experiments.lab import Lab
 from tailscope.experiments.settings import Settings
 from tailscope.methods import photos
@@ -181,7 +181,7 @@ def test_without_verify_they_take_no_part_and_are_counted(tailscope_, damaged, t
     noted = [text for text in result["warnings"] if "took no part" in text]
     assert len(noted) == 1
     assert noted[0].startswith("3 images cannot be read and took no part: train.txt line 4: train/n00/3.jpg (missing)")
-    monkeypatch.setattr(filedata, "find_unreadable", lambda *_, **__: pytest.fail("looked again"))
+    monkeypatch.setattr(decoding, "find_unreadable", lambda *_, **__: pytest.fail("looked again"))
     assert tailscope_(*swap(damaged, tmp_path / "out", "--json")).code == 0
 
 
@@ -234,7 +234,7 @@ def test_several_processes_without_lightning(monkeypatch):
 
 
 def test_features_and_views_are_the_plain_ones(tree, tmp_path):
-    data = filedata.load(f"folder:{tree}")
+    data = sources.load(f"folder:{tree}")
     lab = Lab(data, Store(tmp_path), CPU)
     recipe = recipe_by_name(RECIPE)
     settings = Settings(profile="exp:6", protocol="nested", recipe=recipe, seeds=(4,), permutations=9)
@@ -245,8 +245,8 @@ def test_features_and_views_are_the_plain_ones(tree, tmp_path):
     def features(rows: list[int], transform, *path: str | int) -> torch.Tensor:
         images = []
         for row in rows:
-            with keyed(derive(4, *path, data.train.files.paths[row], 0)):
-                images.append(transform(data.train.files.image(row)))
+            with keyed(derive(4, *path, data.train.paths[row], 0)):
+                images.append(transform(data.train.image(row)))
         x = ((torch.stack(images).float() - IMAGENET.mean) / IMAGENET.std).permute(0, 3, 1, 2)
         with torch.no_grad():
             return backbone.model.features(x)

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from image_trees import photos as draw_photos
-from tailscope.data.filedata import FileSet, load
+from tailscope.data.sources import ImageData, load
+from tailscope.data.streams import Images
 from tailscope.errors import UserError
-from tailscope.experiments.files import IMAGENET, OnDisk
+from tailscope.experiments.imagery import IMAGENET, check
 from tailscope.methods import LOSSES, MIXINGS, photos
 from tailscope.seeds import derive, keyed, torch_stream
 from tailscope.spec import DataSpec, StageSpec, TrainSpec
@@ -31,14 +32,14 @@ SEED = 5
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> FileSet:
+def data(tmp_path_factory: pytest.TempPathFactory) -> Images:
     """45 images: with batches of 16 the last of an epoch is short."""
     root = tmp_path_factory.mktemp("photos")
     draw_photos(root, [20, 15, 10], split="train", side=20)
     return load(f"list:{root / 'train.txt'},{root / 'train.txt'}").train
 
 
-def stage(data: FileSet, **changes) -> StageSpec:
+def stage(data: Images, **changes) -> StageSpec:
     spec = DataSpec(
         name="tiny", fingerprint="", profile="full", protocol="nested", subset_seed=0, indices_sha256="",
         counts=tuple(data.counts()),
@@ -54,12 +55,12 @@ def stage(data: FileSet, **changes) -> StageSpec:
     return StageSpec(data=spec, train=TrainSpec(**train), **values)
 
 
-def train(spec: StageSpec, data: FileSet, scratch: Path, *, workers: int = 0, runtime=CPU):
+def train(spec: StageSpec, data: Images, scratch: Path, *, workers: int = 0, runtime=CPU):
     scratch.mkdir(parents=True, exist_ok=True)
     return train_on_files(spec, data, IMAGENET, SEED, runtime, scratch, "tiny", team=Solo(), workers=workers)
 
 
-def by_hand(spec: StageSpec, data: FileSet) -> tuple[dict, list[float]]:
+def by_hand(spec: StageSpec, data: Images) -> tuple[dict, list[float]]:
     """The same training in plain words: micro-batches on copies of the network, what they give added up."""
     model = new_model(spec.model, 3, data.num_classes, SEED).train()
     optimizer = torch.optim.SGD(model.parameters(), 0.005, momentum=0.9, weight_decay=spec.train.weight_decay)
@@ -75,8 +76,8 @@ def by_hand(spec: StageSpec, data: FileSet) -> tuple[dict, list[float]]:
             for m, part in enumerate(parts):
                 images = []
                 for row in part:
-                    with keyed(derive(SEED, "augment", epoch, data.files.paths[row], 0)):
-                        images.append(transform(data.files.image(row)))
+                    with keyed(derive(SEED, "augment", epoch, data.paths[row], 0)):
+                        images.append(transform(data.image(row)))
                 x = ((torch.stack(images).float() - IMAGENET.mean) / IMAGENET.std).permute(0, 3, 1, 2)
                 y = data.labels[part]
                 twin = copy.deepcopy(model)
@@ -188,11 +189,9 @@ def test_micro_batches_part_a_batch_evenly(rows, batch, micro_batches):
     ],
 )
 def test_stages_that_files_refuse(data, augment, micro_batches, says):
-    from tailscope.data.filedata import FileData
-
     spec = stage(data, train={"micro_batches": micro_batches})
     with pytest.raises(UserError, match=says):
-        OnDisk(FileData("photos", data, data)).check(spec.train, augment)
+        check(ImageData("photos", data, data), Solo(), spec.train, augment)
 
 
 def test_steps_may_end_within_an_epoch(data, tmp_path):

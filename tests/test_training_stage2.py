@@ -6,10 +6,10 @@ import torch
 from scipy.stats import chisquare
 from torch import nn
 
+from tailscope import features
 from tailscope.data.imageset import ImageSet
 from tailscope.data.sources import ImageData
 from tailscope.errors import UserError
-from tailscope.experiments import imagery
 from tailscope.experiments.lab import Lab
 from tailscope.features import extract
 from tailscope.methods.augmentations import build
@@ -153,7 +153,7 @@ def test_balanced_draws_are_augmented_draws_of_the_training_rows(lab, lt, backbo
         extracted.append(images)
         return torch.zeros(len(images), 32)
 
-    monkeypatch.setattr(imagery, "extract", recording)
+    monkeypatch.setattr(features, "extract", recording)
     stage2 = RECIPE.classifier(lt.spec, sampler="class_balanced").model_copy(update={"augment": ()})
     views = lab.views(backbone, stage2, lt.rows, SEED)
     training = lab.data.train.take(lt.rows)
@@ -174,7 +174,7 @@ def test_classifiers_on_one_backbone_share_its_views(lab, lt, backbone, monkeypa
         extractions.append(len(arguments[1]))
         return extract(*arguments)
 
-    monkeypatch.setattr(imagery, "extract", counting)
+    monkeypatch.setattr(features, "extract", counting)
     for data in (lt, lab.true(), lab.matched(list(lt.spec.counts), SEED)):
         lab.classifier(run_on(lt, data), backbone, data.rows, "classifier")
     assert extractions == [300] * VIEWS

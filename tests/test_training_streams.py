@@ -12,7 +12,7 @@ import torch
 
 from image_trees import photos as draw_photos
 from tailscope.data.decoding import decode
-from tailscope.data.filedata import load as load_files
+from tailscope.data.sources import load as load_files
 from tailscope.encoders import load as load_encoder
 from tailscope.encoders.preprocessing import Wishes
 from tailscope.errors import UserError
@@ -187,7 +187,7 @@ def test_a_process_that_is_forked_while_another_thread_draws_may_draw_too():
 @pytest.mark.filterwarnings("ignore:This process.*fork:DeprecationWarning", "ignore:This DataLoader will create")
 def test_decoding_leaves_the_default_generator(tmp_path, workers):
     draw_photos(tmp_path, [4, 4], split="train", side=20)
-    files = load_files(f"list:{tmp_path / 'train.txt'},{tmp_path / 'train.txt'}").train.files
+    files = load_files(f"list:{tmp_path / 'train.txt'},{tmp_path / 'train.txt'}").train
     before = torch.get_rng_state()
     transform = photos.training(("resized_crop(size=16)", "flip"))
     list(decode(files, transform, [[0, 1], [2]], workers=workers, seed_of=lambda *_: 5))

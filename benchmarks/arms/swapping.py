@@ -8,8 +8,9 @@ from benchmarks.workers import Pace
 from tailscope.data.imageset import ImageSet
 from tailscope.data.sources import ImageData
 from tailscope.experiments.lab import Lab
+from tailscope.experiments.runs import training_sets
 from tailscope.experiments.settings import Settings
-from tailscope.experiments.swap import swap, training_sets
+from tailscope.experiments.swap import swap
 from tailscope.progress import Progress, Quiet
 from tailscope.spec import TrainSpec
 from tailscope.store import Store
@@ -79,7 +80,9 @@ def repeatedly(
     images = _data(data, train_images, test_images)
     stage1 = STAGE1.model_copy(update={"steps": None, "epochs": 1, "batch": batch})
     settings = _settings(model, stage1, 1, profile)
-    pace.ready(data_bytes=images.train.images.numel() + images.test.images.numel())
+    pace.ready(
+        data_bytes=sum(split.images.numel() for split in (images.train, images.test) if isinstance(split, ImageSet))
+    )
     while True:
         with TemporaryDirectory() as folder:
             swap(_lab(images, folder, device, Quiet()), settings)

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tailscope.data.filedata import Data
-from tailscope.data.filedata import load as load
+from tailscope.data.sources import ImageData
+from tailscope.data.sources import load as load
 from tailscope.errors import expanded
 from tailscope.experiments import geometry as _geometry
 from tailscope.experiments import ladder as _ladder
@@ -20,7 +20,7 @@ from tailscope.training.recipes import recipe_by_name
 from tailscope.training.runtime import Runtime
 
 
-def swap(data: Data, **options: Any) -> dict[str, Any]:
+def swap(data: ImageData, **options: Any) -> dict[str, Any]:
     """Swap the data set between the two stages and attribute the gap: `swap.json` as a dictionary.
 
     Args:
@@ -30,19 +30,19 @@ def swap(data: Data, **options: Any) -> dict[str, Any]:
     return run(_swap.swap, data, **options)
 
 
-def ladder(data: Data, **options: Any) -> dict[str, Any]:
+def ladder(data: ImageData, **options: Any) -> dict[str, Any]:
     """Climb the augmentation ladder on the long-tailed set: `ladder.json` as a dictionary; options as for `run`."""
     return run(_ladder.ladder, data, **options)
 
 
-def geometry(data: Data, **options: Any) -> dict[str, Any]:
+def geometry(data: ImageData, **options: Any) -> dict[str, Any]:
     """Measure what the representation does to each class: `geometry.json` as a dictionary; options as for `run`."""
     return run(_geometry.geometry, data, **options)
 
 
 def run(
     experiment: Callable[[Lab, Settings], dict[str, Any]],
-    data: Data,
+    data: ImageData,
     *,
     profile: str = "exp:100",
     recipe: str = "fast",

@@ -13,8 +13,8 @@ from rich.text import Text
 
 from tailscope import report
 from tailscope.data import splits
-from tailscope.data.filedata import Data, FileData, load
 from tailscope.data.profiles import KNOWN, canonical, resolve
+from tailscope.data.sources import ImageData, load
 from tailscope.errors import one_line
 from tailscope.experiments.geometry import geometry
 from tailscope.experiments.lab import Lab
@@ -106,12 +106,12 @@ def experiments(request: Request, verbs: Sequence[str], console: Console) -> dic
         shown_on(console) as progress,
     ):
         settings = settings.model_copy(update={"recipe": place.recipe(settings.recipe)})
-        for note in data.notes() if isinstance(data, FileData) else ():
+        for note in data.notes():
             Console(stderr=True).out(f"warning: {one_line(note)}", highlight=False)
         for seed in settings.seeds:
             draw(data, settings.profile, settings.protocol, settings.subset_seed_of(seed))
         make_folder(request.out, "--out")
-        if not isinstance(data, FileData):  # which files can be read, and so the spec, is known later
+        if data.in_memory:  # which files can be read, and so the spec, is known later
             _check_free(data, settings, request, verbs)
         store = Store(store_root(request.out, request.store))
         lab = place.lab(store, progress, partial(Console(stderr=True).out, highlight=False))
@@ -135,7 +135,7 @@ def _run(lab: Lab, settings: Settings, request: Request, verbs: Sequence[str]) -
     return results
 
 
-def _check_free(data: Data, settings: Settings, request: Request, verbs: Sequence[str]) -> dict[str, Any]:
+def _check_free(data: ImageData, settings: Settings, request: Request, verbs: Sequence[str]) -> dict[str, Any]:
     """Refuse to replace results of another spec in OUT; return the subset of the first seed."""
     drawn = describe_subset(data, settings.profile, settings.protocol, settings.subset_seed_of(settings.seeds[0]))
     for verb in verbs:
@@ -168,7 +168,7 @@ def subset(
     return result
 
 
-def draw(data: Data, profile: str, protocol: str, seed: int) -> splits.Subset:
+def draw(data: ImageData, profile: str, protocol: str, seed: int) -> splits.Subset:
     """Draw a long-tailed subset of a data set's training images.
 
     Raises:
@@ -177,7 +177,7 @@ def draw(data: Data, profile: str, protocol: str, seed: int) -> splits.Subset:
     return splits.subset(data.train.labels, resolve(profile, data.train.counts()), protocol=protocol, seed=seed)
 
 
-def describe_subset(data: Data, profile: str, protocol: str, seed: int) -> dict[str, Any]:
+def describe_subset(data: ImageData, profile: str, protocol: str, seed: int) -> dict[str, Any]:
     """Draw a long-tailed subset and return it as `subset.json` holds it.
 
     Raises:
@@ -200,7 +200,7 @@ def describe_subset(data: Data, profile: str, protocol: str, seed: int) -> dict[
         "counts": drawn.counts,
         "groups": groups,
         "groups_rule": rule,
-        "warnings": data.notes() if isinstance(data, FileData) else [],
+        "warnings": data.notes(),
         "sha256": drawn.sha256,
         "indices": [kept.tolist() for kept in drawn.indices],
     }

@@ -1,4 +1,4 @@
-"""Decode a stream of images in worker processes, batch by batch, and say which images cannot be read.
+"""Decode images in worker processes, batch by batch, and say which of them cannot be read.
 
 Augmentation may be random: `SeedOf` then seeds it for every single image, so that neither the number of workers nor the
 batch or process that an image falls into changes what is drawn.
@@ -6,6 +6,10 @@ batch or process that an image falls into changes what is drawn.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -15,13 +19,16 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from tailscope.data.imageset import ImageSet
 from tailscope.data.pixels import ImageError
-from tailscope.data.streams import ImageStream, MemoryImages
+from tailscope.data.sources import ImageData, cannot_be_read
+from tailscope.data.streams import Images
 from tailscope.errors import UserError
 from tailscope.progress import Progress
 from tailscope.seeds import keyed
+from tailscope.spec import digest
+from tailscope.store import Store
 
-_SHOWN = 10
 _TOO_FEW_FOR_WORKERS = 256
 _VERIFY_BATCH = 64
 
@@ -38,7 +45,7 @@ class Unreadable(NamedTuple):
 
 
 class DecodedBatch(NamedTuple):
-    """Images [b, C, H, W] with their rows [b] in the stream, and what could not be read of the batch."""
+    """Images [b, C, H, W] with their rows [b] among all, and what could not be read of the batch."""
 
     images: Tensor
     rows: Tensor
@@ -52,27 +59,26 @@ _Item: TypeAlias = tuple[int, Tensor | None, "str | UserError"]
 class _Decoded(Dataset[_Item]):
     """(row, times drawn before) -> `_Item`."""
 
-    def __init__(self, stream: ImageStream, transform: Callable[[Image.Image], Tensor], seed_of: SeedOf | None) -> None:
-        self._stream, self._transform, self._seed_of = stream, transform, seed_of
+    def __init__(self, images: Images, transform: Callable[[Image.Image], Tensor], seed_of: SeedOf | None) -> None:
+        self._images, self._transform, self._seed_of = images, transform, seed_of
 
     def __getitem__(self, draw: tuple[int, int]) -> _Item:
         row, repeat = draw
         # Returned, not raised: an exception leaves a worker as a page of text, and would end the whole epoch.
         try:
-            image = self._stream.image(row)
+            image = self._images.image(row)
         except ImageError as error:
             return row, None, str(error)
-        if self._seed_of is None:
-            try:
+        seed_of = self._seed_of
+        try:
+            with nullcontext() if seed_of is None else keyed(seed_of(self._images.ids[row], repeat)):
                 return row, self._transform(image), ""
-            except UserError as error:
-                return row, None, error
-        with keyed(self._seed_of(self._stream.ids[row], repeat)):
-            return row, self._transform(image), ""
+        except UserError as error:
+            return row, None, error
 
 
 def decode(
-    stream: ImageStream,
+    images: Images,
     transform: Callable[[Image.Image], Tensor],
     batches: Sequence[Sequence[int]],
     *,
@@ -84,7 +90,7 @@ def decode(
     """Yield the decoded batches, in order.
 
     Args:
-        stream: the images.
+        images: what is decoded.
         transform: turns each into a tensor; all tensors of a batch have one shape. Random only with `seed_of`.
         batches: the rows of each batch.
         workers: processes that decode; None takes one a core up to 8, none for images in memory or a handful of files.
@@ -97,15 +103,15 @@ def decode(
     """
     if workers is None:
         few = sum(map(len, batches)) < _TOO_FEW_FOR_WORKERS
-        workers = 0 if few or isinstance(stream, MemoryImages) else min(8, _cores())
+        workers = 0 if few or isinstance(images, ImageSet) else min(8, _cores())
     loader: DataLoader[Any] = DataLoader(
-        _Decoded(stream, transform, seed_of),
+        _Decoded(images, transform, seed_of),
         batch_sampler=[
             list(zip(rows, [0] * len(rows) if repeats is None else repeats[i], strict=True))
             for i, rows in enumerate(batches)
         ],
         num_workers=workers,
-        collate_fn=_Collate(stream, str(getattr(transform, "label", "the transform"))),
+        collate_fn=_Collate(images, str(getattr(transform, "label", "the transform"))),
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else the loader draws from the default one, which other threads may have seeded
     )
@@ -118,8 +124,8 @@ def decode(
 class _Collate:
     """Stack what was decoded, and list what was not. A class, because spawned workers need to pickle it."""
 
-    def __init__(self, stream: ImageStream, label: str) -> None:
-        self._where, self._label = stream.where, label
+    def __init__(self, images: Images, label: str) -> None:
+        self._where, self._label = images.where, label
 
     def __call__(self, items: list[_Item]) -> DecodedBatch | UserError:
         for row, _, reason in items:
@@ -149,30 +155,97 @@ def earlier_draws(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return earlier
 
 
+def from_all_over(total: int, some: int = 16) -> list[int]:
+    """Return a few rows, the first and the last among them.
+
+    >>> from_all_over(100, 4), from_all_over(2), from_all_over(0)
+    ([0, 33, 66, 99], [0, 1], [])
+    """
+    return sorted({i * (total - 1) // (some - 1) for i in range(some)}) if total else []
+
+
 def _cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def find_unreadable(stream: ImageStream, *, workers: int | None, progress: Progress) -> list[Unreadable]:
-    """Decode every image once and return those that cannot be read: all of them, in the stream's order."""
-    rows = range(len(stream.labels))
+def find_unreadable(
+    images: Images, *, workers: int | None, progress: Progress, tell: Callable[[str], object] = str
+) -> list[Unreadable]:
+    """Decode every image once; tell and return those that cannot be read: all of them, in the images' order."""
+    rows = range(len(images))
     batches = [rows[start : start + _VERIFY_BATCH] for start in range(0, len(rows), _VERIFY_BATCH)]
     found = []
     with progress.task("verify the images", len(rows)) as advance:
-        for batch, rows_of_batch in zip(decode(stream, _nothing, batches, workers=workers), batches, strict=True):
-            found += batch.unreadable
-            advance(len(rows_of_batch))
+        for decoded, batch in zip(decode(images, _nothing, batches, workers=workers), batches, strict=True):
+            found += decoded.unreadable
+            advance(len(batch))
+    for bad in found:
+        tell(f"{bad.where}: {bad.reason}")
     return found
 
 
-def refuse(stream: ImageStream, unreadable: Sequence[Unreadable]) -> UserError:
+def refuse(images: Images, unreadable: Sequence[Unreadable]) -> UserError:
     """Return the error that counts unreadable images and names the first of them."""
-    shown = "; ".join(f"{bad.where} ({bad.reason})" for bad in unreadable[:_SHOWN])
-    more = f" and {len(unreadable) - _SHOWN} more" if len(unreadable) > _SHOWN else ""
-    plural = "image" if len(unreadable) == 1 else "images"
-    return UserError(f"{stream.name}: {len(unreadable)} {plural} cannot be read: {shown}{more}")
+    return UserError(f"{images.name}: {cannot_be_read([f'{bad.where} ({bad.reason})' for bad in unreadable])}")
 
 
 def _nothing(_: Image.Image) -> Tensor:
     return torch.empty(0)
+
+
+def readable(
+    data: ImageData,
+    store: Store,
+    *,
+    verify: bool = False,
+    workers: int | None = None,
+    progress: Progress,
+    tell: Callable[[str], object],
+) -> ImageData:
+    """Decode every image in a file once and return the data set without those that cannot be read.
+
+    What was found is kept in the store, under the data set's fingerprint, and not looked for again unless `verify`.
+
+    Args:
+        data: the data set.
+        store: remembers.
+        verify: refuse instead of leaving out; decodes again whatever the store says.
+        workers: processes that decode; None decides.
+        progress: receives the work done.
+        tell: with `verify`, receives a line for every image that cannot be read.
+
+    Raises:
+        UserError: with `verify`, an image cannot be read; or a class loses all its training images.
+    """
+    if data.in_memory:
+        return data
+    splits = {"train": data.train, "test": data.test}
+
+    def find(tell: Callable[[str], object] = str) -> dict[str, list[Unreadable]]:
+        return {k: find_unreadable(v, workers=workers, progress=progress, tell=tell) for k, v in splits.items()}
+
+    if verify:
+        unreadable = list(chain.from_iterable(find(tell).values()))
+        if unreadable:
+            raise refuse(data.train, unreadable)
+        return data
+
+    def make(_: Path) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+        found = find()
+        rows = {k: torch.tensor([bad.row for bad in of_split], dtype=torch.int64) for k, of_split in found.items()}
+        return rows, {"unreadable": [f"{bad.where} ({bad.reason})" for bad in chain.from_iterable(found.values())]}
+
+    checked = store.get_or_make("checked", digest({"checked": data.fingerprint}), make, progress)[0]
+    skipped = checked.meta["unreadable"]
+    if not skipped:
+        return data
+    train, test = (v.take(np.setdiff1d(np.arange(len(v)), checked.tensors[k].numpy())) for k, v in splits.items())
+    lost = [
+        name
+        for name, had, has in zip(train.class_names, data.train.counts(), train.counts(), strict=True)
+        if had > has == 0
+    ]
+    if lost:
+        raise UserError(f"{data.name}: class {lost[0]} has no training image that can be read; {skipped[0]}")
+    return replace(data, train=train, test=test, skipped=tuple(skipped))

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
+import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from tailscope.data.streams import ImageFiles
@@ -203,7 +203,7 @@ def _split(root: Path, tree: _Tree, classes: Sequence[str], training: str) -> Im
         raise UserError(f"{tree.path}: two class folders would both be called {twice!r}; rename one of them")
     found = [tree.walk(name) if name in tree.folders else [] for name in classes]
     paths = tuple(path for of_class in found for path in of_class)
-    labels = np.repeat(np.arange(len(classes)), [len(of_class) for of_class in found])
+    labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(of_class) for of_class in found]))
     return ImageFiles(plain_name(root.resolve().name), root, paths, labels, tuple(names))
 
 

@@ -1,7 +1,7 @@
-"""Hugging Face datasets: `hf:NAME:SPLIT`, through the optional package `datasets`, or saved by its `save_to_disk`.
+"""Hugging Face datasets: `hf:NAME`, through the optional package `datasets`, or saved by its `save_to_disk`.
 
-`hf:FOLDER` and `hf:FOLDER:SPLIT` name a saved one, whose Arrow files pyarrow reads. `,label=COLUMN` and `,image=COLUMN`
-behind either say which column is meant where several could be.
+`hf:FOLDER` names a saved one, whose Arrow files pyarrow reads. Behind either, `:SPLIT` takes one of the splits alone,
+and `,label=COLUMN` and `,image=COLUMN` say which column is meant where several could be.
 """
 
 import hashlib
@@ -16,32 +16,35 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+import torch
 from PIL import Image
+from torch import Tensor
 
 from tailscope.array_files import message_of
-from tailscope.data.pixels import ImageError, not_regular, read_image
-from tailscope.errors import UserError
+from tailscope.data.pixels import ImageError, read_image
+from tailscope.data.streams import Images, Indices, Rows
+from tailscope.errors import UserError, unreadable
 from tailscope.field_checks import MAX_CLASSES
 
 
 @dataclass(frozen=True, eq=False)
-class HuggingFaceImages:
-    """A split of a Hugging Face dataset as a stream of images; row i has the id "SPLIT:i"."""
+class HuggingFaceImages(Images):
+    """A split of a Hugging Face dataset; row i has the id "SPLIT:i"."""
 
     name: str
     dataset: Any
     column: str
-    labels: npt.NDArray[np.int64]
+    labels: Tensor
     class_names: tuple[str, ...]
     ids: tuple[str, ...]
-    notes: tuple[str, ...] = ()
     named = True
+    notes = ()
 
-    def take(self, indices: npt.NDArray[np.int64]) -> "HuggingFaceImages":
+    def take(self, indices: Indices) -> "HuggingFaceImages":
         """Return the images at `indices`, in that order; they keep their ids."""
-        ids = tuple(self.ids[i] for i in indices)
-        return replace(self, dataset=self.dataset.select(indices.tolist()), labels=self.labels[indices], ids=ids)
+        rows = np.asarray(indices, dtype=np.int64).tolist()
+        ids = tuple(self.ids[i] for i in rows)
+        return replace(self, dataset=self.dataset.select(rows), labels=self.labels[rows], ids=ids)
 
     @cached_property
     def _undecoded(self) -> Any:
@@ -70,9 +73,7 @@ class HuggingFaceImages:
     def fingerprint(self) -> str:
         """Return the SHA-256 (hex) of the dataset's own fingerprint, the labels and the class names."""
         own = getattr(self.dataset, "_fingerprint", "")  # private, but what `datasets` keys its own cache by
-        digest = hashlib.sha256(repr((self.name, own, self.ids, self.class_names)).encode())
-        digest.update(self.labels.astype("<i8").tobytes())
-        return digest.hexdigest()
+        return self._digest(self.name, own, self.ids).hexdigest()
 
 
 class _Named(NamedTuple):
@@ -83,9 +84,13 @@ class _Named(NamedTuple):
     split: str | None
     columns: dict[str, str]
 
+    def wrong(self, what: str) -> UserError:
+        """Return the error that names the source."""
+        return UserError(f"hf:{self.source}: {what}")
+
 
 def load(source: str) -> dict[str, HuggingFaceImages]:
-    """Return the one split that `NAME:SPLIT` names, or all of a saved set; columns are found by their types.
+    """Return the one split that `NAME:SPLIT` names, or all; columns are found by their types.
 
     Raises:
         UserError: `datasets` or pyarrow is not installed, the dataset cannot be had, it has not one image and one label
@@ -95,10 +100,8 @@ def load(source: str) -> dict[str, HuggingFaceImages]:
     folder = _folder(named.name)
     if any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
         found = _open_saved(named, folder)
-    elif named.split is None:
-        raise UserError(f"hf:{source}: expected hf:NAME:SPLIT, such as hf:cifar10:train")
     else:
-        found = {named.split: _load_by_name(named, named.split)}
+        found = _load_by_name(named)
     return {split: _images(named, split, dataset) for split, dataset in found.items()}
 
 
@@ -116,15 +119,16 @@ def _folder(name: str) -> Path:
     return Path(os.path.expanduser(name))  # noqa: PTH111 -- a name that is no user's is one of the Hub's, or of nothing
 
 
-def _load_by_name(named: _Named, split: str) -> Any:
+def _load_by_name(named: _Named) -> dict[str, Any]:
     try:
         import datasets
     except ImportError:
-        raise UserError(f"hf:{named.source}: needs the package datasets; pip install 'tailscope[hf]'") from None
+        raise named.wrong("needs the package datasets; pip install 'tailscope[hf]'") from None
     try:
-        return datasets.load_dataset(named.name, split=split)
+        found = datasets.load_dataset(named.name, split=named.split)
     except Exception as error:  # the package has no common base class for what may go wrong
-        raise UserError(f"hf:{named.source}: cannot be loaded ({message_of(error)})") from None
+        raise named.wrong(f"cannot be loaded ({message_of(error)})") from None
+    return dict(found) if named.split is None else {named.split: found}
 
 
 def _images(named: _Named, split: str, dataset: Any) -> HuggingFaceImages:
@@ -132,7 +136,8 @@ def _images(named: _Named, split: str, dataset: Any) -> HuggingFaceImages:
     label = _column(named, "label", dataset.features, "ClassLabel")
     labels, names = _labels(f"hf:{named.source}: column {label!r}", dataset[label][:], dataset.features[label])
     ids = tuple(f"{split}:{row}" for row in range(len(labels)))
-    return HuggingFaceImages(named.name, dataset, image, labels, names, ids)
+    name = named.name.rstrip("/").rpartition("/")[2] if isinstance(dataset, _Saved) else named.name
+    return HuggingFaceImages(name, dataset, image, labels, names, ids)
 
 
 def _column(named: _Named, what: str, features: dict[str, Any], kind: str) -> str:
@@ -140,18 +145,16 @@ def _column(named: _Named, what: str, features: dict[str, Any], kind: str) -> st
     wish = named.columns.get(what)
     if wish is not None:
         if wish not in features:
-            raise UserError(f"hf:{named.source}: no column {wish!r}; its columns are {', '.join(features)}")
+            raise named.wrong(f"no column {wish!r}; its columns are {', '.join(features)}")
         return wish
     found = [name for name, feature in features.items() if _kind(feature) == kind]
     if not found:
-        raise UserError(
-            f"hf:{named.source}: no column of type {kind}; its columns are {', '.join(features)}; choose one with "
-            f",{what}=COLUMN"
+        raise named.wrong(
+            f"no column of type {kind}; its columns are {', '.join(features)}; choose one with ,{what}=COLUMN"
         )
     if len(found) > 1:
-        raise UserError(
-            f"hf:{named.source}: the columns {', '.join(found)} are all of type {kind}; choose one, with "
-            f",{what}={found[0]} for instance"
+        raise named.wrong(
+            f"the columns {', '.join(found)} are all of type {kind}; choose one, with ,{what}={found[0]} for instance"
         )
     return found[0]
 
@@ -161,7 +164,7 @@ def _kind(feature: Any) -> str:
     return str(feature.get("_type", "")) if isinstance(feature, dict) else type(feature).__name__
 
 
-def _labels(where: str, values: Any, feature: Any) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
+def _labels(where: str, values: Any, feature: Any) -> tuple[Tensor, tuple[str, ...]]:
     """Return labels 0 to C-1 and the names of the classes: those of the column's type, or its different values."""
     names = _names(where, feature)
     if not len(values):
@@ -184,7 +187,7 @@ def _labels(where: str, values: Any, feature: Any) -> tuple[npt.NDArray[np.int64
         raise UserError(f"{where}: {len(names):,} classes; at most {MAX_CLASSES:,} are supported")
     if isinstance(values[0], str) or not 0 <= min(values) <= max(values) < len(names):
         raise UserError(f"{where}: labels beyond its {len(names)} classes")
-    return np.asarray(values, dtype=np.int64), tuple(names)
+    return torch.tensor(values, dtype=torch.int64), tuple(names)
 
 
 def _names(where: str, feature: Any) -> list[str] | None:
@@ -203,7 +206,7 @@ def _names(where: str, feature: Any) -> list[str] | None:
 class _Saved:
     """A split that `save_to_disk` wrote, as the part of `datasets.Dataset` that is used here."""
 
-    def __init__(self, table: Any, features: dict[str, Any], fingerprint: str, rows: npt.NDArray[np.int64]) -> None:
+    def __init__(self, table: Any, features: dict[str, Any], fingerprint: str, rows: Rows) -> None:
         self._table, self.features, self._fingerprint, self._rows = table, features, fingerprint, rows
 
     def __getitem__(self, key: str | int) -> Any:
@@ -223,13 +226,13 @@ def _open_saved(named: _Named, folder: Path) -> dict[str, _Saved]:
     if (folder / "dataset_dict.json").is_file():
         names = _json(named, folder / "dataset_dict.json").get("splits")
         if not isinstance(names, list) or not names or not all(_stays(name) for name in names):
-            raise UserError(f"hf:{named.source}: dataset_dict.json names no splits")
+            raise named.wrong("dataset_dict.json names no splits")
         folders = {name: folder / name for name in names}
     else:
         folders = {str(_json(named, folder / "state.json").get("_split") or named.split or "train"): folder}
     if named.split is not None:
         if named.split not in folders:
-            raise UserError(f"hf:{named.source}: no split {named.split!r}; it has {', '.join(folders)}")
+            raise named.wrong(f"no split {named.split!r}; it has {', '.join(folders)}")
         folders = {named.split: folders[named.split]}
     return {split: _read_saved(named, where) for split, where in folders.items()}
 
@@ -237,11 +240,11 @@ def _open_saved(named: _Named, folder: Path) -> dict[str, _Saved]:
 def _read_saved(named: _Named, folder: Path) -> _Saved:
     state, info = (_json(named, folder / file) for file in ("state.json", "dataset_info.json"))
     if state.get("_indices_data_files"):
-        raise UserError(f"hf:{named.source}: saved by an old version of datasets; load it there and save it again")
+        raise named.wrong("saved by an old version of datasets; load it there and save it again")
     files, features = state.get("_data_files"), info.get("features")
     names = [file.get("filename") for file in files if isinstance(file, dict)] if isinstance(files, list) else []
     if not names or not all(_stays(name) for name in names) or not isinstance(features, dict):
-        raise UserError(f"hf:{named.source}: state.json and dataset_info.json do not name Arrow files and features")
+        raise named.wrong("state.json and dataset_info.json do not name Arrow files and features")
     table = _read_arrow(named, [folder / str(name) for name in names])
     features = {name: feature for name, feature in features.items() if name in table.column_names}
     return _Saved(table, features, str(state.get("_fingerprint", "")), np.arange(len(table)))
@@ -252,32 +255,32 @@ def _read_arrow(named: _Named, files: list[Path]) -> Any:
     try:
         pa = importlib.import_module("pyarrow")
     except ImportError:
-        raise UserError(f"hf:{named.source}: needs pyarrow; pip install 'tailscope[hf]'") from None
+        raise named.wrong("needs pyarrow; pip install 'tailscope[hf]'") from None
     tables = []
     for file in files:
-        problem = not_regular(file)
+        problem = unreadable(file)
         if problem:
-            raise UserError(f"hf:{named.source}: {file.name}: {problem}")
+            raise named.wrong(f"{file.name}: {problem}")
         try:
             with pa.ipc.open_stream(pa.memory_map(str(file))) as stream:
                 tables.append(stream.read_all())
             tables[-1].validate(full=True)
             tables[-1].slice(0, 1).to_pylist()  # finds names of columns that are no text
         except (OSError, ValueError, pa.ArrowException) as error:
-            raise UserError(f"hf:{named.source}: {file.name}: no readable Arrow file ({message_of(error)})") from None
+            raise named.wrong(f"{file.name}: no readable Arrow file ({message_of(error)})") from None
     try:
         return pa.concat_tables(tables)
     except (ValueError, pa.ArrowException) as error:
-        raise UserError(f"hf:{named.source}: its Arrow files do not fit together ({message_of(error)})") from None
+        raise named.wrong(f"its Arrow files do not fit together ({message_of(error)})") from None
 
 
 def _json(named: _Named, path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if not_regular(path) is None else None
+        found = json.loads(path.read_text(encoding="utf-8")) if unreadable(path) is None else None
     except (OSError, ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise UserError(f"hf:{named.source}: {path.name}: {not_regular(path) or 'not a JSON object'}")
+        raise named.wrong(f"{path.name}: {unreadable(path) or 'not a JSON object'}")
     return found
 
 

@@ -1,24 +1,23 @@
-"""Labelled images in memory: a subset, a validation cut or a swap is an index operation on an `ImageSet`."""
+"""Labelled images in memory."""
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 
-import numpy as np
-import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
+
+from tailscope.data.streams import Images, Indices
 
 
 @dataclass(frozen=True, eq=False)
-class ImageSet:
-    """Images with a label each.
+class ImageSet(Images):
+    """Images with a label each, as tensors.
 
     Attributes:
         images: uint8 [N, H, W, C], 0 to 255.
         labels: int64 [N], 0 to num_classes - 1.
         class_names: one name a class.
+        name, ids: where a data set's source names them.
 
     >>> digits = ImageSet(torch.zeros(3, 8, 8, 1, dtype=torch.uint8), torch.tensor([0, 1, 1]), ("zero", "one"))
     >>> len(digits), digits.num_classes, digits.counts(), digits.take([2]).labels.tolist()
@@ -28,6 +27,10 @@ class ImageSet:
     images: Tensor
     labels: Tensor
     class_names: tuple[str, ...]
+    name: str = "images in memory"
+    ids: tuple[str, ...] = ()
+    named = False
+    notes = ()
 
     def __post_init__(self) -> None:
         """Refuse tensors that are not what the attributes promise (a mistake of the calling code)."""
@@ -36,35 +39,28 @@ class ImageSet:
         if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
             raise ValueError(f"labels must be int64 [N], not {self.labels.dtype} {tuple(self.labels.shape)}")
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes, with or without images here."""
-        return len(self.class_names)
+    def of_split(self, name: str, split: str) -> "ImageSet":
+        """Return the images as the split of a named data set: row i of split "train" has the id "train:i"."""
+        return replace(self, name=name, ids=tuple(f"{split}:{row}" for row in range(len(self))))
 
     @property
     def channels(self) -> int:
         """Channels of an image."""
         return self.images.shape[-1]
 
-    def counts(self) -> list[int]:
-        """Return the number of images of each class."""
-        return [int(n) for n in torch.bincount(self.labels, minlength=self.num_classes)]
-
-    def take(self, indices: Sequence[int] | npt.NDArray[np.int64] | Tensor) -> "ImageSet":
+    def take(self, indices: Indices) -> "ImageSet":
         """Return the images at `indices`, in that order; class names stay."""
         index = torch.as_tensor(indices, dtype=torch.int64, device=self.labels.device)
-        return ImageSet(self.images[index], self.labels[index], self.class_names)
+        ids = tuple(self.ids[i] for i in index.tolist()) if self.ids else ()
+        return replace(self, images=self.images[index], labels=self.labels[index], ids=ids)
+
+    def image(self, row: int) -> Image.Image:
+        """Return the pixels as they are, as an image with 1 to 4 channels."""
+        pixels = self.images[row].numpy()
+        return Image.fromarray(pixels[..., 0] if self.channels == 1 else pixels)
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 (hex) of pixels, labels, shape and class names; computed once."""
-        return self._digest
-
-    @cached_property
-    def _digest(self) -> str:
-        digest = hashlib.sha256(repr((tuple(self.images.shape), self.class_names)).encode())
-        digest.update(self.labels.cpu().numpy().astype("<i8").data)
+        """Return the SHA-256 (hex) of pixels, labels, shape and class names."""
+        digest = self._digest(tuple(self.images.shape))
         digest.update(self.images.cpu().contiguous().numpy().data)
         return digest.hexdigest()

@@ -17,11 +17,10 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
+import torch
 
-from tailscope.data.pixels import not_regular
-from tailscope.data.streams import ImageFiles
-from tailscope.errors import UserError, expanded
+from tailscope.data.streams import ImageFiles, Rows
+from tailscope.errors import UserError, expanded, unreadable
 from tailscope.field_checks import MAX_CLASSES, listed
 
 IMAGE_COLUMNS = (
@@ -50,7 +49,7 @@ class _List:
     file: Path
     paths: tuple[str, ...]
     labels: tuple[str, ...]
-    lines: npt.NDArray[np.int64]
+    lines: Rows
     numbered: bool
 
 
@@ -76,7 +75,7 @@ def load(lists: str, data_root: Path | None) -> dict[str, ImageFiles]:
         labels = np.array([number[label] for label in found.labels], dtype=np.int64)
         root, notes = data_root or found.file.parent, _notes(read[0], found, labels)
         splits[split] = ImageFiles(
-            found.file.stem, root, found.paths, labels, classes, found.file, found.lines, tuple(notes)
+            found.file.stem, root, found.paths, torch.from_numpy(labels), classes, found.file, found.lines, tuple(notes)
         )
     return splits
 
@@ -99,7 +98,7 @@ def _classes(read: Sequence[_List]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _notes(first: _List, found: _List, labels: npt.NDArray[np.int64]) -> list[str]:
+def _notes(first: _List, found: _List, labels: Rows) -> list[str]:
     """Say which images a list repeats, which it shares with the first list, and which of its classes it lacks."""
     seen: dict[str, int] = {}
     before = [seen.setdefault(posixpath.normpath(path), row) for row, path in enumerate(found.paths)]
@@ -145,7 +144,7 @@ def _read(file: Path, root: Path) -> _List:
 
 def _text(file: Path) -> str:
     """Return a list's text, its lines ended by line feeds."""
-    problem = not_regular(file)
+    problem = unreadable(file)
     if problem:
         raise UserError(f"list:{file}: cannot be read as text ({'lists no images' if problem == 'empty' else problem})")
     try:
@@ -233,7 +232,7 @@ def _is_number(label: str) -> bool:
 
 def _with_slashes(path: str, root: Path) -> str:
     r"""Return a path that was written on Windows as one of ours; elsewhere a file may have `\` in its name."""
-    if "\\" not in path or (os.sep != "\\" and not_regular(root / path) is None):
+    if "\\" not in path or (os.sep != "\\" and unreadable(root / path) is None):
         return path
     return path.replace("\\", "/")
 

@@ -26,23 +26,21 @@ def read(path: Path) -> tuple[ImageSet, ImageSet]:
         UserError: the file is missing, unreadable, or holds something else.
     """
     arrays = array_files.read(path, FIELDS, ("class_names",)).arrays
-    for split in ("train", "test"):
-        name = f"{split}_images"
-        arrays[name] = _checked_images(f"{path}: {name}", arrays[name])
-    shapes = [arrays[f"{split}_images"].shape[1:] for split in ("train", "test")]
+    images = [_checked_images(f"{path}: {split}_images", arrays[f"{split}_images"]) for split in ("train", "test")]
+    shapes = [of_split.shape[1:] for of_split in images]
     if shapes[0] != shapes[1]:
         raise UserError(f"{path}: train_images are {shapes[0]} (height, width, channels), test_images {shapes[1]}")
     train, test = (
-        to_labels(f"{path}: {split}_labels", arrays[f"{split}_labels"], len(arrays[f"{split}_images"]), "images")
-        for split in ("train", "test")
+        to_labels(f"{path}: {split}_labels", arrays[f"{split}_labels"], len(of_split), "images")
+        for split, of_split in zip(("train", "test"), images, strict=True)
     )
-    names, train, test = _numbered(path, train, test, arrays.get("class_names"))
-    _require_training_images(path, train, names)
-    return _image_set(arrays["train_images"], train, names), _image_set(arrays["test_images"], test, names)
-
-
-def _image_set(images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64], names: tuple[str, ...]) -> ImageSet:
-    return ImageSet(torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels), names)
+    names, *labels = _numbered(path, train, test, arrays.get("class_names"))
+    _require_training_images(path, labels[0], names)
+    first, second = (
+        ImageSet(torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(numbers), names)
+        for pixels, numbers in zip(images, labels, strict=True)
+    )
+    return first, second
 
 
 def _checked_images(where: str, images: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:

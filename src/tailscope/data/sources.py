@@ -1,10 +1,13 @@
-"""Data sets by name: `digits`, `cifar10`, `cifar100`, or the path of an image `.npz`."""
+"""Open what `--data` names, in memory or in files: one way for every verb.
+
+`digits`, `cifar10`, `cifar100`, `PATH.npz`, `folder:PATH`, `list:TRAIN.txt[,TEST.txt]`, `hf:NAME[:SPLIT]`.
+"""
 
 import hashlib
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +15,13 @@ import torch
 from sklearn.datasets import load_digits
 
 from tailscope import seeds
-from tailscope.data import npz, splits
+from tailscope.data import folders, huggingface, listfiles, npz, splits
 from tailscope.data.imageset import ImageSet
+from tailscope.data.streams import Images
 from tailscope.errors import UserError, expanded
 
+SHOWN = 10
+"""How many images that cannot be read a message names."""
 DIGITS_TEST_PER_CLASS = 50
 DIGITS_SPLIT_SEED = 0
 _CIFAR = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
@@ -23,41 +29,162 @@ _CIFAR = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """A data set: the true training distribution and its test split."""
+    """A data set that an experiment can train on.
+
+    Attributes:
+        name: of the data set.
+        train: the true training distribution.
+        test: its test split.
+        skipped: what cannot be read and was left out, as lines for people.
+    """
 
     name: str
-    train: ImageSet
-    test: ImageSet
+    train: Images
+    test: Images
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the images are tensors; else they are decoded from files."""
+        return isinstance(self.train, ImageSet)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the content of both splits, never of paths."""
+        """SHA-256 (hex) of both splits: of pixels in memory, of relative paths and sizes of files; never of places."""
         return hashlib.sha256((self.train.fingerprint() + self.test.fingerprint()).encode()).hexdigest()
 
+    def notes(self) -> list[str]:
+        """Return what a reader of a result must know: what was left out, and how many images cannot be read."""
+        found = list(dict.fromkeys((*self.train.notes, *self.test.notes)))
+        return [*found, cannot_be_read(self.skipped, " and took no part")] if self.skipped else found
 
-def load(source: str, *, data_root: Path | None = None, also: tuple[str, ...] = ()) -> ImageData:
-    """Load a data set into memory.
 
-    Args:
-        source: `"digits"`, `"cifar10"`, `"cifar100"` or `"PATH.npz"` (fields: see `tailscope.data.npz.read`).
-        data_root: for CIFAR, a directory with torchvision's official layout or `NAME.npz`; default `$TAILSCOPE_DATA`,
-            else `~/.cache/tailscope/data`. What is missing is downloaded there by torchvision, checksums verified.
-        also: other forms of `source` that the caller knows, for the message about unknown ones.
+def cannot_be_read(images: Sequence[str], more: str = "") -> str:
+    """Return a line that counts images that cannot be read and names the first of them.
+
+    >>> cannot_be_read(["a.png (missing)"], " and took no part")
+    '1 image cannot be read and took no part: a.png (missing)'
+    """
+    rest = f" and {len(images) - SHOWN} more" if len(images) > SHOWN else ""
+    plural = "image" if len(images) == 1 else "images"
+    return f"{len(images)} {plural} cannot be read{more}: {'; '.join(images[:SHOWN])}{rest}"
+
+
+@dataclass(frozen=True, eq=False)
+class OpenedImages:
+    """The splits that a source has, by name. Files are listed, not opened."""
+
+    source: str
+    name: str
+    splits: Mapping[str, Images]
+
+    @property
+    def in_memory(self) -> ImageSet | None:
+        """The training split where it is in memory."""
+        train = self.splits.get("train")
+        return train if isinstance(train, ImageSet) else None
+
+    def split(self, name: str | None) -> tuple[str, Images]:
+        """Return a split with its name, which any of `folders.SPLITS` may call; None takes the only one there is.
+
+        Raises:
+            UserError: there is no such split, or None does not say which.
+        """
+        known = ", ".join(self.splits)
+        if name is None:
+            if len(self.splits) > 1:
+                raise UserError(f"{self.source} has the splits {known}; say which with --split")
+            name = next(iter(self.splits))
+        found = name if name in self.splits else self._by_meaning.get(folders.split_of(name) or name)
+        if found is None:
+            raise UserError(f"--split {name}: {self.source} has {known}")
+        return found, self.splits[found]
+
+    @property
+    def _by_meaning(self) -> dict[str, str]:
+        """The splits' names by what they mean, as `folders.SPLITS` knows it."""
+        return {folders.split_of(split) or split: split for split in self.splits}
+
+    def for_experiment(self) -> ImageData:
+        """Return the splits to train on and to test on; without a test split `val` stands in, as of ImageNet.
+
+        Raises:
+            UserError: one of them is missing, or the test split has a class without training images.
+        """
+        by_meaning = {meaning: self.splits[split] for meaning, split in self._by_meaning.items()}
+        train, test = by_meaning.get("train"), by_meaning.get("test", by_meaning.get("val"))
+        if train is None or test is None:
+            has = "no splits" if "all" in by_meaning else f"only {', '.join(self.splits)}"
+            raise UserError(
+                f"{self.source}: an experiment needs images to train on and to test on; give"
+                f" {_NEEDED[self.source.partition(':')[0]]}; this has {has}"
+            )
+        if not isinstance(train, ImageSet):
+            train, test = _with_common_classes(train, test)
+        return ImageData(self.name, train, test)
+
+
+_NEEDED = {
+    "folder": "folder:PATH with train/ and test/ (or val/)",
+    "list": "list:TRAIN.txt,TEST.txt",
+    "hf": "hf:NAME with the splits train and test (or validation)",
+}
+
+
+def _with_common_classes(train: Images, test: Images) -> tuple[Images, Images]:
+    """Leave out classes without training images, such as numbers that lists do not use, and number the rest alike."""
+    names = tuple(train.class_names[k] for k in np.unique(train.labels))
+    number = {name: k for k, name in enumerate(names)}
+    strange = [name for k in np.unique(test.labels) if (name := test.class_names[k]) not in number]
+    if strange:
+        raise UserError(f"{test.name}: has class {strange[0]!r}, of which {train.name} has no image to train on")
+    return _renumbered(train, number), _renumbered(test, number)
+
+
+def _renumbered(images: Images, number: Mapping[str, int]) -> Images:
+    new = torch.tensor([number.get(name, -1) for name in images.class_names])
+    return replace(images, labels=new[images.labels], class_names=tuple(number))  # type: ignore[type-var]
+
+
+def load(source: str, *, data_root: Path | None = None) -> ImageData:
+    """Open a data set to run experiments on.
 
     >>> digits = load("digits")
     >>> tuple(digits.train.images.shape), min(digits.train.counts()), set(digits.test.counts())
     ((1297, 8, 8, 1), 124, {50})
 
     Raises:
+        UserError: as `open_images`; or there is nothing to train on, or to test on.
+    """
+    return open_images(source, data_root=data_root).for_experiment()
+
+
+def open_images(source: str, *, data_root: Path | None = None) -> OpenedImages:
+    """Open a source of images.
+
+    Args:
+        source: `digits`, `cifar10`, `cifar100`; `PATH.npz` (see `tailscope.data.npz.read`); `folder:PATH` (see
+            `folders`), `list:TRAIN.txt[,TEST.txt]` (see `listfiles`) or `hf:NAME[:SPLIT]` (see `huggingface`).
+        data_root: where the images of lists lie, by default beside the list; for CIFAR, a directory with torchvision's
+            official layout or `NAME.npz`, by default `$TAILSCOPE_DATA`, else `~/.cache/tailscope/data`. CIFAR that is
+            missing is downloaded there by torchvision, checksums verified.
+
+    Raises:
         UserError: unknown data set, or data that are missing, damaged or of another form.
     """
+    kind, _, rest = source.partition(":")
+    if kind in _IN_FILES:
+        found = _IN_FILES[kind](rest, data_root)
+        return OpenedImages(source, next(iter(found.values())).name, found)
     if source in _LOADERS:
-        train, test = _LOADERS[source](data_root)
-        return ImageData(source, train, test)
-    if source.endswith(".npz"):
+        name, pair = source, _LOADERS[source](data_root)
+    elif source.endswith(".npz"):
         path = expanded(source)
-        return ImageData(path.stem, *npz.read(path))
-    raise UserError(f"unknown data set {source!r}; known: {', '.join((*sorted(_LOADERS), 'PATH.npz', *also))}")
+        name, pair = path.stem, npz.read(path)
+    else:
+        raise UserError(f"unknown data set {source!r}; known: {', '.join((*sorted(_LOADERS), *_KNOWN))}")
+    in_memory = zip(("train", "test"), pair, strict=True)
+    return OpenedImages(source, name, {split: images.of_split(name, split) for split, images in in_memory})
 
 
 def _digits(_: Path | None) -> tuple[ImageSet, ImageSet]:
@@ -76,7 +203,7 @@ def _digits(_: Path | None) -> tuple[ImageSet, ImageSet]:
 
 
 def _cifar(name: str, data_root: Path | None) -> tuple[ImageSet, ImageSet]:
-    root = expanded(data_root) if data_root else _default_root()
+    root = expanded(data_root or os.environ.get("TAILSCOPE_DATA") or "~/.cache/tailscope/data")
     if (root / f"{name}.npz").is_file():
         return npz.read(root / f"{name}.npz")
     if data_root is not None and not root.is_dir():
@@ -104,13 +231,13 @@ def _official(name: str, root: Path, *, train: bool) -> ImageSet:
     return ImageSet(torch.from_numpy(dataset.data), labels, tuple(dataset.classes))
 
 
-def _default_root() -> Path:
-    named = os.environ.get("TAILSCOPE_DATA")
-    return expanded(named or "~/.cache/tailscope/data")
-
-
 _LOADERS: dict[str, Callable[[Path | None], tuple[ImageSet, ImageSet]]] = {
     "digits": _digits,
-    "cifar10": lambda root: _cifar("cifar10", root),
-    "cifar100": lambda root: _cifar("cifar100", root),
+    **{name: partial(_cifar, name) for name in _CIFAR},
 }
+_IN_FILES: dict[str, Callable[[str, Path | None], Mapping[str, Images]]] = {
+    "folder": lambda rest, _: folders.load(expanded(rest)),
+    "list": listfiles.load,
+    "hf": lambda rest, _: huggingface.load(rest),
+}
+_KNOWN = ("PATH.npz", "folder:PATH", "list:TRAIN.txt[,TEST.txt]", "hf:NAME[:SPLIT]")

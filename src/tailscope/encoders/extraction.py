@@ -1,8 +1,8 @@
-"""Extract features of a stream of images to a file: resumable, and never holding them twice."""
+"""Extract features of images to a file: resumable, and never holding them twice."""
 
 import time
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from tailscope import array_files
-from tailscope.data.decoding import DecodedBatch, Unreadable, decode, refuse
-from tailscope.data.streams import ImageStream
+from tailscope.data.decoding import DecodedBatch, Unreadable, decode, from_all_over, refuse
+from tailscope.data.streams import Images
 from tailscope.encoders.encoder import Encoder
 from tailscope.encoders.shards import Shards
 from tailscope.errors import UserError
 from tailscope.feature_table import FeatureTable
+from tailscope.features import forward
 from tailscope.field_checks import listed, require_finite
 from tailscope.training.runtime import Runtime
-
-_TRIED = 16
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Extraction:
 
 def extract_to_file(
     encoder: Encoder,
-    images: ImageStream,
+    images: Images,
     out: Path,
     runtime: Runtime,
     options: Options | None = None,
@@ -81,7 +80,7 @@ def extract_to_file(
     dtype = runtime.dtype(options.precision)
     made_by = {**encoder.spec(), "precision": str(dtype).removeprefix("torch."), "stored": options.stored}
     _try_first(encoder, images, options)
-    shards = Shards(out, len(images.labels))
+    shards = Shards(out, len(images))
     with shards.opened({**made_by, "images": images.fingerprint()}):
         resumed = shards.readable()
         _extract_missing(encoder, images, shards, runtime, options)
@@ -95,19 +94,18 @@ def extract_to_file(
     return Extraction(table, resumed, skipped)
 
 
-def _try_first(encoder: Encoder, images: ImageStream, options: Options) -> None:
+def _try_first(encoder: Encoder, images: Images, options: Options) -> None:
     """Preprocess a few images from all over the data, so that what cannot work fails before the work.
 
     Raises:
         UserError: the user's transform fails, or images come out in several sizes.
     """
-    total = len(images.labels)
-    rows = sorted({i * (total - 1) // (_TRIED - 1) for i in range(_TRIED)}) if total else []
+    rows = from_all_over(len(images))
     for _ in decode(images, encoder.preprocessing, [rows] if options.batch > 1 else [[row] for row in rows], workers=0):
         pass
 
 
-def _extract_missing(encoder: Encoder, images: ImageStream, shards: Shards, runtime: Runtime, options: Options) -> None:
+def _extract_missing(encoder: Encoder, images: Images, shards: Shards, runtime: Runtime, options: Options) -> None:
     """Write shards of all images that have none yet.
 
     Batches begin at multiples of their size, whatever was done before: an image's features depend on its batch in the
@@ -123,6 +121,7 @@ def _extract_missing(encoder: Encoder, images: ImageStream, shards: Shards, runt
         pin_memory=runtime.device.type == "cuda",
     )
     encoder.model.to(runtime.device)
+    dtype = runtime.dtype(options.precision)
     done = shards.total - sum(map(len, missing))
     with runtime.progress.task(f"features of {images.name}", shards.total, done) as advance:
         part = _Part(images.name, shards, options)
@@ -130,12 +129,14 @@ def _extract_missing(encoder: Encoder, images: ImageStream, shards: Shards, runt
             if decoded.unreadable and not options.skip_unreadable:
                 raise refuse(images, decoded.unreadable)
             if batch.start != part.end:
-                part.save(batch.start)
-            features = _forward(encoder, decoded.images, runtime.device, runtime.dtype(options.precision))
+                part = part.save(batch.start)
+            features = torch.empty(0, encoder.width)
+            if len(decoded.images):
+                features = forward(encoder.features, decoded.images, runtime.device, dtype).float().cpu()
             _require_width(encoder, features, decoded, images)
             part.add(batch, features, decoded)
             if part.is_due():
-                part.save(batch.stop)
+                part = part.save(batch.stop)
                 runtime.progress.safe_point()
             advance(len(batch))
         part.save(shards.total)
@@ -154,57 +155,39 @@ def _on_grid(run: range, size: int) -> list[range]:
 class _Part:
     """What was done since the last saving: features, rows and unreadable images of `start` to `end`."""
 
-    def __init__(self, name: str, shards: Shards, options: Options) -> None:
+    def __init__(self, name: str, shards: Shards, options: Options, start: int = 0) -> None:
         self._name, self._shards, self._options = name, shards, options
-        self._begin(0)
-
-    def _begin(self, start: int) -> None:
         self.start = self.end = start
-        self._features: list[Tensor] = []
-        self._rows: list[Tensor] = []
-        self._unreadable: list[Unreadable] = []
+        self._done: list[tuple[Tensor, Tensor, list[Unreadable]]] = []
         self._since = time.monotonic()
 
     def add(self, batch: range, features: Tensor, decoded: DecodedBatch) -> None:
         """Keep the features of a batch in memory."""
         self.end = batch.stop
-        self._features.append(features.to(getattr(torch, self._options.stored)))
-        self._rows.append(decoded.rows)
-        self._unreadable += decoded.unreadable
+        self._done.append((features.to(getattr(torch, self._options.stored)), decoded.rows, decoded.unreadable))
 
     def is_due(self) -> bool:
         """Whether it is time to save."""
         late = time.monotonic() - self._since >= self._options.save_every
         return late or self.end - self.start >= self._options.shard
 
-    def save(self, start: int) -> None:
-        """Write a shard of what there is, and begin anew at an image.
+    def save(self, start: int) -> "_Part":
+        """Write a shard of what there is; return the part that begins anew at an image.
 
         Raises:
             UserError: features are not finite.
         """
-        if self._features:
-            block = torch.cat(self._features)
-            what = f"{self._name}: {self._options.stored} features of images {self.start} to {self.end - 1}"
+        if self._done:
+            features, rows, unreadable = zip(*self._done, strict=True)
+            block = torch.cat(features)
             if len(block):
+                what = f"{self._name}: {self._options.stored} features of images {self.start} to {self.end - 1}"
                 require_finite(what, block)
-            self._shards.write(self.start, block, torch.cat(self._rows), self._unreadable)
-        self._begin(start)
+            self._shards.write(self.start, block, torch.cat(rows), list(chain.from_iterable(unreadable)))
+        return _Part(self._name, self._shards, self._options, start)
 
 
-def _forward(encoder: Encoder, inputs: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return the features [b, d], float32 on the CPU."""
-    if len(inputs) == 0:
-        return torch.empty(0, encoder.width)
-    low = dtype != torch.float32
-    with (
-        torch.inference_mode(),
-        torch.autocast(device.type, dtype=dtype, enabled=low),
-    ):
-        return encoder.features(inputs.to(device, non_blocking=True)).float().cpu()
-
-
-def _require_width(encoder: Encoder, features: Tensor, decoded: DecodedBatch, images: ImageStream) -> None:
+def _require_width(encoder: Encoder, features: Tensor, decoded: DecodedBatch, images: Images) -> None:
     """Check that a batch has a row of features for each image, as wide as those of the probe.
 
     Raises:
@@ -221,26 +204,25 @@ def _require_width(encoder: Encoder, features: Tensor, decoded: DecodedBatch, im
 
 def _merge(shards: Shards) -> tuple[Tensor, Tensor]:
     """Return all features [N, d] and rows [N]; beside them, one shard at a time is in memory."""
-    total, filled = shards.readable(), 0
-    starts = shards.starts
-    first = shards.read(starts[0])[0]
-    features = torch.empty(total, first.shape[1], dtype=first.dtype)
-    rows = torch.empty(total, dtype=torch.int64)
-    for start in starts:
+    features, rows = torch.empty(0), torch.empty(shards.readable(), dtype=torch.int64)
+    filled = 0
+    for start in shards.starts:
         part, part_rows = shards.read(start)
+        if filled == 0:
+            features = part.new_empty(len(rows), part.shape[1])
         end = filled + len(part_rows)
         features[filled:end], rows[filled:end] = part, part_rows
         filled = end
     return features, rows
 
 
-def _table(features: Tensor, rows: Tensor, images: ImageStream, provenance: dict[str, Any], out: Path) -> FeatureTable:
+def _table(features: Tensor, rows: Tensor, images: Images, provenance: dict[str, Any], out: Path) -> FeatureTable:
     names = images.class_names
     numbered = not images.named and names == tuple(str(k) for k in range(len(names)))
     picked = rows.tolist()
     return FeatureTable.from_arrays(
         features,
-        images.labels[rows.numpy()],
+        images.labels[rows],
         class_names=None if numbered else names,  # numbers are no names: other files may know more classes
         ids=[images.ids[row] for row in picked],
         provenance=provenance,

@@ -1,16 +1,17 @@
 """From names to a feature file: what `tailscope features` does."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
+from torch import Tensor
 
 from tailscope.array_files import message_of
-from tailscope.data.decoding import find_unreadable, refuse
-from tailscope.data.opening import OpenedImages, open_images
+from tailscope.data.decoding import find_unreadable, from_all_over, refuse
 from tailscope.data.pixels import ImageError
-from tailscope.data.streams import ImageStream
+from tailscope.data.sources import OpenedImages, open_images
+from tailscope.data.streams import Images, Rows
 from tailscope.encoders.encoder import Encoder
 from tailscope.encoders.extraction import Options, extract_to_file
 from tailscope.encoders.loading import load
@@ -20,8 +21,6 @@ from tailscope.errors import UserError
 from tailscope.result_files import read_json
 from tailscope.training.runtime import Runtime
 from tailscope.training.step import Normalizer
-
-_LOOKED_AT = 16
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def run_features(
 
     Args:
         model: see `tailscope.encoders.load`; or `store:KEY`, a backbone of an experiment, with `store`.
-        data: see `tailscope.data.opening.open_images`.
+        data: see `tailscope.data.sources.open_images`.
         out: the feature file, `.npz`, `.safetensors` or `.parquet`. A checkpoint's classifier goes to
             `NAME.classifier.npz` beside it.
         checkpoint: local weights.
@@ -112,14 +111,17 @@ def run_features(
     if rows is not None:
         images = images.take(rows)
     if verify:
-        _verify(images, options, runtime)
+        tell = runtime.progress.note
+        unreadable = find_unreadable(images, workers=options.workers, progress=runtime.progress, tell=tell)
+        if unreadable and not options.skip_unreadable:
+            raise refuse(images, unreadable)
     wishes = Wishes(normalize, image_size, resize, _statistics(opened), _size_of(images))
     encoder = load(
         model,
         checkpoint,
         checkpoint_key=checkpoint_key,
         pretrained=pretrained,
-        channels=opened.in_memory.images.shape[-1] if opened.in_memory is not None else 3,
+        channels=images.channels,
         wishes=wishes,
         classes=len(images.class_names),
     )
@@ -147,18 +149,9 @@ def run_features(
     )
 
 
-def _verify(images: ImageStream, options: Options, runtime: Runtime) -> None:
-    """Decode everything; tell each image that cannot be read, and stop unless those are to be skipped."""
-    unreadable = find_unreadable(images, workers=options.workers, progress=runtime.progress)
-    for bad in unreadable:
-        runtime.progress.note(f"{bad.where}: {bad.reason}")
-    if unreadable and not options.skip_unreadable:
-        raise refuse(images, unreadable)
-
-
 def _rows(
-    part: str | None, subset: Path | None, stored: StoredBackbone | None, split: str, labels: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int64] | None:
+    part: str | None, subset: Path | None, stored: StoredBackbone | None, split: str, labels: Tensor
+) -> Rows | None:
     """Return which images are asked for; None for all."""
     if part not in (None, "train", "unseen"):
         raise UserError(f"--part {part}: known are train and unseen")
@@ -175,14 +168,14 @@ def _rows(
     return np.setdiff1d(np.arange(len(labels)), rows) if part == "unseen" else rows
 
 
-def _trained_rows(stored: StoredBackbone, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _trained_rows(stored: StoredBackbone, labels: Tensor) -> Rows:
     rows = stored.rows
     if rows.max() >= len(labels) or tuple(np.bincount(labels[rows], minlength=len(stored.counts))) != stored.counts:
         raise UserError(f"--part: {stored.checkpoint.parent.name} was trained on other images than these; check --data")
     return rows
 
 
-def _subset_rows(path: Path, images: int) -> npt.NDArray[np.int64]:
+def _subset_rows(path: Path, images: int) -> Rows:
     """Return the rows that a `subset.json` keeps, classes ascending, in the order drawn."""
     try:
         by_class = read_json(path)["indices"]
@@ -196,17 +189,14 @@ def _subset_rows(path: Path, images: int) -> npt.NDArray[np.int64]:
     return rows
 
 
-def _size_of(images: ImageStream) -> tuple[int, int] | None:
+def _size_of(images: Images) -> tuple[int, int] | None:
     """Return height and width of the images if some from all over the data have the same, else None."""
-    total = len(images.labels)
     sizes = set()
-    for row in {i * (total - 1) // (_LOOKED_AT - 1) for i in range(_LOOKED_AT)} if total else ():
-        try:
+    for row in from_all_over(len(images)):
+        with suppress(ImageError):  # extraction tells of it, or leaves it out
             sizes.add(images.image(row).size)
-        except ImageError:  # extraction tells of it, or leaves it out
-            continue
-    width, height = sizes.pop() if len(sizes) == 1 else (None, None)
-    return None if width is None or height is None else (height, width)
+    (width, height) = sizes.pop() if len(sizes) == 1 else (0, 0)
+    return (height, width) if width else None
 
 
 def _statistics(opened: OpenedImages) -> Normalization | None:

@@ -7,10 +7,9 @@ import numpy as np
 import torch
 
 from tailscope.experiments.lab import Backbone, Lab, TrainingSet
-from tailscope.experiments.results import header, provenance
+from tailscope.experiments.results import Journal
 from tailscope.experiments.runs import Run
 from tailscope.experiments.settings import Settings
-from tailscope.experiments.swap import training_sets
 from tailscope.geometry import describe
 
 ENCODERS = {"lt": ("lt", False), "lt+mixup": ("lt", True), "true": ("true", False)}
@@ -27,18 +26,14 @@ def geometry(lab: Lab, settings: Settings) -> dict[str, Any]:
         The result: see the documentation of `geometry.json`.
     """
     encoders: dict[str, dict[str, Any]] = {name: {"seeds": {}} for name in ENCODERS}
-    rows, lt_sets = [], []
-    for seed in settings.seeds:
-        sets = training_sets(lab, settings, seed)
-        lt_sets.append(sets["lt"])
-        for run in runs(settings, sets, seed):
-            label = f"seed {seed}: {run.encoder}"
-            backbone = lab.backbone(run.stage1, run.trained_on.rows, seed, f"seed {seed}: encoder {run.encoder}")
-            encoders[run.encoder]["seeds"][str(seed)] = _measure(lab, settings, backbone, sets["lt"], label)
-            rows.append(provenance(lab, run, backbone))
+    journal = Journal(lab, settings)
+    for run, backbone in journal.carry_out(runs):
+        label = f"seed {run.seed}: {run.encoder}"
+        measured = _measure(lab, settings, backbone, journal.lt_sets[-1], label)
+        encoders[run.encoder]["seeds"][str(run.seed)] = measured
     for encoder in encoders.values():
         encoder["mean"] = {variant: _mean_over_seeds(encoder["seeds"], variant) for variant in ("paper", "calibrated")}
-    result = header("geometry", settings, lab, lt_sets, rows)
+    result = journal.header("geometry")
     if not settings.recipe.converged:
         result["warnings"].append("geometry not converged: within-class variance keeps shrinking in longer training")
     return {**result, "encoders": encoders}

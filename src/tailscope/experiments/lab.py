@@ -5,7 +5,9 @@ Data flow: training set -> backbone (stage 1) -> features (views for stage 2, cl
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +17,19 @@ import torch
 from torch import Tensor
 
 from tailscope.data import splits
-from tailscope.data.filedata import Data, FileData
 from tailscope.data.profiles import canonical, resolve
-from tailscope.experiments.files import OnDisk
-from tailscope.experiments.imagery import Imagery, InMemory, Split
+from tailscope.data.sources import ImageData
+from tailscope.data.streams import Rows
+from tailscope.experiments.imagery import Imagery, Split
 from tailscope.methods import SAMPLERS
 from tailscope.models import CifarResNet
 from tailscope.seeds import torch_stream
 from tailscope.spec import DataSpec, RunSpec, StageSpec, backbone_key, digest
-from tailscope.store import Artifact, Store
+from tailscope.store import Artifact, Meta, Store, Tensors
 from tailscope.training.runtime import Runtime
 from tailscope.training.stage1 import new_model
 from tailscope.training.stage2 import View, fit_classifier
+from tailscope.training.team import Team
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +38,7 @@ class TrainingSet:
 
     name: str
     spec: DataSpec
-    rows: npt.NDArray[np.int64]
+    rows: Rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,17 +56,18 @@ class Backbone:
 class Lab:
     """Everything that runs on one data set share: its pixel statistics, the store and the runtime."""
 
-    def __init__(self, data: Data, store: Store, runtime: Runtime, imagery: Imagery | None = None) -> None:
+    def __init__(
+        self, data: ImageData, store: Store, runtime: Runtime, team: Team | None = None, workers: int | None = None
+    ) -> None:
+        """Take in where to work; `team` are the processes that share the work on files, `workers` those that decode."""
         self.data = data
         self.store = store
         self.runtime = runtime
-        self.imagery: Imagery = imagery or (OnDisk(data) if isinstance(data, FileData) else InMemory(data))
+        self.imagery = Imagery(data, team, workers)
         self.normalize = self.imagery.normalize
         self.trained = 0
         self.recalled = 0
         self._models: dict[str, Backbone] = {}
-
-    # -- training sets ------------------------------------------------------------------------------------------
 
     def true(self) -> TrainingSet:
         """Return the whole training set, D*."""
@@ -81,9 +85,7 @@ class Lab:
         subset = splits.matched(self.data.train.labels, counts, seed=seed)
         return self._named("matched", subset.flat, subset.counts, "matched", "nested", seed)
 
-    def _named(
-        self, name: str, rows: npt.NDArray[np.int64], counts: list[int], profile: str, protocol: str, seed: int
-    ) -> TrainingSet:
+    def _named(self, name: str, rows: Rows, counts: list[int], profile: str, protocol: str, seed: int) -> TrainingSet:
         spec = DataSpec(
             name=self.data.name,
             fingerprint=self.data.fingerprint,
@@ -95,31 +97,20 @@ class Lab:
         )
         return TrainingSet(name, spec, rows)
 
-    # -- stage 1 ------------------------------------------------------------------------------------------------
-
-    def backbone(self, stage: StageSpec, rows: npt.NDArray[np.int64], seed: int, label: str) -> Backbone:
+    def backbone(self, stage: StageSpec, rows: Rows, seed: int, label: str) -> Backbone:
         """Train the backbone or recall it."""
-        self.imagery.check(stage.train, stage.augment)
+        self.imagery.check(stage)
         key = backbone_key(stage, seed)
         if key not in self._models:
-            artifact, found = self.store.get_or_make(
-                "stage1",
-                key,
-                lambda scratch: self._with_rows(
-                    self.imagery.train(stage, rows, seed, self.runtime, scratch, label), rows
-                ),
-                self.runtime.progress,
-            )
+
+            def make(scratch: Path) -> tuple[Tensors, Meta]:
+                tensors, meta = self.imagery.train(stage, rows, seed, self.runtime, scratch, label)
+                return {**tensors, "rows": torch.from_numpy(rows)}, meta
+
+            artifact, found = self.store.get_or_make("stage1", key, make, self.runtime.progress)
             self._tell(found, label)
             self._models = {key: self._load(key, stage, artifact)}  # one at a time: a plan groups runs by backbone
         return self._models[key]
-
-    @staticmethod
-    def _with_rows(
-        trained: tuple[dict[str, Tensor], dict[str, Any]], rows: npt.NDArray[np.int64]
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Store the kept indices with the backbone."""
-        return {**trained[0], "rows": torch.from_numpy(rows)}, trained[1]
 
     def _load(self, key: str, stage: StageSpec, artifact: Artifact) -> Backbone:
         assert stage.model is not None
@@ -130,21 +121,13 @@ class Lab:
         weight, bias = state["classifier.weight"].cpu().float(), state["classifier.bias"].cpu().float()
         return Backbone(key, stage, model, artifact.meta, weight, bias)
 
-    # -- features -----------------------------------------------------------------------------------------------
-
     def clean_features(self, backbone: Backbone, split: Split) -> Tensor:
         """Return float32 features [N, d] of the un-augmented training or test images."""
-        evaluated = self.imagery.clean_key(backbone.stage1)
-        key = digest({"backbone": backbone.key, "clean": split, "fingerprint": self.data.fingerprint, **evaluated})
+        key = {"backbone": backbone.key, "clean": split, **self.imagery.clean_key(backbone.stage1)}
+        clean = partial(self.imagery.clean, backbone.model, backbone.stage1, split, self.runtime)
+        return self._features("features", key, clean)
 
-        def make(_: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-            started = time.monotonic()
-            features = self.imagery.clean(backbone.model, backbone.stage1, split, self.runtime)
-            return {"features": features}, {"seconds": time.monotonic() - started, "images": len(features)}
-
-        return self.store.get_or_make("features", key, make, self.runtime.progress)[0].tensors["features"]
-
-    def views(self, backbone: Backbone, stage: StageSpec, rows: npt.NDArray[np.int64], seed: int) -> list[View]:
+    def views(self, backbone: Backbone, stage: StageSpec, rows: Rows, seed: int) -> list[View]:
         """Return the augmented views that stage 2 cycles through.
 
         With instance sampling every view is extracted once for the whole of D* and shared by all classifiers on this
@@ -152,43 +135,42 @@ class Lab:
         """
         assert stage.views is not None
         if stage.sampler != "instance":
-            return [self._drawn_view(backbone, stage, rows, v, seed) for v in range(stage.views)]
-        everything = np.arange(len(self.data.train), dtype=np.int64)
-        labels, index = self.data.train.labels[rows], torch.from_numpy(rows)
-        return [(self._view(backbone, stage, everything, v, seed)[index], labels) for v in range(stage.views)]
+            drawn = [self.drawn(stage, rows, v, seed) for v in range(stage.views)]
+            return [(self._view(backbone, stage, d, v, seed), self.data.train.labels[d]) for v, d in enumerate(drawn)]
+        everything, labels = np.arange(len(self.data.train)), self.data.train.labels[rows]
+        return [(self._view(backbone, stage, everything, v, seed)[rows], labels) for v in range(stage.views)]
 
-    def _drawn_view(
-        self, backbone: Backbone, stage: StageSpec, rows: npt.NDArray[np.int64], view: int, seed: int
-    ) -> View:
-        labels = self.data.train.labels[rows]
-        sampler = SAMPLERS.make(stage.sampler, labels, self.data.train.num_classes)
-        drawn = sampler(len(rows), torch_stream(seed, "stage2", "draw", view))
-        return self._view(backbone, stage, rows[drawn.numpy()], view, seed), labels[drawn]
+    def drawn(self, stage: StageSpec, rows: Rows, view: int, seed: int) -> Rows:
+        """Return what the stage's sampler draws of `rows` for a view."""
+        sampler = SAMPLERS.make(stage.sampler, self.data.train.labels[rows], self.data.train.num_classes)
+        found: Rows = rows[sampler(len(rows), torch_stream(seed, "stage2", "draw", view)).numpy()]
+        return found
 
-    def _view(self, backbone: Backbone, stage: StageSpec, rows: npt.NDArray[np.int64], view: int, seed: int) -> Tensor:
+    def _view(self, backbone: Backbone, stage: StageSpec, rows: Rows, view: int, seed: int) -> Tensor:
         """Return the features of one augmentation of `rows`, each row augmented by a draw of its own."""
-        key = digest(
-            {
-                "backbone": backbone.key,
-                "augment": list(stage.augment),
-                "precision": stage.train.precision,
-                "rows": splits.Subset((rows,)).sha256,
-                "view": view,
-                "seed": seed,
-                "fingerprint": self.data.fingerprint,
-            }
-        )
+        key = {
+            "backbone": backbone.key,
+            "augment": list(stage.augment),
+            "precision": stage.train.precision,
+            "rows": splits.Subset((rows,)).sha256,
+            "view": view,
+            "seed": seed,
+        }
+        viewed = partial(self.imagery.view, backbone.model, stage, rows, view, seed, self.runtime)
+        return self._features("views", key, viewed)
 
-        def make(_: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _features(self, kind: str, key: dict[str, Any], extract: Callable[[], Tensor]) -> Tensor:
+        """Extract features of the data set, or recall them."""
+
+        def make(_: Path) -> tuple[Tensors, Meta]:
             started = time.monotonic()
-            features = self.imagery.view(backbone.model, stage, rows, view, seed, self.runtime)
-            return {"features": features}, {"seconds": time.monotonic() - started, "images": len(rows)}
+            features = extract()
+            return {"features": features}, {"seconds": time.monotonic() - started, "images": len(features)}
 
-        return self.store.get_or_make("views", key, make, self.runtime.progress)[0].tensors["features"]
+        key = {**key, "fingerprint": self.data.fingerprint}
+        return self.store.get_or_make(kind, digest(key), make, self.runtime.progress)[0].tensors["features"]
 
-    # -- stage 2 and evaluation ---------------------------------------------------------------------------------
-
-    def classifier(self, run: RunSpec, backbone: Backbone, rows: npt.NDArray[np.int64], label: str) -> Artifact:
+    def classifier(self, run: RunSpec, backbone: Backbone, rows: Rows, label: str) -> Artifact:
         """Fit the run's classifier or recall it."""
         start = (backbone.weight, backbone.bias) if run.stage2.start == "stage1" else None
         artifact, found = self.store.get_or_make(

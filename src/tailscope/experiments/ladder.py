@@ -8,10 +8,9 @@ import numpy as np
 from tailscope.attribution import summarize
 from tailscope.errors import UserError
 from tailscope.experiments.lab import Lab, TrainingSet
-from tailscope.experiments.results import header, provenance
+from tailscope.experiments.results import Journal
 from tailscope.experiments.runs import Run, evaluate
 from tailscope.experiments.settings import Settings
-from tailscope.experiments.swap import training_sets
 
 AUGMENTATIONS = {
     "none": {"autoaugment": False, "mix": False},
@@ -38,17 +37,12 @@ def ladder(lab: Lab, settings: Settings) -> dict[str, Any]:
     if channels not in (1, 3):
         raise UserError(f"{lab.data.name}: images have {channels} channels; the ladder's AutoAugment takes 1 or 3")
     correct: dict[str, dict[str, list[Any]]] = {}
-    rows, lt_sets = [], []
-    for seed in settings.seeds:
-        sets = training_sets(lab, settings, seed)
-        lt_sets.append(sets["lt"])
-        for run in runs(settings, sets, seed):
-            name, rung = run.row.split(": ")
-            backbone = lab.backbone(run.stage1, run.trained_on.rows, seed, f"seed {seed}: backbone on lt, {name}")
-            right = evaluate(lab, run, backbone, f"seed {seed}: {name}, {rung}")
-            correct.setdefault(name, {}).setdefault(rung, []).append(right)
-            rows.append(provenance(lab, run, backbone))
-    result = header("ladder", settings, lab, lt_sets, rows)
+    journal = Journal(lab, settings)
+    for run, backbone in journal.carry_out(runs):
+        name, rung = run.row.split(": ")
+        right = evaluate(lab, run, backbone, f"seed {run.seed}: {name}, {rung}")
+        correct.setdefault(name, {}).setdefault(rung, []).append(right)
+    result = journal.header("ladder")
     labels = lab.data.test.labels.numpy()
     return {
         **result,

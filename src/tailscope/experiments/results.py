@@ -1,15 +1,16 @@
-"""What every result file of an experiment starts with, and the card of one row."""
+"""What every experiment does with its runs: carry them out, and tell of each in the result file."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from tailscope.data.filedata import FileData
 from tailscope.experiments.lab import Backbone, Lab, TrainingSet
-from tailscope.experiments.runs import Run
+from tailscope.experiments.runs import Run, training_sets
 from tailscope.experiments.settings import Settings
 from tailscope.groups import assign_groups
 from tailscope.origin import command, versions
+from tailscope.spec import StageSpec
 from tailscope.training.runtime import arithmetic_of
 
 STAGE2_CARD = (
@@ -18,52 +19,63 @@ STAGE2_CARD = (
 )  # fmt: skip
 
 
-def header(
-    verb: str, settings: Settings, lab: Lab, lt_sets: Sequence[TrainingSet], rows: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Return the fields that every result file starts with.
+RunsOf = Callable[[Settings, Mapping[str, TrainingSet], int], Iterator[Run]]
+"""A seed's runs, given its training sets by name."""
 
-    Args:
-        verb: the experiment.
+
+@dataclass
+class Journal:
+    """Carries out an experiment's runs and keeps what its result file says of them.
+
+    Attributes:
+        lab: trains and evaluates.
         settings: what was asked for.
-        lab: gives the data and the hardware.
-        lt_sets: the long-tailed training set of each seed.
-        rows: the cards of all rows.
+        lt_sets: the long-tailed training set of each seed so far.
+        cards: of the runs so far.
     """
-    counts = list(lt_sets[0].spec.counts)
-    groups, rule = assign_groups(counts)
-    return {
-        "schema": f"tailscope.{verb}/1",
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command(),
-        "spec": settings.spec(lab.data),
-        "environment": {"versions": versions(), "hardware": lab.runtime.describe()},
-        "dataset": {
-            "name": lab.data.name,
-            "class_names": list(lab.data.train.class_names),
-            "train_images": len(lab.data.train),
-            "test_images": len(lab.data.test),
-        },
-        "recipe": {
-            "name": settings.recipe.name,
-            "card": settings.recipe.card,
-            "converged": settings.recipe.converged,
-        },
-        "counts": counts,
-        "groups": groups,
-        "groups_rule": rule,
-        "seeds": list(settings.seeds),
-        "subset_sha256": [s.spec.indices_sha256 for s in lt_sets],
-        "warnings": _warnings(settings, lab) + differing_arithmetic(rows),
-        "provenance": list(rows),
-    }
 
+    lab: Lab
+    settings: Settings
+    lt_sets: list[TrainingSet] = field(default_factory=list)
+    cards: list[dict[str, Any]] = field(default_factory=list)
 
-def _warnings(settings: Settings, lab: Lab) -> list[str]:
-    """Return what a reader must know of the recipe and of the data."""
-    recipe = settings.recipe
-    warnings = [] if recipe.converged else [f"recipe {recipe.name}: {recipe.card}"]
-    return warnings + (lab.data.notes() if isinstance(lab.data, FileData) else [])
+    def carry_out(self, runs: RunsOf) -> Iterator[tuple[Run, Backbone]]:
+        """Yield each run of each seed with its backbone, trained or recalled."""
+        for seed in self.settings.seeds:
+            sets = training_sets(self.lab, self.settings, seed)
+            self.lt_sets.append(sets["lt"])
+            for run in runs(self.settings, sets, seed):
+                label = f"seed {seed}: backbone on {run.encoder}"
+                backbone = self.lab.backbone(run.stage1, run.trained_on.rows, seed, label)
+                yield run, backbone
+                self.cards.append(provenance(self.lab, run, backbone))
+
+    def header(self, verb: str) -> dict[str, Any]:
+        """Return the fields that every result file starts with, `verb` being the experiment's name."""
+        lab, recipe, counts = self.lab, self.settings.recipe, list(self.lt_sets[0].spec.counts)
+        groups, rule = assign_groups(counts)
+        warnings = [] if recipe.converged else [f"recipe {recipe.name}: {recipe.card}"]
+        return {
+            "schema": f"tailscope.{verb}/1",
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": command(),
+            "spec": self.settings.spec(lab.data),
+            "environment": {"versions": versions(), "hardware": lab.runtime.describe()},
+            "dataset": {
+                "name": lab.data.name,
+                "class_names": list(lab.data.train.class_names),
+                "train_images": len(lab.data.train),
+                "test_images": len(lab.data.test),
+            },
+            "recipe": {"name": recipe.name, "card": recipe.card, "converged": recipe.converged},
+            "counts": counts,
+            "groups": groups,
+            "groups_rule": rule,
+            "seeds": list(self.settings.seeds),
+            "subset_sha256": [lt.spec.indices_sha256 for lt in self.lt_sets],
+            "warnings": warnings + lab.data.notes() + differing_arithmetic(self.cards),
+            "provenance": self.cards,
+        }
 
 
 def differing_arithmetic(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -78,10 +90,10 @@ def differing_arithmetic(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     part of what differs between them may be due to that"]
     """
     warnings = []
-    for field, stage in (("arithmetic", "backbones"), ("stage2_arithmetic", "classifiers")):
+    for card_field, stage in (("arithmetic", "backbones"), ("stage2_arithmetic", "classifiers")):
         seeds: dict[str, dict[str, set[int]]] = {}
         for row in rows:
-            for name, value in (row.get(field) or {}).items():
+            for name, value in (row.get(card_field) or {}).items():
                 if value is not None:
                     seeds.setdefault(name, {}).setdefault(value, set()).add(row["seed"])
         told = [f"{name}: {_by_seeds(values)}" for name, values in seeds.items() if len(values) > 1]
@@ -123,21 +135,15 @@ def provenance(lab: Lab, run: Run, backbone: Backbone) -> dict[str, Any]:
         "parameters": meta["parameters"],
         "epochs": meta["epochs"],
         "steps": meta["steps"],
-        "batch": stage1.train.batch,
         "micro_batches": stage1.train.micro_batches,
         "processes": meta.get("processes", 1),
-        "learning_rate": stage1.train.learning_rate,
-        "weight_decay": stage1.train.weight_decay,
-        "schedule": stage1.train.schedule,
         "augmentation": " + ".join(augmentation),
         "stage2_augmentation": None if stage2 is None else " + ".join(stage2.augment),
         "sampler": stage1.sampler if stage2 is None else stage2.sampler,
         "views": None if stage2 is None else stage2.views,
         "bn_mode": None if stage2 is None else stage2.bn_mode,
         "selection": meta["selection"],
-        "profile": stage1.data.profile,
-        "subset_sha256": stage1.data.indices_sha256,
-        "counts": list(stage1.data.counts),
+        **_stage_card(stage1),
         **_stage2_card(lab, run, backbone),
         "precision": meta["precision"],
         "compiled": meta["compiled"],
@@ -152,24 +158,30 @@ def provenance(lab: Lab, run: Run, backbone: Backbone) -> dict[str, Any]:
 
 def _stage2_card(lab: Lab, run: Run, backbone: Backbone) -> dict[str, Any]:
     """Return what a retrained classifier was trained on and how; every field is None without one."""
-    found: dict[str, Any] = {}
     spec = run.spec()
-    if spec is not None:
-        stage2 = spec.stage2
-        epochs, steps = stage2.train.lengths(sum(stage2.data.counts))
-        found = {
-            "key": spec.key(),
-            "profile": stage2.data.profile,
-            "subset_sha256": stage2.data.indices_sha256,
-            "counts": list(stage2.data.counts),
-            "parameters": backbone.weight.numel() + backbone.bias.numel(),
-            "epochs": epochs,
-            "steps": steps,
-            "batch": stage2.train.batch,
-            "learning_rate": stage2.train.learning_rate,
-            "weight_decay": stage2.train.weight_decay,
-            "schedule": stage2.train.schedule,
-            "start": stage2.start,
-            "arithmetic": arithmetic_of(lab.store.meta("stage2", spec.key())),
-        }
-    return {f"stage2_{name}": found.get(name) for name in STAGE2_CARD}
+    if spec is None:
+        return {f"stage2_{name}": None for name in STAGE2_CARD}
+    epochs, steps = spec.stage2.train.lengths(sum(spec.stage2.data.counts))
+    found = {
+        "key": spec.key(),
+        "parameters": backbone.weight.numel() + backbone.bias.numel(),
+        "epochs": epochs,
+        "steps": steps,
+        "start": spec.stage2.start,
+        "arithmetic": arithmetic_of(lab.store.meta("stage2", spec.key())),
+        **_stage_card(spec.stage2),
+    }
+    return {f"stage2_{name}": found[name] for name in STAGE2_CARD}
+
+
+def _stage_card(stage: StageSpec) -> dict[str, Any]:
+    """Return what the cards say of both stages alike."""
+    return {
+        "profile": stage.data.profile,
+        "subset_sha256": stage.data.indices_sha256,
+        "counts": list(stage.data.counts),
+        "batch": stage.train.batch,
+        "learning_rate": stage.train.learning_rate,
+        "weight_decay": stage.train.weight_decay,
+        "schedule": stage.train.schedule,
+    }

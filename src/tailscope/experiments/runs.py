@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tailscope.experiments.lab import Backbone, Lab, TrainingSet
+from tailscope.experiments.settings import Settings
 from tailscope.experiments.shifting import for_stage2
 from tailscope.spec import RunSpec, StageSpec, backbone_key
 
@@ -40,6 +41,16 @@ class Run:
     def spec(self) -> RunSpec | None:
         """Return what the retrained classifier is stored under; None without one."""
         return RunSpec(stage1=self.stage1, stage2=self.stage2, seed=self.seed) if self.stage2 else None
+
+
+def training_sets(lab: Lab, settings: Settings, seed: int) -> dict[str, TrainingSet]:
+    """Return a seed's training sets by name: lt, true, and matched where asked for."""
+    subset_seed = settings.subset_seed_of(seed)
+    lt = lab.long_tailed(settings.profile, settings.protocol, subset_seed)
+    sets = {"lt": lt, "true": lab.true()}
+    if settings.matched:
+        sets["matched"] = lab.matched(list(lt.spec.counts), subset_seed)
+    return sets
 
 
 def evaluate(lab: Lab, run: Run, backbone: Backbone, label: str) -> NDArray[np.bool_]:

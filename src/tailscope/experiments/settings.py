@@ -5,8 +5,8 @@ from typing import Any, cast, get_args
 
 from pydantic import BaseModel, ConfigDict
 
-from tailscope.data.filedata import Data
 from tailscope.data.profiles import canonical
+from tailscope.data.sources import ImageData
 from tailscope.errors import UserError
 from tailscope.spec import BnMode
 from tailscope.training.recipes import Recipe
@@ -41,7 +41,7 @@ class Settings(BaseModel):
     permutations: int = 999
     backbones: tuple[str, ...] | None = None
 
-    def spec(self, data: Data) -> dict[str, Any]:
+    def spec(self, data: ImageData) -> dict[str, Any]:
         """Return what a result depends on, as result files store it.
 
         `backbones` is left out where all are trained, as in the files from before there was a choice.
@@ -107,10 +107,9 @@ def parse_bn_mode(text: str) -> BnMode:
     Raises:
         UserError: there is none.
     """
-    for mode in get_args(BnMode):
-        if text == mode:
-            return cast(BnMode, mode)
-    raise UserError(f"--bn-mode {text}: expected {' or '.join(get_args(BnMode))}")
+    if text not in get_args(BnMode):
+        raise UserError(f"--bn-mode {text}: expected {' or '.join(get_args(BnMode))}")
+    return cast(BnMode, text)
 
 
 def store_root(out: Path, store: Path | None) -> Path:

@@ -13,19 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from tailscope.data import splits
+from tailscope.data.streams import Rows
 from tailscope.experiments.lab import Backbone, Lab
-from tailscope.methods import SAMPLERS
 from tailscope.models import CifarResNet
 from tailscope.seeds import torch_stream
 from tailscope.spec import StageSpec, digest
-
-Rows = npt.NDArray[np.int64]
 
 
 def for_stage2(lab: Lab, backbone: Backbone, stage2: StageSpec, rows: Rows, seed: int) -> Backbone:
@@ -70,10 +66,7 @@ def _shuffled_draws(lab: Lab, stage2: StageSpec, rows: Rows, seed: int) -> Rows:
 
     Instance sampling draws every image once.
     """
-    drawn = rows
-    if stage2.sampler != "instance":
-        sampler = SAMPLERS.make(stage2.sampler, lab.data.train.labels[rows], lab.data.train.num_classes)
-        drawn = rows[sampler(len(rows), torch_stream(seed, "stage2", "draw", 0)).numpy()]
+    drawn = rows if stage2.sampler == "instance" else lab.drawn(stage2, rows, 0, seed)
     order = torch.randperm(len(drawn), generator=torch_stream(seed, "stage2", "bn"))
     shuffled: Rows = drawn[order.numpy()]
     return shuffled

@@ -7,7 +7,7 @@ import numpy as np
 
 from tailscope.attribution import CELLS, attribute, summarize
 from tailscope.experiments.lab import Lab, TrainingSet
-from tailscope.experiments.results import header, provenance
+from tailscope.experiments.results import Journal
 from tailscope.experiments.runs import Run, evaluate
 from tailscope.experiments.settings import Settings
 
@@ -23,19 +23,12 @@ def swap(lab: Lab, settings: Settings) -> dict[str, Any]:
     """
     cells: dict[str, list[Any]] = {}
     own: dict[str, list[Any]] = {}
-    rows = []
-    lt_sets = []
-    for seed in settings.seeds:
-        sets = training_sets(lab, settings, seed)
-        lt_sets.append(sets["lt"])
-        for run in runs(settings, sets, seed):
-            backbone = lab.backbone(run.stage1, run.trained_on.rows, seed, f"seed {seed}: backbone on {run.encoder}")
-            right = evaluate(lab, run, backbone, f"seed {seed}: {run.row}")
-            found, name = (own, run.encoder) if run.stage2 is None else (cells, run.row)
-            found.setdefault(name, []).append(right)
-            rows.append(provenance(lab, run, backbone))
+    journal = Journal(lab, settings)
+    for run, backbone in journal.carry_out(runs):
+        found, name = (own, run.encoder) if run.stage2 is None else (cells, run.row)
+        found.setdefault(name, []).append(evaluate(lab, run, backbone, f"seed {run.seed}: {run.row}"))
     outcomes = {row: np.stack(per_seed) for row, per_seed in cells.items()}
-    result = header("swap", settings, lab, lt_sets, rows)
+    result = journal.header("swap")
     labels = lab.data.test.labels.numpy()
     whole = all(cell in outcomes for cell in CELLS)
     if not whole:
@@ -59,13 +52,3 @@ def runs(settings: Settings, sets: Mapping[str, TrainingSet], seed: int) -> Iter
         yield Run(f"{b} stage1", seed, b, stage1, sets[b])
         for c in sets:
             yield Run(f"{b}->{c}", seed, b, stage1, sets[b], recipe.classifier(sets[c].spec), sets[c])
-
-
-def training_sets(lab: Lab, settings: Settings, seed: int) -> dict[str, TrainingSet]:
-    """Return a seed's training sets by name: lt, true, and matched where asked for."""
-    subset_seed = settings.subset_seed_of(seed)
-    lt = lab.long_tailed(settings.profile, settings.protocol, subset_seed)
-    sets = {"lt": lt, "true": lab.true()}
-    if settings.matched:
-        sets["matched"] = lab.matched(list(lt.spec.counts), subset_seed)
-    return sets

@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from tailscope.data.filedata import Data, FileData, readable
+from tailscope.data.decoding import readable
+from tailscope.data.sources import ImageData
 from tailscope.errors import UserError
-from tailscope.experiments.files import OnDisk, follow
+from tailscope.experiments.imagery import check, follow
 from tailscope.experiments.lab import Lab
 from tailscope.progress import Progress
 from tailscope.store import Store
@@ -38,7 +39,7 @@ class FileOptions:
 class Workplace:
     """A runtime and a team that this process leads, for a data set."""
 
-    data: Data
+    data: ImageData
     runtime: Runtime
     team: Team
     options: FileOptions
@@ -50,8 +51,7 @@ class Workplace:
             UserError: the recipe does not suit the data, or the team.
         """
         recipe = recipe.with_micro_batches(self.options.micro_batches or self.team.size)
-        if isinstance(self.data, FileData):
-            OnDisk(self.data, self.team).check(recipe.stage1, recipe.augment)
+        check(self.data, self.team, recipe.stage1, recipe.augment)
         return recipe
 
     def lab(self, store: Store, progress: Progress, tell: Callable[[str], object] = str) -> Lab:
@@ -63,31 +63,26 @@ class Workplace:
             tell: receives a line for every image that cannot be read, where the options say `verify`.
 
         Raises:
-            UserError: as `filedata.readable`.
+            UserError: as `decoding.readable`.
         """
-        runtime, options = replace(self.runtime, progress=progress), self.options
-        if not isinstance(self.data, FileData):
-            return Lab(self.data, store, runtime)
-        data = readable(self.data, store, verify=options.verify, workers=options.workers, progress=progress, tell=tell)
-        return Lab(data, store, runtime, OnDisk(data, self.team, options.workers))
+        verify, workers = self.options.verify, self.options.workers
+        data = readable(self.data, store, verify=verify, workers=workers, progress=progress, tell=tell)
+        return Lab(data, store, replace(self.runtime, progress=progress), self.team, workers)
 
 
 @contextmanager
-def workplace(data: Data, options: FileOptions, runtime: Runtime) -> Iterator[Workplace]:
+def workplace(data: ImageData, options: FileOptions, runtime: Runtime) -> Iterator[Workplace]:
     """Start the processes that the options ask for; only their leader comes back from here, the others serve it.
 
     Raises:
         UserError: the options are for images in files and these are in memory; or as `form`.
     """
-    if not isinstance(data, FileData):
-        if options != FileOptions():
-            raise UserError(
-                f"{data.name}: --devices, --num-nodes, --micro-batches, --workers and --verify are for images in files"
-                " (folder: or list:)"
-            )
-        yield Workplace(data, runtime, Solo(), options)
-        return
-    team = form(options.devices, options.num_nodes, runtime.device.type)
+    if data.in_memory and options != FileOptions():
+        raise UserError(
+            f"{data.name}: --devices, --num-nodes, --micro-batches, --workers and --verify are for images in files"
+            " (folder:, list: or hf:)"
+        )
+    team = Solo() if data.in_memory else form(options.devices, options.num_nodes, runtime.device.type)
     if team.device is not None:
         runtime = replace(runtime, device=team.device)
     if team.rank > 0:

@@ -18,7 +18,6 @@ class Mixing(Protocol):
 
     def draw(self, steps: int, batch: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the weights float32 [steps] and the partners int64 [steps, batch], on the generator's device."""
-        ...
 
 
 MIXINGS: Registry[Mixing] = Registry("mixing")

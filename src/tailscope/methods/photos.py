@@ -6,7 +6,7 @@ draws.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias, cast
 
 import numpy as np
 import torch
@@ -35,13 +35,13 @@ def resized_crop(size: int = 224) -> Photo:
     """
     if size < SMALLEST:
         raise UserError(f"resized_crop(size={size}): size must be at least {SMALLEST}")
-    return _photo(v2.RandomResizedCrop(size, antialias=True))
+    return cast(Photo, v2.RandomResizedCrop(size, antialias=True))
 
 
 @PHOTO_AUGMENTATIONS.register("flip")
 def flip() -> Photo:
     """Horizontal flip with probability one half."""
-    return _photo(v2.RandomHorizontalFlip())
+    return cast(Photo, v2.RandomHorizontalFlip())
 
 
 @PHOTO_AUGMENTATIONS.register("color_jitter")
@@ -52,7 +52,7 @@ def color_jitter(brightness: float = 0.4, contrast: float = 0.4, saturation: flo
         UserError: a strength is negative, or `hue` above one half.
     """
     try:
-        return _photo(v2.ColorJitter(brightness, contrast, saturation, hue))
+        return cast(Photo, v2.ColorJitter(brightness, contrast, saturation, hue))
     except ValueError as error:
         raise UserError(f"color_jitter: {error}") from None
 
@@ -60,13 +60,7 @@ def color_jitter(brightness: float = 0.4, contrast: float = 0.4, saturation: flo
 @PHOTO_AUGMENTATIONS.register("autoaugment_imagenet")
 def autoaugment_imagenet() -> Photo:
     """AutoAugment with torchvision's ImageNet policy (Cubuk et al. 2019)."""
-    return _photo(v2.AutoAugment(AutoAugmentPolicy.IMAGENET))
-
-
-def _photo(transform: Any) -> Photo:
-    """Give one of torchvision's transforms, which have no types, its type."""
-    typed: Photo = transform
-    return typed
+    return cast(Photo, v2.AutoAugment(AutoAugmentPolicy.IMAGENET))
 
 
 def for_photos(calls: Sequence[str]) -> bool:
@@ -96,8 +90,7 @@ def training(calls: Sequence[str]) -> ToPixels:
     """
     if not for_photos(calls):
         raise UserError(f"augmentations {list(calls)}: of images in files the first must be resized_crop")
-    transform: ToPixels = v2.Compose([v2.RGB(), *(PHOTO_AUGMENTATIONS.make(call) for call in calls), pixels])
-    return transform
+    return cast(ToPixels, v2.Compose([v2.RGB(), *map(PHOTO_AUGMENTATIONS.make, calls), pixels]))
 
 
 def evaluation(calls: Sequence[str]) -> ToPixels:
@@ -108,8 +101,7 @@ def evaluation(calls: Sequence[str]) -> ToPixels:
     """
     size = size_of(calls)
     shorter = round(size * 256 / 224)
-    transform: ToPixels = v2.Compose([v2.RGB(), v2.Resize(shorter, antialias=True), v2.CenterCrop(size), pixels])
-    return transform
+    return cast(ToPixels, v2.Compose([v2.RGB(), v2.Resize(shorter, antialias=True), v2.CenterCrop(size), pixels]))
 
 
 def pixels(image: Image.Image) -> Tensor:

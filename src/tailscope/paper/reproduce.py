@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tailscope.data.filedata import Data, FileData, load
+from tailscope.data.sources import ImageData, load
 from tailscope.errors import UserError
 from tailscope.experiments.geometry import geometry
 from tailscope.experiments.lab import Lab
@@ -77,11 +77,11 @@ class Reproduction:
     wait_for_data: bool = False
     bundle: Path | None = None
 
-    def open(self) -> Data:
+    def open(self) -> ImageData:
         """Return the data set.
 
         Raises:
-            UserError: imagenet-lt without `data`, or another with it; or as `filedata.load`.
+            UserError: imagenet-lt without `data`, or another with it; or as `sources.load`.
         """
         known = targets.benchmark(self.dataset)
         if known.in_files != (self.data is not None):
@@ -92,7 +92,7 @@ class Reproduction:
                 )
             raise UserError(f"--data {self.data}: only imagenet-lt takes it; --data-root says where {known.data} lies")
         data = load(self.data or known.data, data_root=self.data_root)
-        if known.in_files and not isinstance(data, FileData):
+        if known.in_files and data.in_memory:
             raise UserError(f"--data {self.data}: imagenet-lt is read from image files; give list: or folder:")
         return replace(data, name=known.data)
 
@@ -168,7 +168,7 @@ def _reproduce(reproduction: Reproduction, lab: Lab, settings: Settings, tell: T
     label = side_by_side.label_of(settings.recipe.model_dump())
     _tell_plan(tell, reproduction, settings, plan, label)
     done: dict[str, Any] = {"label": label, "plan": asdict(plan)}
-    if not plan.complete and isinstance(lab.data, FileData):
+    if not plan.complete and not lab.data.in_memory:
         tell("estimated time here: not measured for images in files; progress shows images a second")
     elif not plan.complete:
         busy = other_work()  # before we add to it

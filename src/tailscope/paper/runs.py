@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from tailscope.experiments import geometry, ladder, swap
 from tailscope.experiments.lab import Lab
-from tailscope.experiments.runs import Run, evaluate
+from tailscope.experiments.runs import Run, evaluate, training_sets
 from tailscope.experiments.settings import Settings
 from tailscope.progress import Quiet
 
@@ -23,7 +23,7 @@ _RUNS = {"swap": swap.runs, "ladder": ladder.runs, "geometry": geometry.runs}
 def runs(lab: Lab, settings: Settings, experiment: str) -> Iterator[Run]:
     """Yield the runs of `swap`, `ladder` or `geometry`, those of a backbone together."""
     for seed in settings.seeds:
-        yield from _RUNS[experiment](settings, swap.training_sets(lab, settings, seed), seed)
+        yield from _RUNS[experiment](settings, training_sets(lab, settings, seed), seed)
 
 
 def outcomes(lab: Lab, settings: Settings, experiment: str) -> Outcomes:

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tailscope.data.sources import ImageData
+from tailscope.data.imageset import ImageSet
 from tailscope.errors import UserError
 from tailscope.experiments.lab import Lab
 from tailscope.features import extract
@@ -99,7 +99,7 @@ def remembered(lab: Lab, recipe: Recipe, plan: Plan) -> dict[tuple[str, ...], fl
 
 def _hardware(lab: Lab, batch: int) -> tuple[str | int | None, ...]:
     """Return the GPU, the processor and the threads that a training here would have."""
-    assert isinstance(lab.data, ImageData)
+    assert isinstance(lab.data.train, ImageSet)
     with lab.runtime.threads_for(lab.data.train.images, batch):
         device = lab.runtime.describe()
     return device["gpu"], device["cpu"], device["threads"]
@@ -133,7 +133,7 @@ def measure(lab: Lab, recipe: Recipe, plan: Plan, seconds: float | None = None) 
     known = remembered(lab, recipe, plan)
     augmentations = {b.augment for b in plan.to_train if b.augment not in known}
     share = (SECONDS if seconds is None else seconds) / (4 + len(augmentations))
-    assert isinstance(lab.data, ImageData)  # files are decoded while training: their rate is not measured here
+    assert isinstance(lab.data.train, ImageSet)  # files are decoded while training: their rate is not measured here
     images = lab.data.train.images
     model = new_model(recipe.model, images.shape[-1], lab.data.train.num_classes, seed=0).to(runtime.device)
     augmented = images[:AUGMENTED].to(runtime.device)
@@ -184,7 +184,7 @@ def parse_duration(text: str) -> float:
 
 
 def _step(lab: Lab, recipe: Recipe, runtime: Runtime, seconds: float) -> float:
-    assert isinstance(lab.data, ImageData)
+    assert isinstance(lab.data.train, ImageSet)
     train, classes = recipe.stage1, lab.data.train.num_classes
     images, labels = (t[: train.batch].to(runtime.device) for t in (lab.data.train.images, lab.data.train.labels))
     model = new_model(recipe.model, images.shape[-1], classes, seed=0).to(runtime.device).train()

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tailscope.data.filedata import FileSet
 from tailscope.data.imageset import ImageSet
+from tailscope.data.streams import Images
 from tailscope.errors import UserError
 from tailscope.methods import LOSSES, MIXINGS, SAMPLERS
 from tailscope.methods.augmentations import build
@@ -57,7 +57,7 @@ class Training:
     """
 
     spec: StageSpec
-    data: ImageSet | FileSet
+    data: Images
     sides: tuple[int, int]
     normalize: Normalizer
     seed: int

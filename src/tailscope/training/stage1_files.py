@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tailscope.data.decoding import DecodedBatch, decode, earlier_draws, refuse
-from tailscope.data.filedata import FileSet, Rows
+from tailscope.data.streams import Images, Rows
 from tailscope.methods import MIXINGS, SAMPLERS, photos
 from tailscope.seeds import derive, torch_stream
 from tailscope.spec import StageSpec
@@ -29,7 +29,7 @@ from tailscope.training.team import Team
 
 def train_on_files(
     spec: StageSpec,
-    data: FileSet,
+    data: Images,
     normalize: Normalizer,
     seed: int,
     runtime: Runtime,
@@ -82,7 +82,7 @@ class _Batches:
     """Draws an epoch's rows, cuts them, and decodes what falls to this process."""
 
     def __init__(
-        self, spec: StageSpec, data: FileSet, seed: int, runtime: Runtime, team: Team, workers: int | None
+        self, spec: StageSpec, data: Images, seed: int, runtime: Runtime, team: Team, workers: int | None
     ) -> None:
         self._train, self._data, self._seed, self._team = spec.train, data, seed, team
         self._device, self._workers = runtime.device, workers
@@ -102,7 +102,7 @@ class _Batches:
         mine = [part for parts in places for part in parts[self._team.rank :: self._team.size]]
         loader = iter(
             decode(
-                self._data.files,
+                self._data,
                 self._transform,
                 [order[part].tolist() for part in mine],
                 workers=self._workers,
@@ -117,7 +117,7 @@ class _Batches:
 
     def _piece(self, decoded: DecodedBatch, epoch: int, step: int, micro_batch: int) -> Batch:
         if decoded.unreadable:
-            raise refuse(self._data.files, decoded.unreadable)
+            raise refuse(self._data, decoded.unreadable)
         lam = partner = None
         if self._mixing is not None:
             stream = torch_stream(self._seed, "mix", epoch, step, micro_batch)
