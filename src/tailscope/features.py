@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tailscope.models import CifarResNet
+from tailscope.models.resnet import CifarResNet
 from tailscope.training.runtime import Runtime
 from tailscope.training.step import Normalizer
 

@@ -23,8 +23,7 @@ from tailscope.experiments.settings import Settings, parse_backbones, parse_bn_m
 from tailscope.experiments.swap import swap
 from tailscope.experiments.workplace import FileOptions, workplace
 from tailscope.groups import assign_groups
-from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, SAMPLERS
-from tailscope.methods.photos import PHOTO_AUGMENTATIONS
+from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, PHOTO_AUGMENTATIONS, SAMPLERS
 from tailscope.models import MODELS
 from tailscope.origin import versions
 from tailscope.progress import shown_on

@@ -13,8 +13,8 @@ from tailscope.data.filedata import FileData, FileSet, Rows
 from tailscope.errors import UserError
 from tailscope.experiments.imagery import Split
 from tailscope.features_files import WantedFeatures, extract_files
-from tailscope.methods import photos
-from tailscope.models import CifarResNet
+from tailscope.methods import for_photos
+from tailscope.models.resnet import CifarResNet
 from tailscope.models.resnet10 import ResNet10
 from tailscope.progress import Quiet
 from tailscope.spec import StageSpec, TrainSpec
@@ -59,7 +59,7 @@ class OnDisk:
         Raises:
             UserError: saying which, and what to take instead.
         """
-        if not photos.for_photos(augment):
+        if not for_photos(augment):
             raise UserError(
                 f"{self._data.name}: images in files need an augmentation that makes them one size, not"
                 f" {', '.join(augment) or 'none'}; take --recipe imagenet or imagenet-fast"

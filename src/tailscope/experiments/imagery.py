@@ -15,9 +15,9 @@ from torch import Tensor
 from tailscope.data.sources import ImageData
 from tailscope.errors import UserError
 from tailscope.features import extract
+from tailscope.methods import for_photos
 from tailscope.methods.augmentations import build
-from tailscope.methods.photos import for_photos
-from tailscope.models import CifarResNet
+from tailscope.models.resnet import CifarResNet
 from tailscope.seeds import torch_stream
 from tailscope.spec import StageSpec, TrainSpec
 from tailscope.store import Meta, Tensors

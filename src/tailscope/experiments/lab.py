@@ -20,7 +20,7 @@ from tailscope.data.profiles import canonical, resolve
 from tailscope.experiments.files import OnDisk
 from tailscope.experiments.imagery import Imagery, InMemory, Split
 from tailscope.methods import SAMPLERS
-from tailscope.models import CifarResNet
+from tailscope.models.resnet import CifarResNet
 from tailscope.seeds import torch_stream
 from tailscope.spec import DataSpec, RunSpec, StageSpec, backbone_key, digest
 from tailscope.store import Artifact, Store

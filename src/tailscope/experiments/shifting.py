@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tailscope.data import splits
 from tailscope.experiments.lab import Backbone, Lab
 from tailscope.methods import SAMPLERS
-from tailscope.models import CifarResNet
+from tailscope.models.resnet import CifarResNet
 from tailscope.seeds import torch_stream
 from tailscope.spec import StageSpec, digest
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tailscope.kernels import norm_act
 from tailscope.methods.losses import Loss
-from tailscope.models import CifarResNet
+from tailscope.models.resnet import CifarResNet
 from tailscope.spec import TrainSpec
 from tailscope.training.graph import Capture, GraphedStep, Step
 
