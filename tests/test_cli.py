@@ -14,8 +14,10 @@ from rich.console import Console
 
 import tailscope
 from experiment_setups import CPU, TINY, timeless
-from tailscope import cli, verbs
+from tailscope import cli, report, verbs
+from tailscope.experiments import workplace
 from tailscope.experiments.lab import Lab
+from tailscope.experiments.options import Request
 from tailscope.training.recipes import RECIPES
 from tailscope.training.runtime import Runtime
 
@@ -26,7 +28,7 @@ SWAP = ("swap", "--data", "digits", "--recipe", "demo", "--seeds", "1")
 @pytest.fixture
 def no_report(monkeypatch):
     """Leave out the report, which has tests of its own and takes seconds."""
-    monkeypatch.setattr(verbs.report, "build", lambda *_, **__: None)
+    monkeypatch.setattr(report, "build", lambda *_, **__: None)
 
 
 def test_version(tailscope_):
@@ -108,11 +110,10 @@ def test_a_swap_prints_its_story_and_the_same_again_trains_nothing(tailscope_, t
 @pytest.mark.usefixtures("no_report")
 def test_a_terminal_shows_bars_with_speed_and_what_is_done(monkeypatch, tmp_path):
     monkeypatch.setitem(RECIPES, "demo", TINY)
-    request = verbs.Request("digits", "exp:100", "demo", "1", tmp_path)
     shown = []
     for _ in range(2):
         terminal = Console(file=io.StringIO(), force_terminal=True, width=100)
-        verbs.experiments(request, ["swap"], terminal)
+        workplace.run(Request("digits", recipe="demo", seeds=1, out=tmp_path, console=terminal), ["swap"])
         shown.append(terminal.file.getvalue())
     assert re.search(r"seed 0: backbone on lt.*[\d,]+/s", shown[0])
     assert shown[0].count("done: seed 0") == 6
@@ -260,13 +261,11 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(tailscope_, tmp_path):
 
 
 def test_the_api_says_what_the_command_line_says(tailscope_, no_report, tmp_path, monkeypatch):
-    from tailscope import api
-
     monkeypatch.setattr(Runtime, "choose", classmethod(lambda *_, **__: CPU))
     shown = json.loads(tailscope_(*SWAP, "--out", tmp_path, "--json").out)
     options = {"recipe": "demo", "store": tmp_path / "store"}
-    assert timeless(api.swap(api.load("digits"), seeds=1, **options)) == timeless(shown)
+    assert timeless(tailscope.swap(tailscope.load("digits"), seeds=1, **options)) == timeless(shown)
     trained = []
     monkeypatch.setattr(Lab, "_tell", lambda lab, found, label: trained.append(found))
-    assert api.swap(api.load("digits"), seeds=[0], **options)["seeds"] == [0]
+    assert tailscope.swap(tailscope.load("digits"), seeds=[0], **options)["seeds"] == [0]
     assert all(trained)

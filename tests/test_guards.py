@@ -16,7 +16,7 @@ from typer.main import get_command
 
 import experiment_setups
 import tailscope
-from tailscope import api, classifiers, cli, encoders, geometry, verbs
+from tailscope import classifiers, cli, encoders, geometry, report, verbs
 from tailscope.training.recipes import RECIPES
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -60,7 +60,7 @@ def features_file(path: Path, counts: list[int], seed: int) -> Path:
 
 
 def test_the_fields_of_every_result(tailscope_, tmp_path, monkeypatch):
-    monkeypatch.setattr(verbs.report, "build", lambda *_, **__: None)
+    monkeypatch.setattr(report, "build", lambda *_, **__: None)
     run = ("--data", "digits", "--profile", "exp:20", "--recipe", "demo", "--out", tmp_path, "--permutations", 19)
     small = (*run[:-2], "--seeds", 1)
     train, unseen = (features_file(tmp_path / f"{k}.npz", n, k) for k, n in enumerate([[60, 20, 8], [30, 30, 30]]))
@@ -106,15 +106,13 @@ def test_the_options_of_every_verb():
 def test_the_public_signatures():
     modules = {
         "tailscope": tailscope,
-        "api": api,
+        "verbs": verbs,
         "classifiers": classifiers,
         "geometry": geometry,
         "encoders": encoders,
     }
     public = {
-        f"{name}.{member}": getattr(module, member)
-        for name, module in modules.items()
-        for member in getattr(module, "__all__", ["swap", "ladder", "geometry", "run", "load", "default_store"])
+        f"{name}.{member}": getattr(module, member) for name, module in modules.items() for member in module.__all__
     }
     signatures = {name: str(inspect.signature(one)) for name, one in public.items() if callable(one)}
     assert_recorded("signatures", signatures)

@@ -163,8 +163,13 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
-def shown_on(console: Console) -> AbstractContextManager[Progress]:
-    """Return bars on the console, or where it is no terminal on standard error; where neither is one, lines there."""
+def shown_on(console: Console | None) -> AbstractContextManager[Progress]:
+    """Return bars on the console, or where it is no terminal on standard error; where neither is one, lines there.
+
+    Without a console, or with a quiet one, nothing is shown.
+    """
+    if console is None or console.quiet:
+        return nullcontext(Quiet())
     for screen in (console, Console(stderr=True)):
         if screen.is_terminal:
             return Bars(screen)
