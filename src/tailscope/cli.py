@@ -200,7 +200,7 @@ def _show_methods(listed: dict[str, Any], _: Options, console: Console) -> None:
     for recipe in listed["recipes"]:
         table.add_row(recipe["name"], _plain(recipe["card"]))
     console.print(table)
-    _tell(console, f"profiles: {', '.join(listed['profiles'])}")
+    console.print(f"profiles: {', '.join(listed['profiles'])}", highlight=False)
 
 
 def _show_features(written: "FeaturesResult", _: Options, console: Console) -> None:

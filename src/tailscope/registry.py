@@ -163,6 +163,7 @@ def _imported_when_called(module: str, function: str) -> Callable[..., Any]:
     def factory(*context: Any, **values: Any) -> Any:
         return getattr(import_module(module), function)(*context, **values)
 
+    factory.__module__ = module
     return factory
 
 
