@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer import Argument, Option
 
 from tailscope.cli_output import Options
 from tailscope.errors import UserError, printable
@@ -23,51 +24,42 @@ class _Asked:
     """What is to be reproduced."""
 
     what: Annotated[
-        str,
-        typer.Argument(metavar="WHAT", help="table1, fig2, fig3, ... fig8, all, or everything: both CIFAR data sets."),
+        str, Argument(metavar="WHAT", help="table1, fig2, fig3, ... fig8, all, or everything: both CIFAR data sets.")
     ] = field(kw_only=False)
-    dataset: Annotated[str, typer.Option(help="cifar10-lt, cifar100-lt or imagenet-lt.")] = "cifar10-lt"
-    out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("reproduction")
+    dataset: Annotated[str, Option(help="cifar10-lt, cifar100-lt or imagenet-lt.")] = "cifar10-lt"
+    out: Annotated[Path, Option(help="Folder for results.")] = Path("reproduction")
     seeds: Seeds = 3
     quick: Annotated[
-        bool, typer.Option("--quick", help="A shortened run, recipe fast or imagenet-fast: no reproduction.")
+        bool, Option("--quick", help="A shortened run, recipe fast or imagenet-fast: no reproduction.")
     ] = False
-    plan: Annotated[bool, typer.Option("--plan", help="Only say what would be trained and how long it would take.")] = (
-        False
-    )
+    plan: Annotated[bool, Option("--plan", help="Only say what would be trained and how long it would take.")] = False
     time_limit: Annotated[
         str | None,
-        typer.Option(
-            help="Stop in time, such as 9m or 1h30m, one finished piece after the other; the same command goes on."
-        ),
+        Option(help="Stop in time, such as 9m or 1h30m, one finished piece after the other; the same command goes on."),
     ] = None
     jobs: Annotated[
-        int,
-        typer.Option(min=1, help="With a time limit or everything: backbones trained at a time; 4 may suit a GPU."),
+        int, Option(min=1, help="With a time limit or everything: backbones trained at a time; 4 may suit a GPU.")
     ] = 1
     compile: Annotated[
-        bool | None,
-        typer.Option("--compile/--no-compile", help="Compile training steps, or not. [default: where it pays]"),
+        bool | None, Option("--compile/--no-compile", help="Compile training steps, or not. [default: where it pays]")
     ] = None
     wait_for_data: Annotated[
         bool,
-        typer.Option(
-            "--wait-for-data", help="With a time limit or everything: train as soon as NAME.npz is in DATA_ROOT."
-        ),
+        Option("--wait-for-data", help="With a time limit or everything: train as soon as NAME.npz is in DATA_ROOT."),
     ] = False
     bundle: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="With a time limit or everything: folder for results and trained stages as a few archives, to carry"
             " home."
         ),
     ] = None
     backbones: Annotated[
-        str | None, typer.Option(help="Of table1 or fig2: backbones to train, such as lt. [default: all]")
+        str | None, Option(help="Of table1 or fig2: backbones to train, such as lt. [default: all]")
     ] = None
-    recipe: Annotated[str | None, typer.Option(help="Another recipe than the paper's. [default: paper]")] = None
+    recipe: Annotated[str | None, Option(help="Another recipe than the paper's. [default: paper]")] = None
     data: Annotated[
-        str | None, typer.Option(help="Of imagenet-lt: all of ImageNet, list:TRAIN.txt,TEST.txt or folder:DIR.")
+        str | None, Option(help="Of imagenet-lt: all of ImageNet, list:TRAIN.txt,TEST.txt or folder:DIR.")
     ] = None
     data_root: DataRoot = None
 

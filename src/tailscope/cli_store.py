@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from typer import Argument, Option
 
 from tailscope.cli_output import Options, add_command
 from tailscope.errors import UserError, printable
@@ -66,16 +67,12 @@ def verify(store: StoreRoot = None, console: Console | None = None) -> dict[str,
 
 
 def pack(
-    out: Annotated[Path, typer.Option(help="The archive, FILE.tar; with --max-size also FILE-1.tar, FILE-2.tar ...")],
-    keys: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEYS]...", help="Beginnings of keys. [default: all]")
-    ] = None,
-    kind: Annotated[str, typer.Option(help="Kinds of entries.")] = "stage1,stage2",
-    checkpoints: Annotated[
-        bool, typer.Option("--checkpoints", help="Also the checkpoints of unfinished stages.")
-    ] = False,
+    out: Annotated[Path, Option(help="The archive, FILE.tar; with --max-size also FILE-1.tar, FILE-2.tar ...")],
+    keys: Annotated[list[str] | None, Argument(metavar="[KEYS]...", help="Beginnings of keys. [default: all]")] = None,
+    kind: Annotated[str, Option(help="Kinds of entries.")] = "stage1,stage2",
+    checkpoints: Annotated[bool, Option("--checkpoints", help="Also the checkpoints of unfinished stages.")] = False,
     max_size: Annotated[
-        str | None, typer.Option(help="Bytes of an archive, such as 15MiB; what does not fit goes into a further one.")
+        str | None, Option(help="Bytes of an archive, such as 15MiB; what does not fit goes into a further one.")
     ] = None,
     store: StoreRoot = None,
     console: Console | None = None,
@@ -101,9 +98,9 @@ def pack(
 
 
 def add(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Archives of `store pack`.")],
+    files: Annotated[list[Path], Argument(metavar="FILE...", help="Archives of `store pack`.")],
     replace: Annotated[
-        bool, typer.Option("--replace", help="Entries of another content are replaced by the archive's.")
+        bool, Option("--replace", help="Entries of another content are replaced by the archive's.")
     ] = False,
     store: StoreRoot = None,
     console: Console | None = None,
@@ -124,13 +121,13 @@ def add(
 
 
 def prune(
-    kind: Annotated[str | None, typer.Option(help="All entries of these kinds, such as views,features.")] = None,
+    kind: Annotated[str | None, Option(help="All entries of these kinds, such as views,features.")] = None,
     scratch: Annotated[
-        bool, typer.Option("--scratch", help="Unfinished work: checkpoints, and what killed runs left.")
+        bool, Option("--scratch", help="Unfinished work: checkpoints, and what killed runs left.")
     ] = False,
-    damaged: Annotated[bool, typer.Option("--damaged", help="Check every byte; what is damaged goes.")] = False,
-    keep: Annotated[list[str] | None, typer.Option(help="Beginning of a key that stays; may be repeated.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    damaged: Annotated[bool, Option("--damaged", help="Check every byte; what is damaged goes.")] = False,
+    keep: Annotated[list[str] | None, Option(help="Beginning of a key that stays; may be repeated.")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only say what would go.")] = False,
     store: StoreRoot = None,
     console: Console | None = None,
 ) -> dict[str, Any]:

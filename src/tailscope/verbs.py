@@ -11,8 +11,8 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ForwardRef, ParamSpec, TypeVar, get_args
 
-import typer
 from rich.console import Console
+from typer import Argument, Option
 
 from tailscope.errors import UserError
 from tailscope.experiments.options import (
@@ -40,18 +40,7 @@ if TYPE_CHECKING:
     from tailscope.feature_table import Source
     from tailscope.linear_layer import LinearLayer
 
-__all__ = [
-    "demo",
-    "diagnose",
-    "features",
-    "geometry",
-    "ladder",
-    "load",
-    "methods",
-    "report",
-    "subset",
-    "swap",
-]
+__all__ = ["demo", "diagnose", "features", "geometry", "ladder", "load", "methods", "report", "subset", "swap"]
 REGISTRIES: dict[str, Registry[Any]] = {
     "models": MODELS,
     "losses": LOSSES,
@@ -177,10 +166,8 @@ def subset(
     data: Data,
     profile: Profile = "exp:100",
     protocol: Protocol = "nested",
-    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for subset.json; without it the subset is only shown.")
-    ] = None,
+    seed: Annotated[int, Option(help="Seed of the draw.")] = 0,
+    out: Annotated[Path | None, Option(help="Folder for subset.json; without it the subset is only shown.")] = None,
     data_root: DataRoot = None,
     overwrite: Overwrite = False,
 ) -> dict[str, Any]:
@@ -206,51 +193,42 @@ def subset(
 @_verb
 def features(
     model: Annotated[
-        str,
-        typer.Option(help="timm:NAME, torchvision:NAME, resnet32 and its like, store:KEY, or your own module:factory."),
+        str, Option(help="timm:NAME, torchvision:NAME, resnet32 and its like, store:KEY, or your own module:factory.")
     ],
-    data: Annotated[str, typer.Option(help="digits, cifar10, cifar100, PATH.npz, folder:PATH, list:FILES or hf:NAME.")],
-    out: Annotated[Path, typer.Option(help="Feature file to write: .npz, .safetensors or .parquet.")],
+    data: Annotated[str, Option(help="digits, cifar10, cifar100, PATH.npz, folder:PATH, list:FILES or hf:NAME.")],
+    out: Annotated[Path, Option(help="Feature file to write: .npz, .safetensors or .parquet.")],
     checkpoint: Annotated[
-        Path | None,
-        typer.Option(help="Local weights: .safetensors or PyTorch's, wherever in the file the network lies."),
+        Path | None, Option(help="Local weights: .safetensors or PyTorch's, wherever in the file the network lies.")
     ] = None,
     checkpoint_key: Annotated[
-        str | None, typer.Option(help="Which of the checkpoint's networks, such as ema, where several fit.")
+        str | None, Option(help="Which of the checkpoint's networks, such as ema, where several fit.")
     ] = None,
-    pretrained: Annotated[bool, typer.Option("--pretrained", help="Published weights of timm or torchvision.")] = False,
-    split: Annotated[str | None, typer.Option(help="Split of the data; needed where there are several.")] = None,
-    subset: Annotated[Path | None, typer.Option(help="A subset.json: only those images, in its order.")] = None,
+    pretrained: Annotated[bool, Option("--pretrained", help="Published weights of timm or torchvision.")] = False,
+    split: Annotated[str | None, Option(help="Split of the data; needed where there are several.")] = None,
+    subset: Annotated[Path | None, Option(help="A subset.json: only those images, in its order.")] = None,
     part: Annotated[
         str | None,
-        typer.Option(
-            help="Of the training split: train, the images of --subset or of store:KEY's training; or unseen."
-        ),
+        Option(help="Of the training split: train, the images of --subset or of store:KEY's training; or unseen."),
     ] = None,
     store: Annotated[
-        Path | None, typer.Option(envvar="TAILSCOPE_STORE", help="Folder of trained stages, for store:KEY.")
+        Path | None, Option(envvar="TAILSCOPE_STORE", help="Folder of trained stages, for store:KEY.")
     ] = None,
     data_root: DataRoot = None,
-    normalize: Annotated[str | None, typer.Option(help="imagenet, cifar, data, none or MEANS/DEVIATIONS.")] = None,
-    image_size: Annotated[int | None, typer.Option(min=1, help="Height and width of the input.")] = None,
+    normalize: Annotated[str | None, Option(help="imagenet, cifar, data, none or MEANS/DEVIATIONS.")] = None,
+    image_size: Annotated[int | None, Option(min=1, help="Height and width of the input.")] = None,
     resize: Annotated[
-        str | None,
-        typer.Option(help="Pixels of the shorter side before the centre is cropped, or none for no resizing."),
+        str | None, Option(help="Pixels of the shorter side before the centre is cropped, or none for no resizing.")
     ] = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Decode every image first and report all that cannot be read.")
+        bool, Option("--verify", help="Decode every image first and report all that cannot be read.")
     ] = False,
     skip_unreadable: Annotated[
-        bool, typer.Option("--skip-unreadable", help="Leave out images that cannot be read, with a count.")
+        bool, Option("--skip-unreadable", help="Leave out images that cannot be read, with a count.")
     ] = False,
-    mixed: Annotated[
-        bool, typer.Option("--mixed", help="bfloat16 where the device has it; geometry wants fp32.")
-    ] = False,
-    half: Annotated[
-        bool, typer.Option("--half", help="Store float16: half the size, three significant digits.")
-    ] = False,
-    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
-    workers: Annotated[int | None, typer.Option(min=0, help="Processes that decode images.")] = None,
+    mixed: Annotated[bool, Option("--mixed", help="bfloat16 where the device has it; geometry wants fp32.")] = False,
+    half: Annotated[bool, Option("--half", help="Store float16: half the size, three significant digits.")] = False,
+    batch: Annotated[int, Option(min=1, help="Images at a time.")] = 64,
+    workers: Annotated[int | None, Option(min=0, help="Processes that decode images.")] = None,
     device: Device = "auto",
     overwrite: Overwrite = False,
     console: Console | None = None,
@@ -301,7 +279,7 @@ def features(
 def diagnose(
     train: Annotated[
         "Source | Sequence[Source]",
-        typer.Option(
+        Option(
             help="Features of training samples: .npz, .npy, .pt, .safetensors, .parquet, .csv. Repeat for more"
             " encoders."
         ),
@@ -309,35 +287,31 @@ def diagnose(
     ],
     unseen: Annotated[
         "Source | Sequence[Source]",
-        typer.Option(help="Features of samples that had no part in training, one per --train."),
+        Option(help="Features of samples that had no part in training, one per --train."),
         list[Path],
     ],
     *,
     test: Annotated[
         "Source | Sequence[Source] | None",
-        typer.Option(help="Features that only score; without them, the unseen ones do, cross-fitted."),
+        Option(help="Features that only score; without them, the unseen ones do, cross-fitted."),
         list[Path] | None,
     ] = None,
     classifier: Annotated[
         "LinearLayer | Path | str | Sequence[Path | str] | None",
-        typer.Option(help="The linear classifier in use: weight [C, d], bias [C]. [default: one fitted to --train]"),
+        Option(help="The linear classifier in use: weight [C, d], bias [C]. [default: one fitted to --train]"),
         list[Path] | None,
     ] = None,
     out: Out = None,
-    ceiling: Annotated[
-        float, typer.Option(help="The accuracy that would be perfect, where labels allow no more.")
-    ] = 1.0,
+    ceiling: Annotated[float, Option(help="The accuracy that would be perfect, where labels allow no more.")] = 1.0,
     permutations: Permutations = 999,
-    alpha: Annotated[float, typer.Option(help="False discovery rate at which classes are flagged.")] = 0.05,
-    verdict: Annotated[bool, typer.Option("--no-verdict", help="Measure only; fit no classifiers."), NEGATED] = True,
-    report: Annotated[bool, typer.Option("--no-report", help="Write diagnosis.json only."), NEGATED] = True,
+    alpha: Annotated[float, Option(help="False discovery rate at which classes are flagged.")] = 0.05,
+    verdict: Annotated[bool, Option("--no-verdict", help="Measure only; fit no classifiers."), NEGATED] = True,
+    report: Annotated[bool, Option("--no-report", help="Write diagnosis.json only."), NEGATED] = True,
     drop_duplicates: Annotated[
-        bool, typer.Option("--drop-duplicates", help="Leave out unseen samples that are also training samples.")
+        bool, Option("--drop-duplicates", help="Leave out unseen samples that are also training samples.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of permutations and folds.")] = 0,
-    device: Annotated[
-        str, typer.Option(help="auto, cpu or cuda, for the geometry; classifiers fit on the CPU.")
-    ] = "cpu",
+    seed: Annotated[int, Option(min=0, help="Seed of permutations and folds.")] = 0,
+    device: Annotated[str, Option(help="auto, cpu or cuda, for the geometry; classifiers fit on the CPU.")] = "cpu",
     overwrite: Overwrite = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -382,8 +356,8 @@ def _report_of_diagnosis(out: Path) -> None:
 
 @_verb
 def report(
-    out: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with result files.")],
-    figures: Annotated[bool, typer.Option(help="Also write every chart as SVG, PNG and PDF.")] = True,
+    out: Annotated[Path, Argument(metavar="DIR", help="Folder with result files.")],
+    figures: Annotated[bool, Option(help="Also write every chart as SVG, PNG and PDF.")] = True,
 ) -> Path:
     """Build report.html, figures and tables from the stored results in DIR. Nothing is computed anew.
 

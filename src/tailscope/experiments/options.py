@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
-import typer
 from rich.console import Console
+from typer import Option
 
 if TYPE_CHECKING:
     from tailscope.data.filedata import FileData
@@ -17,30 +17,30 @@ if TYPE_CHECKING:
 
 Data: TypeAlias = Annotated[
     "str | ImageData | FileData",
-    typer.Option(help="digits, cifar10, cifar100, PATH.npz, folder:PATH or list:TRAIN.txt,TEST.txt."),
+    Option(help="digits, cifar10, cifar100, PATH.npz, folder:PATH or list:TRAIN.txt,TEST.txt."),
     str,
 ]
 DataRoot: TypeAlias = Annotated[
-    Path | None, typer.Option(help="Folder of the data set: torchvision's layout, NAME.npz, or images of lists.")
+    Path | None, Option(help="Folder of the data set: torchvision's layout, NAME.npz, or images of lists.")
 ]
 Profile: TypeAlias = Annotated[
-    str, typer.Option(help="Training counts: exp:IF, step:IF, balanced, balanced:N, full, counts:N,N,... or FILE.json.")
+    str, Option(help="Training counts: exp:IF, step:IF, balanced, balanced:N, full, counts:N,N,... or FILE.json.")
 ]
 Protocol: TypeAlias = Annotated[
-    str, typer.Option(help="Rule that draws the subset: nested, or ldam (the published CIFAR-LT draws).")
+    str, Option(help="Rule that draws the subset: nested, or ldam (the published CIFAR-LT draws).")
 ]
 Seeds: TypeAlias = Annotated[
-    int | str | Sequence[int], typer.Option(help="N for the seeds 0 ... N-1, or a list like 0,3."), str
+    int | str | Sequence[int], Option(help="N for the seeds 0 ... N-1, or a list like 0,3."), str
 ]
-Out: TypeAlias = Annotated[Path | None, typer.Option(help="Folder for results.")]
+Out: TypeAlias = Annotated[Path | None, Option(help="Folder for results.")]
 StoreRoot: TypeAlias = Annotated[
     Path | str | None,
-    typer.Option("--store", envvar="TAILSCOPE_STORE", help="Folder of trained stages. [default: OUT/store]"),
+    Option("--store", envvar="TAILSCOPE_STORE", help="Folder of trained stages. [default: OUT/store]"),
     Path | None,
 ]
-Device: TypeAlias = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Overwrite: TypeAlias = Annotated[bool, typer.Option("--overwrite", help="Replace a result of another spec in OUT.")]
-Permutations: TypeAlias = Annotated[int, typer.Option(min=0, help="Permutations of each test; 0 leaves the tests out.")]
+Device: TypeAlias = Annotated[str, Option(help="auto, cpu or cuda.")]
+Overwrite: TypeAlias = Annotated[bool, Option("--overwrite", help="Replace a result of another spec in OUT.")]
+Permutations: TypeAlias = Annotated[int, Option(min=0, help="Permutations of each test; 0 leaves the tests out.")]
 
 NEGATED = object()
 """Beside `typer.Option`: the flag means the opposite of its parameter, as `--no-verdict` does of `verdict`."""
@@ -51,20 +51,16 @@ class FileOptions:
     """How images in files are worked on; for images in memory everything stays at its default."""
 
     devices: Annotated[
-        int | None, typer.Option(min=1, help="Images in files: processes on this machine, one GPU each. [default: 1]")
+        int | None, Option(min=1, help="Images in files: processes on this machine, one GPU each. [default: 1]")
     ] = None
-    num_nodes: Annotated[int, typer.Option(min=1, help="Images in files: machines.")] = 1
+    num_nodes: Annotated[int, Option(min=1, help="Images in files: machines.")] = 1
     micro_batches: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Images in files: parts of a batch with statistics of their own. [default: processes]"
-        ),
+        Option(min=1, help="Images in files: parts of a batch with statistics of their own. [default: processes]"),
     ] = None
-    workers: Annotated[
-        int | None, typer.Option(min=0, help="Images in files: decoding processes for each process.")
-    ] = None
+    workers: Annotated[int | None, Option(min=0, help="Images in files: decoding processes for each process.")] = None
     verify: Annotated[
-        bool, typer.Option("--verify", help="Images in files: end with a list of all that cannot be read, if any.")
+        bool, Option("--verify", help="Images in files: end with a list of all that cannot be read, if any.")
     ] = False
 
     @property
@@ -80,33 +76,26 @@ class _Training:
     data: Data = field(kw_only=False)
     profile: Profile = "exp:100"
     out: Out = None
-    recipe: Annotated[str, typer.Option(help="demo, fast, paper, imagenet ...; see `tailscope methods`.")] = "fast"
-    model: Annotated[str | None, typer.Option(help="Another network than the recipe's; see `tailscope methods`.")] = (
+    recipe: Annotated[str, Option(help="demo, fast, paper, imagenet ...; see `tailscope methods`.")] = "fast"
+    model: Annotated[str | None, Option(help="Another network than the recipe's; see `tailscope methods`.")] = None
+    loss: Annotated[str | None, Option(help="Another loss of stage 1 than the recipe's, such as 'focal(gamma=1)'.")] = (
         None
     )
-    loss: Annotated[
-        str | None, typer.Option(help="Another loss of stage 1 than the recipe's, such as 'focal(gamma=1)'.")
-    ] = None
     seeds: Seeds = 3
     protocol: Protocol = "nested"
-    subset_seed: Annotated[
-        int | None, typer.Option(help="One subset for all seeds; by default each seed draws its own.")
-    ] = None
+    subset_seed: Annotated[int | None, Option(help="One subset for all seeds; by default each seed draws its own.")] = (
+        None
+    )
     matched: Annotated[
-        bool,
-        typer.Option("--matched", help="Add a third level: class-balanced with as many images as the long-tailed set."),
+        bool, Option("--matched", help="Add a third level: class-balanced with as many images as the long-tailed set.")
     ] = False
     backbones: Annotated[
         str | None,
-        typer.Option(
-            help="Backbones to train, such as lt; without both lt and true nothing is attributed. [default: all]"
-        ),
+        Option(help="Backbones to train, such as lt; without both lt and true nothing is attributed. [default: all]"),
     ] = None
     bn_mode: Annotated[
         str,
-        typer.Option(
-            help="Batch-norm statistics in stage 2: frozen, or shifted (re-estimated on its data, as in MiSLAS)."
-        ),
+        Option(help="Batch-norm statistics in stage 2: frozen, or shifted (re-estimated on its data, as in MiSLAS)."),
     ] = "frozen"
     permutations: Permutations = 999
     data_root: DataRoot = None
