@@ -131,7 +131,7 @@ def add_command(
 
     run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
     run.__annotations__ = {option.name: option.annotation for option in options}
-    run.__name__, run.__doc__ = verb.__name__, verb.__doc__
+    run.__name__, run.__doc__ = verb.__name__, (verb.__doc__ or "").partition("\n\nArgs:")[0]
     app.command(name or verb.__name__)(run)
 
 

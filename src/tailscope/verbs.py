@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ForwardRef, ParamSpec, TypeVar
 
 from rich.console import Console
 from typer import Argument, Option
+from typer.models import ParameterInfo
 
 from tailscope.errors import UserError
 from tailscope.experiments.options import (
@@ -55,39 +56,48 @@ Q = TypeVar("Q")
 R = TypeVar("R")
 
 
-def _plain(signature: inspect.Signature) -> inspect.Signature:
-    """Return a signature with the types that Python users care for, without what is said about the command line."""
+def _described(function: Callable[P, R], signature: inspect.Signature) -> Callable[P, R]:
+    """Give a function a signature with plain types, and its options' help as the `Args:` of its docstring.
 
-    def type_of(annotation: Any) -> Any:
+    Its `__annotations__` have the options as the command line needs them.
+    """
+
+    def plain(annotation: Any) -> Any:
         origin = get_args(annotation)[0] if hasattr(annotation, "__metadata__") else annotation
         return origin.__forward_arg__ if isinstance(origin, ForwardRef) else origin
 
-    parameters = [p.replace(annotation=type_of(p.annotation)) for p in signature.parameters.values()]
-    return signature.replace(parameters=parameters)
-
-
-def _verb(function: Callable[P, R]) -> Callable[P, R]:
-    """Show plain types as the signature of a verb; `__annotations__` keeps its options."""
-    function.__signature__ = _plain(inspect.signature(function))  # type: ignore[attr-defined]
+    parameters = signature.parameters.values()
+    function.__annotations__ = {p.name: p.annotation for p in parameters}
+    shown = signature.replace(parameters=[p.replace(annotation=plain(p.annotation)) for p in parameters])
+    function.__signature__ = shown  # type: ignore[attr-defined]
+    lines = []
+    for p in parameters:
+        said = get_args(p.annotation)
+        helps = [one.help for one in said if isinstance(one, ParameterInfo)]
+        lines += [f"    {p.name}: {'False: ' if NEGATED in said else ''}{text}" for text in helps]
+    function.__doc__ = "\n".join([inspect.getdoc(function) or "", *(["", "Args:", *lines] if lines else [])])
     return function
 
 
+def _verb(function: Callable[P, R]) -> Callable[P, R]:
+    """Make a verb of a function whose annotations are its options."""
+    return _described(function, inspect.signature(function))
+
+
 def taking(request: Callable[P, Q], *, leave_out: Collection[str] = ()) -> Callable[[Callable[[Q], R]], Callable[P, R]]:
-    """Give a verb the parameters that a request has, apart from some."""
+    """Make a verb of a function of a request: its options are the fields of the request, apart from some."""
     whole = inspect.signature(request)
+    taken = [p for p in whole.parameters.values() if p.name not in leave_out]
 
-    def decorate(verb: Callable[[Q], R]) -> Callable[P, R]:
-        taken = [p for p in whole.parameters.values() if p.name not in leave_out]
-        signature = whole.replace(parameters=taken, return_annotation=inspect.signature(verb).return_annotation)
+    def decorate(function: Callable[[Q], R]) -> Callable[P, R]:
+        signature = whole.replace(parameters=taken, return_annotation=inspect.signature(function).return_annotation)
 
-        @wraps(verb)
-        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        @wraps(function)
+        def verb(*args: P.args, **kwargs: P.kwargs) -> R:
             signature.bind(*args, **kwargs)
-            return verb(request(*args, **kwargs))
+            return function(request(*args, **kwargs))
 
-        call.__annotations__ = {p.name: p.annotation for p in taken}
-        call.__signature__ = _plain(signature)  # type: ignore[attr-defined]
-        return call
+        return _described(verb, signature)
 
     return decorate
 
