@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: install demo test test-slow test-faults lint docs bench bench-quick
+.PHONY: install demo test test-slow test-faults lint docs docs-pages bench bench-quick
 .NOTPARALLEL:
 
 install: $(READY)-dev
@@ -27,6 +27,10 @@ lint: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# The pages that are made from the code; a test fails where one is not current.
+docs-pages: install
+	$(BIN)/python scripts/docs_methods.py docs/methods.md
 
 docs: $(READY)-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

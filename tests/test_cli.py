@@ -1,5 +1,6 @@
 """The command line: what each verb prints and writes, and how an interrupt goes on."""
 
+import inspect
 import io
 import json
 import os
@@ -11,11 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
+from typer.main import get_command
 
 import tailscope
 from experiment_setups import CPU, TINY, timeless
-from tailscope import cli, verbs
+from tailscope import cli, report, verbs
+from tailscope.errors import UserError
+from tailscope.experiments import workplace
 from tailscope.experiments.lab import Lab
+from tailscope.experiments.options import Request
 from tailscope.training.recipes import RECIPES
 from tailscope.training.runtime import Runtime
 
@@ -26,7 +31,7 @@ SWAP = ("swap", "--data", "digits", "--recipe", "demo", "--seeds", "1")
 @pytest.fixture
 def no_report(monkeypatch):
     """Leave out the report, which has tests of its own and takes seconds."""
-    monkeypatch.setattr(verbs.report, "build", lambda *_, **__: None)
+    monkeypatch.setattr(report, "build", lambda *_, **__: None)
 
 
 def test_version(tailscope_):
@@ -108,11 +113,10 @@ def test_a_swap_prints_its_story_and_the_same_again_trains_nothing(tailscope_, t
 @pytest.mark.usefixtures("no_report")
 def test_a_terminal_shows_bars_with_speed_and_what_is_done(monkeypatch, tmp_path):
     monkeypatch.setitem(RECIPES, "demo", TINY)
-    request = verbs.Request("digits", "exp:100", "demo", "1", tmp_path)
     shown = []
     for _ in range(2):
         terminal = Console(file=io.StringIO(), force_terminal=True, width=100)
-        verbs.experiments(request, ["swap"], terminal)
+        workplace.run(Request("digits", recipe="demo", seeds=1, out=tmp_path, console=terminal), ["swap"])
         shown.append(terminal.file.getvalue())
     assert re.search(r"seed 0: backbone on lt.*[\d,]+/s", shown[0])
     assert shown[0].count("done: seed 0") == 6
@@ -260,13 +264,42 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(tailscope_, tmp_path):
 
 
 def test_the_api_says_what_the_command_line_says(tailscope_, no_report, tmp_path, monkeypatch):
-    from tailscope import api
-
     monkeypatch.setattr(Runtime, "choose", classmethod(lambda *_, **__: CPU))
     shown = json.loads(tailscope_(*SWAP, "--out", tmp_path, "--json").out)
     options = {"recipe": "demo", "store": tmp_path / "store"}
-    assert timeless(api.swap(api.load("digits"), seeds=1, **options)) == timeless(shown)
+    assert timeless(tailscope.swap(tailscope.load("digits"), seeds=1, **options)) == timeless(shown)
     trained = []
     monkeypatch.setattr(Lab, "_tell", lambda lab, found, label: trained.append(found))
-    assert api.swap(api.load("digits"), seeds=[0], **options)["seeds"] == [0]
+    assert tailscope.swap(tailscope.load("digits"), seeds=[0], **options)["seeds"] == [0]
     assert all(trained)
+
+
+def test_a_verb_in_python_takes_the_options_of_the_command_line_and_no_others(no_report, tmp_path):
+    assert tailscope.api is verbs
+    commands = get_command(cli.app).commands
+    for name in set(verbs.__all__) - {"load"}:
+        parameters = inspect.signature(getattr(verbs, name)).parameters
+        assert set(parameters) - {"console"} == {option.name for option in commands[name].params} - {"as_json"}
+    with pytest.raises(TypeError, match="matched"):
+        tailscope.ladder("digits", matched=True)
+    with pytest.raises(TypeError, match="data"):
+        tailscope.swap(profile="exp:10")
+    with pytest.raises(UserError, match="--seeds"):
+        tailscope.swap("digits", seeds=[1, 1])
+
+
+def test_a_verb_in_python_writes_where_it_is_told_to_and_is_silent(no_report, tmp_path, capfd, monkeypatch):
+    monkeypatch.setitem(RECIPES, "demo", TINY)
+    found = tailscope.ladder("digits", recipe="demo", seeds=1, out=tmp_path)
+    assert timeless(json.loads((tmp_path / "ladder.json").read_text())) == timeless(found)
+    assert {path.name for path in tmp_path.iterdir()} == {"ladder.json", "store"}
+    with pytest.raises(UserError, match="holds a result of another spec"):
+        tailscope.ladder("digits", recipe="demo", seeds=[3], out=tmp_path)
+    rows, labels = np.eye(3, 8).repeat(20, axis=0), np.arange(3).repeat(20)
+    monkeypatch.chdir(tmp_path)
+    judged = tailscope.diagnose((rows, labels), (rows + 0.1, labels), permutations=0, verdict=False)
+    assert not (tmp_path / "diagnosis.json").exists()
+    assert judged["verdict"] is None
+    tailscope.diagnose((rows, labels), (rows + 0.1, labels), permutations=0, verdict=False, out=tmp_path)
+    assert (tmp_path / "diagnosis.json").exists()
+    assert capfd.readouterr() == ("", "")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -28,7 +29,7 @@ def ended_by(tailscope_, monkeypatch):
     """Run `methods` with something in place of what it does; return code, out and err."""
 
     def run(action):
-        monkeypatch.setattr(verbs, "list_methods", action)
+        monkeypatch.setattr(verbs, "REGISTRIES", SimpleNamespace(items=lambda: (action() and []) or []))
         return tailscope_("methods", "--json")
 
     return run

@@ -190,9 +190,9 @@ def test_images_too_small_for_the_networks(tailscope_, tmp_path):
 
 
 def test_a_damaged_stage_is_named_and_made_again(tailscope_, tmp_path, monkeypatch, caplog):
-    from tailscope import verbs
+    from tailscope import report
 
-    monkeypatch.setattr(verbs.report, "build", lambda *_, **__: None)
+    monkeypatch.setattr(report, "build", lambda *_, **__: None)
     command = ("swap", "--data", "digits", "--recipe", "demo", "--seeds", "1", "--out", tmp_path, "--json")
     assert tailscope_(*command).code == 0
     before = timeless(json.loads((tmp_path / "swap.json").read_text()))

@@ -156,15 +156,6 @@ def test_a_classifier_of_another_width_is_refused(tmp_path):
         read(table(train[0][:, :6], train[1]), table(unseen[0][:, :6], unseen[1]), classifier=path)
 
 
-def test_the_verb_is_there_before_torch_is_imported():
-    code = (
-        "import sys, tailscope.cli as c; assert 'torch' not in sys.modules; "
-        "print([x.callback.__name__ for x in c.app.registered_commands])"
-    )
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "'diagnose'" in shown.stdout
-
-
 def test_measuring_imports_nothing_that_only_verdicts_and_reports_need(files):
     """A process of its own, from start to end: its command line is recorded without the folders of this machine."""
     code = (

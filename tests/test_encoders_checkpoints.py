@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from tailscope.encoders import checkpoints, load
 from tailscope.encoders.preprocessing import CIFAR, Wishes
 from tailscope.errors import UserError
-from tailscope.models import MODELS, ResNet10
+from tailscope.models import MODELS
+from tailscope.models.resnet10 import ResNet10
 
 State = dict[str, Tensor]
 CLASSES = 7

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from experiment_setups import CPU, timeless
 from image_trees import photos as draw_photos
-from tailscope import verbs
+from tailscope import report
 from tailscope.data import decoding, sources
 from tailscope.data.profiles import resolve
 from tailscope.errors import UserError
@@ -45,7 +45,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
-    monkeypatch.setattr(verbs.report, "build", lambda *_, **__: None)
+    monkeypatch.setattr(report, "build", lambda *_, **__: None)
 
 
 def swap(root: Path, out: Path, *more: object) -> list[str]:

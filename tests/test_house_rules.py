@@ -146,3 +146,98 @@ def test_the_page_on_reliability_shows_the_counts_that_are_stored() -> None:
         pytest.skip("no full round of faults yet")
     text = (REPOSITORY / "docs" / "reliability.md").read_text(encoding="utf-8")
     assert page(text, json.loads(stored.read_text())) == text
+
+
+LAYERS = [
+    ["errors"],
+    ["seeds", "spec", "progress", "groups", "intervals"],
+    ["registry", "store", "report.files"],
+    ["paper.targets", "paper.published", "attribution"],
+    ["array_files", "field_checks", "feature_table", "linear_layer"],
+    ["geometry", "report.measures"],
+    ["origin", "result_files"],
+    ["data"],
+    ["methods"],
+    ["models", "kernels"],
+    ["classifiers"],
+    ["report"],
+    ["training.runtime"],
+    ["training", "features"],
+    ["diagnosis", "bounds"],
+    ["experiments"],
+    ["encoders"],
+    ["verbs"],
+    ["paper"],
+    ["cli", "cli_output", "cli_paper", "cli_store", "__main__"],
+]
+"""The rooms from the foundations to the command line: none knows anything of those further down, not even in functions.
+
+A name stands for a module, or for a package and what is in it; the longest that fits counts. Rooms on one line may know
+each other. `tailscope` itself is above all: what it offers is imported when it is asked for.
+"""
+ALLOWED: set[tuple[str, str]] = set()
+"""Imports against that order which are still there: (importer, imported)."""
+PACKAGE = REPOSITORY / "src" / "tailscope"
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in SOURCES if path != PACKAGE / "__init__.py"}
+
+
+def layer(module: str) -> int | None:
+    """Return the line of `LAYERS` that a module stands on."""
+    parts = module.split(".")
+    lines = {name: line for line, names in enumerate(LAYERS) for name in names}
+    return next((lines[name] for n in range(len(parts), 0, -1) if (name := ".".join(parts[:n])) in lines), None)
+
+
+def imports(node: ast.AST) -> Iterator[str]:
+    """Yield the modules of the package that code imports, at the top or in functions, for more than type checks."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names if alias.name.startswith("tailscope"))
+        elif isinstance(child, ast.ImportFrom) and (child.module or "").split(".")[0] == "tailscope":
+            for alias in child.names:
+                submodule = f"{child.module}.{alias.name}"
+                yield submodule if submodule.removeprefix("tailscope.") in MODULES else child.module or ""
+        yield from imports(child)
+
+
+def upward_imports() -> set[tuple[str, str]]:
+    return {
+        (module, name)
+        for module, path in MODULES.items()
+        for found in imports(ast.parse(path.read_text(encoding="utf-8")))
+        if (name := found.removeprefix("tailscope").removeprefix(".")) and layer(name) > layer(module)
+    }
+
+
+def test_a_room_knows_nothing_of_the_rooms_below_it() -> None:
+    assert upward_imports() == ALLOWED
+
+
+def test_every_module_has_its_layer_and_every_layer_its_modules() -> None:
+    assert [module for module in MODULES if layer(module) is None] == []
+    for name in (name for names in LAYERS for name in names):
+        assert any(module == name or module.startswith(f"{name}.") for module in MODULES), name
+
+
+def test_the_layers_find_imports_wherever_they_are() -> None:
+    code = """
+from tailscope import cli, seeds
+from tailscope.paper.reproduce import run
+if TYPE_CHECKING:
+    from tailscope.verbs import swap
+def f():
+    import tailscope.errors
+    from tailscope.report import build
+"""
+    found = {"cli", "seeds", "paper.reproduce", "errors", "report"}
+    assert {name.removeprefix("tailscope.") for name in imports(ast.parse(code))} == found
+    assert layer("paper.targets") < layer("report.page") < layer("training.loop") < layer("paper.reproduce")
+    assert layer("report.files") < layer("report")

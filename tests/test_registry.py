@@ -1,6 +1,8 @@
 """Call-strings: one spelling for one meaning, no code is run, and mistakes name what is known."""
 
+import importlib
 import string
+import sys
 
 import pytest
 from hypothesis import given
@@ -169,6 +171,64 @@ def test_no_text_does_worse_than_a_user_error(text):
         assert name.isidentifier()
         assert isinstance(args, list)
         assert isinstance(kwargs, dict)
+
+
+@pytest.mark.parametrize("registry", REGISTRIES.values(), ids=REGISTRIES)
+def test_what_the_source_declares_is_what_its_functions_take(registry):
+    declared = {entry.name: (entry.defaults, entry.summary) for entry in registry._declared.values()}
+    for module in registry._sources:
+        importlib.import_module(module)
+    inspected = {entry.name: (entry.defaults, entry.summary) for entry in registry._registered.values()}
+    assert declared == (inspected if registry._sources else {})
+
+
+LAZY = """
+@THINGS.register("odd")
+def made(context, /, a=-1.5, *, b=(1, "x")):
+    '''Odd.
+
+    More.
+    '''
+    return context, a, b
+
+@OTHERS.register("other")
+def other(): ...
+"""
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    """Return a function that writes a module and makes a registry of what it registers."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(name, text):
+        (tmp_path / f"{name}.py").write_text(f"import {name}_registry\nTHINGS = {name}_registry.THINGS\n{text}")
+        (tmp_path / f"{name}_registry.py").write_text(
+            f"from tailscope.registry import Registry\nTHINGS = Registry('thing', '{name}:THINGS')\n"
+        )
+        return importlib.import_module(f"{name}_registry").THINGS
+
+    return write
+
+
+def test_a_source_is_imported_when_something_is_made(source):
+    found = source("lazy_things", f"OTHERS = lazy_things_registry.Registry('other'){LAZY}")
+    described = [(entry.name, entry.defaults, entry.summary) for entry in found]
+    assert described == [("odd", {"a": -1.5, "b": (1, "x")}, "Odd.")]
+    assert found.canonical("odd") == "odd(a=-1.5, b=(1, 'x'))"
+    assert "lazy_things" not in sys.modules
+    assert found.make("odd(a=2)", 7) == (7, 2.0, (1, "x"))
+    assert "lazy_things" in sys.modules
+    with pytest.raises(ValueError, match="registered twice"):
+        found.register("odd")(plain)
+    found.register("more")(plain)
+    assert [entry.name for entry in found] == ["odd", "more"]
+
+
+def test_a_default_that_must_be_computed_is_refused(source):
+    found = source("computed_things", "@THINGS.register('odd')\ndef made(a=1 + len('x')): ...\n")
+    with pytest.raises(ValueError, match="malformed node"):
+        list(found)
 
 
 @pytest.mark.parametrize("registry", REGISTRIES.values(), ids=REGISTRIES)

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from benchmarks.arms.common import CLASSES, fast_dtype, on_device
 from benchmarks.workers import Pace
-from tailscope.models import MODELS, CifarResNet
+from tailscope.models import MODELS
+from tailscope.models.resnet import CifarResNet
 from tailscope.training.runtime import keep_freed_memory
 
 

@@ -13,7 +13,8 @@ from torchvision.transforms import AutoAugmentPolicy
 from benchmarks.arms.common import CLASSES, load_images, on_device, pixel_statistics
 from benchmarks.workers import Pace
 from tailscope.data.imageset import ImageSet
-from tailscope.models import MODELS, CifarResNet
+from tailscope.models import MODELS
+from tailscope.models.resnet import CifarResNet
 
 
 class ArrayCifar(datasets.CIFAR10):  # type: ignore[misc]  # torchvision has no types

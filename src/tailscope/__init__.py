@@ -7,13 +7,9 @@ __all__ = ["diagnose", "ladder", "load", "swap"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the Python API on first use, so that `tailscope --help` need not wait for PyTorch."""
-    if name == "diagnose":
-        from tailscope.diagnosis import diagnose
+    """Return a verb, or all of them as `tailscope.api`; imported on first use, for `import tailscope` is instant."""
+    if name == "api" or name in __all__:
+        from tailscope import verbs
 
-        return diagnose
-    if name in __all__:
-        from tailscope import api
-
-        return getattr(api, name)
+        return verbs if name == "api" else getattr(verbs, name)
     raise AttributeError(f"module 'tailscope' has no attribute {name!r}")

@@ -18,21 +18,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, TextIO, cast
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 
 import typer
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 import tailscope
-from tailscope.cli_diagnose import diagnose
-from tailscope.cli_experiments import demo, geometry, ladder, subset, swap
-from tailscope.cli_features import features
-from tailscope.cli_options import Json
-from tailscope.cli_output import Output, open_closed_streams, print_json
-from tailscope.cli_paper import reproduce
+from tailscope import cli_paper, verbs
+from tailscope.cli_output import Options, Output, add_command, open_closed_streams
 from tailscope.cli_store import store_app
-from tailscope.errors import UserError, one_line
+from tailscope.errors import UserError, one_line, printable
 from tailscope.origin import from_command_line
+
+if TYPE_CHECKING:
+    from tailscope.encoders import FeaturesResult
 
 INTERRUPTED = 128 + signal.SIGINT
 """The exit code of a process ended by SIGINT, as shells have it."""
@@ -149,32 +150,101 @@ def options(
     """Options of the command itself."""
 
 
-def report(
-    out: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with result files.")],
-    figures: Annotated[bool, typer.Option(help="Also write every chart as SVG, PNG and PDF.")] = True,
-) -> None:
-    """Build report.html, figures and tables from the stored results in DIR. Nothing is computed anew.
-
-    Example: `tailscope report out`
-    """
-    from tailscope.report import build
-
-    typer.echo(build(out, figures=figures))
+# -- what people see of results -------------------------------------------------------------------------------------
 
 
-def methods(as_json: Json = False) -> None:
-    """List every loss, sampler, augmentation, mixing, model, schedule, profile and recipe with its defaults.
-
-    Example: `tailscope methods --json`
-    """
-    from tailscope import verbs
-
-    if as_json:
-        print_json(verbs.list_methods())
-    else:
-        verbs.show_methods(Console())
+def _plain(text: str) -> Text:
+    """Return text in which rich looks for no markup and a terminal for no commands."""
+    return Text(one_line(text))
 
 
-for _verb in (demo, swap, ladder, geometry, subset, report, methods, diagnose, features, reproduce):
-    app.command()(_verb)
+def _tell(console: Console, *lines: str) -> None:
+    """Print lines as they are, however long."""
+    for line in lines:
+        console.out(printable(line), highlight=False)
+
+
+def _show_story(_: object, options: Options, console: Console) -> None:
+    """Print the story in ten lines and name the report."""
+    from tailscope import report
+
+    table = Table(show_header=False, box=None)
+    for name, value in report.story.summary_rows(report.load(options["out"])):
+        table.add_row(_plain(name), _plain(value))
+    console.print(table)
+    _tell(console, f"report: {options['out'] / 'report.html'}")
+
+
+def _show_subset(result: dict[str, Any], options: Options, console: Console) -> None:
+    """Print a subset's counts as a bar chart, and its fingerprint."""
+    counts = result["counts"]
+    _tell(console, *(f"warning: {one_line(warning)}" for warning in result["warnings"]))
+    _tell(console, f"{sum(counts):,} images, counts {' '.join(map(str, counts))}", f"sha256 {result['sha256']}")
+    table = Table("class", "group", "images", "", box=None)
+    for name, group, n in zip(result["dataset"]["class_names"], result["groups"], counts, strict=True):
+        table.add_row(_plain(name), group or "-", str(n), "█" * max(1, round(40 * n / max(counts))))
+    if len(counts) <= 100:
+        console.print(table)
+    if options["out"] is not None:
+        _tell(console, f"written: {options['out'] / 'subset.json'}")
+
+
+def _show_methods(listed: dict[str, Any], _: Options, console: Console) -> None:
+    """Print every registry as a table, then the recipes and profiles."""
+    for kind, registry in verbs.REGISTRIES.items():
+        table = Table("call", "what it is", title=kind, title_justify="left")
+        for entry in registry:
+            table.add_row(_plain(registry.canonical(entry.name)), _plain(entry.summary))
+        console.print(table)
+    table = Table("recipe", "what it does", title="recipes", title_justify="left")
+    for recipe in listed["recipes"]:
+        table.add_row(recipe["name"], _plain(recipe["card"]))
+    console.print(table)
+    console.print(f"profiles: {', '.join(listed['profiles'])}", highlight=False)
+
+
+def _show_features(written: "FeaturesResult", _: Options, console: Console) -> None:
+    """Say what was written, and what to mind."""
+    _tell(console, *(f"warning: {one_line(warning)}" for warning in written.warnings))
+    _tell(
+        console,
+        f"{written.features}: {written.rows:,} rows of {written.width} features, {written.classes} classes"
+        f" ({written.resumed:,} rows were there, {written.skipped:,} images skipped)",
+    )
+    if written.classifier is not None:
+        _tell(console, f"{written.classifier}: the checkpoint's classifier")
+
+
+def _show_diagnosis(result: dict[str, Any], options: Options, console: Console) -> None:
+    """Print the verdict, the accuracies behind it, and the advice."""
+    from tailscope.report import diagnosis_story
+
+    _tell(console, one_line(diagnosis_story.headline(result)))
+    if result["accuracy"] is not None:
+        table = Table("", "accuracy", "head", "body", "tail", box=None)
+        for row in diagnosis_story.accuracy_rows(result):
+            table.add_row(*row)
+        console.print(table)
+    shown = diagnosis_story.findings(result)[0 if result["verdict"] is None else 1 :]  # the table says the first
+    _tell(console, *(f"- {one_line(text)}" for text in [*shown, *(piece["text"] for piece in result["advice"])]))
+    if result["warnings"]:
+        _tell(console, f"{len(result['warnings'])} warnings, the first: {one_line(result['warnings'][0])}")
+    _tell(console, f"written: {options['out'] / 'diagnosis.json'}")
+    if options["report"]:
+        _tell(console, f"report: {options['out'] / 'report.html'}")
+
+
+def _show_path(path: Path, _: Options, console: Console) -> None:
+    typer.echo(path)
+
+
+add_command(app, verbs.demo, _show_story, out=Path("demo"))
+for _experiment in (verbs.swap, verbs.ladder, verbs.geometry):
+    add_command(app, _experiment, _show_story, out=Path("out"))
+add_command(app, verbs.subset, _show_subset)
+add_command(app, verbs.report, _show_path, with_json=False)
+add_command(app, verbs.methods, _show_methods)
+add_command(app, verbs.diagnose, _show_diagnosis, out=Path("out"))
+add_command(app, verbs.features, _show_features)
+add_command(app, cli_paper.reproduce, cli_paper.show, end=cli_paper.end)
 app.add_typer(store_app)

@@ -1,14 +1,20 @@
-"""What several verbs print, and where; and streams that may fail without costing any work."""
+"""From functions to commands, and streams that may fail without costing any work."""
 
 import errno
+import inspect
 import io
 import json
 import os
 import signal
-from typing import Any, TextIO
+from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
+from typing import Annotated, Any, TextIO, get_args
 
 import typer
 from rich.console import Console
+from typer.models import ParameterInfo
+
+from tailscope.experiments.options import NEGATED
 
 
 class Output:
@@ -71,11 +77,72 @@ def open_closed_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
 
 
-def console_beside(as_json: bool) -> Console:
-    """Return where a verb talks: standard error when standard output carries JSON."""
-    return Console(stderr=as_json)
-
-
 def print_json(value: Any) -> None:
     """Print a result on standard output; paths become text, and NaN or infinity, which JSON does not have, an error."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
     typer.echo(json.dumps(value, indent=1, default=os.fspath, allow_nan=False))
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a summary.")]
+Options = dict[str, Any]
+"""A verb's options as they were given, by the names of its parameters."""
+
+
+def add_command(
+    app: typer.Typer,
+    verb: Callable[..., Any],
+    show: Callable[[Any, Options, Console], object],
+    *,
+    end: Callable[[Any], object] = bool,
+    name: str | None = None,
+    with_json: bool = True,
+    **defaults: Any,
+) -> None:
+    """Give a function a command, whose options are the parameters that `typer.Option` annotates.
+
+    Args:
+        app: gets the command.
+        verb: the function; a parameter `console` gets the screen that notes and progress go to.
+        show: prints the result for people.
+        end: is called with the result at last, and may raise `typer.Exit` or `UserError`.
+        name: the command's, where it is not the function's.
+        with_json: whether there is `--json`, which prints the result as it is.
+        defaults: of the command line, where they are others than in Python.
+    """
+    parameters = [
+        parameter.replace(annotation=verb.__annotations__[name], default=defaults.get(name, parameter.default))
+        for name, parameter in inspect.signature(verb).parameters.items()
+    ]
+    negated = {one.name for one in parameters if NEGATED in get_args(one.annotation)}
+    options = [option for one in parameters if (option := _option(one)) is not None]
+    if with_json:
+        options.append(inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json))
+
+    def run(as_json: bool = False, **given: Any) -> None:
+        console = Console(stderr=as_json)  # standard output carries JSON alone
+        values = {option: not value if option in negated else value for option, value in given.items()}
+        result = verb(**values, **({"console": console} if "console" in verb.__annotations__ else {}))
+        if as_json:
+            print_json(result)
+        else:
+            show(result, values, console)
+        end(result)
+
+    run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    run.__annotations__ = {option.name: option.annotation for option in options}
+    run.__name__, run.__doc__ = verb.__name__, (verb.__doc__ or "").partition("\n\nArgs:")[0]
+    app.command(name or verb.__name__)(run)
+
+
+def _option(parameter: inspect.Parameter) -> inspect.Parameter | None:
+    """Return a parameter as typer wants it; None where it is no option."""
+    kind, *said = get_args(parameter.annotation) or [None]
+    info = next((one for one in said if isinstance(one, ParameterInfo)), None)
+    if info is None:
+        return None
+    return parameter.replace(
+        kind=inspect.Parameter.KEYWORD_ONLY,
+        default=not parameter.default if NEGATED in said else parameter.default,
+        annotation=Annotated[next((one for one in said if one not in (info, NEGATED)), kind), info],
+    )

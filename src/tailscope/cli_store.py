@@ -2,16 +2,18 @@
 
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from typer import Argument, Option
 
-from tailscope.cli_options import Json, StoreRoot
-from tailscope.cli_output import console_beside, print_json
+from tailscope.cli_output import Options, add_command
 from tailscope.errors import UserError, printable
+from tailscope.experiments.options import StoreRoot
 from tailscope.progress import shown_on
 
 if TYPE_CHECKING:  # PyTorch takes its time, and --help need not wait for it
@@ -35,12 +37,7 @@ def options(context: typer.Context) -> None:
         typer.echo(context.get_help())
 
 
-Keys = Annotated[list[str] | None, typer.Argument(metavar="[KEYS]...", help="Beginnings of keys. [default: all]")]
-Checkpoints = Annotated[bool, typer.Option("--checkpoints", help="Also the checkpoints of unfinished stages.")]
-
-
-@store_app.command("list")
-def list_(store: StoreRoot = None, as_json: Json = False) -> None:
+def list_(store: StoreRoot = None) -> dict[str, Any]:
     """List what a store holds: kind, key, what it is, size, age, what computed it, and whether it has digests.
 
     States: `digests` (has them, and every reading checks them), `unverified` (written before there were digests; gets
@@ -50,15 +47,10 @@ def list_(store: StoreRoot = None, as_json: Json = False) -> None:
     """
     from tailscope.store import inventory
 
-    rows = inventory(_open(store))
-    if as_json:
-        print_json({"schema": "tailscope.store-list/1", "entries": [asdict(row) for row in rows]})
-    else:
-        _show(rows)
+    return _listed(inventory(_open(store)))
 
 
-@store_app.command()
-def verify(store: StoreRoot = None, as_json: Json = False) -> None:
+def verify(store: StoreRoot = None, console: Console | None = None) -> dict[str, Any]:
     """Check every byte of a store against its digests, and name what is damaged.
 
     The exit code is 0 if all is whole, 1 if something is damaged or may not be read, and 2 if there is no store. What
@@ -70,33 +62,21 @@ def verify(store: StoreRoot = None, as_json: Json = False) -> None:
     from tailscope.store import verify as verify_
 
     opened = _open(store)
-    with shown_on(console_beside(as_json)) as progress:
-        rows = verify_(opened, progress)
-    bad = [row for row in rows if row.problem is not None]
-    unverified = sum(row.state == "unverified" for row in rows)
-    if as_json:
-        print_json({"schema": "tailscope.store-list/1", "entries": [asdict(row) for row in rows]})
-    else:
-        for row in bad:
-            typer.echo(printable(f"{row.state}: {row.name}: {row.problem}"))
-        whole = len(rows) - len(bad) - unverified
-        typer.echo(f"{whole} whole, {unverified} readable without digests, {len(bad)} damaged or unreadable")
-    if bad:
-        raise typer.Exit(SOME_DAMAGED)
+    with shown_on(console) as progress:
+        return _listed(verify_(opened, progress))
 
 
-@store_app.command()
 def pack(
-    out: Annotated[Path, typer.Option(help="The archive, FILE.tar; with --max-size also FILE-1.tar, FILE-2.tar ...")],
-    keys: Keys = None,
-    kind: Annotated[str, typer.Option(help="Kinds of entries.")] = "stage1,stage2",
-    checkpoints: Checkpoints = False,
+    out: Annotated[Path, Option(help="The archive, FILE.tar; with --max-size also FILE-1.tar, FILE-2.tar ...")],
+    keys: Annotated[list[str] | None, Argument(metavar="[KEYS]...", help="Beginnings of keys. [default: all]")] = None,
+    kind: Annotated[str, Option(help="Kinds of entries.")] = "stage1,stage2",
+    checkpoints: Annotated[bool, Option("--checkpoints", help="Also the checkpoints of unfinished stages.")] = False,
     max_size: Annotated[
-        str | None, typer.Option(help="Bytes of an archive, such as 15MiB; what does not fit goes into a further one.")
+        str | None, Option(help="Bytes of an archive, such as 15MiB; what does not fit goes into a further one.")
     ] = None,
     store: StoreRoot = None,
-    as_json: Json = False,
-) -> None:
+    console: Console | None = None,
+) -> dict[str, Any]:
     """Pack trained stages into one archive, with digests of every file: another machine recalls what this one trained.
 
     Examples: `tailscope store pack --store out/store --out stages.tar`;
@@ -112,27 +92,19 @@ def pack(
     if unknown:
         raise UserError(f"--kind {unknown[0]}: no such kind; known: {', '.join(KINDS)}")
     entries, unfinished = _chosen(opened, keys or [], kinds, checkpoints)
-    with shown_on(console_beside(as_json)) as progress:
+    with shown_on(console) as progress:
         files = pack_(opened, out, entries, unfinished, limit, progress)
-    if as_json:
-        print_json({"files": files, "entries": len(entries), "checkpoints": len(unfinished)})
-        return
-    for file in files:
-        typer.echo(f"{file}: {_size(file.stat().st_size)}")
-    typer.echo(
-        f"{len(entries)} entries, {len(unfinished)} checkpoints; `tailscope store add` puts them into another store"
-    )
+    return {"files": files, "entries": len(entries), "checkpoints": len(unfinished)}
 
 
-@store_app.command()
 def add(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Archives of `store pack`.")],
+    files: Annotated[list[Path], Argument(metavar="FILE...", help="Archives of `store pack`.")],
     replace: Annotated[
-        bool, typer.Option("--replace", help="Entries of another content are replaced by the archive's.")
+        bool, Option("--replace", help="Entries of another content are replaced by the archive's.")
     ] = False,
     store: StoreRoot = None,
-    as_json: Json = False,
-) -> None:
+    console: Console | None = None,
+) -> dict[str, list[str]]:
     """Add what archives of `store pack` hold to a store; all is checked before anything appears in it.
 
     An entry that is there already is counted; one that is there with another content is left, and the exit code is 2
@@ -144,38 +116,21 @@ def add(
     from tailscope.store import Store
     from tailscope.store import add as add_
 
-    with shown_on(console_beside(as_json)) as progress:
-        done = add_(Store(_root(store)), *files, replace=replace, progress=progress)
-    if as_json:
-        print_json(asdict(done))
-    else:
-        words = {
-            "added": done.added,
-            "replaced": done.replaced,
-            "there already": done.equal,
-            "not needed": done.unneeded,
-        }
-        typer.echo(", ".join(f"{len(names)} {word}" for word, names in words.items() if names) or "nothing to add")
-    for names, why in (
-        (done.differing, "there with another content, and left; --replace takes the archive's"),
-        (done.busy, "left, for a running process is working on it; add again when it has ended"),
-    ):
-        if names:
-            raise UserError(f"{', '.join(names[:3])}{' ...' if names[3:] else ''}: {why}")
+    with shown_on(console) as progress:
+        return asdict(add_(Store(_root(store)), *files, replace=replace, progress=progress))
 
 
-@store_app.command()
 def prune(
-    kind: Annotated[str | None, typer.Option(help="All entries of these kinds, such as views,features.")] = None,
+    kind: Annotated[str | None, Option(help="All entries of these kinds, such as views,features.")] = None,
     scratch: Annotated[
-        bool, typer.Option("--scratch", help="Unfinished work: checkpoints, and what killed runs left.")
+        bool, Option("--scratch", help="Unfinished work: checkpoints, and what killed runs left.")
     ] = False,
-    damaged: Annotated[bool, typer.Option("--damaged", help="Check every byte; what is damaged goes.")] = False,
-    keep: Annotated[list[str] | None, typer.Option(help="Beginning of a key that stays; may be repeated.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    damaged: Annotated[bool, Option("--damaged", help="Check every byte; what is damaged goes.")] = False,
+    keep: Annotated[list[str] | None, Option(help="Beginning of a key that stays; may be repeated.")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only say what would go.")] = False,
     store: StoreRoot = None,
-    as_json: Json = False,
-) -> None:
+    console: Console | None = None,
+) -> dict[str, Any]:
     """Free space: remove what can be made again, the easiest first; what a running process works on stays.
 
     `views` and `features` are extracted again in seconds to minutes, `stage2` is fitted again in about as long,
@@ -189,7 +144,7 @@ def prune(
     opened = _open(store)
     if not (kind or scratch or damaged):
         raise UserError(f"say what may go: --kind, --scratch or --damaged; {opened.root} holds {_summary(opened)}")
-    with shown_on(console_beside(as_json)) as progress:
+    with shown_on(console) as progress:
         done = prune_(
             opened,
             kinds=kind.split(",") if kind else (),
@@ -199,12 +154,7 @@ def prune(
             dry_run=dry_run,
             progress=progress,
         )
-    if as_json:
-        print_json({"removed": [asdict(row) for row in done.removed], "busy": done.busy, "dry_run": dry_run})
-        return
-    _show(done.removed)
-    freed = _size(sum(row.bytes for row in done.removed))
-    typer.echo(f"{len(done.removed)} {'would go' if dry_run else 'removed'}, {freed}; {len(done.busy)} in use stayed")
+    return {"removed": [asdict(row) for row in done.removed], "busy": done.busy, "dry_run": dry_run}
 
 
 # -- helpers --------------------------------------------------------------------------------------------------------
@@ -225,13 +175,13 @@ def parse_size(text: str) -> int:
     return int(found[1]) * _UNITS[found[2].upper()]
 
 
-def _root(root: Path | None) -> Path:
+def _root(root: Path | str | None) -> Path:
     if root is None:
         raise UserError("which store? give its folder with --store, OUT/store of an experiment, or as $TAILSCOPE_STORE")
-    return root
+    return Path(root)
 
 
-def _open(root: Path | None) -> "Store":
+def _open(root: Path | str | None) -> "Store":
     """Open a store that is there."""
     from tailscope.store import Store
 
@@ -271,26 +221,85 @@ def _summary(store: "Store") -> str:
     return ", ".join(f"{len(of)} {kind} ({_size(sum(of))})" for kind, of in sizes.items()) or "nothing"
 
 
-def _show(rows: "list[Row]") -> None:
-    """Print a line for each row, in columns."""
+def _listed(rows: "Sequence[Row]") -> dict[str, Any]:
+    return {"schema": "tailscope.store-list/1", "entries": [asdict(row) for row in rows]}
+
+
+# -- what people see ------------------------------------------------------------------------------------------------
+
+
+def _show_rows(rows: list[dict[str, Any]], console: Console) -> None:
+    """Print a line for each entry, in columns."""
     now = time.time()
     lines = [
         (
-            row.kind + (" checkpoint" if row.checkpoint else ""),
-            row.key[:_SHOWN],
-            _size(row.bytes),
-            _age(now - row.written),
-            row.state,
-            "; ".join(filter(None, (row.what or row.problem, row.arithmetic))),
+            row["kind"] + (" checkpoint" if row["checkpoint"] else ""),
+            row["key"][:_SHOWN],
+            _size(row["bytes"]),
+            _age(now - row["written"]),
+            row["state"],
+            "; ".join(filter(None, (row["what"] or row["problem"], row["arithmetic"]))),
         )
         for row in rows
     ]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
-        Console().out(
-            printable("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()),
-            highlight=False,
-        )
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        console.out(printable("  ".join(cells).rstrip()), highlight=False)
+
+
+def _show_list(listed: dict[str, Any], _: Options, console: Console) -> None:
+    _show_rows(listed["entries"], console)
+
+
+def _bad(listed: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for row in listed["entries"] if row["problem"] is not None]
+
+
+def _show_verified(listed: dict[str, Any], _: Options, console: Console) -> None:
+    from tailscope.store import Row
+
+    bad = _bad(listed)
+    for row in bad:
+        console.out(printable(f"{row['state']}: {Row(**row).name}: {row['problem']}"), highlight=False)
+    unverified = sum(row["state"] == "unverified" for row in listed["entries"])
+    whole = len(listed["entries"]) - len(bad) - unverified
+    console.out(f"{whole} whole, {unverified} readable without digests, {len(bad)} damaged or unreadable")
+
+
+def _end_verified(listed: dict[str, Any]) -> None:
+    if _bad(listed):
+        raise typer.Exit(SOME_DAMAGED)
+
+
+def _show_packed(packed: dict[str, Any], _: Options, console: Console) -> None:
+    for file in packed["files"]:
+        console.out(f"{file}: {_size(file.stat().st_size)}", highlight=False)
+    counts = f"{packed['entries']} entries, {packed['checkpoints']} checkpoints"
+    console.out(f"{counts}; `tailscope store add` puts them into another store", highlight=False)
+
+
+def _show_added(added: dict[str, list[str]], _: Options, console: Console) -> None:
+    words = {"added": "added", "replaced": "replaced", "equal": "there already", "unneeded": "not needed"}
+    counts = [f"{len(added[field])} {word}" for field, word in words.items() if added[field]]
+    console.out(", ".join(counts) or "nothing to add", highlight=False)
+
+
+def _end_added(added: dict[str, list[str]]) -> None:
+    """Name what was left out."""
+    for field, why in (
+        ("differing", "there with another content, and left; --replace takes the archive's"),
+        ("busy", "left, for a running process is working on it; add again when it has ended"),
+    ):
+        if names := added[field]:
+            raise UserError(f"{', '.join(names[:3])}{' ...' if names[3:] else ''}: {why}")
+
+
+def _show_pruned(done: dict[str, Any], _: Options, console: Console) -> None:
+    removed = done["removed"]
+    _show_rows(removed, console)
+    freed, word = _size(sum(row["bytes"] for row in removed)), "would go" if done["dry_run"] else "removed"
+    console.out(f"{len(removed)} {word}, {freed}; {len(done['busy'])} in use stayed", highlight=False)
 
 
 def _size(count: float) -> str:
@@ -316,3 +325,10 @@ def _age(seconds: float) -> str:
         if seconds >= length:
             return f"{seconds // length:.0f} {name} ago"
     return "now"
+
+
+add_command(store_app, list_, _show_list, name="list")
+add_command(store_app, verify, _show_verified, end=_end_verified)
+add_command(store_app, pack, _show_packed)
+add_command(store_app, add, _show_added, end=_end_added)
+add_command(store_app, prune, _show_pruned)

@@ -1,4 +1,4 @@
-"""Progress of long work: rich bars on a terminal, a line a minute elsewhere; and ending it in time."""
+"""Progress of long work: bars on a terminal, a line a minute elsewhere, and a deadline that ends the work in time."""
 
 import sys
 import time
@@ -22,36 +22,26 @@ class Advance(Protocol):
         """Report `items` more as done."""
 
 
-class Progress(Protocol):
-    """Somebody who is told about work."""
+class Progress:
+    """What long work reports to. This one shows nothing; others override what they show."""
 
     def task(self, description: str, total: int, done: int = 0) -> AbstractContextManager[Advance]:
-        """Open a task of `total` items (images), `done` of which were done before."""
+        """Open a task of `total` items (images, say), `done` of which were done before."""
+        return nullcontext(lambda items: None)
 
     def note(self, text: str) -> None:
-        """Tell one line, such as what was found in the store."""
+        """Take one line, such as what was found in the store."""
 
     def safe_point(self) -> None:
-        """Be told that all work so far is saved: who wants to stop it may raise here and loses nothing."""
+        """Be told that all work so far is saved: an exception raised here ends the work and loses nothing."""
 
 
-class Quiet:
-    """Tells nobody."""
-
-    @contextmanager
-    def task(self, description: str, total: int, done: int = 0) -> Iterator[Advance]:
-        """Do nothing."""
-        yield lambda items: None
-
-    def note(self, text: str) -> None:
-        """Do nothing."""
-
-    def safe_point(self) -> None:
-        """Do nothing."""
+Quiet = Progress
+"""The name where nothing is to be shown."""
 
 
-class Bars:
-    """Rich progress bars with images a second and the time left; one line a finished task."""
+class Bars(Progress):
+    """Rich progress bars with items a second and the time left; one line for each note."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -94,11 +84,8 @@ class Bars:
         """Print a line above the bars."""
         self.console.print(one_line(text), style="dim", highlight=False, markup=False)
 
-    def safe_point(self) -> None:
-        """Do nothing: bars have no end of their own."""
 
-
-class Lines:
+class Lines(Progress):
     """A plain line every minute for logs: what, how much of it, how fast, and the time left; notes are left out."""
 
     EVERY = 60.0
@@ -110,7 +97,7 @@ class Lines:
 
     @contextmanager
     def task(self, description: str, total: int, done: int = 0) -> Iterator[Advance]:
-        """Count, and tell from time to time."""
+        """Count items, and print a line from time to time."""
         task = _Task(one_line(description), total, done, done, self._clock())
         self._open.append(task)
 
@@ -123,15 +110,12 @@ class Lines:
         finally:
             self._open.remove(task)
 
-    def note(self, text: str) -> None:
-        """Do nothing."""
-
     def safe_point(self) -> None:
-        """Tell the innermost task, if the last line is a minute old."""
+        """Print a line on the innermost task, if the last line is a minute old."""
         now = self._clock()
         if now - self._told >= self.EVERY and self._open:
             self._told = now
-            self._tell(f"[{_duration(now - self._started)}] {self._open[-1].line(now)}")
+            self._tell(f"[{duration(now - self._started)}] {self._open[-1].line(now)}")
 
 
 @dataclass(eq=False)
@@ -150,21 +134,26 @@ class _Task:
         if rate == 0:
             return text
         left = (self.total - self.done) / rate
-        return f"{text}, {rate:,.0f}/s, {_duration(left)} left" if rate >= 1 else f"{text}, {_duration(left)} left"
+        return f"{text}, {rate:,.0f}/s, {duration(left)} left" if rate >= 1 else f"{text}, {duration(left)} left"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Return whole minutes, with hours where there are some.
 
-    >>> _duration(95), _duration(20), _duration(7300)
+    >>> duration(95), duration(20), duration(7300)
     ('2 min', '1 min', '2 h 2 min')
     """
     hours, minutes = divmod(max(1, round(seconds / 60)), 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
-def shown_on(console: Console) -> AbstractContextManager[Progress]:
-    """Return bars on the console, or where it is no terminal on standard error; where neither is one, lines there."""
+def shown_on(console: Console | None) -> AbstractContextManager[Progress]:
+    """Return bars on the console or on standard error, whichever is a terminal, else lines on standard error.
+
+    Without a console, or on a quiet one, nothing is shown.
+    """
+    if console is None or console.quiet:
+        return nullcontext(Progress())
     for screen in (console, Console(stderr=True)):
         if screen.is_terminal:
             return Bars(screen)
@@ -175,11 +164,11 @@ class TimeIsUp(Exception):
     """Raised at a safe point by a `Deadline`: what was finished is saved, the rest can go on another time."""
 
 
-class Deadline:
-    """Passes everything on, and ends the work at the first safe point from which the next would come too late.
+class Deadline(Progress):
+    """Passes everything on, and ends the work at the last safe point before the time is up.
 
-    The time between two safe points of a task, an epoch's for instance, says how long the next will take. The first
-    stretch of a task is always begun while there is time at all, so that every run gets further.
+    The time between two safe points of a task, an epoch's for instance, says how long the next stretch will take. The
+    first stretch of a task is always begun while there is any time left, so that every run gets further.
     """
 
     def __init__(self, progress: Progress, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -190,7 +179,7 @@ class Deadline:
     @property
     def passed(self) -> bool:
         """Whether the time is up."""
-        return self._clock() >= self._end
+        return self.left <= 0
 
     @property
     def left(self) -> float:
@@ -198,12 +187,12 @@ class Deadline:
         return self._end - self._clock()
 
     def task(self, description: str, total: int, done: int = 0) -> AbstractContextManager[Advance]:
-        """Pass on."""
+        """Open the task of the progress that this one passes on to."""
         self._last = None
         return self._progress.task(description, total, done)
 
     def note(self, text: str) -> None:
-        """Pass on."""
+        """Pass the line on."""
         self._progress.note(text)
 
     def safe_point(self) -> None:

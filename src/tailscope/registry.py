@@ -3,6 +3,9 @@
 A call-string is at once a command-line value, a spec field, an input to the store's hash and a table label.
 A factory's positional-only parameters are its context, supplied by the program (class counts, say); all others
 are hyperparameters with defaults, which a call-string may set.
+
+A registry that names the modules of its factories reads names, defaults and summaries from their source, and imports a
+module when it makes something: PyTorch takes seconds, which a list or a mistyped name need not wait for.
 """
 
 import ast
@@ -10,6 +13,10 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from tailscope.errors import UserError
@@ -41,15 +48,23 @@ class Registry(Generic[T]):
     'focal(gamma=2.0)'
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, *sources: str) -> None:
+        """Make a registry.
+
+        Args:
+            kind: what is registered, for messages.
+            sources: `module:variable` of modules that register functions here, to be imported when one is called.
+        """
         self.kind = kind
-        self._entries: dict[str, Entry[T]] = {}
+        self._sources = dict(source.split(":") for source in sources)
+        self._registered: dict[str, Entry[T]] = {}
 
     def register(self, name: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
         """Return a decorator that registers a factory under `name`; every hyperparameter needs a default."""
 
         def add(factory: Callable[..., T]) -> Callable[..., T]:
-            if name in self._entries:
+            known = self._registered if factory.__module__ in self._sources else self._entries
+            if name in known:
                 raise ValueError(f"{self.kind} {name!r} is registered twice")
             parameters = inspect.signature(factory).parameters.values()
             hyper = [p for p in parameters if p.kind is not p.POSITIONAL_ONLY]
@@ -57,10 +72,20 @@ class Registry(Generic[T]):
             if without:
                 raise ValueError(f"{self.kind} {name!r}: hyperparameters without a default: {without}")
             summary = (inspect.getdoc(factory) or "").split("\n")[0]
-            self._entries[name] = Entry(name, factory, {p.name: p.default for p in hyper}, summary)
+            self._registered[name] = Entry(name, factory, {p.name: p.default for p in hyper}, summary)
             return factory
 
         return add
+
+    @cached_property
+    def _declared(self) -> dict[str, Entry[T]]:
+        """What the sources register."""
+        found = (entry for module, variable in self._sources.items() for entry in _declared_in(module, variable))
+        return {entry.name: entry for entry in found}
+
+    @property
+    def _entries(self) -> dict[str, Entry[T]]:
+        return {**self._declared, **self._registered}
 
     def __iter__(self) -> Iterator[Entry[T]]:
         return iter(self._entries.values())
@@ -73,9 +98,10 @@ class Registry(Generic[T]):
                 value is of another type than its default.
         """
         name, args, kwargs = split_call(call, self.kind)
-        if name not in self._entries:
-            raise UserError(f"unknown {self.kind} {name!r}; known: {', '.join(sorted(self._entries))}")
-        entry = self._entries[name]
+        entries = self._entries
+        if name not in entries:
+            raise UserError(f"unknown {self.kind} {name!r}; known: {', '.join(sorted(entries))}")
+        entry = entries[name]
         if len(args) > len(entry.defaults):
             raise UserError(f"{self.kind} {call!r}: takes at most {len(entry.defaults)} arguments")
         positional = dict(zip(entry.defaults, args, strict=False))
@@ -102,6 +128,43 @@ class Registry(Generic[T]):
         """Build what the call-string names, with the program's `context` as positional arguments."""
         entry, values = self.parse(call)
         return entry.factory(*context, **values)
+
+
+def _declared_in(module: str, variable: str) -> Iterator[Entry[Any]]:
+    """Yield what a module registers by `@variable.register(name)` above its functions, without importing it.
+
+    Raises:
+        ValueError: a default is no plain value.
+    """
+    spec = find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    for function in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
+        for decorator in function.decorator_list:
+            match decorator:
+                case ast.Call(ast.Attribute(ast.Name(id=found), "register"), [ast.Constant(str(name))]):
+                    if found == variable:
+                        summary = (ast.get_docstring(function) or "").split("\n")[0]
+                        yield Entry(name, _imported_when_called(module, function.name), _defaults(function), summary)
+
+
+def _defaults(function: ast.FunctionDef) -> dict[str, Any]:
+    """Return the hyperparameters of a function and their defaults."""
+    arguments = function.args
+    names = [argument.arg for argument in [*arguments.posonlyargs, *arguments.args]]
+    given = dict(zip(reversed(names), reversed(arguments.defaults), strict=False))
+    positional = {argument.arg: given.get(argument.arg) for argument in arguments.args}
+    keywords = zip((argument.arg for argument in arguments.kwonlyargs), arguments.kw_defaults, strict=True)
+    return {name: ast.literal_eval(value) for name, value in {**positional, **dict(keywords)}.items() if value}
+
+
+def _imported_when_called(module: str, function: str) -> Callable[..., Any]:
+    def factory(*context: Any, **values: Any) -> Any:
+        return getattr(import_module(module), function)(*context, **values)
+
+    factory.__module__ = module
+    return factory
 
 
 def _like(default: Any, value: Any, where: str) -> Any:

@@ -1,45 +1,46 @@
-"""What the command line's verbs do, between parsing options and printing."""
+"""The verbs in Python: what `tailscope VERB` does is the function of that name, and its parameters are the options.
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from functools import partial
+Each returns what the command line prints with `--json`. Results are written where `out` names a folder. `console` shows
+progress and notes; without one a verb is silent. PyTorch takes seconds to import, so it waits until a verb is called.
+"""
+
+import inspect
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import fields, replace
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, ForwardRef, ParamSpec, TypeVar, get_args
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from typer import Argument, Option
+from typer.models import ParameterInfo
 
-from tailscope import report
-from tailscope.data import splits
-from tailscope.data.profiles import KNOWN, canonical, resolve
-from tailscope.data.sources import ImageData, load
-from tailscope.errors import one_line
-from tailscope.experiments.geometry import geometry
-from tailscope.experiments.lab import Lab
-from tailscope.experiments.ladder import ladder
-from tailscope.experiments.settings import Settings, parse_backbones, parse_bn_mode, parse_seeds, store_root
-from tailscope.experiments.swap import swap
-from tailscope.experiments.workplace import FileOptions, workplace
-from tailscope.groups import assign_groups
-from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, SAMPLERS
-from tailscope.methods.photos import PHOTO_AUGMENTATIONS
+from tailscope.errors import UserError
+from tailscope.experiments.options import (
+    NEGATED,
+    Data,
+    DataRoot,
+    Device,
+    Out,
+    Overwrite,
+    Permutations,
+    Profile,
+    Protocol,
+    Request,
+)
+from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, PHOTO_AUGMENTATIONS, SAMPLERS
 from tailscope.models import MODELS
-from tailscope.origin import versions
 from tailscope.progress import shown_on
 from tailscope.registry import Registry
-from tailscope.result_files import check_free, write
-from tailscope.store import Store, make_folder
-from tailscope.training.recipes import RECIPES, recipe_by_name
-from tailscope.training.runtime import Runtime
 from tailscope.training.schedules import SCHEDULES
 
-EXPERIMENTS: dict[str, Callable[[Lab, Settings], dict[str, Any]]] = {
-    "swap": swap,
-    "ladder": ladder,
-    "geometry": geometry,
-}
+if TYPE_CHECKING:
+    from tailscope.data.sources import ImageData
+    from tailscope.encoders import FeaturesResult
+    from tailscope.feature_table import Source
+    from tailscope.linear_layer import LinearLayer
+
+__all__ = ["demo", "diagnose", "features", "geometry", "ladder", "load", "methods", "report", "subset", "swap"]
 REGISTRIES: dict[str, Registry[Any]] = {
     "models": MODELS,
     "losses": LOSSES,
@@ -49,118 +50,145 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "mixings": MIXINGS,
     "schedules": SCHEDULES,
 }
+P = ParamSpec("P")
+Q = TypeVar("Q")
+R = TypeVar("R")
 
 
-@dataclass(frozen=True)
-class Request:
-    """The options of an experiment's verb, as typed."""
+def _described(function: Callable[P, R], signature: inspect.Signature) -> Callable[P, R]:
+    """Give a function a signature with plain types, and its options' help as the `Args:` of its docstring.
 
-    data: str
-    profile: str
-    recipe: str
-    seeds: str
-    out: Path
-    protocol: str = "nested"
-    subset_seed: int | None = None
-    matched: bool = False
-    permutations: int = 999
-    data_root: Path | None = None
-    store: Path | None = None
-    device: str = "auto"
-    engine: str = "auto"
-    overwrite: bool = False
-    backbones: str | None = None
-    bn_mode: str = "frozen"
-    model: str | None = None
-    loss: str | None = None
-    files: FileOptions = field(default_factory=FileOptions)
+    Its `__annotations__` have the options as the command line needs them.
+    """
 
-    def settings(self) -> Settings:
-        """Return the checked part that decides results."""
-        return Settings(
-            profile=canonical(self.profile),
-            protocol=self.protocol,
-            recipe=recipe_by_name(self.recipe)
-            .with_bn_mode(parse_bn_mode(self.bn_mode))
-            .with_backbone(self.model, self.loss),
-            seeds=parse_seeds(self.seeds),
-            subset_seed=self.subset_seed,
-            matched=self.matched,
-            permutations=self.permutations,
-            backbones=parse_backbones(self.backbones, matched=self.matched),
-        )
+    def plain(annotation: Any) -> Any:
+        origin = get_args(annotation)[0] if hasattr(annotation, "__metadata__") else annotation
+        return origin.__forward_arg__ if isinstance(origin, ForwardRef) else origin
+
+    parameters = signature.parameters.values()
+    function.__annotations__ = {p.name: p.annotation for p in parameters}
+    shown = signature.replace(parameters=[p.replace(annotation=plain(p.annotation)) for p in parameters])
+    function.__signature__ = shown  # type: ignore[attr-defined]
+    lines = []
+    for p in parameters:
+        said = get_args(p.annotation)
+        helps = [one.help for one in said if isinstance(one, ParameterInfo)]
+        lines += [f"    {p.name}: {'False: ' if NEGATED in said else ''}{text}" for text in helps]
+    function.__doc__ = "\n".join([inspect.getdoc(function) or "", *(["", "Args:", *lines] if lines else [])])
+    return function
 
 
-def experiments(request: Request, verbs: Sequence[str], console: Console) -> dict[str, dict[str, Any]]:
-    """Run experiments that share an OUT and a store, write their results, and build the report.
+def _verb(function: Callable[P, R]) -> Callable[P, R]:
+    """Make a verb of a function whose annotations are its options."""
+    return _described(function, inspect.signature(function))
 
-    Everything that can be refused is refused before the first training.
+
+def taking(request: Callable[P, Q], *, leave_out: Collection[str] = ()) -> Callable[[Callable[[Q], R]], Callable[P, R]]:
+    """Make a verb of a function of a request: its options are the fields of the request, apart from some."""
+    whole = inspect.signature(request)
+    taken = [p for p in whole.parameters.values() if p.name not in leave_out]
+
+    def decorate(function: Callable[[Q], R]) -> Callable[P, R]:
+        signature = whole.replace(parameters=taken, return_annotation=inspect.signature(function).return_annotation)
+
+        @wraps(function)
+        def verb(*args: P.args, **kwargs: P.kwargs) -> R:
+            signature.bind(*args, **kwargs)
+            return function(request(*args, **kwargs))
+
+        return _described(verb, signature)
+
+    return decorate
+
+
+def load(source: str, *, data_root: Path | None = None) -> "ImageData":
+    """Load a data set that an experiment can train on: what `--data` takes.
 
     Raises:
-        UserError: an option, the data or OUT is not usable.
+        UserError: there is none, or it is not usable.
     """
-    settings = request.settings()
-    data = load(request.data, data_root=request.data_root)
-    with (
-        workplace(data, request.files, Runtime.choose(request.device, engine=request.engine)) as place,
-        shown_on(console) as progress,
-    ):
-        settings = settings.model_copy(update={"recipe": place.recipe(settings.recipe)})
-        for note in data.notes():
-            Console(stderr=True).out(f"warning: {one_line(note)}", highlight=False)
-        for seed in settings.seeds:
-            draw(data, settings.profile, settings.protocol, settings.subset_seed_of(seed))
-        make_folder(request.out, "--out")
-        if data.in_memory:  # which files can be read, and so the spec, is known later
-            _check_free(data, settings, request, verbs)
-        store = Store(store_root(request.out, request.store))
-        lab = place.lab(store, progress, partial(Console(stderr=True).out, highlight=False))
-        results = _run(lab, settings, request, verbs)
-    report.build(request.out)
-    if lab.trained == 0:
-        console.print(f"Nothing was trained: all {lab.recalled} stages were in the store.")
+    from tailscope.data import sources
+
+    return sources.load(source, data_root=data_root)
+
+
+# -- experiments ----------------------------------------------------------------------------------------------------
+
+
+@taking(Request, leave_out={"permutations"})
+def swap(request: Request) -> dict[str, Any]:
+    """Swap the data set between the two stages and divide the gap (Table 1, Figure 2).
+
+    Trains a backbone on the long-tailed (lt) and one on the full (true) training set, and two classifiers on each.
+
+    Examples: `tailscope swap --data digits --recipe demo --out out`;
+    `tailscope swap --data cifar10 --data-root DIR --profile exp:100 --protocol ldam --recipe paper`;
+    `tailscope swap --data list:TRAIN.txt,TEST.txt --data-root DIR --profile FILE.json --recipe imagenet --devices 4`
+    """
+    return _experiments(request, "swap")["swap"]
+
+
+@taking(Request, leave_out={"matched", "backbones", "permutations"})
+def ladder(request: Request) -> dict[str, Any]:
+    """See how far augmentation and class-balanced retraining close the gap (Figure 3).
+
+    Example: `tailscope ladder --data digits --recipe demo --out out` (re-uses what `swap` trained there).
+    """
+    return _experiments(request, "ladder")["ladder"]
+
+
+@taking(Request, leave_out={"matched", "backbones", "bn_mode"})
+def geometry(request: Request) -> dict[str, Any]:
+    """Measure what long-tailed training does to each class in feature space (Figures 4 to 8).
+
+    Example: `tailscope geometry --data digits --recipe demo --out out` (re-uses what `swap` trained there).
+    """
+    return _experiments(request, "geometry")["geometry"]
+
+
+_DEMO = {"out", "seeds", "store", "device", "engine", "overwrite", "console"}
+
+
+@taking(partial(Request, "digits", recipe="demo"), leave_out={option.name for option in fields(Request)} - _DEMO)
+def demo(request: Request) -> dict[str, dict[str, Any]]:
+    """Tell the whole story on scikit-learn's digits in about two minutes.
+
+    Subset, swap, ladder, geometry and report at imbalance factor 100, with the recipe `demo`.
+
+    Example: `tailscope demo --out demo`, then open `demo/report.html`.
+    """
+    return _experiments(request, "subset", "swap", "ladder", "geometry")
+
+
+def _experiments(request: Request, *verbs: str) -> dict[str, dict[str, Any]]:
+    """Run experiments, and build their report where they are written."""
+    from tailscope.experiments.workplace import run
+
+    results = run(request, verbs)
+    if request.out is not None:
+        report(request.out)
     return results
 
 
-def _run(lab: Lab, settings: Settings, request: Request, verbs: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Run the experiments and write their results, unless OUT holds others."""
-    drawn = _check_free(lab.data, settings, request, verbs)
-    results: dict[str, dict[str, Any]] = {}
-    for verb in verbs:
-        if verb == "subset":
-            write(request.out, verb, drawn)
-        else:
-            results[verb] = EXPERIMENTS[verb](lab, settings)
-            write(request.out, verb, results[verb])
-    return results
-
-
-def _check_free(data: ImageData, settings: Settings, request: Request, verbs: Sequence[str]) -> dict[str, Any]:
-    """Refuse to replace results of another spec in OUT; return the subset of the first seed."""
-    drawn = describe_subset(data, settings.profile, settings.protocol, settings.subset_seed_of(settings.seeds[0]))
-    for verb in verbs:
-        spec = drawn["spec"] if verb == "subset" else settings.spec(data)
-        check_free(request.out, verb, spec, overwrite=request.overwrite)
-    return drawn
-
-
+@_verb
 def subset(
-    source: str,
-    profile: str,
-    protocol: str,
-    seed: int,
-    out: Path | None,
-    *,
-    data_root: Path | None = None,
-    overwrite: bool = False,
+    data: Data,
+    profile: Profile = "exp:100",
+    protocol: Protocol = "nested",
+    seed: Annotated[int, Option(help="Seed of the draw.")] = 0,
+    out: Annotated[Path | None, Option(help="Folder for subset.json; without it the subset is only shown.")] = None,
+    data_root: DataRoot = None,
+    overwrite: Overwrite = False,
 ) -> dict[str, Any]:
-    """Draw a long-tailed subset and, with `out`, write OUT/subset.json.
+    """Build and show a long-tailed subset; write its indices to OUT/subset.json.
 
-    Raises:
-        UserError: an option, the data or OUT is not usable.
+    Example: `tailscope subset --data cifar10 --data-root DIR --profile exp:100 --protocol ldam --seed 0 --out out`
     """
-    data = load(source, data_root=data_root)
-    result = describe_subset(data, profile, protocol, seed)
+    from tailscope.experiments.workplace import describe_subset, opened
+    from tailscope.result_files import check_free, write
+    from tailscope.store import make_folder
+
+    result = describe_subset(opened(data, data_root), profile, protocol, seed)
     if out is not None:
         make_folder(out, "--out")
         check_free(out, "subset", result["spec"], overwrite=overwrite)
@@ -168,71 +196,196 @@ def subset(
     return result
 
 
-def draw(data: ImageData, profile: str, protocol: str, seed: int) -> splits.Subset:
-    """Draw a long-tailed subset of a data set's training images.
+# -- features that the user brings ----------------------------------------------------------------------------------
 
-    Raises:
-        UserError: the profile, protocol or seed does not fit the data.
+
+@_verb
+def features(
+    model: Annotated[
+        str, Option(help="timm:NAME, torchvision:NAME, resnet32 and its like, store:KEY, or your own module:factory.")
+    ],
+    data: Annotated[str, Option(help="digits, cifar10, cifar100, PATH.npz, folder:PATH, list:FILES or hf:NAME.")],
+    out: Annotated[Path, Option(help="Feature file to write: .npz, .safetensors or .parquet.")],
+    checkpoint: Annotated[
+        Path | None, Option(help="Local weights: .safetensors or PyTorch's, wherever in the file the network lies.")
+    ] = None,
+    checkpoint_key: Annotated[
+        str | None, Option(help="Which of the checkpoint's networks, such as ema, where several fit.")
+    ] = None,
+    pretrained: Annotated[bool, Option("--pretrained", help="Published weights of timm or torchvision.")] = False,
+    split: Annotated[str | None, Option(help="Split of the data; needed where there are several.")] = None,
+    subset: Annotated[Path | None, Option(help="A subset.json: only those images, in its order.")] = None,
+    part: Annotated[
+        str | None,
+        Option(help="Of the training split: train, the images of --subset or of store:KEY's training; or unseen."),
+    ] = None,
+    store: Annotated[
+        Path | None, Option(envvar="TAILSCOPE_STORE", help="Folder of trained stages, for store:KEY.")
+    ] = None,
+    data_root: DataRoot = None,
+    normalize: Annotated[str | None, Option(help="imagenet, cifar, data, none or MEANS/DEVIATIONS.")] = None,
+    image_size: Annotated[int | None, Option(min=1, help="Height and width of the input.")] = None,
+    resize: Annotated[
+        str | None, Option(help="Pixels of the shorter side before the centre is cropped, or none for no resizing.")
+    ] = None,
+    verify: Annotated[
+        bool, Option("--verify", help="Decode every image first and report all that cannot be read.")
+    ] = False,
+    skip_unreadable: Annotated[
+        bool, Option("--skip-unreadable", help="Leave out images that cannot be read, with a count.")
+    ] = False,
+    mixed: Annotated[bool, Option("--mixed", help="bfloat16 where the device has it; geometry wants fp32.")] = False,
+    half: Annotated[bool, Option("--half", help="Store float16: half the size, three significant digits.")] = False,
+    batch: Annotated[int, Option(min=1, help="Images at a time.")] = 64,
+    workers: Annotated[int | None, Option(min=0, help="Processes that decode images.")] = None,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    console: Console | None = None,
+) -> "FeaturesResult":
+    """Extract features with any encoder from any images. Interrupted, the same command continues.
+
+    A checkpoint's classifier is written beside the features, for `diagnose --classifier`.
+
+    Examples: `tailscope features --model timm:resnet50 --checkpoint w.pth --data folder:photos --out f.npz`;
+    `tailscope features --model resnet32 --checkpoint ldam.pth.tar --data cifar10 --split test --out unseen.npz`;
+    `tailscope features --model store:892e --store out/store --data cifar10 --split train --part unseen --out u.npz`
     """
-    return splits.subset(data.train.labels, resolve(profile, data.train.counts()), protocol=protocol, seed=seed)
+    from tailscope.encoders.extraction import Options
+    from tailscope.encoders.run import run_features
+    from tailscope.training.runtime import Runtime
+
+    options = Options(
+        precision="auto" if mixed else "fp32",
+        stored="float16" if half else "float32",
+        batch=batch,
+        workers=workers,
+        skip_unreadable=skip_unreadable,
+    )
+    with shown_on(console) as progress:
+        return run_features(
+            model,
+            data,
+            out,
+            checkpoint=checkpoint,
+            checkpoint_key=checkpoint_key,
+            pretrained=pretrained,
+            split=split,
+            subset=subset,
+            part=part,
+            store=store,
+            data_root=data_root,
+            normalize=normalize,
+            image_size=image_size,
+            resize=resize,
+            verify=verify,
+            overwrite=overwrite,
+            options=options,
+            runtime=Runtime.choose(device, progress=progress),
+        )
 
 
-def describe_subset(data: ImageData, profile: str, protocol: str, seed: int) -> dict[str, Any]:
-    """Draw a long-tailed subset and return it as `subset.json` holds it.
+@_verb
+def diagnose(
+    train: Annotated[
+        "Source | Sequence[Source]",
+        Option(
+            help="Features of training samples: .npz, .npy, .pt, .safetensors, .parquet, .csv. Repeat for more"
+            " encoders."
+        ),
+        list[Path],
+    ],
+    unseen: Annotated[
+        "Source | Sequence[Source]",
+        Option(help="Features of samples that had no part in training, one per --train."),
+        list[Path],
+    ],
+    *,
+    test: Annotated[
+        "Source | Sequence[Source] | None",
+        Option(help="Features that only score; without them, the unseen ones do, cross-fitted."),
+        list[Path] | None,
+    ] = None,
+    classifier: Annotated[
+        "LinearLayer | Path | str | Sequence[Path | str] | None",
+        Option(help="The linear classifier in use: weight [C, d], bias [C]. [default: one fitted to --train]"),
+        list[Path] | None,
+    ] = None,
+    out: Out = None,
+    ceiling: Annotated[float, Option(help="The accuracy that would be perfect, where labels allow no more.")] = 1.0,
+    permutations: Permutations = 999,
+    alpha: Annotated[float, Option(help="False discovery rate at which classes are flagged.")] = 0.05,
+    verdict: Annotated[bool, Option("--no-verdict", help="Measure only; fit no classifiers."), NEGATED] = True,
+    report: Annotated[bool, Option("--no-report", help="Write diagnosis.json only."), NEGATED] = True,
+    drop_duplicates: Annotated[
+        bool, Option("--drop-duplicates", help="Leave out unseen samples that are also training samples.")
+    ] = False,
+    seed: Annotated[int, Option(min=0, help="Seed of permutations and folds.")] = 0,
+    device: Annotated[str, Option(help="auto, cpu or cuda, for the geometry; classifiers fit on the CPU.")] = "cpu",
+    overwrite: Overwrite = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Say what holds back a classifier on features that you already have: a verdict with error bars, and advice.
 
-    Raises:
-        UserError: the profile, protocol or seed does not fit the data.
+    Writes diagnosis.json and report.html. Feature files hold `features` [N, d] and `labels` [N] (numbers or names), and
+    may hold `class_names`, `ids` (find duplicates, pair encoders) and `groups` (related samples, permuted together).
+
+    Examples: `tailscope diagnose --train train.npz --unseen held-out.npz --out out`;
+    `tailscope diagnose --train a.npz --unseen a-u.npz --train b.npz --unseen b-u.npz --out compared`
     """
-    drawn = draw(data, profile, protocol, seed)
-    groups, rule = assign_groups(drawn.counts)
-    return {
-        "schema": "tailscope.subset/1",
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "spec": {
-            "data": data.name,
-            "fingerprint": data.fingerprint,
-            "profile": canonical(profile),
-            "protocol": protocol,
-            "seed": seed,
-        },
-        "environment": {"versions": versions()},
-        "dataset": {"name": data.name, "class_names": list(data.train.class_names)},
-        "counts": drawn.counts,
-        "groups": groups,
-        "groups_rule": rule,
-        "warnings": data.notes(),
-        "sha256": drawn.sha256,
-        "indices": [kept.tolist() for kept in drawn.indices],
-    }
+    from tailscope.diagnosis.assemble import DiagnosisSettings, prepare, run, spec
+    from tailscope.result_files import check_free, write
+    from tailscope.store import make_folder
+    from tailscope.training.runtime import Runtime
 
-
-def show_subset(result: dict[str, Any], out: Path | None, console: Console) -> None:
-    """Print a subset's counts as a bar chart, and its fingerprint."""
-    counts = result["counts"]
-    for warning in result["warnings"]:
-        console.out(f"warning: {one_line(warning)}", highlight=False)
-    console.out(f"{sum(counts):,} images, counts {' '.join(map(str, counts))}", highlight=False)
-    console.out(f"sha256 {result['sha256']}", highlight=False)
-    table = Table("class", "group", "images", "", box=None)
-    for name, group, n in zip(result["dataset"]["class_names"], result["groups"], counts, strict=True):
-        table.add_row(_plain(name), group or "-", str(n), "█" * max(1, round(40 * n / max(counts))))
-    if len(counts) <= 100:
-        console.print(table)
+    settings = DiagnosisSettings(ceiling, permutations, alpha, verdict, drop_duplicates, seed)
+    runtime = Runtime.choose(device, keep_memory=False)
+    inputs = prepare(train, unseen, test, classifier, settings)
     if out is not None:
-        console.out(f"written: {out / 'subset.json'}", highlight=False)
+        make_folder(out, "--out")
+        check_free(out, "diagnosis", spec(inputs, settings), overwrite=overwrite)
+    with shown_on(console) as progress:
+        result = run(inputs, settings, replace(runtime, progress=progress))
+    if out is not None:
+        check_free(out, "diagnosis", result["spec"], overwrite=overwrite)  # another process may have been faster
+        write(out, "diagnosis", result)
+        if report:
+            _report_of_diagnosis(out)
+    return result
 
 
-def show_story(out: Path, console: Console) -> None:
-    """Print the story in ten lines and name the report."""
-    table = Table(show_header=False, box=None)
-    for name, value in report.story.summary_rows(report.load(out)):
-        table.add_row(_plain(name), _plain(value))
-    console.print(table)
-    console.out(f"report: {out / 'report.html'}", highlight=False)
+def _report_of_diagnosis(out: Path) -> None:
+    try:
+        report(out)
+    except UserError as error:
+        raise UserError(f"{error} - the diagnosis itself is in {out / 'diagnosis.json'}") from None
 
 
-def list_methods() -> dict[str, Any]:
-    """Return every registered entry with its defaults, and the recipes."""
+# -- the rest -------------------------------------------------------------------------------------------------------
+
+
+@_verb
+def report(
+    out: Annotated[Path, Argument(metavar="DIR", help="Folder with result files.")],
+    figures: Annotated[bool, Option(help="Also write every chart as SVG, PNG and PDF.")] = True,
+) -> Path:
+    """Build report.html, figures and tables from the stored results in DIR. Nothing is computed anew.
+
+    Example: `tailscope report out`
+    """
+    from tailscope.report import build
+
+    return build(out, figures=figures)
+
+
+@_verb
+def methods() -> dict[str, Any]:
+    """List every loss, sampler, augmentation, mixing, model, schedule, profile and recipe with its defaults.
+
+    Example: `tailscope methods --json`
+    """
+    from tailscope.data.profiles import KNOWN
+    from tailscope.training.recipes import RECIPES
+
     listed: dict[str, Any] = {
         kind: [{"name": e.name, "defaults": e.defaults, "summary": e.summary} for e in registry]
         for kind, registry in REGISTRIES.items()
@@ -240,22 +393,3 @@ def list_methods() -> dict[str, Any]:
     listed["recipes"] = [recipe.model_dump(mode="json") for recipe in RECIPES.values()]
     listed["profiles"] = KNOWN.split(", ")
     return listed
-
-
-def show_methods(console: Console) -> None:
-    """Print what `list_methods` returns as tables."""
-    for kind, registry in REGISTRIES.items():
-        table = Table("call", "what it is", title=kind, title_justify="left")
-        for entry in registry:
-            table.add_row(_plain(registry.canonical(entry.name)), _plain(entry.summary))
-        console.print(table)
-    table = Table("recipe", "what it does", title="recipes", title_justify="left")
-    for recipe in RECIPES.values():
-        table.add_row(recipe.name, _plain(recipe.card))
-    console.print(table)
-    console.print(f"profiles: {KNOWN}", highlight=False)
-
-
-def _plain(text: str) -> Text:
-    """Return text in which rich looks for no markup and a terminal for no commands."""
-    return Text(one_line(text))

@@ -19,10 +19,11 @@ from typing import Any
 from tailscope import cli, progress, report, verbs
 from tailscope.diagnosis import outcomes, verdict
 from tailscope.encoders import run
+from tailscope.experiments import workplace
 from tailscope.paper import queue
 from tailscope.progress import Quiet
 
-IMPORTED = (outcomes, queue, run, verdict)
+IMPORTED = (outcomes, queue, run, verdict, workplace)
 """What the verbs import when they are called."""
 
 PATIENCE = 300.0
@@ -149,7 +150,7 @@ def _child(folder: Path, work: Callable[[], int], prepare: Prepare) -> None:
         def shown_on(_: object) -> Iterator[Recorder]:
             yield recorder
 
-        progress.shown_on = verbs.shown_on = shown_on
+        progress.shown_on = verbs.shown_on = workplace.shown_on = shown_on
         report.build = lambda out, **_: Path(out)  # which takes ten times as long as all the rest
         prepare()
         code = work()

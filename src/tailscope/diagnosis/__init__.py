@@ -1,5 +1,1 @@
 """Diagnosis of features that the user already has: where accuracy is lost, for which classes, and what may help."""
-
-from tailscope.diagnosis.assemble import diagnose
-
-__all__ = ["diagnose"]

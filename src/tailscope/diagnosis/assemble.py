@@ -16,7 +16,6 @@ from tailscope.errors import UserError
 from tailscope.feature_table import FeatureTable, Source, is_pair
 from tailscope.geometry import GeometryResult, describe
 from tailscope.groups import GROUPS
-from tailscope.linear_layer import LinearLayer
 from tailscope.origin import command, versions
 from tailscope.progress import Progress
 from tailscope.training.runtime import Runtime
@@ -45,12 +44,12 @@ class DiagnosisSettings:
         UserError: a value is out of range.
     """
 
-    ceiling: float = 1.0
-    permutations: int = 999
-    alpha: float = 0.05
-    verdict: bool = True
-    drop_duplicates: bool = False
-    seed: int = 0
+    ceiling: float
+    permutations: int
+    alpha: float
+    verdict: bool
+    drop_duplicates: bool
+    seed: int
 
     def __post_init__(self) -> None:
         if not 0 < self.ceiling <= 1:
@@ -66,49 +65,6 @@ class DiagnosisSettings:
     def too_few_permutations(self) -> bool:
         """Whether no group's p-value, 1 / (permutations + 1) at least, can be as low as alpha."""
         return 0 < self.permutations < 1 / self.alpha - 1
-
-
-def diagnose(
-    train: Several,
-    unseen: Several,
-    *,
-    test: Several | None = None,
-    classifier: LinearLayer | Path | str | Sequence[Path | str] | None = None,
-    ceiling: float = 1.0,
-    permutations: int = 999,
-    alpha: float = 0.05,
-    verdict: bool = True,
-    drop_duplicates: bool = False,
-    seed: int = 0,
-    device: str = "cpu",
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Say where accuracy is lost on given features, for which classes, how sure that is, and what to try.
-
-    Args:
-        train: features of the training samples: a file, a `FeatureTable`, a pair (features, labels), a mapping of
-            arrays or a DataFrame; or a list of them, one an encoder.
-        unseen: features of samples from the true distribution that had no part in training; a list like `train`.
-        test: features that only score, or None: then the unseen samples score, cross-fitted.
-        classifier: the linear classifier in use, or None for a softmax regression on the training features.
-        ceiling: the accuracy that would be perfect, in (0, 1].
-        permutations: of each test; 0 leaves the tests out.
-        alpha: false discovery rate at which classes and groups are flagged.
-        verdict: False leaves out everything that fits classifiers.
-        drop_duplicates: leave out unseen samples that are also training samples.
-        seed: of permutations, folds and hold-outs.
-        device: auto, cpu or cuda, where geometry is measured; classifiers are fitted on the CPU.
-        progress: is told how far the work is.
-
-    Returns:
-        `diagnosis.json` as a dictionary.
-
-    Raises:
-        UserError: an input or option is wrong, in one line.
-    """
-    settings = DiagnosisSettings(ceiling, permutations, alpha, verdict, drop_duplicates, seed)
-    runtime = Runtime.choose(device, progress=progress, keep_memory=False)
-    return run(prepare(train, unseen, test, classifier, settings), settings, runtime)
 
 
 def prepare(

@@ -26,7 +26,8 @@ from tailscope.encoders.preprocessing import (
     whole_image,
 )
 from tailscope.errors import UserError
-from tailscope.models import MODELS, CifarResNet
+from tailscope.models import MODELS
+from tailscope.models.resnet import CifarResNet
 
 _CLASSES_OF_AN_UNTRAINED_MODEL = 10
 _PROJECTS_CLASSIFIER = "classifier"

@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from tailscope.errors import UserError
 from tailscope.field_checks import listed
-from tailscope.methods.photos import for_photos, size_of
+from tailscope.methods import for_photos
+from tailscope.methods.photos import size_of
 from tailscope.models import MODELS
 from tailscope.store import Artifact, Store
 

@@ -18,8 +18,8 @@ from tailscope.data.sources import ImageData
 from tailscope.data.streams import Images, Rows
 from tailscope.errors import UserError
 from tailscope.features import WantedFeatures, extract_wanted
-from tailscope.methods import photos
-from tailscope.models import CifarResNet
+from tailscope.methods import for_photos
+from tailscope.models.resnet import CifarResNet
 from tailscope.models.resnet10 import ResNet10
 from tailscope.progress import Quiet
 from tailscope.spec import StageSpec, TrainSpec
@@ -59,7 +59,7 @@ def check(data: ImageData, team: Team, train: TrainSpec, augment: Sequence[str])
     """
     name, parts = data.name, train.micro_batches
     if data.in_memory:
-        if photos.for_photos(augment):
+        if for_photos(augment):
             raise UserError(
                 f"{name}: images in memory cannot be trained with {augment[0]}, which is for files (folder:, list: or"
                 " hf:); take a recipe such as fast or paper"
@@ -67,7 +67,7 @@ def check(data: ImageData, team: Team, train: TrainSpec, augment: Sequence[str])
         if parts != 1:
             raise UserError(f"{name}: only images in files are trained in micro-batches or on several devices")
         return
-    if not photos.for_photos(augment):
+    if not for_photos(augment):
         raise UserError(
             f"{name}: images in files need an augmentation that makes them one size, not"
             f" {', '.join(augment) or 'none'}; take --recipe imagenet or imagenet-fast"

@@ -22,7 +22,7 @@ from tailscope.data.sources import ImageData
 from tailscope.data.streams import Rows
 from tailscope.experiments.imagery import Imagery, Split
 from tailscope.methods import SAMPLERS
-from tailscope.models import CifarResNet
+from tailscope.models.resnet import CifarResNet
 from tailscope.seeds import torch_stream
 from tailscope.spec import DataSpec, RunSpec, StageSpec, backbone_key, digest
 from tailscope.store import Artifact, Meta, Store, Tensors

@@ -1,15 +1,18 @@
 """What the user asked for: one frozen value that every experiment takes and every result file repeats."""
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, Self, cast, get_args
 
 from pydantic import BaseModel, ConfigDict
 
 from tailscope.data.profiles import canonical
 from tailscope.data.sources import ImageData
-from tailscope.errors import UserError
+from tailscope.errors import UserError, expanded
+from tailscope.experiments.options import Request
 from tailscope.spec import BnMode
-from tailscope.training.recipes import Recipe
+from tailscope.training.recipes import Recipe, recipe_by_name
 
 MAX_SEEDS = 1_000
 MAX_DIGITS = 30
@@ -41,6 +44,25 @@ class Settings(BaseModel):
     permutations: int = 999
     backbones: tuple[str, ...] | None = None
 
+    @classmethod
+    def of(cls, request: Request) -> Self:
+        """Return the part of a request that decides results, checked.
+
+        Raises:
+            UserError: an option is wrong.
+        """
+        recipe = recipe_by_name(request.recipe).with_bn_mode(parse_bn_mode(request.bn_mode))
+        return cls(
+            profile=canonical(request.profile),
+            protocol=request.protocol,
+            recipe=recipe.with_backbone(request.model, request.loss),
+            seeds=parse_seeds(request.seeds),
+            subset_seed=request.subset_seed,
+            matched=request.matched,
+            permutations=request.permutations,
+            backbones=parse_backbones(request.backbones, matched=request.matched),
+        )
+
     def spec(self, data: ImageData) -> dict[str, Any]:
         """Return what a result depends on, as result files store it.
 
@@ -58,20 +80,21 @@ class Settings(BaseModel):
         return seed if self.subset_seed is None else self.subset_seed
 
 
-def parse_seeds(text: str | int) -> tuple[int, ...]:
+def parse_seeds(given: str | int | Sequence[int]) -> tuple[int, ...]:
     """Return the seeds that `N` (0 ... N-1) or a list `0,3` means.
 
-    >>> parse_seeds("3"), parse_seeds("0,3"), parse_seeds("7,")
-    ((0, 1, 2), (0, 3), (7,))
+    >>> parse_seeds("3"), parse_seeds("0,3"), parse_seeds("7,"), parse_seeds([7])
+    ((0, 1, 2), (0, 3), (7,), (7,))
 
     Raises:
         UserError: there is no seed or a great many, or one is negative, repeated or not a whole number.
     """
-    parts = [part.strip() for part in str(text).split(",") if part.strip()]
+    text = str(given) if isinstance(given, str | int) else ",".join(map(str, given)) + ","
+    parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts or not all(part.isdecimal() and len(part) <= MAX_DIGITS for part in parts):
         raise UserError(f"--seeds {text}: expected a number of seeds of at least 1, or a list like 0,3")
     values = [int(part) for part in parts]
-    if "," in str(text):
+    if "," in text:
         if len(set(values)) < len(values):
             raise UserError(f"--seeds {text}: a seed is given twice")
         return tuple(values)
@@ -112,6 +135,10 @@ def parse_bn_mode(text: str) -> BnMode:
     return cast(BnMode, text)
 
 
-def store_root(out: Path, store: Path | None) -> Path:
-    """Return the folder of trained stages: the given one, or OUT/store."""
-    return store if store is not None else out / "store"
+def store_root(out: Path | None, store: Path | str | None) -> Path:
+    """Return the folder of trained stages: `store`, else `$TAILSCOPE_STORE`, else OUT/store, else the user's cache."""
+    if store is not None:
+        return Path(store)
+    if out is not None and not os.environ.get("TAILSCOPE_STORE"):
+        return out / "store"
+    return expanded(os.environ.get("TAILSCOPE_STORE") or "~/.cache/tailscope/store")

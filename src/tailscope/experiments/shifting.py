@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tailscope.data import splits
 from tailscope.data.streams import Rows
 from tailscope.experiments.lab import Backbone, Lab
-from tailscope.models import CifarResNet
+from tailscope.models.resnet import CifarResNet
 from tailscope.seeds import torch_stream
 from tailscope.spec import StageSpec, digest
 

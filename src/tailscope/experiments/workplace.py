@@ -1,38 +1,41 @@
-"""Where an experiment runs: its device, the processes that share the work, and the lab on the data that can be read."""
+"""Running experiments: the device, the processes that share the work, the data that can be read, and the results."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
 
+from rich.console import Console
+
+from tailscope.data import splits
 from tailscope.data.decoding import readable
-from tailscope.data.sources import ImageData
-from tailscope.errors import UserError
+from tailscope.data.profiles import canonical, resolve
+from tailscope.data.sources import ImageData, load
+from tailscope.errors import UserError, one_line
+from tailscope.experiments.geometry import geometry
 from tailscope.experiments.imagery import check, follow
 from tailscope.experiments.lab import Lab
-from tailscope.progress import Progress
-from tailscope.store import Store
+from tailscope.experiments.ladder import ladder
+from tailscope.experiments.options import FileOptions, Request
+from tailscope.experiments.settings import Settings, store_root
+from tailscope.experiments.swap import swap
+from tailscope.groups import assign_groups
+from tailscope.origin import versions
+from tailscope.progress import Progress, shown_on
+from tailscope.result_files import check_free, write
+from tailscope.store import Store, make_folder
 from tailscope.training.recipes import Recipe
 from tailscope.training.runtime import Runtime
 from tailscope.training.team import Solo, Team, form
 
-
-@dataclass(frozen=True)
-class FileOptions:
-    """How images in files are worked on; for images in memory everything stays at its default.
-
-    Attributes:
-        devices: processes on each machine, one GPU each; None: what `torchrun` started, else 1.
-        num_nodes: machines.
-        micro_batches: parts that stage 1's batches are cut into; None: one for each process.
-        workers: processes that decode, for each of the others; None decides.
-        verify: refuse data with images that cannot be read, instead of leaving them out.
-    """
-
-    devices: int | None = None
-    num_nodes: int = 1
-    micro_batches: int | None = None
-    workers: int | None = None
-    verify: bool = False
+EXPERIMENTS: dict[str, Callable[[Lab, Settings], dict[str, Any]]] = {
+    "swap": swap,
+    "ladder": ladder,
+    "geometry": geometry,
+}
 
 
 @dataclass(frozen=True)
@@ -91,3 +94,106 @@ def workplace(data: ImageData, options: FileOptions, runtime: Runtime) -> Iterat
         yield Workplace(data, runtime, team, options)
     finally:
         team.dismiss()
+
+
+def run(request: Request, verbs: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Run experiments that share a store, and the verb `subset`; write their results where the request names an OUT.
+
+    Everything that can be refused is refused before the first training.
+
+    Returns:
+        the results by verb.
+
+    Raises:
+        UserError: an option, the data or OUT is not usable.
+    """
+    console = request.console or Console(quiet=True)
+    notes = partial(Console(stderr=True, quiet=console.quiet).out, highlight=False)
+    settings = Settings.of(request)
+    data = opened(request.data, request.data_root)
+    runtime = Runtime.choose(request.device, engine=request.engine)
+    with workplace(data, request.on_files, runtime) as place, shown_on(console) as progress:
+        settings = settings.model_copy(update={"recipe": place.recipe(settings.recipe)})
+        for note in data.notes():
+            notes(f"warning: {one_line(note)}")
+        for seed in settings.seeds:
+            draw(data, settings.profile, settings.protocol, settings.subset_seed_of(seed))
+        if request.out is not None:
+            make_folder(request.out, "--out")
+        if data.in_memory:  # which files can be read, and so the spec, is known later
+            _check_free(data, settings, request, verbs)
+        lab = place.lab(Store(store_root(request.out, request.store)), progress, notes)
+        results = _run(lab, settings, request, verbs)
+    if lab.trained == 0:
+        console.print(f"Nothing was trained: all {lab.recalled} stages were in the store.")
+    return results
+
+
+def _run(lab: Lab, settings: Settings, request: Request, verbs: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Run the experiments and write their results, unless OUT holds others."""
+    drawn = _check_free(lab.data, settings, request, verbs)
+    results: dict[str, dict[str, Any]] = {}
+    for verb in verbs:
+        result = drawn if verb == "subset" else EXPERIMENTS[verb](lab, settings)
+        if verb != "subset":
+            results[verb] = result
+        if request.out is not None:
+            write(request.out, verb, result)
+    return results
+
+
+def _check_free(data: ImageData, settings: Settings, request: Request, verbs: Sequence[str]) -> dict[str, Any]:
+    """Refuse to replace results of another spec in OUT; return the subset of the first seed."""
+    drawn = describe_subset(data, settings.profile, settings.protocol, settings.subset_seed_of(settings.seeds[0]))
+    if request.out is not None:
+        for verb in verbs:
+            spec = drawn["spec"] if verb == "subset" else settings.spec(data)
+            check_free(request.out, verb, spec, overwrite=request.overwrite)
+    return drawn
+
+
+def opened(data: str | ImageData, data_root: Path | None) -> ImageData:
+    """Return a data set that is given by name or as it is.
+
+    Raises:
+        UserError: as `sources.load`.
+    """
+    return load(data, data_root=data_root) if isinstance(data, str) else data
+
+
+def draw(data: ImageData, profile: str, protocol: str, seed: int) -> splits.Subset:
+    """Draw a long-tailed subset of a data set's training images.
+
+    Raises:
+        UserError: the profile, protocol or seed does not fit the data.
+    """
+    return splits.subset(data.train.labels, resolve(profile, data.train.counts()), protocol=protocol, seed=seed)
+
+
+def describe_subset(data: ImageData, profile: str, protocol: str, seed: int) -> dict[str, Any]:
+    """Draw a long-tailed subset and return it as `subset.json` holds it.
+
+    Raises:
+        UserError: the profile, protocol or seed does not fit the data.
+    """
+    drawn = draw(data, profile, protocol, seed)
+    groups, rule = assign_groups(drawn.counts)
+    return {
+        "schema": "tailscope.subset/1",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "spec": {
+            "data": data.name,
+            "fingerprint": data.fingerprint,
+            "profile": canonical(profile),
+            "protocol": protocol,
+            "seed": seed,
+        },
+        "environment": {"versions": versions()},
+        "dataset": {"name": data.name, "class_names": list(data.train.class_names)},
+        "counts": drawn.counts,
+        "groups": groups,
+        "groups_rule": rule,
+        "warnings": data.notes(),
+        "sha256": drawn.sha256,
+        "indices": [kept.tolist() for kept in drawn.indices],
+    }

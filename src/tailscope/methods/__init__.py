@@ -1,9 +1,37 @@
-"""Interchangeable parts of a training run: losses, samplers, augmentations, mixings, each in a registry."""
+"""Interchangeable parts of a training run, each in a registry: losses, samplers, augmentations, mixings.
 
-from tailscope.methods.augmentations import AUGMENTATIONS
-from tailscope.methods.autoaugment import BatchedAutoAugment
-from tailscope.methods.losses import LOSSES
-from tailscope.methods.mixing import MIXINGS
-from tailscope.methods.samplers import SAMPLERS
+What is registered is read from the modules' source, so that the registries can be listed without PyTorch.
+"""
 
-__all__ = ["AUGMENTATIONS", "LOSSES", "MIXINGS", "SAMPLERS", "BatchedAutoAugment"]
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tailscope.registry import Registry, split_call
+
+if TYPE_CHECKING:
+    from tailscope.methods.augmentations import Augmentation
+    from tailscope.methods.losses import Loss
+    from tailscope.methods.mixing import Mixing
+    from tailscope.methods.photos import Photo
+    from tailscope.methods.samplers import Sampler
+
+__all__ = ["AUGMENTATIONS", "LOSSES", "MIXINGS", "PHOTO_AUGMENTATIONS", "SAMPLERS", "for_photos"]
+
+LOSSES: Registry["Loss"] = Registry("loss", "tailscope.methods.losses:LOSSES")
+SAMPLERS: Registry["Sampler"] = Registry("sampler", "tailscope.methods.samplers:SAMPLERS")
+AUGMENTATIONS: Registry["Augmentation"] = Registry(
+    "augmentation", "tailscope.methods.augmentations:AUGMENTATIONS", "tailscope.methods.autoaugment:AUGMENTATIONS"
+)
+PHOTO_AUGMENTATIONS: Registry["Photo"] = Registry(
+    "photograph augmentation", "tailscope.methods.photos:PHOTO_AUGMENTATIONS"
+)
+MIXINGS: Registry["Mixing"] = Registry("mixing", "tailscope.methods.mixing:MIXINGS")
+
+
+def for_photos(calls: Sequence[str]) -> bool:
+    """Whether call-strings name augmentations of photographs in files, and not of tensors in memory.
+
+    >>> for_photos(["resized_crop(size=32)", "flip"]), for_photos(["crop", "flip"]), for_photos([])
+    (True, False, False)
+    """
+    return bool(calls) and split_call(calls[0])[0] == "resized_crop"

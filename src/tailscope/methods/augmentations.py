@@ -14,11 +14,9 @@ import torch
 from torch.nn.functional import pad
 
 from tailscope.errors import UserError
-from tailscope.registry import Registry
+from tailscope.methods import AUGMENTATIONS
 
 Augmentation: TypeAlias = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
-
-AUGMENTATIONS: Registry[Augmentation] = Registry("augmentation")
 
 
 @AUGMENTATIONS.register("crop")

@@ -12,7 +12,7 @@ import torch
 from torchvision.transforms.v2 import AutoAugment, AutoAugmentPolicy
 
 from tailscope.errors import UserError
-from tailscope.methods.augmentations import AUGMENTATIONS
+from tailscope.methods import AUGMENTATIONS
 
 BINS = 10  # magnitudes of an operation, as torchvision's transform has them
 

@@ -15,11 +15,9 @@ from torch.nn.functional import cross_entropy as softmax_cross_entropy
 from torch.nn.functional import log_softmax
 
 from tailscope.errors import UserError
-from tailscope.registry import Registry
+from tailscope.methods import LOSSES
 
 Loss: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-LOSSES: Registry[Loss] = Registry("loss")
 
 
 @LOSSES.register("cross_entropy")

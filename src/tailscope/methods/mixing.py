@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from tailscope.errors import UserError
-from tailscope.registry import Registry
+from tailscope.methods import MIXINGS
 
 
 class Mixing(Protocol):
@@ -18,9 +18,6 @@ class Mixing(Protocol):
 
     def draw(self, steps: int, batch: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the weights float32 [steps] and the partners int64 [steps, batch], on the generator's device."""
-
-
-MIXINGS: Registry[Mixing] = Registry("mixing")
 
 
 class MixUp:

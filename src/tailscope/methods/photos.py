@@ -15,12 +15,10 @@ from torch import Tensor
 from torchvision.transforms import AutoAugmentPolicy, v2
 
 from tailscope.errors import UserError
-from tailscope.registry import Registry, split_call
+from tailscope.methods import PHOTO_AUGMENTATIONS, for_photos
 
 Photo: TypeAlias = Callable[[Image.Image], Image.Image]
 ToPixels: TypeAlias = Callable[[Image.Image], Tensor]
-
-PHOTO_AUGMENTATIONS: Registry[Photo] = Registry("photograph augmentation")
 
 SMALLEST = 8
 """The shortest side, in pixels, that `resized_crop` may give."""
@@ -61,15 +59,6 @@ def color_jitter(brightness: float = 0.4, contrast: float = 0.4, saturation: flo
 def autoaugment_imagenet() -> Photo:
     """AutoAugment with torchvision's ImageNet policy (Cubuk et al. 2019)."""
     return cast(Photo, v2.AutoAugment(AutoAugmentPolicy.IMAGENET))
-
-
-def for_photos(calls: Sequence[str]) -> bool:
-    """Whether call-strings name augmentations of photographs in files, and not of tensors in memory.
-
-    >>> for_photos(["resized_crop(size=32)", "flip"]), for_photos(["crop", "flip"]), for_photos([])
-    (True, False, False)
-    """
-    return bool(calls) and split_call(calls[0])[0] == "resized_crop"
 
 
 def size_of(calls: Sequence[str]) -> int:

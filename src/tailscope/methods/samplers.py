@@ -9,11 +9,9 @@ from typing import TypeAlias
 
 import torch
 
-from tailscope.registry import Registry
+from tailscope.methods import SAMPLERS
 
 Sampler: TypeAlias = Callable[[int, torch.Generator], torch.Tensor]
-
-SAMPLERS: Registry[Sampler] = Registry("sampler")
 
 
 @SAMPLERS.register("instance")

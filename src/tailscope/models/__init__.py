@@ -1,6 +1,14 @@
 """Networks: every model is `classifier(features(x))`."""
 
-from tailscope.models.resnet import MODELS, CifarResNet, count_parameters
-from tailscope.models.resnet10 import ResNet10
+from typing import TYPE_CHECKING
 
-__all__ = ["MODELS", "CifarResNet", "ResNet10", "count_parameters"]
+from tailscope.registry import Registry
+
+if TYPE_CHECKING:
+    from tailscope.models.resnet import CifarResNet
+
+__all__ = ["MODELS"]
+
+MODELS: Registry["CifarResNet"] = Registry(
+    "model", "tailscope.models.resnet:MODELS", "tailscope.models.resnet10:MODELS"
+)

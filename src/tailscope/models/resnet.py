@@ -5,9 +5,7 @@ from torch.nn import functional as F
 
 from tailscope.errors import UserError
 from tailscope.kernels.norm_act import NormAct
-from tailscope.registry import Registry
-
-MODELS: Registry["CifarResNet"] = Registry("model")
+from tailscope.models import MODELS
 
 
 class BasicBlock(nn.Module):

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, conv1x1
 
 from tailscope.errors import UserError
-from tailscope.models.resnet import MODELS
+from tailscope.models import MODELS
 
 
 class ResNet10(nn.Module):

@@ -11,9 +11,10 @@ from tailscope.errors import UserError
 from tailscope.experiments.geometry import geometry
 from tailscope.experiments.lab import Lab
 from tailscope.experiments.ladder import ladder
+from tailscope.experiments.options import FileOptions
 from tailscope.experiments.settings import Settings, parse_backbones, parse_seeds, store_root
 from tailscope.experiments.swap import swap
-from tailscope.experiments.workplace import FileOptions, workplace
+from tailscope.experiments.workplace import workplace
 from tailscope.paper import claims, side_by_side, targets
 from tailscope.paper.evidence import Evidence
 from tailscope.paper.plan import Plan, make_plan

@@ -5,8 +5,7 @@ from typing import Any, Self
 from pydantic import Field, ValidationError, model_validator
 
 from tailscope.errors import UserError
-from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS
-from tailscope.methods.photos import PHOTO_AUGMENTATIONS, for_photos
+from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, PHOTO_AUGMENTATIONS, for_photos
 from tailscope.models import MODELS
 from tailscope.registry import Registry, split_call
 from tailscope.spec import BnMode, DataSpec, Frozen, StageSpec, Start, TrainSpec

@@ -14,7 +14,8 @@ from tailscope.data.streams import Images
 from tailscope.errors import UserError
 from tailscope.methods import LOSSES, MIXINGS, SAMPLERS
 from tailscope.methods.augmentations import build
-from tailscope.models import MODELS, CifarResNet, count_parameters
+from tailscope.models import MODELS
+from tailscope.models.resnet import CifarResNet, count_parameters
 from tailscope.seeds import derive, keyed, torch_stream
 from tailscope.spec import StageSpec
 from tailscope.store import Meta, Tensors

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tailscope.kernels import norm_act
 from tailscope.methods.losses import Loss
-from tailscope.models import CifarResNet
+from tailscope.models.resnet import CifarResNet
 from tailscope.seeds import alone
 from tailscope.spec import TrainSpec
 from tailscope.training.graph import CudaCapture, GraphedStep, Step
