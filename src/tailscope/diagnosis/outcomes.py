@@ -12,9 +12,8 @@ from sklearn.exceptions import ConvergenceWarning
 
 from tailscope.bounds import INFLATION, Bound, Selection, at_least, cross_fitted, held_out, select_nested
 from tailscope.classifiers import LinearClassifier, LogitAdjustment, NearestClassMean, SoftmaxRegression, TauNorm
-from tailscope.classifiers.base import Diverged, FeatureClassifier, Floats, IntArray
-from tailscope.classifiers.softmax import balanced_weights
-from tailscope.classifiers.solver import Stopping, fit_softmax
+from tailscope.classifiers.base import Diverged, FeatureClassifier, Floats, IntArray, Stopping, fit_softmax
+from tailscope.classifiers.estimators import balanced_weights
 from tailscope.diagnosis.inputs import Inputs, bursts
 from tailscope.diagnosis.soundness import fit_scale
 from tailscope.errors import UserError
