@@ -14,10 +14,9 @@ from torch import Tensor
 
 from tailscope.array_files import message_of, parse_json
 from tailscope.array_files.tensors import to_array
-from tailscope.errors import UserError
+from tailscope.errors import UserError, first_few
 
 MAX_CLASSES = 10_000
-_BLOCK_ELEMENTS = 2**22
 _MISSING = ("", "nan", "<na>")
 _MISSING_BESIDE_NUMBERS = (*_MISSING, "na", "n/a", "none", "null")
 
@@ -32,8 +31,7 @@ def listed(names: Sequence[str], most: int = 5) -> str:
     >>> listed(["ant", "bee", "cat"], most=2)
     "'ant', 'bee' and 1 more"
     """
-    text = ", ".join(repr(name) for name in names[:most])
-    return f"{text} and {len(names) - most} more" if len(names) > most else text
+    return first_few([repr(name) for name in names], most)
 
 
 def to_floats(where: str, values: npt.ArrayLike | Tensor, dimensions: str) -> Tensor:
@@ -66,9 +64,7 @@ def require_finite(where: str, rows: Tensor) -> None:
     """
     if rows.sum().isfinite():  # a sum with NaN or infinity in it never is; looking at each takes 20 times as long
         return
-    step = max(1, _BLOCK_ELEMENTS // rows.shape[1])
-    wrong = [~torch.isfinite(rows[start : start + step]).all(dim=1) for start in range(0, len(rows), step)]
-    found = torch.cat(wrong).nonzero().flatten()
+    found = (~torch.isfinite(rows)).any(dim=1).nonzero().flatten()
     if len(found):
         raise UserError(f"{where}: {len(found)} of {len(rows)} rows hold NaN or infinity, the first is row {found[0]}")
 

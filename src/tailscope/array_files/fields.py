@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tailscope.errors import UserError
+from tailscope.errors import UserError, first_few
 
 ALIASES: dict[str, tuple[str, ...]] = {
     "features": ("features", "feature", "embeddings", "embedding", "X"),
@@ -21,7 +21,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "weight": ("weight", "coef_", "coef"),
     "bias": ("bias", "intercept_", "intercept"),
 }
-_MOST_NAMED = 8
+MOST_NAMED = 8
 
 
 class Header(NamedTuple):
@@ -67,18 +67,13 @@ def in_words(held: Mapping[str, Header]) -> str:
     >>> in_words({"feats": Header("float32", (600, 8)), "y": Header("int64", (600,))})
     "'feats' float32 [600, 8], 'y' int64 [600]"
     """
-    named = [f"{name!r} {header}" for name, header in [*held.items()][:_MOST_NAMED]]
-    more = [f"{len(held) - _MOST_NAMED} more"] if len(held) > _MOST_NAMED else []
-    return ", ".join([*named, *more]) or "nothing"
+    return first_few([f"{name!r} {header}" for name, header in held.items()], MOST_NAMED) or "nothing"
 
 
 def unread(where: Path | str, held: Iterable[str], read: Iterable[str]) -> tuple[str, ...]:
     """Return a note on what the file holds besides what was read, if there is such a thing."""
-    left = [name for name in held if name not in set(read)]
-    if not left:
-        return ()
-    named = ", ".join(map(repr, left[:_MOST_NAMED])) + (f" and {len(left) - _MOST_NAMED} more" if left[8:] else "")
-    return (f"{where}: not read: {named}",)
+    left = [repr(name) for name in held if name not in set(read)]
+    return (f"{where}: not read: {first_few(left, MOST_NAMED)}",) if left else ()
 
 
 def require_room(where: Path | str, name: str, shape: Sequence[int], itemsize: int) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from tailscope.errors import first_few
 from tailscope.geometry.fields import Entry
 
 NAMED = 5
@@ -148,6 +149,4 @@ def _points(gap: dict[str, Any]) -> str:
 
 
 def _names(names: Sequence[str]) -> str:
-    quoted = [f"“{name}”" for name in names[:NAMED]]
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(quoted) + more
+    return first_few([f"“{name}”" for name in names], NAMED)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tailscope.diagnosis.inputs import Inputs, named
 from tailscope.diagnosis.label_match import MARGIN, Match, cycles, match_labels
-from tailscope.errors import UserError
+from tailscope.errors import UserError, first_few
 from tailscope.feature_table import FeatureTable
 from tailscope.geometry.duplicates import find_copies, unseen_copies
 from tailscope.geometry.lengths import FAR, exponent, far, log2_lengths, median, scaled
@@ -25,7 +25,6 @@ from tailscope.geometry.rows import ClassRows, gather, group_rows
 if TYPE_CHECKING:
     from tailscope.diagnosis.outcomes import Outcomes
 
-NAMED = 5
 FEW = 20
 MOST_APART = 4.0  # times the median length of another file's rows; memorised features are up to 1.3 times as long
 RESCALED = 1.4  # times the spread within classes, and times the distances of their centres, of another file
@@ -48,12 +47,11 @@ def far_notes(table: FeatureTable) -> list[str]:
     found = beyond.nonzero().flatten().tolist()
     if not found:
         return []
-    rows = [f"{row}" if table.ids is None else f"{row} (id {table.ids[row]})" for row in found[:NAMED]]
-    more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+    rows = first_few([f"{row}" if table.ids is None else f"{row} (id {table.ids[row]})" for row in found])
     times = 2.0 ** min(1000.0, lengths.max().item() - (median(lengths[~beyond]) or 0.0))
     what, are = ("row", "is") if len(found) == 1 else ("rows", "are up to")
     return [
-        f"{table.source}: {what} {', '.join(rows)}{more} {are} {times:,.0f} times as long as the median row, over "
+        f"{table.source}: {what} {rows} {are} {times:,.0f} times as long as the median row, over "
         f"{FAR:.0f} times: left out of fits, measures and scores"
     ]
 
@@ -170,7 +168,7 @@ def _classifier(inputs: Inputs, predicted: Any, name: str) -> list[str]:
     labels, names = inputs.train.labels.numpy(), inputs.names
     mixed = mixed_rows(predicted, labels, len(names))
     if mixed:
-        rows = _listed([f"its row {row} gets class {names[k]!r} of --train" for k, row in sorted(mixed.items())])
+        rows = first_few([f"its row {row} gets class {names[k]!r} of --train" for k, row in sorted(mixed.items())])
         return [f"the rows of {name} and the labels of {_train(inputs)} seem to mean different classes: {rows}"]
     if below_chance(predicted, labels):
         right = f"{(predicted == labels).mean():.1%} of {_train(inputs)}"
@@ -200,7 +198,7 @@ def _labels(inputs: Inputs, held_out: FeatureTable, name: str) -> list[str]:
     pairs = [
         f"class {inputs.names[a]!r} of {option} looks like class {inputs.names[b]!r} of --train" for a, b in match.pairs
     ]
-    which = f": {_listed(pairs)}" if pairs else ", or their features do not come from one encoder"
+    which = f": {first_few(pairs)}" if pairs else ", or their features do not come from one encoder"
     return [f"the labels of {name} and of {_train(inputs)} seem to mean different classes{which}"]
 
 
@@ -298,11 +296,6 @@ def _copies(inputs: Inputs, held_out: FeatureTable, name: str) -> list[str]:
         f"{share:.0%} of the rows of {name} are also in {_train(inputs)}: too few held-out samples are left to judge "
         "by; give samples that had no part in training"
     ]
-
-
-def _listed(texts: Sequence[str]) -> str:
-    more = f" and {len(texts) - NAMED} more" if len(texts) > NAMED else ""
-    return ", ".join(texts[:NAMED]) + more
 
 
 def _train(inputs: Inputs) -> str:

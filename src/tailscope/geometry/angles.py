@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from tailscope.geometry.lengths import BLOCK_ELEMENTS
+from tailscope.geometry.lengths import row_blocks
 
 
 def resolution_deg(dtype: torch.dtype) -> float:
@@ -29,7 +29,7 @@ def angles_to(rows: Tensor, center: Tensor) -> Tensor:
     wide = center.double()
     direction = (wide / torch.linalg.vector_norm(wide)).to(rows.dtype)
     found = []
-    for block in torch.split(rows, max(1, BLOCK_ELEMENTS // rows.shape[1])):
+    for block in row_blocks(rows):
         along = block @ direction
         across = torch.addr(block, along, direction, alpha=-1)
         found.append(torch.atan2(torch.linalg.vector_norm(across, dim=1).double(), along.double()))

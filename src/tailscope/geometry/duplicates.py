@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from tailscope.geometry.lengths import BLOCK_ELEMENTS
+from tailscope.geometry.lengths import row_blocks
 from tailscope.geometry.parallel import map_parallel
 from tailscope.geometry.rows import ClassRows, gather
 
@@ -51,8 +51,7 @@ def find_copies(rows: Tensor, n: int) -> Copies:
 def _digest(bits: Tensor) -> Tensor:
     """Return a number for each row of integers, int64 [n], by which equal rows become neighbours."""
     factors = _factors(bits.shape[1]).to(bits.device)
-    blocks = torch.split(bits, max(1, BLOCK_ELEMENTS // bits.shape[1]))
-    return torch.cat([(block * factors).sum(dim=1) for block in blocks])  # both wrap round
+    return torch.cat([(block * factors).sum(dim=1) for block in row_blocks(bits)])  # both wrap round
 
 
 @lru_cache(maxsize=1)

@@ -17,6 +17,12 @@ FAR = 100.0
 NOTHING = 2.0**-40
 AT_EASE = 16  # powers of two about 1 within which features stay as they are
 BLOCK_ELEMENTS = 1 << 22
+"""Values that are looked at together."""
+
+
+def row_blocks(rows: Tensor) -> tuple[Tensor, ...]:
+    """Cut a matrix [n, d] into blocks of rows that fit into the processor's caches."""
+    return torch.split(rows, max(1, BLOCK_ELEMENTS // max(1, rows.shape[1])))
 
 
 def log2_lengths(features: Tensor, what: str) -> Tensor:
@@ -29,7 +35,7 @@ def log2_lengths(features: Tensor, what: str) -> Tensor:
         UserError: values are NaN or infinite, or so small that their type keeps few digits; `what` names them.
     """
     wide = torch.promote_types(features.dtype, torch.float32)
-    found = [_log2_lengths(block.to(wide)) for block in torch.split(features, _rows_at_once(features))]
+    found = [_log2_lengths(block.to(wide)) for block in row_blocks(features)]
     lengths = torch.cat(found) if found else features.new_empty(0, dtype=torch.float64)
     wrong = (~(lengths < math.inf)).nonzero().flatten()
     if len(wrong):
@@ -94,10 +100,6 @@ def scaled(features: Tensor, power: int) -> Tensor:
     half = power // 2  # 2 ** power itself may lie outside the type's range
     rows: Tensor = features.to(torch.promote_types(features.dtype, torch.float32)) * math.ldexp(1.0, half)
     return torch.mul(rows, math.ldexp(1.0, power - half))
-
-
-def _rows_at_once(features: Tensor) -> int:
-    return max(1, BLOCK_ELEMENTS // max(1, features.shape[1]))
 
 
 def _log2_lengths(rows: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from tailscope.errors import first_few
 from tailscope.geometry.calibration import VERDICT_SAMPLES
 from tailscope.geometry.fields import MOST, Entry
 from tailscope.geometry.lengths import FAR
@@ -9,7 +10,6 @@ from tailscope.geometry.measure import Facts
 from tailscope.geometry.rows import ClassRows
 
 FEW_UNSEEN = 30
-NAMED = 5
 
 
 def input_notes(train: ClassRows, unseen: ClassRows, dead: int, split_bursts: int) -> list[str]:
@@ -111,6 +111,4 @@ def undefined_notes(entries: Sequence[Entry]) -> list[str]:
 
 
 def _named(entries: Sequence[Entry]) -> str:
-    names = ", ".join(str(e["name"]) for e in entries[:NAMED])
-    more = f" and {len(entries) - NAMED} more" if len(entries) > NAMED else ""
-    return f"{names}{more}"
+    return first_few([str(entry["name"]) for entry in entries])

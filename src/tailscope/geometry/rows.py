@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tailscope.errors import UserError
-from tailscope.geometry.lengths import BLOCK_ELEMENTS, far, log2_lengths, without
+from tailscope.geometry.lengths import far, log2_lengths, row_blocks, without
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _check_shapes(features: Tensor, labels: Tensor, classes: int, what: str) -> 
 def _alive(features: Tensor) -> Tensor:
     """Return which features are ever not 0, bool [d]."""
     alive = torch.zeros(features.shape[1], dtype=torch.bool, device=features.device)
-    for block in torch.split(features, max(1, BLOCK_ELEMENTS // max(1, features.shape[1]))):
+    for block in row_blocks(features):
         alive |= (block != 0).any(dim=0)
         if bool(alive.all()):
             break
