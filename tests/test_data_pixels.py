@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tailscope.data.pixels import FORMATS, ImageError, not_regular, read_image
+from tailscope.data.pixels import FORMATS, ImageError, read_image
 from tailscope.data.streams import ImageFiles
+from tailscope.errors import unreadable
 
 FUZZ = int(os.environ.get("TAILSCOPE_FUZZ", "50"))
 RAMP = np.add.outer(np.linspace(0, 1, 24), np.linspace(0, 1, 32)) / 2
@@ -222,10 +223,10 @@ def test_what_is_no_regular_file_is_named_at_once(tmp_path: Path) -> None:
             images.image(row)
         reasons.append(str(caught.value))
     assert time.monotonic() - started < 2
-    expected = ["missing", "a folder", "a pipe", "a pipe", "a pipe", "empty", "cannot", "cannot", "cannot"]
+    expected = ["missing", "a folder", "a pipe", "a socket", "a device", "empty", "cannot", "cannot", "cannot"]
     assert [reason[: len(start)] for reason, start in zip(reasons, expected, strict=True)] == expected
     assert len(images.fingerprint()) == 64
-    assert not_regular(tmp_path) == "a folder, not a file"
+    assert unreadable(tmp_path) == "a folder, not a file"
 
 
 def test_a_file_that_may_not_be_read_is_said_to_be_one(tmp_path: Path, monkeypatch) -> None:

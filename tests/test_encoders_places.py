@@ -317,7 +317,7 @@ def test_a_pipe_and_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pyt
     import os
 
     os.mkfifo(tmp_path / "pipe.pth")
-    with pytest.raises(UserError, match=r"pipe.pth: is no regular file"):
+    with pytest.raises(UserError, match=r"pipe.pth: is a pipe, not a file"):
         containers(tmp_path / "pipe.pth")
     path = saved(tmp_path, SD)
 

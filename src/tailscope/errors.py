@@ -1,8 +1,15 @@
-"""The one exception for mistakes that a user can mend, and how it is printed."""
+"""The one exception for mistakes that a user can mend, how it is printed, and what is no file to be read."""
 
+import errno
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
+
+GIT_LFS = b"version https://git-lfs"
+"""What a file begins with that stands for one which Git LFS has not fetched."""
+
+_KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
 
 
 class UserError(Exception):
@@ -53,3 +60,32 @@ def plain_name(name: str) -> str:
     caf\xe9 café
     """
     return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def not_a_file(path: Path) -> str | None:
+    """Say what a path is that is there and no file; None otherwise. A pipe would be waited for, a device has no end.
+
+    Raises:
+        OSError, ValueError: the system cannot tell, because nothing is there for instance.
+    """
+    mode = path.stat().st_mode
+    if stat.S_ISREG(mode):
+        return None
+    return f"{next((name for holds, name in _KINDS if holds(mode)), 'a device')}, not a file"
+
+
+def unreadable(path: Path) -> str | None:
+    """Say why a path is no file with something in it that can be opened; None if it is one."""
+    try:
+        problem = not_a_file(path)
+        if problem:
+            return problem
+        if path.stat().st_size == 0:
+            return "empty"
+    except (FileNotFoundError, NotADirectoryError):
+        return "missing"
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        circle = isinstance(error, OSError) and error.errno == errno.ELOOP
+        reason = "links that lead in a circle" if circle else getattr(error, "strerror", None) or error
+        return f"cannot be opened, {reason}"
+    return None if os.access(path, os.R_OK) else "may not be read"

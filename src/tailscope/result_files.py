@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from tailscope.errors import UserError
+from tailscope.errors import UserError, not_a_file
 from tailscope.store import write_json
 
 DEEPEST = 100
@@ -59,8 +59,9 @@ def read_json(path: Path) -> Any:
             numbers beyond float64.
     """
     try:
-        if not path.is_file() and path.exists():  # a pipe would be waited for, and a device has no end
-            raise UserError(f"{path}: is {'a folder' if path.is_dir() else 'a pipe or a device'}, not a file")
+        problem = not_a_file(path)
+        if problem:
+            raise UserError(f"{path}: is {problem}")
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None

@@ -5,9 +5,7 @@ What the formats hold is the same; only text differs. An `.npz` has text arrays.
 with zeros. `.parquet` and `.csv` have one row a sample (`columns`), `.npy` one array (`beside`), `.pt` a dict.
 """
 
-import errno
 import os
-import stat
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import NamedTuple
 from tailscope.array_files import delimited, npz, parquet, pickles, tensors
 from tailscope.array_files.beside import labels_beside
 from tailscope.array_files.text import SINGLE, Array, Arrays, Contents, message_of, parse_json, shown
-from tailscope.errors import UserError
+from tailscope.errors import GIT_LFS, UserError, unreadable
 
 __all__ = ["Array", "Arrays", "Contents", "check_writable", "message_of", "parse_json", "read", "shown", "write"]
 
@@ -43,8 +41,12 @@ _WRITERS: dict[str, Callable[[Path, Arrays], None]] = {
     ".safetensors": tensors.write,
     ".parquet": parquet.write,
 }
-_KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
-_LFS, _LFS_BYTES = b"version https://git-lfs", 1024
+_WORDS = {
+    "missing": "no such file",
+    "empty": "the file is empty",
+    "may not be read": "may not be read (permission denied)",
+}
+_LFS_BYTES = 1024
 
 
 def read(path: Path, required: Sequence[str], optional: Sequence[str]) -> Contents:
@@ -69,35 +71,17 @@ def _guarded(path: Path, required: Sequence[str], optional: Sequence[str]) -> Co
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise UserError(f"{path}: unknown format {path.suffix!r}; known: {', '.join(_READERS)}")
-    _require_file(path)
+    problem = unreadable(path)
+    if problem:
+        raise UserError(f"{path}: {_WORDS.get(problem, problem)}")
     try:
-        if path.stat().st_size < _LFS_BYTES and path.read_bytes().startswith(_LFS):
+        if path.stat().st_size < _LFS_BYTES and path.read_bytes().startswith(GIT_LFS):
             raise UserError(f"{path}: a pointer of Git LFS, not the file itself; fetch it with git lfs pull")
         return reader.read(path, required, optional)
     except PermissionError:
-        raise UserError(f"{path}: may not be read (permission denied)") from None
+        raise UserError(f"{path}: {_WORDS['may not be read']}") from None
     except reader.unreadable as error:
         raise UserError(f"{path}: not a readable {path.suffix}, truncated or damaged ({message_of(error)})") from None
-
-
-def _require_file(path: Path) -> None:
-    """Check that a path is a file with something in it, which opening a pipe or a device would not tell.
-
-    Raises:
-        UserError: it is not.
-    """
-    try:
-        status = path.stat()
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
-        missing = isinstance(error, FileNotFoundError | NotADirectoryError)
-        looped = isinstance(error, OSError) and error.errno == errno.ELOOP
-        reason = "no such file" if missing else "links that lead in a circle" if looped else message_of(error)
-        raise UserError(f"{path}: {reason}") from None
-    if not stat.S_ISREG(status.st_mode):
-        kind = next((name for holds, name in _KINDS if holds(status.st_mode)), "a device")
-        raise UserError(f"{path}: {kind}, not a file")
-    if status.st_size == 0:
-        raise UserError(f"{path}: the file is empty")
 
 
 def check_writable(path: Path) -> None:

@@ -20,8 +20,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from tailscope.array_files import message_of
-from tailscope.data.pixels import ImageError, not_regular, read_image
-from tailscope.errors import UserError
+from tailscope.data.pixels import ImageError, read_image
+from tailscope.errors import UserError, unreadable
 from tailscope.field_checks import MAX_CLASSES
 
 
@@ -255,7 +255,7 @@ def _read_arrow(named: _Named, files: list[Path]) -> Any:
         raise UserError(f"hf:{named.source}: needs pyarrow; pip install 'tailscope[hf]'") from None
     tables = []
     for file in files:
-        problem = not_regular(file)
+        problem = unreadable(file)
         if problem:
             raise UserError(f"hf:{named.source}: {file.name}: {problem}")
         try:
@@ -273,11 +273,11 @@ def _read_arrow(named: _Named, files: list[Path]) -> Any:
 
 def _json(named: _Named, path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if not_regular(path) is None else None
+        found = json.loads(path.read_text(encoding="utf-8")) if unreadable(path) is None else None
     except (OSError, ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise UserError(f"hf:{named.source}: {path.name}: {not_regular(path) or 'not a JSON object'}")
+        raise UserError(f"hf:{named.source}: {path.name}: {unreadable(path) or 'not a JSON object'}")
     return found
 
 

@@ -19,9 +19,8 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from tailscope.data.pixels import not_regular
 from tailscope.data.streams import ImageFiles
-from tailscope.errors import UserError, expanded
+from tailscope.errors import UserError, expanded, unreadable
 from tailscope.field_checks import MAX_CLASSES, listed
 
 IMAGE_COLUMNS = (
@@ -145,7 +144,7 @@ def _read(file: Path, root: Path) -> _List:
 
 def _text(file: Path) -> str:
     """Return a list's text, its lines ended by line feeds."""
-    problem = not_regular(file)
+    problem = unreadable(file)
     if problem:
         raise UserError(f"list:{file}: cannot be read as text ({'lists no images' if problem == 'empty' else problem})")
     try:
@@ -233,7 +232,7 @@ def _is_number(label: str) -> bool:
 
 def _with_slashes(path: str, root: Path) -> str:
     r"""Return a path that was written on Windows as one of ours; elsewhere a file may have `\` in its name."""
-    if "\\" not in path or (os.sep != "\\" and not_regular(root / path) is None):
+    if "\\" not in path or (os.sep != "\\" and unreadable(root / path) is None):
         return path
     return path.replace("\\", "/")
 

@@ -8,8 +8,6 @@ Of several frames the first counts.
 """
 
 import io
-import os
-import stat
 import struct
 import warnings
 import zlib
@@ -20,6 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
+
+from tailscope.errors import unreadable
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "GIF")
 """What is tried on a file, whatever its name: Pillow knows fifty formats, of which some start other programs."""
@@ -59,7 +59,7 @@ def read_image(source: Path | bytes | Image.Image) -> Image.Image:
         ImageError: it is missing, no regular file, damaged, of another format, too large, or of pixels without a range.
     """
     if isinstance(source, Path):
-        problem = not_regular(source)
+        problem = unreadable(source)
         if problem:
             raise ImageError(problem)
     if source == b"":
@@ -94,23 +94,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         rgb = rgb.transpose(turn)
     rgb.info = {}  # the orientation is used up: whoever looks for it again must find none
     return rgb
-
-
-def not_regular(path: Path) -> str | None:
-    """Say why a path is no file to be opened, None if it is one: a pipe would be waited for, a device has no end."""
-    try:
-        found = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return "missing"
-    except (OSError, ValueError) as error:
-        return f"cannot be opened, {getattr(error, 'strerror', None) or error}"
-    if stat.S_ISDIR(found.st_mode):
-        return "a folder, not a file"
-    if not stat.S_ISREG(found.st_mode):
-        return "a pipe, socket or device, not a file"
-    if found.st_size == 0:
-        return "empty"
-    return None if os.access(path, os.R_OK) else "may not be read"
 
 
 def _refuse_large(image: Image.Image) -> None:

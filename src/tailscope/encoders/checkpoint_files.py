@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tailscope.array_files import message_of
 from tailscope.array_files.pickles import NUMPY_STAND_INS, UNREADABLE, require_own_sizes
-from tailscope.errors import UserError
+from tailscope.errors import GIT_LFS, UserError, not_a_file
 from tailscope.field_checks import listed
 from tailscope.store import load_tensors
 
@@ -42,7 +42,7 @@ _HARMLESS: list[Any] = [
 ]
 
 _SIGNATURES: list[tuple[re.Pattern[bytes], str]] = [
-    (re.compile(rb"version https://git-lfs"), "is a Git-LFS pointer, not the weights; fetch them with `git lfs pull`"),
+    (re.compile(re.escape(GIT_LFS)), "is a Git-LFS pointer, not the weights; fetch them with `git lfs pull`"),
     (
         re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE),
         "is a web page, not the weights; download the file itself",
@@ -84,14 +84,16 @@ def containers(path: Path) -> list[Container]:
 
 
 def _content(path: Path) -> Any:
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "no such file"
-        raise UserError(f"--checkpoint {path}: {what}")
     try:
+        problem = not_a_file(path)
+        if problem:
+            raise UserError(f"--checkpoint {path}: is {problem}")
         with path.open("rb") as file:
             head = file.read(512)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except FileNotFoundError:
+        raise UserError(f"--checkpoint {path}: no such file") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if not head:
         raise UserError(f"{path}: the file is empty")
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:  # whatever the suffix
