@@ -6,7 +6,6 @@ with zeros. `.parquet` and `.csv` have one row a sample (`columns`), `.npy` one 
 """
 
 import os
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from tailscope.array_files import delimited, npz, parquet, pickles, tensors
 from tailscope.array_files.beside import labels_beside
 from tailscope.array_files.text import SINGLE, Array, Arrays, Contents, message_of, parse_json, shown
 from tailscope.errors import GIT_LFS, UserError, unreadable
+from tailscope.store.files import replacing
 
 __all__ = ["Array", "Arrays", "Contents", "check_writable", "message_of", "parse_json", "read", "shown", "write"]
 
@@ -105,11 +105,5 @@ def write(path: Path, arrays: Arrays) -> None:
         UserError: as `check_writable`, or the disk refuses.
     """
     check_writable(path)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
+    with replacing(path, durable=False) as partial:
         _WRITERS[path.suffix](partial, arrays)
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or message_of(error)})") from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -96,8 +96,8 @@ def _features(
     if numbered:
         return numbered, False, []
     plain = [name for name in rest if kinds[name] == NUMBER and name not in _INDEX]
-    named = first_few([repr(name) for name in plain], MOST_NAMED)
-    return plain, False, [f"{where}: taken as the features: {len(plain)} columns, {named}"] if plain else []
+    shown = first_few([repr(name) for name in plain], MOST_NAMED)
+    return plain, False, [f"{where}: taken as the features: {len(plain)} columns, {shown}"] if plain else []
 
 
 def _numbered(where: Path | str, names: list[str]) -> list[str]:

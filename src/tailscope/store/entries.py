@@ -9,7 +9,6 @@ two runs share a store: the second waits for the first and then finds the work d
 import errno
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -31,6 +30,7 @@ from tailscope.store.files import (
     previous_of,
     reading,
     ready,
+    replacing,
     require_utf8,
     sync,
     to_json,
@@ -308,7 +308,7 @@ class Store:
             if kind not in CHEAP:
                 sync(path)
                 sync(building / META)
-            write_done(building, {name: file_digest(building / name) for name in (TENSORS, META)})
+            write_done(building / DONE, {name: file_digest(building / name) for name in (TENSORS, META)})
             if kind not in CHEAP:
                 sync(building)
         self.put_in_place(kind, key, building)
@@ -325,7 +325,8 @@ class Store:
                 return
             try:
                 if self.digests(kind, key) is None and _stamps(entry) == stamps:
-                    _replace_done(entry, digests)
+                    with replacing(entry / DONE) as partial:
+                        write_done(partial, digests)
             finally:
                 lock.release()
 
@@ -408,17 +409,8 @@ def _stamps(entry: Path) -> list[tuple[int, int]]:
     return stamps
 
 
-def _replace_done(entry: Path, digests: Digests) -> None:
-    partial = entry / f"{DONE}.{os.getpid()}.partial"
-    with writing(entry, partial):
-        partial.write_text(done_text(digests), encoding="ascii", newline="\n")
-        sync(partial)
-        partial.replace(entry / DONE)
-
-
-def write_done(folder: Path, digests: Digests) -> None:
+def write_done(path: Path, digests: Digests) -> None:
     """Write an entry's last file, and wait until the disk has it: an empty one would mean an entry of before."""
-    path = folder / DONE
     path.write_text(done_text(digests), encoding="ascii", newline="\n")
     sync(path)
 
