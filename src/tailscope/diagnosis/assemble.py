@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from tailscope.diagnosis.advice import advise
 from tailscope.diagnosis.encoders import compare, pair_up, same_names
-from tailscope.diagnosis.inputs import Inputs, bursts, read
+from tailscope.diagnosis.inputs import Inputs, bursts, read, without_far_rows
 from tailscope.diagnosis.neighbours import confusable_pairs
-from tailscope.diagnosis.soundness import doubts, doubts_of_outcomes, far_notes, withhold, without_far_rows
+from tailscope.diagnosis.soundness import doubts, doubts_of_outcomes, withhold
 from tailscope.errors import UserError
 from tailscope.feature_table import FeatureTable, Source, is_pair
 from tailscope.geometry import GeometryResult, describe
@@ -128,14 +128,11 @@ def prepare(
     filled = [given or [None] * len(trains) for given in others]
     found: dict[str, Inputs] = {}
     for first, second, third, linear in zip(trains, *filled, strict=True):
-        table, held = FeatureTable.of(first, "train"), FeatureTable.of(second, "unseen")
-        scored = None if third is None else FeatureTable.of(third, "test")
-        notes = [note for given in (table, held, scored) if given is not None for note in far_notes(given)]
+        table = FeatureTable.of(first, "train")
         reference = next(iter(found.values()), None)
         if reference is not None:
             table = same_names(reference.train, table)
-        inputs = read(table, held, scored, linear, drop_duplicates=settings.drop_duplicates)
-        inputs = replace(inputs, warnings=(*notes, *inputs.warnings))
+        inputs = read(table, second, third, linear, drop_duplicates=settings.drop_duplicates)
         name = _free_name(Path(table.source).stem, found)
         found[name] = inputs if reference is None else _paired(reference, inputs)
     return found
@@ -254,11 +251,8 @@ def _paired(reference: Inputs, inputs: Inputs) -> Inputs:
     """Return another encoder's inputs with the samples in the reference's order."""
     if inputs.names != reference.names or (inputs.test is None) != (reference.test is None):
         raise UserError(f"{inputs.train.source}: other classes than {reference.train.source}; compare the same data")
-    test = None
-    if inputs.test is not None and reference.test is not None:
-        test = pair_up(reference.test, inputs.test)
-    train, unseen = pair_up(reference.train, inputs.train), pair_up(reference.unseen, inputs.unseen)
-    return Inputs(train, unseen, test, inputs.classifier, inputs.names, inputs.warnings)
+    paired: dict[str, Any] = {part: pair_up(table, inputs.tables[part]) for part, table in reference.tables.items()}
+    return replace(inputs, **paired)
 
 
 def _many(given: Any) -> list[Any]:
