@@ -7,11 +7,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tailscope.diagnosis.advice import advise
-from tailscope.diagnosis.encoders import compare, pair_up, same_names
+from tailscope.diagnosis.encoders import compare, confusable_pairs, pair_up, same_names
 from tailscope.diagnosis.inputs import Inputs, bursts, read, without_far_rows
-from tailscope.diagnosis.neighbours import confusable_pairs
-from tailscope.diagnosis.soundness import doubts, doubts_of_outcomes, withhold
+from tailscope.diagnosis.soundness import doubts, doubts_of_outcomes
 from tailscope.errors import UserError
 from tailscope.feature_table import FeatureTable, Source, is_pair
 from tailscope.geometry import GeometryResult, describe
@@ -204,47 +202,45 @@ def _one(
             unseen_bursts=second,
             progress=lambda done, total: advance(1),
         )
-    measured: dict[str, Any] = {
-        "counts": counts,
-        "groups_rule": geometry.groups_rule,
-        "classes": geometry.classes,
-        "groups": geometry.groups,
-    }
     warnings = [*inputs.warnings, *geometry.warnings]
     if settings.too_few_permutations:
         needed = math.ceil(1 / settings.alpha - 1)
         warnings.insert(
             0, f"{settings.permutations} permutations cannot flag a group at {settings.alpha}; give {needed} or more"
         )
+    outcomes = None
     if settings.verdict:
-        judged, caveats, outcomes = _judge(inputs, geometry, settings, runtime.progress)
-        reasons = [*reasons, *(() if reasons else doubts_of_outcomes(inputs, outcomes))]
-        if reasons:
-            withhold(judged, reasons)
-        return measured | judged | {"warnings": list(dict.fromkeys([*reasons, *warnings, *caveats]))}, outcomes
-    pairs = confusable_pairs(geometry.centers, names)
-    unjudged = {"accuracy": None, "verdict": None, "advice": [], "pairs": pairs}
-    return measured | unjudged | {"warnings": list(dict.fromkeys([*reasons, *warnings]))}, None
+        judged, outcomes, reasons, caveats = _judge(inputs, geometry, reasons, settings, runtime.progress)
+        warnings += caveats
+    else:
+        pairs = confusable_pairs(geometry.centers, names)
+        judged = {"accuracy": None, "verdict": None, "advice": [], "pairs": pairs}
+    found = {
+        "counts": counts,
+        "groups_rule": geometry.groups_rule,
+        "classes": geometry.classes,
+        "groups": geometry.groups,
+        **judged,
+        "warnings": list(dict.fromkeys([*reasons, *warnings])),
+    }
+    return found, outcomes
 
 
 def _judge(
-    inputs: Inputs, geometry: GeometryResult, settings: DiagnosisSettings, progress: Progress
-) -> "tuple[dict[str, Any], list[str], Outcomes]":
-    """Return the fields that rest on fitted classifiers, and warnings."""
+    inputs: Inputs, geometry: GeometryResult, reasons: list[str], settings: DiagnosisSettings, progress: Progress
+) -> "tuple[dict[str, Any], Outcomes, list[str], list[str]]":
+    """Return the fields that rest on fitted classifiers, what these get right, why the verdict is withheld, caveats."""
     from tailscope.diagnosis.outcomes import score  # here because scikit-learn takes seconds to import
-    from tailscope.diagnosis.verdict import accuracies, judge
+    from tailscope.diagnosis.verdict import accuracies, advise, judge, withhold
 
     outcomes = score(inputs, settings.seed, progress)
     pairs = confusable_pairs(geometry.centers, inputs.names, outcomes.labels, outcomes.predicted)
     accuracy = accuracies(outcomes, [entry["group"] for entry in geometry.classes])
-    verdict, caveats = judge(
-        outcomes,
-        geometry.classes,
-        dict.fromkeys(GROUPS) if settings.too_few_permutations else geometry.groups,
-        settings.ceiling,
-    )
-    advice = advise(accuracy, verdict, geometry.classes, pairs)
-    return {"accuracy": accuracy, "verdict": verdict, "advice": advice, "pairs": pairs}, caveats, outcomes
+    pooled = dict.fromkeys(GROUPS) if settings.too_few_permutations else geometry.groups
+    verdict, caveats = judge(outcomes, geometry.classes, pooled, settings.ceiling)
+    reasons = reasons or doubts_of_outcomes(inputs, outcomes)
+    advice = withhold(verdict, reasons) if reasons else advise(accuracy, verdict, geometry.classes, pairs)
+    return {"accuracy": accuracy, "verdict": verdict, "advice": advice, "pairs": pairs}, outcomes, reasons, caveats
 
 
 def _paired(reference: Inputs, inputs: Inputs) -> Inputs:

@@ -125,19 +125,6 @@ def _classifier(inputs: Inputs, predicted: Any, name: str) -> list[str]:
     return []
 
 
-def withhold(judged: dict[str, Any], reasons: Sequence[str]) -> None:
-    """Take the verdict back, in place: overall, of groups and of classes; advise to mend the files instead."""
-    verdict = judged["verdict"]
-    parts = [verdict, *filter(None, verdict["groups"].values()), *verdict["classes"]]
-    for part in parts:
-        part |= {"bottleneck": "undecided", "reason": reasons[0]}
-    verdict["withheld"] = list(reasons)
-    text = "No remedy can be advised before the files belong together: see the first warning."
-    judged["advice"] = [
-        {"about": "evidence", "text": text, "remedy": None, "classes": [], "gain": None, "at_most": True}
-    ]
-
-
 def _labels(inputs: Inputs, part: str) -> list[str]:
     """Say where the labels of held-out samples mean other classes than those of training samples."""
     match = match_labels(*_scaled_alike(inputs, part))
