@@ -20,7 +20,7 @@ from tailscope.feature_table import FeatureTable
 from tailscope.field_checks import match_names
 from tailscope.geometry.angles import unit_centers
 from tailscope.geometry.fields import Entry
-from tailscope.geometry.lengths import exponent, log2_lengths, scaled
+from tailscope.geometry.rows import exponent, log2_lengths, scaled
 from tailscope.groups import GROUPS
 
 if TYPE_CHECKING:

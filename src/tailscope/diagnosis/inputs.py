@@ -14,9 +14,7 @@ import torch
 from tailscope.errors import UserError, first_few
 from tailscope.feature_table import FeatureTable, Source, align
 from tailscope.field_checks import listed
-from tailscope.geometry.duplicates import unseen_copies
-from tailscope.geometry.lengths import FAR, far, median
-from tailscope.geometry.rows import ClassRows, group_rows
+from tailscope.geometry.rows import FAR, ClassRows, far, group_rows, median, unseen_copies
 from tailscope.linear_layer import LinearLayer
 
 BoolArray = npt.NDArray[np.bool_]

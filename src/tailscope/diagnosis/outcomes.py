@@ -18,7 +18,7 @@ from tailscope.diagnosis.inputs import Inputs, bursts
 from tailscope.diagnosis.soundness import fit_scale
 from tailscope.errors import UserError
 from tailscope.feature_table import FeatureTable
-from tailscope.geometry.lengths import scaled
+from tailscope.geometry.rows import scaled
 from tailscope.intervals import proportion
 from tailscope.progress import Progress
 

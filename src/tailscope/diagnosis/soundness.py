@@ -17,9 +17,7 @@ from torch import Tensor
 from tailscope.diagnosis.inputs import Inputs, named
 from tailscope.diagnosis.label_match import MARGIN, cycles, match_labels
 from tailscope.errors import first_few
-from tailscope.geometry.duplicates import find_copies, unseen_copies
-from tailscope.geometry.lengths import exponent, scaled
-from tailscope.geometry.rows import ClassRows, gather
+from tailscope.geometry.rows import ClassRows, exponent, find_copies, gather, scaled, unseen_copies
 
 if TYPE_CHECKING:
     from tailscope.diagnosis.outcomes import Outcomes

@@ -17,9 +17,9 @@ from tailscope.bounds import difference
 from tailscope.diagnosis.encoders import Pair
 from tailscope.diagnosis.outcomes import BoolArray, Outcomes
 from tailscope.errors import first_few
-from tailscope.geometry.calibration import VERDICT_SAMPLES
+from tailscope.geometry.describe import FEW_UNSEEN
 from tailscope.geometry.fields import Entry
-from tailscope.geometry.notes import FEW_UNSEEN
+from tailscope.geometry.significance import VERDICT_SAMPLES
 from tailscope.groups import GROUPS
 from tailscope.intervals import FloatArray, Gap, Interval, proportion
 
