@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tailscope.array_files.fields import ALIASES, MOST_NAMED, Header, in_words, resolve, unread
-from tailscope.array_files.text import Array, Arrays
+from tailscope.array_files.fields import ALIASES, MOST_NAMED, Array, Arrays, Header, in_words, resolve, unread
 from tailscope.errors import UserError, first_few
 
 NUMBER, LISTS, OTHER = "number", "lists", "text"

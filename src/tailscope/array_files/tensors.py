@@ -8,8 +8,18 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from tailscope.array_files.fields import Header, require_room, resolve, unread
-from tailscope.array_files.text import Array, Arrays, Contents, arrays_to_header, header_to_arrays, shown
+from tailscope.array_files.fields import (
+    Array,
+    Arrays,
+    Contents,
+    Header,
+    arrays_to_header,
+    header_to_arrays,
+    require_room,
+    resolve,
+    shown,
+    unread,
+)
 from tailscope.errors import UserError
 from tailscope.store.files import write_tensors
 
