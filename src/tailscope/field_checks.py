@@ -137,12 +137,17 @@ def check_classes(source: str, classes: int) -> None:
 
 
 def _texts(where: str, array: npt.NDArray[Any]) -> npt.NDArray[np.str_]:
-    text = np.char.decode(array, "utf-8", "backslashreplace") if array.dtype.kind == "S" else array.astype(np.str_)
+    text = _decoded(array)
     plain = np.char.lower(np.char.strip(text))
     beside_numbers = np.isin(plain, _MISSING_BESIDE_NUMBERS)
     missing = beside_numbers if _are_numbers(plain[~beside_numbers]) else np.isin(plain, _MISSING)
     _require(where, text, ~missing, "is empty; leave unlabelled rows out")
     return text
+
+
+def _decoded(array: npt.NDArray[Any]) -> npt.NDArray[np.str_]:
+    """Return an array of text, or of bytes in UTF-8, as text."""
+    return np.char.decode(array, "utf-8", "backslashreplace") if array.dtype.kind == "S" else array.astype(np.str_)
 
 
 def _are_numbers(text: npt.NDArray[np.str_]) -> bool:
@@ -202,7 +207,7 @@ def to_names(source: str, values: npt.ArrayLike, *, numbers: bool = False) -> tu
         array = array.astype(np.str_)
     if array.dtype.kind not in "UST" or array.ndim != 1:
         raise UserError(f"{source}: class_names is {array.dtype} {array.shape}; expected text [C]")
-    text = np.char.decode(array, "utf-8", "backslashreplace") if array.dtype.kind == "S" else array
+    text = _decoded(array)
     unique, times = np.unique(text, return_counts=True)
     if (times > 1).any():
         twice = str(unique[times.argmax()])
@@ -222,11 +227,9 @@ def to_keys(where: str, values: npt.ArrayLike, rows: int) -> Keys:
     array = _plain(where, array) if array.dtype.kind == "O" else array
     if array.dtype.kind in "iu":
         return array.astype(np.int64)
-    if array.dtype.kind == "S":
-        return np.char.decode(array, "utf-8", "replace")
-    if array.dtype.kind not in "UT":
+    if array.dtype.kind not in "SUT":
         raise UserError(f"{where} is {array.dtype}; expected integers or text")
-    return array.astype(np.str_)
+    return _decoded(array)
 
 
 def to_provenance(source: str, text: str) -> dict[str, Any]:

@@ -147,11 +147,7 @@ class LabelAwareSmoothing(_Softmax):
         head: smoothing of the most frequent class, in [0, 1).
         tail: smoothing of the rarest class, and of all where the counts are equal.
         shape: how e grows with the count: "concave" (a quarter sine wave), "linear" or "convex".
-        l2: as in `SoftmaxRegression`.
-        choose_l2: as there.
-        tol: as there.
-        max_iter: as there.
-        random_state: as there.
+        l2: this and the others, as in `SoftmaxRegression`.
     """
 
     head: float = 0.3
@@ -222,8 +218,7 @@ class LWS(Rebalanced, LinearClassifier):
     Args:
         base: the classifier to scale.
         l2: strength of the penalty, > 0.
-        tol: as in `SoftmaxRegression`.
-        max_iter: as there.
+        tol: this and `max_iter`, as in `SoftmaxRegression`.
     """
 
     l2: float = 1e-2
@@ -261,8 +256,7 @@ class DisAlign(Rebalanced):
         base: the classifier to calibrate.
         rho: 0 keeps the training distribution, 1 balances the classes, above 1 favours the tail.
         l2: strength of the penalty, > 0.
-        tol: as in `SoftmaxRegression`.
-        max_iter: as there.
+        tol: this and `max_iter`, as in `SoftmaxRegression`.
     """
 
     rho: float = 1.2

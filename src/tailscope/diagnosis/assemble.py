@@ -29,15 +29,7 @@ MOST_PERMUTATIONS = 10**6
 
 @dataclass(frozen=True)
 class DiagnosisSettings:
-    """What a diagnosis depends on besides its inputs.
-
-    Attributes:
-        ceiling: the accuracy that would be perfect, in (0, 1].
-        permutations: of each test; 0 leaves the tests out.
-        alpha: false discovery rate at which classes and groups are flagged, from 0.001.
-        verdict: whether to fit classifiers and judge.
-        drop_duplicates: whether unseen samples that are also training samples are left out.
-        seed: of permutations, folds and hold-outs.
+    """What a diagnosis depends on besides its inputs; what each means, `diagnose` says.
 
     Raises:
         UserError: a value is out of range.

@@ -129,10 +129,10 @@ def bursts(*tables: FeatureTable) -> list[torch.Tensor | None]:
 
     Samples of a table without bursts are bursts of their own.
     """
-    if all(table.groups is None for table in tables):
+    if all(table.bursts is None for table in tables):
         return [None] * len(tables)
     texts = [
-        np.array([f"{i}:{k}" for k in range(len(table))]) if table.groups is None else table.groups.astype(np.str_)
+        np.array([f"{i}:{k}" for k in range(len(table))]) if table.bursts is None else table.bursts.astype(np.str_)
         for i, table in enumerate(tables)
     ]
     codes = np.unique(np.concatenate(texts), return_inverse=True)[1].reshape(-1)
