@@ -26,12 +26,10 @@ from tailscope.classifiers import (
     NearestClassMean,
     SoftmaxRegression,
     TauNorm,
-    solver,
+    base,
 )
-from tailscope.classifiers.base import Diverged, stratified_holdout
-from tailscope.classifiers.post_hoc import TAUS
-from tailscope.classifiers.softmax import balanced_weights, label_aware_smoothing
-from tailscope.classifiers.solver import Stopping, fit_softmax
+from tailscope.classifiers.base import Diverged, Stopping, fit_softmax, stratified_holdout
+from tailscope.classifiers.estimators import TAUS, balanced_weights, label_aware_smoothing
 from tailscope.errors import UserError
 
 EXACT = {"tol": 1e-14, "max_iter": 2000}
@@ -343,7 +341,7 @@ def test_a_fit_in_the_span_of_the_rows_is_the_fit_in_all_features(monkeypatch, m
         more = {"start": (0.1 * rng.normal(size=(4, 200)), rng.normal(size=4))}
     arguments = {"class_weight": np.array([0.4, 0.8, 1.2, 1.6]), "l2": 1e-2, "stopping": Stopping(1e-15, 5000), **more}
     weight, bias, _ = fit_softmax(X, y, **arguments)
-    monkeypatch.setattr(solver, "_row_space", lambda features: (features, None, torch.zeros(200, dtype=torch.float64)))
+    monkeypatch.setattr(base, "_row_space", lambda features: (features, None, torch.zeros(200, dtype=torch.float64)))
     direct_weight, direct_bias, _ = fit_softmax(X, y, **arguments)
     logits, direct = X @ weight.T + bias, X @ direct_weight.T + direct_bias
     assert np.abs(logits - direct).max() < 1e-6 * np.abs(direct).max()

@@ -12,8 +12,7 @@ import tailscope
 from diagnosis_cases import CLASSES, COUNTS, FEW, UNSEEN, head_biased, noise, scattered, separable, table
 from tailscope.bounds import select_nested
 from tailscope.diagnosis import outcomes
-from tailscope.diagnosis.encoders import linear_cka
-from tailscope.diagnosis.neighbours import closest, confusable_pairs
+from tailscope.diagnosis.encoders import closest, confusable_pairs, linear_cka
 from tailscope.diagnosis.verdict import decide
 from tailscope.errors import UserError
 from tailscope.geometry import FIELDS, describe

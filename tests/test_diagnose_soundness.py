@@ -11,9 +11,9 @@ import torch
 import tailscope
 from diagnosis_cases import CENTRES, CLASSES, COUNTS, FEW, UNSEEN, around, head_biased, scattered, separable, table
 from tailscope import cli
-from tailscope.diagnosis.inputs import Inputs
+from tailscope.diagnosis.inputs import Inputs, far_notes, without_far_rows
 from tailscope.diagnosis.label_match import _Sets, match_labels
-from tailscope.diagnosis.soundness import below_chance, common_factor, far_notes, mixed_rows, without_far_rows
+from tailscope.diagnosis.soundness import below_chance, common_factor, mixed_rows
 from tailscope.errors import UserError
 from tailscope.geometry import group_rows
 from tailscope.linear_layer import LinearLayer
@@ -339,7 +339,7 @@ def test_rows_are_left_out_until_none_is_far_and_all_are_counted():
     left = without_far_rows({"": one})[""].train
     assert len(left) == len(kept)
     assert group_rows(left.features, left.labels, "abc", "").far == [0, 0, 0]
-    assert f" and {300 - len(kept) - 5} more are up to" in far_notes(rows)[0]
+    assert f" and {300 - len(kept) - 5} more are up to" in far_notes(one, "train")[0]
 
 
 def test_rows_far_too_long_stay_paired_over_encoders_and_may_not_be_a_class():

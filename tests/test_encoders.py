@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
-from tailscope.encoders import architectures, load
+from tailscope.encoders import encoder, load
 from tailscope.encoders.encoder import last_linear
 from tailscope.encoders.preprocessing import CIFAR, IMAGENET, Normalization, Wishes
 from tailscope.errors import UserError
@@ -74,10 +74,10 @@ def test_torchvision_features_are_what_its_classifier_sees(name: str) -> None:
 @pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "efficientnet_b1", "swin_t"])
 def test_torchvision_preprocessing_is_that_of_its_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     oracle = get_model_weights(name)["DEFAULT"].transforms()
-    monkeypatch.setattr(architectures, "get_model", lambda *_, **__: nn.Linear(1, 1))  # building it takes seconds
-    built = architectures.from_torchvision(name, False, Wishes())
+    monkeypatch.setattr(encoder, "get_model", lambda *_, **__: nn.Linear(1, 1))  # building it takes seconds
+    built = encoder.from_torchvision(name, False, Wishes())
     torch.testing.assert_close(built.preprocessing(noise()), oracle(noise()), rtol=0, atol=1e-6)
-    assert architectures.from_torchvision(name, False, Wishes(image_size=99)).preprocessing(noise()).shape == (
+    assert encoder.from_torchvision(name, False, Wishes(image_size=99)).preprocessing(noise()).shape == (
         3,
         99,
         99,

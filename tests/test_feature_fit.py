@@ -19,7 +19,7 @@ def test_take_keeps_rows_together() -> None:
     assert picked.features.tolist() == [[6.0, 7.0, 8.0], [0.0, 1.0, 2.0]]
     assert picked.labels.tolist() == [1, 0]
     assert picked.ids.tolist() == ["b/é", "a/1"]
-    assert picked.groups.tolist() == [8, 7]
+    assert picked.bursts.tolist() == [8, 7]
 
 
 def test_align_matches_classes_by_name() -> None:

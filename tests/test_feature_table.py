@@ -45,7 +45,7 @@ def same(a: FeatureTable, b: FeatureTable) -> bool:
         and a.class_names == b.class_names
         and a.provenance == b.provenance
         and equal(a.ids, b.ids)
-        and equal(a.groups, b.groups)
+        and equal(a.bursts, b.bursts)
     )
 
 

@@ -9,8 +9,11 @@ import scipy.stats
 import torch
 
 from tailscope.geometry import describe
-from tailscope.geometry.calibration import (
+from tailscope.geometry.moments import lanczos, moments, top_eigenpair
+from tailscope.geometry.rows import all_subsets, subsets
+from tailscope.geometry.significance import (
     GAP,
+    STATISTICS,
     Count,
     Draws,
     Units,
@@ -18,12 +21,11 @@ from tailscope.geometry.calibration import (
     draw,
     false_discovery,
     group_p,
+    make_pool,
     needs_more,
     standardize,
+    statistics,
 )
-from tailscope.geometry.moments import moments
-from tailscope.geometry.permutation import STATISTICS, all_subsets, make_pool, statistics, subsets
-from tailscope.geometry.spectrum import lanczos, top_eigenpair
 
 
 def degrees(u, v):

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from tailscope.errors import UserError
 from tailscope.geometry import FIELDS, describe
 from tailscope.geometry.angles import angle_between, angles_to, nearest_center
-from tailscope.geometry.duplicates import unseen_copies
-from tailscope.geometry.rows import group_rows
+from tailscope.geometry.rows import group_rows, unseen_copies
 
 ABSOLUTE = ("variance", "variance_unseen", "covariance_norm", "covariance_norm_unbiased")
 

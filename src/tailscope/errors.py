@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 GIT_LFS = b"version https://git-lfs"
@@ -22,6 +23,16 @@ def one_line(text: str) -> str:
     'a b �[31mred'
     """
     return printable(" ".join(text.split()))
+
+
+def first_few(texts: Sequence[str], most: int = 5) -> str:
+    """Return the first few texts, and how many there are beyond.
+
+    >>> first_few(["ant", "bee", "cat"], most=2)
+    'ant, bee and 1 more'
+    """
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more
 
 
 def printable(text: str) -> str:

@@ -64,7 +64,7 @@ class FeatureTable:
         labels: int64 [N]: positions in `class_names` or, without, any whole numbers from 0, each the name of a class.
         class_names: [C] different names, or None where the source has none.
         ids: [N] integers or text that name samples across tables, or None.
-        groups: [N] integers or text: samples of one group (a burst) belong together, or None.
+        bursts: [N] integers or text: samples of one burst belong together, or None; the field `groups` of a file.
         provenance: what made the features.
         source: what messages call this table: its file.
         named_rows: whether the source's labels are themselves the names, not positions in a list of names.
@@ -75,7 +75,7 @@ class FeatureTable:
     labels: Tensor
     class_names: tuple[str, ...] | None = None
     ids: Keys | None = None
-    groups: Keys | None = None
+    bursts: Keys | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     source: str = "the table"
     named_rows: bool = False
@@ -189,13 +189,13 @@ class FeatureTable:
             arrays["class_names"] = np.array(self.class_names, dtype=np.str_)
         if self.ids is not None:
             arrays["ids"] = self.ids
-        if self.groups is not None:
-            arrays["groups"] = self.groups
+        if self.bursts is not None:
+            arrays["groups"] = self.bursts
         array_files.write(path, arrays)
 
     def digest(self) -> str:
         """Return the SHA-256 of all fields, whatever format a file has."""
-        keys = [None if k is None else (k.dtype.kind, k.tolist()) for k in (self.ids, self.groups)]
+        keys = [None if k is None else (k.dtype.kind, k.tolist()) for k in (self.ids, self.bursts)]
         described = [self.provenance, self.class_names, keys, str(self.features.dtype), list(self.features.shape)]
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
         for numbers in (self.features, self.labels):
@@ -230,7 +230,7 @@ class FeatureTable:
             features=self.features[index],
             labels=self.labels[index],
             ids=None if self.ids is None else self.ids[picked],
-            groups=None if self.groups is None else self.groups[picked],
+            bursts=None if self.bursts is None else self.bursts[picked],
         )
 
 

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from tailscope.array_files import message_of, parse_json
 from tailscope.array_files.tensors import to_array
-from tailscope.errors import UserError
+from tailscope.errors import UserError, first_few
 
 MAX_CLASSES = 10_000
-_BLOCK_ELEMENTS = 2**22
 _MISSING = ("", "nan", "<na>")
 _MISSING_BESIDE_NUMBERS = (*_MISSING, "na", "n/a", "none", "null")
 
@@ -32,8 +31,7 @@ def listed(names: Sequence[str], most: int = 5) -> str:
     >>> listed(["ant", "bee", "cat"], most=2)
     "'ant', 'bee' and 1 more"
     """
-    text = ", ".join(repr(name) for name in names[:most])
-    return f"{text} and {len(names) - most} more" if len(names) > most else text
+    return first_few([repr(name) for name in names], most)
 
 
 def to_floats(where: str, values: npt.ArrayLike | Tensor, dimensions: str) -> Tensor:
@@ -66,9 +64,7 @@ def require_finite(where: str, rows: Tensor) -> None:
     """
     if rows.sum().isfinite():  # a sum with NaN or infinity in it never is; looking at each takes 20 times as long
         return
-    step = max(1, _BLOCK_ELEMENTS // rows.shape[1])
-    wrong = [~torch.isfinite(rows[start : start + step]).all(dim=1) for start in range(0, len(rows), step)]
-    found = torch.cat(wrong).nonzero().flatten()
+    found = (~torch.isfinite(rows)).any(dim=1).nonzero().flatten()
     if len(found):
         raise UserError(f"{where}: {len(found)} of {len(rows)} rows hold NaN or infinity, the first is row {found[0]}")
 
@@ -141,12 +137,17 @@ def check_classes(source: str, classes: int) -> None:
 
 
 def _texts(where: str, array: npt.NDArray[Any]) -> npt.NDArray[np.str_]:
-    text = np.char.decode(array, "utf-8", "backslashreplace") if array.dtype.kind == "S" else array.astype(np.str_)
+    text = _decoded(array)
     plain = np.char.lower(np.char.strip(text))
     beside_numbers = np.isin(plain, _MISSING_BESIDE_NUMBERS)
     missing = beside_numbers if _are_numbers(plain[~beside_numbers]) else np.isin(plain, _MISSING)
     _require(where, text, ~missing, "is empty; leave unlabelled rows out")
     return text
+
+
+def _decoded(array: npt.NDArray[Any]) -> npt.NDArray[np.str_]:
+    """Return an array of text, or of bytes in UTF-8, as text."""
+    return np.char.decode(array, "utf-8", "backslashreplace") if array.dtype.kind == "S" else array.astype(np.str_)
 
 
 def _are_numbers(text: npt.NDArray[np.str_]) -> bool:
@@ -206,7 +207,7 @@ def to_names(source: str, values: npt.ArrayLike, *, numbers: bool = False) -> tu
         array = array.astype(np.str_)
     if array.dtype.kind not in "UST" or array.ndim != 1:
         raise UserError(f"{source}: class_names is {array.dtype} {array.shape}; expected text [C]")
-    text = np.char.decode(array, "utf-8", "backslashreplace") if array.dtype.kind == "S" else array
+    text = _decoded(array)
     unique, times = np.unique(text, return_counts=True)
     if (times > 1).any():
         twice = str(unique[times.argmax()])
@@ -226,11 +227,9 @@ def to_keys(where: str, values: npt.ArrayLike, rows: int) -> Keys:
     array = _plain(where, array) if array.dtype.kind == "O" else array
     if array.dtype.kind in "iu":
         return array.astype(np.int64)
-    if array.dtype.kind == "S":
-        return np.char.decode(array, "utf-8", "replace")
-    if array.dtype.kind not in "UT":
+    if array.dtype.kind not in "SUT":
         raise UserError(f"{where} is {array.dtype}; expected integers or text")
-    return array.astype(np.str_)
+    return _decoded(array)
 
 
 def to_provenance(source: str, text: str) -> dict[str, Any]:

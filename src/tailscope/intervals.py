@@ -8,7 +8,7 @@ bootstraps, binomial intervals and Satterthwaite's approximation do not.
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,6 +17,13 @@ from scipy import special
 FloatArray = NDArray[np.float64]
 Bounds = tuple[float, float]
 Z = float(special.ndtri(0.975))
+
+
+class Gap(TypedDict):
+    """A difference of accuracies as result files hold it."""
+
+    points: float
+    ci95: list[float] | None
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,10 @@ class Interval:
     def to_json(self) -> dict[str, Any]:
         """Return `points`, `ci95` and `ci95_seeds` as result files hold them."""
         return {"points": self.estimate, "ci95": as_list(self.ci95), "ci95_seeds": as_list(self.ci95_seeds)}
+
+    def gap(self) -> Gap:
+        """Return the same without the interval over seeds."""
+        return {"points": self.estimate, "ci95": as_list(self.ci95)}
 
     def widened(self, factor: float) -> "Interval":
         """Return the same estimate with intervals `factor` times as wide, for standard errors known to be too small."""

@@ -7,6 +7,7 @@ half of it, whose softmax gives the same probabilities.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -74,13 +75,8 @@ class LinearLayer:
             UserError: as `FeatureTable.load`.
         """
         arrays, notes = array_files.read(path, ("weight",), ("bias", "class_names"))
-        return cls.from_arrays(
-            arrays["weight"],
-            arrays.get("bias"),
-            class_names=arrays.get("class_names"),
-            source=array_files.shown(path),
-            notes=notes,
-        )
+        fields: dict[str, Any] = dict(arrays)
+        return cls.from_arrays(**fields, source=array_files.shown(path), notes=notes)
 
     def save(self, path: Path) -> None:
         """Write the classifier as `.npz` or `.safetensors`, whole or not at all."""

@@ -2,19 +2,20 @@
 
 What the formats hold is the same; only text differs. An `.npz` has text arrays. A `.safetensors`, which has none, keeps
 `class_names` and `provenance` as JSON in its header, and text of the rows as UTF-8 bytes, uint8 [N, longest], padded
-with zeros. `.parquet` and `.csv` have one row a sample (`columns`), `.npy` one array (`beside`), `.pt` a dict.
+with zeros. `.parquet` and `.csv` have one row a sample (`columns`), `.pt` a dict, `.npy` one array, whose labels lie in
+another file beside it.
 """
 
 import os
-import uuid
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from tailscope.array_files import delimited, npz, parquet, pickles, tensors
-from tailscope.array_files.beside import labels_beside
-from tailscope.array_files.text import SINGLE, Array, Arrays, Contents, message_of, parse_json, shown
+from tailscope.array_files.fields import ALIASES, SINGLE, Array, Arrays, Contents, message_of, parse_json, shown
 from tailscope.errors import GIT_LFS, UserError, unreadable
+from tailscope.store.files import replacing
 
 __all__ = ["Array", "Arrays", "Contents", "check_writable", "message_of", "parse_json", "read", "shown", "write"]
 
@@ -24,17 +25,18 @@ class _Format(NamedTuple):
 
     read: Callable[[Path, Sequence[str], Sequence[str]], Contents]
     unreadable: tuple[type[Exception], ...]
+    by_rows: bool = False
 
 
 _READERS = {
     ".npz": _Format(npz.read, npz.UNREADABLE),
     ".safetensors": _Format(tensors.read, tensors.UNREADABLE),
-    ".parquet": _Format(parquet.read, parquet.UNREADABLE),
+    ".parquet": _Format(parquet.read, parquet.UNREADABLE, by_rows=True),
     ".npy": _Format(npz.read_single, npz.UNREADABLE),
     ".pt": _Format(pickles.read, pickles.UNREADABLE),
     ".pth": _Format(pickles.read, pickles.UNREADABLE),
-    ".csv": _Format(delimited.read, delimited.UNREADABLE),
-    ".tsv": _Format(delimited.read, delimited.UNREADABLE),
+    ".csv": _Format(delimited.read, delimited.UNREADABLE, by_rows=True),
+    ".tsv": _Format(delimited.read, delimited.UNREADABLE, by_rows=True),
 }
 _WRITERS: dict[str, Callable[[Path, Arrays], None]] = {
     ".npz": npz.write,
@@ -77,6 +79,8 @@ def _guarded(path: Path, required: Sequence[str], optional: Sequence[str]) -> Co
     try:
         if path.stat().st_size < _LFS_BYTES and path.read_bytes().startswith(GIT_LFS):
             raise UserError(f"{path}: a pointer of Git LFS, not the file itself; fetch it with git lfs pull")
+        if reader.by_rows and "features" not in required:
+            raise UserError(f"{path}: a table has one row a sample; expected {', '.join(required)} in an .npz")
         return reader.read(path, required, optional)
     except PermissionError:
         raise UserError(f"{path}: {_WORDS['may not be read']}") from None
@@ -105,11 +109,42 @@ def write(path: Path, arrays: Arrays) -> None:
         UserError: as `check_writable`, or the disk refuses.
     """
     check_writable(path)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
+    with replacing(path, durable=False) as partial:
         _WRITERS[path.suffix](partial, arrays)
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or message_of(error)})") from error
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+def labels_beside(path: Path, array: Array, required: Sequence[str]) -> Path:
+    """Return the file of labels beside a file of features.
+
+    Args:
+        path: the file of the features.
+        array: what it holds.
+        required: the fields that are asked for.
+
+    Raises:
+        UserError: other fields are asked for, or not exactly one file of labels is there.
+    """
+    holds = f"{path}: holds a single array, {array.dtype} {list(array.shape)}"
+    if "features" not in required:
+        raise UserError(f"{holds}; expected the fields {', '.join(required)}: save them with np.savez")
+    names = label_names(path.name)
+    present = [path.with_name(name) for name in names if path.with_name(name).exists()]
+    if not present:
+        raise UserError(f"{holds}; its labels are looked for beside it, in {' or '.join(names)}: none is there")
+    if len(present) > 1:
+        raise UserError(f"{holds}; its labels may be {present[0].name} or {present[1].name}: keep one of them")
+    return present[0]
+
+
+def label_names(name: str) -> list[str]:
+    """Return the names that the file of labels may have beside a file of features.
+
+    >>> label_names("X_train.npy")[-1], label_names("train-features.npy")[0], label_names("resnet50.npy")
+    ('y_train.npy', 'train-labels.npy', ['resnet50_labels.npy', 'resnet50-labels.npy'])
+    """
+    stem, suffix = Path(name).stem, Path(name).suffix
+    words = "|".join(ALIASES["features"])
+    token = re.compile(rf"(?<![A-Za-z0-9])(?:{words})(?![A-Za-z0-9])")
+    if token.search(stem):
+        return [token.sub(word, stem, count=1) + suffix for word in ALIASES["labels"]]
+    return [f"{stem}_labels{suffix}", f"{stem}-labels{suffix}"]

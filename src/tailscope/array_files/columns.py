@@ -13,9 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tailscope.array_files.fields import ALIASES, Header, in_words, resolve, unread
-from tailscope.array_files.text import Array, Arrays
-from tailscope.errors import UserError
+from tailscope.array_files.fields import ALIASES, MOST_NAMED, Array, Arrays, Header, in_words, resolve, unread
+from tailscope.errors import UserError, first_few
 
 NUMBER, LISTS, OTHER = "number", "lists", "text"
 _ROW_FIELDS = ("labels", "ids", "groups")
@@ -96,8 +95,8 @@ def _features(
     if numbered:
         return numbered, False, []
     plain = [name for name in rest if kinds[name] == NUMBER and name not in _INDEX]
-    note = f"{where}: taken as the features: {len(plain)} columns, {', '.join(map(repr, plain[:8]))}"
-    return plain, False, [note + (f" and {len(plain) - 8} more" if plain[8:] else "")] if plain else []
+    shown = first_few([repr(name) for name in plain], MOST_NAMED)
+    return plain, False, [f"{where}: taken as the features: {len(plain)} columns, {shown}"] if plain else []
 
 
 def _numbered(where: Path | str, names: list[str]) -> list[str]:

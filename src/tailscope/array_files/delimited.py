@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tailscope.array_files import columns
-from tailscope.array_files.text import Array, Contents
+from tailscope.array_files.fields import Array, Contents
 from tailscope.errors import UserError
 
 # What decoding, Python's csv and its numbers raise; a number that is none is told apart below.
@@ -26,11 +26,9 @@ def read(path: Path, required: Sequence[str], optional: Sequence[str]) -> Conten
     """Return the features, labels and what else of the fields a table has; numbers are float64.
 
     Raises:
-        UserError: other fields are asked for, a column is missing, or a cell or a line is not what it should be.
+        UserError: a column is missing, or a cell or a line is not what it should be.
         Exception: one of `UNREADABLE`, where the file is no text.
     """
-    if "features" not in required:
-        raise UserError(f"{path}: a table has one row a sample; expected {', '.join(required)} in an .npz")
     with path.open(encoding=_encoding(path), newline="") as file:
         head = file.readline()
         delimiter = max(_DELIMITERS, key=head.count)

@@ -1,16 +1,20 @@
-"""Which array of a file is which field, what the file holds in words, and whether that fits into memory.
+"""What the formats share: which array is which field, what a file holds in words, whether it fits, text as JSON.
 
 `ALIASES` is the one table of the names that a field may have. The field's own name, the first, wins over the others;
 a file that holds two of the others is refused.
 """
 
+import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from tailscope.errors import UserError
+import numpy as np
+import numpy.typing as npt
+
+from tailscope.errors import UserError, first_few
 
 ALIASES: dict[str, tuple[str, ...]] = {
     "features": ("features", "feature", "embeddings", "embedding", "X"),
@@ -21,7 +25,10 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "weight": ("weight", "coef_", "coef"),
     "bias": ("bias", "intercept_", "intercept"),
 }
-_MOST_NAMED = 8
+Array = npt.NDArray[Any]
+Arrays = dict[str, Array]
+SINGLE = "the array"  # the name of an array that a file holds alone
+MOST_NAMED = 8
 
 
 class Header(NamedTuple):
@@ -67,18 +74,13 @@ def in_words(held: Mapping[str, Header]) -> str:
     >>> in_words({"feats": Header("float32", (600, 8)), "y": Header("int64", (600,))})
     "'feats' float32 [600, 8], 'y' int64 [600]"
     """
-    named = [f"{name!r} {header}" for name, header in [*held.items()][:_MOST_NAMED]]
-    more = [f"{len(held) - _MOST_NAMED} more"] if len(held) > _MOST_NAMED else []
-    return ", ".join([*named, *more]) or "nothing"
+    return first_few([f"{name!r} {header}" for name, header in held.items()], MOST_NAMED) or "nothing"
 
 
 def unread(where: Path | str, held: Iterable[str], read: Iterable[str]) -> tuple[str, ...]:
     """Return a note on what the file holds besides what was read, if there is such a thing."""
-    left = [name for name in held if name not in set(read)]
-    if not left:
-        return ()
-    named = ", ".join(map(repr, left[:_MOST_NAMED])) + (f" and {len(left) - _MOST_NAMED} more" if left[8:] else "")
-    return (f"{where}: not read: {named}",)
+    left = [repr(name) for name in held if name not in set(read)]
+    return (f"{where}: not read: {first_few(left, MOST_NAMED)}",) if left else ()
 
 
 def require_room(where: Path | str, name: str, shape: Sequence[int], itemsize: int) -> int:
@@ -101,3 +103,64 @@ def _memory() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return 2**48
+
+
+class Contents(NamedTuple):
+    """What was read of a file.
+
+    Attributes:
+        arrays: by the name of the field.
+        notes: what was left out or guessed, one line each.
+    """
+
+    arrays: Arrays
+    notes: tuple[str, ...] = ()
+
+
+def message_of(error: BaseException) -> str:
+    """Return an exception's message on one line, or its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def shown(path: Path) -> str:
+    r"""Return a path as text that any terminal and any file can hold: bytes that are no UTF-8 are replaced.
+
+    >>> shown(Path("caf\udce9.npz"))
+    'caf�.npz'
+    """
+    return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def parse_json(text: str) -> Any:
+    """Return what the text says as JSON, None where it is no JSON or nests deeper than Python follows."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def header_to_arrays(path: Path, header: dict[str, str]) -> Arrays:
+    """Return what a file's header of texts says: `class_names`, a JSON list, and `provenance`, taken as it is.
+
+    Raises:
+        UserError: `class_names` is no list of text.
+    """
+    arrays = {}
+    if "provenance" in header:
+        arrays["provenance"] = np.array(header["provenance"])
+    if "class_names" in header:
+        names = parse_json(header["class_names"])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{path}: class_names in the header is not a JSON list of text")
+        arrays["class_names"] = np.array(names, dtype=np.str_)
+    return arrays
+
+
+def arrays_to_header(arrays: Arrays) -> dict[str, str]:
+    """Return the header that `header_to_arrays` reads."""
+    header = {}
+    if "provenance" in arrays:
+        header["provenance"] = str(arrays["provenance"])
+    if "class_names" in arrays:
+        header["class_names"] = json.dumps(arrays["class_names"].tolist())
+    return header

@@ -12,8 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from tailscope.array_files.fields import Header, require_room, resolve, unread
-from tailscope.array_files.text import SINGLE, Array, Arrays, Contents
+from tailscope.array_files.fields import SINGLE, Array, Arrays, Contents, Header, require_room, resolve, unread
 from tailscope.errors import UserError
 
 # What zipfile, zlib, NumPy's header parser and the file system raise on damaged files.

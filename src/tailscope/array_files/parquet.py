@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from tailscope.array_files import columns
-from tailscope.array_files.fields import require_room
-from tailscope.array_files.text import Array, Arrays, Contents, arrays_to_header, header_to_arrays
+from tailscope.array_files.fields import Array, Arrays, Contents, arrays_to_header, header_to_arrays, require_room
 from tailscope.errors import UserError
 
 # What pyarrow raises on damaged files: its own errors derive from these.
@@ -42,11 +41,9 @@ def read(path: Path, required: Sequence[str], optional: Sequence[str]) -> Conten
     """Return the features, labels and what else of the fields a table has.
 
     Raises:
-        UserError: other fields are asked for, columns are missing or hold nulls or lists of different lengths.
+        UserError: columns are missing or hold nulls or lists of different lengths.
         Exception: one of `UNREADABLE`, where the file is damaged.
     """
-    if "features" not in required:
-        raise UserError(f"{path}: a table has one row a sample; expected {', '.join(required)} in an .npz")
     pa = require_pyarrow(path)
     try:
         with path.open("rb") as opened, pa.parquet.ParquetFile(opened) as file:  # a name that is no UTF-8 opens only so

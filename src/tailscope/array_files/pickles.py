@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from tailscope.array_files.fields import Header, require_room, resolve, unread
+from tailscope.array_files.fields import SINGLE, Array, Contents, Header, require_room, resolve, unread
 from tailscope.array_files.tensors import to_array
-from tailscope.array_files.text import SINGLE, Array, Contents
 from tailscope.errors import UserError
 
 # What zipfile, PyTorch's restricted unpickler and NumPy raise on damaged files.

@@ -8,8 +8,18 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from tailscope.array_files.fields import Header, require_room, resolve, unread
-from tailscope.array_files.text import Array, Arrays, Contents, arrays_to_header, header_to_arrays, message_of, shown
+from tailscope.array_files.fields import (
+    Array,
+    Arrays,
+    Contents,
+    Header,
+    arrays_to_header,
+    header_to_arrays,
+    require_room,
+    resolve,
+    shown,
+    unread,
+)
 from tailscope.errors import UserError
 from tailscope.store.files import write_tensors
 
@@ -43,17 +53,10 @@ def read(path: Path, required: Sequence[str], optional: Sequence[str]) -> Conten
 
 
 def write(path: Path, arrays: Arrays) -> None:
-    """Write the arrays; `class_names` and `provenance` go to the header.
-
-    Raises:
-        OSError: the disk refuses.
-    """
+    """Write the arrays; `class_names` and `provenance` go to the header."""
     header = arrays_to_header(arrays)
     tensors = {name: _to_tensor(array) for name, array in arrays.items() if name not in header}
-    try:
-        write_tensors(path, tensors, header)
-    except SafetensorError as error:
-        raise OSError(message_of(error)) from error
+    write_tensors(path, tensors, header)
 
 
 def to_array(tensor: torch.Tensor, *, text: bool = False) -> Array:

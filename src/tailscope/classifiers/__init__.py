@@ -4,10 +4,17 @@
 """
 
 from tailscope.classifiers.base import CLASSIFIERS, FeatureClassifier, LinearClassifier
-from tailscope.classifiers.calibrated import LWS, DisAlign
-from tailscope.classifiers.nearest_mean import NearestClassMean
-from tailscope.classifiers.post_hoc import LogitAdjustment, TauNorm
-from tailscope.classifiers.softmax import CRT, LabelAwareSmoothing, LogitAdjustedSoftmax, SoftmaxRegression
+from tailscope.classifiers.estimators import (
+    CRT,
+    LWS,
+    DisAlign,
+    LabelAwareSmoothing,
+    LogitAdjustedSoftmax,
+    LogitAdjustment,
+    NearestClassMean,
+    SoftmaxRegression,
+    TauNorm,
+)
 
 __all__ = [
     "CLASSIFIERS",

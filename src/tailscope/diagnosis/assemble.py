@@ -7,11 +7,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tailscope.diagnosis.advice import advise
-from tailscope.diagnosis.encoders import compare, pair_up, same_names
-from tailscope.diagnosis.inputs import Inputs, bursts, read
-from tailscope.diagnosis.neighbours import confusable_pairs
-from tailscope.diagnosis.soundness import doubts, doubts_of_outcomes, far_notes, withhold, without_far_rows
+from tailscope.diagnosis.encoders import compare, confusable_pairs, pair_up, same_names
+from tailscope.diagnosis.inputs import Inputs, bursts, read, without_far_rows
+from tailscope.diagnosis.soundness import doubts, doubts_of_outcomes
 from tailscope.errors import UserError
 from tailscope.feature_table import FeatureTable, Source, is_pair
 from tailscope.geometry import GeometryResult, describe
@@ -30,15 +28,7 @@ MOST_PERMUTATIONS = 10**6
 
 @dataclass(frozen=True)
 class DiagnosisSettings:
-    """What a diagnosis depends on besides its inputs.
-
-    Attributes:
-        ceiling: the accuracy that would be perfect, in (0, 1].
-        permutations: of each test; 0 leaves the tests out.
-        alpha: false discovery rate at which classes and groups are flagged, from 0.001.
-        verdict: whether to fit classifiers and judge.
-        drop_duplicates: whether unseen samples that are also training samples are left out.
-        seed: of permutations, folds and hold-outs.
+    """What a diagnosis depends on besides its inputs; what each means, `diagnose` says.
 
     Raises:
         UserError: a value is out of range.
@@ -84,14 +74,11 @@ def prepare(
     filled = [given or [None] * len(trains) for given in others]
     found: dict[str, Inputs] = {}
     for first, second, third, linear in zip(trains, *filled, strict=True):
-        table, held = FeatureTable.of(first, "train"), FeatureTable.of(second, "unseen")
-        scored = None if third is None else FeatureTable.of(third, "test")
-        notes = [note for given in (table, held, scored) if given is not None for note in far_notes(given)]
+        table = FeatureTable.of(first, "train")
         reference = next(iter(found.values()), None)
         if reference is not None:
             table = same_names(reference.train, table)
-        inputs = read(table, held, scored, linear, drop_duplicates=settings.drop_duplicates)
-        inputs = replace(inputs, warnings=(*notes, *inputs.warnings))
+        inputs = read(table, second, third, linear, drop_duplicates=settings.drop_duplicates)
         name = _free_name(Path(table.source).stem, found)
         found[name] = inputs if reference is None else _paired(reference, inputs)
     return found
@@ -163,58 +150,53 @@ def _one(
             unseen_bursts=second,
             progress=lambda done, total: advance(1),
         )
-    measured: dict[str, Any] = {
-        "counts": counts,
-        "groups_rule": geometry.groups_rule,
-        "classes": geometry.classes,
-        "groups": geometry.groups,
-    }
     warnings = [*inputs.warnings, *geometry.warnings]
     if settings.too_few_permutations:
         needed = math.ceil(1 / settings.alpha - 1)
         warnings.insert(
             0, f"{settings.permutations} permutations cannot flag a group at {settings.alpha}; give {needed} or more"
         )
+    outcomes = None
     if settings.verdict:
-        judged, caveats, outcomes = _judge(inputs, geometry, settings, runtime.progress)
-        reasons = [*reasons, *(() if reasons else doubts_of_outcomes(inputs, outcomes))]
-        if reasons:
-            withhold(judged, reasons)
-        return measured | judged | {"warnings": list(dict.fromkeys([*reasons, *warnings, *caveats]))}, outcomes
-    pairs = confusable_pairs(geometry.centers, names)
-    unjudged = {"accuracy": None, "verdict": None, "advice": [], "pairs": pairs}
-    return measured | unjudged | {"warnings": list(dict.fromkeys([*reasons, *warnings]))}, None
+        judged, outcomes, reasons, caveats = _judge(inputs, geometry, reasons, settings, runtime.progress)
+        warnings += caveats
+    else:
+        pairs = confusable_pairs(geometry.centers, names)
+        judged = {"accuracy": None, "verdict": None, "advice": [], "pairs": pairs}
+    found = {
+        "counts": counts,
+        "groups_rule": geometry.groups_rule,
+        "classes": geometry.classes,
+        "groups": geometry.groups,
+        **judged,
+        "warnings": list(dict.fromkeys([*reasons, *warnings])),
+    }
+    return found, outcomes
 
 
 def _judge(
-    inputs: Inputs, geometry: GeometryResult, settings: DiagnosisSettings, progress: Progress
-) -> "tuple[dict[str, Any], list[str], Outcomes]":
-    """Return the fields that rest on fitted classifiers, and warnings."""
+    inputs: Inputs, geometry: GeometryResult, reasons: list[str], settings: DiagnosisSettings, progress: Progress
+) -> "tuple[dict[str, Any], Outcomes, list[str], list[str]]":
+    """Return the fields that rest on fitted classifiers, what these get right, why the verdict is withheld, caveats."""
     from tailscope.diagnosis.outcomes import score  # here because scikit-learn takes seconds to import
-    from tailscope.diagnosis.verdict import accuracies, judge
+    from tailscope.diagnosis.verdict import accuracies, advise, judge, withhold
 
     outcomes = score(inputs, settings.seed, progress)
     pairs = confusable_pairs(geometry.centers, inputs.names, outcomes.labels, outcomes.predicted)
     accuracy = accuracies(outcomes, [entry["group"] for entry in geometry.classes])
-    verdict, caveats = judge(
-        outcomes,
-        geometry.classes,
-        dict.fromkeys(GROUPS) if settings.too_few_permutations else geometry.groups,
-        settings.ceiling,
-    )
-    advice = advise(accuracy, verdict, geometry.classes, pairs)
-    return {"accuracy": accuracy, "verdict": verdict, "advice": advice, "pairs": pairs}, caveats, outcomes
+    pooled = dict.fromkeys(GROUPS) if settings.too_few_permutations else geometry.groups
+    verdict, caveats = judge(outcomes, geometry.classes, pooled, settings.ceiling)
+    reasons = reasons or doubts_of_outcomes(inputs, outcomes)
+    advice = withhold(verdict, reasons) if reasons else advise(accuracy, verdict, geometry.classes, pairs)
+    return {"accuracy": accuracy, "verdict": verdict, "advice": advice, "pairs": pairs}, outcomes, reasons, caveats
 
 
 def _paired(reference: Inputs, inputs: Inputs) -> Inputs:
     """Return another encoder's inputs with the samples in the reference's order."""
     if inputs.names != reference.names or (inputs.test is None) != (reference.test is None):
         raise UserError(f"{inputs.train.source}: other classes than {reference.train.source}; compare the same data")
-    test = None
-    if inputs.test is not None and reference.test is not None:
-        test = pair_up(reference.test, inputs.test)
-    train, unseen = pair_up(reference.train, inputs.train), pair_up(reference.unseen, inputs.unseen)
-    return Inputs(train, unseen, test, inputs.classifier, inputs.names, inputs.warnings)
+    paired: dict[str, Any] = {part: pair_up(table, inputs.tables[part]) for part, table in reference.tables.items()}
+    return replace(inputs, **paired)
 
 
 def _many(given: Any) -> list[Any]:

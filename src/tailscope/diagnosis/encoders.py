@@ -1,14 +1,16 @@
-"""Several encoders of the same images side by side: who localises, separates and compacts better, by paired intervals.
+"""Which classes lie closest to one another; and several encoders of the same images side by side.
 
-Differences of accuracies are paired over samples; differences of angles over the classes of a group, whose
-mean gets a t interval. Both are for these encoders as they are, not for other trainings of them.
+Paired intervals tell who localises, separates and compacts better: differences of accuracies are paired over samples;
+differences of angles over the classes of a group, whose mean gets a t interval. Both are for these encoders as they
+are, not for other trainings of them.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -16,14 +18,16 @@ from tailscope.diagnosis.inputs import Inputs
 from tailscope.errors import UserError
 from tailscope.feature_table import FeatureTable
 from tailscope.field_checks import match_names
+from tailscope.geometry.angles import unit_centers
 from tailscope.geometry.fields import Entry
-from tailscope.geometry.lengths import exponent, log2_lengths, scaled
+from tailscope.geometry.rows import exponent, log2_lengths, scaled
 from tailscope.groups import GROUPS
 
 if TYPE_CHECKING:
     from tailscope.diagnosis.outcomes import Outcomes
 
-ROWS_AT_ONCE = 4096
+IntArray = npt.NDArray[np.int64]
+ROWS_AT_ONCE, CLASSES_AT_ONCE = 4096, 512
 # What is compared, from which field, and whether less is better.
 ASPECTS = {
     "localises": ("spread_gap_deg", True),
@@ -37,6 +41,81 @@ MEANINGS = {
     "compacts": "angle of samples to their own centre",
     "margin": "angle to the nearest other centre over the spread, which does not depend on the encoder's own scale",
 }
+
+
+class Pair(TypedDict):
+    """Two classes: the angle between their centres, and the shares of scored samples of one taken for the other."""
+
+    first: str
+    second: str
+    first_index: int
+    second_index: int
+    angle_deg: float
+    first_as_second: float | None
+    second_as_first: float | None
+
+
+def confusable_pairs(
+    centers: Tensor,
+    names: Sequence[str],
+    labels: IntArray | None = None,
+    predicted: IntArray | None = None,
+    most: int = 10,
+) -> list[Pair]:
+    """Return the pairs of classes with the smallest angle between their centres over all samples, closest first.
+
+    Args:
+        centers: [C, d], over all samples.
+        names: [C].
+        labels: [m] classes of scored samples, or None.
+        predicted: [m] what the classifier in use takes them for.
+        most: how many pairs.
+    """
+    unit = unit_centers(centers.cpu(), torch.float64)[0]
+    found: list[Pair] = []
+    for i, j in closest(unit, most):
+        angle = 2 * torch.asin((unit[i] - unit[j]).norm().clamp(max=2) / 2)
+        pair: Pair = {
+            "first": names[i],
+            "second": names[j],
+            "first_index": i,
+            "second_index": j,
+            "angle_deg": float(angle.rad2deg()),
+            "first_as_second": _taken(labels, predicted, i, j),
+            "second_as_first": _taken(labels, predicted, j, i),
+        }
+        found.append(pair)
+    return found
+
+
+def closest(unit: Tensor, most: int) -> list[tuple[int, int]]:
+    """Return the index pairs i < j of unit vectors [C, d] with the largest cosines; rows of zeros have no partner.
+
+    >>> closest(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.8, 0.6]]), 2)
+    [(0, 2), (1, 2)]
+    """
+    classes = len(unit)
+    known = unit.norm(dim=1) > 0
+    values, pairs = torch.empty(0, dtype=unit.dtype), torch.empty(0, 2, dtype=torch.int64)
+    for start in range(0, classes, CLASSES_AT_ONCE):
+        cosine = unit[start : start + CLASSES_AT_ONCE] @ unit.T
+        first = torch.arange(start, start + len(cosine))[:, None]
+        allowed = (torch.arange(classes) > first) & known & known[start : start + CLASSES_AT_ONCE, None]
+        cosine[~allowed] = -torch.inf
+        top = cosine.flatten().topk(min(most, cosine.numel()))
+        real = top.values > -torch.inf
+        index = top.indices[real]
+        values = torch.cat([values, top.values[real]])
+        pairs = torch.cat([pairs, torch.stack([index // classes + start, index % classes], dim=1)])
+    best = values.argsort(descending=True, stable=True)[:most]
+    return [(int(i), int(j)) for i, j in pairs[best]]
+
+
+def _taken(labels: IntArray | None, predicted: IntArray | None, true: int, other: int) -> float | None:
+    if labels is None or predicted is None:
+        return None
+    members = labels == true
+    return float((predicted[members] == other).mean()) if members.any() else None
 
 
 def linear_cka(first: Tensor, second: Tensor) -> float | None:
@@ -143,7 +222,7 @@ def _accuracies(reference: "Outcomes | None", other: "Outcomes | None") -> dict[
     """Return the other encoder's accuracies minus the reference's, paired over samples."""
     if reference is None or other is None:
         return None
-    from tailscope.intervals import as_list, paired  # here because SciPy takes time to import, for one encoder in vain
+    from tailscope.intervals import paired  # here because SciPy takes time to import, for one encoder in vain
 
     rows = {
         "current": (reference.current, other.current),
@@ -153,8 +232,7 @@ def _accuracies(reference: "Outcomes | None", other: "Outcomes | None") -> dict[
     found = {}
     for name, (before, after) in rows.items():
         factor = 1.0 if name == "current" else max(reference.inflation, other.inflation)
-        interval = paired(after.astype(float)[None] - before.astype(float)[None]).widened(factor)
-        found[name] = {"points": interval.estimate, "ci95": as_list(interval.ci95)}
+        found[name] = paired(after.astype(float)[None] - before.astype(float)[None]).widened(factor).gap()
     return found
 
 

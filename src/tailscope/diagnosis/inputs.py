@@ -1,7 +1,8 @@
 """What a diagnosis is given: training, unseen and test features with one meaning of every label, checked together."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tailscope.errors import UserError
+from tailscope.errors import UserError, first_few
 from tailscope.feature_table import FeatureTable, Source, align
 from tailscope.field_checks import listed
-from tailscope.geometry.duplicates import unseen_copies
-from tailscope.geometry.rows import group_rows
+from tailscope.geometry.rows import FAR, ClassRows, far, group_rows, median, unseen_copies
 from tailscope.linear_layer import LinearLayer
 
 BoolArray = npt.NDArray[np.bool_]
+PARTS = ("train", "unseen", "test")
 UNEVEN = 2.0
 
 
@@ -47,20 +48,43 @@ class Inputs:
         return self.unseen if self.test is None else self.test
 
     @cached_property
+    def tables(self) -> dict[str, FeatureTable]:
+        """The files that there are, by the option that gives them."""
+        return {part: table for part in PARTS if (table := getattr(self, part)) is not None}
+
+    @cached_property
+    def rows(self) -> dict[str, ClassRows]:
+        """Each file's rows by class: checked, measured and sorted once.
+
+        Raises:
+            UserError: features are so small that their type keeps few digits.
+        """
+        return {
+            part: group_rows(table.features, table.labels, self.names, f"{table.source}:")
+            for part, table in self.tables.items()
+        }
+
+    def option(self, part: str) -> str:
+        """Return what messages call a file: its option and its name."""
+        return f"--{part} ({named(self.tables[part].source)})"
+
+    def keep(self, part: str, rows: npt.NDArray[np.int64] | torch.Tensor) -> "Inputs":
+        """Return the inputs with these rows of a file only."""
+        change: dict[str, Any] = {part: self.tables[part].take(rows)}
+        return replace(self, **change)
+
+    @cached_property
     def fingerprints(self) -> dict[str, Any]:
         """The name of each input's file and the SHA-256 of its numbers, for the result's spec.
 
         Not the folder: the same numbers elsewhere are the same diagnosis, and folders are nobody else's business.
         """
-        tables = {"train": self.train, "unseen": self.unseen, "test": self.test}
-        found: dict[str, Any] = {
-            name: {"source": named(table.source), "sha256": _digest(table.features, table.labels)} if table else None
-            for name, table in tables.items()
-        }
+        found: dict[str, Any] = dict.fromkeys((*PARTS, "classifier"))
+        for part, table in self.tables.items():
+            found[part] = {"source": named(table.source), "sha256": _digest(table.features, table.labels)}
         linear = self.classifier
-        found["classifier"] = (
-            None if linear is None else {"source": named(linear.source), "sha256": _digest(linear.weight, linear.bias)}
-        )
+        if linear is not None:
+            found["classifier"] = {"source": named(linear.source), "sha256": _digest(linear.weight, linear.bias)}
         return found
 
 
@@ -85,18 +109,19 @@ def read(
         UserError: a file cannot be used, as `FeatureTable.load` and `align` say; a class has no training samples; the
             classifier does not fit; or nothing is left once duplicates are dropped.
     """
-    given = {"train": train, "unseen": unseen} | ({} if test is None else {"test": test})
-    tables = [FeatureTable.of(source, name) for name, source in given.items()]
-    aligned = align(*tables)
-    names = aligned[0].class_names or ()
-    _require_training_samples(aligned[0], names)
+    given = zip(PARTS, (train, unseen, test), strict=True)
+    first, second, *third = align(*(FeatureTable.of(source, part) for part, source in given if source is not None))
+    names = first.class_names or ()
+    _require_training_samples(first, names)
     linear = LinearLayer.load(Path(classifier)) if isinstance(classifier, str | Path) else classifier
     if linear is not None:
-        linear = linear.aligned(names, aligned[0].width, aligned[0].source)
-    kept, warnings = _without_duplicates(list(aligned), names, drop_duplicates)
-    notes = [note for table in tables for note in table.notes] + list(linear.notes if linear else ())
-    warnings += [*_uneven(kept), *_absent(kept[1:], names), *notes]
-    return Inputs(kept[0], kept[1], kept[2] if test is not None else None, linear, names, tuple(warnings))
+        linear = linear.aligned(names, first.width, first.source)
+    inputs = Inputs(first, second, third[0] if third else None, linear, names)
+    warnings = [note for part in inputs.tables for note in far_notes(inputs, part)]
+    inputs, duplicates = _without_duplicates(inputs, drop_duplicates)
+    notes = [note for table in inputs.tables.values() for note in table.notes] + list(linear.notes if linear else ())
+    warnings += [*duplicates, *_uneven(inputs), *_absent(inputs), *notes]
+    return replace(inputs, warnings=tuple(warnings))
 
 
 def bursts(*tables: FeatureTable) -> list[torch.Tensor | None]:
@@ -104,10 +129,10 @@ def bursts(*tables: FeatureTable) -> list[torch.Tensor | None]:
 
     Samples of a table without bursts are bursts of their own.
     """
-    if all(table.groups is None for table in tables):
+    if all(table.bursts is None for table in tables):
         return [None] * len(tables)
     texts = [
-        np.array([f"{i}:{k}" for k in range(len(table))]) if table.groups is None else table.groups.astype(np.str_)
+        np.array([f"{i}:{k}" for k in range(len(table))]) if table.bursts is None else table.bursts.astype(np.str_)
         for i, table in enumerate(tables)
     ]
     codes = np.unique(np.concatenate(texts), return_inverse=True)[1].reshape(-1)
@@ -124,32 +149,30 @@ def _require_training_samples(train: FeatureTable, names: tuple[str, ...]) -> No
         )
 
 
-def _without_duplicates(
-    tables: list[FeatureTable], names: tuple[str, ...], drop: bool
-) -> tuple[list[FeatureTable], list[str]]:
-    """Return the tables, later ones without samples of earlier ones where `drop` asks for it, and warnings."""
+def _without_duplicates(inputs: Inputs, drop: bool) -> tuple[Inputs, list[str]]:
+    """Return the inputs, later files without samples of earlier ones where `drop` asks for it, and warnings."""
     warnings = []
-    for i in range(1, len(tables)):
-        for earlier in tables[:i]:
-            later = tables[i]
-            shared = _shared(earlier, later, names)
+    for i, part in enumerate(inputs.tables):
+        for first in PARTS[:i]:
+            earlier, later = inputs.tables[first], inputs.tables[part]
+            shared = _shared(inputs, first, part)
             count = int(shared.sum())
             if not count:
                 continue
             if count == len(later) and drop:
                 raise UserError(f"{later.source}: every sample is also in {earlier.source}; nothing is left to compare")
-            effect = "make unseen samples look like training" if earlier is tables[0] else "flatter what was fitted"
+            effect = "make unseen samples look like training" if first == "train" else "flatter what was fitted"
             kept = "they were dropped" if drop else f"they {effect}; --drop-duplicates"
             warnings.append(f"{count} of {len(later)} samples of {later.source} are also in {earlier.source}: {kept}")
             if drop:
-                tables[i] = later.take(np.flatnonzero(~shared))
-    return tables, warnings
+                inputs = inputs.keep(part, np.flatnonzero(~shared))
+    return inputs, warnings
 
 
-def _shared(earlier: FeatureTable, later: FeatureTable, names: tuple[str, ...]) -> BoolArray:
-    """Return which samples of the later table are in the earlier one: by id, or as copies within a class."""
-    first, second = (group_rows(t.features, t.labels, names, t.source) for t in (earlier, later))
-    shared: BoolArray = unseen_copies(first, second).numpy()
+def _shared(inputs: Inputs, first: str, second: str) -> BoolArray:
+    """Return which samples of the second file are in the first: by id, or as copies within a class."""
+    earlier, later = inputs.tables[first], inputs.tables[second]
+    shared: BoolArray = unseen_copies(inputs.rows[first], inputs.rows[second]).numpy()
     if earlier.ids is not None and later.ids is not None and earlier.ids.dtype.kind == later.ids.dtype.kind:
         shared |= np.isin(later.ids, earlier.ids) & _same_data(earlier, later)
     return shared
@@ -166,19 +189,56 @@ def named(source: str) -> str:
     return Path(source).name or source
 
 
-def _absent(tables: list[FeatureTable], names: tuple[str, ...]) -> list[str]:
+def far_notes(inputs: Inputs, part: str) -> list[str]:
+    """Return a warning that names a file's rows over 100 times as long as the median one, by number and id."""
+    table, lengths = inputs.tables[part], inputs.rows[part].lengths
+    beyond = far(lengths)
+    found = beyond.nonzero().flatten().tolist()
+    if not found:
+        return []
+    rows = first_few([f"{row}" if table.ids is None else f"{row} (id {table.ids[row]})" for row in found])
+    times = 2.0 ** min(1000.0, lengths.max().item() - (median(lengths[~beyond]) or 0.0))
+    what, are = ("row", "is") if len(found) == 1 else ("rows", "are up to")
+    return [
+        f"{table.source}: {what} {rows} {are} {times:,.0f} times as long as the median row, over "
+        f"{FAR:.0f} times: left out of fits, measures and scores"
+    ]
+
+
+def without_far_rows(encoders: Mapping[str, Inputs]) -> dict[str, Inputs]:
+    """Return all encoders' inputs without the rows that are far too long in any of them, so that they stay paired.
+
+    Raises:
+        UserError: a class, or a file, has no other rows.
+    """
+    found = dict(encoders)
+    for part in next(iter(found.values())).tables:
+        while (beyond := torch.stack([far(one.rows[part].lengths) for one in found.values()]).any(dim=0)).any():
+            kept = (~beyond).nonzero().flatten()
+            for name, one in found.items():
+                fewer = one.keep(part, kept)
+                empty = [k for k, count in enumerate(fewer.tables[part].counts()) if part == "train" and not count]
+                if empty or not len(kept):
+                    which = f"class {one.names[empty[0]]!r}" if empty else "the file"
+                    notes = [note for other in encoders.values() for note in far_notes(other, part)]
+                    raise UserError(f"{notes[0]}; {which} has no other rows: mend or remove them")
+                found[name] = fewer
+    return found
+
+
+def _absent(inputs: Inputs) -> list[str]:
     """Warn where a held-out table has no samples of a class: nothing can be said about it there."""
     found = []
-    for table in tables:
-        missing = [name for name, count in zip(names, table.counts(), strict=True) if not count]
+    for table in inputs.tables.values():
+        missing = [name for name, count in zip(inputs.names, table.counts(), strict=True) if not count]
         if missing:
             found.append(f"{table.source}: no samples of {listed(missing)}, so nothing is said about them there")
     return found
 
 
-def _uneven(tables: list[FeatureTable]) -> list[str]:
+def _uneven(inputs: Inputs) -> list[str]:
     """Warn where the scored samples are not balanced: their accuracy is an average over samples."""
-    scored = tables[-1]
+    scored = inputs.scored
     counts = [count for count in scored.counts() if count]
     if max(counts) <= UNEVEN * min(counts):
         return []

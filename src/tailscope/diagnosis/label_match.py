@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tailscope.geometry.centers import class_centers
+from tailscope.geometry.angles import class_centers
 from tailscope.geometry.rows import ClassRows
 
 # A training centre may lie off for other reasons than the draw of its samples, memorisation above all: it counts as

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -12,14 +12,13 @@ from sklearn.exceptions import ConvergenceWarning
 
 from tailscope.bounds import INFLATION, Bound, Selection, at_least, cross_fitted, held_out, select_nested
 from tailscope.classifiers import LinearClassifier, LogitAdjustment, NearestClassMean, SoftmaxRegression, TauNorm
-from tailscope.classifiers.base import Diverged, FeatureClassifier, Floats, IntArray
-from tailscope.classifiers.softmax import balanced_weights
-from tailscope.classifiers.solver import Stopping, fit_softmax
+from tailscope.classifiers.base import Diverged, FeatureClassifier, Floats, IntArray, Stopping, fit_softmax
+from tailscope.classifiers.estimators import balanced_weights
 from tailscope.diagnosis.inputs import Inputs, bursts
 from tailscope.diagnosis.soundness import fit_scale
 from tailscope.errors import UserError
 from tailscope.feature_table import FeatureTable
-from tailscope.geometry.lengths import scaled
+from tailscope.geometry.rows import scaled
 from tailscope.intervals import proportion
 from tailscope.progress import Progress
 
@@ -29,7 +28,6 @@ TOL = 1e-4
 LARGE_TOL, LARGE = 1e-3, 10**10  # beyond so many rows * features * classes, tolerance gives way to time
 TAUS = (0.5, 1.0, 1.5)
 MAX_ITER = 500
-STEPS = ("current", "remedies", "bound")
 
 
 @dataclass(frozen=True)
@@ -98,12 +96,12 @@ def score(inputs: Inputs, seed: int, progress: Progress) -> Outcomes:
             only = inputs.names[int(table.labels[0])]
             raise UserError(f"{table.source}: all samples are of class {only!r}; add others, or use --no-verdict")
     notes: list[str] = []
-    with progress.task("classifiers", len(STEPS)) as advance, _convergence(notes), _divergence(inputs):
+    with progress.task("classifiers", 3) as advance, _convergence(notes), _divergence(inputs):
         current, name = _current(inputs, *train, power)
-        predicted = _predict(current, scored[0])
+        predicted = current.predict(scored[0])
         advance(1)
         fitted = remedies(current, *train)
-        right = {text: _predict(remedy, unseen[0]) == unseen[1] for text, remedy in fitted.items()}
+        right = {text: remedy.predict(unseen[0]) == unseen[1] for text, remedy in fitted.items()}
         rebalanced = _rebalanced(inputs, fitted, right, scored, seed)
         advance(1)
         inflation = INFLATION if inputs.test is None else 1.0
@@ -112,7 +110,7 @@ def score(inputs: Inputs, seed: int, progress: Progress) -> Outcomes:
     return Outcomes(
         scored[1],
         predicted,
-        _predict(current, train[0]),
+        current.predict(train[0]),
         predicted == scored[1],
         name,
         rebalanced,
@@ -128,12 +126,11 @@ def remedies(base: FixedClassifier, features: Floats, labels: IntArray) -> dict[
 
     The last, class-balanced retraining, is cRT's objective, searched from the classifier in use.
     """
-    found: dict[str, FeatureClassifier] = {}
-    for tau in TAUS:
-        found[f"logit_adjustment(tau={tau})"] = LogitAdjustment(base=base, tau=tau)
-    for tau in TAUS:
-        found[f"tau_norm(tau={tau})"] = TauNorm(base=base, tau=tau)
-    found["ncm"] = NearestClassMean()
+    found: dict[str, FeatureClassifier] = {
+        **{f"logit_adjustment(tau={tau})": LogitAdjustment(base=base, tau=tau) for tau in TAUS},
+        **{f"tau_norm(tau={tau})": TauNorm(base=base, tau=tau) for tau in TAUS},
+        "ncm": NearestClassMean(),
+    }
     for remedy in found.values():
         remedy.fit(features, labels)
     stopping = Stopping(tolerance(features, len(base.classes_)), MAX_ITER)
@@ -169,11 +166,6 @@ def _current(inputs: Inputs, features: Floats, labels: IntArray, power: int) -> 
     return FixedClassifier(model.coef_, model.intercept_), "softmax regression on the training features"
 
 
-def _predict(model: FeatureClassifier, features: Floats) -> IntArray:
-    predicted: IntArray = model.predict(features)
-    return predicted
-
-
 def _rebalanced(
     inputs: Inputs,
     fitted: dict[str, FeatureClassifier],
@@ -182,17 +174,14 @@ def _rebalanced(
     seed: int,
 ) -> Selection:
     """Choose a remedy on unseen samples and score it on others: on the test set, or nested where there is none."""
-    labels = inputs.unseen.labels.numpy()
     if inputs.test is None:
-        codes = bursts(inputs.unseen)[0]
-        units = len(labels) if codes is None else len(np.unique(codes.numpy()))
+        labels, together = inputs.unseen.labels.numpy(), bursts(inputs.unseen)[0]
+        units = len(labels) if together is None else len(np.unique(together))
         if units < 2:
             raise UserError(f"{inputs.unseen.source}: too few samples for a verdict; give more, or use --no-verdict")
-        return select_nested(
-            right, labels, folds=min(FOLDS, units), bursts=None if codes is None else codes.numpy(), seed=seed
-        )
+        return select_nested(right, labels, folds=min(FOLDS, units), bursts=together, seed=seed)
     best = max(right, key=lambda name: right[name].mean())
-    correct = _predict(fitted[best], scored[0]) == scored[1]
+    correct = fitted[best].predict(scored[0]) == scored[1]
     return Selection(correct, proportion(correct[None]), (best,), best)
 
 
@@ -201,9 +190,7 @@ def _bound(inputs: Inputs, unseen: tuple[Floats, IntArray], scored: tuple[Floats
     try:
         if inputs.test is not None:
             return held_out(*unseen, *scored, classifier=classifier, seed=seed)
-        codes = bursts(inputs.unseen)[0]
-        together = None if codes is None else codes.numpy()
-        return cross_fitted(*unseen, classifier=classifier, folds=FOLDS, bursts=together, seed=seed)
+        return cross_fitted(*unseen, classifier=classifier, folds=FOLDS, bursts=bursts(inputs.unseen)[0], seed=seed)
     except Diverged:
         raise
     except ValueError as error:
@@ -233,10 +220,9 @@ def _convergence(notes: list[str]) -> Iterator[None]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         yield
-    found: dict[str, Any] = {}
     for entry in caught:
-        if issubclass(entry.category, ConvergenceWarning):
-            found[f"a classifier {entry.message}"] = None
-        else:
+        note = f"a classifier {entry.message}"
+        if not issubclass(entry.category, ConvergenceWarning):
             warnings.warn_explicit(entry.message, entry.category, entry.filename, entry.lineno)
-    notes.extend(found)
+        elif note not in notes:
+            notes.append(note)

@@ -15,17 +15,13 @@ import torch
 from torch import Tensor
 
 from tailscope.diagnosis.inputs import Inputs, named
-from tailscope.diagnosis.label_match import MARGIN, Match, cycles, match_labels
-from tailscope.errors import UserError
-from tailscope.feature_table import FeatureTable
-from tailscope.geometry.duplicates import find_copies, unseen_copies
-from tailscope.geometry.lengths import FAR, exponent, far, log2_lengths, median, scaled
-from tailscope.geometry.rows import ClassRows, gather, group_rows
+from tailscope.diagnosis.label_match import MARGIN, cycles, match_labels
+from tailscope.errors import first_few
+from tailscope.geometry.rows import ClassRows, exponent, find_copies, gather, scaled, unseen_copies
 
 if TYPE_CHECKING:
     from tailscope.diagnosis.outcomes import Outcomes
 
-NAMED = 5
 FEW = 20
 MOST_APART = 4.0  # times the median length of another file's rows; memorised features are up to 1.3 times as long
 RESCALED = 1.4  # times the spread within classes, and times the distances of their centres, of another file
@@ -36,59 +32,9 @@ EVEN, UNEVEN = 0.002, 0.02  # deviation of the logarithms of lengths in normalis
 BELOW = -3.0  # standard errors
 
 
-def lengths_of(table: FeatureTable) -> Tensor:
-    """Return the logarithms of the lengths of a file's rows, as `log2_lengths`, whose messages name the file."""
-    return log2_lengths(table.features, f"{table.source}: features")
-
-
-def far_notes(table: FeatureTable) -> list[str]:
-    """Return a warning that names the rows over 100 times as long as the median one, by number and id."""
-    lengths = lengths_of(table)
-    beyond = far(lengths)
-    found = beyond.nonzero().flatten().tolist()
-    if not found:
-        return []
-    rows = [f"{row}" if table.ids is None else f"{row} (id {table.ids[row]})" for row in found[:NAMED]]
-    more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
-    times = 2.0 ** min(1000.0, lengths.max().item() - (median(lengths[~beyond]) or 0.0))
-    what, are = ("row", "is") if len(found) == 1 else ("rows", "are up to")
-    return [
-        f"{table.source}: {what} {', '.join(rows)}{more} {are} {times:,.0f} times as long as the median row, over "
-        f"{FAR:.0f} times: left out of fits, measures and scores"
-    ]
-
-
-def without_far_rows(inputs: Mapping[str, Inputs]) -> dict[str, Inputs]:
-    """Return all encoders' inputs without the rows that are far too long in any of them, so that they stay paired.
-
-    Raises:
-        UserError: a class, or a file, has no other rows.
-    """
-    found = dict(inputs)
-    for part in ("train", "unseen", "test"):
-        while (beyond := _far_in_any(found, part)).any():
-            kept = (~beyond).nonzero().flatten()
-            for name, one in found.items():
-                table = getattr(one, part)
-                fewer = table.take(kept)
-                empty = [k for k, count in enumerate(fewer.counts()) if part == "train" and not count]
-                if empty or not len(kept):
-                    which = f"class {one.names[empty[0]]!r}" if empty else "the file"
-                    named = [note for other in inputs.values() for note in far_notes(getattr(other, part))]
-                    raise UserError(f"{named[0]}; {which} has no other rows: mend or remove them")
-                found[name] = replace(one, **{part: fewer})
-    return found
-
-
-def _far_in_any(inputs: Mapping[str, Inputs], part: str) -> Tensor:
-    """Return which rows of a part are far too long in some encoder's file, bool [n]; none where there is no file."""
-    tables = [table for one in inputs.values() if (table := getattr(one, part)) is not None]
-    return torch.stack([far(lengths_of(table)) for table in tables]).any(dim=0) if tables else torch.zeros(0).bool()
-
-
 def fit_scale(inputs: Inputs) -> int:
     """Return the power of two by which all of an encoder's features are multiplied before classifiers are fitted."""
-    return exponent(lengths_of(inputs.train), lengths_of(inputs.unseen))
+    return exponent(inputs.rows["train"].lengths, inputs.rows["unseen"].lengths)
 
 
 def doubts(inputs: Mapping[str, Inputs]) -> list[str]:
@@ -99,9 +45,8 @@ def doubts(inputs: Mapping[str, Inputs]) -> list[str]:
     for check in (_lengths, _labels, _copies):
         found: dict[str, None] = {}
         for one in inputs.values():
-            for option, held_out in (("--unseen", one.unseen), ("--test", one.test)):
-                if held_out is not None:
-                    found |= dict.fromkeys(check(one, held_out, f"{option} ({named(held_out.source)})"))
+            for part in [*one.tables][1:]:
+                found |= dict.fromkeys(check(one, part))
         if found:
             return list(found)
     return []
@@ -109,7 +54,7 @@ def doubts(inputs: Mapping[str, Inputs]) -> list[str]:
 
 def doubts_of_outcomes(inputs: Inputs, outcomes: "Outcomes") -> list[str]:
     """Return why no verdict may be given on these outcomes: a classifier that is worse than guessing."""
-    train = _train(inputs)
+    train = inputs.option("train")
     if inputs.classifier is not None:
         reasons = _classifier(inputs, outcomes.predicted_train, f"--classifier ({named(inputs.classifier.source)})")
         if reasons:
@@ -118,7 +63,7 @@ def doubts_of_outcomes(inputs: Inputs, outcomes: "Outcomes") -> list[str]:
     most = np.bincount(outcomes.labels).max() / len(outcomes.labels)
     if not (below_chance(outcomes.predicted, outcomes.labels) and low > most):
         return []
-    scored = f"{'--unseen' if inputs.test is None else '--test'} ({named(inputs.scored.source)})"
+    scored = inputs.option("unseen" if inputs.test is None else "test")
     return [
         f"the labels of {scored} and of {train} seem to mean different classes: the classifier in use gets "
         f"{outcomes.current.mean():.1%} of {scored} right, fewer than guessing would, one fitted to held-out samples "
@@ -170,47 +115,29 @@ def _classifier(inputs: Inputs, predicted: Any, name: str) -> list[str]:
     labels, names = inputs.train.labels.numpy(), inputs.names
     mixed = mixed_rows(predicted, labels, len(names))
     if mixed:
-        rows = _listed([f"its row {row} gets class {names[k]!r} of --train" for k, row in sorted(mixed.items())])
-        return [f"the rows of {name} and the labels of {_train(inputs)} seem to mean different classes: {rows}"]
+        rows = first_few([f"its row {row} gets class {names[k]!r} of --train" for k, row in sorted(mixed.items())])
+        return [f"the rows of {name} and the labels of {inputs.option('train')} seem to mean different classes: {rows}"]
     if below_chance(predicted, labels):
-        right = f"{(predicted == labels).mean():.1%} of {_train(inputs)}"
+        right = f"{(predicted == labels).mean():.1%} of {inputs.option('train')}"
         return [f"{name} gets {right} right, fewer than guessing would: it seems to belong to other features"]
     return []
 
 
-def withhold(judged: dict[str, Any], reasons: Sequence[str]) -> None:
-    """Take the verdict back, in place: overall, of groups and of classes; advise to mend the files instead."""
-    verdict = judged["verdict"]
-    parts = [verdict, *filter(None, verdict["groups"].values()), *verdict["classes"]]
-    for part in parts:
-        part |= {"bottleneck": "undecided", "reason": reasons[0]}
-    verdict["withheld"] = list(reasons)
-    text = "No remedy can be advised before the files belong together: see the first warning."
-    judged["advice"] = [
-        {"about": "evidence", "text": text, "remedy": None, "classes": [], "gain": None, "at_most": True}
-    ]
-
-
-def _labels(inputs: Inputs, held_out: FeatureTable, name: str) -> list[str]:
+def _labels(inputs: Inputs, part: str) -> list[str]:
     """Say where the labels of held-out samples mean other classes than those of training samples."""
-    match = _match(inputs.train, held_out, inputs.names)
+    match = match_labels(*_scaled_alike(inputs, part))
     if match.agree:
         return []
-    option = name.split()[0]
-    pairs = [
-        f"class {inputs.names[a]!r} of {option} looks like class {inputs.names[b]!r} of --train" for a, b in match.pairs
-    ]
-    which = f": {_listed(pairs)}" if pairs else ", or their features do not come from one encoder"
-    return [f"the labels of {name} and of {_train(inputs)} seem to mean different classes{which}"]
+    names = inputs.names
+    pairs = [f"class {names[a]!r} of --{part} looks like class {names[b]!r} of --train" for a, b in match.pairs]
+    which = f": {first_few(pairs)}" if pairs else ", or their features do not come from one encoder"
+    both = f"{inputs.option(part)} and of {inputs.option('train')}"
+    return [f"the labels of {both} seem to mean different classes{which}"]
 
 
-def _match(train: FeatureTable, held_out: FeatureTable, names: Sequence[str]) -> Match:
-    return match_labels(*_grouped(train, held_out, names))
-
-
-def _grouped(train: FeatureTable, held_out: FeatureTable, names: Sequence[str]) -> list[ClassRows]:
-    """Return both files' rows by class, at one scale where nothing overflows."""
-    sides = [group_rows(table.features, table.labels, names, table.source) for table in (train, held_out)]
+def _scaled_alike(inputs: Inputs, part: str) -> list[ClassRows]:
+    """Return the rows of training and held-out samples by class, at one scale where nothing overflows."""
+    sides = [inputs.rows["train"], inputs.rows[part]]
     power = exponent(*(side.lengths for side in sides))
     kind = torch.promote_types(*(side.features.dtype for side in sides))
     return [replace(side, features=scaled(side.features, power).to(kind)) for side in sides]
@@ -264,46 +191,36 @@ def _sizes(rows: ClassRows, classes: Sequence[int], weights: Sequence[float]) ->
     return torch.stack([spread, apart / total - (middle / total).square().sum(dim=1)])
 
 
-def _lengths(inputs: Inputs, held_out: FeatureTable, name: str) -> list[str]:
+def _lengths(inputs: Inputs, part: str) -> list[str]:
     """Say where rows of two files are not of one scale: one was normalised or multiplied, the other not."""
-    sides = [lengths[lengths > -math.inf] for lengths in (lengths_of(inputs.train), lengths_of(held_out))]
+    name, train = inputs.option(part), inputs.option("train")
+    sides = [lengths[lengths > -math.inf] for lengths in (inputs.rows[each].lengths for each in ("train", part))]
     if min(map(len, sides)) < FEW:
         return []
     apart = sides[1].median().item() - sides[0].median().item()
     spreads = [side.std().item() for side in sides]
     if abs(apart) > math.log2(MOST_APART):
-        how = f"are {2.0 ** max(-1000.0, min(1000.0, apart)):.2g} times as long as those of {_train(inputs)}"
+        how = f"are {2.0 ** max(-1000.0, min(1000.0, apart)):.2g} times as long as those of {train}"
     elif min(spreads) < EVEN and max(spreads) > UNEVEN and inputs.train.width > 2:
-        even, other = (name, _train(inputs)) if spreads[1] < spreads[0] else (_train(inputs), name)
-        how = f"and of {_train(inputs)} differ: those of {even} are all of one length, those of {other} are not"
-    elif (factor := common_factor(*_grouped(inputs.train, held_out, inputs.names))) is not None:
-        how = f"lie {factor:.2g} times as far apart as those of {_train(inputs)}, within classes and between them"
+        even, other = (name, train) if spreads[1] < spreads[0] else (train, name)
+        how = f"and of {train} differ: those of {even} are all of one length, those of {other} are not"
+    elif (factor := common_factor(*_scaled_alike(inputs, part))) is not None:
+        how = f"lie {factor:.2g} times as far apart as those of {train}, within classes and between them"
     else:
         return []
     return [f"the rows of {name} {how}; one file seems to be scaled or normalised: extract both in the same way"]
 
 
-def _copies(inputs: Inputs, held_out: FeatureTable, name: str) -> list[str]:
+def _copies(inputs: Inputs, part: str) -> list[str]:
     """Say where most held-out samples are training samples, unless equal rows are usual within the training samples."""
-    first, second = (
-        group_rows(table.features, table.labels, inputs.names, table.source) for table in (inputs.train, held_out)
-    )
-    share = unseen_copies(first, second).double().mean().item()
+    first = inputs.rows["train"]
+    share = unseen_copies(first, inputs.rows[part]).double().mean().item()
     if share <= 0.5:
         return []
     own = (gather(first, first, k)[: first.count(k)] for k in range(len(first.starts) - 1))
     if sum(find_copies(rows, len(rows)).repeats for rows in own) > len(inputs.train) / 2:
         return []
     return [
-        f"{share:.0%} of the rows of {name} are also in {_train(inputs)}: too few held-out samples are left to judge "
-        "by; give samples that had no part in training"
+        f"{share:.0%} of the rows of {inputs.option(part)} are also in {inputs.option('train')}: too few held-out "
+        "samples are left to judge by; give samples that had no part in training"
     ]
-
-
-def _listed(texts: Sequence[str]) -> str:
-    more = f" and {len(texts) - NAMED} more" if len(texts) > NAMED else ""
-    return ", ".join(texts[:NAMED]) + more
-
-
-def _train(inputs: Inputs) -> str:
-    return f"--train ({named(inputs.train.source)})"

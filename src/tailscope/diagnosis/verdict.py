@@ -1,29 +1,83 @@
-"""The verdict: whether the classifier or the representation costs more, overall, by group and by class.
+"""The verdict, whether the classifier or the representation costs more, overall, by group and by class; and advice.
 
 With A(current), A(rebalanced) and A(bound) the accuracies on the same samples, the classifier gap is A(bound) -
 A(current), the rebalancing gap A(rebalanced) - A(current), and the representation gap ceiling - A(bound). The last is
 "at most", because it also holds irreducible error and what a classifier fitted to more samples would regain. Intervals
-are 95 % intervals over samples, for this encoder and this classifier; they do not cover other trainings.
+are 95 % intervals over samples, for this encoder and this classifier; they do not cover other trainings. Each piece of
+advice, what to try, for which classes, and what it can gain at most, is tied to a number of the verdict.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import numpy as np
 
 from tailscope.attribution import summarize
 from tailscope.bounds import difference
+from tailscope.diagnosis.encoders import Pair
 from tailscope.diagnosis.outcomes import BoolArray, Outcomes
-from tailscope.geometry.calibration import VERDICT_SAMPLES
+from tailscope.errors import first_few
+from tailscope.geometry.describe import FEW_UNSEEN
 from tailscope.geometry.fields import Entry
-from tailscope.geometry.notes import FEW_UNSEEN
+from tailscope.geometry.significance import VERDICT_SAMPLES
 from tailscope.groups import GROUPS
-from tailscope.intervals import FloatArray, Interval, as_list, proportion
+from tailscope.intervals import FloatArray, Gap, Interval, proportion
 
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
 UNDECIDED = "undecided"
 NEGLIGIBLE = 0.01
 NO_INFORMATION = "these features carry no class information"
+NAMED = 5
+MOST_SAMPLES = 50  # times as many unseen samples: beyond, the difference is too small to care about
+CONFUSED = 0.1
+
+
+class UpperGap(Gap):
+    """A gap that may be smaller, for what it holds besides."""
+
+    at_most: bool
+
+
+class Part(TypedDict, total=False):
+    """The bottleneck among all scored samples, or those of a group or class; without samples it has no gaps."""
+
+    index: int
+    bottleneck: str
+    reason: str
+    scored: int
+    current: float
+    classifier_bound: float
+    classifier_gap: Gap
+    rebalancing_gap: Gap
+    representation_gap: UpperGap
+    difference: Gap
+
+
+class Verdict(Part, total=False):
+    """`verdict` of a diagnosis."""
+
+    ceiling: float
+    chance: float
+    above_chance: bool
+    group_tested: str | None
+    intervals: str
+    groups: dict[str, Part | None]
+    classes: list[Part]
+    withheld: list[str]
+
+
+class Advice(TypedDict):
+    """What to try about `about` ("classifier", "representation", "pairs" or "evidence"), and for which classes.
+
+    `at_most` says whether the gain is an upper limit rather than what was measured.
+    """
+
+    about: str
+    text: str
+    remedy: str | None
+    classes: list[str]
+    gain: Gap | None
+    at_most: bool
 
 
 def accuracies(outcomes: Outcomes, groups: Sequence[str | None]) -> dict[str, Any]:
@@ -46,7 +100,7 @@ def accuracies(outcomes: Outcomes, groups: Sequence[str | None]) -> dict[str, An
     cells["classifier_bound"] |= {
         "classifier": bound.remedy or "softmax regression on unseen samples",
         "ci95": list(_reach(bound.correct, outcomes.inflation)),
-        "extrapolated": None if bound.extrapolated is None else _gap(bound.extrapolated),
+        "extrapolated": None if bound.extrapolated is None else bound.extrapolated.gap(),
         "notes": list(bound.notes),
     }
     return cells
@@ -57,7 +111,7 @@ def judge(
     entries: Sequence[Entry],
     pooled: dict[str, Entry | None],
     ceiling: float,
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[Verdict, list[str]]:
     """Return `verdict` of a diagnosis, and warnings.
 
     `bottleneck` is "classifier" where the paired interval of classifier gap minus representation gap lies above 0;
@@ -80,17 +134,18 @@ def judge(
     losing = min(by_group, key=lambda name: outcomes.current[found[name]].mean()) if by_group else None
     tested = _flag(pooled.get(losing)) if losing else _any_flag(entries)
     every = np.arange(len(outcomes.labels))
-    verdict = _part(outcomes, every, ceiling, tested)
+    overall = _part(outcomes, every, ceiling, tested)
     chance = float(np.bincount(outcomes.labels).max() / len(outcomes.labels))
     informative = _reach(outcomes.bound.correct, outcomes.inflation)[0] > chance
     warnings = [*outcomes.notes]
     if not informative:
-        for part in (verdict, *by_group.values()):
-            part |= {"bottleneck": UNDECIDED, "reason": NO_INFORMATION}
+        for part in (overall, *by_group.values()):
+            _undecide(part, NO_INFORMATION)
         reached = f"reaches {outcomes.bound.accuracy.estimate:.1%}, not above chance ({chance:.1%})"
         warnings.append(f"{NO_INFORMATION}: a classifier fitted to the true distribution {reached}")
-    warnings += _caveats(outcomes, verdict, ceiling)
-    verdict |= {
+    warnings += _caveats(outcomes, overall, ceiling)
+    verdict = {
+        **overall,
         "ceiling": ceiling,
         "chance": chance,
         "above_chance": informative,
@@ -99,10 +154,10 @@ def judge(
         "groups": {name: by_group.get(name) for name in GROUPS},
         "classes": _classes(outcomes, entries, ceiling, informative),
     }
-    return verdict, warnings
+    return cast(Verdict, verdict), warnings
 
 
-def _part(outcomes: Outcomes, rows: IntArray, ceiling: float, memorised: bool | None) -> dict[str, Any]:
+def _part(outcomes: Outcomes, rows: IntArray, ceiling: float, memorised: bool | None) -> Part:
     """Return the gaps and the bottleneck among some of the scored samples."""
     current, bound = (a[rows].astype(np.float64) for a in (outcomes.current, outcomes.bound.correct))
     rebalanced = outcomes.rebalanced.correct[rows]
@@ -118,14 +173,14 @@ def _part(outcomes: Outcomes, rows: IntArray, ceiling: float, memorised: bool | 
         "scored": len(rows),
         "current": float(current.mean()),
         "classifier_bound": float(bound.mean()),
-        "classifier_gap": _gap(difference(bound, current, inflation)),
-        "rebalancing_gap": _gap(difference(rebalanced, current, inflation)),
+        "classifier_gap": difference(bound, current, inflation).gap(),
+        "rebalancing_gap": difference(rebalanced, current, inflation).gap(),
         "representation_gap": {
             "points": float(ceiling - bound.mean()),
             "ci95": [ceiling - high, ceiling - low],
             "at_most": True,
         },
-        "difference": _gap(contrast),
+        "difference": contrast.gap(),
     }
 
 
@@ -154,29 +209,38 @@ def decide(contrast: Interval, memorised: bool | None) -> tuple[str, str]:
     return UNDECIDED, f"the representation gap is larger, but {why}"
 
 
-def _classes(outcomes: Outcomes, entries: Sequence[Entry], ceiling: float, informative: bool) -> list[dict[str, Any]]:
+def _classes(outcomes: Outcomes, entries: Sequence[Entry], ceiling: float, informative: bool) -> list[Part]:
     order = np.argsort(outcomes.labels, kind="stable")
     ends = np.cumsum(np.bincount(outcomes.labels, minlength=len(entries)))[:-1]
-    found = []
+    found: list[Part] = []
     for entry, rows in zip(entries, np.split(order, ends), strict=True):
         if not len(rows):
             found.append({"index": entry["index"], "bottleneck": UNDECIDED, "reason": "no scored samples", "scored": 0})
             continue
         part = _part(outcomes, rows, ceiling, entry["spread_gap_flagged"])
         if not informative:
-            part |= {"bottleneck": UNDECIDED, "reason": NO_INFORMATION}
+            _undecide(part, NO_INFORMATION)
         elif entry["train_count"] < VERDICT_SAMPLES:
-            part |= {
-                "bottleneck": UNDECIDED,
-                "reason": f"fewer than {VERDICT_SAMPLES} training samples: see the group",
-            }
+            _undecide(part, f"fewer than {VERDICT_SAMPLES} training samples: see the group")
         elif len(rows) < FEW_UNSEEN:
-            part |= {"bottleneck": UNDECIDED, "reason": f"fewer than {FEW_UNSEEN} scored samples: see the group"}
+            _undecide(part, f"fewer than {FEW_UNSEEN} scored samples: see the group")
         found.append({"index": entry["index"], **part})
     return found
 
 
-def _caveats(outcomes: Outcomes, verdict: dict[str, Any], ceiling: float) -> list[str]:
+def _undecide(part: Part, reason: str) -> None:
+    part["bottleneck"], part["reason"] = UNDECIDED, reason
+
+
+def withhold(verdict: Verdict, reasons: Sequence[str]) -> list[Advice]:
+    """Take the verdict back, in place: overall, of groups and of classes; return the advice to mend the files."""
+    for part in (verdict, *filter(None, verdict["groups"].values()), *verdict["classes"]):
+        _undecide(part, reasons[0])
+    verdict["withheld"] = list(reasons)
+    return [_piece("evidence", "No remedy can be advised before the files belong together: see the first warning.")]
+
+
+def _caveats(outcomes: Outcomes, verdict: Part, ceiling: float) -> list[str]:
     """Return what limits the verdict: above all that the bound would rise with more unseen samples."""
     found = []
     few = [note for note in outcomes.bound.notes if "few" in note or "single" in note]
@@ -203,11 +267,142 @@ def _any_flag(entries: Sequence[Entry]) -> bool | None:
     return any(flags) if flags else None
 
 
-def _gap(interval: Interval) -> dict[str, Any]:
-    return {"points": interval.estimate, "ci95": as_list(interval.ci95)}
-
-
 def _reach(correct: FloatArray | BoolArray, inflation: float) -> tuple[float, float]:
     """Return the interval of the bound's accuracy: Wilson's, widened about the estimate, within [0, 1]."""
     low, high = proportion(correct[None]).widened(inflation).ci95 or (0.0, 1.0)
     return max(0.0, low), min(1.0, high)
+
+
+def advise(
+    accuracy: dict[str, Any],
+    verdict: Verdict,
+    entries: Sequence[Entry],
+    pairs: Sequence[Pair],
+) -> list[Advice]:
+    """Return pieces of advice, the one for the bottleneck first."""
+    if not verdict["above_chance"]:
+        return [
+            _piece(
+                "evidence",
+                "No remedy can be advised: check that features and labels belong together, and that the encoder was "
+                "in evaluation mode.",
+            )
+        ]
+    found = [*_classifier(accuracy, verdict, entries), *_representation(verdict, entries)]
+    if verdict["bottleneck"] == "representation":
+        found.sort(key=lambda piece: piece["about"] != "representation")
+    if verdict["bottleneck"] != "classifier":  # else the classifier confuses more than the features do
+        found += _pairs(pairs)
+    return [*found, *_evidence(verdict)]
+
+
+def _classifier(accuracy: dict[str, Any], verdict: Verdict, entries: Sequence[Entry]) -> list[Advice]:
+    remedy = accuracy["rebalanced"]["classifier"]
+    gain, reach = verdict["rebalancing_gap"], verdict["classifier_gap"]
+    if _above_zero(gain):
+        classes = _gaining(accuracy, entries)
+        most = f", most for {_names(classes)}" if classes else ""
+        text = f"Re-balance the classifier: {remedy} gains {_points(gain)} on these features{most}."
+        if accuracy["classifier_bound"]["classifier"] != remedy:
+            text += f" A classifier fitted to the true distribution would gain {_points(reach)}."
+        return [_piece("classifier", text, remedy, classes, gain, at_most=False)]
+    if _above_zero(reach):
+        text = (
+            f"No re-balancing gains clearly (the best, {remedy}: {_points(gain)}), but a classifier fitted to the true "
+            f"distribution gains {_points(reach)}: collect held-out samples of every class and fit one to them."
+        )
+        return [_piece("classifier", text, "fit on held-out samples", [], reach, at_most=False)]
+    text = (
+        f"Leave the classifier: neither re-balancing ({_points(gain)}) nor a classifier fitted to the true "
+        f"distribution ({_points(reach)}) gains clearly."
+    )
+    return [_piece("classifier", text, None, [], reach, at_most=False)]
+
+
+def _representation(verdict: Verdict, entries: Sequence[Entry]) -> list[Advice]:
+    gap = verdict["representation_gap"]
+    flagged = [e for e in entries if e["spread_gap_flagged"] and e["spread_gap_material"]]
+    flagged.sort(key=lambda e: -e["spread_gap_deg"])
+    groups = [name for name, part in verdict["groups"].items() if part and part["bottleneck"] == "representation"]
+    classes = [str(e["name"]) for e in flagged]
+    if (not classes and not groups) or gap["points"] <= 0:
+        return []
+    where = _names(classes) if classes else f"the {' and '.join(groups)} classes"
+    text = (
+        f"Improve the representation of {where}: unseen samples lie farther out than training samples do, beyond "
+        "chance. More or more varied images, stronger augmentation, or pre-training can gain at most "
+        f"{_points(gap)} overall, less whatever error is irreducible."
+    )
+    return [_piece("representation", text, "more or more varied images", classes, gap, at_most=True)]
+
+
+def _pairs(pairs: Sequence[Pair]) -> list[Advice]:
+    confused = [p for p in pairs if max(p["first_as_second"] or 0, p["second_as_first"] or 0) >= CONFUSED]
+    if not confused:
+        return []
+    pair = max(confused, key=lambda p: max(p["first_as_second"] or 0, p["second_as_first"] or 0))
+    share = max(pair["first_as_second"] or 0, pair["second_as_first"] or 0)
+    text = (
+        f"Look at images of “{pair['first']}” and “{pair['second']}”: their centres are {pair['angle_deg']:.1f}° apart "
+        f"and up to {share:.0%} of one are taken for the other. If labels are sound, a finer input or an auxiliary "
+        "loss between such pairs may help."
+    )
+    return [_piece("pairs", text, None, [pair["first"], pair["second"]])]
+
+
+def _evidence(verdict: Verdict) -> list[Advice]:
+    """Return how many samples might decide, where the interval includes 0."""
+    difference = verdict["difference"]
+    if verdict["bottleneck"] != "undecided" or difference["ci95"] is None or not difference["points"]:
+        return []
+    low, high = difference["ci95"]
+    if not low <= 0 <= high:
+        return []
+    factor = ((high - low) / 2 / difference["points"]) ** 2
+    if not 1 < factor <= MOST_SAMPLES:
+        return [_piece("evidence", "Both gaps are about as large: expect to need both kinds of remedy.")]
+    text = f"About {factor * verdict['scored']:,.0f} scored samples would decide, if the difference stays as it is."
+    return [_piece("evidence", text)]
+
+
+def _gaining(accuracy: dict[str, Any], entries: Sequence[Entry]) -> list[str]:
+    """Return the classes whose recall the best remedy raises most."""
+    before, after = accuracy["current"]["per_class"], accuracy["rebalanced"]["per_class"]
+    gains = [
+        (b - a, str(e["name"]))
+        for a, b, e in zip(before, after, entries, strict=True)
+        if a is not None and b is not None and b > a
+    ]
+    return [name for _, name in sorted(gains, key=lambda pair: -pair[0])[:NAMED]]
+
+
+def _piece(
+    about: str,
+    text: str,
+    remedy: str | None = None,
+    classes: Sequence[str] = (),
+    gain: Gap | None = None,
+    *,
+    at_most: bool = True,
+) -> Advice:
+    return {
+        "about": about,
+        "text": text,
+        "remedy": remedy,
+        "classes": list(classes),
+        "gain": None if gain is None else {"points": gain["points"], "ci95": gain["ci95"]},
+        "at_most": at_most,
+    }
+
+
+def _above_zero(gap: Gap) -> bool:
+    return gap["ci95"] is not None and gap["ci95"][0] > 0
+
+
+def _points(gap: Gap) -> str:
+    text = f"{100 * gap['points']:+.1f} points"
+    return text if gap["ci95"] is None else f"{text} [{100 * gap['ci95'][0]:.1f}, {100 * gap['ci95'][1]:.1f}]"
+
+
+def _names(names: Sequence[str]) -> str:
+    return first_few([f"“{name}”" for name in names], NAMED)

@@ -30,7 +30,6 @@ State = dict[str, Tensor]
 _PLACEHOLDER_OF = "placeholder_of"
 _DEEPEST = 8
 _MOST_CONTAINERS = 10_000
-_DAMAGED = (EOFError, RuntimeError, ValueError, KeyError, AttributeError, TypeError, IndexError, MemoryError)
 
 # What training scripts keep beside the weights: plain values, of which unpickling runs no code of the file's choice.
 # NumPy's arrays and numbers, rebuilt without NumPy's own unpickling; paths, and argparse's options.
@@ -141,7 +140,7 @@ def _unpickle(path: Path) -> Any:
         raise UserError(f"{path}: {what}; save the model's state_dict by itself") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({message_of(error)[:80]})") from None
-    except _DAMAGED as error:
+    except UNREADABLE as error:
         raise UserError(f"{path}: not a readable checkpoint, or truncated ({message_of(error)[:80]})") from None
     name = getattr(content, _PLACEHOLDER_OF, None)
     if name is not None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tailscope.encoders.checkpoint_files import Container, State, containers
-from tailscope.errors import UserError
+from tailscope.errors import UserError, first_few
 from tailscope.field_checks import listed
 from tailscope.linear_layer import LinearLayer
 
@@ -426,6 +426,5 @@ def _left_out(place: Place, own: Mapping[str, Tensor], used: set[str]) -> str:
             pairs = zip(parts, place.prefix.split("."), strict=False)
             shared = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
             branches[".".join([*parts[: shared + 1], *["*"] * (len(parts) > shared + 1)])] += 1
-    shown = [f"{name} ({count})" if count > 1 else name for name, count in branches.most_common(_SHOWN_BRANCHES)]
-    more = len(branches) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more else "")
+    named = [f"{name} ({count})" if count > 1 else name for name, count in branches.most_common()]
+    return first_few(named, _SHOWN_BRANCHES)

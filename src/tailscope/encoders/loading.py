@@ -1,20 +1,56 @@
-"""From a model's name and a checkpoint to an `Encoder`."""
+"""From a model's name and a checkpoint to an `Encoder`; what `module:factory` names, the user's own module makes.
 
+Only what the user types is ever imported: a name from a store or another file never comes to `_call`.
+"""
+
+import hashlib
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from tailscope import seeds
-from tailscope.encoders import architectures, checkpoints, user
-from tailscope.encoders.architectures import Architecture
+from tailscope.data.streams import PIL_MODES
+from tailscope.encoders import checkpoints
 from tailscope.encoders.checkpoints import Checkpoint
-from tailscope.encoders.encoder import Encoder, explains, measure, probe
-from tailscope.encoders.preprocessing import Wishes
+from tailscope.encoders.encoder import (
+    Architecture,
+    Encoder,
+    FeatureFunction,
+    InputOf,
+    by_method,
+    by_timm,
+    explains,
+    from_timm,
+    from_torchvision,
+    is_decision,
+    last_linear,
+    measure,
+    parts_of,
+    probe,
+    project,
+    require_independent,
+    run,
+)
+from tailscope.encoders.preprocessing import Preprocessing, Wishes, by_data, foreign_code
 from tailscope.errors import UserError
 from tailscope.linear_layer import LinearLayer
 from tailscope.models import MODELS
+from tailscope.registry import split_call
 
 _UNTRAINED = {"timm": "random", "torchvision": "random", "project": "random", "user": "as the factory made them"}
+_POOLED = re.compile(r"features?|feat|pool|embed|penultimate", re.IGNORECASE)
+"""Items of a model's output that are its features, by name, such as transformers' `pooler_output`."""
+
+_CLASSIFIER = re.compile(r"(^|\.)(classifier|linear|fc|heads?|logits)$")
+_CLASSIFIER_TYPE = re.compile(r"linear|classifier|cos(ine|norm)|arcface", re.IGNORECASE)
 
 
 def load(
@@ -104,12 +140,12 @@ def _build(
     classes: int | None,
 ) -> Architecture:
     if kind == "timm":
-        return architectures.from_timm(name, pretrained, wishes)
+        return from_timm(name, pretrained, wishes)
     if kind == "torchvision":
-        return architectures.from_torchvision(name, pretrained, wishes)
+        return from_torchvision(name, pretrained, wishes)
     if kind == "user":
-        return user.from_user(name, channels, wishes, classes)
-    return architectures.project(name, channels, stored, wishes)
+        return from_user(name, channels, wishes, classes)
+    return project(name, channels, stored, wishes)
 
 
 def _own_classifier(model: str, built: Architecture) -> LinearLayer | None:
@@ -118,3 +154,238 @@ def _own_classifier(model: str, built: Architecture) -> LinearLayer | None:
     if not isinstance(layer, torch.nn.Linear):
         return None
     return LinearLayer.from_arrays(layer.weight, layer.bias, source=model)
+
+
+def from_user(name: str, channels: int, wishes: Wishes, classes: int | None) -> Architecture:
+    """Call `module:factory`, imported as from the current directory; call-strings set the factory's arguments.
+
+    The factory returns a model, or a model and its transform (image -> tensor [3, H, W]). Penultimate features are
+    those of a method `features(x)`, else timm's, else the input of the last linear layer if this ends the model, else
+    the model's output, or the pooled item of it.
+
+    Args:
+        name: `module:factory`, or `module:factory(width=3)`.
+        channels: of the data's images, for models that do not begin with a convolution.
+        wishes: about the preprocessing, where the factory brings none.
+        classes: of the data, if known: an output of that width is logits.
+
+    Raises:
+        UserError: the module or the factory is not there, or fails; or the model gives no features.
+    """
+    made, source = _call(name)
+    model, transform = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{name}: returned a {type(model).__name__}, not a torch.nn.Module or a pair with a transform")
+    model, notes = _plain(name, model)
+    if transform is None:
+        preprocessing, said = by_data(wishes, _channels_of(model, channels))
+        if not wishes.given:
+            said += "; --image-size, --resize and --normalize change that, or a transform that the factory returns"
+        notes = (*notes, f"{name}: {said}")
+    elif not callable(transform):
+        raise UserError(f"{name}: returned a {type(transform).__name__} as its transform, which cannot be called")
+    elif wishes.given:
+        raise UserError(f"{wishes.given[0]}: {name} brings a transform of its own; change that")
+    else:
+        preprocessing = Preprocessing(transform, owner=name)
+    x = probe(preprocessing, wishes.data_size)
+    mend = "" if preprocessing.owner else wishes.mend
+    function, how, classifiers = _features_of(name, model, x, mend)
+    features = measure(name, model, function, x, mend)
+    if how.startswith("output") and features.shape[1] == classes:
+        raise UserError(
+            f"{name}: its {how} has {classes} values, as many as the data has classes: these are logits, not features; "
+            "give the model a method features(x)"
+        )
+    require_independent(name, model, function, x, features)
+    if how == "output":
+        notes = (
+            *notes,
+            f"{name}: the features are the model's output; if those are logits, give it features(x)",
+        )
+    elif how.startswith("output["):
+        notes = (*notes, f"{name}: the features are {how} of the model")
+    return Architecture(model, function, how, classifiers, preprocessing, notes, source)
+
+
+def _call(name: str) -> tuple[Any, str]:
+    """Return what the factory makes, and the SHA-256 of its module's source."""
+    module_name, _, call = name.partition(":")
+    function, args, kwargs = split_call(call, "factory")
+    with foreign_code(name), _current_directory_first():
+        module = importlib.import_module(module_name)
+        made = getattr(module, function)(*args, **kwargs)
+    try:
+        source = hashlib.sha256(inspect.getsource(module).encode()).hexdigest()
+    except (OSError, TypeError):  # compiled, or gone
+        source = ""
+    return made, source
+
+
+def _plain(name: str, model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return the network without what wraps it, in float32 on the CPU.
+
+    Raises:
+        UserError: it has no weights yet.
+    """
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
+            model = compiled
+        else:
+            break
+    empty = [key for key, tensor in model.state_dict().items() if tensor.is_meta]
+    if empty:
+        raise UserError(f"{name}: {empty[0]!r} lies on the meta device: the network has no weights")
+    low = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
+    with foreign_code(f"{name}: cannot be moved to the CPU as float32"):
+        model = model.to("cpu").float() if low else model.to("cpu")
+    what = ", ".join(str(dtype).removeprefix("torch.") for dtype in low)
+    return model, (f"{name}: its {what} weights compute in float32",) if low else ()
+
+
+def _channels_of(model: nn.Module, channels: int) -> int:
+    """Return how many channels the first convolution takes, or those of the data."""
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    return first.in_channels if first is not None and first.in_channels in PIL_MODES else channels
+
+
+def _features_of(name: str, model: nn.Module, x: Tensor, mend: str) -> tuple[FeatureFunction, str, tuple[str, ...]]:
+    """Return the features' function, that in words, and the names of linear classifiers on them."""
+    layer = last_linear(model)
+    method = getattr(model, "features", None)
+    if callable(method) and not isinstance(method, nn.Module):
+        return by_method, "features(x)", _unused(name, model, by_method, layer, x, mend)
+    if hasattr(model, "forward_features") and hasattr(model, "forward_head"):
+        return by_timm, "forward_head(pre_logits=True)", _unused(name, model, by_timm, layer, x, mend)
+    with _outputs_of(model) as outputs:
+        parts = parts_of(run(name, model, _forward, x, mend))
+    if layer is not None and any(
+        _decides(made, part) for made in outputs.get(layer, ())[-1:] for part in parts.values()
+    ):
+        return InputOf(layer), f"input of {layer}", (layer,)
+    part = _pooled(name, parts)
+    _refuse_logits(name, model, outputs, parts[part])
+    _refuse_changed_logits(name, model, outputs, parts[part])
+    return PartOfOutput(part), part, ()
+
+
+def _decides(logits: Tensor, output: Tensor) -> bool:
+    """Whether an output is these logits, their softmax, or either times a temperature."""
+    if is_decision(logits, output):
+        return True
+    return output.shape == logits.shape and is_decision(logits / logits.norm(), output / output.norm())
+
+
+def _forward(model: nn.Module, x: Tensor) -> Any:
+    return model(x)
+
+
+class PartOfOutput:
+    """An item of a model's output, [B, d], perhaps with trailing dimensions of 1. Goes for any model."""
+
+    def __init__(self, part: str) -> None:
+        self.part = part
+
+    def __call__(self, model: nn.Module, x: Tensor) -> Tensor:
+        """Run the model and return that item."""
+        part = parts_of(model(x))[self.part]
+        return part.flatten(1) if part.ndim > 2 and part.shape[2:].numel() == 1 else part
+
+
+@contextmanager
+def _outputs_of(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect, by the module's name, what every module gives."""
+    outputs: dict[str, list[Tensor]] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if name and not isinstance(module, torch.jit.ScriptModule):
+
+            def keep(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
+                if isinstance(output, Tensor):
+                    outputs.setdefault(name, []).append(output)
+
+            handles.append(module.register_forward_hook(keep))
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _unused(
+    name: str, model: nn.Module, function: FeatureFunction, layer: str | None, x: Tensor, mend: str
+) -> tuple[str, ...]:
+    """Return the last linear layer, unless the features themselves need it: then it is no classifier."""
+    with _outputs_of(model) as outputs:
+        run(name, model, function, x, mend)
+    return () if layer is None or layer in outputs else (layer,)
+
+
+def _refuse_logits(name: str, model: nn.Module, outputs: dict[str, list[Tensor]], output: Tensor) -> None:
+    """Refuse a model that ends in a classifier which is no `nn.Linear`: its output would be written as features.
+
+    Raises:
+        UserError: it does; by the name or the type of the last layer with parameters, or of what that is part of.
+    """
+    owners = [
+        path for path, module in model.named_modules() if path and next(module.parameters(False), None) is not None
+    ]
+    path = owners[-1] if owners else ""
+    while path:
+        module = model.get_submodule(path)
+        kind = str(getattr(module, "original_name", type(module).__name__))
+        is_output = isinstance(module, torch.jit.ScriptModule) or any(
+            torch.equal(made.flatten(1), output.flatten(1)) for made in outputs.get(path, ())[-1:]
+        )
+        if is_output and (_CLASSIFIER.search(path) or _CLASSIFIER_TYPE.search(kind)):
+            raise UserError(
+                f"{name}: ends in {path} ({kind}), which is no nn.Linear: the output is logits, not features; give the "
+                "model a method features(x)"
+            )
+        path = path.rpartition(".")[0]
+
+
+def _refuse_changed_logits(name: str, model: nn.Module, outputs: dict[str, list[Tensor]], output: Tensor) -> None:
+    """Refuse logits that were scaled, shifted or squashed behind their classifier; an embedding may be normalised.
+
+    Raises:
+        UserError: the output is as wide as the last linear layer that ran, which is named like a classifier.
+    """
+    layers = [path for path in outputs if isinstance(model.get_submodule(path), nn.Linear)]
+    if not layers or not _CLASSIFIER.search(layers[-1]):
+        return
+    logits, output = outputs[layers[-1]][-1], output.flatten(1)
+    if logits.shape == output.shape and not torch.allclose(nn.functional.normalize(logits, dim=1), output, atol=1e-5):
+        raise UserError(
+            f"{name}: its output is as wide as {layers[-1]}, {output.shape[1]}, and is made from it: these are logits, "
+            "not features; give the model a method features(x)"
+        )
+
+
+def _pooled(name: str, parts: dict[str, Tensor]) -> str:
+    """Return which part of the output is the features: the only one, or the one that is called so.
+
+    Raises:
+        UserError: that is not to be told.
+    """
+    if list(parts) == ["output"]:
+        return "output"
+    flat = {key: part for key, part in parts.items() if part.ndim >= 2 and part.shape[2:].numel() == 1}
+    named = [key for key in flat if _POOLED.search(key.partition("[")[2])]
+    found = named or list(flat)
+    if len(found) != 1 or "logits" in found[0]:
+        have = ", ".join(f"{key} {list(part.shape)}" for key, part in parts.items()) or "no tensors"
+        raise UserError(f"{name}: returns {have}, and it is not clear which are features; give it a method features(x)")
+    return found[0]
+
+
+@contextmanager
+def _current_directory_first() -> Iterator[None]:
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)

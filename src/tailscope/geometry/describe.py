@@ -1,27 +1,28 @@
-"""The geometry of every class in one call: `describe(train, unseen)`."""
+"""The geometry of every class and group in one call, `describe(train, unseen)`, and warnings about the features."""
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tailscope.errors import UserError
-from tailscope.geometry.angles import angle_between, nearest_center
-from tailscope.geometry.centers import Centers, class_centers, separation_by_chance
-from tailscope.geometry.fields import Entry
-from tailscope.geometry.lengths import exponent, median, scaled
+from tailscope.errors import UserError, first_few
+from tailscope.geometry.angles import (
+    Centers,
+    NearestWrongCenter,
+    angle_between,
+    class_centers,
+    nearest_center,
+    separation_by_chance,
+)
+from tailscope.geometry.fields import FIELDS, MOST, Entry
 from tailscope.geometry.measure import Facts, measure_class
-from tailscope.geometry.notes import class_notes, input_notes, undefined_notes, verdict_notes
-from tailscope.geometry.parallel import map_mixed
-from tailscope.geometry.pooling import pool_groups
-from tailscope.geometry.rows import ClassRows, gather, group_rows
-from tailscope.geometry.search import NearestWrongCenter
-from tailscope.geometry.significance import Chance, ClassTests, UnitMaker
-from tailscope.groups import assign_groups
+from tailscope.geometry.rows import FAR, ClassRows, exponent, gather, group_rows, map_mixed, median, scaled
+from tailscope.geometry.significance import TESTS, VERDICT_SAMPLES, Chance, ClassTests, UnitMaker, false_discovery
+from tailscope.groups import GROUPS, assign_groups
 from tailscope.seeds import numpy_stream
 
 EXCESSES = (
@@ -32,6 +33,13 @@ EXCESSES = (
 )
 MOST_APART = 30  # powers of two between the lengths of train and unseen features
 SQUARED = ("variance", "variance_unseen", "covariance_norm", "covariance_norm_unbiased")  # in squared units of features
+FEW_UNSEEN = 30
+TESTED = tuple(name for name, _, _ in TESTS)
+_SUMMED = ("train_count", "unseen_count")
+_NOT_POOLED = (
+    *("index", "name", "group", "nearest_center_train_class", "nearest_center_true_class", "spread_gap_material"),
+    *(f"{test}_{part}" for test in TESTED for part in ("p", "q", "flagged", "permutations", "unit_p")),
+)
 
 
 @dataclass(frozen=True)
@@ -233,3 +241,139 @@ def _original_units(entries: Sequence[Entry], power: int) -> None:
             if power and entry[name]:
                 half = entry[name] * 2.0**-power  # the factor's square may lie outside the range of float64
                 entry[name] = half * 2.0**-power or math.nan
+
+
+def pool_groups(
+    entries: Sequence[Entry], p_values: Callable[[str, Sequence[int]], float | None], alpha: float
+) -> dict[str, Entry | None]:
+    """Return one pooled entry for head, body and tail; None for each where there are no groups.
+
+    Counts are summed; every other number is the mean over the classes where it is defined, each class counting once;
+    lists are averaged place by place.
+
+    Args:
+        entries: the classes.
+        p_values: gives the p-value of "spread_gap" or "center_shift" over some classes, however small each is.
+        alpha: largest q-value, over the groups, at which a group is flagged.
+    """
+    pooled = {group: [e for e in entries if e["group"] == group] for group in GROUPS}
+    result: dict[str, Entry | None] = {
+        group: _pool(group, members) if members else None for group, members in pooled.items()
+    }
+    found = {group: entry for group, entry in result.items() if entry is not None}
+    for name in TESTED:
+        values = [p_values(name, [e["index"] for e in pooled[group]]) for group in found]
+        for entry, p, q in zip(found.values(), values, false_discovery(values), strict=True):
+            entry[f"{name}_p"], entry[f"{name}_q"] = p, q
+            entry[f"{name}_flagged"] = None if q is None else q <= alpha
+    return result
+
+
+def _pool(group: str, members: Sequence[Entry]) -> Entry:
+    entry: Entry = {"group": group, "classes": len(members)}
+    for name in FIELDS:
+        if name in _SUMMED:
+            entry[name] = sum(member[name] for member in members)
+        elif name not in _NOT_POOLED:
+            entry[name] = _mean([member[name] for member in members if member[name] is not None])
+    return entry
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    if not values:
+        return None
+    if isinstance(values[0], list):
+        return [sum(place) / len(values) for place in zip(*values, strict=True)]
+    return sum(values) / len(values)
+
+
+def input_notes(train: ClassRows, unseen: ClassRows, dead: int, split_bursts: int) -> list[str]:
+    """Return warnings about the feature matrices as a whole."""
+    notes = []
+    dropped = sum(train.dropped) + sum(unseen.dropped)
+    if dropped:
+        rows = len(train.features) + len(unseen.features)
+        many = f"; that is {dropped / rows:.1%} of all, check the features" if dropped > rows / 100 else ""
+        notes.append(
+            f"{dropped} feature vectors of length 0 have no direction and were left out "
+            f"({sum(train.dropped)} training, {sum(unseen.dropped)} unseen){many}"
+        )
+    distant = sum(train.far) + sum(unseen.far)
+    if distant:
+        notes.append(
+            f"{distant} feature vectors are over {FAR:.0f} times as long as the median one and were left out "
+            f"({sum(train.far)} training, {sum(unseen.far)} unseen)"
+        )
+    if dead:
+        width = train.features.shape[1]
+        notes.append(f"{dead} of {width} features are 0 in every row: read effective_rank, not the dimension")
+    if split_bursts:
+        notes.append(f"{split_bursts} bursts have rows both in train and in unseen: each side is permuted by itself")
+    return notes
+
+
+def class_notes(entries: Sequence[Entry], facts: Sequence[Facts], dropped: Sequence[int]) -> list[str]:
+    """Return warnings about what could not be measured, or only badly, each naming its classes."""
+    n = [e["train_count"] for e in entries]
+    m = [e["unseen_count"] for e in entries]
+    copies = sum(f.copies for f in facts)
+    repeats = sum(f.repeats for f in facts)
+    few = f"fewer than {VERDICT_SAMPLES} training samples: estimates without a verdict, see the group"
+    holds = {
+        "some vectors of length 0 were left out": [x > 0 for x in dropped],
+        "no training vector with a direction and an ordinary length: nothing about training can be measured": [
+            x == 0 for x in n
+        ],
+        "no unseen samples: shift, gap and escape not assessable": [x == 0 for x in m],
+        f"fewer than {FEW_UNSEEN} unseen samples: comparisons are imprecise": [0 < x < FEW_UNSEEN for x in m],
+        "1 training sample: spread, width, gap and escape undefined, see the group": [x == 1 for x in n],
+        few: [1 < x < VERDICT_SAMPLES for x in n],
+        "collapsed: all training vectors are one, shapes and ratios undefined": [f.collapsed for f in facts],
+        "a class mean is 0: angles to it are undefined": [f.centerless for f in facts],
+        "training samples are over 80 % of the pool: chance values contain memorisation, read gap and displacement": [
+            a > 4 * b > 0 for a, b in zip(n, m, strict=True)
+        ],
+        f"{copies} unseen vectors copy a training vector of their class: gap and escape come out too small": [
+            f.copies > 0 for f in facts
+        ],
+        f"{repeats} vectors repeat another of their set and class: related rows make p-values too small unless they "
+        "are permuted together as bursts": [f.repeats > 0 for f in facts],
+    }
+    return _naming_classes(entries, holds)
+
+
+def verdict_notes(entries: Sequence[Entry], differing: Sequence[bool]) -> list[str]:
+    """Return warnings about verdicts that depend on a convention, on label noise, or on the sheer number of samples."""
+    flagged = [bool(entry["spread_gap_flagged"]) for entry in entries]
+    holds = {
+        "the gap halves without the furthest tenth of samples: it may be label noise among the unseen": [
+            flag and e["spread_gap_trimmed_deg"] < e["spread_gap_deg"] / 2
+            for flag, e in zip(flagged, entries, strict=True)
+        ],
+        "significant but small gap (below 2 degrees, rank below 0.6)": [
+            flag and not e["spread_gap_material"] for flag, e in zip(flagged, entries, strict=True)
+        ],
+        "the verdict on the gap changes when centres average unit vectors instead of raw ones": differing,
+    }
+    return _naming_classes(entries, holds)
+
+
+def undefined_notes(entries: Sequence[Entry]) -> list[str]:
+    """Make NaN, and what is beyond `MOST`, None, in place, and return a warning for each field that held any."""
+    found: dict[str, list[bool]] = {}
+    for k, entry in enumerate(entries):
+        for name, value in entry.items():
+            if not all(abs(v) <= MOST for v in (value if isinstance(value, list) else [value]) if isinstance(v, float)):
+                entry[name] = None
+                note = f"{name} lies outside the range of numbers and is left undefined"
+                found.setdefault(note, [False] * len(entries))[k] = True
+    return _naming_classes(entries, found)
+
+
+def _naming_classes(entries: Sequence[Entry], holds: Mapping[str, Sequence[bool]]) -> list[str]:
+    """Return the notes that hold for any class, each with the names of these classes."""
+    named = {
+        note: [str(entry["name"]) for entry, true in zip(entries, which, strict=True) if true]
+        for note, which in holds.items()
+    }
+    return [f"{note}: {first_few(names)}" for note, names in named.items() if names]

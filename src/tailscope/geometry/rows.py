@@ -1,13 +1,131 @@
-"""Rows of a feature matrix, grouped by class once and checked once."""
+"""Rows of a feature matrix: their lengths, their classes, copies among them, and work on several classes at once.
 
-from collections.abc import Sequence
+Squares of float32 leave its range beyond 1e19 and below 1e-19. What measures or fits features therefore multiplies
+them first by one power of two, the same for all of an encoder's files, which changes no digit. A row that is over 100
+times as long as the median one (clipped float16, a broken image) is no sample of anything: left in, it alone would
+decide means, variances and penalties. One of less than 1e-12 of the median length has no direction that counts.
+"""
+
+import itertools
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 
 from tailscope.errors import UserError
-from tailscope.geometry.lengths import BLOCK_ELEMENTS, far, log2_lengths, without
+
+FAR = 100.0
+NOTHING = 2.0**-40
+AT_EASE = 16  # powers of two about 1 within which features stay as they are
+BLOCK_ELEMENTS, CHUNK_ELEMENTS = 1 << 22, 1 << 18
+"""Values that are looked at together, of rows and of subsets."""
+
+MOST_WORKERS = 8
+T = TypeVar("T")
+Kind = tuple[Callable[[int], Any], int]
+
+
+def row_blocks(rows: Tensor) -> tuple[Tensor, ...]:
+    """Cut a matrix [n, d] into blocks of rows that fit into the processor's caches."""
+    return torch.split(rows, max(1, BLOCK_ELEMENTS // max(1, rows.shape[1])))
+
+
+def log2_lengths(features: Tensor, what: str) -> Tensor:
+    """Return the binary logarithms of the lengths of rows [n, d], float64 [n]; -inf for rows of zeros.
+
+    >>> log2_lengths(torch.tensor([[3e30, 4e30], [0.0, 0.0], [0.5, 0.0]]), "x.npz").round().tolist()
+    [102.0, -inf, -1.0]
+
+    Raises:
+        UserError: values are NaN or infinite, or so small that their type keeps few digits; `what` names them.
+    """
+    wide = torch.promote_types(features.dtype, torch.float32)
+    found = [_log2_lengths(block.to(wide)) for block in row_blocks(features)]
+    lengths = torch.cat(found) if found else features.new_empty(0, dtype=torch.float64)
+    wrong = (~(lengths < math.inf)).nonzero().flatten()
+    if len(wrong):
+        raise UserError(f"{what}: {len(wrong)} rows are NaN or infinite, the first is row {int(wrong[0])}")
+    smallest = torch.finfo(features.dtype).tiny
+    middle = median(lengths)
+    if middle is not None and middle - math.log2(features.shape[1]) / 2 < math.log2(smallest):
+        kind = str(features.dtype).removeprefix("torch.")
+        raise UserError(
+            f"{what}: values are about {2 ** (middle - math.log2(features.shape[1]) / 2):.0e}; below {smallest:.0e} "
+            f"{kind} keeps fewer digits (subnormal numbers). Multiply all features by one number before they are saved"
+        )
+    return lengths
+
+
+def median(lengths: Tensor) -> float | None:
+    """Return the median of the logarithms of lengths, rows of zeros left out; None where there are no others."""
+    known = lengths[lengths > -math.inf]
+    return known.median().item() if len(known) else None
+
+
+def far(lengths: Tensor) -> Tensor:
+    """Return which rows are over 100 times as long as the median one, bool [n], from the logarithms of lengths.
+
+    The median is that of the rows that are left, so that none of these is far itself.
+
+    >>> far(torch.tensor([0.0, 0.1, -0.1, 6.0, 7.0])).tolist()
+    [False, False, False, False, True]
+    """
+    found = torch.zeros_like(lengths, dtype=torch.bool)
+    while (middle := median(lengths[~found])) is not None:
+        beyond = lengths > middle + math.log2(FAR)
+        if bool((beyond == found).all()):
+            break
+        found = beyond
+    return found
+
+
+def without(lengths: Tensor) -> Tensor:
+    """Return which rows are of length 0, or of less than 1e-12 of the median, bool [n], from logarithms of lengths."""
+    middle = median(lengths)
+    return lengths < (math.inf if middle is None else middle + math.log2(NOTHING))
+
+
+def exponent(*lengths: Tensor) -> int:
+    """Return by which power of two to multiply rows, so that the median length is near 1; 0 where it is near enough.
+
+    Args:
+        lengths: logarithms of the lengths of all files that are to stay comparable.
+
+    >>> exponent(torch.tensor([100.5, 100.5])), exponent(torch.tensor([9.0]))
+    (-100, 0)
+    """
+    middle = median(torch.cat([part.cpu() for part in lengths]))
+    return 0 if middle is None or abs(middle) <= AT_EASE else -math.floor(middle)
+
+
+def scaled(features: Tensor, power: int) -> Tensor:
+    """Return features times 2 ** power, in float32 or float64; as they are for 0."""
+    if not power:
+        return features
+    half = power // 2  # 2 ** power itself may lie outside the type's range
+    rows: Tensor = features.to(torch.promote_types(features.dtype, torch.float32)) * math.ldexp(1.0, half)
+    return torch.mul(rows, math.ldexp(1.0, power - half))
+
+
+def _log2_lengths(rows: Tensor) -> Tensor:
+    """Return the logarithms; where a square leaves the type's range, each row counts in its own largest value."""
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=1).double().log2()
+    outside = (~(lengths.abs() < -math.log2(torch.finfo(rows.dtype).tiny) / 4)).nonzero().flatten()
+    if len(outside):
+        part = rows[outside].double()
+        largest = part.abs().amax(dim=1)
+        unit = part / torch.where(largest > 0, largest, 1)[:, None]
+        lengths[outside] = torch.linalg.vector_norm(unit, dim=1).log2() + largest.log2()
+    return lengths
 
 
 @dataclass(frozen=True)
@@ -101,8 +219,153 @@ def _check_shapes(features: Tensor, labels: Tensor, classes: int, what: str) -> 
 def _alive(features: Tensor) -> Tensor:
     """Return which features are ever not 0, bool [d]."""
     alive = torch.zeros(features.shape[1], dtype=torch.bool, device=features.device)
-    for block in torch.split(features, max(1, BLOCK_ELEMENTS // max(1, features.shape[1]))):
+    for block in row_blocks(features):
         alive |= (block != 0).any(dim=0)
         if bool(alive.all()):
             break
     return alive
+
+
+def subsets(seen: int, units: int, draws: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Yield random subsets of `seen` out of `units`, bool [<= chunk, units], `draws` in all.
+
+    A row takes the units with the `seen` smallest of as many random numbers; rows whose boundary is tied are drawn
+    again, which keeps every subset equally likely.
+    """
+    chunk = max(1, CHUNK_ELEMENTS // units)
+    for start in range(0, draws, chunk):
+        keys = rng.integers(0, 1 << 32, (min(chunk, draws - start), units), dtype=np.uint32)
+        while True:
+            taken = keys <= np.partition(keys, seen - 1, axis=1)[:, seen - 1 : seen]
+            tied = np.flatnonzero(taken.sum(axis=1) != seen)
+            if not len(tied):
+                break
+            keys[tied] = rng.integers(0, 1 << 32, (len(tied), units), dtype=np.uint32)
+        yield taken
+
+
+def all_subsets(seen: int, units: int) -> np.ndarray:
+    """Return every subset of `seen` out of `units`, bool [number, units], the first `seen` units first."""
+    rows = list(itertools.combinations(range(units), seen))
+    taken = np.zeros((len(rows), units), dtype=bool)
+    np.put_along_axis(taken, np.array(rows), True, axis=1)
+    return taken
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Equal rows of one class: which unseen rows copy a training row, and how many rows repeat their own set.
+
+    `unseen` is bool [m].
+    """
+
+    unseen: Tensor
+    repeats: int
+
+
+def find_copies(rows: Tensor, n: int) -> Copies:
+    """Return the copies among a class's rows [n + m, d], training rows first.
+
+    Copies are rows whose bytes are the same: rows that are only close are neighbours, at whatever scale.
+
+    >>> find_copies(torch.tensor([[1.0, 2.0], [1.0, 2.5], [1.0, 2.0]]), 2).unseen.tolist()
+    [True]
+    """
+    count = len(rows)
+    bits = rows.contiguous().view(torch.int64 if rows.dtype == torch.float64 else torch.int32)
+    key, order = _digest(bits).sort()
+    linked = (key.diff() == 0).nonzero().flatten()
+    linked = linked[(bits[order[linked]] == bits[order[linked + 1]]).all(dim=1)]
+    if not len(linked):
+        return Copies(torch.zeros(count - n, dtype=torch.bool, device=rows.device), 0)
+    unseen = torch.arange(count, device=rows.device) >= n
+    follows = torch.zeros(count, dtype=torch.long, device=rows.device)
+    follows[linked + 1] = 1
+    cluster = torch.empty_like(follows)
+    cluster[order] = torch.cumsum(1 - follows, 0) - 1
+    seen_in = torch.bincount(cluster[~unseen], minlength=count)
+    unseen_in = torch.bincount(cluster[unseen], minlength=count)
+    repeats = (seen_in - 1).clamp(min=0).sum() + (unseen_in - 1).clamp(min=0).sum()
+    return Copies((seen_in[cluster] > 0)[unseen], int(repeats))
+
+
+def _digest(bits: Tensor) -> Tensor:
+    """Return a number for each row of integers, int64 [n], by which equal rows become neighbours."""
+    factors = _factors(bits.shape[1]).to(bits.device)
+    return torch.cat([(block * factors).sum(dim=1) for block in row_blocks(bits)])  # both wrap round
+
+
+@lru_cache(maxsize=1)
+def _factors(d: int) -> Tensor:
+    return torch.randint(-(2**62), 2**62, (d,), generator=torch.Generator().manual_seed(0))
+
+
+def unseen_copies(train: ClassRows, unseen: ClassRows) -> Tensor:
+    """Return which unseen rows are copies of a training row of their class, bool [m] in the original row order."""
+    found = torch.zeros(len(unseen.features), dtype=torch.bool, device=unseen.features.device)
+
+    def one(k: int) -> None:
+        n, m = train.count(k), unseen.count(k)
+        if n and m:
+            found[unseen.index(k)] = find_copies(gather(train, unseen, k), n).unseen
+
+    map_parallel(one, len(train.starts) - 1, unseen.features.device)
+    return found
+
+
+def map_parallel(function: Callable[[int], T], number: int, device: torch.device) -> list[T]:
+    """Return [function(0), ..., function(number - 1)], computed by threads that share torch's CPU threads.
+
+    >>> map_parallel(lambda i: i * i, 4, torch.device("cpu"))
+    [0, 1, 4, 9]
+    """
+    found = {i: result for _, i, result in map_mixed([(function, number)], device)}
+    return [found[i] for i in range(number)]
+
+
+def map_mixed(kinds: Sequence[Kind], device: torch.device) -> Iterator[tuple[int, int, Any]]:
+    """Yield (kind, i, function(i)) for every i below each kind's number, in the order in which they are done.
+
+    Every worker has a kind that it prefers. Jobs of many short calls hold Python's lock, jobs of few long ones do not:
+    side by side they keep two cores busy, two of the first kind cannot. On an accelerator one thread issues all work.
+    """
+    threads = torch.get_num_threads()
+    workers = min(threads, sum(number for _, number in kinds), MOST_WORKERS) if device.type == "cpu" else 1
+    if workers <= 1:
+        for kind, (function, number) in enumerate(kinds):
+            for i in range(number):
+                yield kind, i, function(i)
+        return
+    own = threads // workers
+    waiting = [deque(range(number)) for _, number in kinds]
+    done: SimpleQueue[tuple[int, int, Any] | BaseException] = SimpleQueue()
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(own,))
+    try:
+        with threadpool_limits(own, user_api="blas"):  # of NumPy and SciPy; torch is told by the initializer
+            for worker in range(workers):
+                pool.submit(_work, kinds, waiting, worker, done)
+            for _ in range(sum(number for _, number in kinds)):
+                item = done.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+    finally:
+        for jobs in waiting:
+            jobs.clear()
+        pool.shutdown()
+        torch.set_num_threads(threads)  # else threads that start later would inherit the workers' number
+
+
+def _work(kinds: Sequence[Kind], waiting: Sequence[deque[int]], worker: int, done: "SimpleQueue[Any]") -> None:
+    """Do jobs of the preferred kind, then of the others, until none is left."""
+    try:
+        for offset in range(len(kinds)):
+            kind = (worker + offset) % len(kinds)
+            while waiting[kind]:
+                try:
+                    i = waiting[kind].popleft()
+                except IndexError:  # another worker was faster
+                    break
+                done.put((kind, i, kinds[kind][0](i)))
+    except BaseException as error:  # raised again where the results are read
+        done.put(error)

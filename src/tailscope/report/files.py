@@ -1,10 +1,8 @@
 """Writing a file whole or not at all."""
 
-import os
-from contextlib import suppress
 from pathlib import Path
 
-from tailscope.errors import UserError
+from tailscope.store.files import replacing
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -13,13 +11,7 @@ def write(path: Path, content: str | bytes) -> Path:
     Raises:
         UserError: the file cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with replacing(path, durable=False) as partial:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        partial.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
     return path

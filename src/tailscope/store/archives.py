@@ -29,6 +29,7 @@ from tailscope.store.files import (
     load_header,
     previous_of,
     reading,
+    replacing,
     sync,
     whole_checkpoint,
     writing,
@@ -162,17 +163,14 @@ class _Hashed(io.RawIOBase):
 @contextmanager
 def _new_archive(path: Path) -> Iterator[_Archive]:
     """Write an archive, whole or not at all, and its manifest at the end."""
-    partial = path.with_name(f".{path.name}.partial")
-    with writing(path):
-        try:
-            with partial.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
-                archive = _Archive(tar)
-                yield archive
-                archive.add_bytes(MANIFEST, json.dumps({"schema": SCHEMA, "files": archive.files}, indent=0).encode())
-            sync(partial)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+    with (
+        replacing(path) as partial,
+        partial.open("wb") as file,
+        tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar,
+    ):
+        archive = _Archive(tar)
+        yield archive
+        archive.add_bytes(MANIFEST, json.dumps({"schema": SCHEMA, "files": archive.files}, indent=0).encode())
 
 
 def _pack_entry(store: Store, kind: str, key: str, archive: _Archive) -> None:

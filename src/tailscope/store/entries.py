@@ -9,7 +9,6 @@ two runs share a store: the second waits for the first and then finds the work d
 import errno
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -31,6 +30,7 @@ from tailscope.store.files import (
     previous_of,
     reading,
     ready,
+    replacing,
     require_utf8,
     sync,
     to_json,
@@ -64,14 +64,15 @@ Digests = dict[str, str]
 
 
 class Store:
-    """A folder of artifacts addressed by kind and key."""
+    """A folder of artifacts addressed by kind and key.
+
+    Raises:
+        Damaged: by any method that reads an entry, which is then not what was written, or lacks a file.
+        UserError: the store, or the entry, may not be read or cannot be written.
+    """
 
     def __init__(self, root: Path) -> None:
-        """Open the store at `root`, and create it if it is not there. Reading it takes no right to write.
-
-        Raises:
-            UserError: the folder cannot be created, or its name is no UTF-8.
-        """
+        """Open the store at `root`, and create it if it is not there. Reading it takes no right to write."""
         self.root = root
         require_utf8(root, "--store")
         with reading(root):
@@ -82,11 +83,7 @@ class Store:
     # -- looking ------------------------------------------------------------------------------------------------
 
     def has(self, kind: str, key: str) -> bool:
-        """Whether the entry is complete.
-
-        Raises:
-            UserError: it may not be read.
-        """
+        """Whether the entry is complete."""
         done = self.entry(kind, key) / DONE
         with reading(done):
             return done.is_file()
@@ -95,19 +92,12 @@ class Store:
         """Return the kinds of which there are entries: the easiest to make again first, then unknown ones.
 
         A known kind that may not be read is among them, for there may be entries of it.
-
-        Raises:
-            UserError: the store may not be read.
         """
         found = {kind for kind in _names(self.root) if kind not in (SCRATCH, LOCKS) and self._has_kind(kind)}
         return [kind for kind in KINDS if kind in found] + sorted(found - set(KINDS))
 
     def keys(self, kind: str) -> list[str]:
-        """Return the keys of all complete entries, and of those that may not be read, sorted.
-
-        Raises:
-            UserError: the kind's folder may not be read.
-        """
+        """Return the keys of all complete entries, and of those that may not be read, sorted."""
         return [key for key in _names(self.root / kind) if self._may_have(kind, key)]
 
     def _has_kind(self, kind: str) -> bool:
@@ -137,24 +127,14 @@ class Store:
     # -- reading ------------------------------------------------------------------------------------------------
 
     def read(self, kind: str, key: str) -> Artifact:
-        """Read a complete entry and check every byte of it.
-
-        Raises:
-            Damaged: a byte is not what was written, or a file is missing.
-            UserError: a file may not be read.
-        """
+        """Read a complete entry and check every byte of it."""
         self.check(kind, key)  # before the file is mapped into memory, from which the same pages are read
         path = self.tensors_file(kind, key)
         with reading(path):
             return Artifact(load_file(path), self.meta(kind, key))
 
     def check(self, kind: str, key: str) -> bool:
-        """Check every byte of a complete entry; return whether it had digests. One without gets them now.
-
-        Raises:
-            Damaged: a byte is not what was written, or a file is missing.
-            UserError: a file may not be read.
-        """
+        """Check every byte of a complete entry; return whether it had digests. One without gets them now."""
         entry = self.entry(kind, key)
         stored, stamps = self.digests(kind, key), _stamps(entry)
         found = self.compute_digests(kind, key)
@@ -170,21 +150,11 @@ class Store:
         return True
 
     def compute_digests(self, kind: str, key: str) -> Digests:
-        """Return the digests of an entry's files as they are now.
-
-        Raises:
-            Damaged: one is missing.
-            UserError: one may not be read.
-        """
+        """Return the digests of an entry's files as they are now."""
         return {name: file_digest(self.entry(kind, key) / name) for name in (TENSORS, META)}
 
     def digests(self, kind: str, key: str) -> Digests | None:
-        """Return the digests that a complete entry was written with; None of an entry of before there were any.
-
-        Raises:
-            Damaged: they are missing or malformed.
-            UserError: they may not be read.
-        """
+        """Return the digests that a complete entry was written with; None of an entry of before there were any."""
         path = self.entry(kind, key) / DONE
         with reading(path):
             text = path.read_bytes().decode("ascii")
@@ -196,12 +166,7 @@ class Store:
         return found
 
     def meta(self, kind: str, key: str) -> Meta:
-        """Read only an entry's description, and check it.
-
-        Raises:
-            Damaged: a byte is not what was written, or it is missing.
-            UserError: it may not be read.
-        """
+        """Read only an entry's description, and check it."""
         stored = self.digests(kind, key)
         path = self.entry(kind, key) / META
         if stored is not None and file_digest(path) != stored[META]:
@@ -233,9 +198,6 @@ class Store:
             key: names the entry.
             make: gets a scratch folder that outlives a killed run: a place for checkpoints, removed on success.
             progress: may end the wait for another run that is making the entry, at a safe point every second.
-
-        Raises:
-            UserError: the entry may not be read, or cannot be written.
         """
         try:
             if self.has(kind, key):
@@ -256,11 +218,7 @@ class Store:
         return Artifact(tensors, meta), False
 
     def put_in_place(self, kind: str, key: str, building: Path) -> None:
-        """Move a whole entry into place, and what is there away; the caller holds its lock.
-
-        Raises:
-            UserError: the disk refuses.
-        """
+        """Move a whole entry into place, and what is there away; the caller holds its lock."""
         entry, replaced = self.entry(kind, key), building.with_name(f"{building.name}.replaced")
         with writing(entry):
             entry.parent.mkdir(parents=True, exist_ok=True)
@@ -273,11 +231,7 @@ class Store:
 
     @contextmanager
     def held(self, kind: str, key: str) -> Iterator[bool]:
-        """Hold an entry's lock; False where a running process holds it.
-
-        Raises:
-            UserError: the store cannot be written.
-        """
+        """Hold an entry's lock; False where a running process holds it."""
         lock = self._try_lock(kind, key)
         try:
             yield lock is not None
@@ -308,7 +262,7 @@ class Store:
             if kind not in CHEAP:
                 sync(path)
                 sync(building / META)
-            write_done(building, {name: file_digest(building / name) for name in (TENSORS, META)})
+            write_done(building / DONE, {name: file_digest(building / name) for name in (TENSORS, META)})
             if kind not in CHEAP:
                 sync(building)
         self.put_in_place(kind, key, building)
@@ -325,7 +279,8 @@ class Store:
                 return
             try:
                 if self.digests(kind, key) is None and _stamps(entry) == stamps:
-                    _replace_done(entry, digests)
+                    with replacing(entry / DONE) as partial:
+                        write_done(partial, digests)
             finally:
                 lock.release()
 
@@ -408,17 +363,8 @@ def _stamps(entry: Path) -> list[tuple[int, int]]:
     return stamps
 
 
-def _replace_done(entry: Path, digests: Digests) -> None:
-    partial = entry / f"{DONE}.{os.getpid()}.partial"
-    with writing(entry, partial):
-        partial.write_text(done_text(digests), encoding="ascii", newline="\n")
-        sync(partial)
-        partial.replace(entry / DONE)
-
-
-def write_done(folder: Path, digests: Digests) -> None:
+def write_done(path: Path, digests: Digests) -> None:
     """Write an entry's last file, and wait until the disk has it: an empty one would mean an entry of before."""
-    path = folder / DONE
     path.write_text(done_text(digests), encoding="ascii", newline="\n")
     sync(path)
 

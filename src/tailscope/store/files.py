@@ -62,14 +62,11 @@ class Artifact:
 
 
 @contextmanager
-def writing(path: Path, partial: Path | None = None) -> Iterator[None]:
-    """Turn a full disk and the like into one line, without the partial file."""
+def writing(path: Path) -> Iterator[None]:
+    """Turn a full disk and the like into one line."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if partial is not None:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
         advice = _ADVICE.get(getattr(error, "errno", None) or 0, "free space or take another disk")
         raise UserError(f"{path}: cannot be written ({_reason(error)}); {advice}") from error
 
@@ -111,6 +108,29 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Give a path to write to: the file there replaces `path` at the end, and goes where anything fails before.
+
+    Args:
+        path: is there whole, as it was before or as it is now, at every moment.
+        durable: wait until the disk has it; a file that can be made again need not.
+
+    Raises:
+        UserError: the disk refuses.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with writing(path):
+        try:
+            yield partial
+            if durable:
+                sync(partial)
+            partial.replace(path)
+        finally:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
 
 
 def file_digest(path: Path) -> str:
@@ -155,11 +175,8 @@ def write_json(path: Path, value: Any) -> None:
         UserError: the disk is full, or the like.
     """
     text = json.dumps(value, indent=1, allow_nan=False)
-    partial = _partial(path)
-    with writing(path, partial):
+    with replacing(path) as partial:
         partial.write_text(text + "\n")
-        sync(partial)
-        partial.replace(path)
 
 
 def require_utf8(path: Path, option: str) -> None:
@@ -189,10 +206,6 @@ def make_folder(path: Path, option: str) -> Path:
     except OSError as error:
         raise UserError(f"{option} {path}: cannot be written ({error.strerror}); choose another folder") from error
     return path
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{os.getpid()}.partial")
 
 
 # -- tensors --------------------------------------------------------------------------------------------------------
@@ -238,12 +251,10 @@ def save_tensors(path: Path, tensors: Tensors, meta: Meta) -> None:
     """
     tensors, text = ready(tensors), to_json(path, meta)
     header = {"meta": text, "sha256": _digest_of(tensors, text)}
-    partial = _partial(path)
-    with writing(path, partial):
+    with replacing(path, durable=False) as partial:
         write_tensors(partial, tensors, header)
         if _keep_previous(path):
             sync(partial)
-        partial.replace(path)
 
 
 def check_tensors(path: Path) -> bool:
