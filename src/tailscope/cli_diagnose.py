@@ -92,22 +92,22 @@ def diagnose(
         _show(result, out, page, console)
 
 
-def _show(result: dict[str, Any], out: Path, page: Path | None, console: Console) -> None:
+def _show(result: Any, out: Path, page: Path | None, console: Console) -> None:
     """Print the verdict, the accuracies behind it, and the advice."""
     from rich.table import Table
 
-    from tailscope.report import diagnosis_story
+    from tailscope.report import diagnosis
 
     def tell(text: str) -> None:
         console.print(one_line(text), highlight=False, markup=False, soft_wrap=True)  # it names classes
 
-    tell(diagnosis_story.headline(result))
+    tell(diagnosis.headline(result))
     if result["accuracy"] is not None:
         table = Table("", "accuracy", "head", "body", "tail", box=None)
-        for row in diagnosis_story.accuracy_rows(result):
+        for row in diagnosis.accuracy_rows(result):
             table.add_row(*row)
         console.print(table)
-    shown = diagnosis_story.findings(result)[0 if result["verdict"] is None else 1 :]  # the table says the first
+    shown = diagnosis.findings(result)[0 if result["verdict"] is None else 1 :]  # the table says the first
     for text in [*shown, *(piece["text"] for piece in result["advice"])]:
         tell(f"- {text}")
     if result["warnings"]:

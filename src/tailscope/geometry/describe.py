@@ -12,7 +12,7 @@ from torch import Tensor
 from tailscope.errors import UserError
 from tailscope.geometry.angles import angle_between, nearest_center
 from tailscope.geometry.centers import Centers, class_centers, separation_by_chance
-from tailscope.geometry.fields import Entry
+from tailscope.geometry.fields import EXCESSES, MEASURES, Entry
 from tailscope.geometry.lengths import exponent, median, scaled
 from tailscope.geometry.measure import Facts, measure_class
 from tailscope.geometry.notes import class_notes, input_notes, undefined_notes, verdict_notes
@@ -24,14 +24,8 @@ from tailscope.geometry.significance import Chance, ClassTests, UnitMaker
 from tailscope.groups import assign_groups
 from tailscope.seeds import numpy_stream
 
-EXCESSES = (
-    ("center_shift_deg", "center_shift_null_deg", "center_shift_excess_deg"),
-    ("spread_train_deg", "spread_train_null_deg", "spread_train_excess_deg"),
-    ("escape_rate", "escape_rate_null", "escape_rate_excess"),
-    ("nearest_center_train_deg", "nearest_center_train_null_deg", "nearest_center_train_excess_deg"),
-)
 MOST_APART = 30  # powers of two between the lengths of train and unseen features
-SQUARED = ("variance", "variance_unseen", "covariance_norm", "covariance_norm_unbiased")  # in squared units of features
+SQUARED = [measure.name for measure in MEASURES.values() if measure.unit == "squared"]
 
 
 @dataclass(frozen=True)

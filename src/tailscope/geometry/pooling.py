@@ -4,19 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tailscope.geometry.calibration import false_discovery
-from tailscope.geometry.fields import FIELDS, Entry
+from tailscope.geometry.fields import MEASURES, NUMBERS, Entry
 from tailscope.groups import GROUPS
 
-_SUMMED = ("train_count", "unseen_count")
 TESTED = ("spread_gap", "center_shift")
-_NOT_POOLED = (
-    "index",
-    "name",
-    "nearest_center_train_class",
-    "nearest_center_true_class",
-    "spread_gap_material",
-    *(f"{test}_{part}" for test in TESTED for part in ("p", "q", "flagged", "permutations", "unit_p")),
-)
+_AVERAGED = {*NUMBERS, "quantiles"} - {"p"}
 
 
 def pool_groups(
@@ -47,10 +39,10 @@ def pool_groups(
 
 def _pool(group: str, members: Sequence[Entry]) -> Entry:
     entry: Entry = {"group": group, "classes": len(members)}
-    for field in FIELDS:
-        if field in _SUMMED:
+    for field, measure in MEASURES.items():
+        if measure.unit == "count":
             entry[field] = sum(member[field] for member in members)
-        elif field not in _NOT_POOLED and field != "group":
+        elif measure.unit in _AVERAGED:
             entry[field] = _mean([member[field] for member in members if member[field] is not None])
     return entry
 
