@@ -5,12 +5,15 @@ import html
 import io
 import json
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import result_factory as factory
+from diagnosis_cases import scattered
 from tailscope import report
 from tailscope.errors import UserError
 from tailscope.groups import GROUPS
@@ -18,6 +21,7 @@ from tailscope.paper import published
 from tailscope.report import charts, marks, rows, schema, story, tables, text
 from tailscope.report.tables import Column, Table
 
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 NASTY = ["<script>alert(1)</script>", "a, b", "=SUM(A1)", '50 % "_&#', "na\nme", "{x}", "|pipe|", "[y]", "ü–→", "\\z"]
 
 
@@ -145,6 +149,34 @@ def test_percent_is_the_number_rounded(value):
     assert float(shown.removesuffix(" %").replace(text.MINUS, "-")) == pytest.approx(100 * value, abs=0.0501)
     assert "-" not in shown
     assert not shown.startswith(f"{text.MINUS}0.0 ")
+
+
+ANOTHER_MINUS = re.compile(r"(?:^|[\s(\[|])-\d", re.MULTILINE)
+ANOTHER_PERCENT = re.compile(r"\d%")
+
+
+def test_numbers_have_one_form_on_pages_in_tables_in_the_terminal_and_in_documentation(tailscope_, tmp_path):
+    beaten = {"representation": -0.6, "classifier": 0.1}
+    results = everything() | {"swap": factory.swap(matched=True, **beaten)}
+    report.build(factory.write(tmp_path / "trained", **results), figures=False)
+    train, unseen = scattered()
+    for name, (features, labels) in {"train": train, "unseen": unseen}.items():
+        np.savez(tmp_path / f"{name}.npz", features=features, labels=labels)
+    given = ("--train", tmp_path / "train.npz", "--unseen", tmp_path / "unseen.npz", "--permutations", 19)
+    told = tailscope_("diagnose", *given, "--out", tmp_path / "diagnosed").out
+    texts = {
+        "terminal": told,
+        "story": "\n".join([*story.sentences(results), *dict(story.summary_rows(results)).values()]),
+    }
+    for path in [*tmp_path.glob("*/*.html"), *tmp_path.glob("*/tables/*.md")]:
+        visible = re.sub(r"<(style|script|pre).*?</\1>", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+        texts[str(path)] = html.unescape(re.sub(r"<[^>]+>", " ", visible))
+    texts |= {name: (DOCS / name).read_text(encoding="utf-8") for name in ("measures.md", "tutorial-cifar100.md")}
+    assert text.MINUS in told
+    assert sum(text.MINUS in one for one in texts.values()) > 5
+    for where, one in texts.items():
+        found = ANOTHER_MINUS.search(one) or ANOTHER_PERCENT.search(one)
+        assert found is None, f"{where}: {one[found.start() - 40 : found.end() + 20]}"
 
 
 def test_undefined_is_a_dash_everywhere():

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tailscope.geometry.fields import Entry
+from tailscope.report.text import in_points, number, percent
 
 NAMED = 5
 MOST_SAMPLES = 50  # times as many unseen samples: beyond, the difference is too small to care about
@@ -86,9 +87,9 @@ def _pairs(pairs: Sequence[dict[str, Any]]) -> list[Advice]:
     pair = max(confused, key=lambda p: max(p["first_as_second"] or 0, p["second_as_first"] or 0))
     share = max(pair["first_as_second"] or 0, pair["second_as_first"] or 0)
     text = (
-        f"Look at images of “{pair['first']}” and “{pair['second']}”: their centres are {pair['angle_deg']:.1f}° apart "
-        f"and up to {share:.0%} of one are taken for the other. If labels are sound, a finer input or an auxiliary "
-        "loss between such pairs may help."
+        f"Look at images of “{pair['first']}” and “{pair['second']}”: their centres are {number(pair['angle_deg'])}° "
+        f"apart and up to {percent(share, 0)} of one are taken for the other. If labels are sound, a finer input or an "
+        "auxiliary loss between such pairs may help."
     )
     return [_piece("pairs", text, None, [pair["first"], pair["second"]])]
 
@@ -143,8 +144,7 @@ def _above_zero(gap: dict[str, Any]) -> bool:
 
 
 def _points(gap: dict[str, Any]) -> str:
-    text = f"{100 * gap['points']:+.1f} points"
-    return text if gap["ci95"] is None else f"{text} [{100 * gap['ci95'][0]:.1f}, {100 * gap['ci95'][1]:.1f}]"
+    return in_points(gap["points"], gap["ci95"], signed=True)
 
 
 def _names(names: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ from tailscope.feature_table import FeatureTable
 from tailscope.geometry.duplicates import find_copies, unseen_copies
 from tailscope.geometry.lengths import FAR, exponent, far, log2_lengths, median, scaled
 from tailscope.geometry.rows import ClassRows, gather, group_rows
+from tailscope.report.text import percent
 
 if TYPE_CHECKING:
     from tailscope.diagnosis.outcomes import Outcomes
@@ -121,8 +122,8 @@ def doubts_of_outcomes(inputs: Inputs, outcomes: "Outcomes") -> list[str]:
     scored = f"{'--unseen' if inputs.test is None else '--test'} ({named(inputs.scored.source)})"
     return [
         f"the labels of {scored} and of {train} seem to mean different classes: the classifier in use gets "
-        f"{outcomes.current.mean():.1%} of {scored} right, fewer than guessing would, one fitted to held-out samples "
-        f"{outcomes.bound.accuracy.estimate:.1%}"
+        f"{percent(outcomes.current.mean())} of {scored} right, fewer than guessing would, one fitted to held-out "
+        f"samples {percent(outcomes.bound.accuracy.estimate)}"
     ]
 
 
@@ -173,7 +174,7 @@ def _classifier(inputs: Inputs, predicted: Any, name: str) -> list[str]:
         rows = _listed([f"its row {row} gets class {names[k]!r} of --train" for k, row in sorted(mixed.items())])
         return [f"the rows of {name} and the labels of {_train(inputs)} seem to mean different classes: {rows}"]
     if below_chance(predicted, labels):
-        right = f"{(predicted == labels).mean():.1%} of {_train(inputs)}"
+        right = f"{percent((predicted == labels).mean())} of {_train(inputs)}"
         return [f"{name} gets {right} right, fewer than guessing would: it seems to belong to other features"]
     return []
 
@@ -295,8 +296,8 @@ def _copies(inputs: Inputs, held_out: FeatureTable, name: str) -> list[str]:
     if sum(find_copies(rows, len(rows)).repeats for rows in own) > len(inputs.train) / 2:
         return []
     return [
-        f"{share:.0%} of the rows of {name} are also in {_train(inputs)}: too few held-out samples are left to judge "
-        "by; give samples that had no part in training"
+        f"{percent(share, 0)} of the rows of {name} are also in {_train(inputs)}: too few held-out samples are left "
+        "to judge by; give samples that had no part in training"
     ]
 
 

@@ -19,6 +19,7 @@ from tailscope.geometry.fields import Entry
 from tailscope.geometry.notes import FEW_UNSEEN
 from tailscope.groups import GROUPS
 from tailscope.intervals import FloatArray, Interval, as_list, proportion
+from tailscope.report.text import percent
 
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
 UNDECIDED = "undecided"
@@ -87,7 +88,7 @@ def judge(
     if not informative:
         for part in (verdict, *by_group.values()):
             part |= {"bottleneck": UNDECIDED, "reason": NO_INFORMATION}
-        reached = f"reaches {outcomes.bound.accuracy.estimate:.1%}, not above chance ({chance:.1%})"
+        reached = f"reaches {percent(outcomes.bound.accuracy.estimate)}, not above chance ({percent(chance)})"
         warnings.append(f"{NO_INFORMATION}: a classifier fitted to the true distribution {reached}")
     warnings += _caveats(outcomes, verdict, ceiling)
     verdict |= {

@@ -18,7 +18,7 @@ def input_notes(train: ClassRows, unseen: ClassRows, dead: int, split_bursts: in
     dropped = sum(train.dropped) + sum(unseen.dropped)
     if dropped:
         rows = len(train.features) + len(unseen.features)
-        many = f"; that is {dropped / rows:.1%} of all, check the features" if dropped > rows / 100 else ""
+        many = f"; that is {100 * dropped / rows:.1f} % of all, check the features" if dropped > rows / 100 else ""
         notes.append(
             f"{dropped} feature vectors of length 0 have no direction and were left out "
             f"({sum(train.dropped)} training, {sum(unseen.dropped)} unseen){many}"

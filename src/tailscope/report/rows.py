@@ -13,7 +13,7 @@ from tailscope.groups import GROUPS
 from tailscope.paper import published
 from tailscope.paper.targets import dataset_of
 from tailscope.report import tables as files
-from tailscope.report.schema import CELLS, TRAINED, VARIANTS, Cell, Measured, Part, Results, Swap, Trained, read
+from tailscope.report.schema import CELLS, PARTS, TRAINED, VARIANTS, Cell, Measured, Part, Results, Swap, Trained, read
 from tailscope.report.tables import Column, Table
 from tailscope.report.text import arrow
 
@@ -148,26 +148,15 @@ def attribution(results: Results) -> list[Row]:
     stored = results["swap"]["attribution"]
     if stored is None:
         return []
-    parts: dict[str, Part] = {
-        "gap": {"points": stored["gap"], "ci95": stored["gap_ci95"], "share": None, "share_ci95": None},
-        "representation": stored["representation"],
-        "classifier": stored["classifier"],
-        "interaction": {
-            "points": stored["interaction"],
-            "ci95": stored["interaction_ci95"],
-            "share": None,
-            "share_ci95": None,
-        },
-    }
+    halves: dict[str, Part] = {name: stored[name] for name in PARTS}
+    parts = [
+        ("gap", stored["gap"], stored["gap_ci95"], None, None),
+        *((name, half["points"], half["ci95"], half["share"], half["share_ci95"]) for name, half in halves.items()),
+        ("interaction", stored["interaction"], stored["interaction_ci95"], None, None),
+    ]
     return [
-        {
-            "part": name,
-            "points": part["points"],
-            **ends("ci", part["ci95"]),
-            "share": part["share"],
-            **ends("share", part["share_ci95"]),
-        }
-        for name, part in parts.items()
+        {"part": part, "points": points, **ends("ci", ci95), "share": share, **ends("share", share_ci95)}
+        for part, points, ci95, share, share_ci95 in parts
     ]
 
 

@@ -5,7 +5,6 @@ any JSON. Numbers are finite and moderate, so that nothing that is computed or d
 lies between 0 and 1.
 """
 
-# ruff: noqa: D101 - what a part is, its name and fields say
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
@@ -30,6 +29,7 @@ Verb = Literal["swap", "ladder", "geometry"]
 TRAINED: tuple[Verb, ...] = ("swap", "ladder", "geometry")
 """The verbs that train, whose results one report tells together."""
 
+PARTS: tuple[Literal["representation", "classifier"], ...] = ("representation", "classifier")
 CELLS = ("lt->lt", "lt->true", "true->lt", "true->true")
 RUNGS = ("stage1", "stage2", "stage2_aa")
 VARIANTS = ("paper", "calibrated")
@@ -40,21 +40,15 @@ AGAIN = "run the verb again with --overwrite"
 # ---- parts that several results have
 
 
-class Dataset(TypedDict):
+class _Dataset(TypedDict):
     name: str
     class_names: list[str]
     test_images: NotRequired[Count | None]
 
 
-class Hardware(TypedDict):
-    cpu: NotRequired[str | None]
-    cores: NotRequired[Count | None]
-    gpu: NotRequired[str | None]
-
-
-class Environment(TypedDict):
+class _Environment(TypedDict):
     versions: NotRequired[dict[str, str]]
-    hardware: NotRequired[Hardware]
+    hardware: NotRequired[dict[str, Any]]
 
 
 class Points(TypedDict):
@@ -66,9 +60,11 @@ class Points(TypedDict):
 
 @with_config(ConfigDict(strict=True, extra="allow"))
 class AnyResult(TypedDict):
+    """What results on a data set have in common."""
+
     counts: Annotated[list[Count], Field(min_length=1)]
     warnings: list[str]
-    environment: NotRequired[Environment]
+    environment: NotRequired[_Environment]
     command: NotRequired[str | None]
     created: NotRequired[str | None]
 
@@ -89,38 +85,42 @@ class Measured(TypedDict):
     unseen_count: NotRequired[Count | None]
 
 
-class MeasuredClass(Measured):
+class _MeasuredClass(Measured):
     index: Count
 
 
 # ---- swap and ladder
 
 
-class Card(TypedDict):
+class _Card(TypedDict):
     """How one row of a result was trained: any fields beside these."""
 
     row: str
     seconds: NotRequired[Number | None]
 
 
-class Recipe(TypedDict):
+class _Recipe(TypedDict):
     name: str
     card: str
     converged: bool
 
 
 class Trained(AnyResult):
-    dataset: Dataset
-    recipe: Recipe
+    """What results of trainings have in common."""
+
+    dataset: _Dataset
+    recipe: _Recipe
     groups: list[Group | None]
     groups_rule: str
     seeds: Annotated[list[int], Field(min_length=1)]
     spec: dict[str, Any]
-    provenance: list[Card]
+    provenance: list[_Card]
     subset_sha256: NotRequired[list[str]]
 
 
 class Cell(TypedDict):
+    """Accuracy of one pair of backbone and classifier, or of one rung."""
+
     accuracy: list[Share]
     mean: Share
     ci95: Bounds | None
@@ -135,12 +135,14 @@ class Part(Points):
     share_ci95: Bounds | None
 
 
-class Steps(TypedDict):
+class _Steps(TypedDict):
     imbalance: Points
     sample_count: Points
 
 
 class Attribution(TypedDict):
+    """How the gap splits."""
+
     gap: Number
     gap_ci95: Bounds | None
     representation: Part
@@ -148,16 +150,18 @@ class Attribution(TypedDict):
     interaction: Number
     interaction_ci95: Bounds | None
     order_matters: bool
-    matched: NotRequired[dict[str, Steps] | None]
+    matched: NotRequired[dict[str, _Steps] | None]
 
 
 class Swap(Trained):
+    """swap.json."""
+
     cells: Annotated[dict[Annotated[str, Field(pattern=r"^[^>]+->[^>]+$")], Cell], Field(min_length=1)]
     stage1: NotRequired[dict[str, Cell]]
     attribution: Attribution | None
 
 
-class Ladder(Trained):
+class _Ladder(Trained):
     augmentations: dict[str, dict[str, Cell | None]]
 
 
@@ -183,7 +187,7 @@ def _check_swap(swap: Swap) -> Swap:
     return swap
 
 
-def _check_ladder(ladder: Ladder) -> Ladder:
+def _check_ladder(ladder: _Ladder) -> _Ladder:
     _of_all_classes(ladder)
     for name, rungs in ladder["augmentations"].items():
         _check_cells(ladder, {rung: cell for rung, cell in rungs.items() if cell}, f"augmentations.{name}")
@@ -195,24 +199,24 @@ def _check_ladder(ladder: Ladder) -> Ladder:
 # ---- geometry and claims
 
 
-class Run(TypedDict):
+class _Run(TypedDict):
     """The geometry of one encoder's features: of one seed, or the mean over seeds."""
 
-    classes: list[Annotated[MeasuredClass, AfterValidator(_measures_are_numbers)]]
+    classes: list[Annotated[_MeasuredClass, AfterValidator(_measures_are_numbers)]]
     groups: dict[str, Annotated[Measured, AfterValidator(_measures_are_numbers)] | None]
     warnings: NotRequired[list[str]]
 
 
-class Encoder(TypedDict):
-    seeds: Annotated[dict[str, dict[str, Run]], Field(min_length=1)]
-    mean: dict[str, Run]
+class _Encoder(TypedDict):
+    seeds: Annotated[dict[str, dict[str, _Run]], Field(min_length=1)]
+    mean: dict[str, _Run]
 
 
-class Geometry(Trained):
-    encoders: Annotated[dict[str, Encoder], Field(min_length=1)]
+class _Geometry(Trained):
+    encoders: Annotated[dict[str, _Encoder], Field(min_length=1)]
 
 
-def _check_geometry(geometry: Geometry) -> Geometry:
+def _check_geometry(geometry: _Geometry) -> _Geometry:
     _of_all_classes(geometry)
     for name, encoder in geometry["encoders"].items():
         runs = {"mean": encoder["mean"], **{f"seeds.{seed}": run for seed, run in encoder["seeds"].items()}}
@@ -225,7 +229,7 @@ def _check_geometry(geometry: Geometry) -> Geometry:
     return geometry
 
 
-class Claim(TypedDict):
+class _Claim(TypedDict):
     claim: str
     figure: str
     statistic: str
@@ -235,37 +239,37 @@ class Claim(TypedDict):
 
 
 @with_config(ConfigDict(strict=True, extra="allow"))
-class Claims(TypedDict):
-    claims: list[Claim]
+class _Claims(TypedDict):
+    claims: list[_Claim]
 
 
 class Results(TypedDict, total=False):
     """The results of one folder that a report tells together."""
 
     swap: Swap
-    ladder: Ladder
-    geometry: Geometry
-    claims: Claims
+    ladder: _Ladder
+    geometry: _Geometry
+    claims: _Claims
 
 
 # ---- diagnosis
 
 
-class Samples(Dataset):
+class _Samples(_Dataset):
     unseen_images: Count
 
 
-class Input(TypedDict):
+class _Input(TypedDict):
     source: str
     sha256: str
 
 
-class DiagnosisSpec(TypedDict):
+class _DiagnosisSpec(TypedDict):
     permutations: Count
-    encoders: dict[str, dict[str, Input | None]]
+    encoders: dict[str, dict[str, _Input | None]]
 
 
-class DiagnosedClass(MeasuredClass):
+class _DiagnosedClass(_MeasuredClass):
     name: str
     group: Group | None
     train_count: Count
@@ -275,12 +279,14 @@ class DiagnosedClass(MeasuredClass):
     spread_gap_material: bool | None
 
 
-class DiagnosedGroup(Measured):
+class _DiagnosedGroup(Measured):
     train_count: Count
     classes: NotRequired[Count | None]
 
 
 class Recalls(TypedDict):
+    """How often one classifier is right."""
+
     classifier: str
     mean: Share
     ci95: Bounds | None
@@ -289,17 +295,21 @@ class Recalls(TypedDict):
 
 
 class Judged(TypedDict):
+    """What holds back a class or a group."""
+
     bottleneck: str
     reason: NotRequired[str | None]
     classifier_gap: NotRequired[Points | None]
     representation_gap: NotRequired[Points | None]
 
 
-class JudgedGroup(Judged):
+class _JudgedGroup(Judged):
     current: Share
 
 
 class Verdict(TypedDict):
+    """What holds back the classifier in use."""
+
     bottleneck: str
     reason: str
     withheld: NotRequired[list[str] | None]
@@ -307,15 +317,15 @@ class Verdict(TypedDict):
     classifier_gap: Points
     rebalancing_gap: Points
     representation_gap: Points
-    groups: dict[str, JudgedGroup | None]
+    groups: dict[str, _JudgedGroup | None]
     classes: list[Judged]
 
 
-class Advice(TypedDict):
+class _Advice(TypedDict):
     text: str
 
 
-class Pair(TypedDict):
+class _Pair(TypedDict):
     first: str
     second: str
     angle_deg: Number | None
@@ -323,32 +333,34 @@ class Pair(TypedDict):
     second_as_first: Share | None
 
 
-class Aspect(TypedDict):
+class _Aspect(TypedDict):
     difference: Number | None
     ci95: Bounds | None
     better: str | None
 
 
-class Compared(TypedDict):
+class _Compared(TypedDict):
     accuracy: dict[Literal["current", "rebalanced", "classifier_bound"], Points | None] | None
-    groups: dict[str, dict[Literal["localises", "separates", "compacts", "margin"], Aspect]]
+    groups: dict[str, dict[Literal["localises", "separates", "compacts", "margin"], _Aspect]]
 
 
-class Comparison(TypedDict):
+class _Comparison(TypedDict):
     reference: str
-    encoders: dict[str, Compared]
+    encoders: dict[str, _Compared]
 
 
 class Diagnosis(AnyResult):
-    dataset: Samples
-    spec: DiagnosisSpec
-    classes: list[Annotated[DiagnosedClass, AfterValidator(_measures_are_numbers)]]
-    groups: dict[str, Annotated[DiagnosedGroup, AfterValidator(_measures_are_numbers)] | None]
+    """diagnosis.json."""
+
+    dataset: _Samples
+    spec: _DiagnosisSpec
+    classes: list[Annotated[_DiagnosedClass, AfterValidator(_measures_are_numbers)]]
+    groups: dict[str, Annotated[_DiagnosedGroup, AfterValidator(_measures_are_numbers)] | None]
     accuracy: dict[str, Recalls] | None
     verdict: Verdict | None
-    advice: list[Advice]
-    pairs: list[Pair]
-    comparison: NotRequired[Comparison | None]
+    advice: list[_Advice]
+    pairs: list[_Pair]
+    comparison: NotRequired[_Comparison | None]
 
 
 def _check_diagnosis(result: Diagnosis) -> Diagnosis:
@@ -374,9 +386,9 @@ def _check_diagnosis(result: Diagnosis) -> Diagnosis:
 
 KINDS: dict[str, TypeAdapter[Any]] = {
     "swap": TypeAdapter(Annotated[Swap, AfterValidator(_check_swap)]),
-    "ladder": TypeAdapter(Annotated[Ladder, AfterValidator(_check_ladder)]),
-    "geometry": TypeAdapter(Annotated[Geometry, AfterValidator(_check_geometry)]),
-    "claims": TypeAdapter(Claims),
+    "ladder": TypeAdapter(Annotated[_Ladder, AfterValidator(_check_ladder)]),
+    "geometry": TypeAdapter(Annotated[_Geometry, AfterValidator(_check_geometry)]),
+    "claims": TypeAdapter(_Claims),
     "diagnosis": TypeAdapter(Annotated[Diagnosis, AfterValidator(_check_diagnosis)]),
 }
 """The results that the report knows, by the verb that writes them."""

@@ -6,11 +6,10 @@ interval from two seeds, no general claim from one.
 
 import math
 from collections.abc import Callable
-from typing import Literal
 
 from tailscope.report import rows
 from tailscope.report.rows import first, mismatches
-from tailscope.report.schema import CELLS, TRAINED, Attribution, Part, Results, Swap, Trained
+from tailscope.report.schema import CELLS, PARTS, TRAINED, Attribution, Part, Points, Results, Swap, Trained
 from tailscope.report.text import (
     accuracy,
     arrow,
@@ -23,8 +22,6 @@ from tailscope.report.text import (
     significant,
     with_interval,
 )
-
-PARTS: tuple[Literal["representation", "classifier"], ...] = ("representation", "classifier")
 
 
 def sentences(results: Results) -> list[str]:
@@ -270,9 +267,7 @@ def _matched_findings(attribution: Attribution) -> list[str]:
     """Return how the matched set, balanced and as small as lt, splits each part again."""
     found = []
     for part, steps in (attribution.get("matched") or {}).items():
-        imbalance, size = (
-            in_points(step["points"], step["ci95"]) for step in (steps["imbalance"], steps["sample_count"])
-        )
+        imbalance, size = _size(steps["imbalance"]), _size(steps["sample_count"])
         found.append(f"Of the {part}'s part, {imbalance} come with imbalance and {size} with having fewer images.")
     return found
 
@@ -285,7 +280,7 @@ def _share(part: Part) -> str:
     return with_interval(percent(part["share"], 0), part["share_ci95"], digits=0)
 
 
-def _size(part: Part) -> str:
+def _size(part: Points) -> str:
     return in_points(part["points"], part["ci95"])
 
 
