@@ -47,22 +47,13 @@ class Measure:
         return self.label[:1].upper() + self.label[1:]
 
 
-_TABLE = {
-    group: {name: Measure(name, **about) for name, about in fields.items()}
-    for group, fields in tomllib.loads(files(__package__).joinpath("measures.toml").read_text(encoding="utf-8")).items()
-}
+_TABLE = tomllib.loads(files(__package__).joinpath("measures.toml").read_text(encoding="utf-8"))
 
-MEASURES = {name: measure for group in _TABLE.values() for name, measure in group.items()}
+MEASURES = {name: Measure(name, **about) for group in _TABLE.values() for name, about in group.items()}
 """Every field of a class's entry, by name."""
 
 FIELDS = {name: measure.definition for name, measure in MEASURES.items()}
 """Every field of a class's entry with its definition."""
-
-PAPER = tuple(measure for measure in _TABLE["paper"].values() if measure.label)
-"""What reports show of the measures as the paper has them."""
-
-CALIBRATED = tuple(measure for measure in _TABLE["calibrated"].values() if measure.label)
-"""What reports show of the measures that are set against chance."""
 
 EXCESSES = [
     (measure.name, measure.null, excess)
@@ -71,7 +62,8 @@ EXCESSES = [
 ]
 """Measures with the fields of their value by chance, and of what they are beyond it."""
 
-SHOWN = {measure.name: measure for measure in (*PAPER, *CALIBRATED)}
+SHOWN = {name: measure for name, measure in MEASURES.items() if measure.label}
+"""What reports show: the measures as the paper has them, then those that are set against chance."""
 
 
 def empty_entry() -> Entry:

@@ -6,7 +6,7 @@ from typing import Any
 
 import altair as alt
 
-from tailscope.geometry.fields import CALIBRATED, PAPER, SHOWN
+from tailscope.geometry.fields import SHOWN
 from tailscope.groups import GROUPS
 from tailscope.report.marks import (
     FORMATS,
@@ -24,7 +24,7 @@ from tailscope.report.marks import (
     rows_of,
     waterfall,
 )
-from tailscope.report.rows import CI, GROUP, GROUP_RECALLS, Row, ends, ranks
+from tailscope.report.rows import CI, GROUP, GROUP_RECALLS, MEASURES, Row, ends, ranks
 from tailscope.report.schema import ACCURACIES, Diagnosis, Judged, Points, Recalls, Verdict, read
 from tailscope.report.tables import Column, Table
 from tailscope.report.text import accuracy, in_points, listed, number, percent, plural
@@ -200,7 +200,6 @@ VERDICT = (
         ("representation_gap_low", "representation_gap_high"),
     ),
 )
-MEASURES = tuple(Column.of(measure) for measure in (*PAPER, *CALIBRATED))
 LOCAL = tuple(
     Column.of(SHOWN[name])
     for name in ("spread_gap_deg", "spread_gap_q", "center_shift_excess_deg", "center_shift_q", "escape_rank")
