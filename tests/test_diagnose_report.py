@@ -19,7 +19,7 @@ from tailscope import cli, report
 from tailscope.errors import UserError
 from tailscope.feature_table import FeatureTable
 from tailscope.geometry import FIELDS
-from tailscope.report import diagnosis_charts, diagnosis_rows, diagnosis_story, diagnosis_tables, measures_page
+from tailscope.report import diagnosis, measures_page
 from tailscope.result_files import write
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -46,7 +46,7 @@ def test_the_page_says_the_verdict_first(page, result):
     text = page.read_text(encoding="utf-8")
     assert page.name == "report.html"
     heading = re.search(r"<h1>(.*?)</h1>", text)[1].replace("\u00a0", " ")
-    assert heading == diagnosis_story.headline(result)
+    assert heading == diagnosis.headline(result)
     assert heading.startswith("The classifier is the bottleneck")
     assert "<b>3</b>" not in text.split("<script")[0]
     assert "http://" not in text.split("<script")[0]
@@ -56,14 +56,14 @@ def test_the_page_says_the_verdict_first(page, result):
 def test_every_measure_has_an_explanation_and_a_definition(page):
     text = page.read_text(encoding="utf-8")
     shown = re.findall(r'<dt id="measure-(\w+)">', text)
-    assert set(diagnosis_tables.SHOWN) <= set(shown) <= set(FIELDS)
+    assert {column.field for column in diagnosis.LOCAL} <= set(shown) <= set(FIELDS)
 
 
 def test_the_waterfall_adds_up(result):
-    bars = diagnosis_rows.steps(result)
-    assert [bar["from"] for bar in bars[1:]] == [bar["to"] for bar in bars[:-1]]
-    assert bars[0]["to"] == pytest.approx(100 * result["accuracy"]["current"]["mean"])
-    assert bars[-1]["to"] == 100
+    bars = diagnosis.steps(result)
+    assert [bar["start"] for bar in bars[1:]] == [bar["end"] for bar in bars[:-1]]
+    assert bars[0]["end"] == pytest.approx(100 * result["accuracy"]["current"]["mean"])
+    assert bars[-1]["end"] == 100
 
 
 def test_tables_hold_what_the_result_holds(page, result):
@@ -90,7 +90,7 @@ def test_a_diagnosis_beside_experiments_has_a_page_of_its_own(result, tmp_path):
     result_factory.write(tmp_path, swap=result_factory.swap(seeds=1))
     write(tmp_path, "diagnosis", result)
     assert report.build(tmp_path, figures=False) == tmp_path / "report.html"
-    assert diagnosis_story.headline(result) not in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert diagnosis.headline(result) not in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "From the current accuracy to the ceiling" in (tmp_path / "diagnosis.html").read_text(encoding="utf-8")
 
 
@@ -192,15 +192,15 @@ def test_the_tutorial_runs_as_it_is_written(tmp_path, monkeypatch, capsys):
 def test_a_withheld_verdict_is_a_short_headline_and_its_reason_the_first_caveat():
     (train, labels), (unseen, truth) = separable()
     result = tailscope.diagnose(table(train, labels), table(unseen, CLASSES - 1 - truth), **FEW)
-    headline = diagnosis_story.headline(result)
+    headline = diagnosis.headline(result)
     assert headline.startswith("Undecided: the labels of ")
     assert headline.endswith("seem to mean different classes")
-    assert diagnosis_story.caveats(result)[0] == f"No verdict: {result['verdict']['reason']}."
+    assert diagnosis.caveats(result)[0] == f"No verdict: {result['verdict']['reason']}."
 
 
 def test_a_measure_that_a_result_does_not_hold_is_undefined():
     result = tailscope.diagnose(*(table(*part) for part in separable()), verdict=False, **FEW)
     for entry in result["classes"]:
         del entry["nearest_center_true_deg"]
-    assert {row["nearest_center_true_deg"] for row in diagnosis_charts.data(result)["by_count"]} == {None}
-    assert diagnosis_charts.figures(result)
+    assert {row["nearest_center_true_deg"] for row in diagnosis.data(result)["by_count"]} == {None}
+    assert diagnosis.figures(result)

@@ -246,7 +246,7 @@ def test_training_samples_given_as_held_out_decide_nothing():
     train, (unseen, truth) = separable()
     found = tailscope.diagnose(table(*train), table(*train), permutations=0)
     assert found["verdict"]["bottleneck"] == "undecided"
-    assert found["warnings"][0].startswith("100% of the rows of --unseen")
+    assert found["warnings"][0].startswith("100 % of the rows of --unseen")
     corners = [table((x > 4).astype(float) + 1, y) for x, y in (train, (unseen, truth))]  # few different rows at all
     assert "withheld" not in tailscope.diagnose(*corners, permutations=0)["verdict"]
 

@@ -7,7 +7,20 @@ from sklearn.covariance import EmpiricalCovariance
 from sklearn.decomposition import PCA
 
 from tailscope.geometry import FIELDS, describe
+from tailscope.geometry.fields import EXCESSES, MEASURES, NUMBERS, SHOWN
+from tailscope.report.tables import WRITERS
 from tailscope.seeds import numpy_stream
+
+
+def test_every_measure_has_a_unit_and_what_it_names():
+    shown_as = {*WRITERS, *NUMBERS} - {"whole", "points"}
+    for name, measure in MEASURES.items():
+        assert measure.unit in {*shown_as, "quantiles", "permutations", "class", "flag"}, name
+        assert measure.null is None or measure.null in MEASURES or measure.null in (0, 0.5, 1), name
+        assert bool(measure.label) == bool(measure.meaning), name
+        assert not measure.definition.endswith("."), name
+    assert all(measure.unit in WRITERS for measure in SHOWN.values())
+    assert len(EXCESSES) == 4
 
 
 def degrees(u, v):

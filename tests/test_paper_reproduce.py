@@ -23,7 +23,7 @@ from tailscope.paper.plan import make_plan
 from tailscope.paper.reproduce import EXPERIMENTS, Reproduction, run_reproduce
 from tailscope.paper.runs import outcomes
 from tailscope.paper.timing import Rates, duration, measure, other_work, remembered
-from tailscope.report import provenance
+from tailscope.report import page
 from tailscope.store import CHECKPOINT, Store, save_tensors
 from tailscope.training import runtime as training_runtime
 from tailscope.training.recipes import RECIPES, Recipe
@@ -265,7 +265,7 @@ def test_stages_of_two_processors_are_not_pooled_without_a_word(tmp_path, digits
         monkeypatch.setattr(training_runtime, "cpu_name", lambda: processor)
         lab = Lab(digits, store, Runtime.choose("cpu", **changes))
         result = EXPERIMENTS["swap"](lab, settings.model_copy(update={"seeds": seeds}))
-        cards = provenance.by_result({"swap": result})[0]
+        cards = page.provenance("swap", result)
         return [w for w in result["warnings"] if "arithmetic" in w], result["provenance"], cards
 
     alone, rows, cards = run((0,), "processor A")
@@ -274,14 +274,14 @@ def test_stages_of_two_processors_are_not_pooled_without_a_word(tmp_path, digits
         "processor": "processor A", "engine": "", "precision": "float32", "torch": torch.__version__,
     }  # fmt: skip
     assert {row["row"] for row in rows if row["stage2_arithmetic"] is None} == {"lt stage1", "true stage1"}
-    assert "arithmetic differs" not in cards.cards[0].summary
+    assert "arithmetic differs" not in cards["cards"][0]["summary"]
     again, recalled, _ = run((0,), "processor B")
     assert (again, recalled) == ([], rows)  # what counts is what trained, not what recalls
     pooled, _, cards = run((0, 1), "processor B")
     assert [w.split(" ")[0] for w in pooled] == ["backbones", "classifiers"]
     assert all("(processor: 'processor A' of seed 0, 'processor B' of seed 1)" in w for w in pooled)
-    assert all(card.summary.endswith("arithmetic differs between seeds") for card in cards.cards)
-    told = dict(cards.facts)["arithmetic of backbones"]
+    assert all(card["summary"].endswith("arithmetic differs between seeds") for card in cards["cards"])
+    told = dict(cards["facts"])["arithmetic of backbones"]
     assert told.startswith("differs between rows or seeds: processor A, ")
 
 

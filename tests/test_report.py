@@ -5,19 +5,23 @@ import html
 import io
 import json
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import result_factory as factory
+from diagnosis_cases import scattered
 from tailscope import report
 from tailscope.errors import UserError
 from tailscope.groups import GROUPS
 from tailscope.paper import published
-from tailscope.report import charts, figure, geometry_rows, look, rows, story, table_contents, tables, text
-from tailscope.report.table_model import Column, Table
+from tailscope.report import charts, marks, rows, schema, story, tables, text
+from tailscope.report.tables import Column, Table
 
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 NASTY = ["<script>alert(1)</script>", "a, b", "=SUM(A1)", '50 % "_&#', "na\nme", "{x}", "|pipe|", "[y]", "ü–→", "\\z"]
 
 
@@ -73,7 +77,7 @@ def test_factory_keeps_the_promises_of_the_schema(classes, seeds):
     geometry = factory.geometry(classes, seeds)
     for encoder in geometry["encoders"].values():
         assert list(encoder["seeds"]) == [str(seed) for seed in range(seeds)]
-        for variant in rows.VARIANTS:
+        for variant in schema.VARIANTS:
             entries = [run[variant]["classes"] for run in encoder["seeds"].values()]
             for k, mean in enumerate(encoder["mean"][variant]["classes"]):
                 assert mean["variance"] == pytest.approx(sum(entry[k]["variance"] for entry in entries) / seeds)
@@ -145,6 +149,34 @@ def test_percent_is_the_number_rounded(value):
     assert float(shown.removesuffix(" %").replace(text.MINUS, "-")) == pytest.approx(100 * value, abs=0.0501)
     assert "-" not in shown
     assert not shown.startswith(f"{text.MINUS}0.0 ")
+
+
+ANOTHER_MINUS = re.compile(r"(?:^|[\s(\[|])-\d", re.MULTILINE)
+ANOTHER_PERCENT = re.compile(r"\d%")
+
+
+def test_numbers_have_one_form_on_pages_in_tables_in_the_terminal_and_in_documentation(tailscope_, tmp_path):
+    beaten = {"representation": -0.6, "classifier": 0.1}
+    results = everything() | {"swap": factory.swap(matched=True, **beaten)}
+    report.build(factory.write(tmp_path / "trained", **results), figures=False)
+    train, unseen = scattered()
+    for name, (features, labels) in {"train": train, "unseen": unseen}.items():
+        np.savez(tmp_path / f"{name}.npz", features=features, labels=labels)
+    given = ("--train", tmp_path / "train.npz", "--unseen", tmp_path / "unseen.npz", "--permutations", 19)
+    told = tailscope_("diagnose", *given, "--out", tmp_path / "diagnosed").out
+    texts = {
+        "terminal": told,
+        "story": "\n".join([*story.sentences(results), *dict(story.summary_rows(results)).values()]),
+    }
+    for path in [*tmp_path.glob("*/*.html"), *tmp_path.glob("*/tables/*.md")]:
+        visible = re.sub(r"<(style|script|pre).*?</\1>", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+        texts[str(path)] = html.unescape(re.sub(r"<[^>]+>", " ", visible))
+    texts |= {name: (DOCS / name).read_text(encoding="utf-8") for name in ("measures.md", "tutorial-cifar100.md")}
+    assert text.MINUS in told
+    assert sum(text.MINUS in one for one in texts.values()) > 5
+    for where, one in texts.items():
+        found = ANOTHER_MINUS.search(one) or ANOTHER_PERCENT.search(one)
+        assert found is None, f"{where}: {one[found.start() - 40 : found.end() + 20]}"
 
 
 def test_undefined_is_a_dash_everywhere():
@@ -251,8 +283,8 @@ def test_files_of_different_experiments_are_called_out():
 @pytest.mark.parametrize("classes", [2, 10])
 def test_csv_holds_every_number_in_full(classes, tmp_path):
     results = everything(classes=classes, seeds=3)
-    written = report.tables.write(tmp_path, results)
-    assert len(written) == 3 * len(table_contents.tables(results))
+    written = report.write_tables(tmp_path, results)
+    assert len(written) == 3 * len(rows.tables(results))
     with (tmp_path / "tables" / "swap.csv").open(newline="", encoding="utf-8") as file:
         stored = {row["pair"]: row for row in csv.DictReader(file)}
     for name, cell in results["swap"]["cells"].items():
@@ -334,7 +366,7 @@ def test_page_is_small_self_contained_and_escapes_names(built):
 def test_numbers_on_the_page_are_those_of_the_results(built, digits):
     _, page = built
     data = embedded(page, "report-data")
-    assert data["cells"]["mean"] == pytest.approx([digits["swap"]["cells"][name]["mean"] for name in rows.CELLS])
+    assert data["cells"]["mean"] == pytest.approx([digits["swap"]["cells"][name]["mean"] for name in schema.CELLS])
     assert data["profile"]["count"] == digits["swap"]["counts"]
     stored = digits["geometry"]["encoders"]["lt"]["mean"]["calibrated"]["classes"]
     assert data["geometry_calibrated"]["spread_gap_deg"][:10] == pytest.approx(
@@ -347,7 +379,7 @@ def test_numbers_on_the_page_are_those_of_the_results(built, digits):
     ]
     assert [line[0] for line in found] == NASTY
     for k, line in enumerate(found):
-        recalls = [digits["swap"]["cells"][name]["per_class"][k] for name in rows.CELLS]
+        recalls = [digits["swap"]["cells"][name]["per_class"][k] for name in schema.CELLS]
         assert [float(cell.removesuffix("\u00a0%")) for cell in line[4:8]] == pytest.approx(
             [100 * recall for recall in recalls], abs=0.51
         )
@@ -378,7 +410,7 @@ def test_charts_are_valid_and_have_the_rows_that_they_name(digits, drawn):
     for panel in (panel for entry in drawn for panel in entry.panels):
         spec = panel.chart.to_dict(validate=True)
         inline = spec.get("datasets", {})
-        names = figure.data_names(spec)
+        names = marks.data_names(spec)
         assert names <= set(data) | set(inline)
         known = {key for name in names for row in (inline.get(name) or data[name]) for key in row}
         known |= set(re.findall(r'"as": "(\w+)"', json.dumps(spec)))
@@ -410,7 +442,7 @@ def test_the_papers_numbers_are_marked_where_it_printed_some(tmp_path):
 
 def test_other_data_have_no_marks_of_the_paper(digits, drawn):
     assert {row["paper"] for name in ("cells", "ladder") for row in charts.data(digits)[name]} == {None}
-    assert look.PAPER_KEY not in {key for figure_ in drawn for key in figure_.keys}
+    assert marks.PAPER_KEY not in {key for figure_ in drawn for key in figure_.keys}
     other = factory.swap(name="cifar10")
     other["spec"]["profile"] = "exp:10"
     assert {row["paper"] for row in rows.cells({"swap": other})} == {None}
@@ -422,7 +454,7 @@ def test_half_a_swap_is_reported_as_far_as_it_goes(tmp_path, backbone):
     assert story.headline(results).startswith("No verdict yet: the backbone trained on the ")
     assert f"{backbone} → true" in story.verdict(results["swap"])
     assert "Gap" not in dict(story.summary_rows(results))
-    assert [table.name for table in table_contents.tables(results)][:2] == ["swap", "ladder"]
+    assert [table.name for table in rows.tables(results)][:2] == ["swap", "ladder"]
     page = report.build(factory.write(tmp_path, **results))
     panels = 1 + 1 + 1 + 1  # profile, Figure 2, recalls without the split, ladder
     assert embedded_charts(page) == panels
@@ -447,6 +479,6 @@ def test_an_attribution_without_its_cells_is_refused(tmp_path):
 
 
 def test_means_of_two_seeds_have_their_range(digits):
-    for row in geometry_rows.classes(digits, "paper"):
+    for row in rows.geometry_classes(digits, "paper"):
         assert row["variance_min"] < row["variance_max"]
         assert row["variance_min"] <= row["variance"] <= row["variance_max"]

@@ -20,18 +20,10 @@ import tailscope
 from diagnosis_cases import head_biased, scattered, separable, table
 from tailscope import report
 from tailscope.errors import UserError
-from tailscope.report import (
-    charts,
-    diagnosis_charts,
-    diagnosis_rows,
-    diagnosis_story,
-    diagnosis_tables,
-    page,
-    story,
-    table_contents,
-)
-from tailscope.report.figure import panel_specs
-from tailscope.report.results import load, read
+from tailscope.report import charts, diagnosis, rows, story, tables
+from tailscope.report.marks import panel_specs
+from tailscope.report.rows import load
+from tailscope.report.schema import read
 
 VERBS = ("swap", "ladder", "geometry", "claims", "diagnosis")
 CASES = int(os.environ.get("TAILSCOPE_FUZZ", "40"))
@@ -144,23 +136,19 @@ def written(folder: Path, verb: str, result: Any) -> Path:
 def say(folder: Path, verb: str, *, charted: bool = True) -> None:
     """Put everything that a file says into rows, charts, tables and sentences, without drawing."""
     if verb == "diagnosis":
-        result = diagnosis_rows.load(folder / "diagnosis.json")
-        for figure in diagnosis_charts.figures(result) if charted else ():
-            panel_specs(figure)
-        said = [diagnosis_charts.data(result), diagnosis_story.headline(result), diagnosis_story.findings(result)]
-        said += [diagnosis_story.caveats(result)]
-        found = diagnosis_tables.tables(result)
-        if result["accuracy"]:
-            said.append(diagnosis_story.accuracy_rows(result))
+        result = diagnosis.load(folder / "diagnosis.json")
+        figures, found = diagnosis.figures, diagnosis.tables(result)
+        said = [diagnosis.data(result), diagnosis.headline(result), diagnosis.findings(result)]
+        said += [diagnosis.caveats(result), diagnosis.accuracy_rows(result)]
     else:
-        results = load(folder)
-        for figure in charts.figures(results) if charted else ():
-            panel_specs(figure)
-        said = [charts.data(results), story.sentences(results), story.summary_rows(results), page.warnings(results)]
-        found = table_contents.tables(results)
+        result = load(folder)
+        figures, found = charts.figures, rows.tables(result)
+        said = [charts.data(result), story.sentences(result), story.summary_rows(result), rows.warnings(result)]
+    for figure in figures(result) if charted else ():
+        panel_specs(figure)
     json.dumps(said, allow_nan=False)
     for one in found:
-        for writer in (report.tables.to_csv, report.tables.to_markdown, report.tables.to_latex):
+        for writer in (tables.to_csv, tables.to_markdown, tables.to_latex):
             assert writer(one)
 
 

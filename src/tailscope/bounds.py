@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from tailscope.classifiers import CLASSIFIERS
 from tailscope.classifiers.base import Floats, IntArray
 from tailscope.intervals import FloatArray, Interval, paired, proportion
+from tailscope.report.text import percent
 from tailscope.seeds import derive, numpy_stream
 
 BoolArray = NDArray[np.bool_]
@@ -174,7 +175,9 @@ def at_least(bound: Bound, remedy: Selection, inflation: float = INFLATION) -> B
     gain = difference(remedy.correct, bound.correct, inflation)
     if gain.ci95 is None or gain.ci95[0] <= 0:
         return bound
-    note = f"{remedy.best} reaches {gain.estimate:.1%} more than a fit to the unseen samples: they are few or uneven"
+    note = (
+        f"{remedy.best} reaches {percent(gain.estimate)} more than a fit to the unseen samples: they are few or uneven"
+    )
     return Bound(remedy.correct, remedy.accuracy, None, None, (*bound.notes, note), remedy.best)
 
 

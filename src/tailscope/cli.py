@@ -34,6 +34,7 @@ from tailscope.origin import from_command_line
 
 if TYPE_CHECKING:
     from tailscope.encoders import FeaturesResult
+    from tailscope.report.schema import Diagnosis
 
 INTERRUPTED = 128 + signal.SIGINT
 """The exit code of a process ended by SIGINT, as shells have it."""
@@ -215,17 +216,17 @@ def _show_features(written: "FeaturesResult", _: Options, console: Console) -> N
         _tell(console, f"{written.classifier}: the checkpoint's classifier")
 
 
-def _show_diagnosis(result: dict[str, Any], options: Options, console: Console) -> None:
+def _show_diagnosis(result: "Diagnosis", options: Options, console: Console) -> None:
     """Print the verdict, the accuracies behind it, and the advice."""
-    from tailscope.report import diagnosis_story
+    from tailscope.report import diagnosis as story
 
-    _tell(console, one_line(diagnosis_story.headline(result)))
+    _tell(console, one_line(story.headline(result)))
     if result["accuracy"] is not None:
         table = Table("", "accuracy", "head", "body", "tail", box=None)
-        for row in diagnosis_story.accuracy_rows(result):
+        for row in story.accuracy_rows(result):
             table.add_row(*row)
         console.print(table)
-    shown = diagnosis_story.findings(result)[0 if result["verdict"] is None else 1 :]  # the table says the first
+    shown = story.findings(result)[0 if result["verdict"] is None else 1 :]  # the table says the first
     _tell(console, *(f"- {one_line(text)}" for text in [*shown, *(piece["text"] for piece in result["advice"])]))
     if result["warnings"]:
         _tell(console, f"{len(result['warnings'])} warnings, the first: {one_line(result['warnings'][0])}")

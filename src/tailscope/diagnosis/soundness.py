@@ -18,6 +18,7 @@ from tailscope.diagnosis.inputs import Inputs, named
 from tailscope.diagnosis.label_match import MARGIN, cycles, match_labels
 from tailscope.errors import first_few
 from tailscope.geometry.rows import ClassRows, exponent, find_copies, gather, scaled, unseen_copies
+from tailscope.report.text import percent
 
 if TYPE_CHECKING:
     from tailscope.diagnosis.outcomes import Outcomes
@@ -66,8 +67,8 @@ def doubts_of_outcomes(inputs: Inputs, outcomes: "Outcomes") -> list[str]:
     scored = inputs.option("unseen" if inputs.test is None else "test")
     return [
         f"the labels of {scored} and of {train} seem to mean different classes: the classifier in use gets "
-        f"{outcomes.current.mean():.1%} of {scored} right, fewer than guessing would, one fitted to held-out samples "
-        f"{outcomes.bound.accuracy.estimate:.1%}"
+        f"{percent(outcomes.current.mean())} of {scored} right, fewer than guessing would, one fitted to held-out "
+        f"samples {percent(outcomes.bound.accuracy.estimate)}"
     ]
 
 
@@ -118,7 +119,7 @@ def _classifier(inputs: Inputs, predicted: Any, name: str) -> list[str]:
         rows = first_few([f"its row {row} gets class {names[k]!r} of --train" for k, row in sorted(mixed.items())])
         return [f"the rows of {name} and the labels of {inputs.option('train')} seem to mean different classes: {rows}"]
     if below_chance(predicted, labels):
-        right = f"{(predicted == labels).mean():.1%} of {inputs.option('train')}"
+        right = f"{percent((predicted == labels).mean())} of {inputs.option('train')}"
         return [f"{name} gets {right} right, fewer than guessing would: it seems to belong to other features"]
     return []
 
@@ -221,6 +222,6 @@ def _copies(inputs: Inputs, part: str) -> list[str]:
     if sum(find_copies(rows, len(rows)).repeats for rows in own) > len(inputs.train) / 2:
         return []
     return [
-        f"{share:.0%} of the rows of {inputs.option(part)} are also in {inputs.option('train')}: too few held-out "
-        "samples are left to judge by; give samples that had no part in training"
+        f"{percent(share, 0)} of the rows of {inputs.option(part)} are also in {inputs.option('train')}: too few "
+        "held-out samples are left to judge by; give samples that had no part in training"
     ]

@@ -22,6 +22,7 @@ from tailscope.geometry.fields import Entry
 from tailscope.geometry.significance import VERDICT_SAMPLES
 from tailscope.groups import GROUPS
 from tailscope.intervals import FloatArray, Gap, Interval, proportion
+from tailscope.report.text import in_points, number, percent
 
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
 UNDECIDED = "undecided"
@@ -141,7 +142,7 @@ def judge(
     if not informative:
         for part in (overall, *by_group.values()):
             _undecide(part, NO_INFORMATION)
-        reached = f"reaches {outcomes.bound.accuracy.estimate:.1%}, not above chance ({chance:.1%})"
+        reached = f"reaches {percent(outcomes.bound.accuracy.estimate)}, not above chance ({percent(chance)})"
         warnings.append(f"{NO_INFORMATION}: a classifier fitted to the true distribution {reached}")
     warnings += _caveats(outcomes, overall, ceiling)
     verdict = {
@@ -343,9 +344,9 @@ def _pairs(pairs: Sequence[Pair]) -> list[Advice]:
     pair = max(confused, key=lambda p: max(p["first_as_second"] or 0, p["second_as_first"] or 0))
     share = max(pair["first_as_second"] or 0, pair["second_as_first"] or 0)
     text = (
-        f"Look at images of “{pair['first']}” and “{pair['second']}”: their centres are {pair['angle_deg']:.1f}° apart "
-        f"and up to {share:.0%} of one are taken for the other. If labels are sound, a finer input or an auxiliary "
-        "loss between such pairs may help."
+        f"Look at images of “{pair['first']}” and “{pair['second']}”: their centres are {number(pair['angle_deg'])}° "
+        f"apart and up to {percent(share, 0)} of one are taken for the other. If labels are sound, a finer input or an "
+        "auxiliary loss between such pairs may help."
     )
     return [_piece("pairs", text, None, [pair["first"], pair["second"]])]
 
@@ -400,8 +401,7 @@ def _above_zero(gap: Gap) -> bool:
 
 
 def _points(gap: Gap) -> str:
-    text = f"{100 * gap['points']:+.1f} points"
-    return text if gap["ci95"] is None else f"{text} [{100 * gap['ci95'][0]:.1f}, {100 * gap['ci95'][1]:.1f}]"
+    return in_points(gap["points"], gap["ci95"], signed=True)
 
 
 def _names(names: Sequence[str]) -> str:

@@ -18,28 +18,18 @@ from tailscope.geometry.angles import (
     nearest_center,
     separation_by_chance,
 )
-from tailscope.geometry.fields import FIELDS, MOST, Entry
+from tailscope.geometry.fields import EXCESSES, MEASURES, MOST, NUMBERS, Entry
 from tailscope.geometry.measure import Facts, measure_class
 from tailscope.geometry.rows import FAR, ClassRows, exponent, gather, group_rows, map_mixed, median, scaled
 from tailscope.geometry.significance import TESTS, VERDICT_SAMPLES, Chance, ClassTests, UnitMaker, false_discovery
 from tailscope.groups import GROUPS, assign_groups
 from tailscope.seeds import numpy_stream
 
-EXCESSES = (
-    ("center_shift_deg", "center_shift_null_deg", "center_shift_excess_deg"),
-    ("spread_train_deg", "spread_train_null_deg", "spread_train_excess_deg"),
-    ("escape_rate", "escape_rate_null", "escape_rate_excess"),
-    ("nearest_center_train_deg", "nearest_center_train_null_deg", "nearest_center_train_excess_deg"),
-)
 MOST_APART = 30  # powers of two between the lengths of train and unseen features
-SQUARED = ("variance", "variance_unseen", "covariance_norm", "covariance_norm_unbiased")  # in squared units of features
+SQUARED = [measure.name for measure in MEASURES.values() if measure.unit == "squared"]
 FEW_UNSEEN = 30
 TESTED = tuple(name for name, _, _ in TESTS)
-_SUMMED = ("train_count", "unseen_count")
-_NOT_POOLED = (
-    *("index", "name", "group", "nearest_center_train_class", "nearest_center_true_class", "spread_gap_material"),
-    *(f"{test}_{part}" for test in TESTED for part in ("p", "q", "flagged", "permutations", "unit_p")),
-)
+_AVERAGED = {*NUMBERS, "quantiles"} - {"p"}
 
 
 @dataclass(frozen=True)
@@ -271,10 +261,10 @@ def pool_groups(
 
 def _pool(group: str, members: Sequence[Entry]) -> Entry:
     entry: Entry = {"group": group, "classes": len(members)}
-    for name in FIELDS:
-        if name in _SUMMED:
+    for name, measure in MEASURES.items():
+        if measure.unit == "count":
             entry[name] = sum(member[name] for member in members)
-        elif name not in _NOT_POOLED:
+        elif measure.unit in _AVERAGED:
             entry[name] = _mean([member[name] for member in members if member[name] is not None])
     return entry
 
@@ -293,7 +283,7 @@ def input_notes(train: ClassRows, unseen: ClassRows, dead: int, split_bursts: in
     dropped = sum(train.dropped) + sum(unseen.dropped)
     if dropped:
         rows = len(train.features) + len(unseen.features)
-        many = f"; that is {dropped / rows:.1%} of all, check the features" if dropped > rows / 100 else ""
+        many = f"; that is {100 * dropped / rows:.1f} % of all, check the features" if dropped > rows / 100 else ""
         notes.append(
             f"{dropped} feature vectors of length 0 have no direction and were left out "
             f"({sum(train.dropped)} training, {sum(unseen.dropped)} unseen){many}"

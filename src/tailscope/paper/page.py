@@ -25,11 +25,11 @@ from tailscope.paper.claims_accuracy import label
 from tailscope.paper.evidence import Evidence
 from tailscope.paper.timing import duration
 from tailscope.report.files import write as write_file
-from tailscope.report.results import Result, load
-from tailscope.report.table_model import Column, Table
-from tailscope.report.tables import to_markdown
+from tailscope.report.rows import load
+from tailscope.report.tables import Column, Table, to_markdown
 from tailscope.report.text import DASH, listed, plural, significant, with_interval
 
+Result = dict[str, Any]
 BLOCK = re.compile(r"<!-- results: (?P<name>\S+) -->\n.*?<!-- /results: (?P=name) -->", re.DOTALL)
 OPENING = re.compile(r"<!-- /?results: (\S+) -->")
 TRAINED = ("swap", "ladder", "geometry")
@@ -91,7 +91,7 @@ def _folders(results: Path) -> dict[str, Path]:
 
 def _read(folder: Path) -> dict[str, Result]:
     """Return a folder's results by verb; `claims` are decided anew where there is no claims.json."""
-    found = load(folder)
+    found: dict[str, Result] = {**load(folder)}  # type: ignore[dict-item]
     trained = {verb: found[verb] for verb in TRAINED if verb in found}
     identities = {(r["dataset"]["name"], r["recipe"]["name"], str(r["spec"].get("profile"))) for r in trained.values()}
     if len(identities) > 1:

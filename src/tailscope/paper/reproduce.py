@@ -21,7 +21,7 @@ from tailscope.paper.plan import Plan, make_plan
 from tailscope.paper.runs import Outcomes, outcomes
 from tailscope.paper.timing import duration, measure, other_work
 from tailscope.progress import Progress, Quiet
-from tailscope.report.results import load as load_results
+from tailscope.report.rows import load as load_results
 from tailscope.result_files import check_free, write
 from tailscope.store import Store, make_folder
 from tailscope.training.recipes import recipe_by_name
@@ -193,7 +193,7 @@ def conclude(lab: Lab, settings: Settings, out: Path) -> dict[str, Any]:
         `results` by experiment, `claims` as claims.json has them, `tables`: rows by name.
     """
     spec = fixed_part(settings.spec(lab.data))
-    found = {verb: result for verb, result in load_results(out).items() if verb in EXPERIMENTS}
+    found: dict[str, Any] = {verb: result for verb, result in load_results(out).items() if verb in EXPERIMENTS}
     results = {verb: result for verb, result in found.items() if fixed_part(result["spec"]) == spec}
     evidence = Evidence(results, _recalled(lab, settings, results))
     document = claims.document(evidence, claims.check(evidence), datetime.now(UTC).isoformat(timespec="seconds"))
@@ -216,7 +216,7 @@ def draw(out: Path, tell: Tell) -> None:
     except ModuleNotFoundError as missing:
         if missing.name not in ("altair", "vl_convert"):
             raise
-        report.tables.write(out, report.load(out))
+        report.write_tables(out, report.load(out))
         tell(f"{missing.name} is not installed: no figures, no report.html; where it is, `tailscope report {out.name}`")
 
 

@@ -15,8 +15,7 @@ from tailscope.paper import published
 from tailscope.paper.claims_accuracy import label
 from tailscope.paper.evidence import Evidence
 from tailscope.report.files import write as write_file
-from tailscope.report.table_model import Column, Table
-from tailscope.report.tables import to_csv, to_latex, to_markdown
+from tailscope.report.tables import Column, Table, to_csv, to_latex, to_markdown
 from tailscope.report.text import DASH, number, percent
 
 Row = dict[str, Any]

@@ -1,10 +1,25 @@
 """The report: one HTML page with figures and tables, made from stored results alone.
 
-`build` writes it; `load` reads the results it is made of; `story` and `tables` say the same in sentences and files.
+`build` writes it; `load` reads the results it is made of; `story` says the same in sentences, `write_tables` in files.
 """
 
-from tailscope.report import story, tables
-from tailscope.report.pages import build
-from tailscope.report.results import load
+from pathlib import Path
 
-__all__ = ["build", "load", "story", "tables"]
+from tailscope.report import story
+from tailscope.report.rows import load
+from tailscope.report.rows import write as write_tables
+
+__all__ = ["build", "load", "story", "write_tables"]
+
+
+def build(out: Path | str, *, figures: bool = True) -> Path:
+    """Write the report of what lies in `out`, its tables and, unless `figures` is False, its figures; return the page.
+
+    A diagnosis beside results of experiments gets a page of its own, diagnosis.html. Nothing is computed or trained.
+
+    Raises:
+        UserError: there are no results, one cannot be read, or `out` cannot be written.
+    """
+    from tailscope.report import page  # here because it imports libraries that draw, for a second
+
+    return page.build(Path(out), figures=figures)

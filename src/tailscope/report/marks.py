@@ -1,18 +1,161 @@
-"""The few chart forms that the figures are made of. Charts name their data; rows are added when drawn."""
+"""What figures are made of: colours and shapes, the few forms of charts, and figures as page and as files have them.
 
-from collections.abc import Sequence
+Charts name their colours by the page's CSS variables, so light, dark and print need no redrawing; in files the
+variables are replaced by the light values. The hues are those of Okabe & Ito (2008), which the common forms of
+colour blindness keep apart; shapes and dashes repeat what they say. Charts name their data; rows are added when drawn.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import altair as alt
+import vl_convert
 
-from tailscope.report.look import Key, css
+from tailscope.groups import GROUPS
+from tailscope.report.files import write
 from tailscope.report.rows import Row
 
+Spec = dict[str, Any]
 Chart = alt.Chart | alt.LayerChart | alt.FacetChart
+
+PAGE_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif"
+FILE_FONT = "Liberation Sans, Arial, Helvetica, sans-serif"
+COLUMNS = {1: 1, 2: 2, 4: 2}  # panels side by side in files, by panels in a figure; else three
+WIDTH = {1: 620, 2: 340, 3: 260}  # pixels of a panel in files, by columns
+PNG_SCALE = 2.0
 MANY = 40  # classes; beyond, single points fade and a running mean carries the trend
-VEGA_SHAPES = {"bar": "square", "tick": "M-0.1,-1L0.1,-1L0.1,1L-0.1,1Z"}
+NARROW = 330  # pixels; narrower charts leave out what the tooltip and the table say too
 NAMED = 20  # classes; up to here the axis names them
+VEGA_SHAPES = {"bar": "square", "tick": "M-0.1,-1L0.1,-1L0.1,1L-0.1,1Z"}
+FORMATS = {"share": ".1%", "degrees": ".2f", "plain": ".3~g", "squared": ".3~g"}  # of measures in tooltips, by unit
+
+# ---- theme
+
+LIGHT = {
+    "paper": "#ffffff",
+    "ink": "#1d2329",
+    "muted": "#5b6671",
+    "line": "#e3e7ea",
+    "wash": "#f4f6f8",
+    "vermilion": "#d55e00",
+    "orange": "#e69f00",
+    "green": "#009e73",
+    "blue": "#0072b2",
+    "sky": "#56b4e9",
+    "purple": "#cc79a7",
+    "head": "#b9c3cd",
+    "body": "#7f8c99",
+    "tail": "#2b3540",
+}
+DARK = LIGHT | {
+    "paper": "#14181c",
+    "ink": "#e9edf0",
+    "muted": "#a3aeb8",
+    "line": "#2e363d",
+    "wash": "#1d2328",
+    "vermilion": "#f2823a",
+    "orange": "#f0b429",
+    "green": "#2cc196",
+    "blue": "#4fa8de",
+    "sky": "#8accf2",
+    "purple": "#e09cc1",
+    "head": "#46515c",
+    "body": "#8794a1",
+    "tail": "#eef2f5",
+}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One entry of a legend: what is drawn how.
+
+    Attributes:
+        label: the text, also the value that the chart encodes.
+        colour: a name in `LIGHT`.
+        shape: a Vega symbol, "bar" where the colour fills bars, or "tick" for a short upright line.
+        dash: a stroke dash, empty for a solid line.
+    """
+
+    label: str
+    colour: str
+    shape: str = "circle"
+    dash: tuple[int, ...] = ()
+
+
+ENCODER_KEYS = {
+    "lt": Key("lt", "vermilion", "circle"),
+    "lt+mixup": Key("lt+mixup", "orange", "triangle-up", (6, 3)),
+    "true": Key("true", "green", "square", (2, 2)),
+}
+BACKBONE_KEYS = {
+    "lt": Key("lt", "vermilion", "bar"),
+    "matched": Key("matched", "sky", "bar"),
+    "true": Key("true", "green", "bar"),
+}
+GROUP_KEYS = {name: Key(name, name, "bar") for name in GROUPS}
+PART_KEYS = {
+    "representation": Key("representation", "blue", "bar"),
+    "classifier": Key("classifier", "purple", "bar"),
+}
+PAPER_KEY = Key("the paper's number", "ink", "tick")
+OTHER = Key("other", "purple", "diamond", (4, 4))
+
+
+def css(colour: str) -> str:
+    """Return a colour as the page's charts name it.
+
+    >>> css("ink")
+    'var(--ink)'
+    """
+    return f"var(--{colour})"
+
+
+def as_file(spec: Spec) -> Spec:
+    """Return a chart description with its CSS variables replaced by the light colours."""
+    light = re.sub(r"var\(--(\w+)\)", lambda name: LIGHT[name[1]], json.dumps(spec))
+    return dict(json.loads(light))
+
+
+def config(font: str, *, legend: bool) -> Spec:
+    """Return the Vega-Lite configuration shared by all charts."""
+    label = {"labelColor": css("muted"), "titleColor": css("muted"), "labelFontSize": 12, "titleFontSize": 12}
+    return {
+        "background": None,
+        "font": font,
+        "view": {"stroke": None},
+        "axis": {
+            **label,
+            "titleFontWeight": "normal",
+            "titlePadding": 8,
+            "gridColor": css("line"),
+            "domainColor": css("line"),
+            "tickColor": css("line"),
+            "tickSize": 4,
+            "labelPadding": 4,
+            "labelLimit": 220,
+            "titleLimit": 400,
+        },
+        "legend": {
+            **label,
+            "disable": not legend,
+            "orient": "bottom",
+            "title": None,
+            "labelLimit": 300,
+            "symbolStrokeWidth": 2,
+        },
+        "title": {"color": css("ink"), "anchor": "start", "fontSize": 13, "fontWeight": "bold", "offset": 10},
+        "rule": {"color": css("ink")},
+        "text": {"color": css("ink"), "fontSize": 12},
+        "line": {"strokeWidth": 2},
+        "point": {"size": 55, "strokeWidth": 1.8},
+    }
+
+
+# ---- marks
 
 
 @dataclass(frozen=True)
@@ -207,3 +350,149 @@ def quoted(name: str) -> str:
     """Return a string literal of Vega's expression language."""
     escaped = name.replace("\\", "\\\\").replace("'", "\\'").replace("\n", " ").replace("\r", " ")
     return f"'{escaped}'"
+
+
+def bars(
+    base: alt.Chart,
+    x: Callable[[str], alt.X],
+    fields: tuple[str, str | None],
+    bounds: tuple[str, str],
+    colour: alt.Color,
+    tooltip: Sequence[alt.Tooltip],
+    size: int,
+) -> list[Chart]:
+    """Return horizontal bars between two fields, or from 0 to one, with thin rules for intervals, and `numbers`.
+
+    `x` makes the axis of a field, `bounds` are the intervals' ends, `size` is the font of the numbers in pixels.
+    """
+    start, end = fields
+    drawn = base.mark_bar(height=alt.RelativeBandSize(0.55 if end else 0.62))
+    drawn = drawn.encode(x=x(start), color=colour, tooltip=tooltip)
+    low, high = bounds
+    return [
+        drawn.encode(x2=end) if end else drawn,
+        base.mark_rule(strokeWidth=1.6).encode(x=x(low), x2=high),
+        numbers(base, size).encode(x=x("label_at")),
+    ]
+
+
+def numbers(base: alt.Chart, size: int) -> alt.Chart:
+    """Write each row's `text` beside its mark; where the chart is narrow, its `short` one."""
+    text = alt.ExprRef(f"width < {NARROW} ? datum.short : datum.text")
+    written: alt.Chart = base.mark_text(align="left", dx=8, fontSize=size, text=text)
+    return written
+
+
+def waterfall(data: str, rows: Sequence[Row], keys: Sequence[Key], scale: alt.Scale, axis: alt.Axis) -> Chart:
+    """Lay bars end to end: rows hold a step, its part, start and end, low and high, and the `numbers`."""
+    labels = alt.Axis(labelFontSize=13, domain=False, ticks=False, labelLimit=320)
+    base = rows_of(data).encode(y=alt.Y("step:N", sort=[row["step"] for row in rows], title=None, axis=labels))
+    layers = bars(
+        base,
+        lambda field: alt.X(f"{field}:Q", scale=scale, axis=axis),
+        ("start", "end"),
+        ("low", "high"),
+        alt.Color("part:N", scale=colour_scale(keys)),
+        [alt.Tooltip("step:N"), alt.Tooltip("text:N", title="points")],
+        13,
+    )
+    chart: Chart = alt.layer(*layers).properties(height=44 * len(rows))
+    return chart
+
+
+# ---- figures
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart of a figure: its title, empty where the figure has a single panel, and the keys of its legend."""
+
+    title: str
+    chart: Chart
+    keys: Sequence[Key] = ()
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of the report.
+
+    Attributes:
+        name: file stem and anchor.
+        title: what it shows.
+        how: how to read it, for someone who never saw the paper.
+        reading: what these results show there; may be empty.
+        panels: the charts, side by side where there is room.
+        variant: "paper" or "calibrated" where the figure comes in both, else None.
+    """
+
+    name: str
+    title: str
+    how: str
+    reading: str
+    panels: Sequence[Panel]
+    variant: str | None = None
+
+    @property
+    def keys(self) -> list[Key]:
+        """The legend of all panels; empty where labels say it all."""
+        return list(dict.fromkeys(key for panel in self.panels for key in panel.keys))
+
+    @property
+    def shared_keys(self) -> bool:
+        """Whether all panels have the same legend."""
+        return len({tuple(panel.keys) for panel in self.panels}) == 1
+
+    @property
+    def full_title(self) -> str:
+        """The title with its variant, for where the figure stands alone."""
+        return f"{self.title} ({self.variant})" if self.variant == "calibrated" else self.title
+
+
+def panel_specs(figure: Figure) -> list[Spec]:
+    """Return the panels as Vega-Lite descriptions of no width yet; rows stay references by name."""
+    found = []
+    for panel in figure.panels:
+        spec: Spec = panel.chart.to_dict(validate=False)  # takes as long as the rest; the tests validate
+        bare = {key: value for key, value in spec.items() if key not in ("$schema", "config")}
+        found.append(bare | {"description": ": ".join(text for text in (figure.title, panel.title) if text)})
+    return found
+
+
+def file_spec(figure: Figure, panels: Sequence[Spec], data: Mapping[str, Sequence[Row]]) -> Spec:
+    """Return the whole figure as one self-contained Vega-Lite description in light colours, with its legend."""
+    columns = COLUMNS.get(len(panels), 3)
+    shared: dict[str, Any] = {}
+    charts = []
+    for panel, spec in zip(figure.panels, panels, strict=True):
+        own = {name: rows for name, rows in data.items() if name in data_names(spec)}
+        shared |= spec.get("datasets", {}) | own
+        without = {key: value for key, value in spec.items() if key != "datasets"}
+        charts.append(without | {"width": WIDTH[columns], "title": panel.title})
+    # Panels with different legends each show their own.
+    scales = "shared" if figure.shared_keys else "independent"
+    spec = {
+        "title": {"text": figure.full_title, "fontSize": 15, "offset": 18},
+        "concat": charts,
+        "columns": columns,
+        "spacing": 28,
+        "resolve": {"scale": dict.fromkeys(("color", "shape"), scales)},
+        "datasets": shared,
+        "config": config(FILE_FONT, legend=bool(figure.keys)) | {"background": LIGHT["paper"], "padding": 12},
+    }
+    return as_file(spec)
+
+
+def save(figure: Figure, panels: Sequence[Spec], data: Mapping[str, Sequence[Row]], folder: Path) -> list[Path]:
+    """Write the figure as SVG, PNG and PDF into `folder`."""
+    svg = vl_convert.vegalite_to_svg(file_spec(figure, panels, data))
+    contents: dict[str, str | bytes] = {
+        "svg": svg,
+        "png": vl_convert.svg_to_png(svg, scale=PNG_SCALE),
+        "pdf": vl_convert.svg_to_pdf(svg),
+    }
+    return [write(folder / f"{figure.name}.{suffix}", content) for suffix, content in contents.items()]
+
+
+def data_names(spec: Spec) -> set[str]:
+    """Return the names of the rows that a chart refers to."""
+    return set(re.findall(r'"data": \{"name": "([^"]+)"\}', json.dumps(spec)))

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from tailscope.geometry.fields import FIELDS
+from tailscope.geometry.fields import SHOWN as BY_FIELD
 from tailscope.report.files import write
-from tailscope.report.measures import BY_FIELD
 
 INTRODUCTION = """# Measures
 

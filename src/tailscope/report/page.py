@@ -1,177 +1,293 @@
-"""The page: everything that the stored results say, in one HTML file that loads nothing from anywhere."""
+"""The page: everything that stored results say, in one HTML file that loads nothing from anywhere."""
 
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
 import vl_convert
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 import tailscope
+from tailscope.geometry.fields import SHOWN
 from tailscope.groups import GROUPS
-from tailscope.report import charts, geometry_rows, look, measures, provenance, results, rows, story, table_contents
+from tailscope.report import charts, diagnosis, marks, rows, story
 from tailscope.report import tables as table_files
-from tailscope.report.figure import PAGE_FONT, Figure, data_names, panel_specs, save
 from tailscope.report.files import write
-from tailscope.report.geometry_text import VARIANTS
-from tailscope.report.look import Spec
-from tailscope.report.results import Results
-from tailscope.report.text import plural
+from tailscope.report.marks import Figure
+from tailscope.report.rows import Row
+from tailscope.report.schema import TRAINED, VARIANTS, AnyResult, Diagnosis, Results
+from tailscope.report.tables import Table
+from tailscope.report.text import DASH, arrow, number, plural, significant
 
-WASH = {"light": "#f4f6f8", "dark": "#1d2328"}
-
-
-def build(out: Path | str, *, figures: bool = True) -> Path:
-    """Write `out`/report.html, its tables and, unless `figures` is False, its figures as SVG, PNG and PDF.
-
-    Reads only the result files that lie in `out`; computes and trains nothing.
-
-    Raises:
-        UserError: there are no results, one cannot be read, or `out` cannot be written.
-    """
-    out = Path(out)
-    found = results.load(out)
-    drawn = charts.figures(found)
-    panels = {figure.name: panel_specs(figure) for figure in drawn}
-    data = charts.data(found)
-    if figures:
-        for figure in drawn:
-            save(figure, panels[figure.name], data, out / "figures")
-    table_files.write(out, found)
-    context = _context(found, drawn, panels) | {"data": charts.columns(data), "files": figures}
-    return write(out / "report.html", template("template.html.j2").render(context))
+DIGITS = 6  # significant ones; enough for a chart, and the page stays small
+LAST_SECTIONS = (("warnings", "Warnings"), ("provenance", "How it was made"), ("words", "Words"))
+Facts = list[tuple[str, str]]
 
 
-def _context(found: Results, drawn: list[Figure], panels: dict[str, list[Spec]]) -> dict[str, Any]:
-    result = results.first(found)
-    shown = {figure.name: entry(figure) for figure in drawn}
-    tables = {table.name: table for table in table_contents.tables(found)}
-    if "geometry" in found:
-        tables |= {f"measures-{name}": table_contents.measures(found, name) for name in VARIANTS}
-    return {
-        "headline": story.headline(found),
-        "findings": story.findings(found),
-        "caveats": story.caveats(found),
-        "warnings": warnings(found),
-        "dataset": result["dataset"],
-        "recipe": result["recipe"],
-        "facts": _facts(found),
-        "sections": _sections(found),
-        "figures": shown,
-        "geometry": [figure.name for figure in drawn if figure.variant],
-        "variants": [(name, *VARIANTS[name]) for name in VARIANTS] if "geometry" in found else [],
-        "tables": tables,
-        "groups": [group for group in GROUPS if group in result["groups"]],
-        "class_note": _class_note(found),
-        "runs": provenance.by_result(found),
-        "terms": measures.TERMS,
-        "measures": [*measures.PAPER, *measures.CALIBRATED] if "geometry" in found else [],
-        "sources": ", ".join(f"{verb}.json" for verb in found),
-        "version": tailscope.__version__,
-        "specs": specs(drawn, panels),
-        "config": look.config(PAGE_FONT, legend=False),
-        "style": Markup(style()),
-        "script": Markup(asset("page.js")),
-        "vega": Markup(vega()),
+@dataclass(frozen=True)
+class Page:
+    """What is shown: a template with its content, figures and the rows of their charts, tables that are files too."""
+
+    template: str
+    figures: Sequence[Figure]
+    data: Mapping[str, Sequence[Row]]
+    tables: Sequence[Table]
+    content: dict[str, Any]
+
+
+def build(out: Path, *, figures: bool = True) -> Path:
+    """Do what `tailscope.report.build` says."""
+    path = out / "diagnosis.json"
+    trained = any((out / f"{verb}.json").exists() for verb in TRAINED)
+    if path.exists():
+        name = "diagnosis.html" if trained else "report.html"
+        written = _write(out, name, _of_diagnosis(diagnosis.load(path)), figures=figures)
+        if not trained:
+            return written
+    return _write(out, "report.html", _of_experiments(rows.load(out)), figures=figures)
+
+
+def _write(out: Path, name: str, page: Page, *, figures: bool) -> Path:
+    panels = {figure.name: marks.panel_specs(figure) for figure in page.figures}
+    data = {
+        name: [{key: _rounded(value) for key, value in row.items()} for row in rows] for name, rows in page.data.items()
     }
+    if figures:
+        for figure in page.figures:
+            marks.save(figure, panels[figure.name], data, out / "figures")
+    table_files.write(out / "tables", page.tables)
+    context = {
+        "figures": {figure.name: figure for figure in page.figures},
+        "files": figures,
+        "tables": {table.name: table for table in page.tables},
+        "measures": list(SHOWN.values()),
+        "version": tailscope.__version__,
+        "data": columns(data),
+        "specs": {f"{name}-{k}": _drawn(spec) for name, specs in panels.items() for k, spec in enumerate(specs)},
+        "config": marks.config(marks.PAGE_FONT, legend=False),
+        "style": Markup(_style()),
+        "script": Markup(_asset("page.js")),
+        "vega": Markup(_vega()),
+    }
+    return write(out / name, _template(page.template).render(context | page.content))
 
 
-def warnings(found: Results) -> list[str]:
-    """Return the warnings of all result files, each once, and those of files that do not belong together."""
-    texts = [text for verb in results.TRAINED if verb in found for text in found[verb]["warnings"]]
-    texts += geometry_rows.warnings(found) if "geometry" in found else []
-    return list(dict.fromkeys([*texts, *results.mismatches(found)]))
+def _of_experiments(results: Results) -> Page:
+    result = rows.first(results)
+    counts, recipe = result["counts"], result["recipe"]
+    figures = charts.figures(results)
+    named = {"swap": "Swap", "ladder": "Ladder", "geometry": "Features", "claims": "Claims"}
+    content = {
+        "headline": story.headline(results),
+        "findings": story.findings(results),
+        "caveats": story.caveats(results),
+        "warnings": rows.warnings(results),
+        "dataset": result["dataset"],
+        "recipe": recipe,
+        "facts": [
+            plural(len(counts), "class"),
+            f"{max(counts):,} to {min(counts):,} training images a class",
+            plural(len(result["seeds"]), "seed"),
+            f"recipe {recipe['name']}" + ("" if recipe["converged"] else ", not converged"),
+        ],
+        "sections": [
+            ("verdict", "Verdict"),
+            ("data", "Data"),
+            *((verb, label) for verb, label in named.items() if verb in results),
+            ("classes-table", "Classes"),
+            *LAST_SECTIONS,
+        ],
+        "geometry": [figure.name for figure in figures if figure.variant],
+        "by_measure": {v: rows.measures_table(results, v) for v in VARIANTS[::-1]} if "geometry" in results else {},
+        "groups": [group for group in GROUPS if group in result["groups"]],
+        "class_note": story.class_note(results),
+        "runs": [provenance(verb, results[verb]) for verb in TRAINED if verb in results],
+        "sources": ", ".join(f"{verb}.json" for verb in results),
+    }
+    return Page("experiments.html.j2", figures, charts.data(results), rows.tables(results), content)
 
 
-def entry(figure: Figure) -> dict[str, Any]:
-    """Return what the template's macro `figure` needs."""
-    parts = [
-        {"title": panel.title, "legend": panel.keys, "id": f"{figure.name}-{k}"}
-        for k, panel in enumerate(figure.panels)
+def _of_diagnosis(result: Diagnosis) -> Page:
+    counts, dataset = result["counts"], result["dataset"]
+    test_images = dataset.get("test_images")
+    named = {"advice": ("advice", "What to try"), "comparison": ("encoders", "Encoders")}
+    inputs = [
+        (f"{encoder}, {role}", f"{one['source']} (SHA-256 {one['sha256'][:12]})")
+        for encoder, given in result["spec"]["encoders"].items()
+        for role, one in given.items()
+        if one is not None
     ]
-    shared = len({tuple(panel.keys) for panel in figure.panels}) == 1
-    return {"figure": figure, "panels": parts, "shared_keys": shared}
+    content = {
+        "headline": diagnosis.headline(result),
+        "findings": diagnosis.findings(result),
+        "caveats": diagnosis.caveats(result),
+        "warnings": result["warnings"],
+        "advice": result["advice"],
+        "dataset": dataset,
+        "facts": [
+            plural(len(counts), "class"),
+            f"{max(counts):,} to {min(counts):,} training samples a class",
+            plural(dataset["unseen_images"], "unseen sample"),
+            *([plural(test_images, "test sample")] if test_images else []),
+            f"{result['spec']['permutations']:,} permutations",
+        ],
+        "sections": [
+            ("verdict", "Verdict"),
+            *(section for field, section in named.items() if result.get(field)),
+            ("by-count", "By count"),
+            ("classes-table", "Classes"),
+            ("pairs", "Pairs"),
+            *LAST_SECTIONS,
+        ],
+        "groups": [group for group in GROUPS if result["groups"].get(group)],
+        "facts_of_making": [*_facts_of_making(result), *inputs],
+        "spec": _spec(result),
+        "sources": "diagnosis.json",
+    }
+    figures = diagnosis.figures(result)
+    return Page("diagnosis.html.j2", figures, diagnosis.data(result), diagnosis.tables(result), content)
 
 
-def specs(drawn: list[Figure], panels: dict[str, list[Spec]]) -> dict[str, Any]:
-    """Return each panel's description for its container, with the names of the rows that it needs."""
+def columns(data: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, list[Any]]]:
+    """Return the rows as columns, which repeat no names; a field that a row lacks is None.
+
+    >>> columns({"a": [{"x": 1}, {"x": 2, "y": 3}]})
+    {'a': {'x': [1, 2], 'y': [None, 3]}}
+    """
     found = {}
-    for figure in drawn:
-        for k, spec in enumerate(panels[figure.name]):
-            needed = sorted(data_names(spec) - set(spec.get("datasets", {})))
-            found[f"{figure.name}-{k}"] = {"spec": spec | {"width": "container"}, "rows": needed}
+    for name, entries in data.items():
+        fields = list(dict.fromkeys(field for row in entries for field in row))
+        found[name] = {field: [row.get(field) for row in entries] for field in fields}
     return found
 
 
-def _facts(found: Results) -> list[str]:
-    result = results.first(found)
-    counts = result["counts"]
-    recipe = result["recipe"]
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+
+
+def _drawn(spec: marks.Spec) -> dict[str, Any]:
+    """Return a panel's description for its container, with the names of the rows that it needs."""
+    needed = marks.data_names(spec) - set(spec.get("datasets", {}))
+    return {"spec": spec | {"width": "container"}, "rows": sorted(needed)}
+
+
+# ---- how results were made
+
+
+def provenance(verb: str, result: Any) -> dict[str, Any]:
+    """Return what surrounds a result file: its facts, its full spec, and a card a row with its seeds side by side."""
+    entries = result["provenance"]
+    by_row: dict[str, list[Row]] = {}
+    for entry in entries:
+        by_row.setdefault(entry["row"], []).append(entry)
+    facts = [
+        *_facts_of_making(result),
+        ("arithmetic of backbones", _arithmetics(entries, "arithmetic")),
+        ("arithmetic of classifiers", _arithmetics(entries, "stage2_arithmetic")),
+        ("subset SHA-256", ", ".join(digest[:16] for digest in _distinct(result.get("subset_sha256", [])))),
+    ]
+    return {
+        "verb": verb,
+        "facts": [(name, value or DASH) for name, value in facts],
+        "spec": _spec(result),
+        "cards": [_card(row, members) for row, members in by_row.items()],
+    }
+
+
+def _facts_of_making(result: AnyResult) -> Facts:
+    environment = result.get("environment", {})
+    hardware = environment.get("hardware", {})
+    versions = ", ".join(f"{name} {version}" for name, version in environment.get("versions", {}).items())
     return [
-        plural(len(counts), "class"),
-        f"{max(counts):,} to {min(counts):,} training images a class",
-        plural(len(result["seeds"]), "seed"),
-        f"recipe {recipe['name']}" + ("" if recipe["converged"] else ", not converged"),
+        ("command", result.get("command") or DASH),
+        ("written", result.get("created") or DASH),
+        ("versions", versions or DASH),
+        ("processor", f"{hardware.get('cpu') or DASH}, {hardware.get('cores') or DASH} cores"),
+        ("accelerator", hardware.get("gpu") or "none"),
     ]
 
 
-def _sections(found: Results) -> list[tuple[str, str]]:
-    """Return the navigation: anchors and labels of the sections that exist."""
-    optional = {"swap": ("swap", "Swap"), "ladder": ("ladder", "Ladder"), "geometry": ("geometry", "Features")}
-    return [
-        ("verdict", "Verdict"),
-        ("data", "Data"),
-        *(entry for verb, entry in optional.items() if verb in found),
-        *([("claims", "Claims")] if "claims" in found else []),
-        ("classes-table", "Classes"),
-        ("warnings", "Warnings"),
-        ("provenance", "How it was made"),
-        ("words", "Words"),
+def _spec(result: Any) -> str:
+    return json.dumps(result["spec"], indent=2, ensure_ascii=False)
+
+
+def _arithmetics(entries: Sequence[Row], field: str) -> str:
+    """Return what the rows' stages were computed by, each once; more than one is worth a word."""
+    found = _distinct(_text(field, entry[field]) for entry in entries if entry.get(field))
+    return f"differs between rows or seeds: {'; '.join(found)}" if len(found) > 1 else "".join(found)
+
+
+def _card(row: str, members: Sequence[Row]) -> dict[str, Any]:
+    """Return one row's provenance: a field's value once where seeds agree, else one value a seed."""
+    names = [name for name in _distinct(name for member in members for name in member) if name not in ("row", "seed")]
+    fields = []
+    for name in names:
+        values = [_text(name, member.get(name)) for member in members]
+        fields.append((name.replace("_", " "), values if len(set(values)) > 1 else values[:1]))
+    seconds = [member["seconds"] for member in members if member.get("seconds") is not None]
+    facts = [
+        str(members[0].get("model") or DASH),
+        f"{_text('epochs', members[0].get('epochs'))} epochs",
+        f"{number(sum(seconds) / len(seconds))} s a seed" if seconds else "",
+        "arithmetic differs between seeds" if len({str(member.get("arithmetic")) for member in members}) > 1 else "",
     ]
+    seeds = [member.get("seed") for member in members]
+    return {"title": arrow(row), "summary": ", ".join(fact for fact in facts if fact), "seeds": seeds, "fields": fields}
 
 
-def _class_note(found: Results) -> str:
-    parts = []
-    if "swap" in found:
-        parts.append("Recalls are means over seeds; the gap, in points, is true → true minus lt → lt.")
-    if "geometry" in found and "lt" in rows.encoders(found):
-        parts.append("Spread gap, centre shift and escape rank are the calibrated ones of the encoder lt.")
-    return " ".join([*parts, "An en dash means undefined."])
+def _text(name: str, value: Any) -> str:
+    if value is None:
+        return DASH
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list) and all(isinstance(item, int | float) for item in value):
+        return f"{len(value)} values, {max(value)} to {min(value)}" if value else DASH
+    if isinstance(value, dict):
+        return ", ".join(DASH if part is None else str(part) for part in value.values())
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return number(value) if name in ("seconds", "images_per_second") else significant(value, 6)
+    return str(value)
 
 
-def style() -> str:
+def _distinct(values: Iterable[Any]) -> list[Any]:
+    return list(dict.fromkeys(values))
+
+
+# ---- assets
+
+
+def _template(name: str) -> Any:
+    environment = Environment(
+        loader=FunctionLoader(_asset), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["prose"] = lambda text: text.replace(" %", "\u00a0%").replace(" → ", "\u00a0→\u00a0")
+    return environment.get_template(name)
+
+
+def _style() -> str:
     """Return the style sheet, after the colours as CSS variables: light, dark where preferred, light on paper."""
-    light = _variables(look.LIGHT | {"wash": WASH["light"]})
-    dark = _variables(look.DARK | {"wash": WASH["dark"]})
+    light, dark = (
+        " ".join(f"--{name}: {colour};" for name, colour in colours.items()) for colours in (marks.LIGHT, marks.DARK)
+    )
     return (
         f":root {{ {light} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
-        f"@media print {{ :root {{ {light} }} }}\n" + asset("page.css")
+        f"@media print {{ :root {{ {light} }} }}\n" + _asset("page.css")
     )
 
 
-def _variables(colours: dict[str, str]) -> str:
-    return " ".join(f"--{name}: {colour};" for name, colour in colours.items())
-
-
 @cache
-def vega() -> str:
+def _vega() -> str:
     """Return the Vega runtime as one script; nothing in it may end the script early."""
     bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     return bundle.replace("</script", "<\\/script")
 
 
-def asset(name: str) -> str:
-    """Return a file of this package as text."""
+def _asset(name: str) -> str:
     return package_files("tailscope.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def template(name: str) -> Any:
-    """Return a template; the macros that stand before the page in `template.html.j2` are there in every one."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["prose"] = lambda text: text.replace(" %", "\u00a0%").replace(" → ", "\u00a0→\u00a0")
-    text = asset(name)
-    if name != "template.html.j2":
-        text = asset("template.html.j2").split("<!doctype html>")[0] + text
-    return environment.from_string(text)

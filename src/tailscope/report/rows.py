@@ -1,16 +1,24 @@
-"""The stored results as flat rows, raw numbers under plain names. Charts, tables and sentences all draw from these."""
+"""The stored results of one folder, as flat rows of raw numbers under plain names, and as tables.
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+Charts, tables and sentences all draw from these rows. The report reads nothing else and computes no experiment.
+"""
 
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from tailscope.errors import UserError
+from tailscope.geometry.fields import SHOWN
 from tailscope.groups import GROUPS
 from tailscope.paper import published
 from tailscope.paper.targets import dataset_of
-from tailscope.report.results import Result, Results, first, ranks
+from tailscope.report import tables as files
+from tailscope.report.schema import CELLS, PARTS, TRAINED, VARIANTS, Cell, Measured, Part, Results, Swap, Trained, read
+from tailscope.report.tables import Column, Table
+from tailscope.report.text import arrow
 
 Row = dict[str, Any]
 
-CELLS = ("lt->lt", "lt->true", "true->lt", "true->true")
 STAGES = {
     "stage1": "Stage I",
     "stage2": "Stage II",
@@ -24,32 +32,93 @@ AUGMENTATIONS = {
     "autoaugment+mixup": "AutoAugment + MixUp",
 }
 ENCODERS = ("lt", "lt+mixup", "true")
-VARIANTS = ("paper", "calibrated")
 Q_LINE = 0.05  # the usual false discovery rate
+QUANTILES = ("q05", "q25", "q50", "q75", "q95")
+# A flag says how often, over the seeds, a class's q reaches the line: a mean of q values would not be a q value.
+FLAGS = {"spread_gap_q": "spread_gap_flags", "center_shift_q": "center_shift_flags"}
+
+
+# ---- results
+
+
+def load(out: Path | str) -> Results:
+    """Read the result files in `out`, by verb.
+
+    Raises:
+        UserError: there is none, or one is not what its verb writes; the line names file and field.
+    """
+    found = {verb: Path(out) / f"{verb}.json" for verb in (*TRAINED, "claims")}
+    found = {verb: path for verb, path in found.items() if path.exists()}
+    if not any(verb in found for verb in TRAINED):
+        names = ", ".join(f"{verb}.json" for verb in TRAINED)
+        raise UserError(f"{out}: no results to report; run one of the verbs that write {names}")
+    return cast(Results, {verb: read(path, verb) for verb, path in found.items()})
+
+
+def first(results: Results) -> Trained:
+    """Return the result that describes the data: swap's, else the first of the others."""
+    return next(results[verb] for verb in TRAINED if verb in results)
+
+
+def mismatches(results: Results) -> list[str]:
+    """Return a warning for each file that another data set, profile or recipe made than the first."""
+    present = [verb for verb in TRAINED if verb in results]
+    reference = _identity(results[present[0]])
+    return [
+        f"{verb}.json and {present[0]}.json differ in their {field}: do not compare their numbers"
+        for verb in present
+        for field, value in _identity(results[verb]).items()
+        if value != reference[field]
+    ]
+
+
+def _identity(result: Trained) -> dict[str, Any]:
+    return {"data set": result["dataset"]["name"], "counts": result["counts"], "recipe": result["recipe"]["name"]}
+
+
+# ---- rows
+
+
+def ends(name: str, bounds: Sequence[float] | None) -> Row:
+    """Return an interval as two fields, None where there is no interval.
+
+    >>> ends("ci", [0.1, 0.2])
+    {'ci_low': 0.1, 'ci_high': 0.2}
+    """
+    low, high = bounds or (None, None)
+    return {f"{name}_low": low, f"{name}_high": high}
+
+
+def ranks(counts: Sequence[int]) -> list[int]:
+    """Return each class's frequency rank: 1 has the most training images, ties by index.
+
+    >>> ranks([5, 50, 5])
+    [2, 1, 3]
+    """
+    order = sorted(range(len(counts)), key=lambda k: (-counts[k], k))
+    rank = dict(zip(order, range(1, len(counts) + 1), strict=True))
+    return [rank[k] for k in range(len(counts))]
 
 
 def profile(results: Results) -> list[Row]:
     """Return one row a class: index, rank (1 = most frequent), name, group, training images."""
     result = first(results)
-    names, counts, groups = result["dataset"]["class_names"], result["counts"], result["groups"]
-    rank = ranks(counts)
+    columns = (ranks(result["counts"]), result["dataset"]["class_names"], result["groups"], result["counts"])
     return [
-        {"index": k, "rank": rank[k], "name": str(names[k]), "group": groups[k], "count": counts[k]}
-        for k in range(len(counts))
+        {"index": k, "rank": rank, "name": name, "group": group, "count": count}
+        for k, (rank, name, group, count) in enumerate(zip(*columns, strict=True))
     ]
 
 
-def ordered_cells(swap: Result) -> list[str]:
+def ordered_cells(swap: Swap) -> list[str]:
     """Return the names of swap's cells: those of the paper first, then the matched ones."""
-    stored = swap["cells"]
-    return [*(name for name in CELLS if name in stored), *(name for name in stored if name not in CELLS)]
+    return _known_first(CELLS, swap["cells"])
 
 
-def accuracy(cell: Mapping[str, Any]) -> Row:
+def accuracy(cell: Cell) -> Row:
     """Return a cell's mean accuracy with its interval, its best seed, and its groups' mean recalls."""
-    low, high = cell["ci95"] or (None, None)
     groups = {group: cell["groups"].get(group) for group in GROUPS}
-    return {"mean": cell["mean"], "highest": max(cell["accuracy"]), "ci_low": low, "ci_high": high, **groups}
+    return {"mean": cell["mean"], "highest": max(cell["accuracy"]), **ends("ci", cell["ci95"]), **groups}
 
 
 def cells(results: Results) -> list[Row]:
@@ -75,36 +144,20 @@ def cell_seeds(results: Results) -> list[Row]:
 
 
 def attribution(results: Results) -> list[Row]:
-    """Return the gap, its two parts and the interaction: points and share as fractions, with intervals.
-
-    There must be an attribution: all four cells.
-    """
+    """Return the gap, its two parts and the interaction, with intervals; nothing where a cell is missing."""
     stored = results["swap"]["attribution"]
-    found = [_part("gap", stored["gap"], stored["gap_ci95"])]
-    for part in ("representation", "classifier"):
-        entry = stored[part]
-        found.append(_part(part, entry["points"], entry["ci95"], entry["share"], entry["share_ci95"]))
-    return [*found, _part("interaction", stored["interaction"], stored["interaction_ci95"])]
-
-
-def _part(
-    part: str,
-    points: float,
-    ci95: Sequence[float] | None,
-    share: float | None = None,
-    share_ci95: Sequence[float] | None = None,
-) -> Row:
-    low, high = ci95 or (None, None)
-    share_low, share_high = share_ci95 or (None, None)
-    return {
-        "part": part,
-        "points": points,
-        "ci_low": low,
-        "ci_high": high,
-        "share": share,
-        "share_low": share_low,
-        "share_high": share_high,
-    }
+    if stored is None:
+        return []
+    halves: dict[str, Part] = {name: stored[name] for name in PARTS}
+    parts = [
+        ("gap", stored["gap"], stored["gap_ci95"], None, None),
+        *((name, half["points"], half["ci95"], half["share"], half["share_ci95"]) for name, half in halves.items()),
+        ("interaction", stored["interaction"], stored["interaction_ci95"], None, None),
+    ]
+    return [
+        {"part": part, "points": points, **ends("ci", ci95), "share": share, **ends("share", share_ci95)}
+        for part, points, ci95, share, share_ci95 in parts
+    ]
 
 
 def split(a: Mapping[str, float | None]) -> dict[str, float | None]:
@@ -153,24 +206,253 @@ def ladder(results: Results) -> list[Row]:
     """Return one row an augmentation and rung: accuracy, interval, group recalls, the paper's."""
     stored = results["ladder"]["augmentations"]
     printed = published.figure3(dataset_of(results["ladder"]) or "")
-    known = [
-        *(name for name in AUGMENTATIONS if name in stored),
-        *(name for name in stored if name not in AUGMENTATIONS),
-    ]
     return [
         {
             "augmentation": name,
             "rung": rung,
+            "augmentation_label": AUGMENTATIONS.get(name, name),
+            "rung_label": label,
             "paper": printed.get(f"{name}: {rung}"),
-            **accuracy(stored[name][rung]),
+            **accuracy(cell),
         }
-        for name in known
-        for rung in STAGES
-        if stored[name].get(rung)
+        for name in _known_first(AUGMENTATIONS, stored)
+        for rung, label in STAGES.items()
+        if (cell := stored[name].get(rung))
     ]
+
+
+def _known_first(known: Iterable[str], stored: Iterable[str]) -> list[str]:
+    return [name for name in dict.fromkeys([*known, *stored]) if name in stored]
+
+
+# ---- rows of geometry: means over seeds
 
 
 def encoders(results: Results) -> list[str]:
     """Return the encoders that geometry.json holds, the known ones first and in order."""
-    stored = results["geometry"]["encoders"]
-    return [*(name for name in ENCODERS if name in stored), *(name for name in stored if name not in ENCODERS)]
+    return _known_first(ENCODERS, results["geometry"]["encoders"])
+
+
+def geometry_classes(results: Results, variant: str) -> list[Row]:
+    """Return one row an encoder and class: profile, every measure's mean over seeds, its range, flags, quantiles.
+
+    `m_min` and `m_max` are the range of a measure `m` over the seeds, None where they agree. `spread_gap_flags` and
+    `center_shift_flags` count the seeds whose q is at most 0.05 (`_text`: "2 of 3"), `seeds` those that were measured.
+    """
+    about = profile(results)
+    found = []
+    for encoder in encoders(results):
+        stored = results["geometry"]["encoders"][encoder]
+        runs = [run[variant]["classes"] for run in stored["seeds"].values()]
+        for k, mean in enumerate(stored["mean"][variant]["classes"]):
+            found.append({"encoder": encoder, **about[k], **_measures(mean, [run[k] for run in runs])})
+    return found
+
+
+def geometry_groups(results: Results, variant: str) -> list[Row]:
+    """Return one row an encoder and group that has a value: every measure, pooled over the group's classes."""
+    found = []
+    for encoder in encoders(results):
+        stored = results["geometry"]["encoders"][encoder]
+        runs = [run[variant]["groups"] for run in stored["seeds"].values()]
+        for group in GROUPS:
+            mean = stored["mean"][variant]["groups"].get(group)
+            if mean is not None:
+                entries = [entry for run in runs if (entry := run.get(group)) is not None]
+                found.append({"encoder": encoder, "group": group, **_measures(mean, entries)})
+    return found
+
+
+def warnings(results: Results) -> list[str]:
+    """Return the warnings of all result files, each once, and those of files that do not belong together."""
+    found = [text for verb in TRAINED if verb in results for text in results[verb]["warnings"]]
+    found += _geometry_warnings(results) if "geometry" in results else []
+    return list(dict.fromkeys([*found, *mismatches(results)]))
+
+
+def _geometry_warnings(results: Results) -> list[str]:
+    """Return the warnings of geometry's runs, each once, naming where it was raised."""
+    found: dict[str, list[str]] = {}
+    for encoder in encoders(results):
+        for seed, run in results["geometry"]["encoders"][encoder]["seeds"].items():
+            for variant, entry in run.items():
+                for text in entry.get("warnings", []):
+                    found.setdefault(text, []).append(f"{encoder} seed {seed} {variant}")
+    more = {text: f" and {len(places) - 1} more" if len(places) > 1 else "" for text, places in found.items()}
+    return [f"{text} ({places[0]}{more[text]})" for text, places in found.items()]
+
+
+def flagged(row: Row, q_field: str) -> bool:
+    """Return whether a class's q reaches 0.05 in more than half of the seeds."""
+    return 2 * int(row[FLAGS[q_field]]) > int(row["seeds"])
+
+
+def _measures(mean: Measured, runs: Sequence[Mapping[str, Any]]) -> Row:
+    row: Row = {"unseen_count": mean.get("unseen_count"), "seeds": len(runs)}
+    for field in SHOWN:
+        row[field] = mean.get(field)
+        values = [run[field] for run in runs if run.get(field) is not None]
+        apart = len(values) > 1 and min(values) < max(values)
+        row[f"{field}_min"], row[f"{field}_max"] = (min(values), max(values)) if apart else (None, None)
+    for q_field, flag in FLAGS.items():
+        tested = [run[q_field] for run in runs if run.get(q_field) is not None]
+        row[flag] = sum(q <= Q_LINE for q in tested)
+        row[f"{flag}_text"] = f"{row[flag]} of {len(tested)}" if tested else None
+    for side in ("train", "true"):
+        angles: Any = mean.get(f"angles_{side}_quantiles_deg") or [None] * len(QUANTILES)
+        row.update({f"{side}_{name}": angle for name, angle in zip(QUANTILES, angles, strict=True)})
+    return row
+
+
+# ---- tables
+
+CI = ("ci_low", "ci_high")
+ACCURACY = Column("mean", "accuracy", "share", "Mean over seeds, with its 95 % interval.", CI)
+GROUP = Column("group", "group")
+GROUP_RECALLS = tuple(Column(group, f"{group} recall", "share", f"Mean recall of {group} classes.") for group in GROUPS)
+CLASS = (
+    Column("name", "class"),
+    Column("rank", "rank", "count", "Frequency rank: 1 has the most training images."),
+    GROUP,
+    Column("count", "images", "count", "Training images in the long-tailed set."),
+)
+SPLIT = (
+    Column("gap", "gap", "points", "Recall lost by training on the long-tailed set."),
+    Column("representation", "by backbone", "points", "The part of the gap that the backbone costs."),
+    Column("classifier", "by classifier", "points", "The part of the gap that the classifier costs."),
+)
+MEASURES = tuple(Column.of(measure) for measure in SHOWN.values())
+# Of geometry, the per-class table shows the calibrated measures of the long-tailed encoder; files hold the rest.
+LOCAL = (
+    Column.of(SHOWN["spread_gap_deg"]),
+    Column("spread_gap_flags_text", "seeds with q ≤ 0.05", "text", "Seeds in which the spread gap is beyond chance."),
+    Column.of(SHOWN["center_shift_excess_deg"], "excess shift"),
+    Column("center_shift_flags_text", "seeds with q ≤ 0.05", "text", "Seeds in which the centre shift is not chance."),
+    Column.of(SHOWN["escape_rank"]),
+)
+VERDICTS = {"holds": "✓", "fails": "✗", "undecided": "?"}
+PROVENANCE = (
+    "verb", "row", "seed", "stage1", "stage2", "model", "parameters", "epochs", "steps", "batch", "learning_rate",
+    "weight_decay", "augmentation", "sampler", "bn_mode", "selection", "subset_sha256", "precision", "compiled",
+    "fused", "device", "seconds", "images_per_second", "key", "profile", "stage2_profile", "stage2_subset_sha256",
+    "stage2_parameters", "stage2_key",
+)  # fmt: skip
+
+
+def write(out: Path | str, results: Results) -> list[Path]:
+    """Write every table to `out`/tables as CSV, Markdown and LaTeX, and return the paths.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    return files.write(Path(out) / "tables", tables(results))
+
+
+def tables(results: Results) -> list[Table]:
+    """Return every table, in the order of the page."""
+    found = []
+    if "swap" in results:
+        found.append(_swap_table(results))
+        if results["swap"]["attribution"] is not None:
+            found += _gap_tables(results)
+    if "ladder" in results:
+        labelled = [row | {name: row[f"{name}_label"] for name in ("augmentation", "rung")} for row in ladder(results)]
+        columns = [Column("augmentation", "augmentation of stage 1"), Column("rung", "rung"), ACCURACY, *GROUP_RECALLS]
+        found.append(Table("ladder", "The augmentation ladder", columns, labelled))
+    found.append(_class_table(results))
+    if "geometry" in results:
+        for variant in VARIANTS:
+            found += _geometry_tables(results, variant)
+    if "claims" in results:
+        found.append(_claims_table(results))
+    trained: list[Row] = [
+        {"verb": verb, **card} for verb in TRAINED if verb in results for card in results[verb]["provenance"]
+    ]
+    return [*found, Table("provenance", "How each row was trained", [Column(f, f) for f in PROVENANCE], trained)]
+
+
+def _swap_table(results: Results) -> Table:
+    """Return Table 1: accuracy of every pair of backbone and classifier."""
+    seeds, stored = results["swap"]["seeds"], results["swap"]["cells"]
+    found = []
+    for row in cells(results):
+        single = zip(seeds, stored[row["cell"]]["accuracy"], strict=True)
+        found.append(row | {"pair": arrow(row["cell"])} | {f"seed_{seed}": value for seed, value in single})
+    by_seed = [Column(f"seed_{seed}", f"seed {seed}", "share") for seed in seeds] if len(seeds) > 1 else []
+    columns = [Column("pair", "backbone → classifier"), ACCURACY, *GROUP_RECALLS, *by_seed]
+    return Table("swap", "Accuracy by training set of backbone and classifier", columns, found)
+
+
+def _gap_tables(results: Results) -> list[Table]:
+    """Return the split of the gap, of all classes and for head, body and tail."""
+    share = "The part's Shapley value over the gap; only where the gap is clearly not 0."
+    parts = [
+        Column("part", "part"),
+        Column("points", "size", "points", "Percentage points of accuracy, with the 95 % interval.", CI),
+        Column("share", "share of the gap", "whole", share, ("share_low", "share_high")),
+    ]
+    recalls = [Column("lt", "lt → lt", "share"), Column("true", "true → true", "share")]
+    return [
+        Table("attribution", "Where the gap comes from", parts, attribution(results)),
+        Table("groups", "The gap by group of classes", [GROUP, *recalls, *SPLIT], groups(results)),
+    ]
+
+
+def _class_table(results: Results) -> Table:
+    """Return one row a class: images, recalls, the split of its gap, calibrated geometry of the encoder lt."""
+    columns, found = list(CLASS), classes(results)
+    if "swap" in results:
+        names = ordered_cells(results["swap"])
+        columns += [Column(name, arrow(name), "whole", f"Recall of {arrow(name)}.") for name in names]
+        columns += SPLIT if results["swap"]["attribution"] is not None else ()
+    if "geometry" in results and "lt" in encoders(results):
+        measured = [row for row in geometry_classes(results, "calibrated") if row["encoder"] == "lt"]
+        found = [
+            row | {column.field: one[column.field] for column in LOCAL}
+            for row, one in zip(found, measured, strict=True)
+        ]
+        columns += LOCAL
+    return Table("classes", "Class by class", columns, sorted(found, key=lambda row: row["rank"]))
+
+
+def _geometry_tables(results: Results, variant: str) -> list[Table]:
+    """Return every measure of every encoder, by class and by group."""
+    encoder = Column("encoder", "encoder")
+    unseen = Column("unseen_count", "unseen", "count", "Unseen samples of the class.")
+    by = {
+        "class": ([encoder, *CLASS, unseen, *MEASURES], geometry_classes(results, variant)),
+        "group": ([encoder, GROUP, unseen, *MEASURES], geometry_groups(results, variant)),
+    }
+    plural = {"class": "classes", "group": "groups"}
+    return [
+        Table(f"geometry-{plural[one]}-{variant}", f"Geometry by {one}, {variant}", columns, found)
+        for one, (columns, found) in by.items()
+    ]
+
+
+def measures_table(results: Results, variant: str) -> Table:
+    """Return the geometry of groups for readers: one row a measure, one column an encoder and group."""
+    _, table = _geometry_tables(results, variant)
+    names = {f"{row['encoder']} {row['group']}": row for row in table.rows}
+    labels = [f"{row['encoder']}, {row['group']}" for row in table.rows]
+    columns = [Column("measure", "measure"), *(Column(*column) for column in zip(names, labels, strict=True))]
+    entries = [
+        {"measure": column.heading, **{name: column.written(row) for name, row in names.items()}}
+        for column in table.columns[2:]
+    ]
+    return Table(f"measures-{variant}", table.title, columns, entries)
+
+
+def _claims_table(results: Results) -> Table:
+    """Return the paper's claims and what these results say of them."""
+    columns = [Column(field, field) for field in ("claim", "figure", "statistic", "verdict")]
+    columns.insert(3, Column("estimate", "estimate", "plain", "", CI))
+    found = [
+        {
+            **claim,
+            **ends("ci", claim["ci95"]),
+            "verdict": f"{VERDICTS.get(claim['verdict'], '')} {claim['verdict']}".strip(),
+        }
+        for claim in results["claims"]["claims"]
+    ]
+    return Table("claims", "The paper's claims on these results", columns, found)

@@ -1,105 +1,126 @@
 """What the report reads of a result file, field by field: files come from anybody, and are checked before use.
 
-Fields that are not named here may hold any JSON. Numbers are finite and moderate, so that nothing that is computed or
-drawn from them overflows; an accuracy lies between 0 and 1.
+Each declaration is the type of a part of a result and what it is checked by. Fields that are not named here may hold
+any JSON. Numbers are finite and moderate, so that nothing that is computed or drawn from them overflows; an accuracy
+lies between 0 and 1.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
 
 from tailscope.errors import UserError
-from tailscope.geometry.fields import MOST
+from tailscope.geometry.fields import MEASURES, MOST, NUMBERS
 from tailscope.groups import GROUPS
-from tailscope.report.measures import BY_FIELD
+from tailscope.report.text import writable
+from tailscope.result_files import read_json
 
 Number = Annotated[float, Field(ge=-MOST, le=MOST, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=10**15)]
 Bounds = Annotated[list[Number], Field(min_length=2, max_length=2)]
 Quantiles = Annotated[list[Number], Field(min_length=5, max_length=5)]
-Group = Literal["head", "body", "tail"] | None
-Json = Any
+Group = Literal["head", "body", "tail"]
+Verb = Literal["swap", "ladder", "geometry"]
 
+TRAINED: tuple[Verb, ...] = ("swap", "ladder", "geometry")
+"""The verbs that train, whose results one report tells together."""
+
+PARTS: tuple[Literal["representation", "classifier"], ...] = ("representation", "classifier")
 CELLS = ("lt->lt", "lt->true", "true->lt", "true->true")
 RUNGS = ("stage1", "stage2", "stage2_aa")
-MEASURED = {*BY_FIELD, "spread_gap_p", "spread_gap_q", "center_shift_q"}
+VARIANTS = ("paper", "calibrated")
+ACCURACIES = {"current": "current", "rebalanced": "re-balanced", "classifier_bound": "classifier bound"}
 AGAIN = "run the verb again with --overwrite"
 
 
-class _Part(BaseModel):
-    """A part of a result: nothing is converted, and what is not named may be anything."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
+# ---- parts that several results have
 
 
-class _Dataset(_Part):
+class _Dataset(TypedDict):
     name: str
     class_names: list[str]
+    test_images: NotRequired[Count | None]
 
 
-class _Images(_Dataset):
-    test_images: Count | None = None
+class _Environment(TypedDict):
+    versions: NotRequired[dict[str, str]]
+    hardware: NotRequired[dict[str, Any]]
 
 
-class _Recipe(_Part):
+class Points(TypedDict):
+    """A difference of accuracies, with its interval."""
+
+    points: Number
+    ci95: Bounds | None
+
+
+@with_config(ConfigDict(strict=True, extra="allow"))
+class AnyResult(TypedDict):
+    """What results on a data set have in common."""
+
+    counts: Annotated[list[Count], Field(min_length=1)]
+    warnings: list[str]
+    environment: NotRequired[_Environment]
+    command: NotRequired[str | None]
+    created: NotRequired[str | None]
+
+
+def _measures_are_numbers(entry: "Measured") -> "Measured":
+    for name, value in entry.items():
+        measure = MEASURES.get(name)
+        if measure and measure.unit in NUMBERS and value is not None and not _is_number(value):
+            raise ValueError(f"field '{name}' is {_shown(value)}, no number that can be")
+    return entry
+
+
+class Measured(TypedDict):
+    """Measures of a class or a group; those of `MEASURES` that are numbers are checked too."""
+
+    angles_train_quantiles_deg: NotRequired[Quantiles | None]
+    angles_true_quantiles_deg: NotRequired[Quantiles | None]
+    unseen_count: NotRequired[Count | None]
+
+
+class _MeasuredClass(Measured):
+    index: Count
+
+
+# ---- swap and ladder
+
+
+class _Card(TypedDict):
+    """How one row of a result was trained: any fields beside these."""
+
+    row: str
+    seconds: NotRequired[Number | None]
+
+
+class _Recipe(TypedDict):
     name: str
     card: str
     converged: bool
 
 
-class _Hardware(_Part):
-    cpu: str | None = None
-    cores: Count | None = None
-    gpu: str | None = None
+class Trained(AnyResult):
+    """What results of trainings have in common."""
 
-
-class _Environment(_Part):
-    versions: dict[str, str] = {}
-    hardware: _Hardware = _Hardware()
-
-
-class _Card(_Part):
-    row: str
-    seconds: Number | None = None
-
-
-class _Classes(_Part):
-    counts: Annotated[list[Count], Field(min_length=1)]
-    warnings: list[str]
-    environment: _Environment = _Environment()
-    command: str | None = None
-    created: str | None = None
-
-
-class _Trained(_Classes):
-    dataset: _Images
+    dataset: _Dataset
     recipe: _Recipe
-    groups: list[Group]
+    groups: list[Group | None]
     groups_rule: str
     seeds: Annotated[list[int], Field(min_length=1)]
-    spec: dict[str, Json]
+    spec: dict[str, Any]
     provenance: list[_Card]
-    subset_sha256: list[str] = []
-
-    @model_validator(mode="after")
-    def _of_all_classes(self) -> Self:
-        names = self.dataset.class_names
-        lengths = {"counts": len(self.counts), "groups": len(self.groups), "dataset.class_names": len(names)}
-        if len(set(lengths.values())) > 1:
-            text = ", ".join(f"{field} {length}" for field, length in lengths.items())
-            raise ValueError(f"fields of different lengths ({text})")
-        return self
-
-    def _check_cells(self, cells: "dict[str, _Cell]", where: str) -> None:
-        for name, cell in cells.items():
-            _require_length(f"{where}.{name}.per_class", cell.per_class, len(self.counts))
-            _require_length(f"{where}.{name}.accuracy", cell.accuracy, len(self.seeds))
+    subset_sha256: NotRequired[list[str]]
 
 
-class _Cell(_Part):
+class Cell(TypedDict):
+    """Accuracy of one pair of backbone and classifier, or of one rung."""
+
     accuracy: list[Share]
     mean: Share
     ci95: Bounds | None
@@ -107,106 +128,108 @@ class _Cell(_Part):
     groups: dict[str, Share | None]
 
 
-class _Points(_Part):
-    points: Number
-    ci95: Bounds | None
+class Part(Points):
+    """What a half of the network costs."""
 
-
-class _Half(_Points):
     share: Number | None
     share_ci95: Bounds | None
 
 
-class _Steps(_Part):
-    imbalance: _Points
-    sample_count: _Points
+class _Steps(TypedDict):
+    imbalance: Points
+    sample_count: Points
 
 
-class _Attribution(_Part):
+class Attribution(TypedDict):
+    """How the gap splits."""
+
     gap: Number
     gap_ci95: Bounds | None
-    representation: _Half
-    classifier: _Half
+    representation: Part
+    classifier: Part
     interaction: Number
     interaction_ci95: Bounds | None
     order_matters: bool
-    matched: dict[str, _Steps] | None = None
+    matched: NotRequired[dict[str, _Steps] | None]
 
 
-class _Swap(_Trained):
-    cells: Annotated[dict[Annotated[str, Field(pattern=r"^[^>]+->[^>]+$")], _Cell], Field(min_length=1)]
-    stage1: dict[str, _Cell] = {}
-    attribution: _Attribution | None
+class Swap(Trained):
+    """swap.json."""
 
-    @model_validator(mode="after")
-    def _of_whole_cells(self) -> Self:
-        self._check_cells(self.cells, "cells")
-        for cell in CELLS if self.attribution is not None else ():
-            if cell not in self.cells:
-                raise ValueError(f"field 'cells.{cell}' is missing")
-        return self
+    cells: Annotated[dict[Annotated[str, Field(pattern=r"^[^>]+->[^>]+$")], Cell], Field(min_length=1)]
+    stage1: NotRequired[dict[str, Cell]]
+    attribution: Attribution | None
 
 
-class _Ladder(_Trained):
-    augmentations: dict[str, dict[str, _Cell | None]]
-
-    @model_validator(mode="after")
-    def _of_some_rungs(self) -> Self:
-        for name, rungs in self.augmentations.items():
-            self._check_cells({rung: cell for rung, cell in rungs.items() if cell}, f"augmentations.{name}")
-        if not any(rungs.get(rung) for rungs in self.augmentations.values() for rung in RUNGS):
-            raise ValueError(f"field 'augmentations' has none of {', '.join(RUNGS)}")
-        return self
+class _Ladder(Trained):
+    augmentations: dict[str, dict[str, Cell | None]]
 
 
-class _Measures(_Part):
-    """Measures of a class or group."""
-
-    angles_train_quantiles_deg: Quantiles | None = None
-    angles_true_quantiles_deg: Quantiles | None = None
-    unseen_count: Count | None = None
-
-    @model_validator(mode="after")
-    def _of_numbers(self) -> Self:
-        for name, value in (self.model_extra or {}).items():
-            if name in MEASURED and value is not None and not _is_number(value):
-                raise ValueError(f"field '{name}' is {_shown(value)}, no number that can be")
-        return self
+def _of_all_classes(result: Trained) -> None:
+    names = result["dataset"]["class_names"]
+    lengths = {"counts": len(result["counts"]), "groups": len(result["groups"]), "dataset.class_names": len(names)}
+    if len(set(lengths.values())) > 1:
+        text = ", ".join(f"{field} {length}" for field, length in lengths.items())
+        raise ValueError(f"fields of different lengths ({text})")
 
 
-class _ClassMeasures(_Measures):
-    index: Count
+def _check_cells(result: Trained, cells: Mapping[str, Cell], where: str) -> None:
+    for name, cell in cells.items():
+        _require_length(f"{where}.{name}.per_class", cell["per_class"], len(result["counts"]))
+        _require_length(f"{where}.{name}.accuracy", cell["accuracy"], len(result["seeds"]))
 
 
-class _Variant(_Part):
-    classes: list[_ClassMeasures]
-    groups: dict[str, _Measures | None]
-    warnings: list[str] = []
+def _check_swap(swap: Swap) -> Swap:
+    _of_all_classes(swap)
+    _check_cells(swap, swap["cells"], "cells")
+    if swap["attribution"] is not None:
+        _require_fields("cells", swap["cells"], CELLS)
+    return swap
 
 
-class _Encoder(_Part):
-    seeds: Annotated[dict[str, dict[str, _Variant]], Field(min_length=1)]
-    mean: dict[str, _Variant]
+def _check_ladder(ladder: _Ladder) -> _Ladder:
+    _of_all_classes(ladder)
+    for name, rungs in ladder["augmentations"].items():
+        _check_cells(ladder, {rung: cell for rung, cell in rungs.items() if cell}, f"augmentations.{name}")
+    if not any(rungs.get(rung) for rungs in ladder["augmentations"].values() for rung in RUNGS):
+        raise ValueError(f"field 'augmentations' has none of {', '.join(RUNGS)}")
+    return ladder
 
 
-class _Geometry(_Trained):
+# ---- geometry and claims
+
+
+class _Run(TypedDict):
+    """The geometry of one encoder's features: of one seed, or the mean over seeds."""
+
+    classes: list[Annotated[_MeasuredClass, AfterValidator(_measures_are_numbers)]]
+    groups: dict[str, Annotated[Measured, AfterValidator(_measures_are_numbers)] | None]
+    warnings: NotRequired[list[str]]
+
+
+class _Encoder(TypedDict):
+    seeds: Annotated[dict[str, dict[str, _Run]], Field(min_length=1)]
+    mean: dict[str, _Run]
+
+
+class _Geometry(Trained):
     encoders: Annotated[dict[str, _Encoder], Field(min_length=1)]
 
-    @model_validator(mode="after")
-    def _of_every_class(self) -> Self:
-        for name, encoder in self.encoders.items():
-            runs = {"mean": encoder.mean, **{f"seeds.{seed}": run for seed, run in encoder.seeds.items()}}
-            for place, run in runs.items():
-                for variant in ("paper", "calibrated"):
-                    where = f"encoders.{name}.{place}.{variant}"
-                    if variant not in run:
-                        raise ValueError(f"field '{where}' is missing")
-                    if [entry.index for entry in run[variant].classes] != list(range(len(self.counts))):
-                        raise ValueError(f"field '{where}.classes' does not hold class after class")
-        return self
+
+def _check_geometry(geometry: _Geometry) -> _Geometry:
+    _of_all_classes(geometry)
+    for name, encoder in geometry["encoders"].items():
+        runs = {"mean": encoder["mean"], **{f"seeds.{seed}": run for seed, run in encoder["seeds"].items()}}
+        for place, run in runs.items():
+            _require_fields(f"encoders.{name}.{place}", run, VARIANTS)
+            for variant in VARIANTS:
+                if [entry["index"] for entry in run[variant]["classes"]] != list(range(len(geometry["counts"]))):
+                    where = f"encoders.{name}.{place}.{variant}.classes"
+                    raise ValueError(f"field '{where}' does not hold class after class")
+    return geometry
 
 
-class _Claim(_Part):
+class _Claim(TypedDict):
     claim: str
     figure: str
     statistic: str
@@ -215,80 +238,94 @@ class _Claim(_Part):
     verdict: str
 
 
-class _Claims(_Part):
+@with_config(ConfigDict(strict=True, extra="allow"))
+class _Claims(TypedDict):
     claims: list[_Claim]
+
+
+class Results(TypedDict, total=False):
+    """The results of one folder that a report tells together."""
+
+    swap: Swap
+    ladder: _Ladder
+    geometry: _Geometry
+    claims: _Claims
+
+
+# ---- diagnosis
 
 
 class _Samples(_Dataset):
     unseen_images: Count
-    test_images: Count | None
 
 
-class _Input(_Part):
+class _Input(TypedDict):
     source: str
     sha256: str
 
 
-class _DiagnosisSpec(_Part):
+class _DiagnosisSpec(TypedDict):
     permutations: Count
     encoders: dict[str, dict[str, _Input | None]]
 
 
-class _DiagnosedClass(_ClassMeasures):
+class _DiagnosedClass(_MeasuredClass):
     name: str
-    group: Group
+    group: Group | None
     train_count: Count
     nearest_center_true_class: Count | None
+    spread_gap_deg: NotRequired[Number | None]
     spread_gap_flagged: bool | None
     spread_gap_material: bool | None
 
 
-class _DiagnosedGroup(_Measures):
+class _DiagnosedGroup(Measured):
     train_count: Count
-    classes: Count | None = None
+    classes: NotRequired[Count | None]
 
 
-class _Recalls(_Part):
+class Recalls(TypedDict):
+    """How often one classifier is right."""
+
     classifier: str
     mean: Share
     ci95: Bounds | None
     per_class: list[Share | None]
-    groups: dict[Literal["head", "body", "tail"], Share | None]
+    groups: dict[str, Share | None]
 
 
-class _Accuracies(_Part):
-    current: _Recalls
-    rebalanced: _Recalls
-    classifier_bound: _Recalls
+class Judged(TypedDict):
+    """What holds back a class or a group."""
 
-
-class _Judged(_Part):
     bottleneck: str
-    reason: str | None = None
-    classifier_gap: _Points | None = None
-    representation_gap: _Points | None = None
+    reason: NotRequired[str | None]
+    classifier_gap: NotRequired[Points | None]
+    representation_gap: NotRequired[Points | None]
 
 
-class _JudgedGroup(_Judged):
+class _JudgedGroup(Judged):
     current: Share
 
 
-class _Verdict(_Part):
+class Verdict(TypedDict):
+    """What holds back the classifier in use."""
+
     bottleneck: str
     reason: str
+    withheld: NotRequired[list[str] | None]
     ceiling: Share
-    classifier_gap: _Points
-    rebalancing_gap: _Points
-    representation_gap: _Points
+    classifier_gap: Points
+    rebalancing_gap: Points
+    representation_gap: Points
     groups: dict[str, _JudgedGroup | None]
-    classes: list[_Judged]
+    classes: list[Judged]
 
 
-class _Advice(_Part):
+class _Advice(TypedDict):
     text: str
 
 
-class _Pair(_Part):
+class _Pair(TypedDict):
     first: str
     second: str
     angle_deg: Number | None
@@ -296,87 +333,94 @@ class _Pair(_Part):
     second_as_first: Share | None
 
 
-class _Aspect(_Part):
+class _Aspect(TypedDict):
     difference: Number | None
     ci95: Bounds | None
     better: str | None
 
 
-class _Compared(_Part):
-    accuracy: dict[Literal["current", "rebalanced", "classifier_bound"], _Points | None] | None
+class _Compared(TypedDict):
+    accuracy: dict[Literal["current", "rebalanced", "classifier_bound"], Points | None] | None
     groups: dict[str, dict[Literal["localises", "separates", "compacts", "margin"], _Aspect]]
 
 
-class _Comparison(_Part):
+class _Comparison(TypedDict):
     reference: str
     encoders: dict[str, _Compared]
 
 
-class _Diagnosis(_Classes):
+class Diagnosis(AnyResult):
+    """diagnosis.json."""
+
     dataset: _Samples
     spec: _DiagnosisSpec
-    classes: list[_DiagnosedClass]
-    groups: dict[str, _DiagnosedGroup | None]
-    accuracy: _Accuracies | None
-    verdict: _Verdict | None
+    classes: list[Annotated[_DiagnosedClass, AfterValidator(_measures_are_numbers)]]
+    groups: dict[str, Annotated[_DiagnosedGroup, AfterValidator(_measures_are_numbers)] | None]
+    accuracy: dict[str, Recalls] | None
+    verdict: Verdict | None
     advice: list[_Advice]
     pairs: list[_Pair]
-    comparison: _Comparison | None = None
-    command: str
-    created: str
-
-    @model_validator(mode="after")
-    def _of_all_classes(self) -> Self:
-        number = len(self.counts)
-        _require_length("dataset.class_names", self.dataset.class_names, number)
-        _require_length("classes", self.classes, number)
-        if self.verdict is not None:
-            _require_length("verdict.classes", self.verdict.classes, number)
-            if self.accuracy is None:
-                raise ValueError("field 'accuracy' is null beside a verdict")
-        for name in ("current", "rebalanced", "classifier_bound") if self.accuracy is not None else ():
-            recalls = getattr(self.accuracy, name)
-            _require_length(f"accuracy.{name}.per_class", recalls.per_class, number)
-            for group in GROUPS:
-                if group not in recalls.groups:
-                    raise ValueError(f"field 'accuracy.{name}.groups.{group}' is missing")
-        for k, entry in enumerate(self.classes):
-            if (entry.nearest_center_true_class or 0) >= number:
-                raise ValueError(f"field 'classes.{k}.nearest_center_true_class' is no class")
-        return self
+    comparison: NotRequired[_Comparison | None]
 
 
-KINDS: dict[str, type[BaseModel]] = {
-    "swap": _Swap,
-    "ladder": _Ladder,
-    "geometry": _Geometry,
-    "claims": _Claims,
-    "diagnosis": _Diagnosis,
+def _check_diagnosis(result: Diagnosis) -> Diagnosis:
+    number = len(result["counts"])
+    _require_length("dataset.class_names", result["dataset"]["class_names"], number)
+    _require_length("classes", result["classes"], number)
+    if result["verdict"] is not None:
+        _require_length("verdict.classes", result["verdict"]["classes"], number)
+        if result["accuracy"] is None:
+            raise ValueError("field 'accuracy' is null beside a verdict")
+    if result["accuracy"] is not None:
+        _require_fields("accuracy", result["accuracy"], ACCURACIES)
+        for name in ACCURACIES:
+            _require_length(f"accuracy.{name}.per_class", result["accuracy"][name]["per_class"], number)
+            _require_fields(f"accuracy.{name}.groups", result["accuracy"][name]["groups"], GROUPS)
+    for k, entry in enumerate(result["classes"]):
+        if (entry["nearest_center_true_class"] or 0) >= number:
+            raise ValueError(f"field 'classes.{k}.nearest_center_true_class' is no class")
+    return result
+
+
+# ---- reading
+
+KINDS: dict[str, TypeAdapter[Any]] = {
+    "swap": TypeAdapter(Annotated[Swap, AfterValidator(_check_swap)]),
+    "ladder": TypeAdapter(Annotated[_Ladder, AfterValidator(_check_ladder)]),
+    "geometry": TypeAdapter(Annotated[_Geometry, AfterValidator(_check_geometry)]),
+    "claims": TypeAdapter(_Claims),
+    "diagnosis": TypeAdapter(Annotated[Diagnosis, AfterValidator(_check_diagnosis)]),
 }
 """The results that the report knows, by the verb that writes them."""
 
 
-def check(path: Path, result: Any, verb: str) -> None:
-    """Refuse what is no result of the verb.
+def read(path: Path, verb: str) -> Any:
+    """Read a result file of a verb, whoever wrote it: a value of the type that is declared above.
 
     Raises:
-        UserError: its schema is another, or a field is missing or holds something that cannot be.
+        UserError: it cannot be read, is of another schema, or lacks a field or holds something that cannot be; the
+            line names file and field.
     """
+    try:
+        result = writable(read_json(path))
+    except UserError as error:
+        raise UserError(f"{error}; {AGAIN}") from None
     schema = f"tailscope.{verb}/1"
     found = result.get("schema") if isinstance(result, dict) else type(result).__name__
     if found != schema:
         raise UserError(f"{path}: field 'schema' is {_shown(found)}, expected {schema!r}; {AGAIN}")
     try:
-        KINDS[verb].model_validate(result)
+        KINDS[verb].validate_python(result)
     except ValidationError as error:
         raise UserError(f"{path}: {_first(error)}; {AGAIN}") from None
+    return result
 
 
 def _first(error: ValidationError) -> str:
     """Return what is wrong with the first field that is wrong."""
     first = error.errors(include_url=False)[0]
     field = ".".join(str(step) for step in first["loc"])
-    if first["type"] == "value_error":  # of a validator above, which names its fields
+    if first["type"] == "value_error":  # of a check above, which names its fields
         return f"{first['ctx']['error']}{f', in {_shown(field)}' if field else ''}"
     if first["type"] == "missing":
         return f"field {_shown(field)} is missing"
@@ -386,6 +430,12 @@ def _first(error: ValidationError) -> str:
 def _require_length(field: str, values: Collection[object], length: int) -> None:
     if len(values) != length:
         raise ValueError(f"field '{field}' has {len(values)} entries, expected {length}")
+
+
+def _require_fields(where: str, values: Collection[str], names: Iterable[str]) -> None:
+    for name in names:
+        if name not in values:
+            raise ValueError(f"field '{where}.{name}' is missing")
 
 
 def _is_number(value: object) -> bool:

@@ -4,17 +4,22 @@ Only stored numbers are put into words. What may not be concluded is said too: n
 interval from two seeds, no general claim from one.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable
 
 from tailscope.report import rows
-from tailscope.report.geometry_story import geometry_findings, memorised
-from tailscope.report.results import TRAINED, Result, Results, first, mismatches
+from tailscope.report.rows import first, mismatches
+from tailscope.report.schema import CELLS, PARTS, TRAINED, Attribution, Part, Points, Results, Swap, Trained
 from tailscope.report.text import (
+    accuracy,
     arrow,
+    in_points,
     listed,
+    number,
     percent,
     plural,
     points,
+    significant,
     with_interval,
 )
 
@@ -58,51 +63,52 @@ def findings(results: Results) -> list[str]:
     if "ladder" in results:
         found += ladder_findings(results)
     if "geometry" in results:
-        found += geometry_findings(results)
+        found += [text for text in (f"{memorised(results)}.", _shift(results)) if text]
     return found
 
 
-def verdict(swap: Result) -> str:
+def verdict(swap: Swap) -> str:
     """Return the sentence on how the gap splits, as far as its interval allows."""
     attribution, cells = swap["attribution"], swap["cells"]
     if attribution is None:
         return _half(swap)
-    gap = with_interval(f"{points(attribution['gap'])} points", attribution["gap_ci95"])
+    gap = in_points(attribution["gap"], attribution["gap_ci95"])
     between = (
         f"between training on the long-tailed set (lt → lt, {percent(cells['lt->lt']['mean'])}) and on the full one "
         f"(true → true, {percent(cells['true->true']['mean'])})"
     )
-    parts = listed([f"{_part_points(attribution, part)} for the {part}" for part in ("representation", "classifier")])
+    representation = attribution["representation"]
+    parts = listed([f"{_size(attribution[part])} for the {part}" for part in PARTS])
     if attribution["gap"] < 0:
         return f"There is no long-tail gap to explain: the difference {between} is {gap}, in points {parts}."
-    if attribution["representation"]["share"] is not None:
-        return f"The representation accounts for {_share(attribution, 'representation')} of the gap of {gap} {between}."
+    if representation["share"] is not None:
+        return f"The representation accounts for {_share(representation)} of the gap of {gap} {between}."
     if attribution["gap_ci95"] is None:
         return f"The gap is {gap} {between}; it splits into {parts}."
     reason = "the interval includes 0" if attribution["gap_ci95"][0] <= 0 else "the share's interval is unbounded"
     return f"The gap {between} is {gap}, too small to divide: {reason}. In points, it splits into {parts}."
 
 
-def _half(swap: Result) -> str:
+def _half(swap: Swap) -> str:
     """Return what the trained backbone alone says."""
     own = [f"with its own classifier {percent(cell['mean'])}" for cell in swap.get("stage1", {}).values()]
     known = listed([*own, *(f"{arrow(name)} {percent(swap['cells'][name]['mean'])}" for name in swap["cells"])])
     return f"Accuracy: {known}. The gap and its two parts need the backbone {_missing(swap)} too."
 
 
-def _missing(swap: Result) -> str:
+def _missing(swap: Swap) -> str:
     sets = {"lt": "trained on the long-tailed set", "true": "trained on the full set"}
     return listed([words for name, words in sets.items() if f"{name}->{name}" not in swap["cells"]])
 
 
-def order_matters(attribution: Result | None) -> bool:
+def order_matters(attribution: Attribution | None) -> bool:
     """Return whether the order of replacement decides which part is larger; not where there is no attribution."""
     return attribution is not None and bool(attribution["order_matters"])
 
 
-def _both_orders(swap: Result) -> str:
+def _both_orders(swap: Swap) -> str:
     """Return what each part gains when it is replaced first and when it is replaced second."""
-    ll, lt, tl, tt = (swap["cells"][name]["mean"] for name in rows.CELLS)
+    ll, lt, tl, tt = (swap["cells"][name]["mean"] for name in CELLS)
     return (
         f"Order matters: replaced first, the representation gains {points(tl - ll)} points and the classifier then "
         f"{points(tt - tl)}; the other way round, the classifier gains {points(lt - ll)} and the representation then "
@@ -110,7 +116,7 @@ def _both_orders(swap: Result) -> str:
     )
 
 
-def clearly_larger(attribution: Result) -> str | None:
+def clearly_larger(attribution: Attribution) -> str | None:
     """Return the part whose share is more than half with its whole interval, None where that cannot be said."""
     bounds = attribution["representation"]["share_ci95"]
     if bounds is None or bounds[0] <= 0.5 <= bounds[1]:
@@ -141,13 +147,23 @@ def caveats(results: Results) -> list[str]:
     return found + mismatches(results)
 
 
+def class_note(results: Results) -> str:
+    """Return what the columns of the class table hold."""
+    parts = []
+    if "swap" in results:
+        parts.append("Recalls are means over seeds; the gap, in points, is true → true minus lt → lt.")
+    if "geometry" in results and "lt" in rows.encoders(results):
+        parts.append("Spread gap, centre shift and escape rank are the calibrated ones of the encoder lt.")
+    return " ".join([*parts, "An en dash means undefined."])
+
+
 def ladder_findings(results: Results) -> list[str]:
     """Return what re-balancing and augmentation regain."""
     rungs = {(row["augmentation"], row["rung"]): row for row in rows.ladder(results)}
     found = []
     plain = [rungs.get(("none", rung)) for rung in ("stage1", "stage2", "bound")]
     if all(plain):
-        before, after, bound = (_accuracy(row) for row in plain if row)
+        before, after, bound = (_reached(row) for row in plain if row)
         found.append(
             f"Re-balancing the classifier on the same features takes accuracy from {before} to {after}; a classifier "
             f"fitted to the full set would reach {bound}."
@@ -158,7 +174,7 @@ def ladder_findings(results: Results) -> list[str]:
         added = "no augmentation" if augmentation == "none" else rows.AUGMENTATIONS.get(augmentation, augmentation)
         found.append(
             f"Best without more data: {rows.STAGES[rung]} after stage 1 with {added}, "
-            f"{_accuracy(trained[augmentation, rung])}; picked among {len(trained)} on these test images, so slightly "
+            f"{_reached(trained[augmentation, rung])}; picked among {len(trained)} on these test images, so slightly "
             "flattered."
         )
     return found
@@ -190,16 +206,17 @@ def summary_rows(results: Results) -> list[tuple[str, str]]:
 def _swap_rows(results: Results) -> list[tuple[str, str]]:
     attribution = results["swap"]["attribution"]
     stored = results["swap"]["cells"]
-    cells = [f"{arrow(name)} {percent(stored[name]['mean'])}" for name in rows.CELLS if name in stored]
+    cells = [f"{arrow(name)} {percent(stored[name]['mean'])}" for name in CELLS if name in stored]
     if attribution is None:
         return [("Accuracy", ", ".join(cells))]
     found = [
         ("Accuracy", ", ".join(cells)),
-        ("Gap", with_interval(f"{points(attribution['gap'])} points", attribution["gap_ci95"])),
+        ("Gap", in_points(attribution["gap"], attribution["gap_ci95"])),
     ]
-    for part in ("representation", "classifier"):
-        share = f" = {_share(attribution, part)} of the gap" if attribution[part]["share"] is not None else ""
-        found.append((part.capitalize(), _part_points(attribution, part) + share))
+    for name in PARTS:
+        part = attribution[name]
+        share = f" = {_share(part)} of the gap" if part["share"] is not None else ""
+        found.append((name.capitalize(), _size(part) + share))
     worst = _worst_group(results)
     return [*found, *([("Hardest hit", worst)] if worst else [])]
 
@@ -209,10 +226,11 @@ def _swap_findings(results: Results) -> list[str]:
     if attribution is None:
         return []
     found = []
-    if attribution["classifier"]["share"] is not None:
+    classifier = attribution["classifier"]
+    if classifier["share"] is not None:
         found.append(
-            f"That is {_part_points(attribution, 'representation')}; the classifier accounts for "
-            f"{_share(attribution, 'classifier')}, {_part_points(attribution, 'classifier')}."
+            f"That is {_size(attribution['representation'])}; the classifier accounts for {_share(classifier)}, "
+            f"{_size(classifier)}."
         )
     worst = _worst_group(results)
     if worst:
@@ -230,7 +248,8 @@ def _swap_findings(results: Results) -> list[str]:
 def _worst_group(results: Results) -> str | None:
     """Return the group that loses most; None where there is no clear gap, for then it is only noise's favourite."""
     split = rows.groups(results)
-    if not split or _gap_unclear(results["swap"]["attribution"]):
+    attribution = results["swap"]["attribution"]
+    if not split or attribution is None or _gap_unclear(attribution):
         return None
     worst = max(split, key=lambda r: r["gap"])
     return (
@@ -239,36 +258,212 @@ def _worst_group(results: Results) -> str | None:
     )
 
 
-def _gap_unclear(attribution: Result) -> bool:
+def _gap_unclear(attribution: Attribution) -> bool:
     lowest = attribution["gap"] if attribution["gap_ci95"] is None else attribution["gap_ci95"][0]
     return bool(lowest <= 0)
 
 
-def _matched_findings(attribution: Result) -> list[str]:
+def _matched_findings(attribution: Attribution) -> list[str]:
     """Return how the matched set, balanced and as small as lt, splits each part again."""
     found = []
     for part, steps in (attribution.get("matched") or {}).items():
-        imbalance, size = (
-            with_interval(f"{points(steps[step]['points'])} points", steps[step]["ci95"])
-            for step in ("imbalance", "sample_count")
-        )
+        imbalance, size = _size(steps["imbalance"]), _size(steps["sample_count"])
         found.append(f"Of the {part}'s part, {imbalance} come with imbalance and {size} with having fewer images.")
     return found
 
 
-def _accuracy(row: rows.Row) -> str:
-    bounds: Sequence[float] | None = None if row["ci_low"] is None else (row["ci_low"], row["ci_high"])
-    return with_interval(percent(row["mean"]), bounds)
+def _reached(row: rows.Row) -> str:
+    return accuracy(row["mean"], None if row["ci_low"] is None else (row["ci_low"], row["ci_high"]))
 
 
-def _share(attribution: Result, part: str) -> str:
-    return with_interval(percent(attribution[part]["share"], 0), attribution[part]["share_ci95"], digits=0)
+def _share(part: Part) -> str:
+    return with_interval(percent(part["share"], 0), part["share_ci95"], digits=0)
 
 
-def _part_points(attribution: Result, part: str) -> str:
-    return with_interval(f"{points(attribution[part]['points'])} points", attribution[part]["ci95"])
+def _size(part: Points) -> str:
+    return in_points(part["points"], part["ci95"])
 
 
-def _larger_points(attribution: Result) -> str:
+def _larger_points(attribution: Attribution) -> str:
     first_larger = attribution["representation"]["points"] >= attribution["classifier"]["points"]
     return "representation" if first_larger else "classifier"
+
+
+def swap_reading(swap: Swap) -> str:
+    """Return what replacing either half alone changes."""
+    if swap["attribution"] is None:
+        return ""
+    means = {name: swap["cells"][name]["mean"] for name in CELLS}
+    backbone = 100 * (means["true->lt"] - means["lt->lt"])
+    classifier = 100 * (means["lt->true"] - means["lt->lt"])
+    return (
+        f"Here, replacing only the backbone changes accuracy by {number(backbone)} points, replacing only the "
+        f"classifier by {number(classifier)}."
+    )
+
+
+def noise_of_recall(result: Trained) -> str:
+    """Return how far chance alone moves one class's recall, at worst: 1.96 sqrt(1/4n)."""
+    images = result["dataset"].get("test_images")
+    if not images:
+        return ""
+    each = images / len(result["counts"])
+    half = 1.96 * math.sqrt(0.25 / each)
+    return f"With {number(each, 0)} test images a class, chance moves a single recall by up to {points(half)} points."
+
+
+# ---- geometry
+
+
+def memorised(results: Results) -> str:
+    """Return in how many classes unseen samples are farther from the centre than training samples, by encoder."""
+    found = []
+    for encoder in rows.encoders(results):
+        entries = [row for row in rows.geometry_classes(results, "calibrated") if row["encoder"] == encoder]
+        tested = [row for row in entries if row["spread_gap_q"] is not None]
+        hits = [row for row in tested if rows.flagged(row, "spread_gap_q") and row["spread_gap_deg"] > 0]
+        largest = max(hits, key=lambda row: row["spread_gap_deg"], default=None)
+        most = "" if largest is None else f", most for “{largest['name']}” ({number(largest['spread_gap_deg'])}°)"
+        found.append(f"{encoder} {len(hits)} of {plural(len(tested), 'testable class')}{most}")
+    return (
+        "Unseen samples lie farther from their class centre than training samples (q ≤ 0.05 in most seeds): "
+        f"{'; '.join(found)}"
+    )
+
+
+class _Geometry:
+    """What the geometry of one variant comes to, encoder by encoder."""
+
+    def __init__(self, results: Results, variant: str) -> None:
+        self.encoders = rows.encoders(results)
+        self.classes = rows.geometry_classes(results, variant)
+        self.groups = rows.geometry_groups(results, variant)
+
+    def mean(self, encoder: str, field: str) -> float | None:
+        """Return a measure's mean over the classes where it is defined."""
+        values = [row[field] for row in self.classes if row["encoder"] == encoder and row[field] is not None]
+        return sum(values) / len(values) if values else None
+
+    def group(self, encoder: str, field: str, group: str = "tail") -> float | None:
+        """Return a measure of a group."""
+        found = (row[field] for row in self.groups if (row["encoder"], row["group"]) == (encoder, group))
+        return next(found, None)
+
+    def each(self, opening: str, values: Callable[[str], tuple[float | None, ...]], phrase: Callable[..., str]) -> str:
+        """Return a sentence with a phrase of each encoder whose values are known; nothing where there is none."""
+        found = [
+            f"{phrase(*known)} for {encoder}" for encoder in self.encoders if None not in (known := values(encoder))
+        ]
+        return f"{opening} {listed(found)}." if found else ""
+
+    def tail_to_head(self, opening: str, field: str) -> str:
+        """Return how large a measure is in the tail, relative to the head."""
+
+        def ratio(encoder: str) -> tuple[float | None]:
+            tail, head = self.group(encoder, field), self.group(encoder, field, "head")
+            return (tail / head if tail is not None and head else None,)
+
+        return self.each(opening, ratio, lambda value: f"{significant(value)} times")
+
+
+def readings(results: Results, variant: str) -> dict[str, str]:
+    """Return one sentence a geometry figure, by figure name: what these data show there."""
+    seen = _Geometry(results, variant)
+    narrowing = seen.each(
+        "Once unseen samples count, the nearest wrong centre moves on average",
+        lambda one: (seen.mean(one, "nearest_center_train_deg"), seen.mean(one, "nearest_center_true_deg")),
+        lambda before, after: f"from {number(before)}° to {number(after)}°",
+    )
+    if variant == "calibrated":
+        return {
+            "fig4": seen.tail_to_head("Covariance of tail relative to head classes:", "covariance_norm_unbiased"),
+            "fig5": seen.each(
+                "A class uses about as many directions, on average, as:",
+                lambda one: (seen.mean(one, "effective_rank"),),
+                significant,
+            ),
+            "fig6": f"{memorised(results)}.",
+            "fig7": narrowing,
+            "fig8": _shift(results),
+        }
+    return {
+        "fig4": seen.tail_to_head("Scatter of tail classes relative to head classes:", "variance"),
+        "fig5": seen.each("Mean first PC share:", lambda one: (seen.mean(one, "first_pc_share"),), percent),
+        "fig6": seen.each(
+            "Unseen tail samples beyond the edge that training saw:",
+            lambda one: (seen.group(one, "escape_rate"),),
+            percent,
+        ),
+        "fig7": narrowing,
+        "fig8": seen.each(
+            "Centre shift of tail classes:",
+            lambda one: (seen.group(one, "center_shift_deg"), seen.group(one, "spread_train_deg")),
+            lambda shift, spread: f"{number(shift)}° against a spread of {number(spread)}°",
+        ),
+    }
+
+
+def _shift(results: Results) -> str:
+    """Return how far the centres of tail classes shift, and how much of that is chance."""
+    seen = _Geometry(results, "calibrated")
+    found = []
+    for encoder in seen.encoders:
+        raw, chance = seen.group(encoder, "center_shift_deg"), seen.group(encoder, "center_shift_null_deg")
+        if raw is not None and chance is not None:
+            found.append(f"{number(raw)}° for {encoder}, of which chance alone explains {number(chance)}°")
+    return f"Centres of tail classes shift by {'; '.join(found)}." if found else ""
+
+
+# ---- how to read Figures 4 to 8, for someone who never saw the paper
+
+TITLES = {
+    "fig4": "Figure 4. How widely each class scatters",
+    "fig5": "Figure 5. Is a class a ball or a needle?",
+    "fig6": "Figure 6. Compactness: do unseen samples stay inside?",
+    "fig7": "Figure 7. Separation: how near is the nearest wrong class?",
+    "fig8": "Figure 8. Localisation: is the class where training put it?",
+}
+HOW = {
+    ("paper", "fig4"): (
+        "Variance (left) and covariance norm (right) of each class's features over all its samples. A line that rises "
+        "to the right means that rare classes are spread more widely."
+    ),
+    ("paper", "fig5"): (
+        "Share of a class's scatter along its single most important direction. Higher: the class is stretched into a "
+        "needle, which a linear classifier separates less easily."
+    ),
+    ("paper", "fig6"): (
+        "Angles to the centre of the class's training samples: thin lines hold 90 % of the samples, thick ones half, "
+        "points are medians. Escape rate: unseen samples farther out than every training sample."
+    ),
+    ("paper", "fig7"): (
+        "Angle to the closest centre of another class, once with centres of training samples, once with unseen samples "
+        "added. The drop between the two is separation that existed only in training."
+    ),
+    ("paper", "fig8"): (
+        "How far each centre turns when unseen samples join, next to the mean angle of the class's samples. A shift as "
+        "large as the spread means that the class lies somewhere else than training suggested."
+    ),
+    ("calibrated", "fig4"): (
+        "Left: covariance norm, corrected for the number of samples. Right: scatter of training samples over that of "
+        "unseen ones; below 1 (the line), training pulled them together."
+    ),
+    ("calibrated", "fig5"): (
+        "Left: the first PC share lies between a cross-validated low and a raw high estimate. Right: about how many "
+        "directions a class uses; fewer is more needle-like."
+    ),
+    ("calibrated", "fig6"): (
+        "Left: how much farther out unseen samples lie than training samples that are left out of their own centre. "
+        "Right: share of training samples nearer to the centre than an unseen one. Dark lines mean no difference; "
+        "points are filled where q ≤ 0.05 in most seeds."
+    ),
+    ("calibrated", "fig7"): (
+        "Angle to the closest centre of another class, once with centres of training samples, once with test images "
+        "added. The drop between the two is separation that existed only in training."
+    ),
+    ("calibrated", "fig8"): (
+        "Left: centre shift beyond what so few samples explain. Right: distance between seen and unseen centres in "
+        "units of the cloud's radius, sampling noise removed. Dark lines mean no difference; points on the left are "
+        "filled where q ≤ 0.05 in most seeds."
+    ),
+}

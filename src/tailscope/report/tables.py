@@ -1,4 +1,4 @@
-"""The tables as CSV, Markdown and LaTeX files.
+"""Tables: columns that know how their values are written, rows of raw values, and files of CSV, Markdown and LaTeX.
 
 CSV holds raw numbers in full precision, fractions as fractions, and leaves undefined cells empty. Markdown and LaTeX
 hold what a reader sees: rounded numbers with their intervals, an en dash where a value is undefined.
@@ -7,15 +7,29 @@ hold what a reader sees: rounded numbers with their intervals, an en dash where 
 import csv
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from tailscope.geometry.fields import Measure
 from tailscope.report.files import write as write_file
-from tailscope.report.results import Results
-from tailscope.report.table_contents import tables
-from tailscope.report.table_model import Table
-from tailscope.report.text import MINUS
+from tailscope.report.text import DASH, MINUS, interval, number, p_value, percent, points, significant
+
+WRITERS: dict[str, Callable[[Any], str]] = {
+    "text": lambda value: DASH if value is None else str(value),
+    "count": lambda value: number(value, 0),
+    "share": percent,
+    "whole": lambda value: percent(value, 0),
+    "points": points,
+    "degrees": lambda value: number(value, 1),
+    "plain": significant,
+    "squared": significant,
+    "p": p_value,
+}
+UNITS = {"points": "points", "degrees": "°"}
+BOUND_DIGITS = {"share": 1, "whole": 0, "points": 1, "plain": 2}
+
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 LATEX = {
@@ -42,17 +56,70 @@ LATEX = {
 }
 
 
-def write(out: Path | str, results: Results) -> list[Path]:
-    """Write every table to `out`/tables as NAME.csv, NAME.md and NAME.tex, and return the paths.
+@dataclass(frozen=True)
+class Column:
+    """One column.
+
+    Attributes:
+        field: the rows' field, also the CSV heading.
+        label: the heading that readers see.
+        kind: how values are written, a key of `WRITERS` and the unit of a measure; fractions are shown in per cent or
+            points.
+        meaning: one line of explanation, may be empty.
+        bounds: the fields of the interval's ends, shown beside the value; columns of their own in CSV.
+    """
+
+    field: str
+    label: str
+    kind: str = "text"
+    meaning: str = ""
+    bounds: tuple[str, str] | None = None
+
+    @classmethod
+    def of(cls, measure: Measure, label: str = "") -> Self:
+        """Return the column of a measure, under another label where one is given."""
+        return cls(measure.name, label or measure.label, measure.unit, measure.meaning)
+
+    @property
+    def numeric(self) -> bool:
+        """Whether values are numbers: aligned right and sorted by size."""
+        return self.kind != "text"
+
+    @property
+    def heading(self) -> str:
+        """The label with its unit."""
+        return f"{self.label}, {UNITS[self.kind]}" if self.kind in UNITS else self.label
+
+    def written(self, row: Mapping[str, Any]) -> str:
+        """Return the row's value as readers see it, with its interval if it has one."""
+        text = WRITERS[self.kind](row.get(self.field))
+        if self.bounds is None or row.get(self.bounds[0]) is None:
+            return text
+        ends = [row[bound] for bound in self.bounds]
+        scale = 1.0 if self.kind == "plain" else 100.0
+        return f"{text} {interval(ends, BOUND_DIGITS[self.kind], scale)}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A named table: `name` is its file stem, `title` its caption."""
+
+    name: str
+    title: str
+    columns: Sequence[Column]
+    rows: Sequence[Mapping[str, Any]]
+
+
+def write(folder: Path, tables: Sequence[Table]) -> list[Path]:
+    """Write every table into the folder as NAME.csv, NAME.md and NAME.tex, and return the paths.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    folder = Path(out) / "tables"
     writers: dict[str, Callable[[Table], str]] = {"csv": to_csv, "md": to_markdown, "tex": to_latex}
     return [
         write_file(folder / f"{table.name}.{suffix}", writer(table))
-        for table in tables(results)
+        for table in tables
         for suffix, writer in writers.items()
     ]
 

@@ -27,16 +27,16 @@ def writable(value: Any) -> Any:
     return value
 
 
-def number(value: float | None, digits: int = 1) -> str:
+def number(value: float | None, digits: int = 1, *, signed: bool = False) -> str:
     """Return `value` with `digits` decimals and a real minus sign; an en dash where it is undefined.
 
-    >>> number(-0.26, 1), number(None), number(-0.01, 1), number(12406, 0)
-    ('−0.3', '–', '0.0', '12,406')
+    >>> number(-0.26, 1), number(None), number(-0.01, 1), number(12406, 0), number(0.26, signed=True)
+    ('−0.3', '–', '0.0', '12,406', '+0.3')
     """
     if value is None:
         return DASH
-    text = f"{value:,.{digits}f}"
-    return text.lstrip("-") if float(text.replace(",", "")) == 0 else text.replace("-", MINUS)
+    rounded = float(f"{value:.{digits}f}") + 0.0  # which is never -0
+    return f"{rounded:{'+' if signed else ''},.{digits}f}".replace("-", MINUS)
 
 
 def significant(value: float | None, digits: int = 3) -> str:
@@ -57,13 +57,13 @@ def percent(value: float | None, digits: int = 1) -> str:
     return DASH if value is None else f"{number(100 * value, digits)} %"
 
 
-def points(value: float | None) -> str:
+def points(value: float | None, *, signed: bool = False) -> str:
     """Return a difference of fractions in percentage points.
 
     >>> points(0.209)
     '20.9'
     """
-    return DASH if value is None else number(100 * value)
+    return DASH if value is None else number(100 * value, signed=signed)
 
 
 def interval(bounds: Sequence[float] | None, digits: int = 1, scale: float = 100.0) -> str:
@@ -85,6 +85,24 @@ def with_interval(value: str, bounds: Sequence[float] | None, digits: int = 1, s
     '61 % [52, 70]'
     """
     return f"{value} {interval(bounds, digits, scale)}".rstrip()
+
+
+def in_points(value: float | None, ci95: Sequence[float] | None, *, signed: bool = False) -> str:
+    """Return a difference of accuracies with its interval.
+
+    >>> in_points(0.209, [0.184, 0.2335]), in_points(0.012, None, signed=True)
+    ('20.9 points [18.4, 23.4]', '+1.2 points')
+    """
+    return with_interval(f"{points(value, signed=signed)} points", ci95)
+
+
+def accuracy(mean: float | None, ci95: Sequence[float] | None) -> str:
+    """Return an accuracy with its interval.
+
+    >>> accuracy(0.7212, [0.7, 0.74])
+    '72.1 % [70.0, 74.0]'
+    """
+    return with_interval(percent(mean), ci95)
 
 
 def p_value(value: float | None) -> str:

@@ -1,0 +1,444 @@
+"""A stored diagnosis as rows, tables, figures and sentences: what its page and the terminal show."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+
+from tailscope.geometry.fields import SHOWN
+from tailscope.groups import GROUPS
+from tailscope.report.marks import (
+    FORMATS,
+    GROUP_KEYS,
+    MANY,
+    PART_KEYS,
+    Chart,
+    Figure,
+    Key,
+    Panel,
+    class_tooltip,
+    colour_scale,
+    css,
+    reference,
+    rows_of,
+    waterfall,
+)
+from tailscope.report.rows import CI, GROUP, GROUP_RECALLS, MEASURES, Row, ends, ranks
+from tailscope.report.schema import ACCURACIES, Diagnosis, Judged, Points, Recalls, Verdict, read
+from tailscope.report.tables import Column, Table
+from tailscope.report.text import accuracy, in_points, listed, number, percent, plural
+
+GAPS = ("classifier_gap", "representation_gap")
+MOST_POINTS = 2_000  # classes drawn; each is a shape in four panels of the page and of every file
+
+
+def load(path: Path) -> Diagnosis:
+    """Read diagnosis.json.
+
+    Raises:
+        UserError: it is no diagnosis.
+    """
+    result: Diagnosis = read(path, "diagnosis")
+    return result
+
+
+# ---- rows
+
+
+def classes(result: Diagnosis) -> list[Row]:
+    """Return one row a class: its geometry, rank, recalls and verdict."""
+    names, counts = result["dataset"]["class_names"], result["counts"]
+    parts: Sequence[Judged | None] = result["verdict"]["classes"] if result["verdict"] else [None] * len(counts)
+    found = []
+    for k, (rank, entry, part) in enumerate(zip(ranks(counts), result["classes"], parts, strict=True)):
+        recalls = {
+            f"recall_{name}": result["accuracy"][name]["per_class"][k] if result["accuracy"] else None
+            for name in ACCURACIES
+        }
+        nearest = entry["nearest_center_true_class"]
+        about = {"rank": rank, "count": counts[k], "nearest": None if nearest is None else names[nearest]}
+        found.append({**_measured(entry), **about, **recalls, **_judged(part)})
+    return found
+
+
+def groups(result: Diagnosis) -> list[Row]:
+    """Return one row a group: its pooled geometry, mean recalls and gaps."""
+    judged = result["verdict"]["groups"] if result["verdict"] else {}
+    found = []
+    for name in GROUPS:
+        entry = result["groups"].get(name)
+        if entry is None:
+            continue
+        row = {**_measured(entry), "count": entry["train_count"]}
+        if result["accuracy"]:
+            row |= {f"recall_{key}": result["accuracy"][key]["groups"][name] for key in ACCURACIES}
+        found.append(row | _judged(judged.get(name)))
+    return found
+
+
+def accuracies(result: Diagnosis) -> list[Row]:
+    """Return one row a classifier: what it is, accuracy with its interval, mean recall of each group."""
+    return [
+        {
+            "label": ACCURACIES[name],
+            "what": cell["classifier"],
+            "mean": cell["mean"],
+            **ends("ci", cell["ci95"]),
+            **cell["groups"],
+        }
+        for name, cell in _cells(result).items()
+    ]
+
+
+def steps(result: Diagnosis) -> list[Row]:
+    """Return the waterfall from the current accuracy to the ceiling, in per cent: one row a bar."""
+    labels = {
+        "current": "current",
+        "rebalanced": "re-balancing",
+        "classifier_bound": "classifier of the true distribution",
+    }
+    bars: list[tuple[str, str, float, Sequence[float] | None]] = [
+        (labels[name], "total" if name == "current" else "classifier", cell["mean"], cell["ci95"])
+        for name, cell in _cells(result).items()
+    ]
+    if result["verdict"] is not None:
+        bars.append(("representation, at most", "representation", result["verdict"]["ceiling"], None))
+    found, start = [], 0.0
+    for step, part, reached, ci95 in bars:
+        end = 100 * reached
+        low, high = (None, None) if ci95 is None else (100 * bound for bound in ci95)
+        text = percent(reached) if part == "total" else number(end - start, signed=True)
+        at = max(start, end, high or 0.0)
+        row = {"step": step, "part": part, "start": start, "end": end, "low": low, "high": high}
+        found.append(row | {"text": text, "short": text, "label_at": at})
+        start = end
+    return found
+
+
+def comparisons(result: Diagnosis) -> list[Row]:
+    """Return one row an encoder, group and aspect: its difference from the reference, and which is better."""
+    stored = result.get("comparison")
+    if stored is None:
+        return []
+    found: list[Row] = []
+    for encoder, entry in stored["encoders"].items():
+        names: dict[str | None, str] = {"reference": stored["reference"], "other": encoder}
+        for kind, gap in (entry["accuracy"] or {}).items():
+            points, ci95 = (gap["points"], gap["ci95"]) if gap else (None, None)
+            better = "reference" if ci95 and ci95[1] < 0 else "other" if ci95 and ci95[0] > 0 else None
+            about = {"encoder": encoder, "of": "all", "aspect": f"accuracy, {ACCURACIES[kind]} (points)"}
+            found.append(about | _difference(points, ci95, 100) | {"better": names.get(better)})
+        for group, aspects in entry["groups"].items():
+            for aspect, one in aspects.items():
+                about = {"encoder": encoder, "of": group, "aspect": aspect}
+                found.append(about | _difference(one["difference"], one["ci95"]) | {"better": names.get(one["better"])})
+    return found
+
+
+def _difference(value: float | None, ci95: Sequence[float] | None, scale: float = 1.0) -> Row:
+    low, high = ci95 or (None, None)
+    found = {"difference": value, "low": low, "high": high}
+    return {name: None if number is None else scale * number for name, number in found.items()}
+
+
+def _cells(result: Diagnosis) -> dict[str, Recalls]:
+    """Return the accuracies that the verdict compares, in order; none where nothing was scored."""
+    stored = result["accuracy"]
+    return {} if stored is None else {name: stored[name] for name in ACCURACIES}
+
+
+def _measured(entry: Mapping[str, Any]) -> Row:
+    """Return an entry's fields; what a result does not hold is undefined in it."""
+    return {**dict.fromkeys(SHOWN), **entry}
+
+
+def _judged(part: Judged | None) -> Row:
+    """Return the verdict on a class or group, undefined where there is none."""
+    found: Row = {"bottleneck": part and part["bottleneck"], "reason": part and part.get("reason")}
+    for gap in GAPS:
+        points: Any = part and part.get(gap)
+        found |= {gap: points and points["points"], **ends(gap, points and points["ci95"])}
+    return found
+
+
+# ---- tables
+
+ACCURACY = (
+    Column("label", "classifier"),
+    Column("what", "which"),
+    Column("mean", "accuracy", "share", "Share of scored samples that are right, with its 95 % interval.", CI),
+    *GROUP_RECALLS,
+)
+COUNTS = (
+    Column("count", "training", "count", "Training samples."),
+    Column("unseen_count", "unseen", "count", "Unseen samples."),
+)
+CLASS = (
+    Column("name", "class"),
+    Column("rank", "rank", "count", "Frequency rank: 1 has the most training samples."),
+    GROUP,
+    *COUNTS,
+)
+VERDICT = (
+    Column("recall_current", "recall now", "whole", "Recall of the classifier in use."),
+    Column("recall_rebalanced", "re-balanced", "whole", "Recall of the best remedy."),
+    Column("recall_classifier_bound", "bound", "whole", "Recall of a classifier fitted to the true distribution."),
+    Column("bottleneck", "bottleneck", "text", "What costs this class more, where its own samples can tell."),
+    Column(
+        "classifier_gap",
+        "classifier gap",
+        "points",
+        "Recall that a classifier fitted to the true distribution gains.",
+        ("classifier_gap_low", "classifier_gap_high"),
+    ),
+    Column(
+        "representation_gap",
+        "representation gap, at most",
+        "points",
+        "What even that classifier misses, up to the ceiling.",
+        ("representation_gap_low", "representation_gap_high"),
+    ),
+)
+LOCAL = tuple(
+    Column.of(SHOWN[name])
+    for name in ("spread_gap_deg", "spread_gap_q", "center_shift_excess_deg", "center_shift_q", "escape_rank")
+)
+NEAREST = (
+    Column.of(SHOWN["nearest_center_true_deg"], "nearest centre"),
+    Column("nearest", "which class", "text", "The class whose centre is nearest."),
+)
+PAIR = (
+    Column("first", "class"),
+    Column("second", "and"),
+    Column("angle_deg", "angle between centres", "degrees", "Centres over training and unseen samples."),
+    Column("first_as_second", "first taken for second", "share", "By the classifier in use."),
+    Column("second_as_first", "second taken for first", "share", "By the classifier in use."),
+)
+COMPARISON = (
+    Column("encoder", "encoder"),
+    Column("of", "classes"),
+    Column("aspect", "aspect"),
+    Column("difference", "difference", "plain", "From the first encoder, with its paired 95 % interval."),
+    Column("low", "from", "plain"),
+    Column("high", "to", "plain"),
+    Column("better", "better", "text", "Where the interval excludes 0."),
+)
+
+
+def tables(result: Diagnosis) -> list[Table]:
+    """Return every table, in the order of the page."""
+    verdict = VERDICT if result["accuracy"] is not None else ()
+    tested = Column("spread_gap_p", "p of the spread gap", "p", "Test of the whole group.")
+    of_groups = [GROUP, Column("classes", "classes", "count"), *COUNTS, *verdict, tested, *LOCAL]
+    found = classes(result)
+    by_rank = sorted(found, key=lambda row: row["rank"])
+    made = [
+        Table("diagnosis-groups", "By group of classes", of_groups, groups(result)),
+        Table("diagnosis-classes", "Class by class", [*CLASS, *verdict, *LOCAL, *NEAREST], by_rank),
+        Table("diagnosis-pairs", "The ten closest pairs of classes", PAIR, result["pairs"]),
+        Table("diagnosis-measures", "Every measure of every class", [*CLASS, *MEASURES], found),
+    ]
+    if result["accuracy"] is not None:
+        made.insert(0, Table("diagnosis-accuracy", "The accuracies behind the verdict", ACCURACY, accuracies(result)))
+    if (stored := result.get("comparison")) is not None:
+        title = f"Encoders against {stored['reference']}"
+        made.append(Table("diagnosis-comparison", title, COMPARISON, comparisons(result)))
+    return made
+
+
+# ---- figures
+
+SCATTERS = {
+    "center_shift_excess_deg": "Centre shift beyond chance, degrees",
+    "escape_rank": "Escape rank (½: no farther out than training samples)",
+    "nearest_center_true_deg": "Separation: nearest other centre, degrees",
+    "recall_current": "Recall, current classifier",
+}
+
+
+def figures(result: Diagnosis) -> list[Figure]:
+    """Return the figures in the order of the page."""
+    found = [_scatter(result)]
+    return found if result["verdict"] is None else [_waterfall(result), *found]
+
+
+def data(result: Diagnosis) -> dict[str, list[Row]]:
+    """Return the rows of the charts by name."""
+    by_rank = sorted(classes(result), key=lambda row: row["rank"])
+    names = ("name", "group", "count", *SCATTERS)
+    return {
+        "by_count": [{name: row[name] for name in names} for row in by_rank[:: _every(len(by_rank))]],
+        "steps": steps(result),
+    }
+
+
+def _waterfall(result: Diagnosis) -> Figure:
+    """Draw what each step adds, from the current accuracy to the ceiling."""
+    bars = steps(result)
+    lowest = min(0.0, *(row[end] for row in bars for end in ("start", "end")))
+    scale = alt.Scale(domain=[lowest, 118], nice=False)  # room for the numbers on the right
+    axis = alt.Axis(title="accuracy, per cent", values=list(range(0, 101, 20)))
+    keys = (Key("total", "muted", "bar"), *PART_KEYS.values())
+    return Figure(
+        "waterfall",
+        "From the current accuracy to the ceiling",
+        "Bars laid end to end: what the classifier in use reaches, what re-balancing adds, what a classifier fitted to "
+        "the true distribution adds, and what is left for the representation, at most. Whiskers: 95 % intervals of the "
+        "accuracy reached, over samples.",
+        "",
+        [Panel("", waterfall("steps", bars, keys, scale, axis), keys)],
+    )
+
+
+def _scatter(result: Diagnosis) -> Figure:
+    """Draw measures of every class against its number of training samples."""
+    rows = classes(result)
+    keys = tuple(key for name, key in GROUP_KEYS.items() if any(row["group"] == name for row in rows))
+    panels = [
+        Panel(title, _points(field, len(rows), keys), keys)
+        for field, title in SCATTERS.items()
+        if any(row[field] is not None for row in rows)
+    ]
+    every = _every(len(rows))
+    left_out = f" Of {len(rows):,} classes one in {every} by count is drawn; the table has all." if every > 1 else ""
+    return Figure(
+        "scatter",
+        "Every class by its number of training samples",
+        "One point a class. How far its centre turns when unseen samples join, beyond what so few training samples "
+        "explain; how far out unseen samples lie among training samples; how near the next class is; and how many of "
+        f"its samples are recognised. Lines mark no difference.{left_out}",
+        "",
+        panels,
+    )
+
+
+def _points(field: str, classes: int, keys: Sequence[Key]) -> Chart:
+    """Draw a recall or measure of each class by its count, and a line where a measure means no difference."""
+    measure, few = SHOWN.get(field), classes <= MANY
+    unit = measure.unit if measure else "share"
+    axis = alt.Axis(tickCount=6, format=".0%") if unit == "share" else alt.Axis(tickCount=6)
+    scale = alt.Scale(domain=[0, 1]) if unit == "share" else alt.Scale(zero=False, nice=True)
+    counts = alt.Axis(values=[10**k for k in range(7)], format=",d", grid=False)
+    points = rows_of("by_count").mark_point(filled=True, size=60 if few else 18, opacity=0.9 if few else 0.55)
+    drawn = points.encode(
+        x=alt.X("count:Q", title="training samples", scale=alt.Scale(type="symlog"), axis=counts),
+        y=alt.Y(f"{field}:Q", title=None, scale=scale, axis=axis),
+        tooltip=class_tooltip([(field, field.replace("_", " "), FORMATS[unit])]),
+        color=alt.Color("group:N", scale=colour_scale(keys)) if keys else alt.value(css("blue")),
+    )
+    nulls = [reference(measure.null)] if measure and isinstance(measure.null, int | float) else []
+    chart: Chart = alt.layer(*nulls, drawn).properties(height=230)
+    return chart
+
+
+def _every(classes: int) -> int:
+    """Return which classes by rank are drawn where they are very many: every k-th."""
+    return -(-classes // MOST_POINTS)
+
+
+# ---- sentences
+
+
+def headline(result: Diagnosis) -> str:
+    """Return the verdict in one sentence."""
+    verdict = result["verdict"]
+    if verdict is None:
+        return "Measured, without a verdict"
+    if verdict["bottleneck"] == "classifier":
+        gap = _gap(verdict["classifier_gap"])
+        return f"The classifier is the bottleneck: on these features a better one gains {gap}"
+    if verdict["bottleneck"] == "representation":
+        gap = _gap(verdict["representation_gap"])
+        return f"The representation is the bottleneck: even the best classifier found misses {gap}"
+    reason = verdict["reason"]
+    return f"Undecided: {reason.partition(': ')[0] if verdict.get('withheld') else reason}"  # the first caveat has all
+
+
+def findings(result: Diagnosis) -> list[str]:
+    """Return what was found: accuracies, gaps, groups, classes, encoders; the first is the lead."""
+    verdict, found = result["verdict"], []
+    if verdict is not None:
+        found += [_lead(result), *([] if verdict.get("withheld") else [_gaps(verdict), *_by_group(verdict)])]
+    return [*found, _memorised(result), *_encoders(result)]
+
+
+def caveats(result: Diagnosis) -> list[str]:
+    """Return what limits the findings."""
+    verdict = result["verdict"]
+    found = [f"No verdict: {reason}." for reason in (verdict and verdict.get("withheld")) or []]
+    found.append("One encoder as it is: intervals cover new samples, not new trainings.")
+    if verdict is not None:
+        found.append(
+            f"The representation gap is at most what is given: up to a ceiling of {percent(verdict['ceiling'], 0)} it "
+            "also holds irreducible error. The classifier bound is no upper bound: more unseen samples may raise it."
+        )
+    if not result["spec"]["permutations"]:
+        found.append("No permutations: nothing was tested against chance.")
+    return found
+
+
+def accuracy_rows(result: Diagnosis) -> list[tuple[str, ...]]:
+    """Return the accuracies as lines of text: name, accuracy with interval, head, body, tail."""
+    return [
+        (ACCURACIES[name], accuracy(cell["mean"], cell["ci95"]), *(percent(cell["groups"][g], 0) for g in GROUPS))
+        for name, cell in _cells(result).items()
+    ]
+
+
+def _lead(result: Diagnosis) -> str:
+    cells = _cells(result)
+    now, rebalanced, bound = (accuracy(cell["mean"], cell["ci95"]) for cell in cells.values())
+    remedy = cells["rebalanced"]["classifier"]
+    text = f"Now: {now}. Re-balanced by {remedy}: {rebalanced}. "
+    if cells["classifier_bound"]["classifier"] == remedy:
+        return text + "A classifier fitted to the unseen samples reaches less."
+    return text + f"A classifier fitted to the true distribution: {bound}."
+
+
+def _gaps(verdict: Verdict) -> str:
+    return (
+        f"The classifier costs {_gap(verdict['classifier_gap'])}, of which re-balancing regains "
+        f"{_gap(verdict['rebalancing_gap'])}; the representation at most {_gap(verdict['representation_gap'])}."
+    )
+
+
+def _by_group(verdict: Verdict) -> list[str]:
+    parts = {name: part for name, part in verdict["groups"].items() if part}
+    texts = [f"{name} {part['bottleneck']} ({percent(part['current'], 0)} correct)" for name, part in parts.items()]
+    return [f"Bottleneck by group: {listed(texts)}."] if texts else []
+
+
+def _memorised(result: Diagnosis) -> str:
+    """Return which classes' unseen samples are farther from the centre than chance explains."""
+    tested = [entry for entry in result["classes"] if entry["spread_gap_flagged"] is not None]
+    if not tested:
+        return "No class was tested against chance."
+    flagged = [entry for entry in tested if entry["spread_gap_flagged"] and entry["spread_gap_material"]]
+    if not flagged:
+        return f"Spread gap: none of {plural(len(tested), 'tested class')} is farther out than chance explains."
+    worst = max(flagged, key=lambda entry: entry.get("spread_gap_deg") or 0.0)
+    return (
+        f"Spread gap: in {len(flagged)} of {plural(len(tested), 'tested class')} unseen samples lie farther from the "
+        f"centre than chance explains, most in “{worst['name']}” ({number(worst.get('spread_gap_deg'))}°, "
+        f"{plural(worst['train_count'], 'training sample')})."
+    )
+
+
+def _encoders(result: Diagnosis) -> list[str]:
+    """Return which encoder localises, separates and compacts the tail better."""
+    words = {
+        "localises": "localises unseen samples better",
+        "separates": "separates classes more",
+        "compacts": "keeps classes more compact",
+        "margin": "has the larger margin for its spread",
+    }
+    found: dict[str, dict[str, str]] = {}
+    for row in comparisons(result):
+        if row["of"] == "tail" and row["better"]:
+            found.setdefault(row["better"], {})[row["aspect"]] = words[row["aspect"]]
+    return [f"In the tail, {encoder} is better: it {listed([*does.values()])}." for encoder, does in found.items()]
+
+
+def _gap(gap: Points) -> str:
+    return in_points(gap["points"], gap["ci95"])
