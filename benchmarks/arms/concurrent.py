@@ -12,7 +12,7 @@ import torch
 from benchmarks.arms.common import load_images, on_device
 from benchmarks.arms.ours import stage1_spec
 from benchmarks.workers import Pace
-from tailscope.paper.ahead import prepare_thread
+from tailscope.paper.trainings import prepare_thread
 from tailscope.progress import Advance, Quiet
 from tailscope.training.runtime import Runtime
 from tailscope.training.stage1 import train_backbone

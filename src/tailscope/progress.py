@@ -131,7 +131,7 @@ class Lines:
         now = self._clock()
         if now - self._told >= self.EVERY and self._open:
             self._told = now
-            self._tell(f"[{_duration(now - self._started)}] {self._open[-1].line(now)}")
+            self._tell(f"[{duration(now - self._started)}] {self._open[-1].line(now)}")
 
 
 @dataclass(eq=False)
@@ -150,13 +150,13 @@ class _Task:
         if rate == 0:
             return text
         left = (self.total - self.done) / rate
-        return f"{text}, {rate:,.0f}/s, {_duration(left)} left" if rate >= 1 else f"{text}, {_duration(left)} left"
+        return f"{text}, {rate:,.0f}/s, {duration(left)} left" if rate >= 1 else f"{text}, {duration(left)} left"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Return whole minutes, with hours where there are some.
 
-    >>> _duration(95), _duration(20), _duration(7300)
+    >>> duration(95), duration(20), duration(7300)
     ('2 min', '1 min', '2 h 2 min')
     """
     hours, minutes = divmod(max(1, round(seconds / 60)), 60)

@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tailscope.groups import GROUPS
-from tailscope.paper import published
-from tailscope.paper.targets import dataset_of
+from tailscope.paper import targets
 from tailscope.report.results import Result, Results, first, ranks
 
 Row = dict[str, Any]
@@ -55,7 +54,7 @@ def accuracy(cell: Mapping[str, Any]) -> Row:
 def cells(results: Results) -> list[Row]:
     """Return one row a swap cell: cell, backbone, classifier, accuracy, interval, group recalls, the paper's."""
     swap = results["swap"]
-    printed = published.table1(dataset_of(swap) or "")
+    printed = targets.table1(targets.dataset_of(swap))
     found = []
     for name in ordered_cells(swap):
         backbone, classifier = name.split("->")
@@ -152,7 +151,7 @@ def classes(results: Results) -> list[Row]:
 def ladder(results: Results) -> list[Row]:
     """Return one row an augmentation and rung: accuracy, interval, group recalls, the paper's."""
     stored = results["ladder"]["augmentations"]
-    printed = published.figure3(dataset_of(results["ladder"]) or "")
+    printed = targets.figure3(targets.dataset_of(results["ladder"]))
     known = [
         *(name for name in AUGMENTATIONS if name in stored),
         *(name for name in stored if name not in AUGMENTATIONS),
