@@ -33,7 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = Options("quick" if asked.quick else "full", find_images(asked.data_root), asked.device)
     folder = asked.out or (REPOSITORY / "out" / "bench-quick" if asked.quick else RECORDS)
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # every run compiles anew, so that warm-ups are comparable
+        # Every run compiles and chooses engines anew, so that warm-ups are comparable.
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ["XDG_CACHE_HOME"] = cache
         hardware = record.hardware(options)
         for name in asked.only or NAMES:
             run(name, options, folder, hardware)

@@ -17,15 +17,15 @@ class Size:
     batch: int
     model: str
     steps: int
-    compile: bool
+    engines: tuple[str, ...]
     shape: Shape
     permutations: tuple[int, ...]
 
 
 SIZES = {
-    "full": Size(2_048, 128, "resnet32", 16, True, Shape(200_000, 512, 1_000, 1), (0, 999)),
-    "quick": Size(512, 128, "resnet32", 4, False, Shape(20_000, 64, 100, 1), (0,)),
-    "tiny": Size(32, 16, "resnet8(width=2)", 2, False, Shape(200, 8, 10, 1), (0,)),
+    "full": Size(2_048, 128, "resnet32", 16, ("fused", "compiled"), Shape(200_000, 512, 1_000, 1), (0, 999)),
+    "quick": Size(512, 128, "resnet32", 4, ("fused",), Shape(20_000, 64, 100, 1), (0,)),
+    "tiny": Size(32, 16, "resnet8(width=2)", 2, ("fused",), Shape(200, 8, 10, 1), (0,)),
 }
 
 
@@ -37,9 +37,9 @@ def run(options: Options) -> Record:
         "data": options.data, "images": size.images, "batch": size.batch, "model": size.model, "steps": size.steps,
         "device": options.device,
     }  # fmt: skip
-    for compile in (False, True) if size.compile else (False,):
-        parts = _profile("training", {**training, "compile": compile}, options)
-        what = f"training step, {'compiled' if compile else 'our kernels'}"
+    for engine in size.engines:
+        parts = _profile("training", {**training, "engine": engine}, options)
+        what = f"training step, engine {engine}"
         record.rows += _rows(what, parts, "whole step", "ms/step", 1.0)
         record.raw[what] = parts
     geometry = {"rows": size.shape.rows, "dimension": size.shape.dimension, "classes": size.shape.classes}

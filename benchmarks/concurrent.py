@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from benchmarks.measure import interleave, paired
 from benchmarks.record import Options, Record, Row, joined
+from benchmarks.train import settings
 from benchmarks.workers import Arm
 
 
@@ -25,7 +26,8 @@ SIZES = {
     "tiny": Size(32, 16, "resnet8(width=8)", 1, 0.0, 2),
 }
 JOBS = {"cpu": (1, 2), "cuda": (1, 2, 4, 8)}
-GPU_GOAL = 2.5
+GOALS = {"cpu": 1.1, "cuda": 2.5}
+"""Of the most trainings at a time."""
 
 
 def run(options: Options) -> Record:
@@ -36,31 +38,24 @@ def run(options: Options) -> Record:
     measured = interleave(arms, rounds=size.rounds, seconds=size.seconds, inline=options.inline)
     record = Record("concurrent", options)
     record.raw = {name: m.raw() for name, m in measured.items()}
-    alone = measured["1"]
-    record.rows.append(Row("one training alone", alone.rate, "images/s", note=options.images_note))
+    alone, most = measured["1"], max(JOBS[device])
+    engine = f"engine {alone.info['engine']}"
+    record.rows.append(Row("one training alone", alone.rate, "images/s", note=joined([engine, options.images_note])))
+    how = "a stream of the GPU each" if device == "cuda" else "a share of the cores each"
     for jobs in JOBS[device][1:]:
         several = measured[str(jobs)]
-        goal = GPU_GOAL if device == "cuda" and jobs == max(JOBS[device]) else None
-        how = "a stream of the GPU each" if device == "cuda" else "a share of the cores each"
-        record.rows.append(
-            Row(
-                f"{jobs} trainings at a time, together",
-                several.rate,
-                "images/s",
-                paired(alone.per_item, several.per_item),
-                "this / one alone",
-                goal,
-                note=joined([how, f"measured on {several.items:,} images", options.images_note]),
-            )
-        )
+        ratio = paired(alone.per_item, several.per_item)
+        note = joined([
+            f"engine {several.info['engine']}", how, f"measured on {several.items:,} images", options.images_note,
+        ])  # fmt: skip
+        goal = GOALS[device] if jobs == most else None
+        name = f"{jobs} trainings at a time, together"
+        record.rows.append(Row(name, several.rate, "images/s", ratio, "this / one alone", goal, note=note))
     return record
 
 
 def _arm(jobs: int, size: Size, options: Options) -> Arm:
-    settings = {
-        "data": options.data, "images": size.images, "batch": size.batch, "model": size.model,
-        "device": options.device,
-    }  # fmt: skip
+    given = settings(size, options)
     if jobs == 1:  # as it runs without --jobs, in the main thread
-        return Arm("benchmarks.arms.ours:train", settings, multiple=size.stretch)
-    return Arm("benchmarks.arms.concurrent:train", {**settings, "jobs": jobs, "stretch": size.stretch}, warm_up=1)
+        return Arm("benchmarks.arms.ours:train", given, multiple=size.stretch)
+    return Arm("benchmarks.arms.concurrent:train", {**given, "jobs": jobs, "stretch": size.stretch}, warm_up=1)

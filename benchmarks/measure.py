@@ -101,7 +101,7 @@ def interleave(arms: Mapping[str, Arm], *, rounds: int, seconds: float, inline: 
         for _ in range(rounds):
             for name, worker in workers.items():
                 slices[name].append(worker.run(seconds))
-    return {name: Measured(slices[name], warm_ups[name], infos[name]) for name in arms}
+    return {name: Measured(slices[name], warm_ups[name], infos[name] | warm_ups[name].told) for name in arms}
 
 
 def fastest(arms: Mapping[str, Arm], *, seconds: float, inline: bool = False) -> str:

@@ -54,6 +54,7 @@ class Slice:
         seconds: wall clock.
         peak_bytes: the process's largest resident memory so far.
         result: what the arm returned, None while it has not ended.
+        told: what the arm has told of itself since it was ready.
     """
 
     steps: int
@@ -61,6 +62,7 @@ class Slice:
     seconds: float
     peak_bytes: int
     result: dict[str, Any] | None = None
+    told: dict[str, Any] = field(default_factory=dict)
 
     @property
     def per_item(self) -> float:
@@ -75,6 +77,8 @@ class Pace:
         self._connection = connection
         self.synchronize: Callable[[], None] = lambda: None
         """Set by arms on a GPU: waits until the work handed to it is done."""
+        self.told: dict[str, Any] = {}
+        """What the parent should know and is known only while the arm works."""
 
     def ready(self, **info: Any) -> None:
         """Report that the set-up is done, with anything the parent should know, and wait for the first slice."""
@@ -100,7 +104,7 @@ class Pace:
         """Return the slice so far."""
         self.synchronize()
         seconds = time.perf_counter() - self._started
-        return Slice(max(0, self._steps), self._items, seconds, peak_bytes(), result)
+        return Slice(max(0, self._steps), self._items, seconds, peak_bytes(), result, self.told)
 
     def _wait(self) -> None:
         command = self._connection.recv()

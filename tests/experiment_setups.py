@@ -18,7 +18,7 @@ from tailscope.store import Store
 from tailscope.training.recipes import Recipe
 from tailscope.training.runtime import Runtime
 
-CPU = Runtime(torch.device("cpu"), torch.float32, compile=False)
+CPU = Runtime(torch.device("cpu"), torch.float32)
 EXPERIMENTS = {"swap": swap, "ladder": ladder, "geometry": geometry}
 TINY = Recipe(
     name="demo",

@@ -460,23 +460,21 @@ def test_the_last_minute_of_a_short_limit_is_a_tenth_of_it(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-@pytest.mark.parametrize("compiles", [True, False])
-def test_a_training_that_fails_costs_only_itself(tmp_path, monkeypatch, jobs, compiles, caplog):
-    """It is tried once more, uncompiled, where it was compiled; the pieces of the others are written."""
+@pytest.mark.parametrize("engine", ["auto", "eager"])
+def test_a_training_that_fails_costs_only_itself(tmp_path, monkeypatch, jobs, engine, caplog):
+    """It is tried once more with PyTorch's own operations, unless it had them; the pieces of the others are written."""
     tried, real = [], Lab.backbone
 
     def backbone(self, stage, rows, seed, label):
         if label == "lt+mixup":
-            tried.append(self.runtime.compile)
+            tried.append(self.runtime.engine)
             raise RuntimeError("a kernel of this GPU")
         return real(self, stage, rows, seed, label)
 
     monkeypatch.setattr(Lab, "backbone", backbone)
-    monkeypatch.setattr(Runtime, "should_compile", lambda self, steps: compiles and self.compile is not False)
-    monkeypatch.setattr("tailscope.training.step.torch.compile", lambda function, **_: function)
     said = []
-    document = run_queue(reproduction_of(tmp_path, seeds="1", jobs=jobs), tell=said.append)
-    assert tried == ([None, False] if compiles else [None])
+    document = run_queue(reproduction_of(tmp_path, seeds="1", jobs=jobs, engine=engine), tell=said.append)
+    assert tried == ([None, "eager"] if engine == "auto" else ["eager"])
     assert document["failed"] == ["digits seed 0 lt+mixup"]
     assert document["left"] == ["ladder of digits-lt, seed 0"]
     assert "FAILED: digits seed 0 lt+mixup" in said[-1]

@@ -244,15 +244,15 @@ def test_what_dies_is_started_again_more_carefully(checkout, codes, tried):
     )
     python.chmod(0o755)
     (repository / "out" / "gpu").mkdir(parents=True)
-    (repository / "out" / "gpu" / "options").write_text("--jobs 8 --compile\n")
+    (repository / "out" / "gpu" / "options").write_text("--jobs 8 --engine compiled\n")
     ran = script(repository, ".gpu/bin/run.sh", "attempts", PYTHON=str(python), OPTIONS="--seeds 1", DEVICE="cpu")
     called = (repository / "called").read_text().splitlines()
     assert len(called) == tried, ran.stderr
     assert all(
         line.startswith("-m tailscope reproduce everything --data-root out/gpu/npz --wait-for-data") for line in called
     )
-    careful = ["", " --no-compile", " --no-compile --jobs 2", " --no-compile --jobs 2"]
-    ends = [f"--bundle out/gpu/bundle --jobs 8 --compile --seeds 1{options}" for options in careful[:tried]]
+    careful = ["", " --engine eager", " --engine eager --jobs 2", " --engine eager --jobs 2"]
+    ends = [f"--bundle out/gpu/bundle --jobs 8 --engine compiled --seeds 1{options}" for options in careful[:tried]]
     assert all(line.endswith(end) for line, end in zip(called, ends, strict=True))
 
 

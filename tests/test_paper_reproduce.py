@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -177,10 +178,10 @@ def test_an_estimate_prefers_the_rate_of_a_stored_training_like_the_plans(finish
     assert alone.estimate(plan) == pytest.approx(known * expected)
     assert "remembers" in rates.sources(plan)
     assert "else measured on single steps" in rates.sources(plan)
-    # Nothing is remembered of another network, batch, precision, device, thread or compiled step.
+    # Nothing is remembered of another network, batch, precision, device, thread or engine.
     other = settings.recipe.model_copy(update={"model": "resnet8(width=4)"})
     assert remembered(lab, other, plan) == {}
-    compiled = Lab(digits, lab.store, Runtime.choose("cpu", compile=True))
+    compiled = Lab(digits, lab.store, replace(lab.runtime, engine="compiled"))
     assert remembered(compiled, settings.recipe, plan) == {}
 
 

@@ -54,7 +54,7 @@ def stepper_of(capture):
     model = new_model("resnet8", images.images.shape[-1], images.num_classes, 0).train()
     loss = LOSSES.make("cross_entropy", torch.tensor(images.counts()))
     compute = loss_function(model, loss, Normalizer.of(images.images), torch.float32)
-    return Stepper(model, compute, TRAIN, compile=False, capture=capture)
+    return Stepper(model, compute, TRAIN, capture=capture)
 
 
 def trained(capture, mix, batches=8, tail=True):
@@ -293,7 +293,7 @@ def test_on_a_cpu_nothing_is_captured(tmp_path, monkeypatch):
 def test_on_a_gpu_a_captured_training_is_the_same_training(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # else gradients of weights may differ by rounding
     spec, images = stage1_spec(digits(), steps=40), digits()
-    runtime = Runtime.choose("cuda", compile=False)
+    runtime = Runtime.choose("cuda", engine="eager")
     state, meta = train_stage1(spec, images, tmp_path / "captured", runtime=runtime)
     again, _ = train_stage1(spec, images, tmp_path / "again", runtime=runtime)
     assert_same_state(state, again)

@@ -151,7 +151,7 @@ def test_compiled_steps_equal_eager_ones(precision, tmp_path):
     for seed, mix in ((0, None), (1, None), (2, "mixup")):
         spec = stage1_spec(images, steps=STEPS, mix=mix, train={"learning_rate": RATE})
         _, eager = train_stage1(spec, images, tmp_path / f"eager{seed}", seed=seed, runtime=runtime)
-        compiled_runtime = replace(runtime, compile=True)
+        compiled_runtime = replace(runtime, engine="compiled")
         _, compiled = train_stage1(spec, images, tmp_path / f"c{seed}", seed=seed, runtime=compiled_runtime)
         assert (eager["compiled"], compiled["compiled"]) == (False, True)
         assert compiled["losses"] == pytest.approx(eager["losses"], rel=tolerance)
@@ -168,7 +168,7 @@ def test_many_models_share_one_compiled_step(tmp_path, monkeypatch):
     images = digits(80)
     for seed in range(10):
         spec = stage1_spec(images, steps=2, mix="mixup" if seed % 2 else None)
-        runtime = replace(CPU, compile=True)
+        runtime = replace(CPU, engine="compiled")
         _, compiled = train_stage1(spec, images, tmp_path / f"c{seed}", seed=seed, runtime=runtime)
         _, eager = train_stage1(spec, images, tmp_path / f"e{seed}", seed=seed)
         assert compiled["losses"] == pytest.approx(eager["losses"], rel=1e-5)

@@ -17,14 +17,12 @@ from tailscope.encoders import load as load_encoder
 from tailscope.encoders.preprocessing import Wishes
 from tailscope.errors import UserError
 from tailscope.features import extract
-from tailscope.kernels import norm_act
 from tailscope.methods import photos
 from tailscope.paper.trainings import prepare_thread
 from tailscope.progress import Quiet
 from tailscope.seeds import derive, keyed, numpy_stream, torch_stream
 from tailscope.spec import StageSpec, TrainSpec
-from tailscope.training import runtime as runtime_module
-from tailscope.training.runtime import COMPILE_FROM_STEPS, Runtime
+from tailscope.training.runtime import Runtime
 from tailscope.training.stage1 import _Batches, new_model
 from tailscope.training.stage2 import fit_classifier
 from tailscope.training.step import Normalizer
@@ -258,28 +256,6 @@ def test_threads_are_given_back_after_a_failure():
     assert torch.get_num_threads() == threads
     with CPU.threads_for(torch.zeros(1, 32, 32, 3), 128):
         assert torch.get_num_threads() == threads
-
-
-def test_compiling_is_decided_by_the_plan_alone(monkeypatch):
-    monkeypatch.setattr(runtime_module, "can_compile", lambda: True)
-    assert not replace(CPU, compile=None).should_compile(10**9) or not norm_act.available()
-    monkeypatch.setattr(norm_act, "available", lambda: False)
-    auto = replace(CPU, compile=None)
-    assert not auto.should_compile(COMPILE_FROM_STEPS - 1)
-    assert auto.should_compile(COMPILE_FROM_STEPS)
-    assert replace(CPU, compile=True).should_compile(1)
-    assert not replace(CPU, compile=False).should_compile(10**9)
-    monkeypatch.setattr(runtime_module, "can_compile", lambda: False)
-    assert not auto.should_compile(10**9)
-
-
-def test_without_compiler_or_headers_nothing_is_compiled(monkeypatch):
-    monkeypatch.setattr(runtime_module.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(runtime_module.sysconfig, "get_path", lambda *_, **__: "/nowhere")
-    assert not runtime_module.can_compile()
-    monkeypatch.undo()
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert not runtime_module.can_compile()
 
 
 @pytest.mark.parametrize("device", ["tpu", "", "cuda9000", "CPU", "cpu:x", "cuda:-1", "cuda:x", "mps"])

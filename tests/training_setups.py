@@ -13,7 +13,7 @@ from tailscope.training.runtime import Runtime
 from tailscope.training.stage1 import train_backbone
 from tailscope.training.step import Normalizer
 
-CPU = Runtime(torch.device("cpu"), torch.float32, compile=False)
+CPU = Runtime(torch.device("cpu"), torch.float32)
 
 
 @cache

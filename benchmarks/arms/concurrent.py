@@ -4,18 +4,19 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 
 from benchmarks.arms.common import load_images, on_device
-from benchmarks.arms.ours import stage1_spec
+from benchmarks.arms.ours import SIDES, chosen, stage1_spec
 from benchmarks.workers import Pace
 from tailscope.paper.trainings import prepare_thread
 from tailscope.progress import Advance, Quiet
 from tailscope.training.runtime import Runtime
-from tailscope.training.stage1 import train_backbone
+from tailscope.training.stage1 import Training, train_backbone
 from tailscope.training.step import Normalizer
 
 
@@ -46,16 +47,20 @@ def train(
     normalize = Normalizer.of(subset.images)
     together = threading.Barrier(jobs, action=lambda: pace.step(jobs * stretch * batch))
 
+    runtime = Runtime.choose(device)
+
     def one(seed: int, scratch: Path) -> None:
         try:
-            runtime = Runtime.choose(device, progress=_InStep(together, stretch))
-            train_backbone(spec, subset, normalize, seed, runtime, scratch, "benchmark")
+            told = replace(runtime, engine=engine, progress=_InStep(together, stretch))
+            train_backbone(spec, subset, normalize, seed, told, scratch, "benchmark")
         finally:
             together.abort()  # who waits for it would wait for ever
 
-    share = (Runtime.choose(device).device, max(1, torch.get_num_threads() // jobs))
+    share = (runtime.device, max(1, torch.get_num_threads() // jobs))
     pace.ready()
     with TemporaryDirectory() as scratch, ThreadPoolExecutor(jobs, "training", prepare_thread, share) as pool:
+        engine = pool.submit(chosen, Training(spec, subset, SIDES, normalize, 0, runtime, None, "")).result()
+        pace.told["engine"] = engine
         folders = [Path(scratch) / str(seed) for seed in range(jobs)]
         for folder in folders:
             folder.mkdir()

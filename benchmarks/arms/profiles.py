@@ -68,14 +68,14 @@ class _Profiled(Quiet):
 
 
 def training(
-    pace: Pace, *, data: str | None, images: int, batch: int, model: str, steps: int, compile: bool, device: str
+    pace: Pace, *, data: str | None, images: int, batch: int, model: str, steps: int, engine: str, device: str
 ) -> dict[str, float]:
     """Return milliseconds a step by kind of kernel, over `steps` steps after as many for warm-up."""
     subset = load_images(data, images)
     train = STAGE1.model_copy(update={"epochs": None, "steps": 2 * steps, "batch": batch})
     spec = StageSpec(data=data_spec(subset), train=train, model=model, augment=AUGMENT)
     progress = _Profiled(warm_up=steps)
-    runtime = Runtime.choose(device, compile=compile, progress=progress)
+    runtime = Runtime.choose(device, engine=engine, progress=progress)
     pace.ready()
     with TemporaryDirectory() as scratch:
         train_backbone(spec, subset, Normalizer.of(subset.images), 0, runtime, Path(scratch), "benchmark")

@@ -61,8 +61,8 @@ stuck() { # whether two lines of progress in a row told of trainings and of no i
 
 attempts() { # one that dies or hangs is followed by a more careful one; what is stored is not trained again
     local careful code log=$work/attempt.log
-    for careful in "" "--no-compile" "--no-compile --jobs 2" "--no-compile --jobs 2"; do # one job tells of no hang
-        reproduce $(cat "$work/options" 2>/dev/null || echo "--jobs 2 --no-compile") ${OPTIONS:-} $careful > "$log" 2>&1 &
+    for careful in "" "--engine eager" "--engine eager --jobs 2" "--engine eager --jobs 2"; do # one job tells of no hang
+        reproduce $(cat "$work/options" 2>/dev/null || echo "--jobs 2 --engine eager") ${OPTIONS:-} $careful > "$log" 2>&1 &
         echo $! > "$work/reproduce.pid"
         while alive reproduce; do
             sleep 1

@@ -32,6 +32,8 @@ from tailscope.training import stage1
 from tailscope.training.recipes import RECIPES
 from tailscope.training.runtime import Runtime
 
+ENGINES = {"plain": "eager", "compiled": "compiled"}
+"""What each part measures."""
 COMPILING_COSTS = 0.8
 """What is left of a compiled rate where each kind of step is compiled within the time that is measured out."""
 PATIENCE = 60.0
@@ -47,12 +49,12 @@ class Enough(Exception):
 class Bench:
     """Trainings of random images, as many as CIFAR-10-LT has, by the paper's recipe."""
 
-    def __init__(self, device: str, *, compile: bool, miniature: bool) -> None:
+    def __init__(self, device: str, *, engine: str, miniature: bool) -> None:
         count = 640 if miniature else 12_406
         stream = torch.Generator().manual_seed(0)
         images = torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8, generator=stream)
         self.images = ImageSet(images, torch.arange(count) % 10, tuple("0123456789"))
-        self.runtime = Runtime.choose(device, compile=compile)
+        self.runtime = Runtime.choose(device, engine=engine)
         self.recipe = RECIPES["miniature" if miniature else "paper"]
 
     @contextmanager
@@ -101,7 +103,7 @@ def difference(losses: list[float], reference: list[float]) -> float | None:
 
 def equality(bench: Bench, jobs: int) -> dict[str, object]:
     """Return by how much losses differ from those of steps that are neither captured nor compiled, one at a time."""
-    as_chosen, bench.runtime = bench.runtime, Runtime.choose(str(bench.runtime.device), compile=False)
+    as_chosen, bench.runtime = bench.runtime, Runtime.choose(str(bench.runtime.device), engine="eager")
     with patch.object(stage1, "capturing", lambda device: nullcontext()):
         eager, again = bench.losses(1), bench.losses(1)
     bench.runtime = as_chosen
@@ -114,7 +116,7 @@ def equality(bench: Bench, jobs: int) -> dict[str, object]:
 
 def measure(asked: argparse.Namespace) -> None:
     """Write a line for each thing that is measured."""
-    bench = Bench(asked.device, compile=asked.part == "compiled", miniature=asked.miniature)
+    bench = Bench(asked.device, engine=ENGINES[asked.part], miniature=asked.miniature)
     jobs = (1, 2) if asked.miniature else (1, 4, 8, 2)
 
     def note(what: str, work: Callable[[], dict[str, object]]) -> None:
@@ -146,8 +148,8 @@ def choose(folder: Path) -> None:
     """Print what was measured, and write the options of the best sound rate."""
     path = folder / "smoke.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    best, options = 0.0, "--jobs 2 --no-compile"
-    for part in ("plain", "compiled"):
+    best, options = 0.0, "--jobs 2 --engine eager"
+    for part in ENGINES:
         own = [row for row in rows if row["part"] == part]
         told = sound(own) if any(row["what"] == "equality" for row in own) else "not measured (yet)"
         print(f"{part}: trains as eager steps do: {told}")
@@ -157,14 +159,14 @@ def choose(folder: Path) -> None:
             print("   ", {name: value for name, value in row.items() if name != "part"}, whole)
             score = images * (COMPILING_COSTS if part == "compiled" else 1.0) if sound(own) else 0.0
             if score > best:
-                best, options = score, f"--jobs {row['jobs']} --{'' if part == 'compiled' else 'no-'}compile"
+                best, options = score, f"--jobs {row['jobs']} --engine {ENGINES[part]}"
     (folder / "options").write_text(f"{options}\n")
     print("chosen:", options)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("part", choices=("plain", "compiled", "choose"))
+    parser.add_argument("part", choices=(*ENGINES, "choose"))
     parser.add_argument("--folder", type=Path, default=Path("out/gpu"))
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--seconds", type=float, default=2.5)

@@ -13,6 +13,7 @@ from tailscope.cli_options import (
     DataRoot,
     Device,
     Devices,
+    Engine,
     Json,
     LossName,
     Matched,
@@ -39,6 +40,7 @@ def demo(
     seeds: Seeds = "3",
     store: StoreRoot = None,
     device: Device = "auto",
+    engine: Engine = "auto",
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -50,7 +52,9 @@ def demo(
     """
     from tailscope import verbs
 
-    request = verbs.Request("digits", "exp:100", "demo", seeds, out, store=store, device=device, overwrite=overwrite)
+    request = verbs.Request(
+        "digits", "exp:100", "demo", seeds, out, store=store, device=device, engine=engine, overwrite=overwrite
+    )
     _show(verbs.experiments(request, ["subset", "swap", "ladder", "geometry"], console_beside(as_json)), out, as_json)
 
 
@@ -75,6 +79,7 @@ def swap(
     verify: Verify = False,
     store: StoreRoot = None,
     device: Device = "auto",
+    engine: Engine = "auto",
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -108,6 +113,7 @@ def ladder(
     verify: Verify = False,
     store: StoreRoot = None,
     device: Device = "auto",
+    engine: Engine = "auto",
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -137,6 +143,7 @@ def geometry(
     verify: Verify = False,
     store: StoreRoot = None,
     device: Device = "auto",
+    engine: Engine = "auto",
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:

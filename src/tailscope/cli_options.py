@@ -16,6 +16,9 @@ StoreRoot = Annotated[
     typer.Option("--store", envvar="TAILSCOPE_STORE", help="Folder of trained stages. [default: OUT/store]"),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Engine = Annotated[
+    str, typer.Option(help="What computes training steps: eager, fused, compiled, or auto, the fastest here.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a result of another spec in OUT.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a summary.")]
 

@@ -10,6 +10,7 @@ from tailscope.cli_options import (
     DataRoot,
     Device,
     Devices,
+    Engine,
     Json,
     MicroBatches,
     NumNodes,
@@ -42,10 +43,6 @@ Jobs = Annotated[
     int,
     typer.Option(min=1, help="With a time limit or everything: backbones trained at a time; 4 may suit a GPU."),
 ]
-Compile = Annotated[
-    bool | None,
-    typer.Option("--compile/--no-compile", help="Compile training steps, or not. [default: where it pays]"),
-]
 WaitForData = Annotated[
     bool,
     typer.Option("--wait-for-data", help="With a time limit or everything: train as soon as NAME.npz is in DATA_ROOT."),
@@ -74,7 +71,6 @@ def reproduce(
     plan: PlanOnly = False,
     time_limit: TimeLimit = None,
     jobs: Jobs = 1,
-    compile: Compile = None,
     wait_for_data: WaitForData = False,
     bundle: Bundle = None,
     backbones: Backbones = None,
@@ -88,6 +84,7 @@ def reproduce(
     verify: Verify = False,
     store: StoreRoot = None,
     device: Device = "auto",
+    engine: Engine = "auto",
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -124,7 +121,7 @@ def reproduce(
         data=data,
         files=FileOptions(devices, num_nodes, micro_batches, workers, verify),
         jobs=jobs,
-        compile=compile,
+        engine=engine,
         wait_for_data=wait_for_data,
         bundle=bundle,
     )

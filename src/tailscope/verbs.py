@@ -67,6 +67,7 @@ class Request:
     data_root: Path | None = None
     store: Path | None = None
     device: str = "auto"
+    engine: str = "auto"
     overwrite: bool = False
     backbones: str | None = None
     bn_mode: str = "frozen"
@@ -101,7 +102,7 @@ def experiments(request: Request, verbs: Sequence[str], console: Console) -> dic
     settings = request.settings()
     data = load(request.data, data_root=request.data_root)
     with (
-        workplace(data, request.files, Runtime.choose(request.device)) as place,
+        workplace(data, request.files, Runtime.choose(request.device, engine=request.engine)) as place,
         shown_on(console) as progress,
     ):
         settings = settings.model_copy(update={"recipe": place.recipe(settings.recipe)})

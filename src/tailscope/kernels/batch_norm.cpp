@@ -230,11 +230,11 @@ void backward(const Passing<T, kShortcut>& passing, const float* weight, const f
 }  // namespace
 
 #define EXPORTED(name, T)                                                                                             \
-    extern "C" void forward_##name(const T* x, const T* shortcut, T* y, const float* weight, const float* bias,       \
+    extern "C" void forward_##name(const T* x, const T* shortcut, const float* weight, const float* bias, T* y,       \
                                    float* statistics, int64_t rows, int64_t channels, float eps, int threads) {       \
         forward(x, shortcut, y, weight, bias, statistics, rows, channels, eps, threads);                              \
     }                                                                                                                 \
-    extern "C" void apply_##name(const T* x, const T* shortcut, T* y, const float* scale, const float* offset,        \
+    extern "C" void apply_##name(const T* x, const T* shortcut, const float* scale, const float* offset, T* y,        \
                                  int64_t rows, int64_t channels, int threads) {                                       \
         apply(x, shortcut, y, scale, offset, rows, channels, threads);                                                \
     }                                                                                                                 \

@@ -25,15 +25,15 @@ def library(name: str) -> ctypes.CDLL | None:
     """Return the compiled `name`.cpp; None where that cannot be had, which costs speed and nothing else.
 
     It takes a C++ compiler (`$CXX`, else g++) and Linux. The result is kept under `$XDG_CACHE_HOME/tailscope`, named
-    by the source, its headers, the compiler and the processor, since it is built for the processor at hand. It ends
-    with the digest of what stands before, which loaders do not see; a damaged one is compiled again.
+    by the source, the compiler and the processor, since it is built for the processor at hand. It ends with the digest
+    of what stands before, which loaders do not see; a damaged one is compiled again.
     """
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None or sys.platform != "linux":
         return None
     source = Path(__file__).with_name(f"{name}.cpp")
     try:
-        file = _cache() / f"{name}-{_fingerprint(source, compiler)}.so"
+        file = cache_folder() / f"{name}-{_fingerprint(source, compiler)}.so"
         if not _is_whole(file):
             _compile(compiler, source, file)
         _share_openmp()
@@ -48,20 +48,27 @@ def pointers(*tensors: torch.Tensor | None) -> list[ctypes.c_void_p]:
     return [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Return the folder of what is worked out once for a machine, and create it."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tailscope"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
+def cpu_field(*names: str) -> str:
+    """Return what Linux says of the processor under the first of these names that it has; elsewhere nothing."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(names)), "")
+
+
 def _fingerprint(source: Path, compiler: str) -> str:
     """Return a digest of everything that decides the result: -march=native means another thing on another machine."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=_SECONDS).stdout
-    processor = platform.machine() + next(
-        (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))), ""
-    )
-    headers = b"".join(header.read_bytes() for header in sorted(source.parent.glob("*.h")))
-    return hashlib.sha256(source.read_bytes() + headers + version + repr((FLAGS, processor)).encode()).hexdigest()[:16]
+    built_for = repr((FLAGS, platform.machine(), cpu_field("flags", "Features")))
+    return hashlib.sha256(source.read_bytes() + version + built_for.encode()).hexdigest()[:16]
 
 
 def _compile(compiler: str, source: Path, to: Path) -> None:

@@ -5,7 +5,8 @@ forward. It is registered with `torch.library`, so that `torch.compile` and fake
 """
 
 import ctypes
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from tailscope.kernels.build import library, pointers
 
 _CHANNELS = 16  # how many the kernel handles together
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+Results = TypeVar("Results", bound=Callable[..., tuple[Tensor, ...] | Tensor])
 
 
 class NormAct(nn.BatchNorm2d):
@@ -85,9 +88,19 @@ def available() -> bool:
     return library("batch_norm") is not None
 
 
-def used_by(network: nn.Module) -> bool:
-    """Whether a network that is not compiled uses the kernel on the CPU."""
-    return any(isinstance(module, NormAct) and module.fused for module in network.modules()) and available()
+def fits(network: nn.Module) -> bool:
+    """Whether the kernel can train a network on the CPU: some of its modules, switched on or off."""
+    return any(module.num_features % _CHANNELS == 0 for module in _within(network)) and available()
+
+
+def switch(network: nn.Module, *, on: bool) -> None:
+    """Let a network use the kernel where it fits, or not."""
+    for module in _within(network):
+        module.fused = on
+
+
+def _within(network: nn.Module) -> list[NormAct]:
+    return [module for module in network.modules() if isinstance(module, NormAct)]
 
 
 class _Fused(torch.autograd.Function):
@@ -116,75 +129,58 @@ class _Fused(torch.autograd.Function):
         return of_x, None if out is None else of_shortcut, of_weight, of_bias, None
 
 
+_operators = torch.library.Library("tailscope", "DEF")  # type: ignore[no-untyped-call]
+
+
+def _operator(function: str, schema: str) -> Callable[[Results], Results]:
+    """Register an operator: a compiled function that fills the results which the decorated function makes."""
+
+    def register(results: Results) -> Results:
+        def run(*given: Any) -> tuple[Tensor, ...] | Tensor:
+            made = results(*given)
+            tensors = [value for value in given if not isinstance(value, float)]
+            tensors += made if isinstance(made, tuple) else [made]
+            _call(function, tensors, [ctypes.c_float(value) for value in given if isinstance(value, float)])
+            return made
+
+        name = _operators.define(schema)  # type: ignore[no-untyped-call]
+        _operators.impl(name, run, "CPU")  # type: ignore[no-untyped-call]
+        torch.library.register_fake(f"tailscope::{name}", results, lib=_operators)
+        return results
+
+    return register
+
+
+def _call(function: str, tensors: list[Tensor | None], numbers: list[ctypes.c_float]) -> None:
+    """Run a compiled function on tensors, rows and channels of the first, and numbers."""
+    x = tensors[0]
+    assert x is not None
+    channels = x.shape[1]
+    sizes = (ctypes.c_int64(x.numel() // channels), ctypes.c_int64(channels))
+    compiled = getattr(library("batch_norm"), f"{function}_{_NAMES[x.dtype]}")
+    compiled(*pointers(*tensors), *sizes, *numbers, torch.get_num_threads())
+
+
+@_operator("forward", "norm_act(Tensor x, Tensor? shortcut, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)")
 def _norm_act(x: Tensor, shortcut: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return relu(batch_norm(x) + shortcut), and float32 [3, C]: means, inverse deviations, unbiased variances."""
-    out, statistics = _norm_act_shapes(x, shortcut, weight, bias, eps)
-    _call("forward", x, [x, shortcut, out, weight, bias, statistics], ctypes.c_float(eps))
-    return out, statistics
-
-
-def _norm_act_shapes(
-    x: Tensor, shortcut: Tensor | None, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), weight.new_empty((3, len(weight)))
 
 
+@_operator(
+    "backward",
+    "norm_act_backward(Tensor arriving, Tensor? out, Tensor x, Tensor weight, Tensor bias, Tensor statistics)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
 def _norm_act_backward(
     arriving: Tensor, out: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, of the shortcut (empty without one), of weight and of bias."""
-    gradients = _norm_act_backward_shapes(arriving, out, x, weight, bias, statistics)
-    of_x, of_shortcut, of_weight, of_bias = gradients
-    given = [arriving, out, x, weight, bias, statistics, of_x, None if out is None else of_shortcut, of_weight, of_bias]
-    _call("backward", x, given)
-    return gradients
-
-
-def _norm_act_backward_shapes(
-    arriving: Tensor, out: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     of_shortcut = x.new_empty(0) if out is None else torch.empty_like(x)
     return torch.empty_like(x), of_shortcut, torch.empty_like(weight), torch.empty_like(bias)
 
 
+@_operator("apply", "scale_shift_relu(Tensor x, Tensor? shortcut, Tensor scale, Tensor shift) -> Tensor")
 def _scale_shift_relu(x: Tensor, shortcut: Tensor | None, scale: Tensor, shift: Tensor) -> Tensor:
     """Return relu(x * scale + shift + shortcut), reading activations once."""
-    out = torch.empty_like(x)
-    _call("apply", x, [x, shortcut, out, scale, shift])
-    return out
-
-
-def _scale_shift_relu_shape(x: Tensor, shortcut: Tensor | None, scale: Tensor, shift: Tensor) -> Tensor:
     return torch.empty_like(x)
-
-
-def _call(direction: str, x: Tensor, tensors: list[Tensor | None], *numbers: ctypes.c_float) -> None:
-    """Run the compiled function on tensors, rows and channels of x, and further numbers."""
-    channels = x.shape[1]
-    sizes = (ctypes.c_int64(x.numel() // channels), ctypes.c_int64(channels))
-    function = getattr(library("batch_norm"), f"{direction}_{_NAMES[x.dtype]}")
-    function(*pointers(*tensors), *sizes, *numbers, torch.get_num_threads())
-
-
-_operators = torch.library.Library("tailscope", "DEF")  # type: ignore[no-untyped-call]
-for _schema, _kernel, _shapes in (
-    (
-        "norm_act(Tensor x, Tensor? shortcut, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)",
-        _norm_act,
-        _norm_act_shapes,
-    ),
-    (
-        "norm_act_backward(Tensor arriving, Tensor? out, Tensor x, Tensor weight, Tensor bias, Tensor statistics)"
-        " -> (Tensor, Tensor, Tensor, Tensor)",
-        _norm_act_backward,
-        _norm_act_backward_shapes,
-    ),
-    (
-        "scale_shift_relu(Tensor x, Tensor? shortcut, Tensor scale, Tensor shift) -> Tensor",
-        _scale_shift_relu,
-        _scale_shift_relu_shape,
-    ),
-):
-    _name = _operators.define(_schema)  # type: ignore[no-untyped-call]
-    _operators.impl(_name, _kernel, "CPU")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"tailscope::{_name}", _shapes, lib=_operators)

@@ -24,7 +24,7 @@ from tailscope.progress import Quiet
 from tailscope.seeds import torch_stream
 from tailscope.spec import StageSpec
 from tailscope.training.recipes import Recipe
-from tailscope.training.runtime import Runtime
+from tailscope.training.runtime import Runtime, arithmetic_of
 from tailscope.training.stage1 import new_model
 from tailscope.training.step import Stepper, loss_function
 
@@ -194,16 +194,18 @@ class Rates:
 def remembered(lab: Lab, recipe: Recipe, plan: Plan) -> dict[Augment, float]:
     """Return the seconds an image took in stored trainings like the plan's: the median, by augmentation.
 
-    Alike are the data set, the network, the batch, the precision, whether steps are compiled, and the hardware with its
-    number of threads. Descriptions that cannot be read say nothing.
+    Alike are the data set, the network, the batch, the precision, the engine if one was asked for, and the hardware
+    with its number of threads. Descriptions that cannot be read say nothing.
     """
     assert isinstance(lab.data, ImageData)
     with lab.runtime.threads_for(lab.data.train.images, recipe.stage1.batch):
         here = lab.runtime.describe()
     precision = str(lab.runtime.dtype(recipe.stage1.precision)).removeprefix("torch.")
-    fixed = (lab.data.fingerprint, recipe.model, recipe.stage1.batch, precision)
-    hardware = (here["gpu"], here["cpu"], here["threads"])
-    alike = {b.augment: (*fixed, *hardware, lab.runtime.should_compile(b.steps)) for b in plan.to_train}
+    alike = (
+        (lab.data.fingerprint, recipe.model, recipe.stage1.batch, precision),
+        (here["gpu"], here["cpu"], here["threads"]),
+    )
+    wanted, asked = {b.augment for b in plan.to_train}, lab.runtime.engine
     found: dict[Augment, list[float]] = {}
     for key in lab.store.keys("stage1"):
         try:
@@ -211,11 +213,12 @@ def remembered(lab: Lab, recipe: Recipe, plan: Plan) -> dict[Augment, float]:
             spec, device = meta["spec"], meta["device"]
             augment = tuple(spec["augment"])
             stage = (spec["data"]["fingerprint"], spec["model"], spec["train"]["batch"], meta["precision"])
-            told = (*stage, device["gpu"], device["cpu"], device["threads"], meta["compiled"])
+            hardware = (device["gpu"], device["cpu"], device["threads"])
+            engine = arithmetic_of(meta)["engine"]
             rate = float(meta["images_per_second"])
         except (UserError, KeyError, TypeError, ValueError):
             continue
-        if alike.get(augment) == told and rate > 0:
+        if augment in wanted and (stage, hardware) == alike and asked in (None, engine) and rate > 0:
             found.setdefault(augment, []).append(1 / rate)
     return {augment: statistics.median(seconds) for augment, seconds in found.items()}
 
@@ -265,7 +268,7 @@ def _step(lab: Lab, recipe: Recipe, runtime: Runtime, seconds: float) -> float:
     model = new_model(recipe.model, images.shape[-1], classes, seed=0).to(runtime.device).train()
     loss = LOSSES.make("cross_entropy", torch.bincount(labels, minlength=classes))
     compute = loss_function(model, loss, lab.normalize.to(runtime.device), runtime.dtype(train.precision))
-    stepper = Stepper(model, compute, train, compile=False)
+    stepper = Stepper(model, compute, train)
     with runtime.threads_for(images, train.batch):
         # Reading the loss waits for the device.
         return _seconds_each(lambda: stepper(images, labels, 0.01).item(), len(labels), seconds)

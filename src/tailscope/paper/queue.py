@@ -118,7 +118,7 @@ def run_queue(reproduction: Reproduction, *, tell: Tell = print, progress: Progr
     """
     limit = None if reproduction.time_limit is None else parse_duration(reproduction.time_limit)
     deadline = Deadline(progress or Quiet(), float("inf") if limit is None else limit)
-    runtime = replace(Runtime.choose(reproduction.device, compile=reproduction.compile), progress=deadline)
+    runtime = replace(Runtime.choose(reproduction.device, engine=reproduction.engine), progress=deadline)
     make_folder(reproduction.out, "--out")
     trainings = Trainings(reproduction.jobs, runtime, deadline, 0.0 if limit is None else min(LAST, limit / 10), tell)
     queue = _Queue(reproduction, trainings, tell, limit)

@@ -72,7 +72,7 @@ class Reproduction:
     data: str | None = None
     files: FileOptions = field(default_factory=FileOptions)
     jobs: int = 1
-    compile: bool | None = None
+    engine: str = "auto"
     wait_for_data: bool = False
     bundle: Path | None = None
 
@@ -149,7 +149,7 @@ def run_reproduce(
         UserError: something about the reproduction, the data or OUT is not usable; before any training.
     """
     reproduction.settings(), reproduction.wanted()
-    runtime = Runtime.choose(reproduction.device, compile=reproduction.compile)
+    runtime = Runtime.choose(reproduction.device, engine=reproduction.engine)
     with workplace(reproduction.open(), reproduction.files, runtime) as place:
         recipe = place.recipe(reproduction.settings().recipe)
         settings = reproduction.settings().model_copy(update={"recipe": recipe})

@@ -202,7 +202,7 @@ class Trainings:
         self._train(training, Deadline(training, self.deadline.left))  # it remembers the last epoch's time
 
     def _train(self, training: _Training, progress: Progress) -> None:
-        """Train a backbone and, in a thread, fit the classifiers on it; what fails compiled is tried again without."""
+        """Train a backbone and, in a thread, fit the classifiers on it; what fails is tried once more, eagerly."""
         run, lab = training.run, with_progress(training.lab, progress)
 
         def work() -> None:
@@ -215,10 +215,9 @@ class Trainings:
 
         try:
             failed = failure(training, work, self.tell)
-            compiles = lab.runtime.should_compile(run.stage1.train.lengths(len(run.trained_on.rows))[1])
-            if failed and compiles and not isinstance(failed, UserError):
-                lab.runtime = replace(lab.runtime, compile=False)
-                failed = failure(f"{training}, once more, not compiled,", work, self.tell)
+            if failed and not isinstance(failed, UserError) and lab.runtime.engine != "eager":
+                lab.runtime = replace(lab.runtime, engine="eager")
+                failed = failure(f"{training}, once more with the engine eager,", work, self.tell)
             if failed:
                 training.state = "failed"
         except TimeIsUp:

@@ -343,6 +343,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "epochs": ("a whole number from 0", lambda value: type(value) is int and value >= 0),
     "losses": ("a list of numbers", lambda value: isinstance(value, list) and all(map(_is_number, value))),
     "seconds": ("a number", _is_number),
+    "engines": ("a list of names", lambda value: isinstance(value, list) and all(isinstance(n, str) for n in value)),
 }
 """What a training's checkpoint says of itself: `tailscope.training.epochs.History`."""
 

@@ -14,6 +14,7 @@ from tailscope.errors import UserError
 from tailscope.progress import Advance
 from tailscope.spec import StageSpec
 from tailscope.store import CHECKPOINT, Meta, Tensors, save_tensors, whole_checkpoint
+from tailscope.training.runtime import Engine
 from tailscope.training.schedules import SCHEDULES
 from tailscope.training.step import Stepper
 from tailscope.training.team import Solo, Team
@@ -106,11 +107,17 @@ class Flat:
 
 @dataclass
 class History:
-    """What grows while training, kept in checkpoints."""
+    """What grows while training, kept in checkpoints; `engines` took the steps so far, one after the other."""
 
     epochs: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
+    engines: list[Engine] = field(default_factory=list)
+
+    def go_on_with(self, engine: Engine) -> None:
+        """Note which engine takes the next steps."""
+        if self.engines[-1:] != [engine]:
+            self.engines.append(engine)
 
 
 class Keeper:

@@ -13,7 +13,6 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,16 +28,6 @@ Step = Callable[..., Tensor]
 Replay = Callable[[], None]
 
 
-class Capture(Protocol):
-    """How steps run before the capture, and how one is captured."""
-
-    def warm_up(self, step: Step, *given: Tensor | None) -> Tensor:
-        """Run a step as it is."""
-
-    def record(self, work: Callable[[], None]) -> Replay:
-        """Record `work`, which runs then or later, and return what runs it."""
-
-
 _PREPARING = threading.Lock()
 """Compiling, capturing and dealing out streams are done for one thread at a time; replaying is not."""
 
@@ -47,7 +36,7 @@ _IDLE: defaultdict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)
 
 
 @contextmanager
-def capturing(device: torch.device) -> Iterator[Capture | None]:
+def capturing(device: torch.device) -> Iterator["CudaCapture | None"]:
     """Give the block, a whole training, a CUDA stream of its own and what captures steps on it; nothing on a CPU.
 
     What was captured ends with the block.
@@ -70,7 +59,10 @@ def capturing(device: torch.device) -> Iterator[Capture | None]:
 
 
 class CudaCapture:
-    """CUDA's capture, as PyTorch's notes on CUDA graphs ask for, on a stream that is the current one already."""
+    """How steps run before a capture, and how one is captured: as PyTorch's notes on CUDA graphs ask for.
+
+    The stream is the current one already.
+    """
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._stream = stream
@@ -82,7 +74,7 @@ class CudaCapture:
             return step(*given)
 
     def record(self, work: Callable[[], None]) -> Replay:
-        """Capture `work`, which computes nothing meanwhile."""
+        """Capture `work`, which computes nothing meanwhile, and return what runs it."""
         graph = torch.cuda.CUDAGraph()
         # Another training may use the GPU from another thread of this process.
         with _PREPARING, torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
@@ -105,7 +97,7 @@ class GraphedStep:
     they are, after a warning.
     """
 
-    def __init__(self, step: Step, capture: Capture) -> None:
+    def __init__(self, step: Step, capture: CudaCapture) -> None:
         self._step, self._capture = step, capture
         self._calls = 0
         self._replay: Replay | None = None

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from tailscope.errors import UserError
 from tailscope.kernels import norm_act
+from tailscope.kernels.build import cpu_field
 from tailscope.progress import Progress, Quiet
 
-COMPILE_FROM_STEPS = 2_000
-"""From how many planned steps on compiling the step pays for its warm-up."""
+Engine = Literal["eager", "fused", "compiled"]
+"""What computes the steps of a training: PyTorch's own operations, our kernel between them, or torch.compile."""
 
 SHARED_FROM_PIXELS = 50_000
 """From how many pixels a batch on the CPU threads share the work (128 CIFAR images have 131,072, 64 digits 4,096)."""
@@ -29,11 +30,11 @@ SHARED_FROM_PIXELS = 50_000
 
 @dataclass(frozen=True)
 class Runtime:
-    """A device, its low precision, whether steps are compiled, and who is told about progress."""
+    """A device, its low precision, the engine if one was asked for, and who is told about progress."""
 
     device: torch.device
     low_precision: torch.dtype
-    compile: bool | None = None
+    engine: Engine | None = None
     progress: Progress = field(default_factory=Quiet)
 
     @classmethod
@@ -41,7 +42,7 @@ class Runtime:
         cls,
         device: str = "auto",
         *,
-        compile: bool | None = None,
+        engine: str = "auto",
         progress: Progress | None = None,
         keep_memory: bool = True,
     ) -> "Runtime":
@@ -49,12 +50,12 @@ class Runtime:
 
         Args:
             device: auto, cpu, cuda or cuda:N; `cuda` is the current device, and the runtime's has its number.
-            compile: True or False overrides the decision by the planned number of steps.
+            engine: eager, fused or compiled; auto takes the one that is measured to be the fastest.
             progress: receives the work done.
             keep_memory: keep what is freed for the next step; False where no networks run and memory is short.
 
         Raises:
-            UserError: the device is unknown or not there.
+            UserError: the device or the engine is unknown or not there.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -73,22 +74,11 @@ class Runtime:
         if keep_memory:
             keep_freed_memory()
         low = torch.bfloat16 if has_bf16(chosen) else torch.float32
-        return cls(chosen, low, compile, progress or Quiet())
+        return cls(chosen, low, _asked_for(engine, chosen), progress or Quiet())
 
     def dtype(self, precision: Literal["auto", "fp32"]) -> torch.dtype:
         """Return the type of convolutions and matrix products under a recipe's precision."""
         return torch.float32 if precision == "fp32" else self.low_precision
-
-    def should_compile(self, steps: int) -> bool:
-        """Whether a training of `steps` steps compiles its step: a function of the plan, so a resumed run agrees.
-
-        On a CPU our own kernels are faster than what the compiler makes of the step (docs/performance.md).
-        """
-        if self.compile is not None:
-            return self.compile
-        if self.device.type == "cpu" and norm_act.available():
-            return False
-        return steps >= COMPILE_FROM_STEPS and can_compile()
 
     @contextmanager
     def threads_for(self, images: Tensor, batch: int) -> Iterator[None]:
@@ -111,21 +101,44 @@ class Runtime:
         return {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
 
 
-def arithmetic(
-    device: torch.device, precision: torch.dtype, *, compiled: bool = False, fused: bool = False
-) -> dict[str, str | None]:
+def _asked_for(engine: str, device: torch.device) -> Engine | None:
+    """Return the engine that was asked for, None for auto; refuse one that this machine has not.
+
+    Raises:
+        UserError: it is unknown, or not to be had here.
+    """
+    match engine:
+        case "auto":
+            return None
+        case "eager":
+            return engine
+        case "fused":
+            if device.type == "cpu" and norm_act.available():
+                return engine
+            raise UserError(
+                "--engine fused: its kernel needs the CPU of a Linux machine with a C++ compiler; take auto or eager"
+            )
+        case "compiled":
+            if can_compile():
+                return engine
+            raise UserError(
+                "--engine compiled: it needs Linux, a C++ compiler and Python's headers; take auto or eager"
+            )
+    raise UserError(f"--engine {engine}: known are auto, eager, fused and compiled")
+
+
+def arithmetic(device: torch.device, precision: torch.dtype, engine: str = "eager") -> dict[str, str | None]:
     """Return what the numbers of a trained stage depend on beyond its key, for its description in the store.
 
     Args:
         device: where it was trained.
         precision: of convolutions and matrix products.
-        compiled: whether its steps were compiled.
-        fused: whether kernels of ours took part.
+        engine: what computed its steps; several, if it went on with another.
     """
     return {
         "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
-        "engine": _engine(compiled, fused),
-        "precision": str(precision).removeprefix("torch."),
+        "engine": engine,
+        "precision": named(precision),
         "torch": torch.__version__,
     }
 
@@ -135,16 +148,20 @@ def arithmetic_of(meta: Mapping[str, Any]) -> dict[str, str | None]:
     if "arithmetic" in meta:
         return dict(meta["arithmetic"])
     device = meta.get("device", {})
+    engine = None
+    if "compiled" in meta:
+        engine = "compiled" if meta["compiled"] else "fused" if meta.get("fused") else "eager"
     return {
         "processor": device.get("gpu") or device.get("cpu"),
-        "engine": _engine(meta["compiled"], meta.get("fused", False)) if "compiled" in meta else None,
+        "engine": engine,
         "precision": meta.get("precision"),
         "torch": None,
     }
 
 
-def _engine(compiled: bool, fused: bool) -> str:
-    return "compiled" if compiled else "fused" if fused else "eager"
+def named(dtype: torch.dtype) -> str:
+    """Return a type's name: bfloat16, float32."""
+    return str(dtype).removeprefix("torch.")
 
 
 def has_bf16(device: torch.device | str) -> bool:
@@ -152,7 +169,11 @@ def has_bf16(device: torch.device | str) -> bool:
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     flags = torch.backends.cpu.get_cpu_capability()
-    return flags.startswith("AVX512") and torch.ops.mkldnn._is_mkldnn_bf16_supported() and _cpu_flag("avx512_bf16")
+    return (
+        flags.startswith("AVX512")
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        and "avx512_bf16" in cpu_field("flags").split()
+    )
 
 
 def _refuse_tf32() -> None:
@@ -189,16 +210,4 @@ def keep_freed_memory() -> None:
 
 def cpu_name() -> str:
     """Return the processor's name."""
-    try:
-        with Path("/proc/cpuinfo").open() as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _cpu_flag(name: str) -> bool:
-    try:
-        with Path("/proc/cpuinfo").open() as lines:
-            return any(line.startswith("flags") and name in line.split() for line in lines)
-    except OSError:
-        return False
+    return cpu_field("model name") or platform.processor() or platform.machine()

@@ -8,7 +8,6 @@ it, and is part of the recipe.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,14 +17,13 @@ from torch import Tensor
 
 from tailscope.data.decoding import DecodedBatch, decode, earlier_draws, refuse
 from tailscope.data.filedata import FileSet, Rows
-from tailscope.methods import LOSSES, MIXINGS, SAMPLERS, photos
+from tailscope.methods import MIXINGS, SAMPLERS, photos
 from tailscope.seeds import derive, torch_stream
 from tailscope.spec import StageSpec
 from tailscope.store import Meta, Tensors
-from tailscope.training.epochs import Epochs, Flat, Keeper, resume, train_epochs
 from tailscope.training.runtime import Runtime
-from tailscope.training.stage1 import described, new_model
-from tailscope.training.step import LossFunction, Normalizer, Stepper, loss_function
+from tailscope.training.stage1 import Batch, Training
+from tailscope.training.step import Normalizer, Stepper
 from tailscope.training.team import Team
 
 
@@ -41,60 +39,26 @@ def train_on_files(
     team: Team,
     workers: int | None = None,
 ) -> tuple[Tensors, Meta]:
-    """Train the backbone that `spec` describes on `data` (already the subset that `spec.data` names).
+    """Train a backbone on images in files; the arguments are `Training`'s, the results those of its `run`.
 
-    All processes of the team call this together. The last epoch counts. What ends a training early costs the epoch that
-    was begun, or a little more where epochs are short and the process is killed (`Keeper`); started again, with any
-    number of processes, it goes on from there.
-
-    Args:
-        spec: the stage; its first augmentation is `resized_crop`.
-        data: the images.
-        normalize: pixel statistics.
-        seed: of initialisation, order and augmentation.
-        runtime: device, precision, progress.
-        scratch: folder for the checkpoint, None in followers.
-        label: what progress calls this training.
-        team: the processes that share the work.
-        workers: processes that decode for each of them; None decides.
-
-    Returns:
-        The model's state, and a description, as `train_backbone` does.
+    All processes of the team call this together. What ends a training early costs the epoch that was begun, or a little
+    more where epochs are short and the process is killed (`Keeper`); started again, with any number of processes, it
+    goes on from there. `workers` processes decode for each of the team's; None decides.
 
     Raises:
         UserError: an image has become unreadable, the team does not divide the micro-batches evenly, or the training
             diverged.
     """
-    epochs, keeper = Epochs(spec, len(data), label or "stage 1"), Keeper(scratch)
-    assert spec.model is not None
-    model = new_model(spec.model, data.channels, data.num_classes, seed).to(runtime.device).train()
-    loss = LOSSES.make(spec.loss, torch.tensor(data.counts(), device=runtime.device))
-    compute = loss_function(model, loss, normalize.to(runtime.device), runtime.dtype(spec.train.precision))
-    stepper = Stepper(model, compute, spec.train, compile=False)
-    step = _SharedStep(stepper, compute, spec.train.learning_rate, team)
     batches = _Batches(spec, data, seed, runtime, team, workers)
-    history = resume(scratch, stepper, team)
 
-    def steps(epoch: int, multipliers: Sequence[float]) -> Iterator[Tensor | None]:
+    def take(stepper: Stepper, epoch: int, multipliers: Sequence[float]) -> Iterator[Tensor | None]:
+        step = _SharedStep(stepper, team)
         for rate, (sizes, mine) in zip(multipliers, batches.epoch(epoch, len(multipliers)), strict=True):
             yield step(mine, sizes, rate) if sizes else None
 
-    task = runtime.progress.task(label, epochs.images(), epochs.images(history.epochs))
-    with keeper.saving(), task as advance:
-        train_epochs(epochs, history, stepper, keeper, advance, steps)
-    state = Flat(model.state_dict()).tensors()
-    how = {"device": runtime.describe(), "processes": team.size}
-    return state, {**described(spec, len(data), seed, runtime, stepper, history), **how}
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """A decoded micro-batch: uint8 images [b, H, W, C], labels [b], MixUp's weight and partners if any."""
-
-    images: Tensor
-    labels: Tensor
-    lam: Tensor | None
-    partner: Tensor | None
+    sides = (photos.size_of(spec.augment),) * 2
+    # Micro-batches are of several sizes: they are not compiled.
+    return Training(spec, data, sides, normalize, seed, runtime, scratch, label, team, compiles=False).run(take)
 
 
 def cut(rows: Rows, batch: int, micro_batches: int) -> list[Rows]:
@@ -126,7 +90,7 @@ class _Batches:
         self._transform = photos.training(spec.augment)
         self._mixing = MIXINGS.make(spec.mix) if spec.mix else None
 
-    def epoch(self, epoch: int, steps: int) -> Iterator[tuple[list[int], Iterator[_Piece]]]:
+    def epoch(self, epoch: int, steps: int) -> Iterator[tuple[list[int], Iterator[Batch]]]:
         """Yield for each of the first `steps` batches the sizes of all its micro-batches, and this process's own."""
         batch = self._train.batch
         order = self._sampler(len(self._data), torch_stream(self._seed, "order", epoch)).numpy()[: steps * batch]
@@ -151,7 +115,7 @@ class _Batches:
             own = range(self._team.rank, len(parts), self._team.size)
             yield [len(part) for part in parts], (self._piece(next(loader), epoch, step, m) for m in own)
 
-    def _piece(self, decoded: DecodedBatch, epoch: int, step: int, micro_batch: int) -> _Piece:
+    def _piece(self, decoded: DecodedBatch, epoch: int, step: int, micro_batch: int) -> Batch:
         if decoded.unreadable:
             raise refuse(self._data.files, decoded.unreadable)
         lam = partner = None
@@ -160,20 +124,19 @@ class _Batches:
             lams, partners = self._mixing.draw(1, len(decoded.rows), stream)
             lam, partner = lams[0].to(self._device), partners[0].to(self._device)
         images = decoded.images.to(self._device, non_blocking=True)
-        return _Piece(images, self._data.labels[decoded.rows].to(self._device), lam, partner)
+        return Batch(images, self._data.labels[decoded.rows].to(self._device), lam, partner)
 
 
 class _SharedStep:
     """One optimisation step on a batch that is cut into micro-batches, here and in other processes."""
 
-    def __init__(self, stepper: Stepper, compute: LossFunction, learning_rate: float, team: Team) -> None:
-        self._optimizer, self._compute = stepper.optimizer, compute
-        self._learning_rate, self._team = learning_rate, team
+    def __init__(self, stepper: Stepper, team: Team) -> None:
+        self._stepper, self._team = stepper, team
         self._parameters = [p for p in stepper.model.parameters() if p.requires_grad]
         self._statistics = [b for b in stepper.model.buffers() if b.is_floating_point()]
         self._counters = [b for b in stepper.model.buffers() if not b.is_floating_point()]
 
-    def __call__(self, mine: Iterator[_Piece], sizes: Sequence[int], rate: float) -> Tensor:
+    def __call__(self, mine: Iterator[Batch], sizes: Sequence[int], rate: float) -> Tensor:
         """Take a step at `rate` times the base learning rate; return the batch's mean loss, still on the device."""
         for p in self._parameters:
             p.grad = torch.zeros_like(p)
@@ -182,7 +145,7 @@ class _SharedStep:
         mean_loss = torch.zeros((), device=self._parameters[0].device)
         for piece in mine:
             _restore(self._statistics, before)
-            loss = self._compute(piece.images, piece.labels, piece.lam, piece.partner)
+            loss = self._stepper.compute(piece.images, piece.labels, piece.lam, piece.partner)
             loss = loss * (len(piece.labels) / sum(sizes))
             loss.backward()  # type: ignore[no-untyped-call]
             mean_loss += loss.detach()
@@ -191,8 +154,8 @@ class _SharedStep:
         torch._foreach_div_(after, len(sizes))
         _restore(self._statistics, after)
         _restore(self._counters, steps)
-        self._optimizer.param_groups[0]["lr"] = self._learning_rate * rate
-        self._optimizer.step()
+        self._stepper.set_rate(rate)
+        self._stepper.optimizer.step()
         return mean_loss
 
 

@@ -12,6 +12,7 @@ from tailscope.spec import StageSpec
 from tailscope.store import Meta, Tensors
 from tailscope.training.epochs import Epochs, Flat
 from tailscope.training.runtime import arithmetic
+from tailscope.training.step import sgd
 
 View = tuple[Tensor, Tensor]
 """Features [n, d] and labels int64 [n] of one augmented view of the training data."""
@@ -52,14 +53,7 @@ def fit_classifier(
     if start:
         classifier.load_state_dict(dict(zip(("weight", "bias"), start, strict=True)))
     loss_of = LOSSES.make(spec.loss, torch.tensor(counts))
-    optimizer = torch.optim.SGD(
-        classifier.parameters(),
-        lr=spec.train.learning_rate,
-        momentum=spec.train.momentum,
-        nesterov=spec.train.nesterov,
-        weight_decay=spec.train.weight_decay,
-        fused=True,
-    )
+    optimizer = sgd(classifier, spec.train, spec.train.learning_rate)
     losses = []
     for epoch in range(epochs.number):
         features, labels = views[epoch % len(views)]

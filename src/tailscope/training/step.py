@@ -1,17 +1,20 @@
 """One optimisation step: uint8 images in, a loss out, parameters moved."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tailscope.kernels import norm_act
 from tailscope.methods.losses import Loss
 from tailscope.models import CifarResNet
+from tailscope.seeds import alone
 from tailscope.spec import TrainSpec
-from tailscope.training.graph import Capture, GraphedStep, Step
+from tailscope.training.graph import CudaCapture, GraphedStep, Step
+from tailscope.training.runtime import Engine
 
 
 @dataclass(frozen=True)
@@ -86,49 +89,62 @@ def _step(
     return loss.detach()
 
 
-class Stepper:
-    """Runs steps of a model; the short last batch of an epoch is not compiled, and captured by itself.
+def sgd(model: nn.Module, train: TrainSpec, rate: float | Tensor) -> torch.optim.SGD:
+    """Return the optimiser of a stage."""
+    return torch.optim.SGD(
+        model.parameters(),
+        lr=rate,
+        momentum=train.momentum,
+        nesterov=train.nesterov,
+        weight_decay=train.weight_decay,
+        fused=True,
+    )
 
-    Steps that are not compiled use our kernels, which compiled ones would have to leave their graph for.
-    """
+
+def _compiling(step: Step) -> Step:
+    """Keep other threads from drawing in the first step: the compiler puts back the default generator's state."""
+    first = [alone()]
+
+    def take(*given: Tensor | None) -> Tensor:
+        with first.pop() if first else nullcontext():
+            return step(*given)
+
+    return take
+
+
+class Stepper:
+    """Runs steps of a model; the short last batch of an epoch is not compiled, and captured by itself."""
 
     def __init__(
-        self,
-        model: CifarResNet,
-        compute: LossFunction,
-        train: TrainSpec,
-        *,
-        compile: bool,
-        capture: Capture | None = None,
+        self, model: CifarResNet, compute: LossFunction, train: TrainSpec, *, capture: CudaCapture | None = None
     ) -> None:
-        """Prepare the optimiser.
+        """Prepare the optimiser, and steps with the engine `fused`.
 
         Args:
             model: in training mode, on its device.
             compute: the mean loss of a batch.
             train: batch size and optimiser.
-            compile: whether full batches go through `torch.compile`.
             capture: what captures the steps, of full and of short batches; None: they are launched kernel by kernel.
         """
-        self.model = model
-        self.compiled = compile
-        device = next(model.parameters()).device
-        self.fused = not compile and device.type == "cpu" and norm_act.used_by(model)
+        self.model, self.compute, self.capture = model, compute, capture
         self._batch = train.batch
         self._learning_rate = train.learning_rate
-        self.optimizer = torch.optim.SGD(
-            model.parameters(),
-            # A captured step reads the rate from memory.
-            lr=torch.tensor(train.learning_rate, device=device) if capture else train.learning_rate,
-            momentum=train.momentum,
-            nesterov=train.nesterov,
-            weight_decay=train.weight_decay,
-            fused=True,
-        )
+        device = next(model.parameters()).device
+        # A captured step reads the rate from memory.
+        rate = torch.tensor(train.learning_rate, device=device) if capture else train.learning_rate
+        self.optimizer = sgd(model, train, rate)
+        self.use("fused")
+
+    def use(self, engine: Engine) -> None:
+        """Take steps with an engine; what is not compiled uses our kernel where it fits, unless that is `eager`."""
+        norm_act.switch(self.model, on=engine != "eager")
+        capture = self.capture
         # Nothing of this refers back to the stepper: a graph must not wait for the garbage collector to find a cycle.
-        short: Step = partial(_step, self.optimizer, compute)
-        full: Step = partial(_step, self.optimizer, torch.compile(compute, dynamic=False)) if compile else short
-        self._full, self._short = (GraphedStep(step, capture) if capture else step for step in (full, short))
+        full: Step = partial(_step, self.optimizer, self.compute)
+        short = full
+        if engine == "compiled":
+            full = _compiling(partial(_step, self.optimizer, torch.compile(self.compute, dynamic=False)))
+        self._full, self._short = (GraphedStep(s, capture) if capture else s for s in (full, short))
 
     def __call__(
         self,
@@ -142,12 +158,13 @@ class Stepper:
 
         Batches that are not full are all of one size: an epoch's last one.
         """
-        self._set_rate(self._learning_rate * multiplier)
+        self.set_rate(multiplier)
         step = self._full if len(labels) == self._batch else self._short
         return step(images, labels, lam, partner)
 
-    def _set_rate(self, value: float) -> None:
-        group = self.optimizer.param_groups[0]
+    def set_rate(self, multiplier: float) -> None:
+        """Learn at `multiplier` times the base learning rate from now on."""
+        group, value = self.optimizer.param_groups[0], self._learning_rate * multiplier
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(value)
         else:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,70 +22,48 @@ PATIENCE = timedelta(days=7)
 """How long followers wait for the leader, who may fit classifiers and measure geometry for hours in between."""
 
 
-class Team(Protocol):
-    """The processes that work on one command."""
+class Team:
+    """The processes that work on one command; by itself a team of one, with nothing to send and nothing to sum.
 
-    @property
-    def rank(self) -> int:
-        """Number of the process; 0 leads."""
+    Attributes:
+        rank: number of the process; 0 leads.
+        size: number of processes.
+        device: of the process; None leaves the choice to the runtime.
+    """
 
-    @property
-    def size(self) -> int:
-        """Number of processes."""
-
-    @property
-    def device(self) -> torch.device | None:
-        """Device of the process; None leaves the choice to the runtime."""
+    rank: int = 0
+    size: int = 1
+    device: torch.device | None = None
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over the processes; all must call it with the same shapes."""
 
     def share(self, value: Any) -> Any:
         """Return the leader's value in every process."""
+        return value
 
     def lead(self, order: Any) -> AbstractContextManager[None]:
         """Give the followers an order, which all processes carry out in the block."""
+        return nullcontext()
 
     def orders(self) -> Iterator[Any]:
         """Yield a follower the leader's orders until it is dismissed."""
+        return iter(())
 
     def dismiss(self) -> None:
         """Let the followers go."""
 
 
-class Solo:
-    """A team of one: nothing to send, nothing to sum."""
-
-    rank, size, device = 0, 1, None
-
-    def sum(self, tensors: Sequence[Tensor]) -> None:
-        """Do nothing."""
-
-    def share(self, value: Any) -> Any:
-        """Return the value."""
-        return value
-
-    def lead(self, order: Any) -> AbstractContextManager[None]:
-        """Tell nobody."""
-        return nullcontext()
-
-    def orders(self) -> Iterator[Any]:
-        """Yield nothing: there is no leader to follow."""
-        return iter(())
-
-    def dismiss(self) -> None:
-        """Do nothing."""
+Solo = Team
 
 
-class FabricTeam:
+class FabricTeam(Team):
     """Several processes, started and connected by Lightning Fabric."""
 
     def __init__(self, fabric: Any) -> None:
         self._fabric = fabric
         self._listening = True
-        self.rank: int = fabric.global_rank
-        self.size: int = fabric.world_size
-        self.device: torch.device | None = fabric.device
+        self.rank, self.size, self.device = fabric.global_rank, fabric.world_size, fabric.device
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Sum all tensors over the processes, in float32, in one message."""
@@ -96,7 +74,7 @@ class FabricTeam:
             tensor.copy_(part.view(tensor.shape))
 
     def share(self, value: Any) -> Any:
-        """Return the leader's value in every process."""
+        """Send the leader's value to every process."""
         with _connected():
             return self._fabric.broadcast(value, src=0)
 
