@@ -102,27 +102,24 @@ class GraphedStep:
         self._calls = 0
         self._replay: Replay | None = None
         self._inputs: tuple[Tensor | None, ...] = ()
-        self._loss: Tensor | None = None
-        self._failed = False
+        self._loss = torch.empty(0)
 
     def __call__(self, *given: Tensor | None) -> Tensor:
         """Take a step; the arguments' shapes, and which are None, are the same every time."""
         self._calls += 1
-        if self._failed:
-            return self._step(*given)
         if self._calls <= WARM_UP:
             return self._capture.warm_up(self._step, *given)
-        if self._replay is None and not self._record(given):
+        if self._calls == WARM_UP + 1:
+            self._record(given)
+        if self._replay is None:
             return self._step(*given)
         for place, new in zip(self._inputs, given, strict=True):
             if place is not None and new is not None:
                 place.copy_(new)
-        assert self._replay is not None
         self._replay()
-        assert self._loss is not None
         return self._loss.clone()
 
-    def _record(self, given: tuple[Tensor | None, ...]) -> bool:
+    def _record(self, given: tuple[Tensor | None, ...]) -> None:
         self._inputs = tuple(None if tensor is None else tensor.clone() for tensor in given)
 
         def work() -> None:
@@ -132,5 +129,3 @@ class GraphedStep:
             self._replay = self._capture.record(work)
         except RuntimeError as error:
             _log.warning("the step is not captured as a CUDA graph, training will be slower: %s", error)
-            self._failed = True
-        return not self._failed
