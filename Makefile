@@ -30,7 +30,7 @@ lint: install
 
 # The pages that are made from the code; a test fails where one is not current.
 docs-pages: install
-	$(BIN)/python scripts/docs_methods.py docs/methods.md
+	$(BIN)/python scripts/docs_pages.py
 
 docs: $(READY)-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

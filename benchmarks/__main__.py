@@ -9,11 +9,12 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import record, table
-from benchmarks.record import Options
+from benchmarks import record
+from benchmarks.record import Options, Record
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECORDS = REPOSITORY / "results" / "bench"
@@ -47,17 +48,24 @@ def run(name: str, options: Options, folder: Path, hardware: dict[str, Any]) -> 
     """Run one benchmark, print its table, and write its record."""
     print(f"== {name} ({options.size})", flush=True)
     started, load = time.monotonic(), os.getloadavg()[0]
-    found = importlib.import_module(f"benchmarks.{name}").run(options)
+    found = benchmark(name)(options)
     content = found.to_json(hardware, load, time.monotonic() - started)
     path = record.write(folder, content)
-    print(table.table(content), f"\nwritten: {path}\n", flush=True)
+    print(record.table(content), f"\nwritten: {path}\n", flush=True)
     return path
+
+
+def benchmark(name: str) -> Callable[[Options], Record]:
+    """Return the function that measures what is asked for."""
+    module, function = ("train", "augment") if name == "augment" else (name, "run")
+    found: Callable[[Options], Record] = getattr(importlib.import_module(f"benchmarks.{module}"), function)
+    return found
 
 
 def fill_document(*, check: bool) -> int:
     """Fill the tables of docs/performance.md; with `check`, only say whether they are up to date."""
     text = DOCUMENT.read_text()
-    filled = table.render(text, record.read(RECORDS))
+    filled = record.render(text, record.read(RECORDS))
     if check:
         print("docs/performance.md is " + ("up to date" if text == filled else "out of date"))
         return int(text != filled)

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.measure import Spread
+from benchmarks.geometry import Shape
+from benchmarks.measure import Arm, Spread, Worker
 from benchmarks.record import Options, Record, Row
-from benchmarks.shapes import Shape
-from benchmarks.workers import Arm, Worker
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def run(options: Options) -> Record:
 
 
 def _profile(name: str, settings: dict[str, Any], options: Options) -> dict[str, float]:
-    arm = Arm(f"benchmarks.arms.profiles:{name}", settings)
+    arm = Arm(f"benchmarks.arms.ours:profile_{name}", settings)
     with Worker(arm, inline=options.inline) as worker:
         worker.wait_until_ready()
         return worker.run(0.0).result or {}

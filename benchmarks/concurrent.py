@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-from benchmarks.measure import interleave, paired
+from benchmarks.measure import Arm, interleave, paired
 from benchmarks.record import Options, Record, Row, joined
 from benchmarks.train import settings
-from benchmarks.workers import Arm
 
 
 @dataclass(frozen=True)
@@ -58,4 +57,4 @@ def _arm(jobs: int, size: Size, options: Options) -> Arm:
     given = settings(size, options)
     if jobs == 1:  # as it runs without --jobs, in the main thread
         return Arm("benchmarks.arms.ours:train", given, multiple=size.stretch)
-    return Arm("benchmarks.arms.concurrent:train", {**given, "jobs": jobs, "stretch": size.stretch}, warm_up=1)
+    return Arm("benchmarks.arms.ours:train_together", {**given, "jobs": jobs, "stretch": size.stretch}, warm_up=1)

@@ -9,10 +9,59 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Measured, Spread, interleave, paired
+from benchmarks.measure import Arm, Measured, Spread, Worker, interleave, paired
 from benchmarks.record import Options, Record, Row, joined
-from benchmarks.shapes import Shape, flops
-from benchmarks.workers import Arm, Worker
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Features: rows, dimension, classes, and of how many classes the rival is measured."""
+
+    rows: int
+    dimension: int
+    classes: int
+    measured: int
+
+    def __str__(self) -> str:
+        """Name the shape."""
+        return f"({self.rows:,}, {self.dimension:,}, {self.classes:,})"
+
+    @property
+    def features_bytes(self) -> int:
+        """Size of the float32 features."""
+        return 4 * self.rows * self.dimension
+
+
+def train_counts(rows: int, classes: int) -> list[int]:
+    """Return a long-tailed training count a class: from half of a class's rows down to a hundredth of that, at least 2.
+
+    The class's other rows are unseen.
+
+    >>> train_counts(50_000, 100)[0], train_counts(50_000, 100)[-1]
+    (250, 2)
+    """
+    most = rows // classes // 2
+    return [max(2, int(most * 100 ** (-k / (classes - 1)))) for k in range(classes)]
+
+
+def flops(shape: Shape) -> float:
+    """Return the floating-point operations of the matrix products that the definitions need.
+
+    Per class the smaller of the Gram matrix and the covariance, unseen against training samples for the leave-one-out
+    angles, and every sample against the classes' centres: training samples against both kinds.
+
+    >>> flops(Shape(rows=40, dimension=10, classes=2, measured=1))
+    12800.0
+    """
+    d, classes = shape.dimension, shape.classes
+    per_class = shape.rows // classes
+    total = 0.0
+    for n in train_counts(shape.rows, classes):
+        total += 2 * per_class * d * min(per_class, d)
+        total += 2 * n * (per_class - n) * d
+        total += 2 * d * classes * (n + per_class)
+    return total
+
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SECONDS = 8.0
@@ -58,14 +107,14 @@ def _arms(shape: Shape, size: Size, options: Options) -> dict[str, Arm]:
     megabytes = max(1, min(512, shape.features_bytes >> 20))
     device = {"device": options.device}
     return {
-        "ours": Arm("benchmarks.arms.geometry:engine", {**features, "permutations": 0, **device}, warm_up=1),
+        "ours": Arm("benchmarks.arms.ours:geometry", {**features, "permutations": 0, **device}, warm_up=1),
         "rival": Arm(
             "benchmarks.arms.geometry_sklearn:engine",
             {**features, "measured": shape.measured, "permutations": 0},
             warm_up=1,
         ),
-        "gemm": Arm("benchmarks.arms.limits:matrix_product", {"size": size.gemm, **device}),
-        "read": Arm("benchmarks.arms.limits:read_memory", {"megabytes": megabytes, **device}),
+        "gemm": Arm("benchmarks.arms.rivals:matrix_product", {"size": size.gemm, **device}),
+        "read": Arm("benchmarks.arms.rivals:read_memory", {"megabytes": megabytes, **device}),
     }
 
 
@@ -107,7 +156,7 @@ def _process_rows(shape: Shape, goals: bool, rounds: int, options: Options) -> l
     """Measure whole processes: start, imports, reading the features, measuring, end."""
     with tempfile.TemporaryDirectory() as folder:
         features = {"rows": shape.rows, "dimension": shape.dimension, "classes": shape.classes, "folder": folder}
-        with Worker(Arm("benchmarks.arms.geometry:save", features), inline=options.inline) as worker:
+        with Worker(Arm("benchmarks.arms.ours:save_features", features), inline=options.inline) as worker:
             worker.wait_until_ready()
         ours, rival, peaks = [], [], []
         for _ in range(rounds):
@@ -154,11 +203,11 @@ def _whole(engine: str, folder: str, shape: Shape, options: Options) -> tuple[fl
     arguments = [engine, folder, str(shape.classes), str(shape.measured)]
     started = time.perf_counter()
     if options.inline:
-        from benchmarks.arms.whole import main
+        from benchmarks.arms.geometry_sklearn import whole
 
-        report: dict[str, Any] = dict(main(engine, folder, shape.classes, shape.measured))
+        report: dict[str, Any] = dict(whole(engine, folder, shape.classes, shape.measured))
     else:
-        command = [sys.executable, "-m", "benchmarks.arms.whole", *arguments]
+        command = [sys.executable, "-m", "benchmarks.arms.geometry_sklearn", *arguments]
         done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, check=True, text=True)
         report = json.loads(done.stdout)
     return time.perf_counter() - started, report
@@ -170,7 +219,7 @@ def _permutation_rows(shape: Shape, size: Size, options: Options) -> list[Row]:
     drawn = {**features, "permutations": size.permutations}
     measured = interleave(
         {
-            "ours": Arm("benchmarks.arms.geometry:engine", {**drawn, "device": options.device}, warm_up=0),
+            "ours": Arm("benchmarks.arms.ours:geometry", {**drawn, "device": options.device}, warm_up=0),
             "rival": Arm(
                 "benchmarks.arms.geometry_sklearn:engine", {**drawn, "measured": size.permuted}, warm_up=0
             ),

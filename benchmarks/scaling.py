@@ -3,10 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.measure import Spread, interleave, paired
+from benchmarks.geometry import Shape
+from benchmarks.measure import Arm, Spread, interleave, paired
 from benchmarks.record import Options, Record, Row, joined
-from benchmarks.shapes import Shape
-from benchmarks.workers import Arm
 
 PARTS = {1: "all", 4: "a quarter", 16: "a sixteenth"}
 
@@ -46,18 +45,18 @@ def run(options: Options) -> Record:
     def swaps(n: int) -> Arm:
         settings = {**shared, "train_images": n, "test_images": test_images * n // size.swap_images}
         settings |= {"batch": size.batch, "profile": size.profile}
-        return Arm("benchmarks.arms.swapping:repeatedly", settings, warm_up=0)
+        return Arm("benchmarks.arms.ours:swap_repeatedly", settings, warm_up=0)
 
     def views(n: int) -> Arm:
-        return Arm("benchmarks.arms.classifiers:extract_views", {**shared, "images": n}, warm_up=1)
+        return Arm("benchmarks.arms.ours:extract_views", {**shared, "images": n}, warm_up=1)
 
     def fits(n: int) -> Arm:
         settings = {"images": n, "dimension": 64, "views": 10, "epochs": 10, "device": options.device}
-        return Arm("benchmarks.arms.classifiers:fit", settings, warm_up=1)
+        return Arm("benchmarks.arms.ours:fit", settings, warm_up=1)
 
     def geometry(n: int) -> Arm:
         shape = {"dimension": size.shape.dimension, "classes": size.shape.classes, "permutations": 0}
-        return Arm("benchmarks.arms.geometry:engine", {**shape, "rows": n, "device": options.device}, warm_up=1)
+        return Arm("benchmarks.arms.ours:geometry", {**shape, "rows": n, "device": options.device}, warm_up=1)
 
     _measure(record, "train", "us/image", size.train_images, stage1, size, images)
     _measure(record, "swap, one epoch and view", "us/image", size.swap_images, swaps, size, images)

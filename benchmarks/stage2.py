@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-from benchmarks.measure import Measured, Spread, interleave, paired
+from benchmarks.measure import Arm, Measured, Spread, interleave, paired
 from benchmarks.record import Options, Record, Row, joined
-from benchmarks.workers import Arm
 
 EPOCHS = 10
 BATCH = 512
@@ -38,11 +37,11 @@ def run(options: Options) -> Record:
     fit = {"images": size.images, "dimension": size.dimension, "views": EPOCHS, "epochs": EPOCHS}
     measured = interleave(
         {
-            "fit": Arm("benchmarks.arms.classifiers:fit", {**fit, "device": options.device}, warm_up=1),
-            "extract": Arm("benchmarks.arms.classifiers:extract_views", shared, warm_up=1),
-            "rerun": Arm("benchmarks.arms.classifiers:rerun", {**shared, "batch": batch}),
+            "fit": Arm("benchmarks.arms.ours:fit", {**fit, "device": options.device}, warm_up=1),
+            "extract": Arm("benchmarks.arms.ours:extract_views", shared, warm_up=1),
+            "rerun": Arm("benchmarks.arms.ours:rerun", {**shared, "batch": batch}),
             "textbook": Arm(
-                "benchmarks.arms.textbook:fit_classifier",
+                "benchmarks.arms.rivals:textbook_classifier",
                 {**shared, "batch": batch, "workers": size.workers},
                 settle=4 if size.workers else 0,
             ),

@@ -3,9 +3,8 @@
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from benchmarks.measure import Spread, fastest, paired, start
+from benchmarks.measure import Arm, Slice, Spread, Worker, fastest, paired, start
 from benchmarks.record import Options, Record, Row, joined
-from benchmarks.workers import Arm, Slice, Worker
 
 EPOCHS = 10  # of stage 2; as many views, so that both protocols are the same
 STAGE2_BATCH = 512
@@ -38,8 +37,8 @@ def run(options: Options) -> Record:
     """Run our swap in slices between which the rival's two stages are measured."""
     size = SIZES[options.size]
     record = Record("swap", options)
-    stage1 = _best("benchmarks.arms.textbook:train", size, size.batch, options)
-    stage2 = _best("benchmarks.arms.textbook:fit_classifier", size, min(STAGE2_BATCH, size.train_images), options)
+    stage1 = _best("benchmarks.arms.rivals:textbook", size, size.batch, options)
+    stage2 = _best("benchmarks.arms.rivals:textbook_classifier", size, min(STAGE2_BATCH, size.train_images), options)
     with ExitStack() as stack:
         workers = start({"ours": _ours(size, options), **stage1, **stage2}, stack, inline=options.inline)
         infos = [worker.wait_until_ready() for worker in workers.values()]
@@ -62,7 +61,7 @@ def _ours(size: Size, options: Options) -> Arm:
         "batch": size.batch, "model": size.model, "views": size.views, "profile": size.profile,
         "device": options.device,
     }  # fmt: skip
-    return Arm("benchmarks.arms.swapping:once", settings)
+    return Arm("benchmarks.arms.ours:swap_once", settings)
 
 
 def _best(target: str, size: Size, batch: int, options: Options) -> dict[str, Arm]:
@@ -70,7 +69,7 @@ def _best(target: str, size: Size, batch: int, options: Options) -> dict[str, Ar
     shared = {
         "data": options.data, "images": size.train_images, "batch": batch, "model": size.model, "device": options.device
     }  # fmt: skip
-    stage = "stage 1" if target.endswith("train") else "stage 2"
+    stage = "stage 2" if target.endswith("classifier") else "stage 1"
     arms = {
         f"{stage}: {w} workers": Arm(target, {**shared, "workers": w}, settle=4 if w else 0, warm_up=2)
         for w in size.workers

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.measure import Measured, fastest, interleave, paired
+from benchmarks.measure import Arm, Measured, fastest, interleave, paired
 from benchmarks.record import Options, Record, Row, joined
-from benchmarks.workers import Arm
 from tailscope.kernels.build import cpu_field
 
 
@@ -59,7 +58,7 @@ def ours(size: Any, options: Options, **changes: Any) -> Arm:
 def textbook(size: Any, options: Options, workers: int, **changes: Any) -> Arm:
     """Return the textbook loop as an arm."""
     given = {**settings(size, options), "workers": workers, **changes}
-    return Arm("benchmarks.arms.textbook:train", given, settle=SETTLE if workers else 0)
+    return Arm("benchmarks.arms.rivals:textbook", given, settle=SETTLE if workers else 0)
 
 
 def settings(size: Any, options: Options) -> dict[str, Any]:
@@ -90,9 +89,9 @@ def _arms(size: Size, options: Options) -> dict[str, Arm]:
     return {
         **{engine: ours(size, options, engine=engine) for engine in _plain(size)},
         "ours": ours(size, options),
-        "tuned": Arm("benchmarks.arms.tuned:train", {**tuned, "keep_memory": False}),
-        "tuned_kept": Arm("benchmarks.arms.tuned:train", {**tuned, "keep_memory": True}),
-        "limit": Arm("benchmarks.arms.limits:convolutions", limit),
+        "tuned": Arm("benchmarks.arms.rivals:tuned", {**tuned, "keep_memory": False}),
+        "tuned_kept": Arm("benchmarks.arms.rivals:tuned", {**tuned, "keep_memory": True}),
+        "limit": Arm("benchmarks.arms.rivals:convolutions", limit),
     }
 
 
@@ -134,3 +133,31 @@ def _warm_up(arm: Measured) -> str:
     """Return how long a compiled arm's first steps took beyond what steps take."""
     seconds = arm.warm_up.seconds - arm.warm_up.items * arm.seconds_per_item.median
     return f"compiling took {seconds:.0f} s" if arm.info["engine"] == "compiled" else ""
+
+
+# -- augmentation ---------------------------------------------------------------------------------------------------
+
+VARIANTS: dict[str, dict[str, bool]] = {"plain": {}, "mixup": {"mixup": True}, "autoaugment": {"autoaugment": True}}
+AUGMENT_GOALS = {"mixup": 0.95, "autoaugment": 0.85}
+AUGMENT_NAMES = {"plain": "crop and flip", "mixup": "with MixUp", "autoaugment": "with AutoAugment"}
+
+
+def augment(options: Options) -> Record:
+    """Measure what MixUp and AutoAugment cost our engine, and the textbook loop with its largest number of workers."""
+    size = SIZES[options.size]
+    workers = size.workers[-1]
+    arms = {f"ours_{name}": ours(size, options, **change) for name, change in VARIANTS.items()}
+    arms |= {f"textbook_{name}": textbook(size, options, workers, **change) for name, change in VARIANTS.items()}
+    measured = interleave(arms, rounds=size.rounds, seconds=size.seconds, inline=options.inline)
+    record = Record("augment", options)
+    record.raw = {name: m.raw() for name, m in measured.items()}
+    for name, title in AUGMENT_NAMES.items():
+        mine, rival = measured[f"ours_{name}"], measured[f"textbook_{name}"]
+        cost = paired(measured["ours_plain"].per_item, mine.per_item) if name != "plain" else None
+        note = joined(["AutoAugment drawn for every image" if name == "autoaugment" else "", options.images_note])
+        goal = AUGMENT_GOALS.get(name)
+        record.rows.append(Row(f"tailscope, {title}", mine.rate, "images/s", cost, "this / without", goal, note=note))
+        ratio = paired(rival.per_item, mine.per_item)
+        note = joined([f"{workers} workers", f"measured on {rival.items:,} images", options.images_note])
+        record.rows.append(Row(f"textbook loop, {title}", rival.rate, "images/s", ratio, "ours / this", note=note))
+    return record

@@ -13,17 +13,15 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import record, table
+from benchmarks import record
 from benchmarks.arms.common import load_images
-from benchmarks.arms.geometry import make_features
 from benchmarks.arms.geometry_sklearn import centers_of, measure_class
-from benchmarks.arms.limits import convolutions_of
-from benchmarks.arms.tuned import batches
-from benchmarks.measure import Measured, Spread, interleave, paired
+from benchmarks.arms.ours import make_features
+from benchmarks.arms.rivals import batches, convolutions_of
+from benchmarks.geometry import Shape, flops, train_counts
+from benchmarks.measure import Arm, Measured, Pace, Slice, Spread, Worker, interleave, paired
 from benchmarks.record import Options, Record, Row
-from benchmarks.shapes import Shape, flops, train_counts
 from benchmarks.swap import images_trained
-from benchmarks.workers import Arm, Pace, Slice, Worker
 from conftest import REPOSITORY
 from tailscope.geometry import describe
 from tailscope.models import MODELS
@@ -76,7 +74,7 @@ def test_arms_take_turns_and_slices_have_whole_multiples() -> None:
 
 
 def test_an_arm_in_a_process_of_its_own_ends_with_its_result() -> None:
-    with Worker(Arm("benchmarks.arms.limits:matrix_product", {"size": 8, "device": "cpu"})) as worker:
+    with Worker(Arm("benchmarks.arms.rivals:matrix_product", {"size": 8, "device": "cpu"})) as worker:
         worker.wait_until_ready()
         done = worker.run(0.0)
     assert done.items == 2 * 8**3
@@ -110,14 +108,14 @@ def test_every_benchmark_runs(name: str) -> None:
     # Lightning warns about its environment; with one seed and few images our own result warns too. Neither is tested.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = importlib.import_module(f"benchmarks.{name}").run(TINY)
+        found = command.benchmark(name)(TINY)
     content = json.loads(json.dumps(found.to_json(MACHINE, 0.0, 1.0)))
     assert content["benchmark"] == name
     assert content["rows"]
     for row in content["rows"]:
         assert row["value"]["low"] <= row["value"]["median"] <= row["value"]["high"]
         assert row["value"]["median"] > 0 or "memory" in row["what"]
-    assert len(table.table(content).splitlines()) == len(content["rows"]) + 4
+    assert len(record.table(content).splitlines()) == len(content["rows"]) + 4
 
 
 def test_the_goals_of_the_rows_are_judged_by_the_median() -> None:
@@ -133,17 +131,17 @@ def test_the_document_is_filled_from_the_records_and_keeps_its_prose(tmp_path: P
     content = made.to_json(MACHINE, 0.5, 60.0)
     record.write(tmp_path, content)
     text = "Prose.\n<!-- bench:train -->\nold\n<!-- /bench -->\nMore.\n<!-- bench:swap -->\n<!-- /bench -->\n"
-    filled = table.render(text, record.read(tmp_path))
+    filled = record.render(text, record.read(tmp_path))
     assert "| a\\|b | 2.00 (1.00–3.00) s | 5.00× ours / this | ≥ 4×: reached |  |" in filled
-    assert table.MISSING in filled
+    assert record.MISSING in filled
     assert "old" not in filled
     assert filled.startswith("Prose.\n<!-- bench:train -->\n")
-    assert table.render(filled, record.read(tmp_path)) == filled
+    assert record.render(filled, record.read(tmp_path)) == filled
 
 
 def test_the_document_is_up_to_date_and_shows_every_benchmark() -> None:
     text = command.DOCUMENT.read_text()
-    assert {match[2] for match in table.BLOCK.finditer(text)} == set(command.NAMES)
+    assert {match[2] for match in record.BLOCK.finditer(text)} == set(command.NAMES)
     assert command.fill_document(check=True) == 0
 
 
@@ -195,7 +193,7 @@ def test_the_rival_measures_the_same_geometry() -> None:
         assert centers.nearest_train[k] == pytest.approx(entry["nearest_center_train_deg"], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["measure", "shapes", "swap", "table"])
+@pytest.mark.parametrize("name", ["measure", "geometry", "swap", "record"])
 def test_the_examples_in_docstrings_hold(name: str) -> None:
     assert doctest.testmod(importlib.import_module(f"benchmarks.{name}")).failed == 0
 

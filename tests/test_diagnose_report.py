@@ -19,7 +19,7 @@ from tailscope import cli, report
 from tailscope.errors import UserError
 from tailscope.feature_table import FeatureTable
 from tailscope.geometry import FIELDS
-from tailscope.report import diagnosis, measures_page
+from tailscope.report import diagnosis
 from tailscope.result_files import write
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -112,10 +112,6 @@ def test_a_damaged_diagnosis_is_refused(result, tmp_path):
     path.write_text(json.dumps({key: value for key, value in result.items() if key != "pairs"}))
     with pytest.raises(UserError, match="'pairs' is missing"):
         report.build(tmp_path)
-
-
-def test_the_page_of_measures_is_current():
-    assert (REPOSITORY / "docs" / "measures.md").read_text(encoding="utf-8") == measures_page.text()
 
 
 def test_the_notebook_is_the_tutorial_with_what_it_prints():

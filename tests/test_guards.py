@@ -18,7 +18,7 @@ from typer.main import get_command
 
 import experiment_setups
 import tailscope
-from scripts import docs_methods, walk
+from scripts import docs_pages, walk
 from tailscope import classifiers, cli, encoders, geometry, report, verbs
 from tailscope.classifiers import CLASSIFIERS
 from tailscope.training.recipes import PARAMETRISED, RECIPES
@@ -146,7 +146,7 @@ def test_every_verb_is_in_the_readme(verb):
 
 def test_the_page_of_methods_is_current_and_names_everything_that_is_registered():
     page = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
-    assert page == docs_methods.text(), "python scripts/docs_methods.py docs/methods.md"
+    assert page == docs_pages.methods(), "python scripts/docs_pages.py"
     entries = [entry.name for registry in (*verbs.REGISTRIES.values(), CLASSIFIERS, PARAMETRISED) for entry in registry]
     assert [name for name in [*entries, *get_command(cli.app).commands, *RECIPES] if f"| `{name}" not in page] == []
 

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from importlib.resources import files
 
 import numpy as np
 import pytest
@@ -12,10 +11,17 @@ from scipy import stats
 
 import result_factory as factory
 from tailscope.intervals import paired
-from tailscope.paper import published
+from tailscope.paper import targets
 from tailscope.paper.claims import check, document, tally
-from tailscope.paper.evidence import Evidence, over_seeds
-from tailscope.paper.verdicts import Claim, permutation_p, positive, rank_correlation, within
+from tailscope.paper.evidence import (
+    Claim,
+    Evidence,
+    over_seeds,
+    permutation_p,
+    positive,
+    rank_correlation,
+    within,
+)
 from tailscope.training.recipes import RECIPES
 
 FIELDS = {"claim", "figure", "statistic", "estimate", "ci95", "verdict"}
@@ -33,7 +39,7 @@ def cifar(make, **options):
 
 
 def test_table1_gives_the_representation_70_per_cent_of_cifar10s_gap():
-    a = published.table1("cifar10-lt")
+    a = targets.table1("cifar10-lt")
     representation = 0.5 * (a["true->lt"] - a["lt->lt"] + a["true->true"] - a["lt->true"])
     assert representation == pytest.approx(0.14675)
     assert representation / (a["true->true"] - a["lt->lt"]) == pytest.approx(0.702, abs=5e-4)
@@ -41,21 +47,21 @@ def test_table1_gives_the_representation_70_per_cent_of_cifar10s_gap():
 
 @pytest.mark.parametrize("dataset", ["cifar10-lt", "cifar100-lt", "imagenet-lt"])
 def test_true_lt_beats_lt_true_in_print(dataset):
-    a = published.table1(dataset)
+    a = targets.table1(dataset)
     assert sorted(a, key=a.get) == ["lt->lt", "lt->true", "true->lt", "true->true"]
 
 
 def test_every_number_names_its_place_and_whose_it_is():
-    printed = json.loads(files("tailscope.paper").joinpath("published.json").read_text())
+    printed = targets.read("published.json")
     assert printed["whose"].startswith("the paper's")
     assert all(printed[block]["where"] for block in ("table1", "fig3", "section3"))
-    assert len(published.figure3("cifar10-lt")) == 16
-    assert all(0.7 < v < 0.9 for v in published.figure3("cifar10-lt").values())
-    assert published.table1("digits") == {}
+    assert len(targets.figure3("cifar10-lt")) == 16
+    assert all(0.7 < v < 0.9 for v in targets.figure3("cifar10-lt").values())
+    assert targets.table1("digits") == {}
 
 
 def test_the_recipe_as_printed_is_section_3():
-    printed = published.document()["section3"]
+    printed = targets.read("published.json")["section3"]
     recipe = RECIPES["paper-as-printed"]
     for stage, numbers in (("stage1", printed["cifar_stage1"]), ("stage2", printed["stage2"])):
         for field in ("epochs", "batch", "learning_rate", "weight_decay"):
@@ -147,7 +153,7 @@ def with_accuracies(accuracies):
 
 
 def test_the_papers_own_numbers_satisfy_every_ordering_and_their_mirror_image_none():
-    printed = published.table1("cifar10-lt") | published.figure3("cifar10-lt")
+    printed = targets.table1("cifar10-lt") | targets.figure3("cifar10-lt")
     holding = check(with_accuracies(printed))
     assert len(holding) == 3 + 12 + 12
     assert {claim.verdict for claim in holding} == {"holds"}

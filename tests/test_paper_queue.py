@@ -5,7 +5,6 @@ import re
 import shutil
 import threading
 import time
-from dataclasses import replace
 
 import pytest
 import torch
@@ -16,11 +15,11 @@ from hypothesis import strategies as st
 from tailscope.data.sources import load
 from tailscope.errors import UserError
 from tailscope.experiments.lab import Lab
-from tailscope.paper import ahead, queue, targets
-from tailscope.paper.queue import Piece, order, run_queue
+from tailscope.paper import queue, targets
+from tailscope.paper.plan import runs
+from tailscope.paper.queue import Piece, order, parse_duration, run_queue
 from tailscope.paper.reproduce import Reproduction, run_reproduce
-from tailscope.paper.runs import runs
-from tailscope.paper.timing import parse_duration
+from tailscope.paper.trainings import Trainings
 from tailscope.progress import Deadline, Quiet, TimeIsUp
 from tailscope.store import Store, add, packed_bytes, save_tensors
 from tailscope.training import stage1
@@ -48,7 +47,7 @@ def _known():
             known = targets.Benchmark("digits", profile, "nested", SHOWN[name])
             patch.setitem(targets.BENCHMARKS, name, known)
         patch.setattr(queue, "DATASETS", tuple(SHOWN))
-        patch.setattr("tailscope.paper.timing.SECONDS", 0.05)
+        patch.setattr("tailscope.paper.plan.SECONDS", 0.05)
         patch.setattr("tailscope.report.build", lambda out: out / "report.html")
         yield
 
@@ -68,7 +67,7 @@ class Impatient(Deadline):
             raise TimeIsUp
 
 
-ahead_train = ahead.Trainings._train
+real_train = Trainings._train
 
 
 def reproduction_of(out, what="all", **options):
@@ -263,9 +262,7 @@ def test_what_only_a_queue_can_do_is_refused_elsewhere(tmp_path, tailscope_):
 
 
 def test_a_failed_training_shows_in_the_exit_code(tmp_path, tailscope_, monkeypatch):
-    monkeypatch.setattr(
-        ahead.Trainings, "_train", lambda self, training, progress: setattr(training, "state", "failed")
-    )
+    monkeypatch.setattr(Trainings, "_train", lambda self, training, progress: setattr(training, "state", "failed"))
     command = ("reproduce", "table1", "--dataset", "digits-lt", "--recipe", "tiny", "--seeds", "1", "--out", tmp_path)
     shown = tailscope_(*command, "--time-limit", "5m")
     assert shown.code == 1
@@ -314,7 +311,7 @@ class Expiring(Deadline):
 def workers(monkeypatch):
     """Each training does what the test puts into the list."""
     acts = []
-    monkeypatch.setattr(ahead.Trainings, "_train", lambda self, training, progress: acts[0](self, training, progress))
+    monkeypatch.setattr(Trainings, "_train", lambda self, training, progress: acts[0](self, training, progress))
     return acts
 
 
@@ -331,7 +328,7 @@ def test_with_jobs_too_a_piece_is_written_while_later_ones_are_trained(tmp_path,
     def act(trainings, training, progress):
         asked.append(training.run.backbone_key)
         if len(asked) <= 2:
-            return ahead_train(trainings, training, Deadline(Quiet(), 60))
+            return real_train(trainings, training, Deadline(Quiet(), 60))
         until = time.monotonic() + 20
         while not (tmp_path / "swap.json").is_file() and time.monotonic() < until:
             time.sleep(0.01)
@@ -353,7 +350,7 @@ def trainings_of(store, jobs, *, seeds="2", what="table1", seconds=60.0, closing
     lab = Lab(load("digits"), Store(store), runtime)
     settings = reproduction_of(store, what, seeds=seeds).settings()
     found = [run for verb in targets.experiments(what, "digits-lt") for run in runs(lab, settings, verb)]
-    return ahead.Trainings(jobs, runtime, Deadline(Quiet(), seconds), closing, tell), lab, found
+    return Trainings(jobs, runtime, Deadline(Quiet(), seconds), closing, tell), lab, found
 
 
 def test_trainings_in_threads_do_not_disturb_one_another(tmp_path):
@@ -365,7 +362,8 @@ def test_trainings_in_threads_do_not_disturb_one_another(tmp_path):
         for jobs in (1, 4):
             trainings, lab, needed = trainings_of(tmp_path / str(jobs), jobs)
             with trainings:
-                assert trainings.add(lab, needed) == 4
+                trainings.add(lab, needed)
+                assert trainings.total == 4
                 while trainings.train(run.backbone_key for run in needed):
                     pass
                 while trainings.busy:
@@ -453,8 +451,8 @@ def test_shortly_before_the_time_is_up_no_training_begins(tmp_path, workers, job
 
 def test_the_last_minute_of_a_short_limit_is_a_tenth_of_it(tmp_path, monkeypatch):
     seen = []
-    real = ahead.Trainings.__init__
-    monkeypatch.setattr(ahead.Trainings, "__init__", lambda self, *rest: (seen.append(rest[3]), real(self, *rest))[1])
+    real = Trainings.__init__
+    monkeypatch.setattr(Trainings, "__init__", lambda self, *rest: (seen.append(rest[3]), real(self, *rest))[1])
     monkeypatch.setattr(queue._Queue, "work", lambda self: None)
     for limit in ("1h", "50s", None):
         run_queue(reproduction_of(tmp_path, time_limit=limit), tell=lambda text: None)
@@ -522,7 +520,7 @@ def test_a_piece_that_cannot_be_written_costs_the_trainings_nothing(tmp_path, mo
 
 
 def test_threads_say_every_minute_how_far_they_are(tmp_path, monkeypatch):
-    monkeypatch.setattr(ahead, "STATUS", 0.05)
+    monkeypatch.setattr("tailscope.paper.trainings.STATUS", 0.05)
     said = []
     run_queue(reproduction_of(tmp_path, "table1", seeds="1", jobs=2), tell=said.append)
     lines = [line for line in said if "images/s" in line]
@@ -534,12 +532,12 @@ def test_threads_say_every_minute_how_far_they_are(tmp_path, monkeypatch):
 # -- the bundle ---------------------------------------------------------------------------------------------------
 
 
-def test_a_bundle_holds_the_most_valuable_in_as_many_bytes_and_files_as_it_may(tmp_path, monkeypatch):
-    """Its room is made so small that one of the four backbones, and one of the two checkpoints, stay behind."""
-    reproduction = reproduction_of(tmp_path / "out", bundle=tmp_path / "bundle", store=tmp_path / "store")
-    run_queue(replace(reproduction, what="table1"), tell=lambda text: None)
+def test_a_bundle_holds_the_most_valuable_in_as_many_bytes_as_it_may(tmp_path, monkeypatch):
+    """Its room is made so small that one of the two checkpoints, or everything but results, stays behind."""
+    reproduction = reproduction_of(tmp_path / "out", "table1", bundle=tmp_path / "bundle", store=tmp_path / "store")
+    run_queue(reproduction, tell=lambda text: None)
     store = Store(tmp_path / "store")
-    _, _, needed = trainings_of(tmp_path / "store", 1, what="table1")
+    _, _, needed = trainings_of(tmp_path / "store", 1)
     backbones = sorted(
         {run.backbone_key: run for run in needed}.values(), key=lambda run: (run.seed, run.encoder != "true")
     )
@@ -553,32 +551,28 @@ def test_a_bundle_holds_the_most_valuable_in_as_many_bytes_and_files_as_it_may(t
     archive = one + 2 * queue.TAR_END
     stages = sum(packed_bytes(store, "stage2", key) for key in store.keys("stage2")) + 2 * one
     monkeypatch.setattr(queue, "ARCHIVE", archive)
+    monkeypatch.setattr(queue._Queue, "work", lambda self: self._take_in())
     bundle, said = tmp_path / "bundle", []
     (bundle / "stages-9.tar").touch()  # of an earlier run
+    results = (bundle / "results.tar.gz").stat().st_size + queue.TAR_END * (queue.FILES - 1)
 
-    def sizes(room, files):
-        monkeypatch.setattr(queue, "ROOM", room)
-        monkeypatch.setattr(queue, "FILES", files)
-        monkeypatch.setattr(queue._Queue, "work", lambda self: self._take_in())
-        run_queue(replace(reproduction, what="table1"), tell=said.append)
+    def names(room):
+        monkeypatch.setattr(queue, "ROOM", results + room)
+        run_queue(reproduction, tell=said.append)
         found = {file.name: file.stat().st_size for file in bundle.iterdir()}
-        assert sum(found.values()) <= room
-        assert len(found) <= files
+        assert sum(found.values()) <= results + room
         assert all(size <= archive for name, size in found.items() if name != "results.tar.gz")
         return sorted(found)
 
-    results = (bundle / "results.tar.gz").stat().st_size
-    everything = sizes(results + 100 * one, 8)
-    assert everything[:2] == ["checkpoints-1.tar", "checkpoints-2.tar"]
-    assert everything[2] == "results.tar.gz"
-    assert "bundle: results, 10 stages, 2 checkpoints; " in said[-2] + said[-1]
-    assert sizes(results + stages + one + queue.TAR_END, 8)[:2] == ["checkpoints.tar", "results.tar.gz"]
-    assert "1 checkpoints (2 are there)" in said[-2] + said[-1]
-    assert sizes(results + 100 * one, 1 + len(everything) - 3) == everything[2:]
-    assert sizes(results + 1024, 8) == ["results.tar.gz"]
+    assert names(1024) == ["results.tar.gz"]
     assert "0 stages (10 are there)" in said[-2] + said[-1]
+    names(stages + one)
+    assert "10 stages, 1 checkpoints (2 are there)" in said[-2] + said[-1]
+    everything = names(100 * one)
+    assert everything[:3] == ["results.tar.gz", "stages-1.tar", "stages-2.tar"]
+    assert "stages-9.tar" not in everything
+    assert "bundle: results, 10 stages, 2 checkpoints; " in said[-2] + said[-1]
     home = Store(tmp_path / "home")
-    sizes(results + 100 * one, 8)
     add(home, *sorted(bundle.glob("*.tar")))
     assert home.keys("stage1") == store.keys("stage1")
     assert all(home.checkpoint("stage1", run.backbone_key)["epochs"] == 1 for run in backbones[2:])
@@ -613,13 +607,13 @@ def test_the_report_is_built_once_and_only_where_something_is_new(tmp_path, monk
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_an_interrupt_leaves_what_is_done_and_says_so(tmp_path, monkeypatch, jobs):
-    real = queue._Queue._finish
+    real = queue._Queue._write
 
-    def finish(self, piece, lab):
-        real(self, piece, lab)
+    def write(self, piece, part):
+        real(self, piece, part)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(queue._Queue, "_finish", finish)
+    monkeypatch.setattr(queue._Queue, "_write", write)
     with pytest.raises(KeyboardInterrupt):
         run_queue(reproduction_of(tmp_path, jobs=jobs), tell=lambda text: None)
     document = json.loads((tmp_path / "reproduce.json").read_text())

@@ -18,11 +18,10 @@ from tailscope.errors import UserError
 from tailscope.experiments import results
 from tailscope.experiments.lab import Lab
 from tailscope.intervals import paired
-from tailscope.paper import targets, timing
-from tailscope.paper.plan import make_plan
-from tailscope.paper.reproduce import EXPERIMENTS, Reproduction, run_reproduce
-from tailscope.paper.runs import outcomes
-from tailscope.paper.timing import Rates, duration, measure, other_work, remembered
+from tailscope.paper import plan as planning
+from tailscope.paper import targets
+from tailscope.paper.plan import Rates, make_plan, measure, other_work, remembered
+from tailscope.paper.reproduce import EXPERIMENTS, Reproduction, outcomes, run_reproduce
 from tailscope.report import page
 from tailscope.store import CHECKPOINT, Store, save_tensors
 from tailscope.training import runtime as training_runtime
@@ -42,7 +41,7 @@ TINY = Recipe.model_validate(
 # What a process of its own needs to know this file's recipe and data set.
 CHILD = f"""
 from pathlib import Path
-from tailscope.paper import targets, timing
+from tailscope.paper import targets
 from tailscope.paper.reproduce import Reproduction, run_reproduce
 from tailscope.training.recipes import RECIPES, Recipe
 RECIPES["tiny"] = Recipe.model_validate_json({TINY.model_dump_json()!r})
@@ -61,7 +60,7 @@ def _known():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(RECIPES, "tiny", TINY)
         patch.setitem(targets.BENCHMARKS, "digits-lt", BENCHMARK)
-        patch.setattr("tailscope.paper.timing.SECONDS", 0.05)
+        patch.setattr("tailscope.paper.plan.SECONDS", 0.05)
         yield
 
 
@@ -149,14 +148,14 @@ def test_time_is_what_the_rates_say(tmp_path, digits):
     lab = Lab(digits, Store(tmp_path), Runtime.choose("cpu"))
     plan = make_plan(lab, settings, ["swap"])
     augment = plan.backbones[0].augment
-    rates = Rates(step=2.0, augment={augment: 1.0}, view=10.0, clean=100.0)
+    rates = Rates(training={augment: 3.0}, view=10.0, clean=100.0)
     images = sum(b.images for b in plan.backbones)
     assert plan.views == 2 * len(digits.train)  # one view of D* a backbone, shared by its classifiers
     assert plan.clean == 2 * len(digits.test)
-    assert rates.estimate(plan) == (2 + 1) * images + 10 * plan.views + 100 * plan.clean
+    assert rates.estimate(plan) == 3 * images + 10 * plan.views + 100 * plan.clean
     measured = measure(lab, settings.recipe, plan, seconds=0.1)
-    assert min(measured.step, measured.view, measured.clean, *measured.augment.values()) > 0
-    assert duration(3600 * 2) == "2 h 0 min"
+    assert min(measured.view, measured.clean, *measured.training.values()) > 0
+    assert not measured.remembered
 
 
 def test_an_estimate_prefers_the_rate_of_a_stored_training_like_the_plans(finished, digits):
@@ -169,12 +168,13 @@ def test_an_estimate_prefers_the_rate_of_a_stored_training_like_the_plans(finish
     rates = measure(lab, settings.recipe, plan, seconds=0.1)
     assert len(metas) == 2
     expected = sum(1 / meta["images_per_second"] for meta in metas) / 2  # the median of two
-    assert rates.remembered == {augment: pytest.approx(expected)}
+    assert rates.remembered == {augment}
+    assert rates.training[augment] == pytest.approx(expected)
     known = sum(b.images for b in plan.to_train if b.augment == augment)
     unknown = {b.augment for b in plan.to_train} - {augment}
-    assert rates.augment.keys() == unknown
+    assert rates.training.keys() == unknown | {augment}
     assert unknown
-    alone = Rates(0.0, dict.fromkeys(unknown, 0.0), 0.0, 0.0, rates.remembered)
+    alone = Rates(rates.training | dict.fromkeys(unknown, 0.0), 0.0, 0.0)
     assert alone.estimate(plan) == pytest.approx(known * expected)
     assert "remembers" in rates.sources(plan)
     assert "else measured on single steps" in rates.sources(plan)
@@ -188,8 +188,8 @@ def test_an_estimate_prefers_the_rate_of_a_stored_training_like_the_plans(finish
 def test_a_single_slow_step_is_no_rate(monkeypatch):
     """The first of all may build kernels, and any may wait for another process: neither decides."""
     now, took = [0.0], iter([900.0, 0.1, 0.1, 60.0, 0.1, 0.1])
-    monkeypatch.setattr(timing.time, "monotonic", lambda: now[0])
-    rate = timing._seconds_each(lambda: now.__setitem__(0, now[0] + next(took)), 10, 0.05)
+    monkeypatch.setattr(planning.time, "monotonic", lambda: now[0])
+    rate = planning._seconds_each(lambda: now.__setitem__(0, now[0] + next(took)), 10, 0.05)
     assert rate == pytest.approx(0.01)
 
 
@@ -197,8 +197,8 @@ def test_a_single_slow_step_is_no_rate(monkeypatch):
     ("load", "cores", "told"), [(0.3, 2, False), (7.4, 2, True), (2.0, 64, False), (30.0, 64, True)]
 )
 def test_an_estimate_says_that_others_work_here(monkeypatch, tmp_path, load, cores, told):
-    monkeypatch.setattr(timing.os, "getloadavg", lambda: (load, 0.0, 0.0))
-    monkeypatch.setattr(timing.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(planning.os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(planning.os, "cpu_count", lambda: cores)
     assert (f"load {load:.1f} on {cores} cores" in other_work()) == told
     said = []
     run_reproduce(reproduction_of(tmp_path), tell=said.append, plan_only=True)
@@ -219,7 +219,7 @@ def test_the_plan_knows_what_a_killed_run_has_saved(tmp_path, digits, caplog):
     assert goes_on.describe() == f"{fresh.describe()}; goes on after epoch 1"
     assert "goes on" not in other.describe()
     assert (goes_on.images_left, other.images_left) == (fresh.images // 2, other.images)  # one of two epochs
-    rates = Rates(step=1.0, augment={fresh.augment: 0.0}, view=0.0, clean=0.0)
+    rates = Rates(training={fresh.augment: 1.0}, view=0.0, clean=0.0)
     assert rates.estimate(plan) == fresh.images // 2 + other.images
     (scratch / CHECKPOINT).write_bytes(b"torn")
     assert make_plan(lab, settings, ["swap"]).backbones == (fresh, other)

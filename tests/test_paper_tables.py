@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import result_factory as factory
+from scripts.docs_pages import generate, main, measures
 from tailscope.errors import UserError
-from tailscope.paper import published
+from tailscope.paper import targets
 from tailscope.paper.evidence import Evidence
-from tailscope.paper.page import generate, main
 from tailscope.paper.side_by_side import build, write
 from tailscope.report.tables import to_csv, to_markdown
 
@@ -35,7 +35,7 @@ def test_table_1_is_paper_ours_difference():
     swap = cifar(factory.swap)
     numbers, written = tables(swap=swap)["table1"]
     rows = {row["cell"]: row for row in read_csv(numbers)}
-    for cell, paper in published.table1("cifar10-lt").items():
+    for cell, paper in targets.table1("cifar10-lt").items():
         accuracy = swap["cells"][cell]["accuracy"]
         mean = sum(accuracy) / 3
         sd = (sum((a - mean) ** 2 for a in accuracy) / 2) ** 0.5
@@ -53,7 +53,7 @@ def test_table_1_is_paper_ours_difference():
 def test_figure_3_has_its_sixteen_cells_even_for_one_seed():
     numbers, written = tables(ladder=cifar(factory.ladder, seeds=1))["fig3"]
     rows = read_csv(numbers)
-    assert {row["cell"] for row in rows} == set(published.figure3("cifar10-lt"))
+    assert {row["cell"] for row in rows} == set(targets.figure3("cifar10-lt"))
     assert {row["ours_sd"] for row in rows} == {""}
     assert "±" not in to_markdown(written).split(":---")[-1]
 
@@ -149,7 +149,7 @@ def test_table_1_at_a_glance_has_the_papers_row_once_and_a_row_a_folder(results)
     rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")]
     found = {(row[0], row[1]): row[2:] for row in rows[2:]}
     paper = [
-        f"{100 * published.table1('cifar10-lt')[cell]:.2f}" for cell in ("lt->lt", "lt->true", "true->lt", "true->true")
+        f"{100 * targets.table1('cifar10-lt')[cell]:.2f}" for cell in ("lt->lt", "lt->true", "true->lt", "true->true")
     ]
     assert found["cifar10-lt", "the paper"][1:] == paper
     assert [key for key in found if key[1] == "the paper"] == [("cifar10-lt", "the paper")]
@@ -219,23 +219,24 @@ def test_a_folder_of_two_recipes_is_refused(results):
         generate(results, PROSE)
 
 
-def test_check_tells_whether_the_page_is_up_to_date(results, tmp_path, capsys):
-    page = tmp_path / "page.md"
+def test_check_tells_whether_the_pages_are_up_to_date(results, tmp_path, capsys):
+    page, of_measures = tmp_path / "reproduction.md", tmp_path / "measures.md"
     page.write_text(PROSE)
-    assert main([str(results), str(page), "--check"]) == 1
+    of_measures.write_text(measures())
+    options = ["--results", str(results), "--docs", str(tmp_path)]
+    assert main([*options, "--check"]) == 1
     assert page.read_text() == PROSE
-    assert main([str(results), str(page)]) == 0
-    assert main([str(results), str(page), "--check"]) == 0
-    assert main([str(results), str(tmp_path / "missing.md")]) == 2
-    assert capsys.readouterr().err.count("\n") == 2
+    assert main(options) == 0
+    assert main([*options, "--check"]) == 0
+    of_measures.write_text("old")
+    assert main([*options, "--check"]) == 1
+    assert main(["--results", str(tmp_path / "missing"), "--docs", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 3
 
 
-def test_the_committed_page_says_what_the_committed_results_say():
+def test_the_committed_pages_say_what_the_code_and_the_committed_results_say(capsys):
     from conftest import REPOSITORY
 
     if not (REPOSITORY / "results").is_dir():
         pytest.skip("no results in this checkout")
-    page = (REPOSITORY / "docs" / "reproduction.md").read_text(encoding="utf-8")
-    assert generate(REPOSITORY / "results", page) == page, (
-        "run: python -m tailscope.paper.page results docs/reproduction.md"
-    )
+    assert main(["--check"]) == 0, capsys.readouterr().err

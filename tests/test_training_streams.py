@@ -18,7 +18,7 @@ from tailscope.encoders.preprocessing import Wishes
 from tailscope.errors import UserError
 from tailscope.features import extract
 from tailscope.methods import photos
-from tailscope.paper.ahead import prepare_thread
+from tailscope.paper.trainings import prepare_thread
 from tailscope.progress import Quiet
 from tailscope.seeds import derive, keyed, numpy_stream, torch_stream
 from tailscope.spec import StageSpec, TrainSpec

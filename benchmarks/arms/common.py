@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.workers import Pace
+from benchmarks.measure import Pace
 from tailscope.data import npz
 from tailscope.data.imageset import ImageSet
 from tailscope.progress import Advance, Quiet

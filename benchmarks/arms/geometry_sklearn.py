@@ -1,14 +1,24 @@
-"""The same measurements with scikit-learn and NumPy, class by class, as a competent user would write them."""
+"""The same measurements with scikit-learn and NumPy, class by class, as a competent user would write them.
 
+`python -m benchmarks.arms.geometry_sklearn ours|sklearn FOLDER CLASSES MEASURED` is a whole process from start to end:
+it measures the geometry of every class of FOLDER/train.npz and FOLDER/unseen.npz, the rival of MEASURED of CLASSES,
+writes the result beside them, and prints one line of JSON. Ours is the command line itself, without verdict and
+permutations.
+"""
+
+import json
+import sys
 import time
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from sklearn.decomposition import PCA
 from sklearn.metrics.pairwise import cosine_similarity
 
-from benchmarks.workers import Pace
+from benchmarks.measure import Pace, peak_bytes
 
 Array = np.ndarray[Any, Any]
 
@@ -164,7 +174,7 @@ def some_classes(classes: int, measured: int) -> list[int]:
 
 def engine(pace: Pace, *, rows: int, dimension: int, classes: int, measured: int, permutations: int) -> None:
     """Measure some of the classes, once a step; items are classes. The centres of all are timed before."""
-    from benchmarks.arms.geometry import make_features
+    from benchmarks.arms.ours import make_features
 
     arrays = make_features(rows, dimension, classes).arrays()
     started = time.perf_counter()
@@ -175,3 +185,50 @@ def engine(pace: Pace, *, rows: int, dimension: int, classes: int, measured: int
         for k in some_classes(classes, measured):
             measure_class(arrays, k, centers, permutations, rng)
         pace.step(measured)
+
+
+# -- whole processes --------------------------------------------------------------------------------------------------
+
+
+def whole(engine: str, folder: str, classes: int, measured: int) -> dict[str, float]:
+    """Run and return the seconds of the part that grows with the classes measured, and the peak memory."""
+    run = whole_ours if engine == "ours" else whole_rival
+    return {"loop_seconds": run(Path(folder), classes, measured), "peak_bytes": peak_bytes()}
+
+
+def whole_ours(folder: Path, classes: int, measured: int) -> float:
+    """Run `tailscope diagnose` in this process; all classes at once, so nothing is scaled."""
+    from tailscope import cli
+
+    files = ["--train", f"{folder / 'train.npz'}", "--unseen", f"{folder / 'unseen.npz'}", "--out", f"{folder / 'out'}"]
+    options = ["--permutations", "0", "--no-verdict", "--no-report", "--overwrite"]
+    given = sys.argv
+    sys.argv = ["tailscope", "diagnose", *files, *options]
+    try:
+        with redirect_stdout(sys.stderr):
+            cli.main()
+    except SystemExit as ended:
+        if ended.code:
+            raise
+    finally:
+        sys.argv = given
+    return 0.0
+
+
+def whole_rival(folder: Path, classes: int, measured: int) -> float:
+    """Load, measure class by class with scikit-learn and NumPy, and write JSON."""
+    arrays = {}
+    for side in ("train", "unseen"):
+        with np.load(folder / f"{side}.npz", allow_pickle=False) as file:
+            arrays[side], arrays[f"{side}_labels"] = file["features"], file["labels"]
+    centers = centers_of(**arrays, classes=classes)
+    rng = np.random.default_rng(0)
+    started = time.perf_counter()
+    found = [measure_class(arrays, k, centers, 0, rng) for k in some_classes(classes, measured)]
+    seconds = time.perf_counter() - started
+    (folder / "rival.json").write_text(json.dumps(found, default=float))
+    return seconds
+
+
+if __name__ == "__main__":
+    print(json.dumps(whole(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.arms.common import CLASSES, load_images, on_device
-from benchmarks.arms.textbook import make_loader
-from benchmarks.workers import Pace
+from benchmarks.arms.rivals import make_loader
+from benchmarks.measure import Pace
 from tailscope.models import MODELS
 
 

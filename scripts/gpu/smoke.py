@@ -25,7 +25,7 @@ from tailscope.data.imageset import ImageSet
 from tailscope.data.sources import ImageData
 from tailscope.experiments.lab import Lab
 from tailscope.experiments.runs import Run
-from tailscope.paper.ahead import Trainings
+from tailscope.paper.trainings import Trainings
 from tailscope.progress import Deadline, Quiet
 from tailscope.store import Store
 from tailscope.training import stage1

@@ -1,13 +1,51 @@
-"""What a reproduction will train and what is stored already."""
+"""What a reproduction will train, what is stored already, and how long the rest takes on this machine.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+Times come from what the store remembers of trainings here, else from a measurement of a few seconds.
+"""
 
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from tailscope.data.imageset import ImageSet
+from tailscope.errors import UserError
+from tailscope.experiments import geometry, ladder, swap
 from tailscope.experiments.lab import Lab
-from tailscope.experiments.runs import Run
+from tailscope.experiments.runs import Run, training_sets
 from tailscope.experiments.settings import Settings
-from tailscope.paper.runs import runs
+from tailscope.features import extract
+from tailscope.methods import LOSSES
+from tailscope.methods.augmentations import build
+from tailscope.progress import Quiet
+from tailscope.seeds import torch_stream
 from tailscope.spec import StageSpec
+from tailscope.training.recipes import Recipe
+from tailscope.training.runtime import Runtime, arithmetic_of
+from tailscope.training.stage1 import new_model
+from tailscope.training.step import Stepper, loss_function
+
+SECONDS = 8.0
+"""How long `measure` takes, unless single operations take longer than their share of it."""
+FEWEST = 5
+"""How often each operation is timed at least: on a busy machine a single time may be anything."""
+AUGMENTED, EXTRACTED = 1_024, 256
+"""How many images the measurement augments at once, and extracts features of."""
+
+Augment = tuple[str, ...]
+_RUNS = {"swap": swap.runs, "ladder": ladder.runs, "geometry": geometry.runs}
+
+
+def runs(lab: Lab, settings: Settings, experiment: str) -> Iterator[Run]:
+    """Yield the runs of `swap`, `ladder` or `geometry` over all seeds, those of a backbone together."""
+    for seed in settings.seeds:
+        yield from _RUNS[experiment](settings, training_sets(lab, settings, seed), seed)
+
+
+# -- what is to be done ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -22,7 +60,7 @@ class PlannedBackbone:
         augment: what augments its images.
         images: image passes that its training takes.
         steps: optimisation steps that its training takes.
-        epochs_done: epochs that a run that was interrupted has saved.
+        epochs_done: epochs that an interrupted run has saved.
         images_left: image passes that are left after them.
     """
 
@@ -30,11 +68,22 @@ class PlannedBackbone:
     encoder: str
     key: str
     stored: bool
-    augment: tuple[str, ...]
+    augment: Augment
     images: int
     steps: int
     epochs_done: int
     images_left: int
+
+    @classmethod
+    def of(cls, lab: Lab, run: Run) -> "PlannedBackbone":
+        """Look up a run's backbone in the store."""
+        key, images = run.backbone_key, len(run.trained_on.rows)
+        passes, steps = run.stage1.train.images(images), run.stage1.train.lengths(images)[1]
+        stored = lab.store.has("stage1", key)
+        saved = None if stored else lab.store.checkpoint("stage1", key)
+        done = saved["epochs"] if saved else 0
+        left = 0 if stored else passes - min(passes, done * images)
+        return cls(run.seed, run.encoder, key, stored, run.stage1.augment, passes, steps, done, left)
 
     def describe(self) -> str:
         """Return what is to be done."""
@@ -84,37 +133,19 @@ def make_plan(lab: Lab, settings: Settings, experiments: Sequence[str]) -> Plan:
     clean: dict[tuple[str, str], int] = {}
     for experiment in experiments:
         for run in runs(lab, settings, experiment):
-            backbone = backbones.setdefault(run.backbone_key, _planned(lab, run))
-            if not backbone.stored:
-                clean[backbone.key, "test"] = len(lab.data.test)
+            key = run.backbone_key
+            if key not in backbones:
+                backbones[key] = PlannedBackbone.of(lab, run)
+            if not backbones[key].stored:
+                clean[key, "test"] = len(lab.data.test)
             if experiment == "geometry":
-                clean[backbone.key, "train"] = len(lab.data.train)
-            spec = run.spec()
-            if spec is not None:
+                clean[key, "train"] = len(lab.data.train)
+            if spec := run.spec():
                 classifiers[spec.key()] = stored = lab.store.has("stage2", spec.key())
-                views |= {} if stored else _views(spec.stage2, backbone.key, len(lab.data.train))
+                views |= {} if stored else _views(spec.stage2, key, len(lab.data.train))
     fitted = sum(classifiers.values())
     unfitted = len(classifiers) - fitted
     return Plan(tuple(backbones.values()), unfitted, fitted, sum(views.values()), sum(clean.values()))
-
-
-def _planned(lab: Lab, run: Run) -> PlannedBackbone:
-    images = len(run.trained_on.rows)
-    passes = run.stage1.train.images(images)
-    stored = lab.store.has("stage1", run.backbone_key)
-    saved = None if stored else lab.store.checkpoint("stage1", run.backbone_key)
-    done = saved["epochs"] if saved else 0
-    return PlannedBackbone(
-        seed=run.seed,
-        encoder=run.encoder,
-        key=run.backbone_key,
-        stored=stored,
-        augment=run.stage1.augment,
-        images=passes,
-        steps=run.stage1.train.lengths(images)[1],
-        epochs_done=done,
-        images_left=0 if stored else passes - min(passes, done * images),
-    )
 
 
 def _views(stage: StageSpec, backbone: str, everything: int) -> dict[tuple[str, ...], int]:
@@ -124,3 +155,142 @@ def _views(stage: StageSpec, backbone: str, everything: int) -> dict[tuple[str, 
         return {(backbone, *stage.augment): stage.views * everything}
     drawn = sum(stage.data.counts)
     return {(backbone, *stage.augment, stage.sampler, stage.data.indices_sha256): stage.views * drawn}
+
+
+# -- how long it takes ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds that an image takes on this machine.
+
+    Attributes:
+        training: in stage 1, by what augments it.
+        view: in extracting a feature in the training's precision.
+        clean: in extracting a feature in float32.
+        remembered: whose times in training come from stored trainings; the others are of single steps.
+    """
+
+    training: dict[Augment, float]
+    view: float
+    clean: float
+    remembered: frozenset[Augment] = frozenset()
+
+    def estimate(self, plan: Plan) -> float:
+        """Return the seconds that the plan's training and extraction take; geometry's permutations come on top."""
+        training = sum(b.images_left * self.training[b.augment] for b in plan.to_train)
+        return training + plan.views * self.view + plan.clean * self.clean
+
+    def sources(self, plan: Plan) -> str:
+        """Return where the rates of the plan's trainings come from, in words."""
+        known = [b.augment in self.remembered for b in plan.to_train]
+        measured = "measured on single steps, not compiled"
+        if not any(known):
+            return measured
+        remembered = "by trainings that the store remembers from this machine"
+        return remembered if all(known) else f"{remembered}, where it knows such ones ({sum(known)}), else {measured}"
+
+
+def remembered(lab: Lab, recipe: Recipe, plan: Plan) -> dict[Augment, float]:
+    """Return the seconds an image took in stored trainings like the plan's: the median, by augmentation.
+
+    Alike are the data set, the network, the batch, the precision, the engine if one was asked for, and the hardware
+    with its number of threads. Descriptions that cannot be read say nothing.
+    """
+    assert isinstance(lab.data.train, ImageSet)
+    with lab.runtime.threads_for(lab.data.train.images, recipe.stage1.batch):
+        here = lab.runtime.describe()
+    precision = str(lab.runtime.dtype(recipe.stage1.precision)).removeprefix("torch.")
+    alike = (
+        (lab.data.fingerprint, recipe.model, recipe.stage1.batch, precision),
+        (here["gpu"], here["cpu"], here["threads"]),
+    )
+    wanted, asked = {b.augment for b in plan.to_train}, lab.runtime.engine
+    found: dict[Augment, list[float]] = {}
+    for key in lab.store.keys("stage1"):
+        try:
+            meta = lab.store.meta("stage1", key)
+            spec, device = meta["spec"], meta["device"]
+            augment = tuple(spec["augment"])
+            stage = (spec["data"]["fingerprint"], spec["model"], spec["train"]["batch"], meta["precision"])
+            hardware = (device["gpu"], device["cpu"], device["threads"])
+            engine = arithmetic_of(meta)["engine"]
+            rate = float(meta["images_per_second"])
+        except (UserError, KeyError, TypeError, ValueError):
+            continue
+        if augment in wanted and (stage, hardware) == alike and asked in (None, engine) and rate > 0:
+            found.setdefault(augment, []).append(1 / rate)
+    return {augment: statistics.median(seconds) for augment, seconds in found.items()}
+
+
+def measure(lab: Lab, recipe: Recipe, plan: Plan, seconds: float | None = None) -> Rates:
+    """Time what the plan needs on the first training images: steps, augmentation, extraction.
+
+    Steps are timed without compiling, which would take longer than the measurement may. Where long trainings compile
+    theirs, an estimate from these rates errs high.
+
+    Args:
+        lab: the data, the runtime, and the store that may remember faster and better.
+        recipe: the model, the batches and the precision.
+        plan: names the augmentations.
+        seconds: how long everything together may take; default `SECONDS`.
+    """
+    runtime = replace(lab.runtime, progress=Quiet())
+    known = remembered(lab, recipe, plan)
+    unknown = {b.augment for b in plan.to_train} - known.keys()
+    share = (SECONDS if seconds is None else seconds) / (4 + len(unknown))
+    assert isinstance(lab.data.train, ImageSet)  # files are decoded while training: their rate is not measured here
+    images, stream = lab.data.train.images, torch_stream(0, "measure", device=runtime.device)
+    model = new_model(recipe.model, images.shape[-1], lab.data.train.num_classes, seed=0).to(runtime.device)
+    augmented = images[:AUGMENTED].to(runtime.device)
+
+    def augmentation(calls: Augment) -> float:
+        augment = build(calls)
+        return _seconds_each(lambda: augment(augmented, stream).cpu(), len(augmented), share)
+
+    def extraction(dtype: torch.dtype) -> float:
+        rows = images[:EXTRACTED]
+        return _seconds_each(lambda: extract(model, rows, lab.normalize, dtype, runtime, "features"), len(rows), share)
+
+    step = _step(lab, recipe, runtime, 2 * share) if unknown else 0.0
+    return Rates(
+        training=known | {calls: step + augmentation(calls) for calls in unknown},
+        view=extraction(runtime.dtype(recipe.stage2.precision)),
+        clean=extraction(torch.float32),
+        remembered=frozenset(known),
+    )
+
+
+def _step(lab: Lab, recipe: Recipe, runtime: Runtime, seconds: float) -> float:
+    assert isinstance(lab.data.train, ImageSet)
+    train, classes = recipe.stage1, lab.data.train.num_classes
+    images, labels = (t[: train.batch].to(runtime.device) for t in (lab.data.train.images, lab.data.train.labels))
+    model = new_model(recipe.model, images.shape[-1], classes, seed=0).to(runtime.device).train()
+    loss = LOSSES.make("cross_entropy", torch.bincount(labels, minlength=classes))
+    compute = loss_function(model, loss, lab.normalize.to(runtime.device), runtime.dtype(train.precision))
+    stepper = Stepper(model, compute, train)
+    with runtime.threads_for(images, train.batch):
+        # Reading the loss waits for the device.
+        return _seconds_each(lambda: stepper(images, labels, 0.01).item(), len(labels), seconds)
+
+
+def _seconds_each(work: Callable[[], object], images: int, seconds: float) -> float:
+    """Return the median of the seconds an image takes: `work` on `images`, for `seconds` and `FEWEST` times at least.
+
+    The first time warms up, or builds kernels, and does not count.
+    """
+    work()
+    begun, times = time.monotonic(), list[float]()
+    while time.monotonic() - begun < seconds or len(times) < FEWEST:
+        started = time.monotonic()
+        work()
+        times.append(time.monotonic() - started)
+    return statistics.median(times) / images
+
+
+def other_work() -> str:
+    """Return a warning where other processes keep the processor busy, else nothing."""
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    if load < max(1.0, cores / 4):
+        return ""
+    return f"other work is running here (load {load:.1f} on {cores} cores): without it this may take a fraction"

@@ -1,10 +1,13 @@
 """From one request to the paper's tables: plan, train or recall, decide the claims, write everything side by side."""
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from tailscope.data.sources import ImageData, load
 from tailscope.errors import UserError
@@ -12,26 +15,22 @@ from tailscope.experiments.geometry import geometry
 from tailscope.experiments.lab import Lab
 from tailscope.experiments.ladder import ladder
 from tailscope.experiments.options import FileOptions
+from tailscope.experiments.runs import evaluate
 from tailscope.experiments.settings import Settings, parse_backbones, parse_seeds, store_root
 from tailscope.experiments.swap import swap
 from tailscope.experiments.workplace import workplace
 from tailscope.paper import claims, side_by_side, targets
-from tailscope.paper.evidence import Evidence
-from tailscope.paper.plan import Plan, make_plan
-from tailscope.paper.runs import Outcomes, outcomes
-from tailscope.paper.timing import duration, measure, other_work
-from tailscope.progress import Progress, Quiet
+from tailscope.paper.evidence import Evidence, Outcomes
+from tailscope.paper.plan import Plan, make_plan, measure, other_work, runs
+from tailscope.progress import Progress, Quiet, duration
 from tailscope.report.rows import load as load_results
 from tailscope.result_files import check_free, write
 from tailscope.store import Store, make_folder
 from tailscope.training.recipes import recipe_by_name
 from tailscope.training.runtime import Runtime
 
-EXPERIMENTS: dict[str, Callable[[Lab, Settings], dict[str, Any]]] = {
-    "swap": swap,
-    "ladder": ladder,
-    "geometry": geometry,
-}
+Experiment = Callable[[Lab, Settings], dict[str, Any]]
+EXPERIMENTS: dict[str, Experiment] = {"swap": swap, "ladder": ladder, "geometry": geometry}
 Tell = Callable[[str], object]
 
 
@@ -220,18 +219,33 @@ def draw(out: Path, tell: Tell) -> None:
         tell(f"{missing.name} is not installed: no figures, no report.html; where it is, `tailscope report {out.name}`")
 
 
+def outcomes(lab: Lab, settings: Settings, experiment: str) -> Outcomes:
+    """Return which test images each row of `swap` or `ladder` gets right; everything must have been trained."""
+    quiet = with_progress(lab, Quiet())
+    found: dict[str, list[Any]] = {}
+    for run in runs(lab, settings, experiment):
+        backbone = quiet.backbone(run.stage1, run.trained_on.rows, run.seed, run.encoder)
+        found.setdefault(run.row, []).append(evaluate(quiet, run, backbone, run.row))
+    return {row: np.stack(per_seed) for row, per_seed in found.items()}
+
+
+def with_progress(lab: Lab, progress: Progress) -> Lab:
+    """Return the same lab with a model of its own, which reports to another progress: for another thread, say."""
+    other = copy.copy(lab)
+    other.runtime = replace(lab.runtime, progress=progress)
+    return other
+
+
 def _recalled(lab: Lab, settings: Settings, results: Mapping[str, Any]) -> Outcomes:
     """Return the per-item outcomes of those results whose stages are all stored."""
     found: Outcomes = {}
     for experiment in ("swap", "ladder"):
-        if experiment not in results:
-            continue
-        spec = results[experiment]["spec"]
-        own = settings.model_copy(
-            update={"seeds": tuple(spec["seeds"]), "backbones": tuple(spec.get("backbones") or ()) or None}
-        )
-        if make_plan(lab, own, [experiment]).complete:
-            found |= outcomes(lab, own, experiment)
+        if experiment in results:
+            spec = results[experiment]["spec"]
+            grown = {"seeds": tuple(spec["seeds"]), "backbones": tuple(spec.get("backbones") or ()) or None}
+            own = settings.model_copy(update=grown)
+            if make_plan(lab, own, [experiment]).complete:
+                found |= outcomes(lab, own, experiment)
     return found
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from tailscope.groups import GROUPS
-from tailscope.paper import published
-from tailscope.paper.claims_accuracy import label
+from tailscope.paper import targets
+from tailscope.paper.claims import label
 from tailscope.paper.evidence import Evidence
 from tailscope.report.files import write as write_file
 from tailscope.report.tables import Column, Table, to_csv, to_latex, to_markdown
@@ -65,13 +65,11 @@ PRINTED = {"table1": ("Table 1: swapping the data set", 0.015), "fig3": ("Figure
 
 def build(evidence: Evidence) -> Iterator[tuple[Table, Table]]:
     """Yield every table that the results give, as (numbers for CSV, the same for readers)."""
-    rows = evidence.accuracies()
-    dataset, made_by = evidence.dataset or "", label_of(evidence.recipe)
-    ladder = published.figure3(dataset)
-    for name, printed in (("table1", published.table1(dataset)), ("fig3", ladder)):
+    rows, dataset, made_by = evidence.accuracies(), evidence.dataset, label_of(evidence.recipe)
+    for name, printed in (("table1", targets.table1(dataset)), ("fig3", targets.figure3(dataset))):
         ours = {row: accuracy for row, accuracy in rows.items() if (": " in row) == (name == "fig3")}
         own = [row for row in ours if row.endswith(" stage1")] if name == "table1" else []
-        beside = printed | (published.stage1(dataset) if own else {})
+        beside = printed | (targets.stage1(dataset) if own else {})
         if ours:
             order = [*(printed or (row for row in ours if row not in own)), *own]
             yield _accuracies(name, made_by, {row: ours.get(row, []) for row in order}, beside)
@@ -82,14 +80,11 @@ def build(evidence: Evidence) -> Iterator[tuple[Table, Table]]:
 
 def write(out: Path, tables: Sequence[tuple[Table, Table]]) -> list[Path]:
     """Write each table to OUT/tables/paper-NAME as CSV, Markdown and LaTeX; return the paths."""
-    folder = out / "tables"
-    paths = []
-    for numbers, written in tables:
-        stem = f"paper-{numbers.name}"
-        paths.append(write_file(folder / f"{stem}.csv", to_csv(numbers)))
-        paths.append(write_file(folder / f"{stem}.md", to_markdown(written)))
-        paths.append(write_file(folder / f"{stem}.tex", to_latex(written)))
-    return paths
+    return [
+        write_file(out / "tables" / f"paper-{numbers.name}.{suffix}", text)
+        for numbers, written in tables
+        for suffix, text in (("csv", to_csv(numbers)), ("md", to_markdown(written)), ("tex", to_latex(written)))
+    ]
 
 
 def label_of(recipe: Mapping[str, Any]) -> str:

@@ -1,4 +1,9 @@
-"""What can be reproduced: the paper's data sets, and which experiment each of its tables and figures needs."""
+"""What the paper says: its data sets, what it shows of each, and the numbers that it prints.
+
+It is "Where are the bottlenecks in long-tailed classification?", an anonymous conference submission without public
+code. Table 1 and Figure 3 print their numbers (`published.json`); Figures 4 to 8 are plots whose values are printed
+nowhere.
+"""
 
 import json
 from collections.abc import Mapping
@@ -14,8 +19,6 @@ SUBSET_SEED = 0
 
 EXPERIMENT = {"table1": "swap", "fig2": "swap", "fig3": "ladder"} | {f"fig{n}": "geometry" for n in range(4, 9)}
 """The experiment whose result each table or figure shows."""
-
-_FIGURES = tuple(EXPERIMENT)
 
 
 @dataclass(frozen=True)
@@ -41,30 +44,26 @@ class Benchmark:
 
 
 @cache
-def imagenet_lt_counts() -> list[int]:
-    """Return ImageNet-LT's published images per class, 115,846 in all (Liu et al. 2019: a draw from a Pareto law).
+def read(name: str) -> dict[str, Any]:
+    """Return a JSON file of the package.
 
-    >>> sum(imagenet_lt_counts()), max(imagenet_lt_counts()), min(imagenet_lt_counts())
+    >>> counts = read("imagenet_lt_counts.json")["counts"]  # a draw from a Pareto law (Liu et al. 2019)
+    >>> sum(counts), max(counts), min(counts)
     (115846, 1280, 5)
+    >>> read("published.json")["table1"]["where"]
+    'Table 1 (drawn again as Figure 2)'
     """
-    text = files("tailscope.paper").joinpath("imagenet_lt_counts.json").read_text(encoding="utf-8")
-    counts: list[int] = json.loads(text)["counts"]
-    return counts
+    document: dict[str, Any] = json.loads(files("tailscope").joinpath("data_files", name).read_text(encoding="utf-8"))
+    return document
 
 
-_NO_LADDER = tuple(f for f in _FIGURES if f != "fig3")
+_ALL = tuple(EXPERIMENT)
+_NO_LADDER = tuple(figure for figure in _ALL if figure != "fig3")
+_IMAGENET_LT = f"counts:{','.join(map(str, read('imagenet_lt_counts.json')['counts']))}"
 BENCHMARKS: dict[str, Benchmark] = {
-    "cifar10-lt": Benchmark("cifar10", "exp:100", "ldam", _FIGURES),
+    "cifar10-lt": Benchmark("cifar10", "exp:100", "ldam", _ALL),
     "cifar100-lt": Benchmark("cifar100", "exp:100", "ldam", _NO_LADDER),
-    "imagenet-lt": Benchmark(
-        "imagenet",
-        f"counts:{','.join(map(str, imagenet_lt_counts()))}",
-        "nested",
-        _NO_LADDER,
-        recipe="imagenet",
-        quick="imagenet-fast",
-        in_files=True,
-    ),
+    "imagenet-lt": Benchmark("imagenet", _IMAGENET_LT, "nested", _NO_LADDER, "imagenet", "imagenet-fast", True),
 }
 
 
@@ -79,6 +78,15 @@ def benchmark(dataset: str) -> Benchmark:
     return BENCHMARKS[dataset]
 
 
+def dataset_of(result: Mapping[str, Any]) -> str | None:
+    """Return the benchmark that a stored result is about, by its data and profile; None for any other data."""
+    spec = result["spec"]
+    for name, known in BENCHMARKS.items():
+        if (spec.get("data"), spec.get("profile")) == (known.data, known.profile):
+            return name
+    return None
+
+
 def experiments(what: str, dataset: str) -> list[str]:
     """Return the experiments that a table, a figure or `all` needs, in the order in which they are run.
 
@@ -88,28 +96,48 @@ def experiments(what: str, dataset: str) -> list[str]:
     Raises:
         UserError: the table or figure is unknown, or the paper has none of it for this data set.
     """
-    shown = benchmark(dataset).shown
+    known = benchmark(dataset)
     if what == "all":
-        return list(dict.fromkeys(EXPERIMENT[figure] for figure in shown))
+        return list(dict.fromkeys(EXPERIMENT[figure] for figure in known.shown))
     if what not in EXPERIMENT:
         raise UserError(f"reproduce {what}: unknown; known: {', '.join(EXPERIMENT)}, all")
-    if what not in shown:
+    if what not in known.shown:
+        source = "list:TRAIN.txt,TEST.txt" if known.in_files else known.data
         raise UserError(
             f"reproduce {what} --dataset {dataset}: the paper has no such figure for it; "
-            f"`tailscope {EXPERIMENT[what]} --data {_source(dataset)}` runs the experiment"
+            f"`tailscope {EXPERIMENT[what]} --data {source}` runs the experiment"
         )
     return [EXPERIMENT[what]]
 
 
-def _source(dataset: str) -> str:
-    known = benchmark(dataset)
-    return "list:TRAIN.txt,TEST.txt" if known.in_files else known.data
+# -- printed numbers: fractions, empty where the paper has none of this data set -----------------------------------
 
 
-def dataset_of(result: Mapping[str, Any]) -> str | None:
-    """Return the benchmark that a stored result is about, by its data and profile; None for any other data."""
-    spec = result["spec"]
-    for name, known in BENCHMARKS.items():
-        if (spec.get("data"), spec.get("profile")) == (known.data, known.profile):
-            return name
-    return None
+def table1(dataset: str | None) -> dict[str, float]:
+    """Return Table 1's accuracies by `backbone->classifier`.
+
+    >>> table1("cifar10-lt")["true->lt"], table1("digits")
+    (0.9106, {})
+    """
+    return dict(read("published.json")["table1"]["accuracy"].get(dataset, {}))
+
+
+def figure3(dataset: str | None) -> dict[str, float]:
+    """Return Figure 3's accuracies by `augmentation: rung`.
+
+    >>> figure3("cifar10-lt")["autoaugment+mixup: stage2"], figure3("cifar100-lt")
+    (0.825, {})
+    """
+    columns: Mapping[str, Mapping[str, float]] = read("published.json")["fig3"]["accuracy"].get(dataset, {})
+    # Printed in per cent; rounding takes off what dividing by 100 adds beyond the printed digits.
+    return {f"{name}: {rung}": round(v / 100, 6) for name, column in columns.items() for rung, v in column.items()}
+
+
+def stage1(dataset: str | None) -> dict[str, float]:
+    """Return the lt backbone's own accuracy, which the paper prints in Figure 3 alone.
+
+    >>> stage1("cifar10-lt"), stage1("cifar100-lt")
+    ({'lt stage1': 0.7178}, {})
+    """
+    printed = figure3(dataset)
+    return {"lt stage1": printed["none: stage1"]} if printed else {}

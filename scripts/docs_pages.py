@@ -1,35 +1,46 @@
-"""Generate the page of reproductions: `python -m tailscope.paper.page results docs/reproduction.md`.
+"""Generate the pages of docs/ that say what the code and the results say: `python scripts/docs_pages.py [--check]`.
 
-Every folder under `results` that holds result files has a block in the page, between two comments that name it:
+`measures.md` has every field of a diagnosis with its explanation and definition, `methods.md` every verb and everything
+that is registered by name, with its defaults and where it is written. In `reproduction.md` every folder
+under `results` that holds result files has a block, between two comments that name it:
 
     <!-- results: cifar10-fast -->
     ...
     <!-- /results: cifar10-fast -->
 
 Blocks are written anew, `overview` among them; everything outside of them is prose that stays as it is. A folder
-without a block gets one at the end. With `--check` nothing is written, and the exit code says whether the page is up to
-date.
+without a block gets one at the end. With `--check` nothing is written, and the exit code says whether the pages are up
+to date.
 """
 
 import argparse
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tailscope import cli
 from tailscope.attribution import CELLS
+from tailscope.classifiers import CLASSIFIERS
+from tailscope.data.profiles import KNOWN
 from tailscope.errors import UserError
-from tailscope.paper import claims, published, side_by_side
-from tailscope.paper.claims_accuracy import label
+from tailscope.geometry.fields import FIELDS, SHOWN
+from tailscope.paper import claims, side_by_side, targets
+from tailscope.paper.claims import label
 from tailscope.paper.evidence import Evidence
-from tailscope.paper.timing import duration
+from tailscope.progress import duration
+from tailscope.registry import Registry
 from tailscope.report.files import write as write_file
 from tailscope.report.rows import load
 from tailscope.report.tables import Column, Table, to_markdown
 from tailscope.report.text import DASH, listed, plural, significant, with_interval
+from tailscope.training.recipes import PARAMETRISED, RECIPES
+from tailscope.verbs import REGISTRIES
 
 Result = dict[str, Any]
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"<!-- results: (?P<name>\S+) -->\n.*?<!-- /results: (?P=name) -->", re.DOTALL)
 OPENING = re.compile(r"<!-- /?results: (\S+) -->")
 TRAINED = ("swap", "ladder", "geometry")
@@ -63,24 +74,103 @@ def generate(results: Path, text: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write or check the page; return the exit code: 0, 1 (out of date) or 2 (a mistake, told in one line)."""
-    parser = argparse.ArgumentParser(prog="python -m tailscope.paper.page", description=str(__doc__).split("\n")[0])
-    parser.add_argument("results", type=Path, help="folder with a folder of result files for each reproduction")
-    parser.add_argument("page", type=Path, help="Markdown file whose blocks are written anew")
-    parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
+    """Write or check the pages; return the exit code: 0, 1 (out of date) or 2 (a mistake, told in one line)."""
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="only say whether the pages are up to date")
+    parser.add_argument("--results", type=Path, default=REPOSITORY / "results", help="a folder for each reproduction")
+    parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs", help="where the pages are")
     options = parser.parse_args(arguments)
+    reproduction = options.docs / "reproduction.md"
     try:
-        old = options.page.read_text(encoding="utf-8")
-        new = generate(options.results, old)
-        if options.check and new != old:
-            print(f"{options.page} is out of date", file=sys.stderr)  # noqa: T201
-            return 1
-        if not options.check:
-            write_file(options.page, new)
+        pages = {options.docs / "measures.md": measures(), options.docs / "methods.md": methods()}
+        pages[reproduction] = generate(options.results, reproduction.read_text(encoding="utf-8"))
+        old = [page for page, text in pages.items() if not page.is_file() or page.read_text(encoding="utf-8") != text]
+        for page in old:
+            if options.check:
+                print(f"{page} is out of date: run python scripts/docs_pages.py", file=sys.stderr)
+            else:
+                write_file(page, pages[page])
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return int(bool(old) and options.check)
+
+
+# -- measures.md ----------------------------------------------------------------------------------------------------
+
+INTRODUCTION = """# Measures
+
+The fields of `classes` and `groups` in `diagnosis.json` and `geometry.json`. This page is generated
+(`python scripts/docs_pages.py`).
+
+S are a class's n training samples, U its m unseen ones, T both together; mu_S, mu_U and mu_T their means, Sigma_S,
+Sigma_U and Sigma_T their sample covariances (denominator n - 1). Angles are in degrees between raw vectors. A field is
+`null` where it is undefined. "By chance" means: on average over splits of T into n training and m unseen samples at
+random. p comes from those splits (permutations), q from Benjamini-Hochberg over the classes. Below 5 training samples a
+class has no p and q; its group is tested instead. A group's field is the mean over its classes, its counts are sums.
+"""
+
+
+def measures() -> str:
+    """Return the page of measures in Markdown."""
+    entries = []
+    for field, definition in FIELDS.items():
+        measure = SHOWN.get(field)
+        lines = [f"## {field}", ""]
+        lines += [f"*{measure.label[0].upper()}{measure.label[1:]}.* {measure.meaning}", ""] if measure else []
+        entries.append("\n".join([*lines, f"Defined as: {definition}.", ""]))
+    return "\n".join([INTRODUCTION, *entries])
+
+
+# -- methods.md ------------------------------------------------------------------------------------------------------
+
+METHODS = """# Verbs and methods
+
+What `tailscope --help` and `tailscope methods` list, and the classifiers on features. A name is a call-string: it takes
+the hyperparameters that are written behind it here with their defaults, so `focal` is `focal(gamma=2.0)`, and
+`--loss 'focal(gamma=1)'` changes it. This page is generated (`python scripts/docs_pages.py`).
+"""
+
+
+def methods() -> str:
+    """Return the page in Markdown."""
+    verbs = [
+        (command.name or "", (command.callback.__doc__ or "").split("\n")[0]) for command in cli.app.registered_commands
+    ]
+    verbs += [
+        (group.typer_instance.info.name or "", group.typer_instance.info.help or "")
+        for group in cli.app.registered_groups
+    ]
+    registries: dict[str, Registry[Any]] = {**REGISTRIES, "classifiers on features": CLASSIFIERS}
+    recipes = [(f"`{recipe.name}`", recipe.card) for recipe in RECIPES.values()]
+    parts = [
+        _listing("Verbs", ("verb", "what it does"), ((f"`{name}`", summary) for name, summary in verbs)),
+        *(_registered(name, registry) for name, registry in registries.items()),
+        _listing("Recipes", ("recipe", "what it does"), recipes),
+        _registered("recipes that take values", PARAMETRISED),
+        f"## Profiles\n\n{KNOWN}: see [Data and subsets](data.md).\n",
+    ]
+    return "\n".join([METHODS, *parts])
+
+
+def _registered(title: str, registry: Registry[Any]) -> str:
+    rows = (
+        (
+            f"`{registry.canonical(entry.name)}`",
+            entry.summary,
+            f"`{entry.factory.__module__.removeprefix('tailscope.')}`",
+        )
+        for entry in registry
+    )
+    return _listing(title[0].upper() + title[1:], ("call", "what it is", "where"), rows)
+
+
+def _listing(title: str, head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in [head, ("---",) * len(head), *rows]]
+    return "\n".join([f"## {title}", "", *(f"| {line} |" for line in lines), ""])
+
+
+# -- reproduction.md ------------------------------------------------------------------------------------------------
 
 
 def _folders(results: Path) -> dict[str, Path]:
@@ -132,7 +222,7 @@ def _at_a_glance(stored: Mapping[str, Mapping[str, Result]]) -> Table:
             continue
         dataset = _dataset(evidence)
         found = {name: evidence.accuracies()}
-        printed = published.table1(dataset) | published.stage1(dataset)
+        printed = targets.table1(dataset) | targets.stage1(dataset)
         if printed and dataset not in [row["dataset"] for row in rows]:
             found = {"the paper": {cell: [value] for cell, value in printed.items()}} | found
         for folder, accuracies in found.items():
