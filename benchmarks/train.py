@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks.measure import Arm, Measured, fastest, interleave, paired
 from benchmarks.record import Options, Record, Row, joined
-from tailscope.kernels.build import cpu_field
+from tailscope.networks.norm_act import cpu_field
 
 
 @dataclass(frozen=True)

@@ -20,21 +20,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tailscope import cli
+from tailscope import cli, paper
 from tailscope.attribution import CELLS
 from tailscope.classifiers import CLASSIFIERS
 from tailscope.data.profiles import KNOWN
 from tailscope.errors import UserError
-from tailscope.geometry.fields import FIELDS, SHOWN
-from tailscope.paper import claims, side_by_side, targets
-from tailscope.paper.claims import label
-from tailscope.paper.evidence import Evidence
+from tailscope.measures.fields import FIELDS, SHOWN
 from tailscope.progress import duration
 from tailscope.registry import Registry
-from tailscope.report.files import write as write_file
 from tailscope.report.rows import load
 from tailscope.report.tables import Column, Table, to_markdown
 from tailscope.report.text import DASH, listed, plural, significant, with_interval
+from tailscope.reproduce import claims
+from tailscope.reproduce.claims import label
+from tailscope.reproduce.evidence import Evidence
+from tailscope.store.files import write as write_file
 from tailscope.training.recipes import PARAMETRISED, RECIPES
 from tailscope.verbs import REGISTRIES
 
@@ -202,7 +202,7 @@ def _overview(stored: Mapping[str, Mapping[str, Result]]) -> str:
             {
                 "folder": f"results/{name}",
                 "dataset": _dataset(evidence),
-                "recipe": side_by_side.label_of(evidence.recipe),
+                "recipe": claims.label_of(evidence.recipe),
                 "seeds": _seeds(evidence),
                 "hardware": _hardware(evidence),
                 "claims": claims.tally(results["claims"]["claims"]),
@@ -222,11 +222,11 @@ def _at_a_glance(stored: Mapping[str, Mapping[str, Result]]) -> Table:
             continue
         dataset = _dataset(evidence)
         found = {name: evidence.accuracies()}
-        printed = targets.table1(dataset) | targets.stage1(dataset)
+        printed = paper.table1(dataset) | paper.stage1(dataset)
         if printed and dataset not in [row["dataset"] for row in rows]:
             found = {"the paper": {cell: [value] for cell, value in printed.items()}} | found
         for folder, accuracies in found.items():
-            written = {cell: side_by_side.in_percent(accuracies.get(cell, [])) for cell in cells}
+            written = {cell: claims.in_percent(accuracies.get(cell, [])) for cell in cells}
             rows.append({"dataset": dataset, "folder": folder, **written})
     columns = [Column("dataset", "dataset"), Column("folder", "results"), Column("lt stage1", "lt, own classifier")]
     columns += [Column(cell, label(cell)) for cell in CELLS]
@@ -235,8 +235,8 @@ def _at_a_glance(stored: Mapping[str, Mapping[str, Result]]) -> Table:
 
 def _block(name: str, results: Mapping[str, Result]) -> str:
     evidence = _evidence(results)
-    parts = [f"### {_dataset(evidence)}, {side_by_side.label_of(evidence.recipe)}", _card(name, evidence)]
-    parts += [to_markdown(written) for _, written in side_by_side.build(evidence)]
+    parts = [f"### {_dataset(evidence)}, {claims.label_of(evidence.recipe)}", _card(name, evidence)]
+    parts += [to_markdown(written) for _, written in claims.build(evidence)]
     if results["claims"]["claims"]:
         parts.append(to_markdown(_claims(results["claims"]["claims"])))
     return "\n".join(f"{part.rstrip()}\n" for part in parts)

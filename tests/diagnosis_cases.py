@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from tailscope.feature_table import FeatureTable
-from tailscope.linear_layer import LinearLayer
+from tailscope.tables.table import FeatureTable, LinearLayer
 
 COUNTS = (200, 150, 120, 60, 40, 30, 15, 10, 8)
 CLASSES, DIMS, UNSEEN = len(COUNTS), 12, 50

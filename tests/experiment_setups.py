@@ -6,17 +6,16 @@ from typing import Any
 
 import torch
 
-from tailscope.data.imageset import ImageSet
+from tailscope.data.images import ImageSet
 from tailscope.data.sources import ImageData, load
+from tailscope.device import Runtime
 from tailscope.experiments.geometry import geometry
-from tailscope.experiments.lab import Lab
-from tailscope.experiments.ladder import ladder
 from tailscope.experiments.settings import Settings
-from tailscope.experiments.swap import swap
+from tailscope.experiments.stages import Lab
+from tailscope.experiments.swap import ladder, swap
 from tailscope.spec import TrainSpec
 from tailscope.store import Store
 from tailscope.training.recipes import Recipe
-from tailscope.training.runtime import Runtime
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 EXPERIMENTS = {"swap": swap, "ladder": ladder, "geometry": geometry}

@@ -23,8 +23,8 @@ from benchmarks.measure import Arm, Measured, Pace, Slice, Spread, Worker, inter
 from benchmarks.record import Options, Record, Row
 from benchmarks.swap import images_trained
 from conftest import REPOSITORY
-from tailscope.geometry import describe
-from tailscope.models import MODELS
+from tailscope.measures import describe
+from tailscope.networks import MODELS
 
 TINY = Options(size="tiny")
 MACHINE = {"cpu": "c", "threads": 1, "gpu": None}

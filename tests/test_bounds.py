@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from tailscope.bounds import (
+from tailscope.classifiers import SoftmaxRegression
+from tailscope.diagnosis.outcomes import (
     INFLATION,
     Bound,
     Selection,
@@ -18,7 +19,6 @@ from tailscope.bounds import (
     held_out,
     select_nested,
 )
-from tailscope.classifiers import SoftmaxRegression
 from tailscope.intervals import paired, proportion
 
 FIXED = "softmax(l2=0.1, tol=1e-4)"

@@ -320,7 +320,7 @@ def test_a_strangers_store_cannot_steer_the_terminal(tailscope_, tmp_path):
 
 
 def test_what_a_verb_tells_cannot_steer_the_terminal(tailscope_, monkeypatch, tmp_path):
-    from tailscope.paper import reproduce
+    from tailscope.reproduce import reproduce
 
     monkeypatch.setattr(
         reproduce, "run_reproduce", lambda *_, tell, **__: tell(f"  {HOSTILE} [bold]") or {"label": "", "plan": {}}

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from image_trees import draw, to_tensor, tree
-from tailscope.data import folders, listfiles, sources
+from tailscope.data import folders, sources
 from tailscope.data.sources import open_images
 from tailscope.errors import UserError
-from tailscope.feature_table import FeatureTable
+from tailscope.tables.table import FeatureTable
 
 
 def test_a_plain_folder_agrees_with_torchvision(tmp_path: Path) -> None:
@@ -23,7 +23,7 @@ def test_a_plain_folder_agrees_with_torchvision(tmp_path: Path) -> None:
     draw(tmp_path / "bee" / "deeper" / "x y.JPEG")
     (tmp_path / "bee" / "notes.txt").write_text("no image")
     (tmp_path / ".hidden").mkdir()
-    (images,) = folders.load(tmp_path).values()
+    (images,) = folders.load_folder(tmp_path).values()
     (tmp_path / ".hidden").rmdir()
     oracle = torchvision.datasets.ImageFolder(str(tmp_path))
     assert images.class_names == tuple(oracle.classes)
@@ -36,7 +36,7 @@ def test_a_plain_folder_agrees_with_torchvision(tmp_path: Path) -> None:
 def test_a_folder_with_splits(tmp_path: Path) -> None:
     tree(tmp_path / "train")
     tree(tmp_path / "test", ["cat", "ant"], images=1)
-    splits = folders.load(tmp_path)
+    splits = folders.load_folder(tmp_path)
     assert list(splits) == ["train", "test"]
     assert splits["test"].class_names == ("ant", "bee", "cat")
     assert splits["test"].paths == ("test/ant/0.png", "test/cat/0.png")
@@ -46,7 +46,7 @@ def test_a_folder_with_splits(tmp_path: Path) -> None:
 
 def test_train_may_be_a_class_among_others(tmp_path: Path) -> None:
     tree(tmp_path, ["bus", "train"])
-    assert folders.load(tmp_path)["all"].class_names == ("bus", "train")
+    assert folders.load_folder(tmp_path)["all"].class_names == ("bus", "train")
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_bad_folders(tmp_path: Path, make, says: str) -> None:
     root.mkdir()
     make(root)
     with pytest.raises(UserError, match=says):
-        folders.load(root)
+        folders.load_folder(root)
 
 
 NAMES = {
@@ -82,7 +82,7 @@ def test_splits_go_by_their_usual_names(tmp_path: Path, split: str, name: str) -
     others = {"train": "test", "val": "train", "test": "train"}
     tree(tmp_path / others[split], ["ant", "bee"])
     tree(tmp_path / name, ["ant", "bee"], images=1)
-    splits = folders.load(tmp_path)
+    splits = folders.load_folder(tmp_path)
     assert set(splits) == {split, others[split]}
     assert splits[split].paths == (f"{name}/ant/0.png", f"{name}/bee/0.png")
     assert splits[split].notes == ()
@@ -97,12 +97,12 @@ def test_the_test_split_is_preferred_to_the_validation_split(tmp_path: Path) -> 
     data = sources.load(f"folder:{tmp_path}")
     assert (data.train.counts(), data.test.counts()) == ([1, 1], [3, 3])
     shutil.rmtree(tmp_path / "train")
-    splits = folders.load(tmp_path)
+    splits = folders.load_folder(tmp_path)
     assert list(splits) == ["val", "test"]
     with pytest.raises(UserError, match=r"give folder:PATH with train/ and test/ .*; this has only val, test"):
         sources.load(f"folder:{tmp_path}")
     tree(tmp_path / "test", ["cow"])
-    assert folders.load(tmp_path)["val"].class_names == ("ant", "bee", "cow")
+    assert folders.load_folder(tmp_path)["val"].class_names == ("ant", "bee", "cow")
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_what_may_be_a_split_or_a_class_is_refused(tmp_path: Path, make: list[st
     for folder in make:
         draw(tmp_path / folder / "0.png")
     with pytest.raises(UserError, match=says) as caught:
-        folders.load(tmp_path)
+        folders.load_folder(tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -135,21 +135,25 @@ def test_folders_without_images_beside_splits_do_not_matter(tmp_path: Path) -> N
     (tmp_path / "annotations" / "a.xml").write_text("<a/>")
     tree(tmp_path / "test", ["ant"], images=1)
     draw(tmp_path / "test" / "owl" / ".hidden.png")
-    assert {split: images.counts() for split, images in folders.load(tmp_path).items()} == {"train": [3], "test": [1]}
+    loaded = folders.load_folder(tmp_path)
+    assert {split: images.counts() for split, images in loaded.items()} == {
+        "train": [3],
+        "test": [1],
+    }
 
 
 def test_names_of_splits_as_classes_are_said(tmp_path: Path) -> None:
     tree(tmp_path, ["bus", "train"])
-    (note,) = folders.load(tmp_path)["all"].notes
+    (note,) = folders.load_folder(tmp_path)["all"].notes
     assert note == "'train' taken as class folders, not as splits: no class folders in them"
     for split in ("seg_train", "seg_test"):
         tree(tmp_path / "wrapped" / split, ["ant", "bee"])
-    (note,) = folders.load(tmp_path / "wrapped")["all"].notes
+    (note,) = folders.load_folder(tmp_path / "wrapped")["all"].notes
     assert note.startswith(
         "'seg_test', 'seg_train' taken as classes, with folders like 'ant', 'bee' inside; if these are"
     )
     tree(tmp_path / "zip" / "photos", ["ant", "bee"])
-    (note,) = folders.load(tmp_path / "zip")["all"].notes
+    (note,) = folders.load_folder(tmp_path / "zip")["all"].notes
     assert note.startswith("'photos' taken as the only class, with folders like 'ant', 'bee' inside; if these are the")
     assert note.endswith(f"give folder:{tmp_path / 'zip' / 'photos'}")
 
@@ -157,12 +161,12 @@ def test_names_of_splits_as_classes_are_said(tmp_path: Path) -> None:
 def test_test_images_without_classes_are_no_split(tmp_path: Path) -> None:
     tree(tmp_path / "train")
     draw(tmp_path / "test" / "0.png")
-    splits = folders.load(tmp_path)
+    splits = folders.load_folder(tmp_path)
     assert list(splits) == ["train"]
     assert splits["train"].notes == (f"folder:{tmp_path}/test: no class folders in it, so it is no split (1 image)",)
     shutil.rmtree(tmp_path / "train")
     with pytest.raises(UserError, match="no class folders in it, but 1 image; put these into a folder a class"):
-        folders.load(tmp_path / "test")
+        folders.load_folder(tmp_path / "test")
 
 
 STRAY = [
@@ -179,7 +183,7 @@ def test_hidden_and_system_files_count_nowhere_at_any_depth(tmp_path: Path) -> N
         tree(root / "test", ["ant", "bee"])
     for name in STRAY:
         draw(tmp_path / "stray" / name, format="PNG")
-    clean, stray = (folders.load(tmp_path / name) for name in ("clean", "stray"))
+    clean, stray = (folders.load_folder(tmp_path / name) for name in ("clean", "stray"))
     for split, images in clean.items():
         assert stray[split].paths == images.paths
         assert stray[split].fingerprint() == images.fingerprint()
@@ -196,7 +200,7 @@ def test_files_of_other_kinds_and_in_no_class_are_counted_and_named(tmp_path: Pa
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "labels.csv").write_text("beside the classes, and no image")
     draw(tmp_path / "cover.png")
-    images = folders.load(tmp_path)["all"]
+    images = folders.load_folder(tmp_path)["all"]
     assert images.counts() == [3, 3]
     assert images.notes == (
         f"folder:{tmp_path}: 5 files of kinds that are not read left out: .heic 2, .gif 1, .svg 1, without suffix 1",
@@ -205,13 +209,13 @@ def test_files_of_other_kinds_and_in_no_class_are_counted_and_named(tmp_path: Pa
     for file in (tmp_path / "bee").iterdir():
         file.rename(file.with_suffix(".mp4"))
     with pytest.raises(UserError, match=r"in class folder 'bee', only .mp4 6; convert or remove what is there"):
-        folders.load(tmp_path)
+        folders.load_folder(tmp_path)
 
 
 def test_a_class_that_the_held_out_split_lacks_is_warned_about(tmp_path: Path) -> None:
     tree(tmp_path / "train", "0123", images=4)
     tree(tmp_path / "held", "023", images=4)
-    splits = folders.load(tmp_path)
+    splits = folders.load_folder(tmp_path)
     assert splits["test"].class_names == tuple("0123")
     assert splits["test"].counts() == [4, 0, 4, 4]
     assert splits["test"].notes == (f"folder:{tmp_path}/held: no images of class '1'",)
@@ -235,7 +239,7 @@ def test_links_that_lead_up_are_not_followed_round_and_round(tmp_path: Path) -> 
     tree(tmp_path / "elsewhere", ["cow"])
     (tmp_path / "data" / "ant" / "up").symlink_to("..")
     (tmp_path / "data" / "cow").symlink_to(tmp_path / "elsewhere" / "cow")
-    images = folders.load(tmp_path / "data")["all"]
+    images = folders.load_folder(tmp_path / "data")["all"]
     assert images.class_names == ("ant", "bee", "cow")
     assert images.counts() == [3, 3, 3]
     assert images.notes == ("hidden or system files and folders left out: 1 ('ant/up')",)
@@ -252,11 +256,11 @@ def test_a_folder_that_may_not_be_listed_is_named(tmp_path: Path, monkeypatch) -
 
     monkeypatch.setattr(os, "scandir", scandir)  # root may list everything
     with pytest.raises(UserError, match=r"bee: cannot be listed \(Permission denied\); mend its permissions"):
-        folders.load(tmp_path)
+        folders.load_folder(tmp_path)
     monkeypatch.undo()
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file: no folder$"):
-        folders.load(tmp_path / "file")
+        folders.load_folder(tmp_path / "file")
 
 
 @pytest.mark.parametrize("suffix", ["npz", "safetensors", "parquet"])
@@ -301,12 +305,12 @@ def test_a_subset_of_a_folder_whose_name_is_no_utf8(tailscope_, tmp_path: Path) 
 
 def test_take_and_fingerprint(tmp_path: Path) -> None:
     tree(tmp_path)
-    images = folders.load(tmp_path)["all"]
+    images = folders.load_folder(tmp_path)["all"]
     picked = images.take([5, 0])
     assert picked.paths == (images.paths[5], images.paths[0])
     assert picked.labels.tolist() == [1, 0]
     before = images.fingerprint()
-    assert before == folders.load(tmp_path)["all"].fingerprint()
+    assert before == folders.load_folder(tmp_path)["all"].fingerprint()
     assert before != picked.fingerprint()
     draw(tmp_path / "ant" / "0.png", size=(50, 50))
     redrawn = images.fingerprint()
@@ -320,14 +324,14 @@ def test_lists_with_spaces_tabs_and_a_test_list(tmp_path: Path) -> None:
     train = tmp_path / "train.txt"
     train.write_text("ant/0.png 0\n\nbee/a b.png\t1\nbee/../cat/1.jpg 2  \n")
     (tmp_path / "test.txt").write_text("cat/0.png 4\n")
-    splits = listfiles.load(f"{train},{tmp_path / 'test.txt'}", tmp_path / "images")
+    splits = folders.load_lists(f"{train},{tmp_path / 'test.txt'}", tmp_path / "images")
     assert splits["train"].paths == ("ant/0.png", "bee/a b.png", "bee/../cat/1.jpg")
     assert splits["train"].labels.tolist() == [0, 1, 2]
     assert splits["train"].lines.tolist() == [1, 3, 4]
     assert splits["train"].class_names == splits["test"].class_names == tuple("01234")
     assert splits["train"].image(1).size == (12, 10)
     assert splits["train"].where(1) == "train.txt line 3: bee/a b.png"
-    assert listfiles.load(str(train), None)["train"].root == tmp_path
+    assert folders.load_lists(str(train), None)["train"].root == tmp_path
 
 
 def test_wrong_lines_are_reported_together(tmp_path: Path) -> None:
@@ -335,7 +339,7 @@ def test_wrong_lines_are_reported_together(tmp_path: Path) -> None:
     lines = ["a.png 0", "/etc/x.png 1", "a/../../b.png 1", "nolabel.png", "b.png one", "c.png -1", "C:\\x.png 0"]
     file.write_text("\n".join([*lines, r"..\x.png 0", "d.png 10000", f"e.png {'9' * 5000}", "f.png ²"]))
     with pytest.raises(UserError) as caught:
-        listfiles.load(str(file), None)
+        folders.load_lists(str(file), None)
     message = str(caught.value)
     assert message.startswith(f"{file}: 10 wrong lines: line 2: path '/etc/x.png' is absolute")
     for said in [
@@ -350,7 +354,7 @@ def test_wrong_lines_are_reported_together(tmp_path: Path) -> None:
     assert "\n" not in message
     file.write_text("\n".join(f"/{i} 0" for i in range(30)))
     with pytest.raises(UserError, match=r"30 wrong lines: .* and 20 more$"):
-        listfiles.load(str(file), None)
+        folders.load_lists(str(file), None)
 
 
 @pytest.mark.parametrize(
@@ -360,13 +364,13 @@ def test_bad_lists(tmp_path: Path, content: bytes, says: str) -> None:
     file = tmp_path / "train.txt"
     file.write_bytes(content)
     with pytest.raises(UserError, match=says):
-        listfiles.load(str(file), None)
+        folders.load_lists(str(file), None)
     with pytest.raises(UserError, match="no such directory"):
-        listfiles.load(str(file), tmp_path / "absent")
+        folders.load_lists(str(file), tmp_path / "absent")
     with pytest.raises(UserError, match="3 files; give one"):
-        listfiles.load("a,b,c", None)
+        folders.load_lists("a,b,c", None)
     with pytest.raises(UserError, match="cannot be read"):
-        listfiles.load(str(tmp_path / "absent.txt"), None)
+        folders.load_lists(str(tmp_path / "absent.txt"), None)
 
 
 @given(st.lists(st.sampled_from(["a", "..", ".", "", "b c"]), min_size=1, max_size=6).filter(any))
@@ -379,6 +383,6 @@ def test_no_listed_path_leaves_the_root(tmp_path_factory, parts: list[str]) -> N
         depth.append(depth[-1] + {"..": -1, ".": 0, "": 0}.get(part, 1))
     if path.startswith("/") or min(depth) < 0:
         with pytest.raises(UserError):
-            listfiles.load(str(file), None)
+            folders.load_lists(str(file), None)
     else:
-        assert listfiles.load(str(file), None)["train"].paths == (path,)
+        assert folders.load_lists(str(file), None)["train"].paths == (path,)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from tailscope.data import sources
 from tailscope.data.huggingface import load
-from tailscope.data.pixels import ImageError
+from tailscope.data.images import ImageError
 from tailscope.data.sources import open_images
 from tailscope.errors import UserError
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from image_trees import draw
-from tailscope.data import listfiles, sources
+from tailscope.data import folders, sources
 from tailscope.errors import UserError
 
 FUZZ = int(os.environ.get("TAILSCOPE_FUZZ", "50"))
@@ -16,10 +16,10 @@ PLAIN = "img/0.png 0\nimg/1.png 1\nimg/a b.png 0\n"
 QUOTED = '"img/0.png",0\n"img/1.png",1\n"img/a b.png",0\n'
 
 
-def read(tmp_path: Path, content: bytes | str, name: str = "train.txt") -> listfiles.ImageFiles:
+def read(tmp_path: Path, content: bytes | str, name: str = "train.txt") -> folders.ImageFiles:
     file = tmp_path / name
     file.write_bytes(content.encode() if isinstance(content, str) else content)
-    return listfiles.load(str(file), None)["train"]
+    return folders.load_lists(str(file), None)["train"]
 
 
 SPELLINGS = {
@@ -81,23 +81,23 @@ def test_commas_semicolons_quotes_and_backslashes_in_names(tmp_path: Path) -> No
 def test_labels_may_be_names_under_a_header(tmp_path: Path) -> None:
     (tmp_path / "test.csv").write_text("image,label\nd.png,bee\n")
     (tmp_path / "train.csv").write_text("image,label\na.png,cat\nb.png,ant\nc.png,bee\n")
-    splits = listfiles.load(f"{tmp_path / 'train.csv'},{tmp_path / 'test.csv'}", None)
+    splits = folders.load_lists(f"{tmp_path / 'train.csv'},{tmp_path / 'test.csv'}", None)
     assert splits["train"].class_names == splits["test"].class_names == ("ant", "bee", "cat")
     assert splits["train"].labels.tolist() == [2, 0, 1]
     assert splits["test"].labels.tolist() == [1]
     assert splits["test"].notes == (f"{tmp_path / 'test.csv'}: no images of class 'ant', 'cat'",)
     (tmp_path / "test.csv").write_text("image,label\na.png,cat\nd.png,dog\n")
     with pytest.raises(UserError, match=r"test.csv: line 3: label 'dog', which .*train.csv has not"):
-        listfiles.load(f"{tmp_path / 'train.csv'},{tmp_path / 'test.csv'}", None)
+        folders.load_lists(f"{tmp_path / 'train.csv'},{tmp_path / 'test.csv'}", None)
     (tmp_path / "test.csv").write_text("image,label\nd.png,0\n")
     with pytest.raises(UserError, match=r"train.csv: its labels are names, those of .*test.csv numbers"):
-        listfiles.load(f"{tmp_path / 'train.csv'},{tmp_path / 'test.csv'}", None)
+        folders.load_lists(f"{tmp_path / 'train.csv'},{tmp_path / 'test.csv'}", None)
 
 
 def test_repeated_and_shared_images_and_absent_classes_are_counted(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a.png 0\nb.png 1\n./a.png 0\nb.png 2\nc.png 2\n")
     (tmp_path / "b.txt").write_text("x/../c.png 2\nd.png 0\n")
-    splits = listfiles.load(f"{tmp_path / 'a.txt'},{tmp_path / 'b.txt'}", None)
+    splits = folders.load_lists(f"{tmp_path / 'a.txt'},{tmp_path / 'b.txt'}", None)
     assert len(splits["train"]) == 5  # said, not mended
     assert splits["train"].notes == (
         f"{tmp_path / 'a.txt'}: lines that repeat an image: 2, 1 of them with another label; the first is line 3",
@@ -155,7 +155,7 @@ def test_lists_that_are_no_files(tmp_path: Path) -> None:
     (tmp_path / "zero").symlink_to("/dev/zero")
     for name, says in [("pipe", "a pipe"), ("zero", "a device"), (".", "a folder"), ("no", "missing")]:
         with pytest.raises(UserError, match=f"cannot be read as text .{says}"):
-            listfiles.load(str(tmp_path / name), None)
+            folders.load_lists(str(tmp_path / name), None)
 
 
 @pytest.mark.parametrize("name", ["bom.txt", "kaggle.csv", "windows.txt"])
@@ -192,7 +192,7 @@ def test_any_list_is_read_or_refused(tmp_path_factory, header: str, lines: list[
     text = (header + "\n".join(lines)).encode("utf-8", "replace")
     (folder / "train.txt").write_bytes(text if valid else text + raw)
     try:
-        found = listfiles.load(str(folder / "train.txt"), None)["train"]
+        found = folders.load_lists(str(folder / "train.txt"), None)["train"]
     except UserError as error:
         refused = str(error)
         found = None

@@ -17,8 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tailscope.data.pixels import FORMATS, ImageError, read_image
-from tailscope.data.streams import ImageFiles
+from tailscope.data.images import FORMATS, ImageError, ImageFiles, read_image
 from tailscope.errors import unreadable
 
 FUZZ = int(os.environ.get("TAILSCOPE_FUZZ", "50"))

@@ -14,7 +14,7 @@ import torchvision
 from sklearn.datasets import load_digits
 
 from tailscope.data import sources
-from tailscope.data.imageset import ImageSet
+from tailscope.data.images import ImageSet
 from tailscope.errors import UserError
 
 Arrays = dict[str, np.ndarray]

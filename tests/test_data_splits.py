@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tailscope.data import sources
 from tailscope.data.profiles import resolve
-from tailscope.data.splits import matched, subset
+from tailscope.data.subsets import matched, subset
 from tailscope.errors import UserError
 
 

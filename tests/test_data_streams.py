@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from image_trees import to_tensor, tree
-from tailscope.data import listfiles
+from tailscope.data import folders
 from tailscope.data.decoding import decode, find_unreadable, refuse
-from tailscope.data.imageset import ImageSet
+from tailscope.data.images import ImageSet
 from tailscope.data.sources import load, open_images
 from tailscope.errors import UserError
 from tailscope.progress import Quiet
@@ -32,7 +32,7 @@ def with_damage(root: Path) -> Path:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.filterwarnings("ignore:This process.*fork:DeprecationWarning", "ignore:This DataLoader will create")
 def test_all_unreadable_images_are_found_with_their_lines(tmp_path: Path, workers: int) -> None:
-    images = listfiles.load(str(with_damage(tmp_path)), None)["train"]
+    images = folders.load_lists(str(with_damage(tmp_path)), None)["train"]
     found = find_unreadable(images, workers=workers, progress=Quiet())
     assert [bad.row for bad in found] == [1, 2, 4]
     message = str(refuse(images, found))
@@ -45,7 +45,7 @@ def test_all_unreadable_images_are_found_with_their_lines(tmp_path: Path, worker
 
 @pytest.mark.filterwarnings("ignore:This process.*fork:DeprecationWarning", "ignore:This DataLoader will create")
 def test_decoding_keeps_the_order_whatever_the_workers(tmp_path: Path) -> None:
-    images = listfiles.load(str(with_damage(tmp_path)), None)["train"]
+    images = folders.load_lists(str(with_damage(tmp_path)), None)["train"]
     batches = [[5, 0], [1, 3], [2, 4]]
     for workers in (0, 2):
         decoded = list(decode(images, to_tensor, batches, workers=workers))

@@ -10,13 +10,13 @@ from sklearn.linear_model import LogisticRegression
 
 import tailscope
 from diagnosis_cases import CLASSES, COUNTS, FEW, UNSEEN, head_biased, noise, scattered, separable, table
-from tailscope.bounds import select_nested
 from tailscope.diagnosis import outcomes
-from tailscope.diagnosis.encoders import closest, confusable_pairs, linear_cka
+from tailscope.diagnosis.compare import closest, confusable_pairs, linear_cka
+from tailscope.diagnosis.outcomes import select_nested
 from tailscope.diagnosis.verdict import decide
 from tailscope.errors import UserError
-from tailscope.geometry import FIELDS, describe
 from tailscope.intervals import Interval
+from tailscope.measures import FIELDS, describe
 
 
 @pytest.fixture(scope="module")

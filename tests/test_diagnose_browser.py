@@ -8,7 +8,7 @@ import pytest
 import tailscope
 from diagnosis_cases import table
 from tailscope import report
-from tailscope.result_files import write
+from tailscope.results import write
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -11,12 +11,11 @@ import pytest
 import tailscope
 from diagnosis_cases import CENTRES, head_biased, separable, table
 from tailscope import cli
-from tailscope.diagnosis import assemble
+from tailscope.diagnosis import diagnose
 from tailscope.diagnosis.inputs import read
 from tailscope.errors import UserError
-from tailscope.feature_table import FeatureTable
-from tailscope.linear_layer import LinearLayer
-from tailscope.result_files import write
+from tailscope.results import write
+from tailscope.tables.table import FeatureTable, LinearLayer
 
 QUICK = ("--permutations", "0", "--no-verdict", "--no-report")
 
@@ -278,13 +277,13 @@ def test_names_do_not_steer_the_terminal(run, files, tmp_path):
 def test_a_result_that_another_process_wrote_meanwhile_is_not_lost(run, files, tmp_path, monkeypatch):
     out = tmp_path / "out"
     given = ("--train", files.folder / "train.npz", "--unseen", files.folder / "unseen.npz", "--out", out)
-    measured = assemble.run
+    measured = diagnose.run
 
     def slow(inputs, settings, runtime):
         write(out, "diagnosis", measured(inputs, replace(settings, seed=7), runtime))
         return measured(inputs, settings, runtime)
 
-    monkeypatch.setattr(assemble, "run", slow)
+    monkeypatch.setattr(diagnose, "run", slow)
     code, _, err = run(*given, *QUICK)
     assert (code, "seed differ" in err) == (2, True)
     assert json.loads((out / "diagnosis.json").read_text())["spec"]["seed"] == 7

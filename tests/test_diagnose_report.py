@@ -17,10 +17,10 @@ import tailscope
 from diagnosis_cases import CLASSES, FEW, head_biased, scattered, separable, table
 from tailscope import cli, report
 from tailscope.errors import UserError
-from tailscope.feature_table import FeatureTable
-from tailscope.geometry import FIELDS
+from tailscope.measures import FIELDS
 from tailscope.report import diagnosis
-from tailscope.result_files import write
+from tailscope.results import write
+from tailscope.tables.table import FeatureTable
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TUTORIAL = REPOSITORY / "docs" / "tutorial-digits.md"

@@ -15,8 +15,8 @@ from tailscope.diagnosis.inputs import Inputs, far_notes, without_far_rows
 from tailscope.diagnosis.label_match import _Sets, match_labels
 from tailscope.diagnosis.soundness import below_chance, common_factor, mixed_rows
 from tailscope.errors import UserError
-from tailscope.geometry import group_rows
-from tailscope.linear_layer import LinearLayer
+from tailscope.measures import group_rows
+from tailscope.tables.table import LinearLayer
 
 
 def by_class(*sides):

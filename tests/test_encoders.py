@@ -13,11 +13,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
-from tailscope.encoders import encoder, load
-from tailscope.encoders.encoder import last_linear
+from tailscope.encoders import load, networks
+from tailscope.encoders.networks import last_linear
 from tailscope.encoders.preprocessing import CIFAR, IMAGENET, Normalization, Wishes
 from tailscope.errors import UserError
-from tailscope.models import MODELS
+from tailscope.networks import MODELS
 
 
 def noise(width: int = 300, height: int = 200, mode: str = "RGB") -> Image.Image:
@@ -74,10 +74,10 @@ def test_torchvision_features_are_what_its_classifier_sees(name: str) -> None:
 @pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "efficientnet_b1", "swin_t"])
 def test_torchvision_preprocessing_is_that_of_its_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     oracle = get_model_weights(name)["DEFAULT"].transforms()
-    monkeypatch.setattr(encoder, "get_model", lambda *_, **__: nn.Linear(1, 1))  # building it takes seconds
-    built = encoder.from_torchvision(name, False, Wishes())
+    monkeypatch.setattr(networks, "get_model", lambda *_, **__: nn.Linear(1, 1))  # building it takes seconds
+    built = networks.from_torchvision(name, False, Wishes())
     torch.testing.assert_close(built.preprocessing(noise()), oracle(noise()), rtol=0, atol=1e-6)
-    assert encoder.from_torchvision(name, False, Wishes(image_size=99)).preprocessing(noise()).shape == (
+    assert networks.from_torchvision(name, False, Wishes(image_size=99)).preprocessing(noise()).shape == (
         3,
         99,
         99,

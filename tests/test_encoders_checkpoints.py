@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from tailscope.encoders import checkpoints, load
 from tailscope.encoders.preprocessing import CIFAR, Wishes
 from tailscope.errors import UserError
-from tailscope.models import MODELS
-from tailscope.models.resnet10 import ResNet10
+from tailscope.networks import MODELS
+from tailscope.networks.resnets import ResNet10
 
 State = dict[str, Tensor]
 CLASSES = 7
@@ -232,7 +232,7 @@ def test_nothing_but_tensors_is_unpickled(tmp_path: Path, cifar: nn.Module) -> N
     with pytest.raises(UserError, match=r"bomb.pth"):
         checkpoints.read(path)
     whole = saved(tmp_path / "whole.pth", cifar)
-    with pytest.raises(UserError, match=r"holds tailscope.models.resnet.CifarResNet"):
+    with pytest.raises(UserError, match=r"holds tailscope.networks.resnets.CifarResNet"):
         checkpoints.read(whole)
     assert not victim.exists()
 

@@ -13,14 +13,14 @@ import torch
 from filelock import FileLock, SoftFileLock, Timeout
 from torch import Tensor, nn
 
+from tailscope.data.images import Images
 from tailscope.data.sources import open_images
-from tailscope.data.streams import Images
-from tailscope.encoders import Encoder, Options, extract_to_file, extraction, load, shards
+from tailscope.device import Runtime
+from tailscope.encoders import Encoder, Options, extract, extract_to_file, load, shards
 from tailscope.encoders.preprocessing import Wishes
 from tailscope.errors import UserError
-from tailscope.feature_table import FeatureTable
 from tailscope.progress import Quiet
-from tailscope.training.runtime import Runtime
+from tailscope.tables.table import FeatureTable
 
 CPU = Runtime(torch.device("cpu"), torch.bfloat16)
 SMALL = Options(batch=16, shard=100)
@@ -241,7 +241,7 @@ def test_progress_counts_what_was_there(tmp_path: Path, encoder, images) -> None
 def test_time_decides_what_is_saved(tmp_path: Path, encoder, images, monkeypatch) -> None:
     assert Options().save_every == 30
     now = iter(range(0, 10**6, 11))
-    monkeypatch.setattr(extraction.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(extract.time, "monotonic", lambda: next(now))
     saved: list[int] = []
     write = shards.Shards.write
 
@@ -278,7 +278,7 @@ def test_shards_of_before_are_of_any_length(tmp_path: Path, encoder, images, exp
 
 def test_batches_lie_on_one_grid() -> None:
     for start in range(7):
-        batches = extraction._on_grid(range(start, 20), 6)
+        batches = extract._on_grid(range(start, 20), 6)
         assert [row for batch in batches for row in batch] == list(range(start, 20))
         assert all(batch.start % 6 == 0 for batch in batches[1:])
 

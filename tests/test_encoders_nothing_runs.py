@@ -13,7 +13,7 @@ import torch
 
 from tailscope.encoders import run_features
 from tailscope.errors import UserError
-from tailscope.models import MODELS
+from tailscope.networks import MODELS
 from tailscope.store import Store
 
 COMMAND = "os:system('touch pwned')"

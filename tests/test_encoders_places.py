@@ -22,7 +22,7 @@ from tailscope.encoders import load
 from tailscope.encoders.checkpoint_files import containers
 from tailscope.encoders.preprocessing import Wishes
 from tailscope.errors import UserError
-from tailscope.feature_table import FeatureTable
+from tailscope.tables.table import FeatureTable
 
 State = dict[str, Tensor]
 CLASSES = 7

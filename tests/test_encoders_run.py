@@ -9,13 +9,12 @@ import torch
 
 from image_trees import tree
 from tailscope.data import sources
+from tailscope.device import Runtime
 from tailscope.encoders import Options, run_features
 from tailscope.errors import UserError
-from tailscope.feature_table import FeatureTable, align
-from tailscope.linear_layer import LinearLayer
-from tailscope.models import MODELS
+from tailscope.networks import MODELS
 from tailscope.store import Store
-from tailscope.training.runtime import Runtime
+from tailscope.tables.table import FeatureTable, LinearLayer, align
 from tailscope.training.step import Normalizer
 
 CPU = Runtime(torch.device("cpu"), torch.bfloat16)

@@ -14,12 +14,12 @@ from torch import Tensor
 from torchvision.models import get_model_weights
 
 from image_trees import draw
+from tailscope.device import Runtime
 from tailscope.encoders import load, run_features
 from tailscope.encoders.preprocessing import Wishes
 from tailscope.errors import UserError
-from tailscope.feature_table import FeatureTable
-from tailscope.models import MODELS
-from tailscope.training.runtime import Runtime
+from tailscope.networks import MODELS
+from tailscope.tables.table import FeatureTable
 
 CPU = Runtime(torch.device("cpu"), torch.bfloat16)
 

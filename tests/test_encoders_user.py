@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from image_trees import draw
+from tailscope.device import Runtime
 from tailscope.encoders import Options, load, run_features
 from tailscope.encoders.preprocessing import Wishes
 from tailscope.errors import UserError
-from tailscope.training.runtime import Runtime
 
 CPU = Runtime(torch.device("cpu"), torch.bfloat16)
 

@@ -9,12 +9,12 @@ import torch
 
 from experiment_setups import EXPERIMENTS, TINY, entries, lab, settings, small_digits, timeless
 from tailscope.data.profiles import resolve
-from tailscope.data.splits import subset
+from tailscope.data.subsets import subset
 from tailscope.experiments.geometry import mean_entry
-from tailscope.experiments.runs import training_sets
+from tailscope.experiments.results import training_sets
 from tailscope.experiments.swap import swap
-from tailscope.geometry import FIELDS
-from tailscope.models import MODELS
+from tailscope.measures import FIELDS
+from tailscope.networks import MODELS
 from tailscope.spec import RunSpec
 from tailscope.store import Store
 from tailscope.training.step import Normalizer

@@ -8,8 +8,8 @@ import torch
 from experiment_setups import CPU, EXPERIMENTS, entries, lab, random_images, settings
 from tailscope.data.sources import ImageData
 from tailscope.errors import UserError
-from tailscope.experiments.lab import Lab
 from tailscope.experiments.settings import parse_seeds
+from tailscope.experiments.stages import Lab
 from tailscope.experiments.swap import swap
 from tailscope.store import Store
 

@@ -11,9 +11,9 @@ from torch import nn
 
 from experiment_setups import EXPERIMENTS, TINY, entries, lab, settings, small_digits, timeless
 from tailscope.errors import UserError
-from tailscope.experiments.runs import training_sets
+from tailscope.experiments.results import training_sets
 from tailscope.experiments.settings import parse_backbones
-from tailscope.experiments.shifting import for_stage2
+from tailscope.experiments.stages import for_stage2
 from tailscope.methods import SAMPLERS
 from tailscope.methods.augmentations import build
 from tailscope.seeds import torch_stream

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from tailscope.errors import UserError
-from tailscope.feature_table import FeatureTable, align
-from tailscope.linear_layer import LinearLayer
+from tailscope.tables.table import FeatureTable, LinearLayer, align
 
 
 def test_take_keeps_rows_together() -> None:

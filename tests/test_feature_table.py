@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
 from tailscope.errors import UserError
-from tailscope.feature_table import FeatureTable
+from tailscope.tables.table import FeatureTable
 
 SUFFIXES = [".npz", ".safetensors", ".parquet"]
 

@@ -15,16 +15,14 @@ from safetensors.torch import load_file
 
 from experiment_setups import CPU, timeless
 from image_trees import photos as draw_photos
-from tailscope import report
+from tailscope import paper, report
 from tailscope.data import decoding, sources
 from tailscope.data.profiles import resolve
 from tailscope.errors import UserError
 from tailscope.experiments.geometry import geometry
-from tailscope.experiments.imagery import IMAGENET
-from tailscope.experiments.lab import Lab
 from tailscope.experiments.settings import Settings
-from tailscope.methods import photos
-from tailscope.paper import targets
+from tailscope.experiments.stages import IMAGENET, Lab
+from tailscope.methods import augmentations
 from tailscope.seeds import derive, keyed
 from tailscope.store import Store
 from tailscope.training.recipes import RECIPES, recipe_by_name
@@ -252,17 +250,17 @@ def test_features_and_views_are_the_plain_ones(tree, tmp_path):
             return backbone.model.features(x)
 
     rows = [0, 31, 89]
-    clean = features(rows, photos.evaluation(recipe.augment))
+    clean = features(rows, augmentations.evaluation(recipe.augment))
     torch.testing.assert_close(lab.clean_features(backbone, "train")[rows], clean, rtol=1e-4, atol=1e-5)
     stage2 = recipe.classifier(lab.true().spec)
     viewed = lab.views(backbone, stage2, np.array(rows), 4)[1]
-    expected = features(rows, photos.training(recipe.augment), "stage2", "augment", 1)
+    expected = features(rows, augmentations.training(recipe.augment), "stage2", "augment", 1)
     torch.testing.assert_close(viewed[0], expected, rtol=1e-4, atol=1e-5)
     assert viewed[1].tolist() == [0, 1, 2]
 
 
 def test_the_papers_table_stands_beside_ours(tailscope_, tree, tmp_path, monkeypatch):
-    monkeypatch.setitem(targets.BENCHMARKS, "imagenet-lt", replace(targets.BENCHMARKS["imagenet-lt"], profile="exp:6"))
+    monkeypatch.setitem(paper.BENCHMARKS, "imagenet-lt", replace(paper.BENCHMARKS["imagenet-lt"], profile="exp:6"))
     lists = f"list:{tree / 'train.txt'},{tree / 'test.txt'}"
     fixed = ("reproduce", "table1", "--dataset", "imagenet-lt", "--data", lists, "--data-root", tree, "--seeds", "1")
     shown = tailscope_(*fixed, "--recipe", RECIPE, "--out", tmp_path / "out", "--device", "cpu", "--json")
@@ -277,13 +275,13 @@ def test_the_papers_table_stands_beside_ours(tailscope_, tree, tmp_path, monkeyp
 
 def test_the_counts_are_the_published_ones(published_imagenet_lt_counts):
     published = published_imagenet_lt_counts
-    assert [published[str(k)] for k in range(1000)] == targets.read("imagenet_lt_counts.json")["counts"]
-    profile = targets.BENCHMARKS["imagenet-lt"].profile
-    assert resolve(profile, [1300] * 1000) == targets.read("imagenet_lt_counts.json")["counts"]
+    assert [published[str(k)] for k in range(1000)] == paper.read("imagenet_lt_counts.json")["counts"]
+    profile = paper.BENCHMARKS["imagenet-lt"].profile
+    assert resolve(profile, [1300] * 1000) == paper.read("imagenet_lt_counts.json")["counts"]
 
 
 def test_the_papers_recipe_is_section_3():
-    printed, stage1 = targets.read("published.json")["section3"]["imagenet_stage1"], RECIPES["imagenet"].stage1
+    printed, stage1 = paper.read("published.json")["section3"]["imagenet_stage1"], RECIPES["imagenet"].stage1
     assert RECIPES["imagenet"].model == "resnet10(width=64)"
     for name in ("epochs", "batch", "learning_rate", "momentum", "weight_decay"):
         assert getattr(stage1, name) == printed[name]

@@ -8,10 +8,8 @@ import pytest
 import scipy.stats
 import torch
 
-from tailscope.geometry import describe
-from tailscope.geometry.moments import lanczos, moments, top_eigenpair
-from tailscope.geometry.rows import all_subsets, subsets
-from tailscope.geometry.significance import (
+from tailscope.measures import describe
+from tailscope.measures.chance import (
     GAP,
     STATISTICS,
     Count,
@@ -26,6 +24,8 @@ from tailscope.geometry.significance import (
     standardize,
     statistics,
 )
+from tailscope.measures.measure import lanczos, moments, top_eigenpair
+from tailscope.measures.rows import all_subsets, subsets
 
 
 def degrees(u, v):

@@ -6,8 +6,8 @@ import torch
 from sklearn.covariance import EmpiricalCovariance
 from sklearn.decomposition import PCA
 
-from tailscope.geometry import FIELDS, describe
-from tailscope.geometry.fields import EXCESSES, MEASURES, NUMBERS, SHOWN
+from tailscope.measures import FIELDS, describe
+from tailscope.measures.fields import EXCESSES, MEASURES, NUMBERS, SHOWN
 from tailscope.report.tables import WRITERS
 from tailscope.seeds import numpy_stream
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tailscope.errors import UserError
-from tailscope.geometry import FIELDS, describe
-from tailscope.geometry.angles import angle_between, angles_to, nearest_center
-from tailscope.geometry.rows import group_rows, unseen_copies
+from tailscope.measures import FIELDS, describe
+from tailscope.measures.angles import angle_between, angles_to, nearest_center
+from tailscope.measures.rows import group_rows, unseen_copies
 
 ABSOLUTE = ("variance", "variance_unseen", "covariance_norm", "covariance_norm_unbiased")
 

@@ -19,7 +19,7 @@ from typer.main import get_command
 import experiment_setups
 import tailscope
 from scripts import docs_pages, walk
-from tailscope import classifiers, cli, encoders, geometry, report, verbs
+from tailscope import classifiers, cli, encoders, measures, report, verbs
 from tailscope.classifiers import CLASSIFIERS
 from tailscope.training.recipes import PARAMETRISED, RECIPES
 
@@ -76,7 +76,7 @@ def test_the_fields_of_every_result(tailscope_, tmp_path, monkeypatch):
         ("diagnose", "--train", train, "--unseen", unseen, "--test", unseen, *run[6:]),
     ):
         ended = tailscope_(*verb)
-        assert (ended.code, ended.err) == (0, "")
+        assert (ended.code, ended.err) == (0, ""), ended.err
     found = {path.stem: sorted(fields(json.loads(path.read_text()))) for path in tmp_path.glob("*.json")}
     assert set(found) == {"subset", "swap", "ladder", "geometry", "diagnosis"}
     assert_recorded("fields", found)
@@ -112,7 +112,7 @@ def test_the_public_signatures():
         "tailscope": tailscope,
         "verbs": verbs,
         "classifiers": classifiers,
-        "geometry": geometry,
+        "geometry": measures,
         "encoders": encoders,
     }
     public = {

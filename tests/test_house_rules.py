@@ -150,24 +150,23 @@ def test_the_page_on_reliability_shows_the_counts_that_are_stored() -> None:
 
 LAYERS = [
     ["errors"],
-    ["seeds", "spec", "progress", "groups", "intervals"],
-    ["registry", "store", "report.files"],
-    ["paper.targets", "paper.published", "attribution"],
-    ["array_files", "field_checks", "feature_table", "linear_layer"],
-    ["geometry", "report.measures"],
-    ["origin", "result_files"],
+    ["origin", "seeds", "spec", "progress", "groups", "intervals"],
+    ["registry", "store", "attribution", "paper"],
+    ["tables"],
+    ["measures"],
+    ["results"],
     ["data"],
     ["methods"],
-    ["models", "kernels"],
+    ["networks"],
     ["classifiers"],
     ["report"],
-    ["training.runtime"],
-    ["training", "features"],
-    ["diagnosis", "bounds"],
+    ["device"],
+    ["training"],
+    ["diagnosis"],
     ["experiments"],
     ["encoders"],
     ["verbs"],
-    ["paper"],
+    ["reproduce"],
     ["cli", "cli_output", "cli_paper", "cli_store", "__main__"],
 ]
 """The rooms from the foundations to the command line: none knows anything of those further down, not even in functions.
@@ -230,14 +229,13 @@ def test_every_module_has_its_layer_and_every_layer_its_modules() -> None:
 def test_the_layers_find_imports_wherever_they_are() -> None:
     code = """
 from tailscope import cli, seeds
-from tailscope.paper.reproduce import run
+from tailscope.reproduce import run
 if TYPE_CHECKING:
     from tailscope.verbs import swap
 def f():
     import tailscope.errors
     from tailscope.report import build
 """
-    found = {"cli", "seeds", "paper.reproduce", "errors", "report"}
+    found = {"cli", "seeds", "reproduce", "errors", "report"}
     assert {name.removeprefix("tailscope.") for name in imports(ast.parse(code))} == found
-    assert layer("paper.targets") < layer("report.page") < layer("training.loop") < layer("paper.reproduce")
-    assert layer("report.files") < layer("report")
+    assert layer("paper") < layer("report.page") < layer("training.loop") < layer("reproduce")

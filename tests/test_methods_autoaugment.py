@@ -8,7 +8,7 @@ from scipy.stats import chisquare
 from torchvision.transforms.v2 import AutoAugment, AutoAugmentPolicy
 
 from tailscope.errors import UserError
-from tailscope.methods.autoaugment import Choices, autoaugment
+from tailscope.methods.augmentations import Choices, autoaugment
 
 POLICIES = [policy.value for policy in AutoAugmentPolicy]
 SHAPES = [(32, 32, 3), (8, 8, 1), (13, 9, 3)]

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tailscope.models import MODELS
-from tailscope.models.resnet import count_parameters
+from tailscope.networks import MODELS
+from tailscope.networks.resnets import count_parameters
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("resnet20", 269_722), ("resnet32", 464_154), ("resnet56", 853_018)])

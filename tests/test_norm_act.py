@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from tailscope.kernels import build, norm_act
-from tailscope.kernels.norm_act import NormAct
-from tailscope.models import MODELS
+from tailscope.networks import MODELS, norm_act
+from tailscope.networks.norm_act import NormAct
 from training_setups import activations, assert_same_state, digits, stage1_spec, train_stage1
 
 pytestmark = pytest.mark.skipif(not norm_act.available(), reason="no C++ compiler")
@@ -264,14 +263,14 @@ def test_a_fused_run_repeats_to_the_bit(tmp_path):
 
 
 def test_without_a_compiler_training_goes_on(tmp_path, monkeypatch):
-    build.library.cache_clear()
+    norm_act.library.cache_clear()
     monkeypatch.setenv("CXX", "no-such-compiler")
     try:
         assert not norm_act.available()
         _, meta = train_stage1(stage1_spec(digits(), steps=2), digits(), tmp_path)
         assert meta["fused"] is False
     finally:
-        build.library.cache_clear()
+        norm_act.library.cache_clear()
 
 
 def test_a_compiler_that_fails_is_a_warning(tmp_path, monkeypatch, caplog):
@@ -280,14 +279,14 @@ def test_a_compiler_that_fails_is_a_warning(tmp_path, monkeypatch, caplog):
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    build.library.cache_clear()
+    norm_act.library.cache_clear()
     try:
-        assert build.library("batch_norm") is None
+        assert norm_act.library("batch_norm") is None
         assert "training will be slower" in caplog.text
         assert "broken failed" in caplog.text
         assert list((tmp_path / "cache" / "tailscope").iterdir()) == []
     finally:
-        build.library.cache_clear()
+        norm_act.library.cache_clear()
 
 
 def test_the_library_is_compiled_once(tmp_path, monkeypatch):
@@ -298,8 +297,8 @@ def test_the_library_is_compiled_once(tmp_path, monkeypatch):
         subprocess, "run", lambda command, **options: commands.append(command) or real(command, **options)
     )
     for _ in range(2):
-        build.library.cache_clear()
-        assert build.library("batch_norm") is not None
-    build.library.cache_clear()
+        norm_act.library.cache_clear()
+        assert norm_act.library("batch_norm") is not None
+    norm_act.library.cache_clear()
     assert sum("-c" in command for command in commands) == 1
     assert [file.suffix for file in (tmp_path / "tailscope").iterdir()] == [".so"]

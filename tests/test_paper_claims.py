@@ -10,18 +10,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import result_factory as factory
+from tailscope import paper
 from tailscope.intervals import paired
-from tailscope.paper import targets
-from tailscope.paper.claims import check, document, tally
-from tailscope.paper.evidence import (
-    Claim,
-    Evidence,
-    over_seeds,
-    permutation_p,
-    positive,
-    rank_correlation,
-    within,
-)
+from tailscope.reproduce.claims import check, document, tally
+from tailscope.reproduce.evidence import Claim, Evidence, over_seeds, permutation_p, positive, rank_correlation, within
 from tailscope.training.recipes import RECIPES
 
 FIELDS = {"claim", "figure", "statistic", "estimate", "ci95", "verdict"}
@@ -39,7 +31,7 @@ def cifar(make, **options):
 
 
 def test_table1_gives_the_representation_70_per_cent_of_cifar10s_gap():
-    a = targets.table1("cifar10-lt")
+    a = paper.table1("cifar10-lt")
     representation = 0.5 * (a["true->lt"] - a["lt->lt"] + a["true->true"] - a["lt->true"])
     assert representation == pytest.approx(0.14675)
     assert representation / (a["true->true"] - a["lt->lt"]) == pytest.approx(0.702, abs=5e-4)
@@ -47,21 +39,21 @@ def test_table1_gives_the_representation_70_per_cent_of_cifar10s_gap():
 
 @pytest.mark.parametrize("dataset", ["cifar10-lt", "cifar100-lt", "imagenet-lt"])
 def test_true_lt_beats_lt_true_in_print(dataset):
-    a = targets.table1(dataset)
+    a = paper.table1(dataset)
     assert sorted(a, key=a.get) == ["lt->lt", "lt->true", "true->lt", "true->true"]
 
 
 def test_every_number_names_its_place_and_whose_it_is():
-    printed = targets.read("published.json")
+    printed = paper.read("published.json")
     assert printed["whose"].startswith("the paper's")
     assert all(printed[block]["where"] for block in ("table1", "fig3", "section3"))
-    assert len(targets.figure3("cifar10-lt")) == 16
-    assert all(0.7 < v < 0.9 for v in targets.figure3("cifar10-lt").values())
-    assert targets.table1("digits") == {}
+    assert len(paper.figure3("cifar10-lt")) == 16
+    assert all(0.7 < v < 0.9 for v in paper.figure3("cifar10-lt").values())
+    assert paper.table1("digits") == {}
 
 
 def test_the_recipe_as_printed_is_section_3():
-    printed = targets.read("published.json")["section3"]
+    printed = paper.read("published.json")["section3"]
     recipe = RECIPES["paper-as-printed"]
     for stage, numbers in (("stage1", printed["cifar_stage1"]), ("stage2", printed["stage2"])):
         for field in ("epochs", "batch", "learning_rate", "weight_decay"):
@@ -153,7 +145,7 @@ def with_accuracies(accuracies):
 
 
 def test_the_papers_own_numbers_satisfy_every_ordering_and_their_mirror_image_none():
-    printed = targets.table1("cifar10-lt") | targets.figure3("cifar10-lt")
+    printed = paper.table1("cifar10-lt") | paper.figure3("cifar10-lt")
     holding = check(with_accuracies(printed))
     assert len(holding) == 3 + 12 + 12
     assert {claim.verdict for claim in holding} == {"holds"}

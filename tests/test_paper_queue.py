@@ -12,19 +12,20 @@ from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tailscope import paper
 from tailscope.data.sources import load
+from tailscope.device import Runtime
 from tailscope.errors import UserError
-from tailscope.experiments.lab import Lab
-from tailscope.paper import queue, targets
-from tailscope.paper.plan import runs
-from tailscope.paper.queue import Piece, order, parse_duration, run_queue
-from tailscope.paper.reproduce import Reproduction, run_reproduce
-from tailscope.paper.trainings import Trainings
+from tailscope.experiments.stages import Lab
 from tailscope.progress import Deadline, Quiet, TimeIsUp
+from tailscope.reproduce import queue
+from tailscope.reproduce.plan import runs
+from tailscope.reproduce.queue import Piece, order, parse_duration, run_queue
+from tailscope.reproduce.reproduce import Reproduction, run_reproduce
+from tailscope.reproduce.trainings import Trainings
 from tailscope.store import Store, add, packed_bytes, save_tensors
-from tailscope.training import stage1
+from tailscope.training import loop
 from tailscope.training.recipes import RECIPES, Recipe
-from tailscope.training.runtime import Runtime
 
 TINY = Recipe.model_validate(
     RECIPES["demo"].model_dump()
@@ -44,10 +45,10 @@ def _known():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(RECIPES, "tiny", TINY)
         for name, profile in (("digits-lt", "exp:20"), ("digits-step", "step:20")):
-            known = targets.Benchmark("digits", profile, "nested", SHOWN[name])
-            patch.setitem(targets.BENCHMARKS, name, known)
+            known = paper.Benchmark("digits", profile, "nested", SHOWN[name])
+            patch.setitem(paper.BENCHMARKS, name, known)
         patch.setattr(queue, "DATASETS", tuple(SHOWN))
-        patch.setattr("tailscope.paper.plan.SECONDS", 0.05)
+        patch.setattr("tailscope.reproduce.plan.SECONDS", 0.05)
         patch.setattr("tailscope.report.build", lambda out: out / "report.html")
         yield
 
@@ -82,7 +83,7 @@ def state(document):
 
 
 def test_the_most_valuable_comes_first():
-    wanted = {name: targets.experiments("all", name) for name in ("cifar10-lt", "cifar100-lt")}
+    wanted = {name: paper.experiments("all", name) for name in ("cifar10-lt", "cifar100-lt")}
     assert [(p.dataset, p.experiment, p.seeds) for p in order(wanted, [0, 1])][:6] == [
         ("cifar10-lt", "swap", (0,)),
         ("cifar10-lt", "ladder", (0,)),
@@ -349,7 +350,7 @@ def trainings_of(store, jobs, *, seeds="2", what="table1", seconds=60.0, closing
     runtime = Runtime.choose("cpu")
     lab = Lab(load("digits"), Store(store), runtime)
     settings = reproduction_of(store, what, seeds=seeds).settings()
-    found = [run for verb in targets.experiments(what, "digits-lt") for run in runs(lab, settings, verb)]
+    found = [run for verb in paper.experiments(what, "digits-lt") for run in runs(lab, settings, verb)]
     return Trainings(jobs, runtime, Deadline(Quiet(), seconds), closing, tell), lab, found
 
 
@@ -388,8 +389,8 @@ def test_an_exception_ends_trainings_at_their_next_step_and_finished_epochs_are_
                 second.set()
                 time.sleep(0.2)
 
-    real = stage1._Batches.epoch
-    monkeypatch.setattr(stage1._Batches, "epoch", epoch)
+    real = loop._Batches.epoch
+    monkeypatch.setattr(loop._Batches, "epoch", epoch)
     trainings, lab, needed = trainings_of(tmp_path, 2)
 
     def interrupted():
@@ -520,7 +521,7 @@ def test_a_piece_that_cannot_be_written_costs_the_trainings_nothing(tmp_path, mo
 
 
 def test_threads_say_every_minute_how_far_they_are(tmp_path, monkeypatch):
-    monkeypatch.setattr("tailscope.paper.trainings.STATUS", 0.05)
+    monkeypatch.setattr("tailscope.reproduce.trainings.STATUS", 0.05)
     said = []
     run_queue(reproduction_of(tmp_path, "table1", seeds="1", jobs=2), tell=said.append)
     lines = [line for line in said if "images/s" in line]

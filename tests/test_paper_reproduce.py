@@ -13,22 +13,22 @@ import torch
 from typer.testing import CliRunner
 
 import tailscope.cli
+from tailscope import device as training_runtime
+from tailscope import paper
 from tailscope.data.sources import load
+from tailscope.device import Runtime
 from tailscope.errors import UserError
 from tailscope.experiments import results
-from tailscope.experiments.lab import Lab
+from tailscope.experiments.stages import Lab
 from tailscope.intervals import paired
-from tailscope.paper import plan as planning
-from tailscope.paper import targets
-from tailscope.paper.plan import Rates, make_plan, measure, other_work, remembered
-from tailscope.paper.reproduce import EXPERIMENTS, Reproduction, outcomes, run_reproduce
 from tailscope.report import page
+from tailscope.reproduce import plan as planning
+from tailscope.reproduce.plan import Rates, make_plan, measure, other_work, remembered
+from tailscope.reproduce.reproduce import EXPERIMENTS, Reproduction, outcomes, run_reproduce
 from tailscope.store import CHECKPOINT, Store, save_tensors
-from tailscope.training import runtime as training_runtime
 from tailscope.training.recipes import RECIPES, Recipe
-from tailscope.training.runtime import Runtime
 
-BENCHMARK = targets.Benchmark("digits", "exp:20", "nested", tuple(targets.EXPERIMENT))
+BENCHMARK = paper.Benchmark("digits", "exp:20", "nested", tuple(paper.EXPERIMENT))
 TINY = Recipe.model_validate(
     RECIPES["demo"].model_dump()
     | {
@@ -59,8 +59,8 @@ epochs.save_tensors = lambda *checkpoint: (save(*checkpoint), time.sleep(600))
 def _known():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(RECIPES, "tiny", TINY)
-        patch.setitem(targets.BENCHMARKS, "digits-lt", BENCHMARK)
-        patch.setattr("tailscope.paper.plan.SECONDS", 0.05)
+        patch.setitem(paper.BENCHMARKS, "digits-lt", BENCHMARK)
+        patch.setattr("tailscope.reproduce.plan.SECONDS", 0.05)
         yield
 
 

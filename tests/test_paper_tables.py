@@ -9,11 +9,11 @@ import pytest
 
 import result_factory as factory
 from scripts.docs_pages import generate, main, measures
+from tailscope import paper
 from tailscope.errors import UserError
-from tailscope.paper import targets
-from tailscope.paper.evidence import Evidence
-from tailscope.paper.side_by_side import build, write
 from tailscope.report.tables import to_csv, to_markdown
+from tailscope.reproduce.claims import build, write
+from tailscope.reproduce.evidence import Evidence
 
 PROSE = "# Title\n\nWhy ours differ: *because*.\n"
 OVERVIEW = "<!-- results: overview -->\n<!-- /results: overview -->\n"
@@ -35,17 +35,17 @@ def test_table_1_is_paper_ours_difference():
     swap = cifar(factory.swap)
     numbers, written = tables(swap=swap)["table1"]
     rows = {row["cell"]: row for row in read_csv(numbers)}
-    for cell, paper in targets.table1("cifar10-lt").items():
+    for cell, theirs in paper.table1("cifar10-lt").items():
         accuracy = swap["cells"][cell]["accuracy"]
         mean = sum(accuracy) / 3
         sd = (sum((a - mean) ** 2 for a in accuracy) / 2) ** 0.5
         row = rows[cell]
-        assert float(row["paper"]) == paper
+        assert float(row["paper"]) == theirs
         assert float(row["ours"]) == pytest.approx(mean)
         assert float(row["ours_sd"]) == pytest.approx(sd)
-        assert float(row["difference"]) == pytest.approx(mean - paper)
-        assert row["close"] == ("yes" if abs(mean - paper) <= 0.015 else "no")
-        shown = f"| {100 * paper:.2f} % | {100 * mean:.2f} ± {100 * sd:.2f} (3) |"
+        assert float(row["difference"]) == pytest.approx(mean - theirs)
+        assert row["close"] == ("yes" if abs(mean - theirs) <= 0.015 else "no")
+        shown = f"| {100 * theirs:.2f} % | {100 * mean:.2f} ± {100 * sd:.2f} (3) |"
         assert shown in to_markdown(written)
     assert "NOT" not in written.title
 
@@ -53,7 +53,7 @@ def test_table_1_is_paper_ours_difference():
 def test_figure_3_has_its_sixteen_cells_even_for_one_seed():
     numbers, written = tables(ladder=cifar(factory.ladder, seeds=1))["fig3"]
     rows = read_csv(numbers)
-    assert {row["cell"] for row in rows} == set(targets.figure3("cifar10-lt"))
+    assert {row["cell"] for row in rows} == set(paper.figure3("cifar10-lt"))
     assert {row["ours_sd"] for row in rows} == {""}
     assert "±" not in to_markdown(written).split(":---")[-1]
 
@@ -148,10 +148,10 @@ def test_table_1_at_a_glance_has_the_papers_row_once_and_a_row_a_folder(results)
     table = page.split("Table 1 at a glance")[1].split("<!--")[0]
     rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")]
     found = {(row[0], row[1]): row[2:] for row in rows[2:]}
-    paper = [
-        f"{100 * targets.table1('cifar10-lt')[cell]:.2f}" for cell in ("lt->lt", "lt->true", "true->lt", "true->true")
+    theirs = [
+        f"{100 * paper.table1('cifar10-lt')[cell]:.2f}" for cell in ("lt->lt", "lt->true", "true->lt", "true->true")
     ]
-    assert found["cifar10-lt", "the paper"][1:] == paper
+    assert found["cifar10-lt", "the paper"][1:] == theirs
     assert [key for key in found if key[1] == "the paper"] == [("cifar10-lt", "the paper")]
     assert {folder for _, folder in found} == {"the paper", "cifar10-paper", "cifar10-fast", "half", "digits"}
     assert found["cifar10-lt", "half"][3:] == ["–", "–"]

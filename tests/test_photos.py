@@ -12,12 +12,12 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from image_trees import photos as draw_photos
-from tailscope.data import listfiles
+from tailscope.data import folders
 from tailscope.data.decoding import decode, earlier_draws
-from tailscope.data.streams import ImageFiles
+from tailscope.data.images import ImageFiles
 from tailscope.errors import UserError
-from tailscope.methods import photos
-from tailscope.methods.photos import PHOTO_AUGMENTATIONS
+from tailscope.methods import augmentations
+from tailscope.methods.augmentations import PHOTO_AUGMENTATIONS
 from tailscope.seeds import derive, keyed
 
 CALLS = ("resized_crop(size=16)", "color_jitter", "flip")
@@ -33,7 +33,7 @@ def image() -> Image.Image:
 @pytest.fixture
 def images(tmp_path: Path) -> ImageFiles:
     draw_photos(tmp_path, [5, 3], split="train")
-    return listfiles.load(str(tmp_path / "train.txt"), None)["train"]
+    return folders.load_lists(str(tmp_path / "train.txt"), None)["train"]
 
 
 def test_training_images_are_torchvisions(image):
@@ -42,7 +42,7 @@ def test_training_images_are_torchvisions(image):
     )
     for seed in range(5):
         with keyed(seed):
-            ours = photos.training(CALLS)(image)
+            ours = augmentations.training(CALLS)(image)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             assert np.array_equal(ours.numpy(), np.asarray(transform(image)))
@@ -51,14 +51,14 @@ def test_training_images_are_torchvisions(image):
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "LA"])
 def test_evaluated_images_are_centre_crops_whatever_the_mode(image, mode):
     image = image.convert(mode)
-    ours = photos.evaluation(("resized_crop(size=28)", "flip"))(image)
+    ours = augmentations.evaluation(("resized_crop(size=28)", "flip"))(image)
     expected = v2.CenterCrop(28)(v2.Resize(32, antialias=True)(image.convert("RGB")))
     assert np.array_equal(ours.numpy(), np.asarray(expected))
-    assert photos.training(CALLS)(image).shape == (16, 16, 3)
+    assert augmentations.training(CALLS)(image).shape == (16, 16, 3)
 
 
 def test_a_key_decides_the_draw_and_leaves_the_global_stream_alone(image):
-    transform = photos.training(CALLS)
+    transform = augmentations.training(CALLS)
 
     def draw(seed: int) -> bytes:
         with keyed(seed):
@@ -87,7 +87,7 @@ def test_every_photograph_augmentation_has_a_summary_and_works_as_it_is(image):
 )
 def test_augmentations_that_cannot_be(calls, says):
     with pytest.raises(UserError, match=says):
-        photos.training(calls)
+        augmentations.training(calls)
 
 
 @given(st.lists(st.integers(0, 5), max_size=30))
@@ -98,7 +98,9 @@ def test_earlier_draws_count(rows):
 @pytest.mark.filterwarnings("ignore:This process.*fork:DeprecationWarning", "ignore:This DataLoader will create")
 def test_neither_workers_nor_batches_nor_places_change_a_draw(images):
     def decoded(batches: list[list[int]], repeats: list[list[int]], workers: int) -> dict[tuple[str, int], bytes]:
-        loader = decode(images, photos.training(CALLS), batches, workers=workers, seed_of=SEED_OF, repeats=repeats)
+        loader = decode(
+            images, augmentations.training(CALLS), batches, workers=workers, seed_of=SEED_OF, repeats=repeats
+        )
         return {
             (images.ids[row], again): image.numpy().tobytes()
             for batch, repeat in zip(loader, repeats, strict=True)
@@ -109,7 +111,7 @@ def test_neither_workers_nor_batches_nor_places_change_a_draw(images):
     assert len(set(first.values())) == len(first) == 8  # an image that is drawn again is augmented anew
     assert decoded([[7, 1], [1, 4], [1, 0], [3, 2]], [[0, 1], [2, 0], [0, 0], [0, 0]], workers=2) == first
     part = images.take([3, 2, 1, 0])  # a subset, in another order
-    alone = decode(part, photos.training(CALLS), [[0, 3]], workers=0, seed_of=SEED_OF)
+    alone = decode(part, augmentations.training(CALLS), [[0, 3]], workers=0, seed_of=SEED_OF)
     assert [image.numpy().tobytes() for image in next(iter(alone)).images] == [
         first[images.ids[3], 0],
         first[images.ids[0], 0],

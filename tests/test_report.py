@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 
 import result_factory as factory
 from diagnosis_cases import scattered
-from tailscope import report
+from tailscope import paper, report
 from tailscope.errors import UserError
 from tailscope.groups import GROUPS
-from tailscope.paper import targets
 from tailscope.report import charts, marks, rows, schema, story, tables, text
 from tailscope.report.tables import Column, Table
 
@@ -420,9 +419,9 @@ def test_charts_are_valid_and_have_the_rows_that_they_name(digits, drawn):
 def test_the_papers_numbers_are_marked_where_it_printed_some(tmp_path):
     results = {"swap": factory.swap(name="cifar10"), "ladder": factory.ladder(name="cifar10")}
     data = charts.data(results)
-    assert {row["cell"]: row["paper"] for row in data["cells"]} == targets.table1("cifar10-lt")
+    assert {row["cell"]: row["paper"] for row in data["cells"]} == paper.table1("cifar10-lt")
     marked = {f"{row['augmentation']}: {row['rung']}": row["paper"] for row in data["ladder"]}
-    assert marked == targets.figure3("cifar10-lt")
+    assert marked == paper.figure3("cifar10-lt")
     for drawn in (
         data["cells"],
         data["ladder"],

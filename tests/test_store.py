@@ -21,15 +21,7 @@ from safetensors import SafetensorError
 
 from tailscope.errors import UserError
 from tailscope.progress import Deadline, Quiet, TimeIsUp
-from tailscope.store import (
-    Damaged,
-    Store,
-    load_checkpoint,
-    load_tensors,
-    make_folder,
-    save_tensors,
-    write_json,
-)
+from tailscope.store import Damaged, Store, load_checkpoint, load_tensors, make_folder, save_tensors, write_json
 from tailscope.store import entries as store_entries
 from tailscope.store import files as store_files
 

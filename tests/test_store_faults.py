@@ -20,16 +20,8 @@ from safetensors.torch import save_file
 
 from tailscope.encoders.shards import Shards
 from tailscope.errors import UserError
-from tailscope.kernels import build
-from tailscope.store import (
-    CHECKPOINT,
-    Damaged,
-    Store,
-    check_tensors,
-    load_checkpoint,
-    load_header,
-    save_tensors,
-)
+from tailscope.networks import norm_act
+from tailscope.store import CHECKPOINT, Damaged, Store, check_tensors, load_checkpoint, load_header, save_tensors
 from tailscope.store import entries as store_entries
 from tailscope.store import files as store_files
 from test_store import META, TENSORS, assert_complete, files, made, never
@@ -459,20 +451,20 @@ def test_a_damaged_kernel_is_compiled_again(tmp_path, monkeypatch):
     def compile_it(compiler, source, to):
         compiled.append(to)
         content = b"\x7fELF" + bytes(range(200))
-        to.write_bytes(content + build._digest(content))
+        to.write_bytes(content + norm_act._digest(content))
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(build, "_compile", compile_it)
-    monkeypatch.setattr(build, "_share_openmp", lambda: None)
-    monkeypatch.setattr(build, "_fingerprint", lambda source, compiler: "f")
-    monkeypatch.setattr(build.ctypes, "CDLL", lambda path: Path(path).read_bytes())
+    monkeypatch.setattr(norm_act, "_compile", compile_it)
+    monkeypatch.setattr(norm_act, "_share_openmp", lambda: None)
+    monkeypatch.setattr(norm_act, "_fingerprint", lambda source, compiler: "f")
+    monkeypatch.setattr(norm_act.ctypes, "CDLL", lambda path: Path(path).read_bytes())
     monkeypatch.setenv("CXX", sys.executable)
-    whole = build.library.__wrapped__("batch_norm")
-    assert build.library.__wrapped__("batch_norm") == whole
+    whole = norm_act.library.__wrapped__("batch_norm")
+    assert norm_act.library.__wrapped__("batch_norm") == whole
     assert len(compiled) == 1
     for count, bit in enumerate(flipped(compiled[0], seed=4), 2):
-        assert build.library.__wrapped__("batch_norm") == whole, bit
+        assert norm_act.library.__wrapped__("batch_norm") == whole, bit
         assert len(compiled) == count
     for content in (b"", b"\x7fELF", whole[:-64], whole[:-1]):  # as before there were digests, or cut off
         compiled[0].write_bytes(content)
-        assert build.library.__wrapped__("batch_norm") == whole
+        assert norm_act.library.__wrapped__("batch_norm") == whole

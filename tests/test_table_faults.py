@@ -22,12 +22,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from tailscope.array_files import fields
-from tailscope.array_files import npz as npz_files
 from tailscope.encoders import checkpoint_files
 from tailscope.errors import UserError
-from tailscope.feature_table import FeatureTable
-from tailscope.linear_layer import LinearLayer
+from tailscope.tables import arrays
+from tailscope.tables import arrays as npz_files
+from tailscope.tables.table import FeatureTable, LinearLayer
 
 CASES = int(os.environ.get("TAILSCOPE_FUZZ", "60"))
 X, Y = np.arange(24, dtype=np.float32).reshape(12, 2), np.arange(12) % 3
@@ -196,7 +195,7 @@ def test_bombs(tmp_path, monkeypatch):
     np.savez_compressed(path, features=np.zeros((2**18, 4), dtype=np.float32), labels=Y)  # 4 MiB in 4 KiB
     assert "features would unpack to" in refusal(path)
     pq.write_table(pa.table({"f0": np.zeros(10**6), "label": np.zeros(10**6, int)}), tmp_path / "bomb.parquet")
-    monkeypatch.setattr(fields, "_memory", lambda: 10**6)
+    monkeypatch.setattr(arrays, "_memory", lambda: 10**6)
     assert "the table declares 0 GiB, more than this machine's memory" in refusal(tmp_path / "bomb.parquet")
     compressed = io.BytesIO()
     with zipfile.ZipFile(compressed, "w", zipfile.ZIP_DEFLATED) as archive:

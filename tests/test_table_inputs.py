@@ -15,8 +15,7 @@ from sklearn.linear_model import LogisticRegression
 import tailscope
 from tailscope.diagnosis.inputs import read
 from tailscope.errors import UserError
-from tailscope.feature_table import FeatureTable, align
-from tailscope.linear_layer import LinearLayer
+from tailscope.tables.table import FeatureTable, LinearLayer, align
 
 COUNTS, UNSEEN = (60, 40, 20, 12, 8, 6), (30,) * 6
 NAMES = np.array(["ant", "bee", "cat", "dog", "eel", "fox"])
@@ -406,7 +405,7 @@ def test_a_tables_own_file_keeps_the_names_that_its_labels_were(tmp_path):
 
 
 def test_the_namespace_of_aliases_has_no_name_twice() -> None:
-    from tailscope.array_files.fields import ALIASES
+    from tailscope.tables.arrays import ALIASES
 
     every = [name for names in ALIASES.values() for name in names]
     assert len(every) == len(set(every))

@@ -8,12 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tailscope import device
+from tailscope.device import COMPILED_FROM_SECONDS, ROUNDS, SECONDS, Runtime, Work, choose
 from tailscope.errors import UserError
-from tailscope.kernels import norm_act
+from tailscope.networks import norm_act
 from tailscope.store import load_header
-from tailscope.training import engine, runtime
-from tailscope.training.engine import COMPILED_FROM_SECONDS, ROUNDS, SECONDS, Work, choose
-from tailscope.training.runtime import Runtime
 from test_training_resume import Interrupting, Stopped, stop
 from training_setups import CPU, assert_same_state, digits, stage1_spec, train_stage1
 
@@ -43,7 +42,7 @@ class Machine:
         self.seconds = {
             name: itertools.repeat(s) if isinstance(s, float | Exception) else iter(s) for name, s in seconds.items()
         }
-        monkeypatch.setattr(engine, "_clock", lambda: self.now)
+        monkeypatch.setattr(device, "_clock", lambda: self.now)
 
     def prepare(self, name):
         self.prepared.append(name)
@@ -177,7 +176,7 @@ def test_a_cache_that_cannot_be_written_is_measured_every_time(monkeypatch, tmp_
     if home == "file":
         place.write_text("")
     else:
-        engine._file(work()).mkdir(parents=True)
+        device._file(work()).mkdir(parents=True)
     for _ in range(2):
         machine = Machine(monkeypatch, eager=0.2, fused=0.1)
         assert choose(PLAIN, work(), machine.prepare) == "fused"
@@ -198,9 +197,9 @@ def timed(monkeypatch):
         found.calls.append(list(steps))
         return {name: 0.1 if name == found.best else 0.2 for name in steps}
 
-    monkeypatch.setattr(engine, "TIMED_FROM_PIXELS", 1)
-    monkeypatch.setattr(engine, "_in_turn", in_turn)
-    monkeypatch.setattr(engine, "can_compile", lambda: False)
+    monkeypatch.setattr(device, "TIMED_FROM_PIXELS", 1)
+    monkeypatch.setattr(device, "_in_turn", in_turn)
+    monkeypatch.setattr(device, "can_compile", lambda: False)
     return found
 
 
@@ -225,7 +224,7 @@ def test_a_training_times_its_engines_once_and_its_description_names_the_fastest
     assert timed.calls == [["eager", "fused"]]
     alike = json.loads(next(cache.iterdir()).read_text())["alike"]
     assert alike == {
-        "model": QUICK, "images": [64, 8, 8, 1], "mix": True, "processor": runtime.cpu_name(), "threads": 1,
+        "model": QUICK, "images": [64, 8, 8, 1], "mix": True, "processor": device.cpu_name(), "threads": 1,
         "precision": "float32", "torch": torch.__version__,
     }  # fmt: skip
 
@@ -235,7 +234,7 @@ def test_timing_changes_no_bit_of_a_training(tmp_path, timed, monkeypatch):
     images, timed.best = digits(), "fused"
     spec = stage1_spec(images, steps=6, model=QUICK)
     state, _ = train_stage1(spec, images, tmp_path / "timed")
-    monkeypatch.setattr(engine, "TIMED_FROM_PIXELS", 1e18)
+    monkeypatch.setattr(device, "TIMED_FROM_PIXELS", 1e18)
     untimed, _ = train_stage1(spec, images, tmp_path / "untimed")
     assert len(timed.calls) == 1
     assert_same_state(state, untimed)
@@ -244,7 +243,7 @@ def test_timing_changes_no_bit_of_a_training(tmp_path, timed, monkeypatch):
 def test_the_demo_is_not_timed(tmp_path, monkeypatch):
     from tailscope.training.recipes import RECIPES
 
-    monkeypatch.setattr(engine, "_in_turn", lambda *_: pytest.fail("engines were timed"))
+    monkeypatch.setattr(device, "_in_turn", lambda *_: pytest.fail("engines were timed"))
     images = digits()
     demo = RECIPES["demo"].stage1
     planned = Work({}, (demo.batch, 8, 8, 1), demo.lengths(1_300)[1])
@@ -323,7 +322,7 @@ def test_an_unknown_engine_is_one_line(name):
 
 def test_an_engine_that_the_machine_has_not_is_one_line(monkeypatch):
     monkeypatch.setattr(norm_act, "available", lambda: False)
-    monkeypatch.setattr(runtime, "can_compile", lambda: False)
+    monkeypatch.setattr(device, "can_compile", lambda: False)
     assert Runtime.choose("cpu", engine="eager").engine == "eager"
     assert Runtime.choose("cpu").engine is None
     for name in ("fused", "compiled"):
@@ -332,12 +331,12 @@ def test_an_engine_that_the_machine_has_not_is_one_line(monkeypatch):
 
 
 def test_without_compiler_or_headers_nothing_is_compiled(monkeypatch):
-    monkeypatch.setattr(runtime.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(runtime.sysconfig, "get_path", lambda *_, **__: "/nowhere")
-    assert not runtime.can_compile()
+    monkeypatch.setattr(device.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(device.sysconfig, "get_path", lambda *_, **__: "/nowhere")
+    assert not device.can_compile()
     monkeypatch.undo()
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert not runtime.can_compile()
+    assert not device.can_compile()
 
 
 def test_every_verb_that_trains_takes_it(tailscope_, tmp_path):

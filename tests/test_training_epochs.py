@@ -21,8 +21,8 @@ from tailscope.spec import StageSpec, TrainSpec
 from tailscope.store import CHECKPOINT
 from tailscope.training import epochs as epochs_module
 from tailscope.training.epochs import SPACING, Epochs, Flat, History, Keeper
+from tailscope.training.loop import fit_classifier
 from tailscope.training.recipes import RECIPES, recipe_by_name
-from tailscope.training.stage2 import fit_classifier
 from test_training_resume import Interrupting, Stopped, stop
 from training_setups import CPU, assert_same_state, data_spec, digits, stage1_spec, train_stage1
 

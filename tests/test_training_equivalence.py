@@ -16,9 +16,9 @@ import torch
 from scipy import stats
 
 from tailscope.data.sources import load
-from tailscope.experiments.lab import Lab
-from tailscope.geometry import describe
-from tailscope.kernels import norm_act
+from tailscope.experiments.stages import Lab
+from tailscope.measures import describe
+from tailscope.networks import norm_act
 from tailscope.store import Store
 from tailscope.training.recipes import RECIPES
 from training_setups import CPU

@@ -13,16 +13,15 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from image_trees import photos as draw_photos
+from tailscope.data.images import Images
 from tailscope.data.sources import ImageData, load
-from tailscope.data.streams import Images
 from tailscope.errors import UserError
-from tailscope.experiments.imagery import IMAGENET, check
-from tailscope.methods import LOSSES, MIXINGS, photos
+from tailscope.experiments.stages import IMAGENET, check
+from tailscope.methods import LOSSES, MIXINGS, augmentations
 from tailscope.seeds import derive, keyed, torch_stream
 from tailscope.spec import DataSpec, StageSpec, TrainSpec
-from tailscope.training.schedules import SCHEDULES
-from tailscope.training.stage1 import new_model
-from tailscope.training.stage1_files import cut, train_on_files
+from tailscope.training import SCHEDULES
+from tailscope.training.loop import cut, new_model, train_on_files
 from tailscope.training.team import Solo
 from test_training_resume import Interrupting, Stopped, stop
 from training_setups import CPU, assert_same_state
@@ -64,7 +63,7 @@ def by_hand(spec: StageSpec, data: Images) -> tuple[dict, list[float]]:
     """The same training in plain words: micro-batches on copies of the network, what they give added up."""
     model = new_model(spec.model, 3, data.num_classes, SEED).train()
     optimizer = torch.optim.SGD(model.parameters(), 0.005, momentum=0.9, weight_decay=spec.train.weight_decay)
-    transform, epoch_losses = photos.training(spec.augment), []
+    transform, epoch_losses = augmentations.training(spec.augment), []
     rates = iter(SCHEDULES.make(spec.train.schedule, 9, 3))
     for epoch in range(3):
         order = torch.randperm(len(data), generator=torch_stream(SEED, "order", epoch)).tolist()

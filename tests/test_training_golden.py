@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tailscope.data.sources import load
-from tailscope.experiments.lab import Lab
+from tailscope.experiments.stages import Lab
 from tailscope.spec import RunSpec
 from tailscope.store import Store
 from tailscope.training.recipes import RECIPES

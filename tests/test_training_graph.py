@@ -9,13 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tailscope.device import Runtime
 from tailscope.methods import LOSSES
 from tailscope.spec import TrainSpec
-from tailscope.training import graph, stage1
-from tailscope.training.graph import WARM_UP, CudaCapture, GraphedStep, capturing
-from tailscope.training.runtime import Runtime
-from tailscope.training.stage1 import new_model
-from tailscope.training.step import Normalizer, Stepper, loss_function
+from tailscope.training import loop, step
+from tailscope.training.loop import new_model
+from tailscope.training.step import WARM_UP, CudaCapture, GraphedStep, Normalizer, Stepper, capturing, loss_function
 from test_training_resume import Interrupting, Stopped, stop
 from training_setups import CPU, assert_same_state, digits, stage1_spec, train_stage1
 
@@ -143,11 +142,11 @@ class FakeCuda:
         patch.setattr(torch.cuda, "stream", self.on)
         patch.setattr(torch.cuda, "CUDAGraph", lambda: FakeGraph(self))
         patch.setattr(torch.cuda, "graph", self.graph)
-        patch.setattr(graph, "_IDLE", type(graph._IDLE)(list))
+        patch.setattr(step, "_IDLE", type(step._IDLE)(list))
 
     def stream(self, device):
         """PyTorch deals out the same 32 in turn."""
-        assert graph._PREPARING.locked()
+        assert step._PREPARING.locked()
         self.dealt += 1
         return FakeStream(self, (self.dealt - 1) % 32)
 
@@ -159,7 +158,7 @@ class FakeCuda:
 
     @contextmanager
     def graph(self, captured, *, stream, capture_error_mode):
-        assert graph._PREPARING.locked()
+        assert step._PREPARING.locked()
         assert stream is self.local.stream
         assert capture_error_mode == "thread_local"
         self.done.append(("capture", captured, stream.number))
@@ -171,7 +170,7 @@ class FakeStream:
         self.cuda, self.number = cuda, number
 
     def wait_stream(self, other):
-        assert graph._PREPARING.locked()
+        assert step._PREPARING.locked()
         self.cuda.done.append(("wait", self.number, other))
 
     def synchronize(self):
@@ -246,7 +245,7 @@ def test_graphs_end_where_a_training_fails(monkeypatch):
         fails()
     captured = cuda.done[1][1]
     assert cuda.done[1:] == [("capture", captured, 0), ("synchronize", 0), ("reset", captured)]
-    assert [stream.number for stream in graph._IDLE[GPU]] == [0]
+    assert [stream.number for stream in step._IDLE[GPU]] == [0]
 
 
 def test_a_training_captures_until_its_end_and_is_the_same(monkeypatch, tmp_path):
@@ -263,7 +262,7 @@ def test_a_training_captures_until_its_end_and_is_the_same(monkeypatch, tmp_path
 
     spec, images = stage1_spec(digits(), steps=23), digits()
     _, plain = train_stage1(spec, images, tmp_path / "plain")
-    monkeypatch.setattr(stage1, "capturing", standing_in)
+    monkeypatch.setattr(loop, "capturing", standing_in)
     _, meta = train_stage1(spec, images, tmp_path / "captured")
     capture, ended = found
     assert ended == "ended"

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from tailscope.data.imageset import ImageSet
+from tailscope.data.images import ImageSet
+from tailscope.device import can_compile, has_bf16
 from tailscope.methods import MIXINGS
 from tailscope.methods.augmentations import build
 from tailscope.seeds import torch_stream
-from tailscope.training.runtime import can_compile, has_bf16
-from tailscope.training.stage1 import new_model
+from tailscope.training.loop import new_model
 from tailscope.training.step import Normalizer
 from training_setups import CPU, assert_same_state, digits, stage1_spec, train_stage1
 

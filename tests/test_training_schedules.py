@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from tailscope.errors import UserError
 from tailscope.spec import DataSpec, TrainSpec
+from tailscope.training import SCHEDULES
 from tailscope.training.recipes import RECIPES, Recipe, recipe_by_name
-from tailscope.training.schedules import SCHEDULES
 
 
 def test_multistep_is_the_papers_staircase():

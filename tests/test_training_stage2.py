@@ -6,16 +6,16 @@ import torch
 from scipy.stats import chisquare
 from torch import nn
 
-from tailscope import features
-from tailscope.data.imageset import ImageSet
+from tailscope.data.images import ImageSet
 from tailscope.data.sources import ImageData
 from tailscope.errors import UserError
-from tailscope.experiments.lab import Lab
-from tailscope.features import extract
+from tailscope.experiments.stages import Lab
 from tailscope.methods.augmentations import build
 from tailscope.seeds import derive, torch_stream
 from tailscope.spec import RunSpec, TrainSpec
 from tailscope.store import Store
+from tailscope.training import extract as extraction
+from tailscope.training.extract import extract
 from tailscope.training.recipes import Recipe
 from training_setups import CPU, assert_same_state, digits
 
@@ -153,7 +153,7 @@ def test_balanced_draws_are_augmented_draws_of_the_training_rows(lab, lt, backbo
         extracted.append(images)
         return torch.zeros(len(images), 32)
 
-    monkeypatch.setattr(features, "extract", recording)
+    monkeypatch.setattr(extraction, "extract", recording)
     stage2 = RECIPE.classifier(lt.spec, sampler="class_balanced").model_copy(update={"augment": ()})
     views = lab.views(backbone, stage2, lt.rows, SEED)
     training = lab.data.train.take(lt.rows)
@@ -174,7 +174,7 @@ def test_classifiers_on_one_backbone_share_its_views(lab, lt, backbone, monkeypa
         extractions.append(len(arguments[1]))
         return extract(*arguments)
 
-    monkeypatch.setattr(features, "extract", counting)
+    monkeypatch.setattr(extraction, "extract", counting)
     for data in (lt, lab.true(), lab.matched(list(lt.spec.counts), SEED)):
         lab.classifier(run_on(lt, data), backbone, data.rows, "classifier")
     assert extractions == [300] * VIEWS

@@ -13,18 +13,17 @@ import torch
 from image_trees import photos as draw_photos
 from tailscope.data.decoding import decode
 from tailscope.data.sources import load as load_files
+from tailscope.device import Runtime
 from tailscope.encoders import load as load_encoder
 from tailscope.encoders.preprocessing import Wishes
 from tailscope.errors import UserError
-from tailscope.features import extract
-from tailscope.methods import photos
-from tailscope.paper.trainings import prepare_thread
+from tailscope.methods import augmentations
 from tailscope.progress import Quiet
+from tailscope.reproduce.trainings import prepare_thread
 from tailscope.seeds import derive, keyed, numpy_stream, torch_stream
 from tailscope.spec import StageSpec, TrainSpec
-from tailscope.training.runtime import Runtime
-from tailscope.training.stage1 import _Batches, new_model
-from tailscope.training.stage2 import fit_classifier
+from tailscope.training.extract import extract
+from tailscope.training.loop import _Batches, fit_classifier, new_model
 from tailscope.training.step import Normalizer
 from training_setups import CPU, assert_same_state, data_spec, digits, stage1_spec, train_stage1
 
@@ -189,7 +188,7 @@ def test_decoding_leaves_the_default_generator(tmp_path, workers):
     draw_photos(tmp_path, [4, 4], split="train", side=20)
     files = load_files(f"list:{tmp_path / 'train.txt'},{tmp_path / 'train.txt'}").train
     before = torch.get_rng_state()
-    transform = photos.training(("resized_crop(size=16)", "flip"))
+    transform = augmentations.training(("resized_crop(size=16)", "flip"))
     list(decode(files, transform, [[0, 1], [2]], workers=workers, seed_of=lambda *_: 5))
     assert torch.equal(torch.get_rng_state(), before)
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from tailscope.data.imageset import ImageSet
+from tailscope.data.images import ImageSet
 from tailscope.data.sources import load
+from tailscope.device import Runtime
 from tailscope.spec import DataSpec, StageSpec, TrainSpec
-from tailscope.training.runtime import Runtime
-from tailscope.training.stage1 import train_backbone
+from tailscope.training.loop import train_backbone
 from tailscope.training.step import Normalizer
 
 CPU = Runtime(torch.device("cpu"), torch.float32)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Pace
-from tailscope.data import npz
-from tailscope.data.imageset import ImageSet
+from tailscope.data import sources
+from tailscope.data.images import ImageSet
+from tailscope.device import Runtime, has_bf16
 from tailscope.progress import Advance, Quiet
 from tailscope.spec import DataSpec, TrainSpec
-from tailscope.training.runtime import Runtime, has_bf16
 
 CLASSES = 10
 CLASS_NAMES = tuple(str(k) for k in range(CLASSES))
@@ -31,7 +31,7 @@ def load_images(data: str | None, count: int) -> ImageSet:
         stream = torch.Generator().manual_seed(0)
         images = torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8, generator=stream)
         return ImageSet(images, labels, CLASS_NAMES)
-    everything = npz.read(Path(data))[0]
+    everything = sources.read(Path(data))[0]
     by_class = torch.argsort(everything.labels, stable=True).reshape(CLASSES, -1)
     return everything.take(by_class.T.flatten()[:count])
 

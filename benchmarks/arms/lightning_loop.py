@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmarks.arms.common import CLASSES, load_images, on_device
 from benchmarks.arms.rivals import make_loader
 from benchmarks.measure import Pace
-from tailscope.models import MODELS
+from tailscope.networks import MODELS
 
 
 class Classifier(lightning.LightningModule):

@@ -20,25 +20,23 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.arms.common import CLASSES, STAGE1, Paced, data_spec, load_images, on_device
 from benchmarks.geometry import train_counts
 from benchmarks.measure import Pace
-from tailscope.data.imageset import ImageSet
+from tailscope.data.images import ImageSet
 from tailscope.data.sources import ImageData
-from tailscope.experiments.lab import Lab
-from tailscope.experiments.runs import training_sets
+from tailscope.device import Engine, Runtime
+from tailscope.experiments.results import training_sets
 from tailscope.experiments.settings import Settings
+from tailscope.experiments.stages import Lab
 from tailscope.experiments.swap import swap
-from tailscope.features import extract
-from tailscope.geometry import describe
+from tailscope.measures import describe
 from tailscope.methods.augmentations import build
-from tailscope.paper.trainings import prepare_thread
 from tailscope.progress import Advance, Progress, Quiet
+from tailscope.reproduce.trainings import prepare_thread
 from tailscope.spec import StageSpec, TrainSpec
 from tailscope.store import Store
-from tailscope.training.graph import capturing
+from tailscope.training.extract import extract
+from tailscope.training.loop import CHUNK_BATCHES, Training, fit_classifier, new_model, train_backbone
 from tailscope.training.recipes import Recipe
-from tailscope.training.runtime import Engine, Runtime
-from tailscope.training.stage1 import CHUNK_BATCHES, Training, new_model, train_backbone
-from tailscope.training.stage2 import fit_classifier
-from tailscope.training.step import Normalizer
+from tailscope.training.step import Normalizer, capturing
 
 # -- stage 1 ----------------------------------------------------------------------------------------------------------
 

@@ -14,10 +14,10 @@ from torchvision.transforms import AutoAugmentPolicy
 
 from benchmarks.arms.common import CLASSES, fast_dtype, load_images, on_device, pixel_statistics
 from benchmarks.measure import Pace
-from tailscope.data.imageset import ImageSet
-from tailscope.models import MODELS
-from tailscope.models.resnet import CifarResNet
-from tailscope.training.runtime import keep_freed_memory
+from tailscope.data.images import ImageSet
+from tailscope.device import keep_freed_memory
+from tailscope.networks import MODELS
+from tailscope.networks.resnets import CifarResNet
 
 # -- the loop of the tutorials: torchvision data set, PIL transforms, DataLoader, float32, eager ----------------------
 

@@ -21,16 +21,16 @@ from unittest.mock import patch
 
 import torch
 
-from tailscope.data.imageset import ImageSet
+from tailscope.data.images import ImageSet
 from tailscope.data.sources import ImageData
-from tailscope.experiments.lab import Lab
-from tailscope.experiments.runs import Run
-from tailscope.paper.trainings import Trainings
+from tailscope.device import Runtime
+from tailscope.experiments.results import Run
+from tailscope.experiments.stages import Lab
 from tailscope.progress import Deadline, Quiet
+from tailscope.reproduce.trainings import Trainings
 from tailscope.store import Store
-from tailscope.training import stage1
+from tailscope.training import loop
 from tailscope.training.recipes import RECIPES
-from tailscope.training.runtime import Runtime
 
 ENGINES = {"plain": "eager", "compiled": "compiled"}
 """What each part measures."""
@@ -104,7 +104,7 @@ def difference(losses: list[float], reference: list[float]) -> float | None:
 def equality(bench: Bench, jobs: int) -> dict[str, object]:
     """Return by how much losses differ from those of steps that are neither captured nor compiled, one at a time."""
     as_chosen, bench.runtime = bench.runtime, Runtime.choose(str(bench.runtime.device), engine="eager")
-    with patch.object(stage1, "capturing", lambda device: nullcontext()):
+    with patch.object(loop, "capturing", lambda device: nullcontext()):
         eager, again = bench.losses(1), bench.losses(1)
     bench.runtime = as_chosen
     return {

@@ -167,10 +167,10 @@ def _tell(console: Console, *lines: str) -> None:
 
 def _show_story(_: object, options: Options, console: Console) -> None:
     """Print the story in ten lines and name the report."""
-    from tailscope import report
+    from tailscope.report import load, story
 
     table = Table(show_header=False, box=None)
-    for name, value in report.story.summary_rows(report.load(options["out"])):
+    for name, value in story.summary_rows(load(options["out"])):
         table.add_row(_plain(name), _plain(value))
     console.print(table)
     _tell(console, f"report: {options['out'] / 'report.html'}")

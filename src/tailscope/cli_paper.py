@@ -15,8 +15,8 @@ from tailscope.experiments.options import DataRoot, Device, Engine, FileOptions,
 from tailscope.progress import shown_on
 from tailscope.verbs import taking
 
-if TYPE_CHECKING:  # PyTorch takes its time, and --help need not wait for it
-    from tailscope.paper.reproduce import Reproduction
+if TYPE_CHECKING:
+    from tailscope.reproduce.reproduce import Reproduction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class _Request(FileOptions, _Asked):
         Raises:
             UserError: some do not go together.
         """
-        from tailscope.paper.reproduce import Reproduction
+        from tailscope.reproduce.reproduce import Reproduction
 
         self._refuse_what_does_not_go_together()
         passed_on = {
@@ -123,8 +123,8 @@ def reproduce(request: _Request) -> dict[str, Any]:
     `tailscope reproduce everything --data-root DIR --time-limit 9m --out results`;
     `tailscope reproduce table1 --dataset imagenet-lt --data list:TRAIN.txt,TEST.txt --data-root DIR --devices 4`
     """
-    from tailscope.paper.queue import run_queue
-    from tailscope.paper.reproduce import draw, run_reproduce
+    from tailscope.reproduce.queue import run_queue
+    from tailscope.reproduce.reproduce import draw, run_reproduce
 
     reproduction, console = request.reproduction(), request.console or Console(quiet=True)
 
@@ -144,7 +144,7 @@ def show(done: dict[str, Any], options: Options, console: Console) -> None:
     """Print the printed tables beside ours, and what becomes of the claims; a plan, or pieces, were told already."""
     if "claims" not in done:
         return
-    from tailscope.paper.claims import tally
+    from tailscope.reproduce.claims import tally
 
     for name in ("table1", "fig3"):
         if name in done["tables"]:

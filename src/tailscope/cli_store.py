@@ -16,7 +16,7 @@ from tailscope.errors import UserError, printable
 from tailscope.experiments.options import StoreRoot
 from tailscope.progress import shown_on
 
-if TYPE_CHECKING:  # PyTorch takes its time, and --help need not wait for it
+if TYPE_CHECKING:
     from tailscope.store import Row, Store
 
 SOME_DAMAGED = 1

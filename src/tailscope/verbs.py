@@ -29,16 +29,15 @@ from tailscope.experiments.options import (
     Request,
 )
 from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, PHOTO_AUGMENTATIONS, SAMPLERS
-from tailscope.models import MODELS
+from tailscope.networks import MODELS
 from tailscope.progress import shown_on
 from tailscope.registry import Registry
-from tailscope.training.schedules import SCHEDULES
+from tailscope.training import SCHEDULES
 
 if TYPE_CHECKING:
     from tailscope.data.sources import ImageData
     from tailscope.encoders import FeaturesResult
-    from tailscope.feature_table import Source
-    from tailscope.linear_layer import LinearLayer
+    from tailscope.tables.table import LinearLayer, Source
 
 __all__ = ["demo", "diagnose", "features", "geometry", "ladder", "load", "methods", "report", "subset", "swap"]
 REGISTRIES: dict[str, Registry[Any]] = {
@@ -162,7 +161,7 @@ def demo(request: Request) -> dict[str, dict[str, Any]]:
 
 def _experiments(request: Request, *verbs: str) -> dict[str, dict[str, Any]]:
     """Run experiments, and build their report where they are written."""
-    from tailscope.experiments.workplace import run
+    from tailscope.experiments.running import run
 
     results = run(request, verbs)
     if request.out is not None:
@@ -184,8 +183,8 @@ def subset(
 
     Example: `tailscope subset --data cifar10 --data-root DIR --profile exp:100 --protocol ldam --seed 0 --out out`
     """
-    from tailscope.experiments.workplace import describe_subset, opened
-    from tailscope.result_files import check_free, write
+    from tailscope.experiments.running import describe_subset, opened
+    from tailscope.results import check_free, write
     from tailscope.store import make_folder
 
     result = describe_subset(opened(data, data_root), profile, protocol, seed)
@@ -250,9 +249,8 @@ def features(
     `tailscope features --model resnet32 --checkpoint ldam.pth.tar --data cifar10 --split test --out unseen.npz`;
     `tailscope features --model store:892e --store out/store --data cifar10 --split train --part unseen --out u.npz`
     """
-    from tailscope.encoders.extraction import Options
-    from tailscope.encoders.run import run_features
-    from tailscope.training.runtime import Runtime
+    from tailscope.device import Runtime
+    from tailscope.encoders.extract import Options, run_features
 
     options = Options(
         precision="auto" if mixed else "fp32",
@@ -332,10 +330,10 @@ def diagnose(
     Examples: `tailscope diagnose --train train.npz --unseen held-out.npz --out out`;
     `tailscope diagnose --train a.npz --unseen a-u.npz --train b.npz --unseen b-u.npz --out compared`
     """
-    from tailscope.diagnosis.assemble import DiagnosisSettings, prepare, run, spec
-    from tailscope.result_files import check_free, write
+    from tailscope.device import Runtime
+    from tailscope.diagnosis.diagnose import DiagnosisSettings, prepare, run, spec
+    from tailscope.results import check_free, write
     from tailscope.store import make_folder
-    from tailscope.training.runtime import Runtime
 
     settings = DiagnosisSettings(ceiling, permutations, alpha, verdict, drop_duplicates, seed)
     runtime = Runtime.choose(device, keep_memory=False)

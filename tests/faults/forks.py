@@ -18,12 +18,12 @@ from typing import Any
 
 from tailscope import cli, progress, report, verbs
 from tailscope.diagnosis import outcomes, verdict
-from tailscope.encoders import run
-from tailscope.experiments import workplace
-from tailscope.paper import queue
+from tailscope.encoders import extract
+from tailscope.experiments import running
 from tailscope.progress import Quiet
+from tailscope.reproduce import queue
 
-IMPORTED = (outcomes, queue, run, verdict, workplace)
+IMPORTED = (outcomes, queue, extract, verdict, running)
 """What the verbs import when they are called."""
 
 PATIENCE = 300.0
@@ -150,7 +150,7 @@ def _child(folder: Path, work: Callable[[], int], prepare: Prepare) -> None:
         def shown_on(_: object) -> Iterator[Recorder]:
             yield recorder
 
-        progress.shown_on = verbs.shown_on = workplace.shown_on = shown_on
+        progress.shown_on = verbs.shown_on = running.shown_on = shown_on
         report.build = lambda out, **_: Path(out)  # which takes ten times as long as all the rest
         prepare()
         code = work()

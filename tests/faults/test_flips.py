@@ -110,7 +110,7 @@ def checkpoint_content(path: Path) -> object:
 
 
 def table_content(path: Path) -> object:
-    from tailscope.feature_table import FeatureTable
+    from tailscope.tables.table import FeatureTable
 
     table = FeatureTable.load(path)
     return (

@@ -19,10 +19,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from tailscope.data.imageset import ImageSet
-from tailscope.data.pixels import ImageError
+from tailscope.data.images import ImageError, Images, ImageSet
 from tailscope.data.sources import ImageData, cannot_be_read
-from tailscope.data.streams import Images
 from tailscope.errors import UserError
 from tailscope.progress import Progress
 from tailscope.seeds import keyed

@@ -20,11 +20,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tailscope.array_files import message_of
-from tailscope.data.pixels import ImageError, read_image
-from tailscope.data.streams import Images, Indices, Rows
+from tailscope.data.images import ImageError, Images, Indices, Rows, read_image
 from tailscope.errors import UserError, unreadable
-from tailscope.field_checks import MAX_CLASSES
+from tailscope.tables.checks import MAX_CLASSES
+from tailscope.tables.files import message_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -118,7 +118,7 @@ def _read_counts(path: str) -> list[object]:
     file = expanded(path)
     if not file.exists():
         raise UserError(f"profile {path!r}: no such counts file")
-    from tailscope.result_files import read_json  # here because it imports PyTorch, which `methods` need not wait for
+    from tailscope.results import read_json  # here because it imports PyTorch, which `methods` need not wait for
 
     data = read_json(file)
     counts = data.get("counts") if isinstance(data, dict) else data

@@ -1,6 +1,8 @@
 """Open what `--data` names, in memory or in files: one way for every verb.
 
 `digits`, `cifar10`, `cifar100`, `PATH.npz`, `folder:PATH`, `list:TRAIN.txt[,TEST.txt]`, `hf:NAME[:SPLIT]`.
+
+Read an image `.npz` and check every field: what is wrong is said in one line, and nothing is ever unpickled.
 """
 
 import hashlib
@@ -9,16 +11,94 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from sklearn.datasets import load_digits
 
 from tailscope import seeds
-from tailscope.data import folders, huggingface, listfiles, npz, splits
-from tailscope.data.imageset import ImageSet
-from tailscope.data.streams import Images
+from tailscope.data import folders, huggingface, subsets
+from tailscope.data.images import Images, ImageSet
 from tailscope.errors import UserError, expanded
+from tailscope.tables import files
+from tailscope.tables.checks import Labels, check_classes, listed, positions, to_labels, to_names
+
+FIELDS = ("train_images", "train_labels", "test_images", "test_labels")
+
+
+def read(path: Path) -> tuple[ImageSet, ImageSet]:
+    """Return the training and the test set of an image `.npz`.
+
+    The file holds `train_images` and `test_images` uint8 [N,H,W,C] with C from 1 to 4 (or [N,H,W], taken as C = 1),
+    `train_labels` and `test_labels` [N] or [N,1], and optionally `class_names` [C], in which the labels are positions.
+    Without, a label, whole number or text, is the name of its class.
+
+    Raises:
+        UserError: the file is missing, unreadable, or holds something else.
+    """
+    arrays = files.read(path, FIELDS, ("class_names",)).arrays
+    images = [_checked_images(f"{path}: {split}_images", arrays[f"{split}_images"]) for split in ("train", "test")]
+    shapes = [of_split.shape[1:] for of_split in images]
+    if shapes[0] != shapes[1]:
+        raise UserError(f"{path}: train_images are {shapes[0]} (height, width, channels), test_images {shapes[1]}")
+    train, test = (
+        to_labels(f"{path}: {split}_labels", arrays[f"{split}_labels"], len(of_split), "images")
+        for split, of_split in zip(("train", "test"), images, strict=True)
+    )
+    names, *labels = _numbered(path, train, test, arrays.get("class_names"))
+    _require_training_images(path, labels[0], names)
+    first, second = (
+        ImageSet(torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(numbers), names)
+        for pixels, numbers in zip(images, labels, strict=True)
+    )
+    return first, second
+
+
+def _checked_images(where: str, images: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """Return the images as [N,H,W,C]."""
+    if images.dtype != np.uint8:
+        raise UserError(f"{where} is {images.dtype}; expected uint8, 0 to 255")
+    if images.ndim not in (3, 4):
+        raise UserError(f"{where} has shape {images.shape}; expected [N,H,W,C]")
+    images = images[..., None] if images.ndim == 3 else images
+    if 0 in images.shape:
+        raise UserError(f"{where} is empty: shape {images.shape}")
+    if images.shape[3] > 4:
+        raise UserError(f"{where} has shape {images.shape}; expected [N,H,W,C] with 1 to 4 channels last")
+    return images
+
+
+def _numbered(
+    path: Path, train: Labels, test: Labels, listed_names: npt.NDArray[Any] | None
+) -> tuple[tuple[str, ...], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the class names and the labels of both splits as positions in them."""
+    if train.dtype.kind != test.dtype.kind:
+        raise UserError(f"{path}: train_labels is {train.dtype}, test_labels {test.dtype}; give one kind")
+    classes, codes = np.unique(train, return_inverse=True)
+    if len(classes) < 2:
+        raise UserError(f"{path}: train_labels holds a single class; at least two are needed")
+    if listed_names is not None:
+        names = to_names(str(path), listed_names)
+        first, second = (
+            positions(f"{path}: {split}_labels", labels, names) for split, labels in (("train", train), ("test", test))
+        )
+        return names, first, second
+    surplus = np.setdiff1d(test, classes)
+    if len(surplus):
+        raise UserError(f"{path}: test_labels has {listed(surplus.astype(np.str_).tolist())}, which train_labels lacks")
+    check_classes(str(path), len(classes))
+    return tuple(map(str, classes)), codes.astype(np.int64), np.searchsorted(classes, test).astype(np.int64)
+
+
+def _require_training_images(path: Path, labels: npt.NDArray[np.int64], names: tuple[str, ...]) -> None:
+    # A class without test images only has no accuracy; one without training images cannot be learnt.
+    empty = np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)
+    if len(empty):
+        k = int(empty[0])
+        raise UserError(f"{path}: class {k} ({names[k]}) of 0 to {len(names) - 1} has no training images")
+
 
 SHOWN = 10
 """How many images that cannot be read a message names."""
@@ -163,7 +243,7 @@ def open_images(source: str, *, data_root: Path | None = None) -> OpenedImages:
     """Open a source of images.
 
     Args:
-        source: `digits`, `cifar10`, `cifar100`; `PATH.npz` (see `tailscope.data.npz.read`); `folder:PATH` (see
+        source: `digits`, `cifar10`, `cifar100`; `PATH.npz` (see `tailscope.data.sources.read`); `folder:PATH` (see
             `folders`), `list:TRAIN.txt[,TEST.txt]` (see `listfiles`) or `hf:NAME[:SPLIT]` (see `huggingface`).
         data_root: where the images of lists lie, by default beside the list; for CIFAR, a directory with torchvision's
             official layout or `NAME.npz`, by default `$TAILSCOPE_DATA`, else `~/.cache/tailscope/data`. CIFAR that is
@@ -180,7 +260,7 @@ def open_images(source: str, *, data_root: Path | None = None) -> OpenedImages:
         name, pair = source, _LOADERS[source](data_root)
     elif source.endswith(".npz"):
         path = expanded(source)
-        name, pair = path.stem, npz.read(path)
+        name, pair = path.stem, read(path)
     else:
         raise UserError(f"unknown data set {source!r}; known: {', '.join((*sorted(_LOADERS), *_KNOWN))}")
     in_memory = zip(("train", "test"), pair, strict=True)
@@ -196,7 +276,7 @@ def _digits(_: Path | None) -> tuple[ImageSet, ImageSet]:
     pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
     labels = bunch.target.astype(np.int64)
     everything = ImageSet(torch.from_numpy(pixels), torch.from_numpy(labels), tuple(str(k) for k in range(10)))
-    drawn = splits.subset(labels, [DIGITS_TEST_PER_CLASS] * 10, seed=seeds.derive(DIGITS_SPLIT_SEED, "digits", "test"))
+    drawn = subsets.subset(labels, [DIGITS_TEST_PER_CLASS] * 10, seed=seeds.derive(DIGITS_SPLIT_SEED, "digits", "test"))
     is_test = np.zeros(len(labels), dtype=bool)
     is_test[drawn.flat] = True
     return everything.take(np.flatnonzero(~is_test)), everything.take(np.flatnonzero(is_test))
@@ -205,7 +285,7 @@ def _digits(_: Path | None) -> tuple[ImageSet, ImageSet]:
 def _cifar(name: str, data_root: Path | None) -> tuple[ImageSet, ImageSet]:
     root = expanded(data_root or os.environ.get("TAILSCOPE_DATA") or "~/.cache/tailscope/data")
     if (root / f"{name}.npz").is_file():
-        return npz.read(root / f"{name}.npz")
+        return read(root / f"{name}.npz")
     if data_root is not None and not root.is_dir():
         raise UserError(f"--data-root {root}: no such directory")
     return _official(name, root, train=True), _official(name, root, train=False)
@@ -236,8 +316,8 @@ _LOADERS: dict[str, Callable[[Path | None], tuple[ImageSet, ImageSet]]] = {
     **{name: partial(_cifar, name) for name in _CIFAR},
 }
 _IN_FILES: dict[str, Callable[[str, Path | None], Mapping[str, Images]]] = {
-    "folder": lambda rest, _: folders.load(expanded(rest)),
-    "list": listfiles.load,
+    "folder": lambda rest, _: folders.load_folder(expanded(rest)),
+    "list": folders.load_lists,
     "hf": lambda rest, _: huggingface.load(rest),
 }
 _KNOWN = ("PATH.npz", "folder:PATH", "list:TRAIN.txt[,TEST.txt]", "hf:NAME[:SPLIT]")

@@ -12,10 +12,9 @@ import numpy.typing as npt
 import torch
 
 from tailscope.errors import UserError, first_few
-from tailscope.feature_table import FeatureTable, Source, align
-from tailscope.field_checks import listed
-from tailscope.geometry.rows import FAR, ClassRows, far, group_rows, median, unseen_copies
-from tailscope.linear_layer import LinearLayer
+from tailscope.measures.rows import FAR, ClassRows, far, group_rows, median, unseen_copies
+from tailscope.tables.checks import listed
+from tailscope.tables.table import FeatureTable, LinearLayer, Source, align
 
 BoolArray = npt.NDArray[np.bool_]
 PARTS = ("train", "unseen", "test")

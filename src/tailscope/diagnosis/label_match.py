@@ -14,8 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tailscope.geometry.angles import class_centers
-from tailscope.geometry.rows import ClassRows
+from tailscope.measures.angles import class_centers
+from tailscope.measures.rows import ClassRows
 
 # A training centre may lie off for other reasons than the draw of its samples, memorisation above all: it counts as
 # no surer than the mean of this many samples.

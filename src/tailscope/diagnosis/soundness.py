@@ -17,7 +17,7 @@ from torch import Tensor
 from tailscope.diagnosis.inputs import Inputs, named
 from tailscope.diagnosis.label_match import MARGIN, cycles, match_labels
 from tailscope.errors import first_few
-from tailscope.geometry.rows import ClassRows, exponent, find_copies, gather, scaled, unseen_copies
+from tailscope.measures.rows import ClassRows, exponent, find_copies, gather, scaled, unseen_copies
 from tailscope.report.text import percent
 
 if TYPE_CHECKING:

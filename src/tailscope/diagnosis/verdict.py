@@ -13,15 +13,14 @@ from typing import Any, TypedDict, cast
 import numpy as np
 
 from tailscope.attribution import summarize
-from tailscope.bounds import difference
-from tailscope.diagnosis.encoders import Pair
-from tailscope.diagnosis.outcomes import BoolArray, Outcomes
+from tailscope.diagnosis.compare import Pair
+from tailscope.diagnosis.outcomes import BoolArray, Outcomes, difference
 from tailscope.errors import first_few
-from tailscope.geometry.describe import FEW_UNSEEN
-from tailscope.geometry.fields import Entry
-from tailscope.geometry.significance import VERDICT_SAMPLES
 from tailscope.groups import GROUPS
 from tailscope.intervals import FloatArray, Gap, Interval, proportion
+from tailscope.measures.chance import VERDICT_SAMPLES
+from tailscope.measures.describe import FEW_UNSEEN
+from tailscope.measures.fields import Entry
 from tailscope.report.text import in_points, number, percent
 
 IntArray = np.ndarray[Any, np.dtype[np.int64]]

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from tailscope.encoders.checkpoint_files import Container, State, containers
 from tailscope.errors import UserError, first_few
-from tailscope.field_checks import listed
-from tailscope.linear_layer import LinearLayer
+from tailscope.tables.checks import listed
+from tailscope.tables.table import LinearLayer
 
 _CLASSIFIER_NAMES = ("classifier", "linear", "fc", "head")
 _BOOKKEEPING = ("num_batches_tracked", "total_ops", "total_params")

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from tailscope import seeds
-from tailscope.data.streams import PIL_MODES
+from tailscope.data.images import PIL_MODES
 from tailscope.encoders import checkpoints
 from tailscope.encoders.checkpoints import Checkpoint
-from tailscope.encoders.encoder import (
+from tailscope.encoders.networks import (
     Architecture,
     Encoder,
     FeatureFunction,
@@ -41,9 +41,9 @@ from tailscope.encoders.encoder import (
 )
 from tailscope.encoders.preprocessing import Preprocessing, Wishes, by_data, foreign_code
 from tailscope.errors import UserError
-from tailscope.linear_layer import LinearLayer
-from tailscope.models import MODELS
+from tailscope.networks import MODELS
 from tailscope.registry import split_call
+from tailscope.tables.table import LinearLayer
 
 _UNTRAINED = {"timm": "random", "torchvision": "random", "project": "random", "user": "as the factory made them"}
 _POOLED = re.compile(r"features?|feat|pool|embed|penultimate", re.IGNORECASE)
@@ -68,7 +68,7 @@ def load(
     Args:
         model: one of the project's (`resnet32`, `resnet10`, `resnet32(width=64)`), `torchvision:NAME`, `timm:NAME` or
             any timm name, or `module:factory` of the user's own. It may import and run what it names: never pass what
-            was read from a file without looking it up in `MODELS` (as `tailscope.encoders.stored` does).
+            was read from a file without looking it up in `MODELS` (as `tailscope.encoders.checkpoint_files` does).
         checkpoint: local weights (see `tailscope.encoders.checkpoints`). Without, weights are random, and the same in
             every process.
         checkpoint_key: which of the checkpoint's networks, such as `ema`, where several fit.

@@ -19,9 +19,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-from tailscope.array_files import message_of
-from tailscope.data.streams import PIL_MODES
+from tailscope.data.images import PIL_MODES
 from tailscope.errors import UserError
+from tailscope.tables.files import message_of
 
 _SHOWN = 200
 _LIBRARIES = (

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tailscope.data.decoding import Unreadable
 from tailscope.errors import UserError
-from tailscope.result_files import read_json
+from tailscope.results import read_json
 from tailscope.spec import digest
 from tailscope.store import (
     Damaged,

@@ -6,11 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from tailscope.experiments.lab import Backbone, Lab, TrainingSet
-from tailscope.experiments.results import Journal
-from tailscope.experiments.runs import Run
+from tailscope.experiments.results import Journal, Run
 from tailscope.experiments.settings import Settings
-from tailscope.geometry import describe
+from tailscope.experiments.stages import Backbone, Lab, TrainingSet
+from tailscope.measures import describe
 
 ENCODERS = {"lt": ("lt", False), "lt+mixup": ("lt", True), "true": ("true", False)}
 """Each encoder's training set and whether stage 1 mixes."""

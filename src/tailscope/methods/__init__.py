@@ -9,23 +9,18 @@ from typing import TYPE_CHECKING
 from tailscope.registry import Registry, split_call
 
 if TYPE_CHECKING:
-    from tailscope.methods.augmentations import Augmentation
+    from tailscope.methods.augmentations import Augmentation, Photo
     from tailscope.methods.losses import Loss
-    from tailscope.methods.mixing import Mixing
-    from tailscope.methods.photos import Photo
-    from tailscope.methods.samplers import Sampler
+    from tailscope.methods.sampling import Mixing, Sampler
 
 __all__ = ["AUGMENTATIONS", "LOSSES", "MIXINGS", "PHOTO_AUGMENTATIONS", "SAMPLERS", "for_photos"]
-
 LOSSES: Registry["Loss"] = Registry("loss", "tailscope.methods.losses:LOSSES")
-SAMPLERS: Registry["Sampler"] = Registry("sampler", "tailscope.methods.samplers:SAMPLERS")
-AUGMENTATIONS: Registry["Augmentation"] = Registry(
-    "augmentation", "tailscope.methods.augmentations:AUGMENTATIONS", "tailscope.methods.autoaugment:AUGMENTATIONS"
-)
+SAMPLERS: Registry["Sampler"] = Registry("sampler", "tailscope.methods.sampling:SAMPLERS")
+AUGMENTATIONS: Registry["Augmentation"] = Registry("augmentation", "tailscope.methods.augmentations:AUGMENTATIONS")
 PHOTO_AUGMENTATIONS: Registry["Photo"] = Registry(
-    "photograph augmentation", "tailscope.methods.photos:PHOTO_AUGMENTATIONS"
+    "photograph augmentation", "tailscope.methods.augmentations:PHOTO_AUGMENTATIONS"
 )
-MIXINGS: Registry["Mixing"] = Registry("mixing", "tailscope.methods.mixing:MIXINGS")
+MIXINGS: Registry["Mixing"] = Registry("mixing", "tailscope.methods.sampling:MIXINGS")
 
 
 def for_photos(calls: Sequence[str]) -> bool:

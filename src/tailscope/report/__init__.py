@@ -1,15 +1,14 @@
 """The report: one HTML page with figures and tables, made from stored results alone.
 
-`build` writes it; `load` reads the results it is made of; `story` says the same in sentences, `write_tables` in files.
+`build` writes it; `load` reads the results it is made of; `write_tables` writes them as tables.
 """
 
 from pathlib import Path
 
-from tailscope.report import story
 from tailscope.report.rows import load
 from tailscope.report.rows import write as write_tables
 
-__all__ = ["build", "load", "story", "write_tables"]
+__all__ = ["build", "load", "write_tables"]
 
 
 def build(out: Path | str, *, figures: bool = True) -> Path:

@@ -6,7 +6,7 @@ from typing import Any
 
 import altair as alt
 
-from tailscope.geometry.fields import SHOWN
+from tailscope.measures.fields import SHOWN
 from tailscope.report import rows, story
 from tailscope.report.marks import (
     BACKBONE_KEYS,

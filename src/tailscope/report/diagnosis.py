@@ -6,8 +6,8 @@ from typing import Any
 
 import altair as alt
 
-from tailscope.geometry.fields import SHOWN
 from tailscope.groups import GROUPS
+from tailscope.measures.fields import SHOWN
 from tailscope.report.marks import (
     FORMATS,
     GROUP_KEYS,

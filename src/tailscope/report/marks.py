@@ -16,8 +16,8 @@ import altair as alt
 import vl_convert
 
 from tailscope.groups import GROUPS
-from tailscope.report.files import write
 from tailscope.report.rows import Row
+from tailscope.store.files import write
 
 Spec = dict[str, Any]
 Chart = alt.Chart | alt.LayerChart | alt.FacetChart

@@ -13,16 +13,16 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 import tailscope
-from tailscope.geometry.fields import SHOWN
 from tailscope.groups import GROUPS
+from tailscope.measures.fields import SHOWN
 from tailscope.report import charts, diagnosis, marks, rows, story
 from tailscope.report import tables as table_files
-from tailscope.report.files import write
 from tailscope.report.marks import Figure
 from tailscope.report.rows import Row
 from tailscope.report.schema import TRAINED, VARIANTS, AnyResult, Diagnosis, Results
 from tailscope.report.tables import Table
 from tailscope.report.text import DASH, arrow, number, plural, significant
+from tailscope.store.files import write
 
 DIGITS = 6  # significant ones; enough for a chart, and the page stays small
 LAST_SECTIONS = (("warnings", "Warnings"), ("provenance", "How it was made"), ("words", "Words"))

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from tailscope import paper
 from tailscope.errors import UserError
-from tailscope.geometry.fields import SHOWN
 from tailscope.groups import GROUPS
-from tailscope.paper import targets
+from tailscope.measures.fields import SHOWN
 from tailscope.report import tables as files
 from tailscope.report.schema import CELLS, PARTS, TRAINED, VARIANTS, Cell, Measured, Part, Results, Swap, Trained, read
 from tailscope.report.tables import Column, Table
@@ -123,7 +123,7 @@ def accuracy(cell: Cell) -> Row:
 def cells(results: Results) -> list[Row]:
     """Return one row a swap cell: cell, backbone, classifier, accuracy, interval, group recalls, the paper's."""
     swap = results["swap"]
-    printed = targets.table1(targets.dataset_of(swap))
+    printed = paper.table1(paper.dataset_of(swap))
     found = []
     for name in ordered_cells(swap):
         backbone, classifier = name.split("->")
@@ -204,7 +204,7 @@ def classes(results: Results) -> list[Row]:
 def ladder(results: Results) -> list[Row]:
     """Return one row an augmentation and rung: accuracy, interval, group recalls, the paper's."""
     stored = results["ladder"]["augmentations"]
-    printed = targets.figure3(targets.dataset_of(results["ladder"]))
+    printed = paper.figure3(paper.dataset_of(results["ladder"]))
     return [
         {
             "augmentation": name,

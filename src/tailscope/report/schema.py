@@ -13,10 +13,10 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 from typing_extensions import TypedDict
 
 from tailscope.errors import UserError
-from tailscope.geometry.fields import MEASURES, MOST, NUMBERS
 from tailscope.groups import GROUPS
+from tailscope.measures.fields import MEASURES, MOST, NUMBERS
 from tailscope.report.text import writable
-from tailscope.result_files import read_json
+from tailscope.results import read_json
 
 Number = Annotated[float, Field(ge=-MOST, le=MOST, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from tailscope.geometry.fields import Measure
-from tailscope.report.files import write as write_file
+from tailscope.measures.fields import Measure
 from tailscope.report.text import DASH, MINUS, interval, number, p_value, percent, points, significant
+from tailscope.store.files import write as write_file
 
 WRITERS: dict[str, Callable[[Any], str]] = {
     "text": lambda value: DASH if value is None else str(value),

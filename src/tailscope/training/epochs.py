@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tailscope.device import Engine
 from tailscope.errors import UserError
 from tailscope.progress import Advance
 from tailscope.spec import StageSpec
 from tailscope.store import CHECKPOINT, Meta, Tensors, save_tensors, whole_checkpoint
-from tailscope.training.runtime import Engine
-from tailscope.training.schedules import SCHEDULES
+from tailscope.training import SCHEDULES
 from tailscope.training.step import Stepper
 from tailscope.training.team import Solo, Team
 

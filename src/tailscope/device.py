@@ -1,0 +1,382 @@
+"""Where and how fast a run computes: device, precision, threads, and the engine that takes the steps.
+
+Which engine takes the steps of a training the fastest: measured once on a machine, and then remembered.
+
+Two shapes of the same step are timed in turn, on a throw-away copy of the network: PyTorch's own operations (`eager`)
+and our kernel for batch norm, shortcut and ReLU between them (`fused`, on a CPU). The least time of each counts, since
+whatever else the machine does can only add to it. `torch.compile` (`compiled`) takes up to a minute before its first
+step, so it is tried where the whole training is much longer than that, and is taken where it repays it. The times are
+kept in the user's cache for each network, batch, precision, processor, number of threads and version of PyTorch. No
+engine changes a result beyond rounding, so none of this is in any key; what a stage was trained with is in its
+description.
+"""
+
+import ctypes
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from tailscope.errors import UserError, one_line
+from tailscope.networks import norm_act
+from tailscope.networks.norm_act import cache_folder, cpu_field
+from tailscope.progress import Progress, Quiet
+from tailscope.store.files import write_json
+
+Engine = Literal["eager", "fused", "compiled"]
+"""What computes the steps of a training: PyTorch's own operations, our kernel between them, or torch.compile."""
+
+SHARED_FROM_PIXELS = 50_000
+"""From how many pixels a batch on the CPU threads share the work (128 CIFAR images have 131,072, 64 digits 4,096)."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A device, its low precision, the engine if one was asked for, and who is told about progress."""
+
+    device: torch.device
+    low_precision: torch.dtype
+    engine: Engine | None = None
+    progress: Progress = field(default_factory=Quiet)
+
+    @classmethod
+    def choose(
+        cls,
+        device: str = "auto",
+        *,
+        engine: str = "auto",
+        progress: Progress | None = None,
+        keep_memory: bool = True,
+    ) -> "Runtime":
+        """Pick the device and what it can do; tune the process's allocator, and let float32 mean float32 on CUDA.
+
+        Args:
+            device: auto, cpu, cuda or cuda:N; `cuda` is the current device, and the runtime's has its number.
+            engine: eager, fused or compiled; auto takes the one that is measured to be the fastest.
+            progress: receives the work done.
+            keep_memory: keep what is freed for the next step; False where no networks run and memory is short.
+
+        Raises:
+            UserError: the device or the engine is unknown or not there.
+        """
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            chosen = torch.device(device)
+        except RuntimeError:
+            chosen = torch.device("meta")
+        if chosen.type not in ("cpu", "cuda"):
+            raise UserError(f"--device {device}: known are auto, cpu, cuda and cuda:N")
+        if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+            raise UserError(f"--device {device}: this machine has no such CUDA device that PyTorch can use; take cpu")
+        if chosen.type == "cuda":
+            chosen = torch.device("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index)
+            torch.cuda.set_device(chosen)
+            _refuse_tf32()
+        if keep_memory:
+            keep_freed_memory()
+        low = torch.bfloat16 if has_bf16(chosen) else torch.float32
+        return cls(chosen, low, _asked_for(engine, chosen), progress or Quiet())
+
+    def dtype(self, precision: Literal["auto", "fp32"]) -> torch.dtype:
+        """Return the type of convolutions and matrix products under a recipe's precision."""
+        return torch.float32 if precision == "fp32" else self.low_precision
+
+    @contextmanager
+    def threads_for(self, images: Tensor, batch: int) -> Iterator[None]:
+        """Compute on one CPU thread while batches are too small to share out.
+
+        On 8x8 digits waiting for the other threads costs more than they bring, and many times more when another
+        process has one of the cores.
+        """
+        threads = torch.get_num_threads()
+        if batch * images.shape[1] * images.shape[2] < SHARED_FROM_PIXELS:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+    def describe(self) -> dict[str, str | int | None]:
+        """Return the hardware for a result file."""
+        gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
+        return {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def _asked_for(engine: str, device: torch.device) -> Engine | None:
+    """Return the engine that was asked for, None for auto; refuse one that this machine has not.
+
+    Raises:
+        UserError: it is unknown, or not to be had here.
+    """
+    match engine:
+        case "auto":
+            return None
+        case "eager":
+            return engine
+        case "fused":
+            if device.type == "cpu" and norm_act.available():
+                return engine
+            raise UserError(
+                "--engine fused: its kernel needs the CPU of a Linux machine with a C++ compiler; take auto or eager"
+            )
+        case "compiled":
+            if can_compile():
+                return engine
+            raise UserError(
+                "--engine compiled: it needs Linux, a C++ compiler and Python's headers; take auto or eager"
+            )
+    raise UserError(f"--engine {engine}: known are auto, eager, fused and compiled")
+
+
+def arithmetic(device: torch.device, precision: torch.dtype, engine: str = "eager") -> dict[str, str | None]:
+    """Return what the numbers of a trained stage depend on beyond its key, for its description in the store.
+
+    Args:
+        device: where it was trained.
+        precision: of convolutions and matrix products.
+        engine: what computed its steps; several, if it went on with another.
+    """
+    return {
+        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "engine": engine,
+        "precision": named(precision),
+        "torch": torch.__version__,
+    }
+
+
+def arithmetic_of(meta: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return the arithmetic that a stored stage's description names; None for what one from before it did not say."""
+    if "arithmetic" in meta:
+        return dict(meta["arithmetic"])
+    device = meta.get("device", {})
+    engine = None
+    if "compiled" in meta:
+        engine = "compiled" if meta["compiled"] else "fused" if meta.get("fused") else "eager"
+    return {
+        "processor": device.get("gpu") or device.get("cpu"),
+        "engine": engine,
+        "precision": meta.get("precision"),
+        "torch": None,
+    }
+
+
+def named(dtype: torch.dtype) -> str:
+    """Return a type's name: bfloat16, float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def has_bf16(device: torch.device | str) -> bool:
+    """Whether bf16 is native there; where it is emulated, fp32 is faster."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    flags = torch.backends.cpu.get_cpu_capability()
+    return (
+        flags.startswith("AVX512")
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        and "avx512_bf16" in cpu_field("flags").split()
+    )
+
+
+def _refuse_tf32() -> None:
+    """Keep all digits of float32 in convolutions and matrix products, for good: the setting is one for all threads.
+
+    Geometry needs the digits and a recipe may ask for them; what may be rounded is bfloat16, whatever is set here.
+    """
+    # The newer `fp32_precision` cannot be set for convolutions alone: PyTorch then refuses to be asked for the old one.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def can_compile() -> bool:
+    """Whether torch.compile can work here: a C++ compiler, Python's headers, and Linux, where it is dependable."""
+    headers = Path(sysconfig.get_path("include", scheme="posix_prefix"), "Python.h")
+    if not torch.cuda.is_available():  # a CUDA toolkit without a device is worth no warning
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    return sys.platform == "linux" and headers.is_file() and shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc's allocator to keep the memory that a step frees.
+
+    By default every large activation is mapped and unmapped anew, and up to half of the CPU time of a training step
+    goes into page faults. Elsewhere (musl, macOS, Windows) nothing is done.
+    """
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+        return
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(m_mmap_threshold, 1 << 30)
+    libc.mallopt(m_trim_threshold, (1 << 31) - 1)
+
+
+def cpu_name() -> str:
+    """Return the processor's name."""
+    return cpu_field("model name") or platform.processor() or platform.machine()
+
+
+SECONDS = 3.0
+"""How long all timing takes, compiling aside."""
+
+ROUNDS = 12
+"""How often each engine takes its turn at most: small networks need no three seconds."""
+
+TIMED_FROM_PIXELS = 100_000_000
+"""From how many pixels on a training is worth timing: 100,000 CIFAR images, a minute or two on two cores."""
+
+COMPILED_FROM_SECONDS = 1_200.0
+"""How long a training takes at least for which compiling is tried: compiling takes about 5 % of that."""
+
+_TIMING = threading.Lock()
+"""Trainings that begin at the same time in threads: one measures, the others find its times."""
+
+_log = logging.getLogger(__name__)
+_clock = time.perf_counter
+
+Prepare = Callable[[Engine], Callable[[], object]]
+"""Returns, for an engine, what takes a step on a copy of the network and waits for it."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A training as far as its engine is concerned.
+
+    Attributes:
+        alike: what decides how long a step takes; trainings that are alike share their times.
+        images: shape of a step's images, [B, H, W, C].
+        steps: planned.
+    """
+
+    alike: Mapping[str, object]
+    images: tuple[int, ...]
+    steps: int
+
+    @property
+    def pixels(self) -> int:
+        """That all steps together see."""
+        return self.steps * math.prod(self.images[:3])
+
+
+@dataclass(frozen=True)
+class Times:
+    """What was measured: the seconds of a step with each engine, and how long compiling took."""
+
+    step: dict[Engine, float] = field(default_factory=dict)
+    compiling: float = 0.0
+
+    def whole(self, engine: Engine, steps: int) -> float:
+        """Return the seconds of a whole training."""
+        return steps * self.step[engine] + (self.compiling if engine == "compiled" else 0.0)
+
+
+def possible(network: nn.Module, device: torch.device, *, compiles: bool = True) -> list[Engine]:
+    """Return the engines that can train a network here; `compiles`: whether the training's steps can be compiled."""
+    fused = device.type == "cpu" and norm_act.fits(network)
+    there: dict[Engine, bool] = {"eager": True, "fused": fused, "compiled": compiles and can_compile()}
+    return [engine for engine, usable in there.items() if usable]
+
+
+def choose(engines: Sequence[Engine], work: Work, prepare: Prepare, tell: Callable[[str], object] = str) -> Engine:
+    """Return the engine that finishes a training first; one too short to be timed takes the one that usually does.
+
+    Args:
+        engines: the possible ones.
+        work: the training.
+        prepare: for timing.
+        tell: receives a line on what was measured just now.
+    """
+    plain = [engine for engine in engines if engine != "compiled"]
+    if len(engines) == 1:
+        return plain[-1]
+    with _TIMING:
+        known = times = _recall(work)
+        if not times.step.keys() >= set(plain):
+            long = work.pixels >= TIMED_FROM_PIXELS
+            times = Times(_in_turn({engine: prepare(engine) for engine in plain}, SECONDS * 3 / 4) if long else {})
+        if not times.step:
+            return plain[-1]
+        best = min(plain, key=times.step.__getitem__)
+        if {"compiled"} & set(engines) - times.step.keys() and times.whole(best, work.steps) >= COMPILED_FROM_SECONDS:
+            times = _with_compiled(times, best, prepare)
+        chosen = min(times.step.keys() & set(engines), key=lambda engine: times.whole(engine, work.steps))
+        if times != known:
+            _keep(work, times)
+            tell(f"engine {chosen}; seconds a step: {', '.join(f'{e} {s:.3g}' for e, s in times.step.items())}")
+    return chosen
+
+
+def _in_turn(steps: Mapping[Engine, Callable[[], object]], seconds: float) -> dict[Engine, float]:
+    """Return the least seconds of a step with each engine, in two rounds and as many more as fit into the time.
+
+    Nothing is returned where even two rounds take longer than `SECONDS`: the machine is too busy to tell.
+    """
+    least = dict.fromkeys(steps, float("inf"))
+    began = _clock()
+    for rounds in range(1, ROUNDS + 1):
+        for engine, step in steps.items():
+            started = _clock()
+            step()
+            least[engine] = min(least[engine], _clock() - started)
+            if _clock() - began > SECONDS and rounds <= 2:
+                return {}
+        if rounds >= 2 and (_clock() - began) * (rounds + 1) / rounds > seconds:
+            break
+    return least
+
+
+def _with_compiled(times: Times, best: Engine, prepare: Prepare) -> Times:
+    """Return the times with those of compiled steps, in turn with the best others; without, where that fails."""
+    plain, compiled = prepare(best), prepare("compiled")
+    started = _clock()
+    try:
+        compiled()
+    except RuntimeError as error:  # of the many that the compiler raises, all are of this kind
+        _log.warning("torch.compile fails here, training goes on without: %s", one_line(str(error)))
+        return times
+    compiling = _clock() - started
+    least = _in_turn({best: plain, "compiled": compiled}, SECONDS / 4)
+    if not least:
+        return times
+    # Relative to the others, so that times from two different minutes are not compared.
+    return Times({**times.step, "compiled": times.step[best] * least["compiled"] / least[best]}, compiling)
+
+
+def _file(work: Work) -> Path:
+    name = hashlib.sha256(json.dumps(work.alike, sort_keys=True).encode()).hexdigest()[:16]
+    return cache_folder() / "engines" / f"{name}.json"
+
+
+def _recall(work: Work) -> Times:
+    """Return the times of before; none where there are none that can be read."""
+    try:
+        kept = json.loads(_file(work).read_text())
+        step: dict[Engine, float] = {e: float(kept["step"][e]) for e in get_args(Engine) if e in kept["step"]}
+        times = Times(step, float(kept["compiling"]))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # the last where nobody has a home
+        return Times()
+    return times if min(times.step.values(), default=0.0) > 0 else Times()
+
+
+def _keep(work: Work, times: Times) -> None:
+    """Keep the times for later trainings, if the cache can be written."""
+    try:
+        path = _file(work)
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, {"alike": work.alike, "step": times.step, "compiling": times.compiling})
+    except (OSError, UserError, RuntimeError) as error:
+        _log.debug("times of engines are not kept: %s", error)

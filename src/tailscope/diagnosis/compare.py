@@ -1,0 +1,272 @@
+"""Which classes lie closest to one another; and several encoders of the same images side by side.
+
+Paired intervals tell who localises, separates and compacts better: differences of accuracies are paired over samples;
+differences of angles over the classes of a group, whose mean gets a t interval. Both are for these encoders as they
+are, not for other trainings of them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tailscope.diagnosis.inputs import Inputs
+from tailscope.errors import UserError
+from tailscope.groups import GROUPS
+from tailscope.measures.angles import unit_centers
+from tailscope.measures.fields import Entry
+from tailscope.measures.rows import exponent, log2_lengths, scaled
+from tailscope.tables.checks import match_names
+from tailscope.tables.table import FeatureTable
+
+if TYPE_CHECKING:
+    from tailscope.diagnosis.outcomes import Outcomes
+
+IntArray = npt.NDArray[np.int64]
+ROWS_AT_ONCE, CLASSES_AT_ONCE = 4096, 512
+# What is compared, from which field, and whether less is better.
+ASPECTS = {
+    "localises": ("spread_gap_deg", True),
+    "separates": ("nearest_center_true_deg", False),
+    "compacts": ("spread_true_deg", True),
+    "margin": ("margin", False),
+}
+MEANINGS = {
+    "localises": "spread gap: unseen samples lie where training samples do",
+    "separates": "angle to the nearest other class's centre",
+    "compacts": "angle of samples to their own centre",
+    "margin": "angle to the nearest other centre over the spread, which does not depend on the encoder's own scale",
+}
+
+
+class Pair(TypedDict):
+    """Two classes: the angle between their centres, and the shares of scored samples of one taken for the other."""
+
+    first: str
+    second: str
+    first_index: int
+    second_index: int
+    angle_deg: float
+    first_as_second: float | None
+    second_as_first: float | None
+
+
+def confusable_pairs(
+    centers: Tensor,
+    names: Sequence[str],
+    labels: IntArray | None = None,
+    predicted: IntArray | None = None,
+    most: int = 10,
+) -> list[Pair]:
+    """Return the pairs of classes with the smallest angle between their centres over all samples, closest first.
+
+    Args:
+        centers: [C, d], over all samples.
+        names: [C].
+        labels: [m] classes of scored samples, or None.
+        predicted: [m] what the classifier in use takes them for.
+        most: how many pairs.
+    """
+    unit = unit_centers(centers.cpu(), torch.float64)[0]
+    found: list[Pair] = []
+    for i, j in closest(unit, most):
+        angle = 2 * torch.asin((unit[i] - unit[j]).norm().clamp(max=2) / 2)
+        pair: Pair = {
+            "first": names[i],
+            "second": names[j],
+            "first_index": i,
+            "second_index": j,
+            "angle_deg": float(angle.rad2deg()),
+            "first_as_second": _taken(labels, predicted, i, j),
+            "second_as_first": _taken(labels, predicted, j, i),
+        }
+        found.append(pair)
+    return found
+
+
+def closest(unit: Tensor, most: int) -> list[tuple[int, int]]:
+    """Return the index pairs i < j of unit vectors [C, d] with the largest cosines; rows of zeros have no partner.
+
+    >>> closest(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.8, 0.6]]), 2)
+    [(0, 2), (1, 2)]
+    """
+    classes = len(unit)
+    known = unit.norm(dim=1) > 0
+    values, pairs = torch.empty(0, dtype=unit.dtype), torch.empty(0, 2, dtype=torch.int64)
+    for start in range(0, classes, CLASSES_AT_ONCE):
+        cosine = unit[start : start + CLASSES_AT_ONCE] @ unit.T
+        first = torch.arange(start, start + len(cosine))[:, None]
+        allowed = (torch.arange(classes) > first) & known & known[start : start + CLASSES_AT_ONCE, None]
+        cosine[~allowed] = -torch.inf
+        top = cosine.flatten().topk(min(most, cosine.numel()))
+        real = top.values > -torch.inf
+        index = top.indices[real]
+        values = torch.cat([values, top.values[real]])
+        pairs = torch.cat([pairs, torch.stack([index // classes + start, index % classes], dim=1)])
+    best = values.argsort(descending=True, stable=True)[:most]
+    return [(int(i), int(j)) for i, j in pairs[best]]
+
+
+def _taken(labels: IntArray | None, predicted: IntArray | None, true: int, other: int) -> float | None:
+    if labels is None or predicted is None:
+        return None
+    members = labels == true
+    return float((predicted[members] == other).mean()) if members.any() else None
+
+
+def linear_cka(first: Tensor, second: Tensor) -> float | None:
+    """Return the linear centred kernel alignment of two encoders' features of the same samples (Kornblith et al. 2019).
+
+    ||Y'X||_F^2 / (||X'X||_F ||Y'Y||_F) of centred features: 1 where they agree up to rotation and scale. With fewer
+    samples than dimensions it comes out too high. None where an encoder gives one vector only.
+
+    Args:
+        first: [n, d].
+        second: [n, e], the same samples in the same order.
+
+    >>> x = torch.randn(50, 4, generator=torch.manual_seed(0))
+    >>> round(linear_cka(x, 3 * x.flip(1) + 1), 6)
+    1.0
+    """
+    sides = [scaled(x, exponent(log2_lengths(x, "features"))) for x in (first, second)]
+    cross, own, other = _by_samples(*sides) if len(first) < max(x.shape[1] for x in sides) else _by_features(*sides)
+    return cross / (own**0.5 * other**0.5) if own > 0 and other > 0 else None
+
+
+def _by_samples(first: Tensor, second: Tensor) -> tuple[float, float, float]:
+    """Return ||Y'X||_F^2, ||X'X||_F^2 and ||Y'Y||_F^2 of centred features from n x n kernels, where n is small."""
+    k, m = (side @ side.T for side in (x.double() - x.mean(dim=0, dtype=torch.float64) for x in (first, second)))
+    return float((k * m).sum()), float(k.square().sum()), float(m.square().sum())
+
+
+def _by_features(first: Tensor, second: Tensor) -> tuple[float, float, float]:
+    """Return the same from products over the features."""
+    means = [x.mean(dim=0, dtype=torch.float64) for x in (first, second)]
+    d, e = first.shape[1], second.shape[1]
+    products = [torch.zeros(a, b, dtype=torch.float64) for a, b in ((e, d), (d, d), (e, e))]
+    for start in range(0, len(first), ROWS_AT_ONCE):
+        x, y = (
+            side[start : start + ROWS_AT_ONCE].double() - mean
+            for side, mean in zip((first, second), means, strict=True)
+        )
+        for product, left, right in zip(products, (y, x, y), (x, x, y), strict=True):
+            product += left.T @ right
+    cross, own, other = (float(product.square().sum()) for product in products)
+    return cross, own, other
+
+
+def pair_up(reference: FeatureTable, other: FeatureTable) -> FeatureTable:
+    """Return the other encoder's table with its samples in the reference's order: by ids, else as they stand.
+
+    Raises:
+        UserError: the samples are not the same.
+    """
+    where = f"{other.source}: its samples are not those of {reference.source}"
+    if reference.ids is not None and other.ids is not None:
+        first, second = (np.argsort(ids, kind="stable") for ids in (reference.ids, other.ids))
+        if not np.array_equal(reference.ids[first], other.ids[second]):
+            raise UserError(f"{where}: their ids differ; extract both from the same images")
+        order = np.empty(len(first), dtype=np.int64)
+        order[first] = second
+        other = other.take(order)
+    if not torch.equal(reference.labels, other.labels):
+        raise UserError(f"{where}: their labels differ; give ids in both, or the same images in the same order")
+    return other
+
+
+def same_names(reference: FeatureTable, other: FeatureTable) -> FeatureTable:
+    """Return the other encoder's table with the reference's numbers for its class names.
+
+    Raises:
+        UserError: the names differ.
+    """
+    if reference.class_names is None or other.class_names is None or reference.class_names == other.class_names:
+        return other
+    position = match_names(other.source, other.class_names, reference.source, reference.class_names)
+    return replace(other, class_names=reference.class_names, labels=torch.from_numpy(position)[other.labels])
+
+
+def compare(
+    inputs: Mapping[str, Inputs], results: Mapping[str, dict[str, Any]], outcomes: "Mapping[str, Outcomes | None]"
+) -> dict[str, Any]:
+    """Return `comparison` of a diagnosis: every encoder against the first.
+
+    Args:
+        inputs: by encoder's name, paired by `pair_up`.
+        results: diagnosis of each.
+        outcomes: who gets which sample right under each, None without a verdict.
+    """
+    reference, *others = inputs
+    return {
+        "reference": reference,
+        "aspects": MEANINGS,
+        "encoders": {
+            name: {
+                "cka": {
+                    "train": linear_cka(inputs[reference].train.features, inputs[name].train.features),
+                    "unseen": linear_cka(inputs[reference].unseen.features, inputs[name].unseen.features),
+                },
+                "accuracy": _accuracies(outcomes[reference], outcomes[name]),
+                "groups": _angles(results[reference]["classes"], results[name]["classes"]),
+            }
+            for name in others
+        },
+    }
+
+
+def _accuracies(reference: "Outcomes | None", other: "Outcomes | None") -> dict[str, Any] | None:
+    """Return the other encoder's accuracies minus the reference's, paired over samples."""
+    if reference is None or other is None:
+        return None
+    from tailscope.intervals import paired  # here because SciPy takes time to import, for one encoder in vain
+
+    rows = {
+        "current": (reference.current, other.current),
+        "rebalanced": (reference.rebalanced.correct, other.rebalanced.correct),
+        "classifier_bound": (reference.bound.correct, other.bound.correct),
+    }
+    found = {}
+    for name, (before, after) in rows.items():
+        factor = 1.0 if name == "current" else max(reference.inflation, other.inflation)
+        found[name] = paired(after.astype(float)[None] - before.astype(float)[None]).widened(factor).gap()
+    return found
+
+
+def _angles(reference: Sequence[Entry], other: Sequence[Entry]) -> dict[str, Any]:
+    """Return, for all classes and each group, every aspect's mean difference over classes and who is better."""
+    found: dict[str, Any] = {}
+    for group in ("all", *GROUPS):
+        members = [k for k, entry in enumerate(reference) if group in ("all", entry["group"])]
+        if members:
+            found[group] = {aspect: _aspect(aspect, reference, other, members) for aspect in ASPECTS}
+    return found
+
+
+def _aspect(aspect: str, reference: Sequence[Entry], other: Sequence[Entry], members: Sequence[int]) -> dict[str, Any]:
+    field, less = ASPECTS[aspect]
+    pairs = [(_value(reference[k], field), _value(other[k], field)) for k in members]
+    differences = np.array([b - a for a, b in pairs if a is not None and b is not None])
+    found: dict[str, Any] = {"classes": len(differences), "difference": None, "ci95": None, "better": None}
+    if len(differences):
+        found["difference"] = float(differences.mean())
+    if len(differences) > 1:
+        from scipy import special
+
+        half = special.stdtrit(len(differences) - 1, 0.975) * differences.std(ddof=1) / len(differences) ** 0.5
+        low, high = float(differences.mean() - half), float(differences.mean() + half)
+        found["ci95"] = [low, high]
+        if low > 0 or high < 0:
+            found["better"] = "other" if (high < 0) == less else "reference"
+    return found
+
+
+def _value(entry: Entry, field: str) -> float | None:
+    if field != "margin":
+        value: float | None = entry[field]
+        return value
+    apart, spread = entry["nearest_center_true_deg"], entry["spread_true_deg"]
+    return apart / spread if apart is not None and spread else None

@@ -1,7 +1,0 @@
-"""Geometry of features: pure functions of (features, labels), with what chance alone would give beside each value."""
-
-from tailscope.geometry.describe import GeometryResult, describe
-from tailscope.geometry.fields import FIELDS
-from tailscope.geometry.rows import ClassRows, group_rows, unseen_copies
-
-__all__ = ["FIELDS", "ClassRows", "GeometryResult", "describe", "group_rows", "unseen_copies"]

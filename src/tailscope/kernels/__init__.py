@@ -1,1 +1,0 @@
-"""A kernel of our own for what the libraries leave slow on a CPU: what lies between two convolutions."""

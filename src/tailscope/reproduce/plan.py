@@ -1,0 +1,296 @@
+"""What a reproduction will train, what is stored already, and how long the rest takes on this machine.
+
+Times come from what the store remembers of trainings here, else from a measurement of a few seconds.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from tailscope.data.images import ImageSet
+from tailscope.device import Runtime, arithmetic_of
+from tailscope.errors import UserError
+from tailscope.experiments import geometry, swap
+from tailscope.experiments.results import Run, training_sets
+from tailscope.experiments.settings import Settings
+from tailscope.experiments.stages import Lab
+from tailscope.methods import LOSSES
+from tailscope.methods.augmentations import build
+from tailscope.progress import Quiet
+from tailscope.seeds import torch_stream
+from tailscope.spec import StageSpec
+from tailscope.training.extract import extract
+from tailscope.training.loop import new_model
+from tailscope.training.recipes import Recipe
+from tailscope.training.step import Stepper, loss_function
+
+SECONDS = 8.0
+"""How long `measure` takes, unless single operations take longer than their share of it."""
+FEWEST = 5
+"""How often each operation is timed at least: on a busy machine a single time may be anything."""
+AUGMENTED, EXTRACTED = 1_024, 256
+"""How many images the measurement augments at once, and extracts features of."""
+
+Augment = tuple[str, ...]
+_RUNS = {"swap": swap.swap_runs, "ladder": swap.ladder_runs, "geometry": geometry.runs}
+
+
+def runs(lab: Lab, settings: Settings, experiment: str) -> Iterator[Run]:
+    """Yield the runs of `swap`, `ladder` or `geometry` over all seeds, those of a backbone together."""
+    for seed in settings.seeds:
+        yield from _RUNS[experiment](settings, training_sets(lab, settings, seed), seed)
+
+
+# -- what is to be done ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlannedBackbone:
+    """A backbone that the plan needs.
+
+    Attributes:
+        seed: of the run.
+        encoder: lt, true, lt+mixup ...
+        key: the store's key.
+        stored: whether it is trained already.
+        augment: what augments its images.
+        images: image passes that its training takes.
+        steps: optimisation steps that its training takes.
+        epochs_done: epochs that an interrupted run has saved.
+        images_left: image passes that are left after them.
+    """
+
+    seed: int
+    encoder: str
+    key: str
+    stored: bool
+    augment: Augment
+    images: int
+    steps: int
+    epochs_done: int
+    images_left: int
+
+    @classmethod
+    def of(cls, lab: Lab, run: Run) -> "PlannedBackbone":
+        """Look up a run's backbone in the store."""
+        key, images = run.backbone_key, len(run.trained_on.rows)
+        passes, steps = run.stage1.train.images(images), run.stage1.train.lengths(images)[1]
+        stored = lab.store.has("stage1", key)
+        saved = None if stored else lab.store.checkpoint("stage1", key)
+        done = saved["epochs"] if saved else 0
+        left = 0 if stored else passes - min(passes, done * images)
+        return cls(run.seed, run.encoder, key, stored, run.stage1.augment, passes, steps, done, left)
+
+    def describe(self) -> str:
+        """Return what is to be done."""
+        if self.stored:
+            return "stored"
+        saved = f"; goes on after epoch {self.epochs_done:,}" if self.epochs_done else ""
+        return f"to train: {self.steps:,} steps, {self.images:,} images{saved}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The work that is left and the work that is stored.
+
+    Attributes:
+        backbones: each once, in the order of training.
+        classifiers: classifiers to fit.
+        classifiers_stored: classifiers fitted already.
+        views: images of augmented views to extract for stage 2.
+        clean: un-augmented images to extract, in float32, for test accuracy and geometry.
+    """
+
+    backbones: tuple[PlannedBackbone, ...]
+    classifiers: int
+    classifiers_stored: int
+    views: int
+    clean: int
+
+    @property
+    def to_train(self) -> list[PlannedBackbone]:
+        """The backbones that are not stored."""
+        return [b for b in self.backbones if not b.stored]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every stage is stored."""
+        return not self.to_train and not self.classifiers
+
+
+def make_plan(lab: Lab, settings: Settings, experiments: Sequence[str]) -> Plan:
+    """Look up in the store every stage that the experiments need.
+
+    Features that are stored are counted as work where that cannot be seen from the stages: the estimate errs high.
+    """
+    backbones: dict[str, PlannedBackbone] = {}
+    classifiers: dict[str, bool] = {}
+    views: dict[tuple[str, ...], int] = {}
+    clean: dict[tuple[str, str], int] = {}
+    for experiment in experiments:
+        for run in runs(lab, settings, experiment):
+            key = run.backbone_key
+            if key not in backbones:
+                backbones[key] = PlannedBackbone.of(lab, run)
+            if not backbones[key].stored:
+                clean[key, "test"] = len(lab.data.test)
+            if experiment == "geometry":
+                clean[key, "train"] = len(lab.data.train)
+            if spec := run.spec():
+                classifiers[spec.key()] = stored = lab.store.has("stage2", spec.key())
+                views |= {} if stored else _views(spec.stage2, key, len(lab.data.train))
+    fitted = sum(classifiers.values())
+    unfitted = len(classifiers) - fitted
+    return Plan(tuple(backbones.values()), unfitted, fitted, sum(views.values()), sum(clean.values()))
+
+
+def _views(stage: StageSpec, backbone: str, everything: int) -> dict[tuple[str, ...], int]:
+    """Return the images of a classifier's views, by what decides whether classifiers share them."""
+    assert stage.views is not None
+    if stage.sampler == "instance":
+        return {(backbone, *stage.augment): stage.views * everything}
+    drawn = sum(stage.data.counts)
+    return {(backbone, *stage.augment, stage.sampler, stage.data.indices_sha256): stage.views * drawn}
+
+
+# -- how long it takes ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds that an image takes on this machine.
+
+    Attributes:
+        training: in stage 1, by what augments it.
+        view: in extracting a feature in the training's precision.
+        clean: in extracting a feature in float32.
+        remembered: whose times in training come from stored trainings; the others are of single steps.
+    """
+
+    training: dict[Augment, float]
+    view: float
+    clean: float
+    remembered: frozenset[Augment] = frozenset()
+
+    def estimate(self, plan: Plan) -> float:
+        """Return the seconds that the plan's training and extraction take; geometry's permutations come on top."""
+        training = sum(b.images_left * self.training[b.augment] for b in plan.to_train)
+        return training + plan.views * self.view + plan.clean * self.clean
+
+    def sources(self, plan: Plan) -> str:
+        """Return where the rates of the plan's trainings come from, in words."""
+        known = [b.augment in self.remembered for b in plan.to_train]
+        measured = "measured on single steps, not compiled"
+        if not any(known):
+            return measured
+        remembered = "by trainings that the store remembers from this machine"
+        return remembered if all(known) else f"{remembered}, where it knows such ones ({sum(known)}), else {measured}"
+
+
+def remembered(lab: Lab, recipe: Recipe, plan: Plan) -> dict[Augment, float]:
+    """Return the seconds an image took in stored trainings like the plan's: the median, by augmentation.
+
+    Alike are the data set, the network, the batch, the precision, the engine if one was asked for, and the hardware
+    with its number of threads. Descriptions that cannot be read say nothing.
+    """
+    assert isinstance(lab.data.train, ImageSet)
+    with lab.runtime.threads_for(lab.data.train.images, recipe.stage1.batch):
+        here = lab.runtime.describe()
+    precision = str(lab.runtime.dtype(recipe.stage1.precision)).removeprefix("torch.")
+    alike = (
+        (lab.data.fingerprint, recipe.model, recipe.stage1.batch, precision),
+        (here["gpu"], here["cpu"], here["threads"]),
+    )
+    wanted, asked = {b.augment for b in plan.to_train}, lab.runtime.engine
+    found: dict[Augment, list[float]] = {}
+    for key in lab.store.keys("stage1"):
+        try:
+            meta = lab.store.meta("stage1", key)
+            spec, device = meta["spec"], meta["device"]
+            augment = tuple(spec["augment"])
+            stage = (spec["data"]["fingerprint"], spec["model"], spec["train"]["batch"], meta["precision"])
+            hardware = (device["gpu"], device["cpu"], device["threads"])
+            engine = arithmetic_of(meta)["engine"]
+            rate = float(meta["images_per_second"])
+        except (UserError, KeyError, TypeError, ValueError):
+            continue
+        if augment in wanted and (stage, hardware) == alike and asked in (None, engine) and rate > 0:
+            found.setdefault(augment, []).append(1 / rate)
+    return {augment: statistics.median(seconds) for augment, seconds in found.items()}
+
+
+def measure(lab: Lab, recipe: Recipe, plan: Plan, seconds: float | None = None) -> Rates:
+    """Time what the plan needs on the first training images: steps, augmentation, extraction.
+
+    Steps are timed without compiling, which would take longer than the measurement may. Where long trainings compile
+    theirs, an estimate from these rates errs high.
+
+    Args:
+        lab: the data, the runtime, and the store that may remember faster and better.
+        recipe: the model, the batches and the precision.
+        plan: names the augmentations.
+        seconds: how long everything together may take; default `SECONDS`.
+    """
+    runtime = replace(lab.runtime, progress=Quiet())
+    known = remembered(lab, recipe, plan)
+    unknown = {b.augment for b in plan.to_train} - known.keys()
+    share = (SECONDS if seconds is None else seconds) / (4 + len(unknown))
+    assert isinstance(lab.data.train, ImageSet)  # files are decoded while training: their rate is not measured here
+    images, stream = lab.data.train.images, torch_stream(0, "measure", device=runtime.device)
+    model = new_model(recipe.model, images.shape[-1], lab.data.train.num_classes, seed=0).to(runtime.device)
+    augmented = images[:AUGMENTED].to(runtime.device)
+
+    def augmentation(calls: Augment) -> float:
+        augment = build(calls)
+        return _seconds_each(lambda: augment(augmented, stream).cpu(), len(augmented), share)
+
+    def extraction(dtype: torch.dtype) -> float:
+        rows = images[:EXTRACTED]
+        return _seconds_each(lambda: extract(model, rows, lab.normalize, dtype, runtime, "features"), len(rows), share)
+
+    step = _step(lab, recipe, runtime, 2 * share) if unknown else 0.0
+    return Rates(
+        training=known | {calls: step + augmentation(calls) for calls in unknown},
+        view=extraction(runtime.dtype(recipe.stage2.precision)),
+        clean=extraction(torch.float32),
+        remembered=frozenset(known),
+    )
+
+
+def _step(lab: Lab, recipe: Recipe, runtime: Runtime, seconds: float) -> float:
+    assert isinstance(lab.data.train, ImageSet)
+    train, classes = recipe.stage1, lab.data.train.num_classes
+    images, labels = (t[: train.batch].to(runtime.device) for t in (lab.data.train.images, lab.data.train.labels))
+    model = new_model(recipe.model, images.shape[-1], classes, seed=0).to(runtime.device).train()
+    loss = LOSSES.make("cross_entropy", torch.bincount(labels, minlength=classes))
+    compute = loss_function(model, loss, lab.normalize.to(runtime.device), runtime.dtype(train.precision))
+    stepper = Stepper(model, compute, train)
+    with runtime.threads_for(images, train.batch):
+        # Reading the loss waits for the device.
+        return _seconds_each(lambda: stepper(images, labels, 0.01).item(), len(labels), seconds)
+
+
+def _seconds_each(work: Callable[[], object], images: int, seconds: float) -> float:
+    """Return the median of the seconds an image takes: `work` on `images`, for `seconds` and `FEWEST` times at least.
+
+    The first time warms up, or builds kernels, and does not count.
+    """
+    work()
+    begun, times = time.monotonic(), list[float]()
+    while time.monotonic() - begun < seconds or len(times) < FEWEST:
+        started = time.monotonic()
+        work()
+        times.append(time.monotonic() - started)
+    return statistics.median(times) / images
+
+
+def other_work() -> str:
+    """Return a warning where other processes keep the processor busy, else nothing."""
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    if load < max(1.0, cores / 4):
+        return ""
+    return f"other work is running here (load {load:.1f} on {cores} cores): without it this may take a fraction"

@@ -1,0 +1,1 @@
+"""Tables of features: arrays in files of any kind, read and checked once."""

@@ -1,0 +1,463 @@
+"""Features with labels, and the linear layer that turns features into logits: checked once.
+
+Features with a label each, as users hand them in: checked once, so that nothing after it has to.
+
+`load` reads every format of `tailscope.tables.files`, `save` writes `.npz`, `.safetensors` and `.parquet`, with the
+fields `features` float [N, d], `labels` [N] (whole numbers or names) and, optionally, `class_names` text [C] (then
+labels are positions in it), `ids` [N], `groups` [N] (integers or text) and `provenance` (a JSON object as text: what
+made the features). `of` takes arrays and DataFrames as well.
+
+The linear layer that turns features into logits, as a file: `weight` [C, d], `bias` [C], optional `class_names`.
+
+A single row, as scikit-learn has it for two classes, is a score for the second: it becomes two rows, minus and plus
+half of it, whose softmax gives the same probabilities.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tailscope.errors import UserError
+from tailscope.tables import columns, files
+from tailscope.tables.arrays import Header, resolve, unread
+from tailscope.tables.checks import (
+    Keys,
+    check_classes,
+    listed,
+    match_names,
+    positions,
+    require_finite,
+    to_floats,
+    to_keys,
+    to_labels,
+    to_names,
+    to_provenance,
+)
+
+_REQUIRED = ("features", "labels")
+_OPTIONAL = ("class_names", "ids", "groups", "provenance")
+
+
+class Frame(Protocol):
+    """A DataFrame of pandas or polars."""
+
+    columns: Any
+
+    def __getitem__(self, name: Any) -> Any:
+        """Return a column."""
+
+    def to_numpy(self) -> Any:
+        """Return all of it."""
+
+
+Pair = tuple[npt.ArrayLike | Tensor | Frame, npt.ArrayLike | Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureTable:
+    """Features of N samples. Build one with `load` or `from_arrays`, which check everything.
+
+    Attributes:
+        features: float16, float32 or float64 [N, d], all finite.
+        labels: int64 [N]: positions in `class_names` or, without, any whole numbers from 0, each the name of a class.
+        class_names: [C] different names, or None where the source has none.
+        ids: [N] integers or text that name samples across tables, or None.
+        bursts: [N] integers or text: samples of one burst belong together, or None; the field `groups` of a file.
+        provenance: what made the features.
+        source: what messages call this table: its file.
+        named_rows: whether the source's labels are themselves the names, not positions in a list of names.
+        notes: what was left out or guessed in reading the source.
+    """
+
+    features: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...] | None = None
+    ids: Keys | None = None
+    bursts: Keys | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    source: str = "the table"
+    named_rows: bool = False
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def from_arrays(
+        cls,
+        features: npt.ArrayLike | Tensor,
+        labels: npt.ArrayLike | Tensor,
+        *,
+        class_names: npt.ArrayLike | None = None,
+        ids: npt.ArrayLike | None = None,
+        groups: npt.ArrayLike | None = None,
+        provenance: dict[str, Any] | None = None,
+        source: str = "the table",
+        notes: Sequence[str] = (),
+    ) -> "FeatureTable":
+        """Check arrays or tensors and make a table of them; features are copied only where they have to be.
+
+        >>> table = FeatureTable.from_arrays([[0.0, 1.0], [1.0, 0.0]], [0, 1], class_names=["ant", "bee"])
+        >>> len(table), table.width, table.num_classes
+        (2, 2, 2)
+
+        Labels that are names make up the class names, in alphabetical order.
+
+        >>> FeatureTable.from_arrays([[0.0], [1.0], [2.0]], ["cat", "ant", "cat"]).labels.tolist()
+        [1, 0, 1]
+
+        Raises:
+            UserError: a field has the wrong type, shape or length, a feature is NaN or infinite, a label is negative,
+                there are more than 10,000 classes, or two classes share a name.
+        """
+        rows = to_floats(f"{source}: features", features, "[N, d]")
+        names = None if class_names is None else to_names(source, class_names)
+        where, named_rows = f"{source}: labels", False
+        values = to_labels(where, labels, len(rows), "rows of features")
+        if names is not None:
+            values = positions(where, values, names)
+        elif values.dtype.kind == "U":
+            unique, values = np.unique(values, return_inverse=True)
+            names, named_rows = tuple(map(str, unique)), True
+        check_classes(source, len(np.unique(values)) if names is None else len(names))
+        require_finite(f"{source}: features", rows)
+        return cls(
+            rows,
+            torch.from_numpy(values.astype(np.int64)),
+            names,
+            None if ids is None else to_keys(f"{source}: ids", ids, len(rows)),
+            None if groups is None else to_keys(f"{source}: groups", groups, len(rows)),
+            provenance or {},
+            source,
+            named_rows,
+            tuple(notes),
+        )
+
+    @classmethod
+    def of(cls, given: "Source", name: str = "the table") -> "FeatureTable":
+        """Return a table of whatever holds features and labels.
+
+        Args:
+            given: a table, a file, a pair (features, labels) of arrays, tensors or lists, a mapping with the fields of
+                a file, or a DataFrame with the columns of a `.csv` or `.parquet` file.
+            name: what messages call what is no file.
+
+        >>> FeatureTable.of(([[0.0], [1.0]], ["ant", "bee"])).class_names
+        ('ant', 'bee')
+
+        Raises:
+            UserError: as `load` and `from_arrays`, or it is nothing of these.
+        """
+        if isinstance(given, FeatureTable):
+            return given
+        if isinstance(given, str | os.PathLike):
+            return cls.load(Path(given))
+        if is_pair(given):
+            features, labels = cast(tuple[Any, Any], given)
+            return cls.from_arrays(features.to_numpy() if _is_frame(features) else features, labels, source=name)
+        if isinstance(given, Mapping):
+            return _of_mapping(given, name)
+        if _is_frame(given):
+            return _of_frame(cast(Frame, given), name)
+        expected = "a file, a pair (features, labels), a mapping of arrays or a DataFrame"
+        raise UserError(f"{name}: a {type(given).__name__}; expected {expected}")
+
+    @classmethod
+    def load(cls, path: Path) -> "FeatureTable":
+        """Read a feature file.
+
+        Raises:
+            UserError: the file is missing, empty, truncated or of an unknown format, lacks a field or holds Python
+                objects (nothing is ever unpickled), or as `from_arrays`. The message names the file. Or it was written
+                by `save` and holds something else by now.
+        """
+        arrays, notes = files.read(path, _REQUIRED, _OPTIONAL)
+        return _of_fields(arrays, files.shown(path), notes)
+
+    def save(self, path: Path) -> None:
+        """Write a feature file in the format that the suffix names, whole or not at all.
+
+        Where there is a provenance, it gets the digest that `load` checks.
+
+        Raises:
+            UserError: the format is unknown or the file cannot be written.
+        """
+        arrays: files.Arrays = {}
+        if self.provenance:  # first, so that a directory of files that breaks off after it is noticed
+            arrays["provenance"] = np.array(json.dumps({**self.provenance, "sha256": self.digest()}))
+        arrays |= {"features": self.features.cpu().numpy(), "labels": self.labels.cpu().numpy()}
+        if self.class_names is not None:
+            arrays["class_names"] = np.array(self.class_names, dtype=np.str_)
+        if self.ids is not None:
+            arrays["ids"] = self.ids
+        if self.bursts is not None:
+            arrays["groups"] = self.bursts
+        files.write(path, arrays)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of all fields, whatever format a file has."""
+        keys = [None if k is None else (k.dtype.kind, k.tolist()) for k in (self.ids, self.bursts)]
+        described = [self.provenance, self.class_names, keys, str(self.features.dtype), list(self.features.shape)]
+        digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+        for numbers in (self.features, self.labels):
+            digest.update(numbers.contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def width(self) -> int:
+        """Number of features d."""
+        return self.features.shape[1]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of class names or, without them, of different labels."""
+        return len(self.counts())
+
+    def counts(self) -> list[int]:
+        """Return the number of samples of each class, in the order of `class_names` or else of the labels."""
+        if self.class_names is None:
+            return [int(n) for n in np.unique(self.labels.numpy(), return_counts=True)[1]]
+        return [int(n) for n in torch.bincount(self.labels, minlength=len(self.class_names))]
+
+    def take(self, rows: Sequence[int] | npt.NDArray[np.int64] | Tensor) -> "FeatureTable":
+        """Return the samples at `rows`, in that order; class names stay."""
+        index = torch.as_tensor(rows, dtype=torch.int64)
+        picked = index.numpy()
+        return replace(
+            self,
+            features=self.features[index],
+            labels=self.labels[index],
+            ids=None if self.ids is None else self.ids[picked],
+            bursts=None if self.bursts is None else self.bursts[picked],
+        )
+
+
+Source = FeatureTable | str | os.PathLike[str] | Pair | Mapping[str, Any] | Frame
+
+
+def is_pair(given: Any) -> bool:
+    """Return whether this is a tuple (features, labels), not two things that each hold both.
+
+    >>> is_pair(([[0.0]], [1])), is_pair(("a.npz", "b.npz")), is_pair([[[0.0]], [1]])
+    (True, False, False)
+    """
+    if not isinstance(given, tuple) or len(given) != 2:
+        return False
+    whole = (str, os.PathLike, FeatureTable, Mapping, tuple)
+    return not isinstance(given[0], whole) and not isinstance(given[1], whole) and not _is_frame(given[1])
+
+
+def align(*tables: FeatureTable) -> tuple[FeatureTable, ...]:
+    """Return the tables with one meaning of every label, and `class_names` filled in.
+
+    Classes are those of the first table, in its order, and are matched by name. Without class names a label is its own
+    name: the label 10 is "10" in every table.
+
+    >>> a = FeatureTable.from_arrays([[0.0], [1.0]], [0, 1], class_names=["ant", "bee"])
+    >>> b = FeatureTable.from_arrays([[2.0]], [0], class_names=["bee", "ant"])
+    >>> [table.labels.tolist() for table in align(a, b)]
+    [[0, 1], [1]]
+
+    Raises:
+        UserError: the tables differ in width, one has samples of a class that the first does not know, some list names
+            and some have bare numbers, or there is a single class.
+    """
+    first = tables[0]
+    for table in tables:
+        if table.width != first.width:
+            raise UserError(
+                f"{table.source}: d = {table.width} features, but {first.source} has d = {first.width}; "
+                "extract both with the same encoder"
+            )
+    classes = _with_names(first)
+    if len(classes.class_names or ()) < 2:
+        raise UserError(f"{first.source}: a single class; at least two are needed")
+    return (classes, *(_matched(table, first, classes.class_names or ()) for table in tables[1:]))
+
+
+def _with_names(table: FeatureTable) -> FeatureTable:
+    """Return the table with labels 0 to C-1 and class names: without a list of them, the digits of its labels."""
+    if table.class_names is not None:
+        return table
+    values, codes = np.unique(table.labels.numpy(), return_inverse=True)
+    return replace(table, class_names=tuple(map(str, values)), labels=torch.from_numpy(codes), named_rows=True)
+
+
+def _matched(table: FeatureTable, first: FeatureTable, names: tuple[str, ...]) -> FeatureTable:
+    """Return the table with the first one's class names and numbers."""
+    _refuse_numbers_beside_names(table, first)
+    own = _with_names(table)
+    if own.class_names == names:
+        return own
+    position = {name: k for k, name in enumerate(names)}
+    places = torch.tensor([position.get(name, -1) for name in own.class_names or ()])
+    labels = places[own.labels]
+    if (labels < 0).any():
+        surplus = [(own.class_names or ())[k] for k in np.unique(own.labels[labels < 0].numpy())]
+        raise UserError(
+            f"{table.source}: has samples of {listed(surplus)}, which {first.source} has not among its classes "
+            f"({listed(names)}); give it some or leave these out"
+        )
+    return replace(own, class_names=names, labels=labels)
+
+
+def _refuse_numbers_beside_names(table: FeatureTable, first: FeatureTable) -> None:
+    """Refuse a bare number beside a list of names: it may be a position in that list, or one of its names."""
+    for bare, named in ((table, first), (first, table)):
+        if bare.class_names is not None or named.class_names is None or named.named_rows:
+            continue
+        if named.class_names != tuple(map(str, range(len(named.class_names)))):
+            raise UserError(
+                f"{bare.source}: no class_names, but {named.source} has them; give them in all files or none"
+            )
+
+
+def _is_frame(given: Any) -> bool:
+    return hasattr(given, "columns") and hasattr(given, "to_numpy")
+
+
+def _of_fields(fields: Mapping[str, Any], source: str, notes: Sequence[str]) -> FeatureTable:
+    """Return the table that the fields of a file make up, whose digest holds where one was written."""
+    provenance = fields.get("provenance")
+    if provenance is not None:
+        own = isinstance(provenance, Mapping)
+        provenance = dict(provenance) if own else to_provenance(source, str(provenance))
+    table = FeatureTable.from_arrays(**{**fields, "provenance": provenance}, source=source, notes=notes)
+    written = table.provenance.pop("sha256", None)
+    if written is not None and written != table.digest():
+        raise UserError(
+            f"{source}: does not hold what was written (the digest in its provenance is another): copy it again, or "
+            "leave out its provenance if it was changed on purpose"
+        )
+    return table
+
+
+def _of_mapping(given: Mapping[str, Any], name: str) -> FeatureTable:
+    held = {str(key): Header(type(value).__name__, getattr(value, "shape", None)) for key, value in given.items()}
+    found = resolve(name, held, _REQUIRED, _OPTIONAL)
+    fields = {field: given[key] for field, key in found.items()}
+    return _of_fields(fields, name, unread(name, held, found.values()))
+
+
+def _of_frame(frame: Frame, name: str) -> FeatureTable:
+    names = [str(column) for column in frame.columns]
+    own = dict(zip(names, frame.columns, strict=True))
+    arrays = {} if len(own) < len(names) else {column: np.asarray(frame[key]) for column, key in own.items()}
+    types = {column: str(array.dtype) for column, array in arrays.items()} or dict.fromkeys(names, "a column")
+    chosen = columns.choose(name, names, {column: columns.kind_of(array) for column, array in arrays.items()}, types)
+    picked = {}
+    for meaning, column in chosen.fields.items():
+        is_label = meaning in ("labels", "class_name")
+        array = arrays[column]
+        picked[meaning] = to_labels(f"{name}: {column}", array, len(array), "rows") if is_label else array
+    parts = [arrays[column] for column in chosen.features]
+    try:
+        features = np.stack(parts[0].tolist()) if chosen.lists else np.column_stack(parts)
+    except (ValueError, TypeError):
+        raise UserError(f"{name}: the lists in column {chosen.features[0]!r} have gaps or differ in length") from None
+    features = features if features.dtype.kind == "f" or chosen.lists else features.astype(np.float64)
+    fields: dict[str, Any] = columns.to_arrays(name, features, picked)
+    return FeatureTable.from_arrays(**fields, source=name, notes=chosen.notes)
+
+
+@dataclass(frozen=True, eq=False)
+class LinearLayer:
+    """`logits(x) = weight @ x + bias`. Build one with `load` or `from_arrays`, which check everything.
+
+    Attributes:
+        weight: floating-point [C, d], finite.
+        bias: the same type, [C], finite.
+        class_names: [C] names of the rows, or None: then row k is label k.
+        source: what messages call this classifier: its file.
+        notes: what was left out in reading the source.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    class_names: tuple[str, ...] | None = None
+    source: str = "the classifier"
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def from_arrays(
+        cls,
+        weight: npt.ArrayLike | Tensor,
+        bias: npt.ArrayLike | Tensor | None = None,
+        *,
+        class_names: npt.ArrayLike | None = None,
+        source: str = "the classifier",
+        notes: Sequence[str] = (),
+    ) -> "LinearLayer":
+        """Check arrays or tensors and make a classifier of them; no bias is a bias of zero, a single row becomes two.
+
+        >>> LinearLayer.from_arrays([[2.0, 4.0]], [1.0]).weight.tolist()
+        [[-1.0, -2.0], [1.0, 2.0]]
+
+        Raises:
+            UserError: a field has the wrong type, shape or length, or values are NaN or infinite.
+        """
+        rows = to_floats(f"{source}: weight", weight, "[C, d]")
+        offsets = rows.new_zeros(len(rows)) if bias is None else to_floats(f"{source}: bias", bias, "[C]").to(rows)
+        names = None if class_names is None else to_names(source, class_names, numbers=True)
+        if len(rows) == len(offsets) == 1:
+            rows, offsets = (torch.cat([-half, half]) for half in (rows / 2, offsets / 2))
+        for name, length in [("bias", len(offsets)), ("class_names", len(rows) if names is None else len(names))]:
+            if length != len(rows):
+                raise UserError(f"{source}: {name} has length {length}, but weight has {len(rows)} rows")
+        require_finite(f"{source}: weight", rows)
+        require_finite(f"{source}: bias", offsets[:, None])
+        return cls(rows, offsets, names, source, tuple(notes))
+
+    @classmethod
+    def load(cls, path: Path) -> "LinearLayer":
+        """Read a classifier from a file with the fields of `from_arrays`, or scikit-learn's names for them.
+
+        Raises:
+            UserError: as `FeatureTable.load`.
+        """
+        arrays, notes = files.read(path, ("weight",), ("bias", "class_names"))
+        fields: dict[str, Any] = dict(arrays)
+        return cls.from_arrays(**fields, source=files.shown(path), notes=notes)
+
+    def save(self, path: Path) -> None:
+        """Write the classifier as `.npz` or `.safetensors`, whole or not at all."""
+        arrays: files.Arrays = {"weight": self.weight.cpu().numpy(), "bias": self.bias.cpu().numpy()}
+        if self.class_names is not None:
+            arrays["class_names"] = np.array(self.class_names, dtype=np.str_)
+        files.write(path, arrays)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Features [n, d] -> logits [n, C], in float32 or the classifier's wider type."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return features.to(dtype) @ self.weight.to(dtype).T + self.bias.to(dtype)
+
+    def aligned(self, class_names: Sequence[str], width: int, source: str) -> "LinearLayer":
+        """Return the classifier with row k for `class_names[k]`: by name where it has names, else as it is.
+
+        Args:
+            class_names: the [C] classes of the features.
+            width: their d.
+            source: what messages call the features.
+
+        Raises:
+            UserError: d, the number of classes or the names differ.
+        """
+        if self.weight.shape[1] != width:
+            raise UserError(f"{self.source}: weight takes d = {self.weight.shape[1]}, but {source} has d = {width}")
+        if len(self.weight) != len(class_names):
+            raise UserError(
+                f"{self.source}: a classifier of {len(self.weight)} classes, but {source} has {len(class_names)}"
+            )
+        if self.class_names is None:
+            return replace(self, class_names=tuple(class_names))
+        order = torch.from_numpy(match_names(source, class_names, self.source, self.class_names))
+        return replace(self, weight=self.weight[order], bias=self.bias[order], class_names=tuple(class_names))
