@@ -25,7 +25,8 @@ from tailscope.report import page
 from tailscope.reproduce import plan as planning
 from tailscope.reproduce.plan import Rates, make_plan, measure, other_work, remembered
 from tailscope.reproduce.reproduce import EXPERIMENTS, Reproduction, outcomes, run_reproduce
-from tailscope.store import CHECKPOINT, Store, save_tensors
+from tailscope.store import Store
+from tailscope.store.files import CHECKPOINT, save_tensors
 from tailscope.training.recipes import RECIPES, Recipe
 
 BENCHMARK = paper.Benchmark("digits", "exp:20", "nested", tuple(paper.EXPERIMENT))

@@ -23,7 +23,8 @@ from tailscope.reproduce.plan import runs
 from tailscope.reproduce.queue import Piece, order, parse_duration, run_queue
 from tailscope.reproduce.reproduce import Reproduction, run_reproduce
 from tailscope.reproduce.trainings import Trainings
-from tailscope.store import Store, add, packed_bytes, save_tensors
+from tailscope.store import Store, add, packed_bytes
+from tailscope.store.files import save_tensors
 from tailscope.training import loop
 from tailscope.training.recipes import RECIPES, Recipe
 

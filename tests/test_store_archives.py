@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 
 from experiment_setups import EXPERIMENTS, entries, lab, settings, timeless
 from tailscope.errors import UserError
-from tailscope.store import CHECKPOINT, Damaged, Store, add, pack, packed_bytes, save_tensors
-from tailscope.store.files import previous_of
+from tailscope.store import Damaged, Store, add, pack, packed_bytes
+from tailscope.store.files import CHECKPOINT, previous_of, save_tensors
 from tailscope.training import epochs as epochs_module
 from test_store import META, TENSORS, assert_complete, files, made
 

@@ -18,7 +18,7 @@ from tailscope.errors import UserError
 from tailscope.methods import LOSSES
 from tailscope.progress import Deadline, Quiet, TimeIsUp
 from tailscope.spec import StageSpec, TrainSpec
-from tailscope.store import CHECKPOINT
+from tailscope.store.files import CHECKPOINT
 from tailscope.training import epochs as epochs_module
 from tailscope.training.epochs import SPACING, Epochs, Flat, History, Keeper
 from tailscope.training.loop import fit_classifier

@@ -30,7 +30,7 @@ from tailscope import cli_paper, verbs
 from tailscope.cli_output import Options, Output, add_command, open_closed_streams
 from tailscope.cli_store import store_app
 from tailscope.errors import UserError, one_line, printable
-from tailscope.origin import from_command_line
+from tailscope.results import from_command_line
 
 if TYPE_CHECKING:
     from tailscope.encoders import FeaturesResult

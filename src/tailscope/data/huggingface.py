@@ -21,9 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from tailscope.data.images import ImageError, Images, Indices, Rows, read_image
-from tailscope.errors import UserError, unreadable
+from tailscope.errors import UserError, message_of, unreadable
 from tailscope.tables.checks import MAX_CLASSES
-from tailscope.tables.files import message_of
 
 
 @dataclass(frozen=True, eq=False)

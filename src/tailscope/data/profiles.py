@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 
 from tailscope.errors import UserError, expanded
+from tailscope.results import read_json
 
 KNOWN = "exp:IF, step:IF, balanced, balanced:N, full, counts:N,N,..., COUNTS.json"
 # n_max / IF may come out a rounding error below a whole number (49 * (1/49) < 1): that is no reason to lose an image.
@@ -118,8 +119,6 @@ def _read_counts(path: str) -> list[object]:
     file = expanded(path)
     if not file.exists():
         raise UserError(f"profile {path!r}: no such counts file")
-    from tailscope.results import read_json  # here because it imports PyTorch, which `methods` need not wait for
-
     data = read_json(file)
     counts = data.get("counts") if isinstance(data, dict) else data
     if not isinstance(counts, list) or not counts:

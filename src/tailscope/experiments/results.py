@@ -17,7 +17,7 @@ from tailscope.device import arithmetic_of
 from tailscope.experiments.settings import Settings
 from tailscope.experiments.stages import Backbone, Lab, TrainingSet, for_stage2
 from tailscope.groups import assign_groups
-from tailscope.origin import command, versions
+from tailscope.results import command, versions
 from tailscope.spec import RunSpec, StageSpec, backbone_key
 
 

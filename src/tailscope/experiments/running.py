@@ -22,9 +22,8 @@ from tailscope.experiments.settings import Settings, store_root
 from tailscope.experiments.stages import Lab, check, follow
 from tailscope.experiments.swap import ladder, swap
 from tailscope.groups import assign_groups
-from tailscope.origin import versions
 from tailscope.progress import Progress, shown_on
-from tailscope.results import check_free, write
+from tailscope.results import check_free, versions, write
 from tailscope.store import Store, make_folder
 from tailscope.training.recipes import Recipe
 from tailscope.training.team import Solo, Team, form

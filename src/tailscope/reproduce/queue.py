@@ -23,13 +23,12 @@ from tailscope.errors import UserError, expanded
 from tailscope.experiments.results import Run
 from tailscope.experiments.settings import Settings, store_root
 from tailscope.experiments.stages import Lab
-from tailscope.origin import command
 from tailscope.progress import Deadline, Progress, Quiet, TimeIsUp, duration
 from tailscope.reproduce import claims
 from tailscope.reproduce.plan import runs
 from tailscope.reproduce.reproduce import EXPERIMENTS, Reproduction, Tell, conclude, draw, fixed_part
 from tailscope.reproduce.trainings import Trainings, failure
-from tailscope.results import check_free, stored_spec, write
+from tailscope.results import check_free, command, stored_spec, write
 from tailscope.store import Store, make_folder, pack, packed_bytes
 
 EVERYTHING = "everything"

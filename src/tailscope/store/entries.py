@@ -29,7 +29,6 @@ from tailscope.store.files import (
     make_folder,
     previous_of,
     reading,
-    ready,
     replacing,
     require_utf8,
     sync,
@@ -136,14 +135,18 @@ class Store:
     def check(self, kind: str, key: str) -> bool:
         """Check every byte of a complete entry; return whether it had digests. One without gets them now."""
         entry = self.entry(kind, key)
-        stored, stamps = self.digests(kind, key), _stamps(entry)
-        found = self.compute_digests(kind, key)
+        stored = self.digests(kind, key)
         if stored is None:
             with reading(entry / TENSORS):
                 load_file(entry / TENSORS)
             self.meta(kind, key)
-            self._add_digests(kind, key, found, stamps)
+            # Where the store may be written, and nobody, the caller neither, holds the entry.
+            with suppress(UserError), self.held(kind, key) as ours:
+                if ours and self.digests(kind, key) is None:
+                    with replacing(entry / DONE) as partial:
+                        write_done(partial, self.compute_digests(kind, key))
             return False
+        found = self.compute_digests(kind, key)
         for name, digest in found.items():
             if digest != stored[name]:
                 raise Damaged(f"{entry / name}: damaged (its bytes do not fit its digest)")
@@ -193,11 +196,8 @@ class Store:
         A damaged entry is named in a warning and computed again; it stays until the new one is whole. Of a damaged
         checkpoint the one before is taken.
 
-        Args:
-            kind: the folder that such entries share.
-            key: names the entry.
-            make: gets a scratch folder that outlives a killed run: a place for checkpoints, removed on success.
-            progress: may end the wait for another run that is making the entry, at a safe point every second.
+        `make` gets a scratch folder that outlives a killed run, a place for checkpoints, removed on success. At every
+        safe point of `progress`, once a second, the wait for another run that is making the entry may end.
         """
         try:
             if self.has(kind, key):
@@ -257,7 +257,7 @@ class Store:
         with writing(entry):
             building.mkdir()
             path = building / TENSORS
-            write_tensors(path, ready(tensors))
+            write_tensors(path, tensors)
             (building / META).write_text(description)
             if kind not in CHEAP:
                 sync(path)
@@ -266,23 +266,6 @@ class Store:
             if kind not in CHEAP:
                 sync(building)
         self.put_in_place(kind, key, building)
-
-    def _add_digests(self, kind: str, key: str, digests: Digests, stamps: list[tuple[int, int]]) -> None:
-        """Give an entry of before its digests, where the store may be written and nobody, the caller neither, holds it.
-
-        Only to the files that they were computed of: another process may have replaced them meanwhile.
-        """
-        entry = self.entry(kind, key)
-        with suppress(UserError):
-            lock = self._try_lock(kind, key, quiet=True)
-            if lock is None:
-                return
-            try:
-                if self.digests(kind, key) is None and _stamps(entry) == stamps:
-                    with replacing(entry / DONE) as partial:
-                        write_done(partial, digests)
-            finally:
-                lock.release()
 
     @contextmanager
     def _locked(self, kind: str, key: str, progress: Progress) -> Iterator[None]:
@@ -299,10 +282,7 @@ class Store:
             lock.release()
 
     def _try_lock(self, kind: str, key: str, seconds: float = 0, *, quiet: bool = False) -> BaseFileLock | None:
-        """Try for some seconds to get a lock; a look every now and then, which Ctrl-C interrupts.
-
-        On a disk without locks, a file that is there is named in a warning, unless `quiet`.
-        """
+        """Try for some seconds to get a lock; a look every now and then, which Ctrl-C interrupts."""
         path = self.root / LOCKS / f"{kind}-{key}.lock"
         with writing(self.entry(kind, key)):
             path.parent.mkdir(exist_ok=True)
@@ -310,57 +290,32 @@ class Store:
 
 
 def try_lock(path: Path, seconds: float, *, quiet: bool = False) -> BaseFileLock | None:
-    """Try for some seconds to get the lock of a file, or of one beside it where the file system has no locks.
+    """Return the lock of a file, held, or of one beside it where the file system has no locks.
 
-    Args:
-        path: the file that stands for the lock.
-        seconds: how long to try.
-        quiet: whether the warning of a file system without locks has been given.
-
-    Returns:
-        The lock, held; None where another process holds it.
-
-    Raises:
-        OSError: the disk refuses.
+    None where another process holds it for all the `seconds`; of a file system without locks that is warned of, unless
+    `quiet`. An OSError says that the disk refuses.
     """
-    lock: BaseFileLock = FileLock(path)
-    try:
-        lock.acquire(timeout=seconds)
-    except Timeout:
-        return None
-    except (OSError, NotImplementedError) as error:
-        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
-            raise
-        return _try_soft_lock(path.with_suffix(".softlock"), seconds, quiet)
-    return lock
+    for lock in (FileLock(path), SoftFileLock(path.with_suffix(".softlock"))):
+        soft = isinstance(lock, SoftFileLock)  # where a file has to do, which a killed run leaves behind
+        try:
+            lock.acquire(timeout=seconds)
+        except Timeout:
+            if soft and not quiet:
+                said = "this disk has no locks but such files; delete it if no run is at work"
+                _log.warning("%s: %s", path.with_suffix(".softlock"), said)
+            return None
+        except (OSError, NotImplementedError) as error:
+            if soft or getattr(error, "errno", errno.ENOSYS) not in _NO_LOCKS:
+                raise
+        else:
+            return lock
+    return None
 
 
 def _names(folder: Path) -> list[str]:
     """Return the names in a folder, sorted; of none where there is no folder. `glob` hides what may not be read."""
     with reading(folder):
         return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-
-
-def _try_soft_lock(path: Path, seconds: float, quiet: bool) -> BaseFileLock | None:
-    """Try the same on a file system without locks, where a file has to do, which a killed run leaves behind."""
-    lock = SoftFileLock(path)
-    try:
-        lock.acquire(timeout=seconds)
-    except Timeout:
-        if not quiet:
-            _log.warning("%s: this disk has no locks but such files; delete it if no run is at work", path)
-        return None
-    return lock
-
-
-def _stamps(entry: Path) -> list[tuple[int, int]]:
-    """Return what tells an entry's files from others of the same names."""
-    stamps = []
-    for name in (TENSORS, META):
-        with reading(entry / name):
-            stat = (entry / name).stat()
-        stamps.append((stat.st_ino, stat.st_mtime_ns))
-    return stamps
 
 
 def write_done(path: Path, digests: Digests) -> None:

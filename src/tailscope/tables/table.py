@@ -1,16 +1,10 @@
 """Features with labels, and the linear layer that turns features into logits: checked once.
 
-Features with a label each, as users hand them in: checked once, so that nothing after it has to.
-
-`load` reads every format of `tailscope.tables.files`, `save` writes `.npz`, `.safetensors` and `.parquet`, with the
-fields `features` float [N, d], `labels` [N] (whole numbers or names) and, optionally, `class_names` text [C] (then
-labels are positions in it), `ids` [N], `groups` [N] (integers or text) and `provenance` (a JSON object as text: what
-made the features). `of` takes arrays and DataFrames as well.
-
-The linear layer that turns features into logits, as a file: `weight` [C, d], `bias` [C], optional `class_names`.
-
-A single row, as scikit-learn has it for two classes, is a score for the second: it becomes two rows, minus and plus
-half of it, whose softmax gives the same probabilities.
+A feature file, in any format of `tailscope.tables.files`, has the fields `features` float [N, d], `labels` [N] (whole
+numbers or names) and, optionally, `class_names` text [C] (then labels are positions in it), `ids` [N], `groups` [N]
+(integers or text) and `provenance` (a JSON object as text: what made the features). A classifier's file has `weight`
+[C, d], `bias` [C] and, optionally, `class_names`; a single row, as scikit-learn has it for two classes, is a score for
+the second: it becomes two rows, minus and plus half of it, whose softmax gives the same probabilities.
 """
 
 import hashlib
@@ -26,9 +20,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tailscope.errors import UserError
-from tailscope.tables import columns, files
-from tailscope.tables.arrays import Header, resolve, unread
+from tailscope.errors import UserError, plain_name
+from tailscope.tables import files
+from tailscope.tables.arrays import Arrays, Header, parse_json, resolve, unread
 from tailscope.tables.checks import (
     Keys,
     check_classes,
@@ -40,7 +34,6 @@ from tailscope.tables.checks import (
     to_keys,
     to_labels,
     to_names,
-    to_provenance,
 )
 
 _REQUIRED = ("features", "labels")
@@ -143,10 +136,8 @@ class FeatureTable:
     def of(cls, given: "Source", name: str = "the table") -> "FeatureTable":
         """Return a table of whatever holds features and labels.
 
-        Args:
-            given: a table, a file, a pair (features, labels) of arrays, tensors or lists, a mapping with the fields of
-                a file, or a DataFrame with the columns of a `.csv` or `.parquet` file.
-            name: what messages call what is no file.
+        That is a table, a file, a pair (features, labels) of arrays, tensors or lists, a mapping with the fields of a
+        file, or a DataFrame with the columns of a `.csv` or `.parquet` file. Messages call what is no file `name`.
 
         >>> FeatureTable.of(([[0.0], [1.0]], ["ant", "bee"])).class_names
         ('ant', 'bee')
@@ -173,32 +164,20 @@ class FeatureTable:
         """Read a feature file.
 
         Raises:
-            UserError: the file is missing, empty, truncated or of an unknown format, lacks a field or holds Python
-                objects (nothing is ever unpickled), or as `from_arrays`. The message names the file. Or it was written
-                by `save` and holds something else by now.
+            UserError: as `tailscope.tables.files.read` and `from_arrays`; or `save` wrote something else to it.
         """
         arrays, notes = files.read(path, _REQUIRED, _OPTIONAL)
-        return _of_fields(arrays, files.shown(path), notes)
+        return _of_fields(arrays, plain_name(str(path)), notes)
 
     def save(self, path: Path) -> None:
-        """Write a feature file in the format that the suffix names, whole or not at all.
-
-        Where there is a provenance, it gets the digest that `load` checks.
-
-        Raises:
-            UserError: the format is unknown or the file cannot be written.
-        """
-        arrays: files.Arrays = {}
+        """Write a feature file as `tailscope.tables.files.write`; a provenance gets the digest that `load` checks."""
+        arrays: Arrays = {}
         if self.provenance:  # first, so that a directory of files that breaks off after it is noticed
             arrays["provenance"] = np.array(json.dumps({**self.provenance, "sha256": self.digest()}))
         arrays |= {"features": self.features.cpu().numpy(), "labels": self.labels.cpu().numpy()}
-        if self.class_names is not None:
-            arrays["class_names"] = np.array(self.class_names, dtype=np.str_)
-        if self.ids is not None:
-            arrays["ids"] = self.ids
-        if self.bursts is not None:
-            arrays["groups"] = self.bursts
-        files.write(path, arrays)
+        names = None if self.class_names is None else np.array(self.class_names, dtype=np.str_)
+        others = {"class_names": names, "ids": self.ids, "groups": self.bursts}
+        files.write(path, arrays | {field: array for field, array in others.items() if array is not None})
 
     def digest(self) -> str:
         """Return the SHA-256 of all fields, whatever format a file has."""
@@ -274,10 +253,8 @@ def align(*tables: FeatureTable) -> tuple[FeatureTable, ...]:
     first = tables[0]
     for table in tables:
         if table.width != first.width:
-            raise UserError(
-                f"{table.source}: d = {table.width} features, but {first.source} has d = {first.width}; "
-                "extract both with the same encoder"
-            )
+            widths = f"d = {table.width} features, but {first.source} has d = {first.width}"
+            raise UserError(f"{table.source}: {widths}; extract both with the same encoder")
     classes = _with_names(first)
     if len(classes.class_names or ()) < 2:
         raise UserError(f"{first.source}: a single class; at least two are needed")
@@ -316,9 +293,8 @@ def _refuse_numbers_beside_names(table: FeatureTable, first: FeatureTable) -> No
         if bare.class_names is not None or named.class_names is None or named.named_rows:
             continue
         if named.class_names != tuple(map(str, range(len(named.class_names)))):
-            raise UserError(
-                f"{bare.source}: no class_names, but {named.source} has them; give them in all files or none"
-            )
+            has = f"no class_names, but {named.source} has them"
+            raise UserError(f"{bare.source}: {has}; give them in all files or none")
 
 
 def _is_frame(given: Any) -> bool:
@@ -328,10 +304,11 @@ def _is_frame(given: Any) -> bool:
 def _of_fields(fields: Mapping[str, Any], source: str, notes: Sequence[str]) -> FeatureTable:
     """Return the table that the fields of a file make up, whose digest holds where one was written."""
     provenance = fields.get("provenance")
-    if provenance is not None:
-        own = isinstance(provenance, Mapping)
-        provenance = dict(provenance) if own else to_provenance(source, str(provenance))
-    table = FeatureTable.from_arrays(**{**fields, "provenance": provenance}, source=source, notes=notes)
+    if provenance is not None and not isinstance(provenance, Mapping):
+        provenance = parse_json(str(provenance))
+        if not isinstance(provenance, dict):
+            raise UserError(f"{source}: provenance is not a JSON object")
+    table = FeatureTable.from_arrays(**{**fields, "provenance": dict(provenance or {})}, source=source, notes=notes)
     written = table.provenance.pop("sha256", None)
     if written is not None and written != table.digest():
         raise UserError(
@@ -353,19 +330,18 @@ def _of_frame(frame: Frame, name: str) -> FeatureTable:
     own = dict(zip(names, frame.columns, strict=True))
     arrays = {} if len(own) < len(names) else {column: np.asarray(frame[key]) for column, key in own.items()}
     types = {column: str(array.dtype) for column, array in arrays.items()} or dict.fromkeys(names, "a column")
-    chosen = columns.choose(name, names, {column: columns.kind_of(array) for column, array in arrays.items()}, types)
-    picked = {}
-    for meaning, column in chosen.fields.items():
-        is_label = meaning in ("labels", "class_name")
-        array = arrays[column]
-        picked[meaning] = to_labels(f"{name}: {column}", array, len(array), "rows") if is_label else array
+    chosen = files.choose(name, names, {column: files.kind_of(array) for column, array in arrays.items()}, types)
+    picked = {meaning: arrays[column] for meaning, column in chosen.fields.items()}
+    for meaning in (meaning for meaning in ("labels", "class_name") if meaning in picked):
+        array = picked[meaning]
+        picked[meaning] = to_labels(f"{name}: {chosen.fields[meaning]}", array, len(array), "rows")
     parts = [arrays[column] for column in chosen.features]
     try:
         features = np.stack(parts[0].tolist()) if chosen.lists else np.column_stack(parts)
     except (ValueError, TypeError):
         raise UserError(f"{name}: the lists in column {chosen.features[0]!r} have gaps or differ in length") from None
     features = features if features.dtype.kind == "f" or chosen.lists else features.astype(np.float64)
-    fields: dict[str, Any] = columns.to_arrays(name, features, picked)
+    fields: dict[str, Any] = files.to_arrays(name, features, picked)
     return FeatureTable.from_arrays(**fields, source=name, notes=chosen.notes)
 
 
@@ -426,11 +402,11 @@ class LinearLayer:
         """
         arrays, notes = files.read(path, ("weight",), ("bias", "class_names"))
         fields: dict[str, Any] = dict(arrays)
-        return cls.from_arrays(**fields, source=files.shown(path), notes=notes)
+        return cls.from_arrays(**fields, source=plain_name(str(path)), notes=notes)
 
     def save(self, path: Path) -> None:
         """Write the classifier as `.npz` or `.safetensors`, whole or not at all."""
-        arrays: files.Arrays = {"weight": self.weight.cpu().numpy(), "bias": self.bias.cpu().numpy()}
+        arrays: Arrays = {"weight": self.weight.cpu().numpy(), "bias": self.bias.cpu().numpy()}
         if self.class_names is not None:
             arrays["class_names"] = np.array(self.class_names, dtype=np.str_)
         files.write(path, arrays)
@@ -443,20 +419,13 @@ class LinearLayer:
     def aligned(self, class_names: Sequence[str], width: int, source: str) -> "LinearLayer":
         """Return the classifier with row k for `class_names[k]`: by name where it has names, else as it is.
 
-        Args:
-            class_names: the [C] classes of the features.
-            width: their d.
-            source: what messages call the features.
-
         Raises:
-            UserError: d, the number of classes or the names differ.
+            UserError: d, the number of classes or their names are not those of the features of `source`.
         """
         if self.weight.shape[1] != width:
             raise UserError(f"{self.source}: weight takes d = {self.weight.shape[1]}, but {source} has d = {width}")
-        if len(self.weight) != len(class_names):
-            raise UserError(
-                f"{self.source}: a classifier of {len(self.weight)} classes, but {source} has {len(class_names)}"
-            )
+        if len(self.weight) != (classes := len(class_names)):
+            raise UserError(f"{self.source}: a classifier of {len(self.weight)} classes, but {source} has {classes}")
         if self.class_names is None:
             return replace(self, class_names=tuple(class_names))
         order = torch.from_numpy(match_names(source, class_names, self.source, self.class_names))

@@ -14,7 +14,8 @@ from tailscope.device import Engine
 from tailscope.errors import UserError
 from tailscope.progress import Advance
 from tailscope.spec import StageSpec
-from tailscope.store import CHECKPOINT, Meta, Tensors, save_tensors, whole_checkpoint
+from tailscope.store import Meta, Tensors
+from tailscope.store.files import CHECKPOINT, save_tensors, whole_checkpoint
 from tailscope.training import SCHEDULES
 from tailscope.training.step import Stepper
 from tailscope.training.team import Solo, Team
