@@ -16,11 +16,7 @@ from typing import Any
 
 from tailscope.errors import UserError, require_file
 
-_DEEPEST = 100
-"""Levels of a JSON file: ours have fewer than 20, and what is written or drawn from it recurses."""
-
-_DIGITS = 308
-"""Digits of a whole number that every float64 can hold."""
+_DEEPEST = 100  # levels of a JSON file: ours have fewer than 20, and what is written or drawn from it recurses
 
 
 def check_free(out: Path, verb: str, spec: dict[str, Any], *, overwrite: bool) -> None:
@@ -99,17 +95,13 @@ def _refuse(constant: str) -> float:
 
 def _finite(text: str) -> float:
     value = float(text)
-    return value if math.isfinite(value) else _refuse(_short(text))
+    return value if math.isfinite(value) else _refuse(text if len(text) <= 20 else f"{text[:20]}...")
 
 
 def _whole(text: str) -> int:
-    if len(text) > _DIGITS:
-        raise ValueError(f"{_short(text)} has {len(text)} digits, more than the {_DIGITS} of the largest float64")
+    if len(text) > 308:  # more than any float64 can hold
+        raise ValueError(f"{text[:20]}... has {len(text)} digits, more than the 308 of the largest float64")
     return int(text)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 20 else f"{text[:20]}..."
 
 
 PACKAGES = ("tailscope", "torch", "torchvision", "numpy", "scikit-learn", "altair")
@@ -128,8 +120,7 @@ def from_command_line(arguments: Sequence[str]) -> Iterator[None]:
 
 def command() -> str:
     """Return the command that asks for a result; of another program, whose arguments may hold anything, not a word."""
-    arguments = _given.get()
-    return "tailscope, called from Python" if arguments is None else command_line(arguments)
+    return "tailscope, called from Python" if (given := _given.get()) is None else command_line(given)
 
 
 def command_line(arguments: Sequence[str]) -> str:

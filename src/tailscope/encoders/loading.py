@@ -24,26 +24,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from tailscope import seeds
 from tailscope.data.images import PIL_MODES
-from tailscope.encoders import checkpoints
-from tailscope.encoders.networks import (
-    Architecture,
-    Encoder,
-    FeatureFunction,
-    InputOf,
-    by_method,
-    by_timm,
-    explains,
-    from_timm,
-    from_torchvision,
-    is_decision,
-    last_linear,
-    measure,
-    parts_of,
-    probe,
-    project,
-    require_independent,
-    run,
-)
+from tailscope.encoders import checkpoints, networks
 from tailscope.encoders.preprocessing import Preprocessing, Wishes, by_data, foreign_code
 from tailscope.errors import UserError
 from tailscope.methods import for_photos
@@ -140,7 +121,7 @@ def load(
     channels: int = 3,
     wishes: Wishes | None = None,
     classes: int | None = None,
-) -> Encoder:
+) -> networks.Encoder:
     """Build a network, load its weights, and find its penultimate features.
 
     Args:
@@ -170,13 +151,13 @@ def load(
     with seeds.keyed(seeds.derive(0, "encoder")):
         match kind:
             case "timm":
-                built = from_timm(name, pretrained, wishes)
+                built = networks.from_timm(name, pretrained, wishes)
             case "torchvision":
-                built = from_torchvision(name, pretrained, wishes)
+                built = networks.from_torchvision(name, pretrained, wishes)
             case "user":
                 built = _from_user(name, channels, wishes, classes)
             case _:
-                built = project(name, channels, stored, wishes)
+                built = networks.project(name, channels, stored, wishes)
     notes, classifier = list(built.notes), None
     if stored is not None:
         classifier, said = checkpoints.fit(stored, built.model, model, built.classifiers, checkpoint_key)
@@ -186,12 +167,12 @@ def load(
     else:
         notes = [f"{model}: the weights are random; give --checkpoint FILE for trained ones"]
     built.model.eval().requires_grad_(False)
-    x = probe(built.preprocessing, wishes.data_size)
-    features = measure(model, built.model, built.function, x, "" if built.preprocessing.owner else wishes.mend)
-    if classifier is not None and not explains(classifier, built.model, features, x):
+    x = networks.probe(built.preprocessing, wishes.data_size)
+    features = networks.measure(model, built.model, built.function, x, "" if built.preprocessing.owner else wishes.mend)
+    if classifier is not None and not networks.explains(classifier, built.model, features, x):
         classifier = None
         notes.append(f"{model}: its classifier is not linear in the features and was left out")
-    return Encoder(
+    return networks.Encoder(
         model,
         built.model,
         built.function,
@@ -214,7 +195,7 @@ def _kind(model: str) -> tuple[str, str]:
     return ("project" if model.partition("(")[0].strip() in own else "timm"), model
 
 
-def _own_classifier(model: str, built: Architecture) -> LinearLayer | None:
+def _own_classifier(model: str, built: networks.Architecture) -> LinearLayer | None:
     """Return the classifier that a trained model came with."""
     layer = built.model.get_submodule(built.classifiers[0]) if len(built.classifiers) == 1 else None
     if not isinstance(layer, torch.nn.Linear):
@@ -222,7 +203,7 @@ def _own_classifier(model: str, built: Architecture) -> LinearLayer | None:
     return LinearLayer.from_arrays(layer.weight, layer.bias, source=model)
 
 
-def _from_user(name: str, channels: int, wishes: Wishes, classes: int | None) -> Architecture:
+def _from_user(name: str, channels: int, wishes: Wishes, classes: int | None) -> networks.Architecture:
     """Call `module:factory`, imported as from the current directory; call-strings set the factory's arguments.
 
     The factory returns a model, or a model and its transform (image -> tensor [3, H, W]). Penultimate features are
@@ -245,21 +226,21 @@ def _from_user(name: str, channels: int, wishes: Wishes, classes: int | None) ->
         raise UserError(f"{wishes.given[0]}: {name} brings a transform of its own; change that")
     else:
         preprocessing = Preprocessing(transform, owner=name)
-    x = probe(preprocessing, wishes.data_size)
+    x = networks.probe(preprocessing, wishes.data_size)
     mend = "" if preprocessing.owner else wishes.mend
     function, how, classifiers = _features_of(name, model, x, mend)
-    features = measure(name, model, function, x, mend)
+    features = networks.measure(name, model, function, x, mend)
     if how.startswith("output") and features.shape[1] == classes:
         raise UserError(
             f"{name}: its {how} has {classes} values, as many as the data has classes: these are logits, not features; "
             "give the model a method features(x)"
         )
-    require_independent(name, model, function, x, features)
+    networks.require_independent(name, model, function, x, features)
     if how == "output":
         notes += (f"{name}: the features are the model's output; if those are logits, give it features(x)",)
     elif how.startswith("output["):
         notes += (f"{name}: the features are {how} of the model",)
-    return Architecture(model, function, how, classifiers, preprocessing, notes, source)
+    return networks.Architecture(model, function, how, classifiers, preprocessing, notes, source)
 
 
 def _call(name: str) -> tuple[Any, str]:
@@ -302,19 +283,21 @@ def _channels_of(model: nn.Module, channels: int) -> int:
     return first.in_channels if first is not None and first.in_channels in PIL_MODES else channels
 
 
-def _features_of(name: str, model: nn.Module, x: Tensor, mend: str) -> tuple[FeatureFunction, str, tuple[str, ...]]:
+def _features_of(
+    name: str, model: nn.Module, x: Tensor, mend: str
+) -> tuple[networks.FeatureFunction, str, tuple[str, ...]]:
     """Return the features' function, that in words, and the names of linear classifiers on them."""
-    layer = last_linear(model)
+    layer = networks.last_linear(model)
     method = getattr(model, "features", None)
     if callable(method) and not isinstance(method, nn.Module):
-        return by_method, "features(x)", _unused(name, model, by_method, layer, x, mend)
+        return networks.by_method, "features(x)", _unused(name, model, networks.by_method, layer, x, mend)
     if hasattr(model, "forward_features") and hasattr(model, "forward_head"):
-        return by_timm, "forward_head(pre_logits=True)", _unused(name, model, by_timm, layer, x, mend)
+        return networks.by_timm, "forward_head(pre_logits=True)", _unused(name, model, networks.by_timm, layer, x, mend)
     with _outputs_of(model) as outputs:
-        parts = parts_of(run(name, model, nn.Module.__call__, x, mend))
+        parts = networks.parts_of(networks.run(name, model, nn.Module.__call__, x, mend))
     made = outputs.get(layer or "", ())[-1:]
     if any(_decides(logits, part) for logits in made for part in parts.values()):
-        return InputOf(layer or ""), f"input of {layer}", (str(layer),)
+        return networks.InputOf(layer or ""), f"input of {layer}", (str(layer),)
     part = _pooled(name, parts)
     _refuse_logits(name, model, outputs, parts[part])
     _refuse_changed_logits(name, model, outputs, parts[part])
@@ -323,9 +306,9 @@ def _features_of(name: str, model: nn.Module, x: Tensor, mend: str) -> tuple[Fea
 
 def _decides(logits: Tensor, output: Tensor) -> bool:
     """Whether an output is these logits, their softmax, or either times a temperature."""
-    if is_decision(logits, output):
+    if networks.is_decision(logits, output):
         return True
-    return output.shape == logits.shape and is_decision(logits / logits.norm(), output / output.norm())
+    return output.shape == logits.shape and networks.is_decision(logits / logits.norm(), output / output.norm())
 
 
 class _PartOfOutput:
@@ -336,7 +319,7 @@ class _PartOfOutput:
 
     def __call__(self, model: nn.Module, x: Tensor) -> Tensor:
         """Run the model and return that item."""
-        part = parts_of(model(x))[self.part]
+        part = networks.parts_of(model(x))[self.part]
         return part.flatten(1) if part.ndim > 2 and part.shape[2:].numel() == 1 else part
 
 
@@ -355,11 +338,11 @@ def _outputs_of(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
 
 
 def _unused(
-    name: str, model: nn.Module, function: FeatureFunction, layer: str | None, x: Tensor, mend: str
+    name: str, model: nn.Module, function: networks.FeatureFunction, layer: str | None, x: Tensor, mend: str
 ) -> tuple[str, ...]:
     """Return the last linear layer, unless the features themselves need it: then it is no classifier."""
     with _outputs_of(model) as outputs:
-        run(name, model, function, x, mend)
+        networks.run(name, model, function, x, mend)
     return () if layer is None or layer in outputs else (layer,)
 
 

@@ -20,8 +20,7 @@ _MISSING = ("", "nan", "<na>")
 _MISSING_BESIDE_NUMBERS = (*_MISSING, "na", "n/a", "none", "null")
 
 Keys = npt.NDArray[np.int64] | npt.NDArray[np.str_]
-Labels = npt.NDArray[np.int64] | npt.NDArray[np.str_]
-Floats = npt.NDArray[np.floating[Any]]
+Labels = Keys
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:
@@ -135,11 +134,11 @@ def _plain(where: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     kinds = np.array([_kind(value) for value in array])
     wrong = np.flatnonzero(kinds == "")
     if len(wrong):
-        row = int(wrong[0])
-        raise UserError(f"{where}: {len(wrong)} of {len(array)} rows hold no number or text, the first is row {row}")
-    found = sorted(set(kinds))
+        first = f"the first is row {wrong[0]}"
+        raise UserError(f"{where}: {len(wrong)} of {len(array)} rows hold no number or text, {first}")
+    found, rows = np.unique(kinds, return_counts=True)
     if len(found) > 1:
-        raise UserError(f"{where}: {(kinds == found[0]).sum()} rows hold a {found[0]}, the others a {found[1]}")
+        raise UserError(f"{where}: {rows[0]} rows hold a {found[0]}, the others a {found[1]}")
     plain = np.array(array.tolist())
     if plain.dtype.kind == "O":  # integers beyond 64 bits
         raise UserError(f"{where}: a number is too large; labels are below 2**63")

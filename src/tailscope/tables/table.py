@@ -21,20 +21,8 @@ import torch
 from torch import Tensor
 
 from tailscope.errors import UserError, plain_name
-from tailscope.tables import files
+from tailscope.tables import checks, files
 from tailscope.tables.arrays import Arrays, Header, parse_json, resolve, unread
-from tailscope.tables.checks import (
-    Keys,
-    check_classes,
-    listed,
-    match_names,
-    positions,
-    require_finite,
-    to_floats,
-    to_keys,
-    to_labels,
-    to_names,
-)
 
 _REQUIRED = ("features", "labels")
 _OPTIONAL = ("class_names", "ids", "groups", "provenance")
@@ -74,8 +62,8 @@ class FeatureTable:
     features: Tensor
     labels: Tensor
     class_names: tuple[str, ...] | None = None
-    ids: Keys | None = None
-    bursts: Keys | None = None
+    ids: checks.Keys | None = None
+    bursts: checks.Keys | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     source: str = "the table"
     named_rows: bool = False
@@ -96,36 +84,33 @@ class FeatureTable:
     ) -> "FeatureTable":
         """Check arrays or tensors and make a table of them; features are copied only where they have to be.
 
-        >>> table = FeatureTable.from_arrays([[0.0, 1.0], [1.0, 0.0]], [0, 1], class_names=["ant", "bee"])
-        >>> len(table), table.width, table.num_classes
-        (2, 2, 2)
-
         Labels that are names make up the class names, in alphabetical order.
 
-        >>> FeatureTable.from_arrays([[0.0], [1.0], [2.0]], ["cat", "ant", "cat"]).labels.tolist()
-        [1, 0, 1]
+        >>> table = FeatureTable.from_arrays([[0.0], [1.0], [2.0]], ["cat", "ant", "cat"])
+        >>> table.labels.tolist(), len(table), table.width, table.num_classes
+        ([1, 0, 1], 3, 1, 2)
 
         Raises:
             UserError: a field has the wrong type, shape or length, a feature is NaN or infinite, a label is negative,
                 there are more than 10,000 classes, or two classes share a name.
         """
-        rows = to_floats(f"{source}: features", features, "[N, d]")
-        names = None if class_names is None else to_names(source, class_names)
+        rows = checks.to_floats(f"{source}: features", features, "[N, d]")
+        names = None if class_names is None else checks.to_names(source, class_names)
         where, named_rows = f"{source}: labels", False
-        values = to_labels(where, labels, len(rows), "rows of features")
+        values = checks.to_labels(where, labels, len(rows), "rows of features")
         if names is not None:
-            values = positions(where, values, names)
+            values = checks.positions(where, values, names)
         elif values.dtype.kind == "U":
             unique, values = np.unique(values, return_inverse=True)
             names, named_rows = tuple(map(str, unique)), True
-        check_classes(source, len(np.unique(values)) if names is None else len(names))
-        require_finite(f"{source}: features", rows)
+        checks.check_classes(source, len(np.unique(values)) if names is None else len(names))
+        checks.require_finite(f"{source}: features", rows)
         return cls(
             rows,
             torch.from_numpy(values.astype(np.int64)),
             names,
-            None if ids is None else to_keys(f"{source}: ids", ids, len(rows)),
-            None if groups is None else to_keys(f"{source}: groups", groups, len(rows)),
+            None if ids is None else checks.to_keys(f"{source}: ids", ids, len(rows)),
+            None if groups is None else checks.to_keys(f"{source}: groups", groups, len(rows)),
             provenance or {},
             source,
             named_rows,
@@ -271,7 +256,12 @@ def _with_names(table: FeatureTable) -> FeatureTable:
 
 def _matched(table: FeatureTable, first: FeatureTable, names: tuple[str, ...]) -> FeatureTable:
     """Return the table with the first one's class names and numbers."""
-    _refuse_numbers_beside_names(table, first)
+    for bare, named in ((table, first), (first, table)):
+        # A bare number beside a list of names may be a position in that list, or one of its names.
+        listing = None if bare.class_names is not None or named.named_rows else named.class_names
+        if listing is not None and listing != tuple(map(str, range(len(listing)))):
+            has = f"no class_names, but {named.source} has them"
+            raise UserError(f"{bare.source}: {has}; give them in all files or none")
     own = _with_names(table)
     if own.class_names == names:
         return own
@@ -281,20 +271,10 @@ def _matched(table: FeatureTable, first: FeatureTable, names: tuple[str, ...]) -
     if (labels < 0).any():
         surplus = [(own.class_names or ())[k] for k in np.unique(own.labels[labels < 0].numpy())]
         raise UserError(
-            f"{table.source}: has samples of {listed(surplus)}, which {first.source} has not among its classes "
-            f"({listed(names)}); give it some or leave these out"
+            f"{table.source}: has samples of {checks.listed(surplus)}, which {first.source} has not among its classes "
+            f"({checks.listed(names)}); give it some or leave these out"
         )
     return replace(own, class_names=names, labels=labels)
-
-
-def _refuse_numbers_beside_names(table: FeatureTable, first: FeatureTable) -> None:
-    """Refuse a bare number beside a list of names: it may be a position in that list, or one of its names."""
-    for bare, named in ((table, first), (first, table)):
-        if bare.class_names is not None or named.class_names is None or named.named_rows:
-            continue
-        if named.class_names != tuple(map(str, range(len(named.class_names)))):
-            has = f"no class_names, but {named.source} has them"
-            raise UserError(f"{bare.source}: {has}; give them in all files or none")
 
 
 def _is_frame(given: Any) -> bool:
@@ -321,8 +301,7 @@ def _of_fields(fields: Mapping[str, Any], source: str, notes: Sequence[str]) -> 
 def _of_mapping(given: Mapping[str, Any], name: str) -> FeatureTable:
     held = {str(key): Header(type(value).__name__, getattr(value, "shape", None)) for key, value in given.items()}
     found = resolve(name, held, _REQUIRED, _OPTIONAL)
-    fields = {field: given[key] for field, key in found.items()}
-    return _of_fields(fields, name, unread(name, held, found.values()))
+    return _of_fields({field: given[key] for field, key in found.items()}, name, unread(name, held, found.values()))
 
 
 def _of_frame(frame: Frame, name: str) -> FeatureTable:
@@ -334,7 +313,7 @@ def _of_frame(frame: Frame, name: str) -> FeatureTable:
     picked = {meaning: arrays[column] for meaning, column in chosen.fields.items()}
     for meaning in (meaning for meaning in ("labels", "class_name") if meaning in picked):
         array = picked[meaning]
-        picked[meaning] = to_labels(f"{name}: {chosen.fields[meaning]}", array, len(array), "rows")
+        picked[meaning] = checks.to_labels(f"{name}: {chosen.fields[meaning]}", array, len(array), "rows")
     parts = [arrays[column] for column in chosen.features]
     try:
         features = np.stack(parts[0].tolist()) if chosen.lists else np.column_stack(parts)
@@ -381,16 +360,17 @@ class LinearLayer:
         Raises:
             UserError: a field has the wrong type, shape or length, or values are NaN or infinite.
         """
-        rows = to_floats(f"{source}: weight", weight, "[C, d]")
-        offsets = rows.new_zeros(len(rows)) if bias is None else to_floats(f"{source}: bias", bias, "[C]").to(rows)
-        names = None if class_names is None else to_names(source, class_names, numbers=True)
+        rows = checks.to_floats(f"{source}: weight", weight, "[C, d]")
+        given = rows.new_zeros(len(rows)) if bias is None else checks.to_floats(f"{source}: bias", bias, "[C]")
+        offsets = given.to(rows)
+        names = None if class_names is None else checks.to_names(source, class_names, numbers=True)
         if len(rows) == len(offsets) == 1:
             rows, offsets = (torch.cat([-half, half]) for half in (rows / 2, offsets / 2))
         for name, length in [("bias", len(offsets)), ("class_names", len(rows) if names is None else len(names))]:
             if length != len(rows):
                 raise UserError(f"{source}: {name} has length {length}, but weight has {len(rows)} rows")
-        require_finite(f"{source}: weight", rows)
-        require_finite(f"{source}: bias", offsets[:, None])
+        checks.require_finite(f"{source}: weight", rows)
+        checks.require_finite(f"{source}: bias", offsets[:, None])
         return cls(rows, offsets, names, source, tuple(notes))
 
     @classmethod
@@ -401,8 +381,7 @@ class LinearLayer:
             UserError: as `FeatureTable.load`.
         """
         arrays, notes = files.read(path, ("weight",), ("bias", "class_names"))
-        fields: dict[str, Any] = dict(arrays)
-        return cls.from_arrays(**fields, source=plain_name(str(path)), notes=notes)
+        return cls.from_arrays(**arrays, source=plain_name(str(path)), notes=notes)
 
     def save(self, path: Path) -> None:
         """Write the classifier as `.npz` or `.safetensors`, whole or not at all."""
@@ -428,5 +407,5 @@ class LinearLayer:
             raise UserError(f"{self.source}: a classifier of {len(self.weight)} classes, but {source} has {classes}")
         if self.class_names is None:
             return replace(self, class_names=tuple(class_names))
-        order = torch.from_numpy(match_names(source, class_names, self.source, self.class_names))
+        order = torch.from_numpy(checks.match_names(source, class_names, self.source, self.class_names))
         return replace(self, weight=self.weight[order], bias=self.bias[order], class_names=tuple(class_names))
