@@ -31,7 +31,7 @@ class Row:
         written: seconds since 1970.
         arithmetic: what computed it, as far as it says.
         state: `verified` (every byte was checked just now), `digests` (has them, and reading checks), `unverified` (was
-            written before there were digests), `damaged` or `unreadable` (by whoever asks).
+            written before there were digests), `damaged` or `unreadable` (for the caller).
         problem: what is damaged or unreadable.
     """
 

@@ -1,7 +1,7 @@
 """Content-addressed entries: trained stages and extracted features under a kind and a key.
 
 An entry is a folder `STORE/kind/key/` with `tensors.safetensors`, `meta.json` and, written last, `DONE`: the SHA-256 of
-the other two, as `sha256sum -c` takes it; empty in entries of before there were digests, which are called unverified.
+the other two, as `sha256sum -c` takes it; empty in entries older than digests, which are called unverified.
 It is built in a folder of its own and renamed into place, so a reader sees all of it or nothing. A lock per entry lets
 two runs share a store: the second waits for the first and then finds the work done. Nothing is ever pickled.
 """
@@ -140,7 +140,7 @@ class Store:
         return {name: files.file_digest(self.entry(kind, key) / name) for name in (TENSORS, META)}
 
     def digests(self, kind: str, key: str) -> Digests | None:
-        """Return the digests that a complete entry was written with; None of an entry of before there were any."""
+        """Return the digests that a complete entry was written with; None for an entry older than digests."""
         path = self.entry(kind, key) / DONE
         with files.reading(path):
             text = path.read_bytes().decode("ascii")
@@ -302,7 +302,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def write_done(path: Path, digests: Digests) -> None:
-    """Write an entry's last file, and wait until the disk has it: an empty one means an entry of before digests."""
+    """Write an entry's last file, and wait until the disk has it: an empty one means an entry older than digests."""
     path.write_text(done_text(digests), encoding="ascii", newline="\n")
     files.sync(path)
 

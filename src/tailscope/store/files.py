@@ -109,9 +109,9 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """Give a path to write to: the file there replaces `path` at the end, and goes where anything fails before.
+    """Give a path to write to: the file there replaces `path` at the end, and is removed if anything fails.
 
-    At every moment `path` is there whole, as it was or as it is now; where `durable`, also after a power cut.
+    At every moment `path` is whole, in its old or its new form; where `durable`, even after a power cut.
 
     Raises:
         UserError: the disk refuses.
@@ -236,7 +236,7 @@ def save_tensors(path: Path, tensors: Tensors, meta: Meta) -> None:
 
 
 def check_tensors(path: Path) -> bool:
-    """Check all that a file of `save_tensors` says; return whether it has a digest: files of before have none."""
+    """Check all that a file of `save_tensors` says; return whether it has a digest, as older files do not."""
     return _checked(path)[1]
 
 
@@ -283,7 +283,7 @@ def check_checkpoint(path: Path, shapes: Mapping[str, torch.Size] | None = None)
     """Read a training's checkpoint and check what it says; return it, and whether it has a digest.
 
     Raises:
-        Damaged: its digest does not fit, its description is none of a training's, or its tensors are not of `shapes`.
+        Damaged: its digest does not fit, its description is not a training's, or its tensors are not of `shapes`.
         UserError: it may not be read.
     """
     artifact, digested = _checked(path)
@@ -331,7 +331,7 @@ def load_header(path: Path) -> Meta:
 
 
 def whole_checkpoint(folder: Path, shapes: Mapping[str, torch.Size] | None = None) -> tuple[Path, Artifact] | None:
-    """Return the newest checkpoint in a scratch folder that is whole, and its path; None where there is none.
+    """Return the newest checkpoint in a scratch folder that is whole, and its path; None where there is no such file.
 
     A damaged one is named in a warning and left where it is; `shapes` are those of the training's tensors.
 
