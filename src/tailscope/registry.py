@@ -74,8 +74,7 @@ class Registry(Generic[T]):
     @cached_property
     def _declared(self) -> dict[str, Entry[T]]:
         """What the sources register."""
-        found = (entry for module, variable in self._sources.items() for entry in _declared_in(module, variable))
-        return {entry.name: entry for entry in found}
+        return {entry.name: entry for source in self._sources.items() for entry in _declared_in(*source)}
 
     @property
     def _entries(self) -> dict[str, Entry[T]]:
@@ -129,10 +128,9 @@ def _declared_in(module: str, variable: str) -> Iterator[Entry[Any]]:
     for function in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
         for decorator in function.decorator_list:
             match decorator:
-                case ast.Call(ast.Attribute(ast.Name(id=found), "register"), [ast.Constant(str(name))]):
-                    if found == variable:
-                        summary = (ast.get_docstring(function) or "").split("\n")[0]
-                        yield Entry(name, _imported_when_called(module, function.name), _defaults(function), summary)
+                case ast.Call(ast.Attribute(ast.Name(id=by), "register"), [ast.Constant(str(name))]) if by == variable:
+                    summary = (ast.get_docstring(function) or "").split("\n")[0]
+                    yield Entry(name, _imported_when_called(module, function.name), _defaults(function), summary)
 
 
 def _defaults(function: ast.FunctionDef) -> dict[str, Any]:

@@ -20,11 +20,7 @@ _DEEPEST = 100  # levels of a JSON file: ours have fewer than 20, and what is wr
 
 
 def check_free(out: Path, verb: str, spec: dict[str, Any], *, overwrite: bool) -> None:
-    """Refuse to replace a result of another spec; call it before any work.
-
-    Raises:
-        UserError: OUT holds a result of this verb from another spec, or one that cannot be read.
-    """
+    """Refuse to replace a result of another spec, or one that cannot be read; call it before any work."""
     path = out / f"{verb}.json"
     if path.is_dir():
         raise UserError(f"{path}: is a folder; use another --out")

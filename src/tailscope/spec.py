@@ -19,9 +19,7 @@ FORMAT = 1
 class Frozen(BaseModel):
     """An immutable value that refuses unknown fields.
 
-    Attributes:
-        later: fields that came after results were stored. At their default they are left out of what is written and of
-            keys, so that both stay as they were.
+    Those in `later` came after results were stored: at their default they are left out of files and keys.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

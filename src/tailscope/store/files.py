@@ -195,11 +195,7 @@ def _ready(tensors: Tensors) -> Tensors:
 
 
 def load_tensors(path: Path) -> Tensors:
-    """Read a safetensors file, anybody's.
-
-    Raises:
-        UserError: it is missing, truncated or something else.
-    """
+    """Read a safetensors file, anybody's; one that is missing, truncated or something else is a `UserError`."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

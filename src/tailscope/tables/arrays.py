@@ -71,11 +71,7 @@ class Header(NamedTuple):
 def resolve(
     where: Path | str, held: Mapping[str, Header], required: Sequence[str], optional: Sequence[str]
 ) -> dict[str, str]:
-    """Return the name in the file of each field that it holds, one of `ALIASES`; `held` is all that the file holds.
-
-    Raises:
-        UserError: a required field is not there, or a field is there under two names, neither its own.
-    """
+    """Return the name in the file of each field among all that it holds; refuse a file that lacks or doubles one."""
     found = {}
     for field in (*required, *optional):
         names = [name for name in ALIASES.get(field, (field,)) if name in held]

@@ -163,11 +163,7 @@ def _require(where: str, labels: npt.NDArray[Any], holds: npt.NDArray[np.bool_],
 
 
 def to_names(source: str, values: npt.ArrayLike, *, numbers: bool = False) -> tuple[str, ...]:
-    """Return class names as text; with `numbers`, whole numbers of any type too, as scikit-learn's `classes_` has them.
-
-    Raises:
-        UserError: they are not text [C], or two are equal.
-    """
+    """Return class names as text; with `numbers`, also whole numbers of any type, as in scikit-learn's `classes_`."""
     array = _to_array(f"{source}: class_names", values)
     if numbers and array.dtype.kind in "fb" and array.ndim == 1:  # as labels of these types are taken
         array = to_labels(f"{source}: class_names", array, len(array), "classes")
@@ -198,11 +194,7 @@ def to_keys(where: str, values: npt.ArrayLike, rows: int) -> Keys:
 
 
 def match_names(source: str, names: Sequence[str], other_source: str, other: Sequence[str]) -> npt.NDArray[np.int64]:
-    """Return, for each of `names`, its position [C] in `other`.
-
-    Raises:
-        UserError: the sets differ; the message names what either side lacks.
-    """
+    """Return, for each of `names`, its position [C] in `other`; refuse lists that differ, saying what either lacks."""
     missing, surplus = sorted(set(other) - set(names)), sorted(set(names) - set(other))
     if missing or surplus:
         parts = [f"lacks {listed(missing)}"] if missing else []

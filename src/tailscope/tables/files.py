@@ -68,11 +68,7 @@ class Choice(NamedTuple):
 
 
 def choose(where: Path | str, names: Iterable[str], kinds: Mapping[str, str], types: Mapping[str, str]) -> Choice:
-    """Return which column is which, of columns each a `NUMBER`, `LISTS` or `OTHER`, and of a type in words.
-
-    Raises:
-        UserError: two columns share a name or a meaning, there are no labels or no features, or numbers are missing.
-    """
+    """Return which column is which, given each one's kind (`NUMBER`, `LISTS` or `OTHER`) and its type in words."""
     names = list(names)
     twice = [name for name, times in Counter(names).items() if times > 1]
     if twice:
@@ -431,11 +427,7 @@ def check_writable(path: Path) -> None:
 
 
 def write(path: Path, arrays: Arrays) -> None:
-    """Write the arrays in the format that the suffix names: the whole file or nothing.
-
-    Raises:
-        UserError: as `check_writable`, or the disk refuses.
-    """
+    """Write the arrays in the format that the suffix names: the whole file or nothing."""
     check_writable(path)
     with replacing(path, durable=False) as partial:
         _WRITERS[path.suffix](partial, arrays)

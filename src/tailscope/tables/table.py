@@ -126,9 +126,6 @@ class FeatureTable:
 
         >>> FeatureTable.of(([[0.0], [1.0]], ["ant", "bee"])).class_names
         ('ant', 'bee')
-
-        Raises:
-            UserError: as `load` and `from_arrays`, or it is nothing of these.
         """
         if isinstance(given, FeatureTable):
             return given
@@ -375,11 +372,7 @@ class LinearLayer:
 
     @classmethod
     def load(cls, path: Path) -> "LinearLayer":
-        """Read a classifier from a file with the fields of `from_arrays`, or scikit-learn's names for them.
-
-        Raises:
-            UserError: as `FeatureTable.load`.
-        """
+        """Read a classifier from a file with the fields of `from_arrays`, or scikit-learn's names for them."""
         arrays, notes = files.read(path, ("weight",), ("bias", "class_names"))
         return cls.from_arrays(**arrays, source=plain_name(str(path)), notes=notes)
 
