@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tailscope.errors import UserError, one_line
 from tailscope.networks import norm_act
@@ -98,14 +98,14 @@ class Runtime:
         return torch.float32 if precision == "fp32" else self.low_precision
 
     @contextmanager
-    def threads_for(self, images: Tensor, batch: int) -> Iterator[None]:
-        """Compute on one CPU thread while batches are too small to share out.
+    def threads_for(self, pixels: int) -> Iterator[None]:
+        """Compute on one CPU thread while batches, of so many pixels, are too small to share out.
 
         On 8x8 digits waiting for the other threads costs more than they bring, and many times more when another
         process has one of the cores.
         """
         threads = torch.get_num_threads()
-        if batch * images.shape[1] * images.shape[2] < SHARED_FROM_PIXELS:
+        if pixels < SHARED_FROM_PIXELS:
             torch.set_num_threads(1)
         try:
             yield

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from tailscope.data.images import ImageError, Images, ImageSet
+from tailscope.data.images import ImageError, Images, ImageSet, Rows
 from tailscope.data.sources import ImageData, cannot_be_read
 from tailscope.errors import UserError
 from tailscope.progress import Progress
@@ -116,6 +116,26 @@ def decode(
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch
+        yield batch
+
+
+def decode_drawn(
+    images: Images,
+    transform: Callable[[Image.Image], Tensor],
+    drawn: Rows,
+    parts: Sequence["Rows | slice"],
+    **options: Any,
+) -> Iterator[DecodedBatch]:
+    """Yield the parts of the drawn rows, decoded with the options of `decode`; a row drawn again is augmented anew.
+
+    Raises:
+        UserError: as `decode`; or an image has become unreadable.
+    """
+    repeats = earlier_draws(drawn)
+    batches = [drawn[part].tolist() for part in parts]
+    for batch in decode(images, transform, batches, repeats=[repeats[part].tolist() for part in parts], **options):
+        if batch.unreadable:
+            raise refuse(images, batch.unreadable)
         yield batch
 
 

@@ -226,8 +226,8 @@ def _renumbered(images: Images, number: Mapping[str, int]) -> Images:
     return replace(images, labels=new[images.labels], class_names=tuple(number))  # type: ignore[type-var]
 
 
-def load(source: str, *, data_root: Path | None = None) -> ImageData:
-    """Open a data set to run experiments on.
+def load(source: str | ImageData, *, data_root: Path | None = None) -> ImageData:
+    """Open a data set to run experiments on; one that is open already is returned as it is.
 
     >>> digits = load("digits")
     >>> tuple(digits.train.images.shape), min(digits.train.counts()), set(digits.test.counts())
@@ -236,7 +236,7 @@ def load(source: str, *, data_root: Path | None = None) -> ImageData:
     Raises:
         UserError: as `open_images`; or there is nothing to train on, or to test on.
     """
-    return open_images(source, data_root=data_root).for_experiment()
+    return open_images(source, data_root=data_root).for_experiment() if isinstance(source, str) else source
 
 
 def open_images(source: str, *, data_root: Path | None = None) -> OpenedImages:
