@@ -42,18 +42,9 @@ def extract(
 ) -> Tensor:
     """Return the penultimate features of un-augmented or already augmented images in memory.
 
-    The model runs in eval mode: batch normalisation uses its running statistics and does not move.
-
-    Args:
-        model: the backbone.
-        images: uint8 [n, H, W, C].
-        normalize: the pixel statistics that the backbone was trained with.
-        dtype: of convolutions: float32 for geometry and test accuracy, the training's for stage 2.
-        runtime: device and progress.
-        label: what progress calls this.
-
-    Returns:
-        Features [n, d] on the CPU: float32, or bfloat16 as computed (no bits are lost).
+    The model runs in eval mode: batch normalisation uses its running statistics and does not move. `normalize` has the
+    pixel statistics that it was trained with. Images are uint8 [n, H, W, C], features [n, d] on the CPU and of the
+    `dtype` of convolutions: float32 for geometry and test accuracy, the training's for stage 2.
     """
     runtime.progress.safe_point()
     with runtime.threads_for(BATCH * images.shape[1] * images.shape[2]):
@@ -62,15 +53,13 @@ def extract(
 
 @dataclass(frozen=True)
 class WantedFeatures:
-    """Features that are wanted.
+    """Features that are wanted, of some rows of images in memory or in files.
 
     Attributes:
         model: the backbone: normalised images [n, C, H, W] -> `features` [n, feature_dim].
-        data: the images.
-        rows: those to extract, in the order of the features; a row that is given twice is augmented twice.
+        rows: in the order of the features; a row that is given twice is augmented twice.
         augment: call-strings of the training augmentation, whose size the centre crop of files takes too.
         draws: seed and name of the augmentation's stream; None for un-augmented images, of files their centre crop.
-        precision: of convolutions.
     """
 
     model: Any
@@ -203,7 +192,7 @@ def fit_classifier(
             epoch_losses.append(loss.detach())
         losses.append(epochs.mean_loss(epoch, epoch_losses))
     epochs.require_finite(epochs.number - 1, Flat(classifier.state_dict()))
-    meta: Meta = {
+    description: Meta = {
         "spec": spec.model_dump(mode="json"),
         "seed": seed,
         "epochs": epochs.number,
@@ -213,4 +202,4 @@ def fit_classifier(
         "bn_mode": spec.bn_mode,
         "arithmetic": arithmetic(torch.device("cpu"), torch.float32),
     }
-    return {"weight": classifier.weight.detach(), "bias": classifier.bias.detach()}, meta
+    return {"weight": classifier.weight.detach(), "bias": classifier.bias.detach()}, description

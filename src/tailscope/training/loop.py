@@ -72,7 +72,7 @@ class Epochs:
         """Return the mean of an epoch's losses; they are read here, all at once, so that no step waits for its own.
 
         Raises:
-            UserError: one of them is not finite; it names the first.
+            UserError: one of them is not finite; the first is named.
         """
         together = torch.stack(losses)
         mean = float(together.mean())
@@ -166,11 +166,8 @@ class Training:
     device, so that a seed means one training.
 
     Attributes:
-        spec: the stage.
         data: the training images, already the subset that `spec.data` names.
         normalize: pixel statistics, those of the true training set for every backbone.
-        seed: of initialisation, order and augmentation.
-        runtime: device, precision, engine and progress.
         scratch: folder for the checkpoint; None keeps none, as in followers.
         label: what progress calls this training.
         team: the processes that share the work on files, which all `run` this together.
@@ -213,11 +210,7 @@ class Training:
         return Stepper(model, compute, spec.train, capture=capture)
 
     def engine(self, stepper: Stepper, before: Sequence[Engine] = ()) -> Engine:
-        """Return the engine that was asked for, else the last of those before if it is still there, else the fastest.
-
-        Raises:
-            UserError: compiled steps were asked for and there are none.
-        """
+        """Return the engine that was asked for, else the last one before if it is still there, else the fastest."""
         # Micro-batches are of several sizes: they are not compiled.
         compiles = isinstance(self.data, ImageSet)
         possible = engines.possible(stepper.model, self.runtime.device, compiles=compiles)
@@ -357,16 +350,10 @@ class _Batches:
     """
 
     def __init__(
-        self,
-        spec: StageSpec,
-        data: Images,
-        seed: int,
-        device: torch.device,
-        team: Team | None = None,
-        workers: int | None = None,
+        self, spec: StageSpec, data: Images, seed: int, device: torch.device, team: Team, workers: int | None
     ) -> None:
         self._spec, self._data, self._seed, self._device = spec, data, seed, device
-        self._team, self._workers, self._batch = team or Solo(), workers, spec.train.batch
+        self._team, self._workers, self._batch = team, workers, spec.train.batch
         self._labels = data.labels.to(device)
         self._images = data.images.to(device) if isinstance(data, ImageSet) else None
         self._sampler = SAMPLERS.make(spec.sampler, data.labels.cpu(), data.num_classes)
@@ -428,10 +415,7 @@ class _Batches:
 
 
 def _take_step(stepper: Stepper, mine: Iterator[Batch], sizes: Sequence[int], rate: float, team: Team) -> Tensor:
-    """Take a step at `rate` times the base learning rate, on a batch of micro-batches, here and in other processes.
-
-    Return the batch's mean loss, still on the device.
-    """
+    """Take a step on all micro-batches of a batch, here and in other processes; return its mean loss, on the device."""
     if len(sizes) == team.size == 1:
         batch = next(mine)
         return stepper(batch.images, batch.labels, rate, batch.lam, batch.partner)
@@ -444,20 +428,15 @@ def _take_step(stepper: Stepper, mine: Iterator[Batch], sizes: Sequence[int], ra
     after = [torch.zeros_like(b) for b in statistics]
     mean_loss = torch.zeros((), device=parameters[0].device)
     for batch in mine:
-        _restore(statistics, before)
+        torch._foreach_copy_(statistics, before)
         loss = stepper.compute(batch.images, batch.labels, batch.lam, batch.partner) * (len(batch.labels) / sum(sizes))
         loss.backward()  # type: ignore[no-untyped-call]
         mean_loss += loss.detach()
         torch._foreach_add_(after, statistics)
     team.sum([mean_loss, *after, *(p.grad for p in parameters if p.grad is not None)])
     torch._foreach_div_(after, len(sizes))
-    _restore(statistics, after)
-    _restore(counters, steps)
+    torch._foreach_copy_(statistics, after)
+    torch._foreach_copy_(counters, steps)
     stepper.set_rate(rate)
     stepper.optimizer.step()
     return mean_loss
-
-
-def _restore(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for buffer, value in zip(buffers, values, strict=True):
-        buffer.copy_(value)

@@ -1,10 +1,9 @@
 """One optimisation step: uint8 images in, a loss out, parameters moved; on a GPU captured as a CUDA graph.
 
 A small network spends its time on launching kernels; a graph launches all of a step's at once. It goes on using the
-memory that it found: its own, and the workspaces that cuBLAS keeps for a stream. Where two
-graphs were captured on one stream they share these, and in some versions of PyTorch the end of one graph frees them for
-both. So every training has a stream that no other training has at the same time: all of its work runs there, before,
-during and after a capture, and its graphs end together, when the last of them has been replayed.
+memory that it found: its own, and the workspaces that cuBLAS keeps for a stream. Two graphs of one stream share these,
+and in some versions of PyTorch the end of one frees them for both. So every training has a stream that no other has at
+the same time: all of its work runs there, and its graphs end together, when the last of them has been replayed.
 """
 
 import logging
@@ -67,10 +66,7 @@ def capturing(device: torch.device) -> Iterator["CudaCapture | None"]:
 
 
 class CudaCapture:
-    """How steps run before a capture, and how one is captured: as PyTorch's notes on CUDA graphs ask for.
-
-    The stream is the current one already.
-    """
+    """How steps run before a capture, and how one is captured, on the current stream: as PyTorch's notes ask for."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._stream = stream
@@ -98,7 +94,7 @@ class CudaCapture:
 
 
 class GraphedStep:
-    """A step of fixed shapes that is captured once and replayed: (tensors) -> loss.
+    """A step that is captured once and replayed; the tensors' shapes, and which are None, are the same every time.
 
     A graph reads and writes fixed places in memory: what is given is copied to them, and the loss from them. All that
     changes from step to step has to come in a tensor, the learning rate too. Where the capture fails, steps go on as
@@ -106,14 +102,13 @@ class GraphedStep:
     """
 
     def __init__(self, step: Step, capture: CudaCapture) -> None:
-        self._step, self._capture = step, capture
-        self._calls = 0
+        self._step, self._capture, self._calls = step, capture, 0
         self._replay: Replay | None = None
         self._inputs: tuple[Tensor | None, ...] = ()
         self._loss = torch.empty(0)
 
     def __call__(self, *given: Tensor | None) -> Tensor:
-        """Take a step; the arguments' shapes, and which are None, are the same every time."""
+        """Take a step; return its loss."""
         self._calls += 1
         if self._calls <= WARM_UP:
             return self._capture.warm_up(self._step, *given)
@@ -151,9 +146,8 @@ class Normalizer:
         """Measure uint8 images [N, H, W, C]; constant channels get a standard deviation of 1."""
         # A histogram is exact and needs no floating copy of the data set.
         values = torch.arange(256, dtype=torch.float64)
-        channels = [torch.bincount(c.reshape(-1).cpu(), minlength=256).double() for c in images.unbind(-1)]
-        mean = torch.stack([(h @ values) / h.sum() for h in channels])
-        square = torch.stack([(h @ values**2) / h.sum() for h in channels])
+        counts = torch.stack([torch.bincount(c.reshape(-1).cpu(), minlength=256) for c in images.unbind(-1)]).double()
+        mean, square = (counts @ values**power / counts.sum(1) for power in (1, 2))
         std = (square - mean**2).clamp(min=0).sqrt()
         return cls(mean.float(), torch.where(std > 0, std, 1.0).float())
 
@@ -291,11 +285,9 @@ class Stepper:
         lam: Tensor | None = None,
         partner: Tensor | None = None,
     ) -> Tensor:
-        """Take one step at `multiplier` times the base learning rate; return the detached loss, still on the device.
-
-        Batches that are not full are all of one size: an epoch's last one.
-        """
+        """Take one step at `multiplier` times the base learning rate; return the detached loss, still on the device."""
         self.set_rate(multiplier)
+        # Batches that are not full are all of one size: an epoch's last one.
         step = self._full if len(labels) == self._batch else self._short
         return step(images, labels, lam, partner)
 
