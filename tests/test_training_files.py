@@ -103,9 +103,12 @@ def by_hand(spec: StageSpec, data: Images) -> tuple[dict, list[float]]:
 
 
 @pytest.mark.parametrize(
-    ("micro_batches", "mix"), [(1, None), (2, None), (4, "mixup(alpha=1.0)")], ids=["whole", "halves", "mixed quarters"]
+    ("micro_batches", "mix", "images"),
+    [(1, None, 45), (2, None, 45), (4, "mixup(alpha=1.0)", 45), (2, None, 35)],
+    ids=["whole", "halves", "mixed quarters", "last batch whole"],
 )
-def test_training_is_the_loop_written_out(data, tmp_path, micro_batches, mix):
+def test_training_is_the_loop_written_out(data, tmp_path, micro_batches, mix, images):
+    data = data.take(np.arange(45 - images, 45))
     spec = stage(data, train={"micro_batches": micro_batches}, mix=mix)
     state, meta = train(spec, data, tmp_path)
     expected, losses = by_hand(spec, data)

@@ -439,4 +439,5 @@ def _take_step(stepper: Stepper, mine: Iterator[Batch], sizes: Sequence[int], ra
     torch._foreach_copy_(counters, steps)
     stepper.set_rate(rate)
     stepper.optimizer.step()
+    stepper.optimizer.zero_grad(set_to_none=True)
     return mean_loss
