@@ -178,11 +178,7 @@ def subset(
     larger one. `"ldam"` reproduces the published CIFAR-LT subsets (Cao et al. 2019) bit for bit: NumPy's legacy
     generator, seeded once, shuffles the classes' indices in ascending order of class.
 
-    Args:
-        labels: integers [N], 0 to C - 1.
-        counts: samples to keep of each of the C classes.
-        protocol: `"nested"` or `"ldam"`.
-        seed: of the draw; at least 0, and below 2^32 for `"ldam"`.
+    Labels are integers [N], 0 to C - 1. The seed is at least 0, and below 2^32 for `"ldam"`.
 
     >>> labels = np.array([0, 1, 0, 1, 0])
     >>> few, more = subset(labels, [1, 1]), subset(labels, [3, 2])
