@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from operator import itemgetter
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from posixpath import join, normpath
 from typing import NamedTuple, TypeAlias
@@ -28,7 +27,7 @@ import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from tailscope.data.images import SPLITS, ImageFiles, Rows, split_of
-from tailscope.errors import UserError, expanded, plain_name, unreadable
+from tailscope.errors import UserError, expanded, first_few, plain_name, unreadable
 from tailscope.tables.checks import MAX_CLASSES, listed
 
 _SYSTEM = {
@@ -219,10 +218,9 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(IMG_EXTENSIONS)
 
 
-def _counted(kinds: Counter[str], most: int = 10) -> str:
+def _counted(kinds: Counter[str]) -> str:
     """Return how many there are of each, most first."""
-    text = ", ".join(f"{kind} {n}" for kind, n in sorted(kinds.items(), key=lambda item: (-item[1], item[0]))[:most])
-    return f"{text} and {len(kinds) - most} kinds more" if len(kinds) > most else text
+    return first_few([f"{kind} {n}" for kind, n in sorted(kinds.items(), key=lambda item: (-item[1], item[0]))], 10)
 
 
 def _many(n: int, one: str) -> str:
@@ -270,16 +268,15 @@ def load_lists(lists: str, data_root: Path | None) -> dict[str, ImageFiles]:
         raise UserError(f"list:{lists}: {len(files)} files; give one (train) or two (train,test)")
     if data_root is not None and not data_root.is_dir():
         raise UserError(f"--data-root {data_root}: no such directory")
-    read = [_read(file, data_root or file.parent) for file in files]
+    roots = [data_root or file.parent for file in files]
+    read = [_read(file, root) for file, root in zip(files, roots, strict=True)]
     classes = _classes(read)
     number = {name: k for k, name in enumerate(classes)}
     splits = {}
-    for split, found in zip(("train", "test"), read, strict=False):
-        labels = np.array([number[label] for label in found.labels], dtype=np.int64)
-        root, notes = data_root or found.file.parent, _notes_of_lists(read[0], found, labels)
-        splits[split] = ImageFiles(
-            found.file.stem, root, found.paths, torch.from_numpy(labels), classes, found.file, found.lines, tuple(notes)
-        )
+    for split, root, found in zip(("train", "test"), roots, read, strict=False):
+        labels, file = torch.tensor([number[label] for label in found.labels]), found.file
+        notes = tuple(_notes_of_lists(read[0], found, labels.numpy()))
+        splits[split] = ImageFiles(file.stem, root, found.paths, labels, classes, file, found.lines, notes)
     return splits
 
 
@@ -300,25 +297,23 @@ def _classes(read: Sequence[_List]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _notes_of_lists(first: _List, found: _List, labels: Rows) -> list[str]:
+def _notes_of_lists(first: _List, found: _List, labels: Rows) -> Iterator[str]:
     """Say which images a list repeats, which it shares with the first list, and which of its classes it lacks."""
     seen: dict[str, int] = {}
     before = [seen.setdefault(normpath(path), row) for row, path in enumerate(found.paths)]
     again = np.flatnonzero(np.array(before) < np.arange(len(before)))
-    notes = []
     if len(again):
         contrary = int((labels[again] != labels[np.array(before)[again]]).sum())
         also = f", {contrary} of them with another label" if contrary else ""
         line = found.lines[again[0]]
-        notes.append(f"{found.file}: lines that repeat an image: {len(again)}{also}; the first is line {line}")
+        yield f"{found.file}: lines that repeat an image: {len(again)}{also}; the first is line {line}"
     if found is not first:
         shared = len(seen.keys() & {normpath(path) for path in first.paths})
         if shared:
-            notes.append(f"{found.file}: images that stand in {first.file} too: {shared} of {len(seen)}")
+            yield f"{found.file}: images that stand in {first.file} too: {shared} of {len(seen)}"
         absent = sorted({*first.labels} - {*found.labels}, key=lambda name: (len(name) * first.numbered, name))
         if absent:
-            notes.append(f"{found.file}: no images of class {listed(absent)}")
-    return notes
+            yield f"{found.file}: no images of class {listed(absent)}"
 
 
 def _read(file: Path, root: Path) -> _List:
@@ -350,10 +345,7 @@ def _text(file: Path) -> str:
     problem = unreadable(file)
     if problem:
         raise UserError(f"list:{file}: cannot be read as text ({'lists no images' if problem == 'empty' else problem})")
-    try:
-        raw = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"list:{file}: cannot be read as text ({error.strerror})") from None
+    raw = file.read_bytes()
     encoding = next((name for mark, name in _ENCODINGS if raw.startswith(mark)), "utf-8")
     try:
         text = raw.decode(encoding)
@@ -400,8 +392,9 @@ def _cells(delimiter: str, line: str) -> tuple[str, ...]:
     return tuple(map(str.strip, cells))
 
 
-def _pick(delimiter: str, image: int, label: int, line: str) -> tuple[str, ...]:
-    return itemgetter(image, label)(_cells(delimiter, line))
+def _pick(delimiter: str, image: int, label: int, line: str) -> tuple[str, str]:
+    cells = _cells(delimiter, line)
+    return cells[image], cells[label]
 
 
 def _by_separator(line: str) -> tuple[str, str]:

@@ -27,11 +27,7 @@ from tailscope.store import Store, make_folder
 from tailscope.training.recipes import Recipe
 from tailscope.training.team import Solo, Team, form
 
-EXPERIMENTS: dict[str, Callable[[Stages, Settings], dict[str, Any]]] = {
-    "swap": swap,
-    "ladder": ladder,
-    "geometry": geometry,
-}
+EXPERIMENTS = {"swap": swap, "ladder": ladder, "geometry": geometry}
 
 
 @dataclass(frozen=True)
@@ -94,10 +90,7 @@ def start_processes(data: ImageData, options: FileOptions, runtime: Runtime) -> 
 def run(request: Request, verbs: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Run experiments that share a store, and the verb `subset`; write their results where the request names an OUT.
 
-    Everything that can be refused is refused before the first training.
-
-    Returns:
-        the results by verb.
+    Everything that can be refused is refused before the first training. Returns the results by verb.
 
     Raises:
         UserError: an option, the data or OUT is not usable.

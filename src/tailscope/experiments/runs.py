@@ -33,18 +33,7 @@ _MAX_DIGITS = 30
 
 
 class Settings(BaseModel):
-    """The data, the shape of its tail, the recipe and the seeds of an experiment.
-
-    Attributes:
-        profile: shape of the long-tailed training counts.
-        protocol: rule that draws the subset.
-        recipe: how the stages are trained.
-        seeds: one run of everything for each.
-        subset_seed: draws the same subset for all seeds; None lets each seed draw its own.
-        matched: adds the third level, class-balanced with as many images as lt.
-        permutations: of the geometry's tests; 0 leaves calibration out.
-        backbones: those that a swap trains; None for all.
-    """
+    """What decides the results of an experiment on a data set; `options` says what each field means."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -59,11 +48,7 @@ class Settings(BaseModel):
 
     @classmethod
     def of(cls, request: Request) -> Self:
-        """Return the part of a request that decides results, checked.
-
-        Raises:
-            UserError: an option is wrong.
-        """
+        """Return the part of a request that decides results; raise `UserError` where an option is wrong."""
         if request.bn_mode not in get_args(BnMode):
             raise UserError(f"--bn-mode {request.bn_mode}: expected {' or '.join(get_args(BnMode))}")
         recipe = recipe_by_name(request.recipe).with_bn_mode(cast(BnMode, request.bn_mode))
@@ -108,16 +93,18 @@ def parse_seeds(given: str | int | Sequence[int]) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts or not all(part.isdecimal() and len(part) <= _MAX_DIGITS for part in parts):
         raise UserError(f"--seeds {text}: expected a number of seeds of at least 1, or a list like 0,3")
-    values = [int(part) for part in parts]
-    if "," in text:
-        if len(set(values)) < len(values):
-            raise UserError(f"--seeds {text}: a seed is given twice")
-        return tuple(values)
-    if values[0] < 1:
-        raise UserError(f"--seeds {text}: at least one seed is needed")
-    if values[0] > _MAX_SEEDS:
-        raise UserError(f"--seeds {text}: more than {_MAX_SEEDS:,} seeds; for the seed {text} itself write `{text},`")
-    return tuple(range(values[0]))
+    values = tuple(map(int, parts))
+    if "," not in text:
+        if values[0] < 1:
+            raise UserError(f"--seeds {text}: at least one seed is needed")
+        if values[0] > _MAX_SEEDS:
+            raise UserError(
+                f"--seeds {text}: more than {_MAX_SEEDS:,} seeds; for the seed {text} itself write `{text},`"
+            )
+        return tuple(range(values[0]))
+    if len(set(values)) < len(values):
+        raise UserError(f"--seeds {text}: a seed is given twice")
+    return values
 
 
 def parse_backbones(text: str | None, *, matched: bool = False) -> tuple[str, ...] | None:
@@ -150,18 +137,13 @@ def store_root(out: Path | None, store: Path | str | None) -> Path:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One evaluated row of one seed: a backbone, and a classifier retrained on it or its own.
-
-    Attributes:
-        row: the row's name in the result file's provenance.
-        encoder: the backbone's name for people.
-        stage1, trained_on: the backbone's stage and training set.
-        stage2, retrained_on: the classifier's; None where the backbone's own classifier, or none, is used.
-    """
+    """One evaluated row of one seed: a backbone, and a classifier retrained on it or, without stage 2, its own."""
 
     row: str
+    """Its name in the result file's provenance."""
     seed: int
     encoder: str
+    """The backbone's name for people."""
     stage1: StageSpec
     trained_on: TrainingSet
     stage2: StageSpec | None = None
@@ -204,19 +186,14 @@ RunsOf = Callable[[Settings, Mapping[str, TrainingSet], int], Iterator[Run]]
 
 @dataclass
 class Experiment:
-    """An experiment under way: what its runs need, and what its result file says of those that are done.
-
-    Attributes:
-        stages: trains and evaluates.
-        settings: what was asked for.
-        lt_sets: the long-tailed training set of each seed so far.
-        cards: of the runs so far.
-    """
+    """An experiment under way: what its runs need, and what its result file says of those that are done."""
 
     stages: Stages
     settings: Settings
     lt_sets: list[TrainingSet] = field(default_factory=list)
+    """The long-tailed training set of each seed so far."""
     cards: list[dict[str, Any]] = field(default_factory=list)
+    """Of the runs so far."""
 
     def backbones(self, runs: RunsOf) -> Iterator[tuple[Run, Backbone]]:
         """Yield each run of each seed with its backbone, trained or recalled."""

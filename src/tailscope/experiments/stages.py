@@ -52,8 +52,7 @@ def require_trainable(data: ImageData, team: Team, train: TrainSpec, augment: Se
     """Refuse a stage 1 that a data set's images cannot be trained with.
 
     Raises:
-        UserError: the augmentations are for images of the other kind, the batch of images in memory is to be cut,
-            or the team cannot share the micro-batches.
+        UserError: the augmentations are for images of the other kind, or the micro-batches do not suit data and team.
     """
     name, parts = data.name, train.micro_batches
     if data.in_memory:
