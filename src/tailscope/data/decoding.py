@@ -82,12 +82,12 @@ def decode(
     seed_of: SeedOf | None = None,
     repeats: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[DecodedBatch]:
-    """Yield the decoded batches, in order.
+    """Yield batches of decoded and transformed images, given the rows of each, in order.
 
     Args:
-        images: what is decoded.
-        transform: turns each into a tensor; all tensors of a batch have one shape. Random only with `seed_of`.
-        batches: the rows of each batch.
+        images: of which rows are decoded.
+        transform: random only with `seed_of`.
+        batches: rows.
         workers: processes that decode; None takes one a core up to 8, none for images in memory or a handful of files.
         pin_memory: whether batches are put where a GPU can fetch them from.
         seed_of: seeds the transform, where it draws.

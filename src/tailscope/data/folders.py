@@ -180,14 +180,10 @@ def _split(root: Path, tree: _Tree, classes: Sequence[str], training: str) -> Im
     unknown = [name for name in tree.folders if name not in classes and tree.walk(name)]
     if unknown:
         raise UserError(f"{tree.path}: has class {listed(unknown)}, which {plain_name(training)}/ has not")
-    names = [plain_name(name) for name in classes]
-    if len(set(names)) < len(names):
-        twice = next(name for name, times in Counter(names).items() if times > 1)
-        raise UserError(f"{tree.path}: two class folders would both be called {twice!r}; rename one of them")
     found = [tree.walk(name) if name in tree.folders else [] for name in classes]
     paths = tuple(path for of_class in found for path in of_class)
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(of_class) for of_class in found]))
-    return ImageFiles(plain_name(root.resolve().name), root, paths, labels, tuple(names))
+    return ImageFiles(plain_name(root.resolve().name), root, paths, labels, tuple(map(plain_name, classes)))
 
 
 def _refuse_empty(tree: _Tree, images: ImageFiles) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -187,9 +188,9 @@ def _names(where: str, feature: Any) -> list[str] | None:
         return None
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{where}: its names are no list of texts; expected one name a class")
-    twice = [name for name, times in Counter(names).items() if times > 1]
-    if twice:
-        raise UserError(f"{where}: its names have {twice[0]!r} {names.count(twice[0])} times; names must differ")
+    for name, times in Counter(names).items():
+        if times > 1:
+            raise UserError(f"{where}: its names have {name!r} {times} times; names must differ")
     return list(names)
 
 
@@ -264,12 +265,11 @@ def _read_arrow(named: _Named, files: list[Path]) -> Any:
 
 
 def _json(named: _Named, path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if unreadable(path) is None else None
-    except (OSError, ValueError, RecursionError):
-        found = None
+    problem, found = unreadable(path), None
+    with suppress(OSError, ValueError, RecursionError):
+        found = None if problem else json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(found, dict):
-        raise named.wrong(f"{path.name}: {unreadable(path) or 'not a JSON object'}")
+        raise named.wrong(f"{path.name}: {problem or 'not a JSON object'}")
     return found
 
 

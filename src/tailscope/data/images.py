@@ -15,7 +15,6 @@ import warnings
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -32,18 +31,11 @@ from tailscope.errors import plain_name, unreadable
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "GIF")
 """What is tried on a file, whatever its name: Pillow knows fifty formats, of which some start other programs."""
 
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+_UPRIGHT = {number: Image.Transpose[turn] for number, turn in enumerate(_TURNS.split(), start=2)}
+"""What turns an image upright, by EXIF's number for its orientation."""
 _ORIENTATION, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 0x0112, 258, 262, 339
-_WHITE_IS_ZERO, _SIGNED = 0, 2
-_TWELVE_BITS = 4095
+_WHITE_IS_ZERO, _SIGNED, _TWELVE_BITS = 0, 2, 4095
 
 # What Pillow's readers raise for damaged files. It documents no list: the first three are all that 170,000 damaged ones
 # brought, the others are what Pillow itself expects of its readers.
@@ -69,11 +61,14 @@ def read_image(source: Path | bytes | Image.Image) -> Image.Image:
     problem = unreadable(source) if isinstance(source, Path) else "empty" if source == b"" else None
     if problem:
         raise ImageError(problem)
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
     # Pillow warns of what it gets over, page by page; what it does not get over is an exception.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with _opened(source) as image:
+            if isinstance(file, Image.Image):
+                return _to_rgb(file)
+            with Image.open(file, formats=FORMATS) as image:
                 return _to_rgb(image)
         except UnidentifiedImageError:
             raise ImageError(f"cannot be decoded, no {', '.join(FORMATS[:-1])} or {FORMATS[-1]}") from None
@@ -84,12 +79,6 @@ def read_image(source: Path | bytes | Image.Image) -> Image.Image:
             raise ImageError(f"cannot be decoded, {text or type(error).__name__}") from None
 
 
-def _opened(source: Path | bytes | Image.Image) -> AbstractContextManager[Image.Image]:
-    if isinstance(source, Image.Image):
-        return nullcontext(source)
-    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
-
-
 def _to_rgb(image: Image.Image) -> Image.Image:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
@@ -97,8 +86,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     image.load()
     turn = _UPRIGHT.get(_orientation(image))
     rgb = _eight_bits(image).convert("RGB")
-    if turn is not None:
-        rgb = rgb.transpose(turn)
+    rgb = rgb if turn is None else rgb.transpose(turn)
     rgb.info = {}  # the orientation is used up: whoever looks for it again must find none
     return rgb
 

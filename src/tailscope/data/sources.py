@@ -247,18 +247,14 @@ def open_images(source: str, *, data_root: Path | None = None) -> OpenedImages:
 
 
 def _digits(_: Path | None) -> tuple[ImageSet, ImageSet]:
-    """Return scikit-learn's 8x8 digits, 50 test images a class, the rest training, both in the original order.
-
-    Pixels 0 to 16 become 0 to 255: 255/16 times the value, rounded to the nearest, ties to even.
-    """
+    """Return scikit-learn's 8x8 digits, 50 test images a class, the rest training, both in the original order."""
     bunch = load_digits()
-    pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
+    pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]  # 0 to 16 become 0 to 255
     labels = bunch.target.astype(np.int64)
     everything = ImageSet(torch.from_numpy(pixels), torch.from_numpy(labels), tuple(str(k) for k in range(10)))
     drawn = subsets.subset(labels, [50] * 10, seed=seeds.derive(0, "digits", "test"))
-    is_test = np.zeros(len(labels), dtype=bool)
-    is_test[drawn.flat] = True
-    return everything.take(np.flatnonzero(~is_test)), everything.take(np.flatnonzero(is_test))
+    test = np.sort(drawn.flat)
+    return everything.take(np.setdiff1d(np.arange(len(labels)), test)), everything.take(test)
 
 
 def _cifar(name: str, data_root: Path | None) -> tuple[ImageSet, ImageSet]:
