@@ -283,14 +283,13 @@ def _classes(read: Sequence[_List]) -> tuple[str, ...]:
         raise UserError(f"{first.file}: its labels are {words[0]}, those of {last.file} {words[1]}; write both alike")
     if first.numbered:
         return tuple(str(k) for k in range(1 + max(int(label) for found in read for label in found.labels)))
-    names = sorted(set(first.labels))
-    strange = [i for i, label in enumerate(last.labels) if label not in set(names)]
-    if strange:
-        name = last.labels[strange[0]]
-        raise UserError(f"{last.file}: line {last.lines[strange[0]]}: label {name!r}, which {first.file} has not")
+    names = {*first.labels}
+    for line, name in zip(last.lines, last.labels, strict=True):
+        if name not in names:
+            raise UserError(f"{last.file}: line {line}: label {name!r}, which {first.file} has not")
     if len(names) > MAX_CLASSES:
         raise UserError(f"{first.file}: {len(names):,} different labels; at most {MAX_CLASSES:,} classes are supported")
-    return tuple(names)
+    return tuple(sorted(names))
 
 
 def _notes_of_lists(first: _List, found: _List, labels: Rows) -> Iterator[str]:

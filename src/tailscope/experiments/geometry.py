@@ -1,6 +1,7 @@
 """Figures 4 to 8: what long-tailed training does to each class in feature space."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -59,21 +60,13 @@ def _measure(stages: Stages, settings: Settings, backbone: Backbone, lt: Trainin
                 classes,
                 data.train.class_names,
                 permutations=settings.permutations,
-                progress=_steps_of(advance),
+                progress=partial(_advance_by_one, advance),
             ).to_json()
     return described
 
 
-def _steps_of(advance: Advance) -> Callable[[int, int], None]:
-    """Return what is told how many classes are done, and tells how many more these are than before."""
-    before = 0
-
-    def tick(finished: int, _: int) -> None:
-        nonlocal before
-        advance(finished - before)
-        before = finished
-
-    return tick
+def _advance_by_one(advance: Advance, *_: int) -> None:
+    advance(1)
 
 
 def _mean_over_seeds(runs: Mapping[str, Any], variant: str) -> dict[str, Any]:
