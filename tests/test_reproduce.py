@@ -41,11 +41,11 @@ TINY = Recipe.model_validate(
 # What a process of its own needs to know this file's recipe and data set.
 CHILD = f"""
 from pathlib import Path
-from tailscope.paper import targets
-from tailscope.paper.reproduce import Reproduction, run_reproduce
+from tailscope import paper
+from tailscope.reproduce.reproduce import Reproduction, run_reproduce
 from tailscope.training.recipes import RECIPES, Recipe
 RECIPES["tiny"] = Recipe.model_validate_json({TINY.model_dump_json()!r})
-targets.BENCHMARKS["digits-lt"] = targets.Benchmark("digits", "exp:20", "nested", tuple(targets.EXPERIMENT))
+paper.BENCHMARKS["digits-lt"] = paper.Benchmark("digits", "exp:20", "nested", tuple(paper.EXPERIMENT))
 """
 SLEEP_AFTER_A_CHECKPOINT = """
 import time
