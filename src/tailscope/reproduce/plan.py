@@ -15,9 +15,8 @@ from tailscope.data.images import ImageSet
 from tailscope.device import Runtime, arithmetic_of
 from tailscope.errors import UserError
 from tailscope.experiments import geometry, swap
-from tailscope.experiments.results import Run, training_sets
-from tailscope.experiments.settings import Settings
-from tailscope.experiments.stages import Lab
+from tailscope.experiments.runs import Run, Settings, training_sets
+from tailscope.experiments.stages import Stages
 from tailscope.methods import LOSSES
 from tailscope.methods.augmentations import build
 from tailscope.progress import Quiet
@@ -39,7 +38,7 @@ Augment = tuple[str, ...]
 _RUNS = {"swap": swap.swap_runs, "ladder": swap.ladder_runs, "geometry": geometry.runs}
 
 
-def runs(lab: Lab, settings: Settings, experiment: str) -> Iterator[Run]:
+def runs(lab: Stages, settings: Settings, experiment: str) -> Iterator[Run]:
     """Yield the runs of `swap`, `ladder` or `geometry` over all seeds, those of a backbone together."""
     for seed in settings.seeds:
         yield from _RUNS[experiment](settings, training_sets(lab, settings, seed), seed)
@@ -75,7 +74,7 @@ class PlannedBackbone:
     images_left: int
 
     @classmethod
-    def of(cls, lab: Lab, run: Run) -> "PlannedBackbone":
+    def of(cls, lab: Stages, run: Run) -> "PlannedBackbone":
         """Look up a run's backbone in the store."""
         key, images = run.backbone_key, len(run.trained_on.rows)
         passes, steps = run.stage1.train.images(images), run.stage1.train.lengths(images)[1]
@@ -122,7 +121,7 @@ class Plan:
         return not self.to_train and not self.classifiers
 
 
-def make_plan(lab: Lab, settings: Settings, experiments: Sequence[str]) -> Plan:
+def make_plan(lab: Stages, settings: Settings, experiments: Sequence[str]) -> Plan:
     """Look up in the store every stage that the experiments need.
 
     Features that are stored are counted as work where that cannot be seen from the stages: the estimate errs high.
@@ -191,14 +190,14 @@ class Rates:
         return remembered if all(known) else f"{remembered}, where it knows such ones ({sum(known)}), else {measured}"
 
 
-def remembered(lab: Lab, recipe: Recipe, plan: Plan) -> dict[Augment, float]:
+def remembered(lab: Stages, recipe: Recipe, plan: Plan) -> dict[Augment, float]:
     """Return the seconds an image took in stored trainings like the plan's: the median, by augmentation.
 
     Alike are the data set, the network, the batch, the precision, the engine if one was asked for, and the hardware
     with its number of threads. Descriptions that cannot be read say nothing.
     """
     assert isinstance(lab.data.train, ImageSet)
-    with lab.runtime.threads_for(lab.data.train.images, recipe.stage1.batch):
+    with lab.runtime.threads_for(recipe.stage1.batch * lab.data.train.images.shape[1:3].numel()):
         here = lab.runtime.describe()
     precision = str(lab.runtime.dtype(recipe.stage1.precision)).removeprefix("torch.")
     alike = (
@@ -223,7 +222,7 @@ def remembered(lab: Lab, recipe: Recipe, plan: Plan) -> dict[Augment, float]:
     return {augment: statistics.median(seconds) for augment, seconds in found.items()}
 
 
-def measure(lab: Lab, recipe: Recipe, plan: Plan, seconds: float | None = None) -> Rates:
+def measure(lab: Stages, recipe: Recipe, plan: Plan, seconds: float | None = None) -> Rates:
     """Time what the plan needs on the first training images: steps, augmentation, extraction.
 
     Steps are timed without compiling, which would take longer than the measurement may. Where long trainings compile
@@ -261,7 +260,7 @@ def measure(lab: Lab, recipe: Recipe, plan: Plan, seconds: float | None = None) 
     )
 
 
-def _step(lab: Lab, recipe: Recipe, runtime: Runtime, seconds: float) -> float:
+def _step(lab: Stages, recipe: Recipe, runtime: Runtime, seconds: float) -> float:
     assert isinstance(lab.data.train, ImageSet)
     train, classes = recipe.stage1, lab.data.train.num_classes
     images, labels = (t[: train.batch].to(runtime.device) for t in (lab.data.train.images, lab.data.train.labels))
@@ -269,7 +268,7 @@ def _step(lab: Lab, recipe: Recipe, runtime: Runtime, seconds: float) -> float:
     loss = LOSSES.make("cross_entropy", torch.bincount(labels, minlength=classes))
     compute = loss_function(model, loss, lab.normalize.to(runtime.device), runtime.dtype(train.precision))
     stepper = Stepper(model, compute, train)
-    with runtime.threads_for(images, train.batch):
+    with runtime.threads_for(train.batch * images.shape[1:3].numel()):
         # Reading the loss waits for the device.
         return _seconds_each(lambda: stepper(images, labels, 0.01).item(), len(labels), seconds)
 

@@ -15,10 +15,9 @@ from tailscope.device import Runtime
 from tailscope.errors import UserError
 from tailscope.experiments.geometry import geometry
 from tailscope.experiments.options import FileOptions
-from tailscope.experiments.results import evaluate
-from tailscope.experiments.running import workplace
-from tailscope.experiments.settings import Settings, parse_backbones, parse_seeds, store_root
-from tailscope.experiments.stages import Lab
+from tailscope.experiments.running import start_processes
+from tailscope.experiments.runs import Settings, evaluate, parse_backbones, parse_seeds, store_root
+from tailscope.experiments.stages import Stages
 from tailscope.experiments.swap import ladder, swap
 from tailscope.progress import Progress, Quiet, duration
 from tailscope.report.rows import load as load_results
@@ -29,7 +28,7 @@ from tailscope.results import check_free, write
 from tailscope.store import Store, make_folder
 from tailscope.training.recipes import recipe_by_name
 
-Experiment = Callable[[Lab, Settings], dict[str, Any]]
+Experiment = Callable[[Stages, Settings], dict[str, Any]]
 EXPERIMENTS: dict[str, Experiment] = {"swap": swap, "ladder": ladder, "geometry": geometry}
 Tell = Callable[[str], object]
 
@@ -151,15 +150,17 @@ def run_reproduce(
     """
     reproduction.settings(), reproduction.wanted()
     runtime = Runtime.choose(reproduction.device, engine=reproduction.engine)
-    with workplace(reproduction.open(), reproduction.files, runtime) as place:
+    with start_processes(reproduction.open(), reproduction.files, runtime) as place:
         recipe = place.recipe(reproduction.settings().recipe)
         settings = reproduction.settings().model_copy(update={"recipe": recipe})
         make_folder(reproduction.out, "--out")
-        lab = place.lab(Store(store_root(reproduction.out, reproduction.store)), progress or Quiet(), tell)
+        lab = place.stages(Store(store_root(reproduction.out, reproduction.store)), progress or Quiet(), tell)
         return _reproduce(reproduction, lab, settings, tell, plan_only)
 
 
-def _reproduce(reproduction: Reproduction, lab: Lab, settings: Settings, tell: Tell, plan_only: bool) -> dict[str, Any]:
+def _reproduce(
+    reproduction: Reproduction, lab: Stages, settings: Settings, tell: Tell, plan_only: bool
+) -> dict[str, Any]:
     """Plan, run and conclude on an opened data set."""
     wanted = reproduction.wanted()
     for experiment in wanted:
@@ -183,7 +184,7 @@ def _reproduce(reproduction: Reproduction, lab: Lab, settings: Settings, tell: T
     return {**done, **conclude(lab, settings, reproduction.out)}
 
 
-def conclude(lab: Lab, settings: Settings, out: Path) -> dict[str, Any]:
+def conclude(lab: Stages, settings: Settings, out: Path) -> dict[str, Any]:
     """Decide the claims and build the tables on every result in OUT of this data and recipe; write both.
 
     Their seeds, and the backbones of a swap, may differ from the settings'.
@@ -219,7 +220,7 @@ def draw(out: Path, tell: Tell) -> None:
         tell(f"{missing.name} is not installed: no figures, no report.html; where it is, `tailscope report {out.name}`")
 
 
-def outcomes(lab: Lab, settings: Settings, experiment: str) -> Outcomes:
+def outcomes(lab: Stages, settings: Settings, experiment: str) -> Outcomes:
     """Return which test images each row of `swap` or `ladder` gets right; everything must have been trained."""
     quiet = with_progress(lab, Quiet())
     found: dict[str, list[Any]] = {}
@@ -229,14 +230,14 @@ def outcomes(lab: Lab, settings: Settings, experiment: str) -> Outcomes:
     return {row: np.stack(per_seed) for row, per_seed in found.items()}
 
 
-def with_progress(lab: Lab, progress: Progress) -> Lab:
+def with_progress(lab: Stages, progress: Progress) -> Stages:
     """Return the same lab with a model of its own, which reports to another progress: for another thread, say."""
     other = copy.copy(lab)
     other.runtime = replace(lab.runtime, progress=progress)
     return other
 
 
-def _recalled(lab: Lab, settings: Settings, results: Mapping[str, Any]) -> Outcomes:
+def _recalled(lab: Stages, settings: Settings, results: Mapping[str, Any]) -> Outcomes:
     """Return the per-item outcomes of those results whose stages are all stored."""
     found: Outcomes = {}
     for experiment in ("swap", "ladder"):

@@ -317,7 +317,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "seconds": ("a number", _is_number),
     "engines": ("a list of names", lambda value: isinstance(value, list) and all(isinstance(n, str) for n in value)),
 }
-"""What a training's checkpoint says of itself: `tailscope.training.epochs.History`."""
+"""What a training's checkpoint says of itself: `tailscope.training.loop.History`."""
 
 
 def load_header(path: Path) -> Meta:
