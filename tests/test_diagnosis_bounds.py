@@ -53,7 +53,7 @@ def test_bursts_share_a_fold():
 
 def test_each_fold_is_scored_by_a_fit_to_the_others():
     X, y, _ = gaussian(np.random.default_rng(0), 15)
-    got = cross_fitted(X, y + 7, classifier=FIXED, folds=3, extrapolate=False)
+    got = cross_fitted(X, y + 7, classifier=FIXED, folds=3)
     fold_of = assign_folds(y + 7, 3, None, seed=0)
     for k in range(3):
         rest, test = fold_of != k, fold_of == k

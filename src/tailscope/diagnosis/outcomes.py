@@ -1,23 +1,20 @@
-"""What another classifier could reach on given features, from unseen samples of the true distribution.
+"""Who gets which sample right: the classifier in use, the best remedy, and a classifier of the true distribution.
 
 Two questions that a user without the full true training set can still answer. How well does a classifier do that was
 fitted to the true distribution (`cross_fitted`, or `held_out` where there is a test set)? And how well does the best
 of several re-balanced classifiers do, when it is not chosen on the samples that score it (`select_nested`)? Both
 return outcomes per item, so that any two classifiers can be compared by a paired interval (`difference`).
-
-Who gets which sample right: the classifier in use, the best remedy, and a classifier of the true distribution.
 """
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 from numpy.typing import ArrayLike, NDArray
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.frozen import FrozenEstimator
 
 from tailscope.classifiers import (
     CLASSIFIERS,
@@ -30,21 +27,24 @@ from tailscope.classifiers import (
 from tailscope.classifiers.base import Diverged, FeatureClassifier, Floats, IntArray, Stopping, fit_softmax
 from tailscope.classifiers.estimators import balanced_weights
 from tailscope.diagnosis.inputs import Inputs, bursts
-from tailscope.diagnosis.soundness import fit_scale
 from tailscope.errors import UserError
 from tailscope.intervals import FloatArray, Interval, paired, proportion
-from tailscope.measures.rows import scaled
+from tailscope.measures.rows import exponent, scaled
 from tailscope.progress import Progress
 from tailscope.report.text import percent
 from tailscope.seeds import derive, numpy_stream
 from tailscope.tables.table import FeatureTable
 
 BoolArray = NDArray[np.bool_]
-CLASSIFIER = "softmax(choose_l2=True, tol=1e-4)"
 # Accuracies of cross-fitted classifiers vary more than independent items do, because folds share training samples: up
 # to 1.35 times as much in simulations with Gaussian and CIFAR features.
 INFLATION = 1.3
 PARTS = (0.25, 0.5)
+FOLDS = 5
+TOL = 1e-4
+LARGE_TOL, LARGE = 1e-3, 10**10  # beyond so many rows * features * classes, tolerance gives way to time
+TAUS = (0.5, 1.0, 1.5)
+MAX_ITER = 500
 
 
 @dataclass(frozen=True)
@@ -93,23 +93,22 @@ def cross_fitted(
     features: Floats,
     labels: IntArray,
     *,
-    classifier: str = CLASSIFIER,
-    folds: int = 5,
+    classifier: str | None = None,
+    folds: int = FOLDS,
     bursts: ArrayLike | None = None,
-    extrapolate: bool = True,
     seed: int = 0,
 ) -> Bound:
     """Fit a classifier to the unseen samples outside each fold and score it on the fold.
 
-    Whatever the classifier chooses, its penalty by default, it chooses inside the training folds.
+    Whatever the classifier chooses, its penalty by default, it chooses inside the training folds. Where there are 3 d
+    samples a class it is also fitted to m/4 and m/2 of them, from which the accuracy is extrapolated.
 
     Args:
         features: [m, d] of samples that the encoder was not trained on.
         labels: [m].
-        classifier: a call-string of `tailscope.classifiers`.
+        classifier: a call-string of `tailscope.classifiers`; by default softmax regression that chooses its penalty.
         folds: at least 2.
         bursts: [m] ids of related samples, which share a fold; None where there are none.
-        extrapolate: also fit on m/4 and m/2 samples and extrapolate, where there are 3 d samples a class.
         seed: of the folds and of the classifier's own choices.
 
     Raises:
@@ -119,15 +118,15 @@ def cross_fitted(
     if not 2 <= folds <= units:
         raise ValueError(f"cannot cut {units} {kind} into {folds} folds")
     fold_of = assign_folds(labels, folds, bursts, seed)
-    parts = (*(PARTS if extrapolate and _can_extrapolate(features, labels) else ()), 1 - 1 / folds)
+    parts = (*(PARTS if _can_extrapolate(features, labels) else ()), 1 - 1 / folds)
     correct = np.zeros((len(parts), len(labels)), dtype=bool)
     for k in range(folds):
         training, test = fold_of != k, fold_of == k
         shares = [part / parts[-1] for part in parts]
         predicted = _predict(classifier, features[training], labels[training], features[test], shares, seed)
         correct[:, test] = predicted == labels[test]
-    notes = _notes(features, labels, extrapolate)
-    return _bound(correct, parts, INFLATION, (*notes, f"cross-fitted in {folds} folds"))
+    notes = [*_notes(features, labels), f"cross-fitted in {folds} folds"]
+    return _bound(correct, parts, INFLATION, notes)
 
 
 def held_out(
@@ -136,21 +135,20 @@ def held_out(
     test_features: Floats,
     test_labels: IntArray,
     *,
-    classifier: str = CLASSIFIER,
-    extrapolate: bool = True,
+    classifier: str | None = None,
     seed: int = 0,
 ) -> Bound:
     """Fit a classifier to all unseen samples [m, d] and score it on a separate test set; else as `cross_fitted`."""
-    parts = (*(PARTS if extrapolate and _can_extrapolate(features, labels) else ()), 1.0)
+    parts = (*(PARTS if _can_extrapolate(features, labels) else ()), 1.0)
     correct = _predict(classifier, features, labels, test_features, parts, seed) == test_labels
-    return _bound(correct, parts, 1.0, _notes(features, labels, extrapolate))
+    return _bound(correct, parts, 1.0, _notes(features, labels))
 
 
 def select_nested(
     correct: Mapping[str, BoolArray],
     labels: IntArray,
     *,
-    folds: int = 5,
+    folds: int = FOLDS,
     bursts: ArrayLike | None = None,
     seed: int = 0,
 ) -> Selection:
@@ -232,12 +230,13 @@ def _can_extrapolate(features: Floats, labels: IntArray) -> bool:
 
 
 def _predict(
-    classifier: str, features: Floats, labels: IntArray, test: Floats, shares: Sequence[float], seed: int
-) -> NDArray[np.int64]:
+    classifier: str | None, features: Floats, labels: IntArray, test: Floats, shares: Sequence[float], seed: int
+) -> IntArray:
     """Return predictions [len(shares), len(test)] after training on nested, stratified shares of the samples."""
     order = numpy_stream(seed, "bounds", "parts").permutation(len(labels))
     by_class = order[np.argsort(labels[order], kind="stable")]
-    _, start, count = np.unique(labels[by_class], return_index=True, return_counts=True)
+    present, start, count = np.unique(labels[by_class], return_index=True, return_counts=True)
+    classifier = classifier or f"softmax(choose_l2=True, tol={_tolerance(features, len(present))})"
     position = np.arange(len(labels)) - np.repeat(start, count)
     predicted = np.empty((len(shares), len(test)), dtype=np.int64)
     for row, share in zip(predicted, shares, strict=True):
@@ -249,28 +248,21 @@ def _predict(
     return predicted
 
 
-def _bound(correct: BoolArray, parts: Sequence[float], inflation: float, notes: tuple[str, ...]) -> Bound:
+def _bound(correct: BoolArray, parts: Sequence[float], inflation: float, notes: Sequence[str]) -> Bound:
     items = extrapolation_weights(parts) @ correct if len(parts) > 1 else None
     extrapolated = None if items is None else paired(items[None]).widened(inflation)
-    return Bound(correct[-1], paired(correct[-1:]).widened(inflation), extrapolated, items, notes)
+    return Bound(correct[-1], paired(correct[-1:]).widened(inflation), extrapolated, items, tuple(notes))
 
 
-def _notes(features: Floats, labels: IntArray, extrapolate: bool) -> tuple[str, ...]:
+def _notes(features: Floats, labels: IntArray) -> list[str]:
     counts = np.unique(labels, return_counts=True)[1]
     notes = ["not an upper bound"]
-    if extrapolate and not _can_extrapolate(features, labels):
+    if not _can_extrapolate(features, labels):
         samples, dims = f"{counts.mean():.0f}", features.shape[1]
         notes.append(f"{samples} unseen samples a class are too few to extrapolate from in {dims} dimensions")
     if counts.min() < 2:
         notes.append(f"{int((counts < 2).sum())} classes have a single unseen sample")
-    return tuple(notes)
-
-
-FOLDS = 5
-TOL = 1e-4
-LARGE_TOL, LARGE = 1e-3, 10**10  # beyond so many rows * features * classes, tolerance gives way to time
-TAUS = (0.5, 1.0, 1.5)
-MAX_ITER = 500
+    return notes
 
 
 @dataclass(frozen=True)
@@ -302,36 +294,13 @@ class Outcomes:
     notes: tuple[str, ...]
 
 
-class FixedClassifier(LinearClassifier):
-    """A linear classifier that `fit` leaves as it is, so that remedies adjust it instead of training another.
-
-    Args:
-        weight: [C, d].
-        bias: [C].
-    """
-
-    def __init__(self, weight: Floats, bias: Floats) -> None:
-        self.weight = weight
-        self.bias = bias
-        self.coef_, self.intercept_ = weight, bias
-        self.classes_ = np.arange(len(weight))
-        self.n_features_in_ = weight.shape[1]
-
-    def fit(self, X: npt.ArrayLike, y: npt.ArrayLike) -> Self:
-        """Do nothing."""
-        return self
-
-    def __sklearn_clone__(self) -> Self:
-        return self
-
-
 def score(inputs: Inputs, seed: int, progress: Progress) -> Outcomes:
     """Fit and score every classifier that a verdict compares.
 
     Raises:
         UserError: the unseen samples are too few to fit or to choose a classifier on; a loss or logit is not finite.
     """
-    power = fit_scale(inputs)
+    power = exponent(inputs.rows["train"].lengths, inputs.rows["unseen"].lengths)
     train, unseen = _arrays(inputs.train, power), _arrays(inputs.unseen, power)
     scored = unseen if inputs.test is None else _arrays(inputs.test, power)
     for table in (inputs.unseen, inputs.scored):
@@ -339,11 +308,11 @@ def score(inputs: Inputs, seed: int, progress: Progress) -> Outcomes:
             only = inputs.names[int(table.labels[0])]
             raise UserError(f"{table.source}: all samples are of class {only!r}; add others, or use --no-verdict")
     notes: list[str] = []
-    with progress.task("classifiers", 3) as advance, _convergence(notes), _divergence(inputs):
+    with progress.task("classifiers", 3) as advance, _told_of_solvers(inputs, notes):
         current, name = _current(inputs, *train, power)
         predicted = current.predict(scored[0])
         advance(1)
-        fitted = remedies(current, *train)
+        fitted = _remedies(current, *train)
         right = {text: remedy.predict(unseen[0]) == unseen[1] for text, remedy in fitted.items()}
         rebalanced = _rebalanced(inputs, fitted, right, scored, seed)
         advance(1)
@@ -364,7 +333,16 @@ def score(inputs: Inputs, seed: int, progress: Progress) -> Outcomes:
     )
 
 
-def remedies(base: FixedClassifier, features: Floats, labels: IntArray) -> dict[str, FeatureClassifier]:
+def _fixed(weight: Floats, bias: Floats) -> LinearClassifier:
+    """Return a classifier that `fit` leaves as it is, so that remedies adjust it instead of training another."""
+    model = SoftmaxRegression()
+    model.coef_, model.intercept_, model.classes_ = weight, bias, np.arange(len(weight))
+    model.n_features_in_ = weight.shape[1]
+    frozen: LinearClassifier = FrozenEstimator(model)
+    return frozen
+
+
+def _remedies(base: LinearClassifier, features: Floats, labels: IntArray) -> dict[str, FeatureClassifier]:
     """Return what re-balances a classifier on frozen features, fitted to training samples, simplest first.
 
     The last, class-balanced retraining, is cRT's objective, searched from the classifier in use.
@@ -376,13 +354,13 @@ def remedies(base: FixedClassifier, features: Floats, labels: IntArray) -> dict[
     }
     for remedy in found.values():
         remedy.fit(features, labels)
-    stopping = Stopping(tolerance(features, len(base.classes_)), MAX_ITER)
+    stopping = Stopping(_tolerance(features, len(base.classes_)), MAX_ITER)
     balance, start = balanced_weights(np.bincount(labels)), (base.coef_, base.intercept_)
     weight, bias, _ = fit_softmax(features, labels, balance, SoftmaxRegression().l2, stopping, start=start)
-    return found | {"crt": FixedClassifier(weight, bias)}
+    return found | {"crt": _fixed(weight, bias)}
 
 
-def tolerance(features: Floats, classes: int) -> float:
+def _tolerance(features: Floats, classes: int) -> float:
     """Return at which relative change a softmax regression stops."""
     return LARGE_TOL if features.size * classes > LARGE else TOL
 
@@ -393,7 +371,7 @@ def _arrays(table: FeatureTable, power: int) -> tuple[Floats, IntArray]:
     return scaled(features, power).numpy(), table.labels.numpy()
 
 
-def _current(inputs: Inputs, features: Floats, labels: IntArray, power: int) -> tuple[FixedClassifier, str]:
+def _current(inputs: Inputs, features: Floats, labels: IntArray, power: int) -> tuple[LinearClassifier, str]:
     """Return the classifier in use, on features that were multiplied by 2 ** power, and its name."""
     given = inputs.classifier
     if given is not None:
@@ -404,9 +382,9 @@ def _current(inputs: Inputs, features: Floats, labels: IntArray, power: int) -> 
             )
         if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
             raise UserError(f"{given.source}: weight or bias is beyond {features.dtype}, the type of the features")
-        return FixedClassifier(weight, bias), given.source
-    model = SoftmaxRegression(tol=tolerance(features, len(inputs.names)), max_iter=MAX_ITER).fit(features, labels)
-    return FixedClassifier(model.coef_, model.intercept_), "softmax regression on the training features"
+        return _fixed(weight, bias), given.source
+    model = SoftmaxRegression(tol=_tolerance(features, len(inputs.names)), max_iter=MAX_ITER).fit(features, labels)
+    return _fixed(model.coef_, model.intercept_), "softmax regression on the training features"
 
 
 def _rebalanced(
@@ -429,11 +407,10 @@ def _rebalanced(
 
 
 def _fitted_bound(inputs: Inputs, unseen: tuple[Floats, IntArray], scored: tuple[Floats, IntArray], seed: int) -> Bound:
-    classifier = f"softmax(choose_l2=True, tol={tolerance(unseen[0], len(inputs.names))})"
     try:
         if inputs.test is not None:
-            return held_out(*unseen, *scored, classifier=classifier, seed=seed)
-        return cross_fitted(*unseen, classifier=classifier, folds=FOLDS, bursts=bursts(inputs.unseen)[0], seed=seed)
+            return held_out(*unseen, *scored, seed=seed)
+        return cross_fitted(*unseen, bursts=bursts(inputs.unseen)[0], seed=seed)
     except Diverged:
         raise
     except ValueError as error:
@@ -445,10 +422,12 @@ def _fitted_bound(inputs: Inputs, unseen: tuple[Floats, IntArray], scored: tuple
 
 
 @contextmanager
-def _divergence(inputs: Inputs) -> Iterator[None]:
-    """Turn a loss or logit that is not finite into one line."""
+def _told_of_solvers(inputs: Inputs, notes: list[str]) -> Iterator[None]:
+    """Turn solvers' warnings into notes, each once, and a loss or logit that is not finite into one line."""
     try:
-        yield
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", ConvergenceWarning)
+            yield
     except Diverged as error:
         given = inputs.classifier
         start = "" if given is None else f", which starts from {given.source}"
@@ -456,13 +435,6 @@ def _divergence(inputs: Inputs) -> Iterator[None]:
             f"{inputs.train.source}: no classifier can be fitted{start}: {error}; check the values, or use --no-verdict"
         ) from None
 
-
-@contextmanager
-def _convergence(notes: list[str]) -> Iterator[None]:
-    """Turn solvers' warnings into notes, each once."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ConvergenceWarning)
-        yield
     for entry in caught:
         note = f"a classifier {entry.message}"
         if not issubclass(entry.category, ConvergenceWarning):

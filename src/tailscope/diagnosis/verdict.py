@@ -85,11 +85,11 @@ def accuracies(outcomes: Outcomes, groups: Sequence[str | None]) -> dict[str, An
     selection, bound = outcomes.rebalanced, outcomes.bound
     cells = {
         name: summarize(correct[None], outcomes.labels, groups)
-        for name, correct in (
-            ("current", outcomes.current),
-            ("rebalanced", selection.correct),
-            ("classifier_bound", bound.correct),
-        )
+        for name, correct in {
+            "current": outcomes.current,
+            "rebalanced": selection.correct,
+            "classifier_bound": bound.correct,
+        }.items()
     }
     cells["current"]["classifier"] = outcomes.current_name
     cells["rebalanced"] |= {
@@ -120,11 +120,8 @@ def judge(
     above chance decide nothing. Neither does a current accuracy within a point of the ceiling, and classes with fewer
     than 5 training or 30 scored samples have no verdict of their own.
 
-    Args:
-        outcomes: who gets which sample right.
-        entries: geometry of the [C] classes.
-        pooled: geometry of the groups.
-        ceiling: the accuracy that would be perfect, in (0, 1].
+    `entries` and `pooled` are the geometry of the [C] classes and of the groups; `ceiling` is the accuracy that would
+    be perfect.
     """
     group_of = np.array([GROUPS.index(e["group"]) if e["group"] in GROUPS else -1 for e in entries])[outcomes.labels]
     found = {name: np.flatnonzero(group_of == i) for i, name in enumerate(GROUPS)}
@@ -132,9 +129,9 @@ def judge(
         name: _part(outcomes, rows, ceiling, _flag(pooled.get(name))) for name, rows in found.items() if len(rows)
     }
     losing = min(by_group, key=lambda name: outcomes.current[found[name]].mean()) if by_group else None
-    tested = _flag(pooled.get(losing)) if losing else _any_flag(entries)
-    every = np.arange(len(outcomes.labels))
-    overall = _part(outcomes, every, ceiling, tested)
+    flags = [entry["spread_gap_flagged"] for entry in entries if entry["spread_gap_flagged"] is not None]
+    tested = _flag(pooled.get(losing)) if losing else any(flags) if flags else None
+    overall = _part(outcomes, np.arange(len(outcomes.labels)), ceiling, tested)
     chance = float(np.bincount(outcomes.labels).max() / len(outcomes.labels))
     informative = _reach(outcomes.bound.correct, outcomes.inflation)[0] > chance
     warnings = [*outcomes.notes]
@@ -243,8 +240,7 @@ def withhold(verdict: Verdict, reasons: Sequence[str]) -> list[Advice]:
 def _caveats(outcomes: Outcomes, verdict: Part, ceiling: float) -> list[str]:
     """Return what limits the verdict: above all that the bound would rise with more unseen samples."""
     found = []
-    few = [note for note in outcomes.bound.notes if "few" in note or "single" in note]
-    if few:
+    if few := [note for note in outcomes.bound.notes if "few" in note or "single" in note]:
         found.append(f"the bound may be too low, the representation gap too large: {'; '.join(few)}")
     items: FloatArray | None = outcomes.bound.extrapolated_items
     if items is not None and verdict["bottleneck"] == "representation":
@@ -261,12 +257,6 @@ def _flag(entry: Entry | None) -> bool | None:
     return None if flagged is None else bool(flagged)
 
 
-def _any_flag(entries: Sequence[Entry]) -> bool | None:
-    """Return whether any class rejects, where there are too few classes for groups."""
-    flags = [entry["spread_gap_flagged"] for entry in entries if entry["spread_gap_flagged"] is not None]
-    return any(flags) if flags else None
-
-
 def _reach(correct: FloatArray | BoolArray, inflation: float) -> tuple[float, float]:
     """Return the interval of the bound's accuracy: Wilson's, widened about the estimate, within [0, 1]."""
     low, high = proportion(correct[None]).widened(inflation).ci95 or (0.0, 1.0)
@@ -281,13 +271,8 @@ def advise(
 ) -> list[Advice]:
     """Return pieces of advice, the one for the bottleneck first."""
     if not verdict["above_chance"]:
-        return [
-            _piece(
-                "evidence",
-                "No remedy can be advised: check that features and labels belong together, and that the encoder was "
-                "in evaluation mode.",
-            )
-        ]
+        check = "check that features and labels belong together, and that the encoder was in evaluation mode."
+        return [_piece("evidence", f"No remedy can be advised: {check}")]
     found = [*_classifier(accuracy, verdict, entries), *_representation(verdict, entries)]
     if verdict["bottleneck"] == "representation":
         found.sort(key=lambda piece: piece["about"] != "representation")
@@ -297,8 +282,9 @@ def advise(
 
 
 def _classifier(accuracy: dict[str, Any], verdict: Verdict, entries: Sequence[Entry]) -> list[Advice]:
-    remedy = accuracy["rebalanced"]["classifier"]
+    remedy: str | None = accuracy["rebalanced"]["classifier"]
     gain, reach = verdict["rebalancing_gap"], verdict["classifier_gap"]
+    classes: list[str] = []
     if _above_zero(gain):
         classes = _gaining(accuracy, entries)
         most = f", most for {_names(classes)}" if classes else ""
@@ -312,10 +298,8 @@ def _classifier(accuracy: dict[str, Any], verdict: Verdict, entries: Sequence[En
             f"distribution gains {_points(reach)}: collect held-out samples of every class and fit one to them."
         )
         return [_piece("classifier", text, "fit on held-out samples", [], reach, at_most=False)]
-    text = (
-        f"Leave the classifier: neither re-balancing ({_points(gain)}) nor a classifier fitted to the true "
-        f"distribution ({_points(reach)}) gains clearly."
-    )
+    neither = f"neither re-balancing ({_points(gain)}) nor a classifier fitted to the true distribution"
+    text = f"Leave the classifier: {neither} ({_points(reach)}) gains clearly."
     return [_piece("classifier", text, None, [], reach, at_most=False)]
 
 
@@ -337,11 +321,11 @@ def _representation(verdict: Verdict, entries: Sequence[Entry]) -> list[Advice]:
 
 
 def _pairs(pairs: Sequence[Pair]) -> list[Advice]:
-    confused = [p for p in pairs if max(p["first_as_second"] or 0, p["second_as_first"] or 0) >= CONFUSED]
-    if not confused:
+    shares = [max(pair["first_as_second"] or 0, pair["second_as_first"] or 0) for pair in pairs]
+    share = max(shares, default=0)
+    if share < CONFUSED:
         return []
-    pair = max(confused, key=lambda p: max(p["first_as_second"] or 0, p["second_as_first"] or 0))
-    share = max(pair["first_as_second"] or 0, pair["second_as_first"] or 0)
+    pair = pairs[shares.index(share)]
     text = (
         f"Look at images of “{pair['first']}” and “{pair['second']}”: their centres are {number(pair['angle_deg'])}° "
         f"apart and up to {percent(share, 0)} of one are taken for the other. If labels are sound, a finer input or an "
@@ -356,7 +340,7 @@ def _evidence(verdict: Verdict) -> list[Advice]:
     if verdict["bottleneck"] != "undecided" or difference["ci95"] is None or not difference["points"]:
         return []
     low, high = difference["ci95"]
-    if not low <= 0 <= high:
+    if low > 0 or high < 0:
         return []
     factor = ((high - low) / 2 / difference["points"]) ** 2
     if not 1 < factor <= MOST_SAMPLES:
@@ -367,12 +351,8 @@ def _evidence(verdict: Verdict) -> list[Advice]:
 
 def _gaining(accuracy: dict[str, Any], entries: Sequence[Entry]) -> list[str]:
     """Return the classes whose recall the best remedy raises most."""
-    before, after = accuracy["current"]["per_class"], accuracy["rebalanced"]["per_class"]
-    gains = [
-        (b - a, str(e["name"]))
-        for a, b, e in zip(before, after, entries, strict=True)
-        if a is not None and b is not None and b > a
-    ]
+    recalls = zip(accuracy["current"]["per_class"], accuracy["rebalanced"]["per_class"], entries, strict=True)
+    gains = [(b - a, str(e["name"])) for a, b, e in recalls if a is not None and b is not None and b > a]
     return [name for _, name in sorted(gains, key=lambda pair: -pair[0])[:NAMED]]
 
 
