@@ -57,12 +57,7 @@ def confusable_pairs(
 ) -> list[Pair]:
     """Return the pairs of classes with the smallest angle between their centres over all samples, closest first.
 
-    Args:
-        centers: [C, d], over all samples.
-        names: [C].
-        labels: [m] classes of scored samples, or None.
-        predicted: [m] what the classifier in use takes them for.
-        most: how many pairs.
+    `labels` [m] are the classes of scored samples, `predicted` what the classifier in use takes them for.
     """
     unit = unit_centers(centers.cpu(), torch.float64)[0]
     return [
@@ -112,12 +107,8 @@ def _taken(labels: IntArray | None, predicted: IntArray | None, true: int, other
 def linear_cka(first: Tensor, second: Tensor) -> float | None:
     """Return the linear centred kernel alignment of two encoders' features of the same samples (Kornblith et al. 2019).
 
-    ||Y'X||_F^2 / (||X'X||_F ||Y'Y||_F) of centred features: 1 where they agree up to rotation and scale. With fewer
-    samples than dimensions it comes out too high. None where an encoder gives one vector only.
-
-    Args:
-        first: [n, d].
-        second: [n, e], the same samples in the same order.
+    ||Y'X||_F^2 / (||X'X||_F ||Y'Y||_F) of centred features [n, d] and [n, e]: 1 where they agree up to rotation and
+    scale. With fewer samples than dimensions it comes out too high. None where an encoder gives one vector only.
 
     >>> x = torch.randn(50, 4, generator=torch.manual_seed(0))
     >>> round(linear_cka(x, 3 * x.flip(1) + 1), 6)

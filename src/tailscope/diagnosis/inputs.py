@@ -29,7 +29,7 @@ class Inputs:
         unseen: features of other samples, from the true distribution.
         test: features that only score, or None: then the unseen samples score, cross-fitted.
         classifier: the classifier in use, or None.
-        names: [C] class names.
+        names: [C] of the classes.
         warnings: what was found while reading.
     """
 
@@ -52,11 +52,7 @@ class Inputs:
 
     @cached_property
     def rows(self) -> dict[str, ClassRows]:
-        """Each file's rows by class: checked, measured and sorted once.
-
-        Raises:
-            UserError: features are so small that their type keeps few digits.
-        """
+        """Each file's rows by class: checked, measured and sorted once."""
         return {
             part: group_rows(table.features, table.labels, self.names, f"{table.source}:")
             for part, table in self.tables.items()
@@ -77,13 +73,11 @@ class Inputs:
 
         Not the folder: the same numbers elsewhere are the same diagnosis, and folders are nobody else's business.
         """
-        found: dict[str, Any] = dict.fromkeys((*PARTS, "classifier"))
-        for part, table in self.tables.items():
-            found[part] = {"source": named(table.source), "sha256": _digest(table.features, table.labels)}
-        linear = self.classifier
-        if linear is not None:
-            found["classifier"] = {"source": named(linear.source), "sha256": _digest(linear.weight, linear.bias)}
-        return found
+        numbers = {part: (table.source, table.features, table.labels) for part, table in self.tables.items()}
+        if (linear := self.classifier) is not None:
+            numbers["classifier"] = linear.source, linear.weight, linear.bias
+        found = {name: {"source": named(source), "sha256": _digest(*two)} for name, (source, *two) in numbers.items()}
+        return dict.fromkeys((*PARTS, "classifier")) | found
 
 
 def read(

@@ -55,11 +55,9 @@ class Bound:
     not linear, may reach more.
 
     Attributes:
-        correct: [m] of bool, per scored item.
-        accuracy: its mean, with an item interval.
-        extrapolated: the accuracy that infinitely many samples would give, by a line in 1/m, with an item interval;
-            None where there are fewer than 3 d samples a class, or where it was not asked for. It may exceed 1.
-        extrapolated_items: [m], whose mean that is: for paired comparisons.
+        correct: [m] of bool, per scored item; `accuracy` is its mean.
+        extrapolated: the accuracy that infinitely many samples would give, by a line in 1/m, the mean of
+            `extrapolated_items` [m]; None where there are fewer than 3 d samples a class. It may exceed 1.
         notes: what a reader must know.
         remedy: the re-balanced classifier that took the fitted one's place, or None.
     """
@@ -78,7 +76,7 @@ class Selection:
 
     Attributes:
         correct: [m] of bool: each item's outcome under the classifier that the other folds chose.
-        accuracy: its mean, with an item interval.
+        accuracy: its mean.
         chosen: the name that was chosen for each fold.
         best: the name chosen on all items: the one to recommend. Its own accuracy on them would flatter it.
     """
@@ -101,15 +99,8 @@ def cross_fitted(
     """Fit a classifier to the unseen samples outside each fold and score it on the fold.
 
     Whatever the classifier chooses, its penalty by default, it chooses inside the training folds. Where there are 3 d
-    samples a class it is also fitted to m/4 and m/2 of them, from which the accuracy is extrapolated.
-
-    Args:
-        features: [m, d] of samples that the encoder was not trained on.
-        labels: [m].
-        classifier: a call-string of `tailscope.classifiers`; by default softmax regression that chooses its penalty.
-        folds: at least 2.
-        bursts: [m] ids of related samples, which share a fold; None where there are none.
-        seed: of the folds and of the classifier's own choices.
+    samples a class it is also fitted to m/4 and m/2 of them, from which the accuracy is extrapolated. `features`
+    [m, d] are of samples that the encoder was not trained on; related ones, with one id in `bursts` [m], share a fold.
 
     Raises:
         ValueError: fewer than two folds, or fewer samples or bursts than folds.
@@ -118,7 +109,7 @@ def cross_fitted(
     if not 2 <= folds <= units:
         raise ValueError(f"cannot cut {units} {kind} into {folds} folds")
     fold_of = assign_folds(labels, folds, bursts, seed)
-    parts = (*(PARTS if _can_extrapolate(features, labels) else ()), 1 - 1 / folds)
+    parts = *_parts(features, labels), 1 - 1 / folds
     correct = np.zeros((len(parts), len(labels)), dtype=bool)
     for k in range(folds):
         training, test = fold_of != k, fold_of == k
@@ -139,7 +130,7 @@ def held_out(
     seed: int = 0,
 ) -> Bound:
     """Fit a classifier to all unseen samples [m, d] and score it on a separate test set; else as `cross_fitted`."""
-    parts = (*(PARTS if _can_extrapolate(features, labels) else ()), 1.0)
+    parts = *_parts(features, labels), 1.0
     correct = _predict(classifier, features, labels, test_features, parts, seed) == test_labels
     return _bound(correct, parts, 1.0, _notes(features, labels))
 
@@ -154,13 +145,8 @@ def select_nested(
 ) -> Selection:
     """Choose the most accurate of several fitted classifiers on all folds but one, score it on that one.
 
-    Args:
-        correct: [m] of bool for each classifier, on unseen samples that it was not fitted to; simplest first, because
-            ties go to the first.
-        labels: [m], to stratify the folds.
-        folds: at least 2.
-        bursts: [m] ids of related samples, which share a fold.
-        seed: of the folds.
+    `correct` holds [m] of bool for each classifier, on unseen samples that it was not fitted to, simplest first: ties
+    go to the first. Folds are made as by `cross_fitted`.
 
     >>> outcomes = {"a": np.array([True, False] * 4), "b": np.array([True, True] * 4)}
     >>> select_nested(outcomes, np.zeros(8, dtype=int), folds=2).chosen
@@ -194,10 +180,9 @@ def at_least(bound: Bound, remedy: Selection, inflation: float = INFLATION) -> B
     gain = difference(remedy.correct, bound.correct, inflation)
     if gain.ci95 is None or gain.ci95[0] <= 0:
         return bound
-    note = (
-        f"{remedy.best} reaches {percent(gain.estimate)} more than a fit to the unseen samples: they are few or uneven"
-    )
-    return Bound(remedy.correct, remedy.accuracy, None, None, (*bound.notes, note), remedy.best)
+    reached = f"{remedy.best} reaches {percent(gain.estimate)} more than a fit to the unseen samples"
+    notes = (*bound.notes, f"{reached}: they are few or uneven")
+    return Bound(remedy.correct, remedy.accuracy, None, None, notes, remedy.best)
 
 
 def assign_folds(labels: IntArray, folds: int, bursts: ArrayLike | None, seed: int) -> IntArray:
@@ -224,9 +209,9 @@ def extrapolation_weights(sizes: Sequence[float]) -> FloatArray:
     return weights
 
 
-def _can_extrapolate(features: Floats, labels: IntArray) -> bool:
-    """Return whether there are 3 d samples a class: below, the deficit does not yet fall like 1/m."""
-    return bool(len(labels) >= 3 * features.shape[1] * len(np.unique(labels)))
+def _parts(features: Floats, labels: IntArray) -> tuple[float, ...]:
+    """Return which parts to extrapolate from: below 3 d samples a class, the deficit does not yet fall like 1/m."""
+    return PARTS if len(labels) >= 3 * features.shape[1] * len(np.unique(labels)) else ()
 
 
 def _predict(
@@ -257,7 +242,7 @@ def _bound(correct: BoolArray, parts: Sequence[float], inflation: float, notes: 
 def _notes(features: Floats, labels: IntArray) -> list[str]:
     counts = np.unique(labels, return_counts=True)[1]
     notes = ["not an upper bound"]
-    if not _can_extrapolate(features, labels):
+    if not _parts(features, labels):
         samples, dims = f"{counts.mean():.0f}", features.shape[1]
         notes.append(f"{samples} unseen samples a class are too few to extrapolate from in {dims} dimensions")
     if counts.min() < 2:
@@ -267,19 +252,16 @@ def _notes(features: Floats, labels: IntArray) -> list[str]:
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What each classifier gets right among the same m scored samples.
+    """What each classifier gets right among the same m scored samples, of the classes `labels` [m].
 
     Attributes:
-        labels: [m].
-        predicted: [m], by the classifier in use.
-        predicted_train: [n], of the training samples by the same.
-        current: [m] of bool.
+        predicted: [m], by the classifier in use; `predicted_train` [n] of the training samples, by the same.
+        current: [m] of bool, whether `predicted` is right.
         current_name: the file of the classifier in use, or how it was fitted.
         rebalanced: the best remedy, chosen on samples that it is not scored on.
         remedies: accuracy of every remedy on all unseen samples.
         bound: a classifier fitted to the true distribution, or the best remedy where that reaches more.
         inflation: by which intervals of differences to the bound are widened.
-        notes: warnings.
     """
 
     labels: IntArray
@@ -414,11 +396,8 @@ def _fitted_bound(inputs: Inputs, unseen: tuple[Floats, IntArray], scored: tuple
     except Diverged:
         raise
     except ValueError as error:
-        why = " ".join(str(error).split())
-        raise UserError(
-            f"{inputs.unseen.source}: no classifier can be fitted to the unseen samples ({why}); give more samples, or "
-            "use --no-verdict"
-        ) from None
+        why = f"no classifier can be fitted to the unseen samples ({' '.join(str(error).split())})"
+        raise UserError(f"{inputs.unseen.source}: {why}; give more samples, or use --no-verdict") from None
 
 
 @contextmanager
@@ -429,11 +408,9 @@ def _told_of_solvers(inputs: Inputs, notes: list[str]) -> Iterator[None]:
             warnings.simplefilter("always", ConvergenceWarning)
             yield
     except Diverged as error:
-        given = inputs.classifier
-        start = "" if given is None else f", which starts from {given.source}"
-        raise UserError(
-            f"{inputs.train.source}: no classifier can be fitted{start}: {error}; check the values, or use --no-verdict"
-        ) from None
+        start = f", which starts from {inputs.classifier.source}" if inputs.classifier else ""
+        why = f"{inputs.train.source}: no classifier can be fitted{start}: {error}"
+        raise UserError(f"{why}; check the values, or use --no-verdict") from None
 
     for entry in caught:
         note = f"a classifier {entry.message}"

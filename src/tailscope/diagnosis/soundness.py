@@ -35,7 +35,7 @@ MOST_APART = 4.0  # times the median length of another file's rows; memorised fe
 RESCALED = 1.4  # times the spread within classes, and times the distances of their centres, of another file
 SAME_FACTOR = 0.25  # of its logarithm: how far the two factors may differ
 SURE = 5.0  # standard errors
-FOLDS, MOST_RESCALED = 10, 1000
+MOST_RESCALED = 1000  # classes of which scales are compared
 EVEN, UNEVEN = 0.002, 0.02  # deviation of the logarithms of lengths in normalised features, and in others
 BELOW = -3.0  # standard errors
 MARGIN = 20.0  # a chance of exp(-10), after the number of assignments has been allowed for
@@ -160,17 +160,17 @@ def common_factor(train: ClassRows, unseen: ClassRows) -> float | None:
     """Return by which factor the spread within classes and the distances of their centres both differ, or None.
 
     Memorised training samples spread less but their centres do not lie nearer; where held-out centres shrink, the
-    spread stays. Standard errors are those of a jackknife over tenths of every class.
+    spread stays. Standard errors are those of a jackknife over classes, of which it takes three.
     """
     smaller = [min(train.count(k), unseen.count(k)) for k in range(train.classes)]
     weights = dict([(k, count) for k, count in enumerate(smaller) if count >= 4][:MOST_RESCALED])
-    if len(weights) < 2:
+    if len(weights) < 3:
         return None
     first, second = (_sizes(rows, weights) for rows in (train, unseen))
     if not min(first.min(), second.min()) > 0:
         return None
-    found = 0.5 * torch.log(second / first)  # [spread and distance, all samples and without each fold]
-    factors, errors = found[:, 0], found[:, 1:].std(dim=1, correction=0) * math.sqrt(FOLDS - 1)
+    found = 0.5 * torch.log(second / first)  # [spread and distance, all classes and without each]
+    factors, errors = found[:, 0], found[:, 1:].std(dim=1, correction=0) * math.sqrt(len(weights) - 1)
     sure = bool((factors.abs() > (SURE * errors).clamp(min=math.log(RESCALED))).all())
     same = (factors[0] - factors[1]).abs() <= SAME_FACTOR * factors.abs().min()
     return math.exp(factors[0].item()) if sure and same else None
@@ -179,24 +179,18 @@ def common_factor(train: ClassRows, unseen: ClassRows) -> float | None:
 def _sizes(rows: ClassRows, weights: Mapping[int, int]) -> Tensor:
     """Return the mean variance within classes, and the squared distances of their centres without their noise.
 
-    Float64 [2, 1 + FOLDS], of all samples and without those of each fold.
+    Float64 [2, 1 + C], of all classes and without each.
     """
-    origin, total = rows.features[rows.index(next(iter(weights)))].double().mean(dim=0), sum(weights.values())
-    spread, apart, middle = origin.new_zeros(FOLDS + 1), origin.new_zeros(FOLDS + 1), 0 * origin
-    for k, weight in weights.items():
-        part = rows.features[rows.index(k)].double() - origin
-        mean = part.mean(dim=0)
-        part -= mean
-        fold = torch.arange(len(part), device=part.device) % FOLDS + 1
-        out = (fold == torch.arange(FOLDS + 1, device=part.device)[:, None]).to(part)  # nothing is left out first
-        left, moved = len(part) - out.sum(dim=1), -(out @ part)
-        squares = part.square().sum(dim=1)
-        variance = (squares.sum() - out @ squares - moved.square().sum(dim=1) / left) / (left - 1)
-        centers = mean + moved / left[:, None]
-        spread += weight / total * variance
-        apart += weight * (centers.square().sum(dim=1) - (1 - weight / total) * variance / left)
-        middle = middle + weight * centers
-    return torch.stack([spread, apart / total - (middle / total).square().sum(dim=1)])
+    parts = (rows.features[rows.index(k)].double() for k in weights)
+    means, variances = zip(*((part.mean(dim=0), part.var(dim=0).sum()) for part in parts), strict=True)
+    variance, centers = torch.stack(variances), torch.stack(means)
+    centers -= centers.mean(dim=0)
+    kept = 1 - torch.cat([torch.zeros(1, len(means)), torch.eye(len(means))]).to(centers)
+    kept *= variance.new_tensor(list(weights.values()))
+    kept /= kept.sum(dim=1, keepdim=True)
+    noise = kept * (1 - kept) @ (variance / variance.new_tensor([rows.count(k) for k in weights]))
+    apart = kept @ centers.square().sum(dim=1) - (kept @ centers).square().sum(dim=1)
+    return torch.stack([kept @ variance, apart - noise])
 
 
 def _copies(inputs: Inputs, part: str) -> list[str]:
@@ -206,7 +200,7 @@ def _copies(inputs: Inputs, part: str) -> list[str]:
     if share <= 0.5:
         return []
     own = (gather(first, first, k)[: first.count(k)] for k in range(first.classes))
-    if sum(find_copies(rows, len(rows)).repeats for rows in own) > len(inputs.train) / 2:
+    if sum(find_copies(rows, len(rows))[1] for rows in own) > len(inputs.train) / 2:
         return []
     return [
         f"{percent(share, 0)} of the rows of {inputs.option(part)} are also in {inputs.option('train')}: too few "
@@ -233,12 +227,8 @@ def moved_labels(train: ClassRows, unseen: ClassRows) -> dict[int, int] | None:
     or where the assignment of held-out to training centres with the smallest sum of squared distances has cycles of
     classes that fit far better than the given labels. A cycle of L classes counts with z^2 - 2 L log C, z being its
     gain in standard errors of both sides: of C^L assignments of noise one in exp(x / 2) gains x or more. It must
-    also turn round the order of its centres, so that no small but certain effect counts. That all classes from some
-    number on are one too high or too low, because a class is missing, is one of 2 C hypotheses and needs less.
-
-    Args:
-        train: rows whose length is near 1, at one scale with `unseen`.
-        unseen: rows of two or more of the same classes.
+    also turn round the order of its centres, so that no small but certain effect counts. The rows are at one scale, of
+    lengths near 1.
     """
     shared = [k for k in range(train.classes) if train.count(k) and unseen.count(k)]
     if len(shared) < 2 or all(unseen.count(k) < 2 for k in shared):
@@ -251,11 +241,7 @@ def moved_labels(train: ClassRows, unseen: ClassRows) -> dict[int, int] | None:
     cycles = _cycles(shared, cost)
     scores = [centers.score(cost, cycle, len(cycle) * math.log(classes) if alike else 0.0) for cycle in cycles]
     found = {k: v for cycle, score in zip(cycles, scores, strict=True) if score > 0 for k, v in cycle.items()}
-    if alike and sum(scores) <= MARGIN:
-        found = centers.shift(cost)
-        if centers.score(cost, found, math.log(2 * classes)) <= MARGIN:
-            return None
-    return dict(sorted(found.items()))
+    return None if alike and sum(scores) <= MARGIN else dict(sorted(found.items()))
 
 
 class _Centers:
@@ -350,19 +336,6 @@ class _Centers:
         cost: FloatArray = 0.5 * lengths - (self._nu[self._shared] @ self._mu.T).cpu().numpy()
         cost[:, counts == 0] = np.nanmax(cost) + np.nanmax(np.abs(cost))
         return cost
-
-    def shift(self, cost: FloatArray) -> dict[int, int]:
-        """Return the best of the assignments by which all classes from some number on are one too high or low."""
-        best, least = {}, 0.0
-        for step in (1, -1):
-            moved, gain = {}, 0.0
-            for row, k in reversed(list(enumerate(self._shared))):
-                if 0 <= k + step < self._train.classes and self._train.count(k + step):
-                    moved[k] = k + step
-                    gain += cost[row, k] - cost[row, k + step]
-                    if gain > least and len(moved) > 1:
-                        best, least = dict(moved), gain
-        return best
 
     def score(self, cost: FloatArray, assigned: Mapping[int, int], price: float) -> float:
         """Return z^2 - 2 price of the gain of moving some classes, 0 for a gain of no size.

@@ -83,34 +83,26 @@ class Advice(TypedDict):
 def accuracies(outcomes: Outcomes, groups: Sequence[str | None]) -> dict[str, Any]:
     """Return `accuracy` of a diagnosis: current, rebalanced and classifier_bound, each a cell as in `swap.json`."""
     selection, bound = outcomes.rebalanced, outcomes.bound
-    cells = {
-        name: summarize(correct[None], outcomes.labels, groups)
-        for name, correct in {
-            "current": outcomes.current,
-            "rebalanced": selection.correct,
-            "classifier_bound": bound.correct,
-        }.items()
-    }
-    cells["current"]["classifier"] = outcomes.current_name
-    cells["rebalanced"] |= {
-        "classifier": selection.best,
-        "chosen": list(selection.chosen),
-        "remedies": outcomes.remedies,
-    }
-    cells["classifier_bound"] |= {
+    current, rebalanced, fitted = (
+        summarize(correct[None], outcomes.labels, groups)
+        for correct in (outcomes.current, selection.correct, bound.correct)
+    )
+    chosen = {"classifier": selection.best, "chosen": list(selection.chosen), "remedies": outcomes.remedies}
+    fitted |= {
         "classifier": bound.remedy or "softmax regression on unseen samples",
         "ci95": list(_reach(bound.correct, outcomes.inflation)),
         "extrapolated": None if bound.extrapolated is None else bound.extrapolated.gap(),
         "notes": list(bound.notes),
     }
-    return cells
+    return {
+        "current": current | {"classifier": outcomes.current_name},
+        "rebalanced": rebalanced | chosen,
+        "classifier_bound": fitted,
+    }
 
 
 def judge(
-    outcomes: Outcomes,
-    entries: Sequence[Entry],
-    pooled: dict[str, Entry | None],
-    ceiling: float,
+    outcomes: Outcomes, entries: Sequence[Entry], pooled: dict[str, Entry | None], ceiling: float
 ) -> tuple[Verdict, list[str]]:
     """Return `verdict` of a diagnosis, and warnings.
 
@@ -140,7 +132,6 @@ def judge(
             _undecide(part, NO_INFORMATION)
         reached = f"reaches {percent(outcomes.bound.accuracy.estimate)}, not above chance ({percent(chance)})"
         warnings.append(f"{NO_INFORMATION}: a classifier fitted to the true distribution {reached}")
-    warnings += _caveats(outcomes, overall, ceiling)
     verdict = {
         **overall,
         "ceiling": ceiling,
@@ -151,15 +142,15 @@ def judge(
         "groups": {name: by_group.get(name) for name in GROUPS},
         "classes": _classes(outcomes, entries, ceiling, informative),
     }
-    return cast(Verdict, verdict), warnings
+    return cast(Verdict, verdict), [*warnings, *_caveats(outcomes, overall, ceiling)]
 
 
 def _part(outcomes: Outcomes, rows: IntArray, ceiling: float, memorised: bool | None) -> Part:
     """Return the gaps and the bottleneck among some of the scored samples."""
     current, bound = (a[rows].astype(np.float64) for a in (outcomes.current, outcomes.bound.correct))
     rebalanced = outcomes.rebalanced.correct[rows]
-    low, high = _reach(bound, outcomes.inflation)
     inflation = outcomes.inflation
+    low, high = _reach(bound, inflation)
     contrast = difference(2 * bound - current, np.full(len(rows), ceiling), inflation)
     bottleneck, reason = decide(contrast, memorised)
     if ceiling - current.mean() < NEGLIGIBLE:
@@ -182,11 +173,9 @@ def _part(outcomes: Outcomes, rows: IntArray, ceiling: float, memorised: bool | 
 
 
 def decide(contrast: Interval, memorised: bool | None) -> tuple[str, str]:
-    """Return the bottleneck and why.
+    """Return the bottleneck and why, of the classifier gap minus the representation gap.
 
-    Args:
-        contrast: classifier gap minus representation gap.
-        memorised: whether the test of `spread_gap` rejects; None where there was none.
+    `memorised` says whether the test of `spread_gap` rejects, None where there was none.
 
     >>> decide(Interval(-0.2, (-0.3, -0.1), None, "item"), True)[0]
     'representation'
@@ -246,9 +235,8 @@ def _caveats(outcomes: Outcomes, verdict: Part, ceiling: float) -> list[str]:
     if items is not None and verdict["bottleneck"] == "representation":
         contrast = difference(2 * items - outcomes.current, np.full(len(items), ceiling), outcomes.inflation)
         if contrast.ci95 is None or contrast.ci95[1] >= 0:
-            found.append(
-                "with the bound extrapolated to many unseen samples (a line in 1/m) the verdict would be undecided"
-            )
+            bound = "the bound extrapolated to many unseen samples (a line in 1/m)"
+            found.append(f"with {bound} the verdict would be undecided")
     return found
 
 
@@ -263,12 +251,7 @@ def _reach(correct: FloatArray | BoolArray, inflation: float) -> tuple[float, fl
     return max(0.0, low), min(1.0, high)
 
 
-def advise(
-    accuracy: dict[str, Any],
-    verdict: Verdict,
-    entries: Sequence[Entry],
-    pairs: Sequence[Pair],
-) -> list[Advice]:
+def advise(accuracy: dict[str, Any], verdict: Verdict, entries: Sequence[Entry], pairs: Sequence[Pair]) -> list[Advice]:
     """Return pieces of advice, the one for the bottleneck first."""
     if not verdict["above_chance"]:
         check = "check that features and labels belong together, and that the encoder was in evaluation mode."
@@ -291,25 +274,25 @@ def _classifier(accuracy: dict[str, Any], verdict: Verdict, entries: Sequence[En
         text = f"Re-balance the classifier: {remedy} gains {_points(gain)} on these features{most}."
         if accuracy["classifier_bound"]["classifier"] != remedy:
             text += f" A classifier fitted to the true distribution would gain {_points(reach)}."
-        return [_piece("classifier", text, remedy, classes, gain, at_most=False)]
+        return [_piece("classifier", text, remedy, classes, gain)]
     if _above_zero(reach):
         text = (
             f"No re-balancing gains clearly (the best, {remedy}: {_points(gain)}), but a classifier fitted to the true "
             f"distribution gains {_points(reach)}: collect held-out samples of every class and fit one to them."
         )
-        return [_piece("classifier", text, "fit on held-out samples", [], reach, at_most=False)]
+        return [_piece("classifier", text, "fit on held-out samples", [], reach)]
     neither = f"neither re-balancing ({_points(gain)}) nor a classifier fitted to the true distribution"
     text = f"Leave the classifier: {neither} ({_points(reach)}) gains clearly."
-    return [_piece("classifier", text, None, [], reach, at_most=False)]
+    return [_piece("classifier", text, None, [], reach)]
 
 
 def _representation(verdict: Verdict, entries: Sequence[Entry]) -> list[Advice]:
     gap = verdict["representation_gap"]
-    flagged = [e for e in entries if e["spread_gap_flagged"] and e["spread_gap_material"]]
-    flagged.sort(key=lambda e: -e["spread_gap_deg"])
+    material = (e for e in entries if e["spread_gap_flagged"] and e["spread_gap_material"])
+    flagged = sorted(material, key=lambda e: -e["spread_gap_deg"])
     groups = [name for name, part in verdict["groups"].items() if part and part["bottleneck"] == "representation"]
     classes = [str(e["name"]) for e in flagged]
-    if (not classes and not groups) or gap["points"] <= 0:
+    if not (classes or groups) or gap["points"] <= 0:
         return []
     where = _names(classes) if classes else f"the {' and '.join(groups)} classes"
     text = (
@@ -317,7 +300,7 @@ def _representation(verdict: Verdict, entries: Sequence[Entry]) -> list[Advice]:
         "chance. More or more varied images, stronger augmentation, or pre-training can gain at most "
         f"{_points(gap)} overall, less whatever error is irreducible."
     )
-    return [_piece("representation", text, "more or more varied images", classes, gap, at_most=True)]
+    return [_piece("representation", text, "more or more varied images", classes, gap)]
 
 
 def _pairs(pairs: Sequence[Pair]) -> list[Advice]:
@@ -357,13 +340,7 @@ def _gaining(accuracy: dict[str, Any], entries: Sequence[Entry]) -> list[str]:
 
 
 def _piece(
-    about: str,
-    text: str,
-    remedy: str | None = None,
-    classes: Sequence[str] = (),
-    gain: Gap | None = None,
-    *,
-    at_most: bool = True,
+    about: str, text: str, remedy: str | None = None, classes: Sequence[str] = (), gain: Gap | None = None
 ) -> Advice:
     return {
         "about": about,
@@ -371,7 +348,7 @@ def _piece(
         "remedy": remedy,
         "classes": list(classes),
         "gain": None if gain is None else {"points": gain["points"], "ci95": gain["ci95"]},
-        "at_most": at_most,
+        "at_most": about != "classifier",
     }
 
 

@@ -57,11 +57,7 @@ def angle_between(first: Tensor, second: Tensor) -> Tensor:
 def nearest_center(centers: Tensor) -> tuple[Tensor, Tensor]:
     """Return, per class, the angle in degrees to the nearest other centre and that centre's class.
 
-    Args:
-        centers: [C, d]; rows that are NaN or zero have no direction and take no part.
-
-    Returns:
-        Angles, float64 [C], NaN where undefined, and classes, int64 [C], -1 where undefined.
+    Both are [C], of centres [C, d]. Rows that are NaN or zero have no direction and take no part: NaN and -1.
 
     >>> angles, classes = nearest_center(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 1.0]]))
     >>> angles.round().tolist(), classes.tolist()

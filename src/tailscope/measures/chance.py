@@ -200,17 +200,6 @@ def draw(pools: Sequence[Pool], units: Units, draws: int, rng: np.random.Generat
     return [Draws(torch.cat(values, dim=1), complete, tolerance) for values in found]
 
 
-def needs_more(p: Sequence[float | None], floor: float, alpha: float) -> bool:
-    """Say whether the number of permutations alone keeps the smallest p-values from being flagged among so many.
-
-    >>> needs_more([0.001] + [0.5] * 99, 0.001, 0.05), needs_more([0.001] * 20 + [0.5] * 80, 0.001, 0.05)
-    (True, False)
-    """
-    family = [value for value in p if value is not None]
-    lowest = sum(value <= floor for value in family)
-    return lowest > 0 and floor * len(family) / lowest > alpha
-
-
 def continue_draws(
     pool: Pool, units: Units, count: Count, statistic: int, limit: int, two_sided: bool, rng: np.random.Generator
 ) -> tuple[float, int]:
@@ -388,10 +377,12 @@ class ClassTests:
     ) -> None:
         """Draw more permutations, in place, where their number alone keeps classes from being flagged."""
         name, statistic, two_sided = TESTS[test]
-        sides = 2 if two_sided else 1
-        if not needs_more(p, sides / (self._permutations + 1), self._alpha):
+        sides, family = 2 if two_sided else 1, [value for value in p if value is not None]
+        floor = sides / (self._permutations + 1)
+        lowest = sum(value <= floor for value in family)
+        if floor * len(family) <= lowest * self._alpha or not lowest:
             return
-        limit = math.ceil(sides * sum(value is not None for value in p) / self._alpha)
+        limit = math.ceil(sides * len(family) / self._alpha)
         found = [(k, c) for k, c in enumerate(counts) if c is not None and c.is_open(two_sided) and c.draws < limit]
 
         def one(i: int) -> tuple[float, int]:

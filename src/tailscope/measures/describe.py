@@ -36,8 +36,7 @@ _AVERAGED = {*NUMBERS, "quantiles"} - {"p"}
 class GeometryResult:
     """Measurements of every class and group, with the fields of `tailscope.measures.FIELDS`.
 
-    `centers`, float64 [C, d], are the means of the classes over training and unseen samples, all times one power of
-    two that brings them near 1.
+    `centers`, float64 [C, d], are the classes' means over all samples, times one power of two that brings them near 1.
     """
 
     classes: list[Entry]
@@ -77,8 +76,7 @@ def describe(
         train_counts: training images per class, which decide head, body and tail; by default counted from the labels.
         permutations: splits drawn per class (more where BH over many classes needs them); 0 leaves out p-values.
         alpha: false discovery rate at which a class is flagged.
-        seed: of the permutations and of the halves in the cross-validated first principal component. A class's
-            stream depends on its name, so that the order of the classes does not change a class's result.
+        seed: of all draws. A class's stream depends on its name, so that the order of classes does not change results.
         train_bursts: [n] integers; rows of a class with the same number are related and change sides together.
         unseen_bursts: [m], numbered like `train_bursts`.
         progress: called with (classes done, C).

@@ -241,24 +241,14 @@ def all_subsets(seen: int, units: int) -> np.ndarray:
     return taken
 
 
-@dataclass(frozen=True)
-class Copies:
-    """Equal rows of one class: which unseen rows copy a training row, and how many rows repeat their own set.
+def find_copies(rows: Tensor, n: int) -> tuple[Tensor, int]:
+    """Return which unseen rows copy a training row, bool [m], and how many rows repeat their own set.
 
-    `unseen` is bool [m].
-    """
+    `rows` [n + m, d] are a class's, training rows first. Copies are rows whose bytes are the same: rows that are only
+    close are neighbours, at whatever scale.
 
-    unseen: Tensor
-    repeats: int
-
-
-def find_copies(rows: Tensor, n: int) -> Copies:
-    """Return the copies among a class's rows [n + m, d], training rows first.
-
-    Copies are rows whose bytes are the same: rows that are only close are neighbours, at whatever scale.
-
-    >>> find_copies(torch.tensor([[1.0, 2.0], [1.0, 2.5], [1.0, 2.0]]), 2).unseen.tolist()
-    [True]
+    >>> find_copies(torch.tensor([[1.0, 2.0], [1.0, 2.5], [1.0, 2.0]]), 2)
+    (tensor([True]), 0)
     """
     count = len(rows)
     bits = rows.contiguous().view(torch.int64 if rows.dtype == torch.float64 else torch.int32)
@@ -266,7 +256,7 @@ def find_copies(rows: Tensor, n: int) -> Copies:
     linked = (key.diff() == 0).nonzero().flatten()
     linked = linked[(bits[order[linked]] == bits[order[linked + 1]]).all(dim=1)]
     if not len(linked):
-        return Copies(torch.zeros(count - n, dtype=torch.bool, device=rows.device), 0)
+        return torch.zeros(count - n, dtype=torch.bool, device=rows.device), 0
     unseen = torch.arange(count, device=rows.device) >= n
     follows = torch.zeros(count, dtype=torch.long, device=rows.device)
     follows[linked + 1] = 1
@@ -275,7 +265,7 @@ def find_copies(rows: Tensor, n: int) -> Copies:
     seen_in = torch.bincount(cluster[~unseen], minlength=count)
     unseen_in = torch.bincount(cluster[unseen], minlength=count)
     repeats = (seen_in - 1).clamp(min=0).sum() + (unseen_in - 1).clamp(min=0).sum()
-    return Copies((seen_in[cluster] > 0)[unseen], int(repeats))
+    return (seen_in[cluster] > 0)[unseen], int(repeats)
 
 
 def _digest(bits: Tensor) -> Tensor:
@@ -296,7 +286,7 @@ def unseen_copies(train: ClassRows, unseen: ClassRows) -> Tensor:
     def one(k: int) -> None:
         n, m = train.count(k), unseen.count(k)
         if n and m:
-            found[unseen.index(k)] = find_copies(gather(train, unseen, k), n).unseen
+            found[unseen.index(k)] = find_copies(gather(train, unseen, k), n)[0]
 
     map_parallel(one, train.classes, unseen.features.device)
     return found
