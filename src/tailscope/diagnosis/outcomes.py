@@ -36,6 +36,7 @@ from tailscope.seeds import derive, numpy_stream
 from tailscope.tables.table import FeatureTable
 
 BoolArray = NDArray[np.bool_]
+Samples = tuple[Floats, IntArray]
 # Accuracies of cross-fitted classifiers vary more than independent items do, because folds share training samples: up
 # to 1.35 times as much in simulations with Gaussian and CIFAR features.
 INFLATION = 1.3
@@ -151,12 +152,7 @@ def select_nested(
     >>> outcomes = {"a": np.array([True, False] * 4), "b": np.array([True, True] * 4)}
     >>> select_nested(outcomes, np.zeros(8, dtype=int), folds=2).chosen
     ('b', 'b')
-
-    Raises:
-        ValueError: no classifiers, fewer than two folds, or fewer samples than folds.
     """
-    if not correct or not 2 <= folds <= len(labels):
-        raise ValueError(f"cannot choose among {len(correct)} classifiers on {len(labels)} samples in {folds} folds")
     names, outcomes = list(correct), np.stack(list(correct.values()))
     fold_of = assign_folds(labels, folds, bursts, seed)
     chosen = [int(outcomes[:, fold_of != k].mean(axis=1).argmax()) for k in range(folds)]
@@ -203,9 +199,7 @@ def extrapolation_weights(sizes: Sequence[float]) -> FloatArray:
     >>> (extrapolation_weights([1, 2, 4]) @ np.array([0.5, 0.7, 0.8])).round(6)  # 0.9 - 0.4 / size
     np.float64(0.9)
     """
-    inverse = 1 / np.asarray(sizes)
-    deviation = inverse - inverse.mean()
-    weights: FloatArray = 1 / len(inverse) - inverse.mean() * deviation / (deviation @ deviation)
+    weights: FloatArray = np.linalg.pinv(np.vander(1 / np.asarray(sizes), 2))[1]
     return weights
 
 
@@ -347,7 +341,7 @@ def _tolerance(features: Floats, classes: int) -> float:
     return LARGE_TOL if features.size * classes > LARGE else TOL
 
 
-def _arrays(table: FeatureTable, power: int) -> tuple[Floats, IntArray]:
+def _arrays(table: FeatureTable, power: int) -> Samples:
     """Return features times 2 ** power in 32 or 64 bits, and labels."""
     features = table.features if table.features.dtype.itemsize >= 4 else table.features.float()
     return scaled(features, power).numpy(), table.labels.numpy()
@@ -358,10 +352,8 @@ def _current(inputs: Inputs, features: Floats, labels: IntArray, power: int) -> 
     given = inputs.classifier
     if given is not None:
         with np.errstate(over="ignore"):  # told below
-            weight, bias = (
-                tensor.double().numpy().astype(features.dtype)
-                for tensor in (scaled(given.weight.double(), -power), given.bias)
-            )
+            wide = scaled(given.weight.double(), -power), given.bias
+            weight, bias = (tensor.double().numpy().astype(features.dtype) for tensor in wide)
         if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
             raise UserError(f"{given.source}: weight or bias is beyond {features.dtype}, the type of the features")
         return _fixed(weight, bias), given.source
@@ -370,11 +362,7 @@ def _current(inputs: Inputs, features: Floats, labels: IntArray, power: int) -> 
 
 
 def _rebalanced(
-    inputs: Inputs,
-    fitted: dict[str, FeatureClassifier],
-    right: dict[str, BoolArray],
-    scored: tuple[Floats, IntArray],
-    seed: int,
+    inputs: Inputs, fitted: dict[str, FeatureClassifier], right: dict[str, BoolArray], scored: Samples, seed: int
 ) -> Selection:
     """Choose a remedy on unseen samples and score it on others: on the test set, or nested where there is none."""
     if inputs.test is None:
@@ -388,7 +376,7 @@ def _rebalanced(
     return Selection(correct, proportion(correct[None]), (best,), best)
 
 
-def _fitted_bound(inputs: Inputs, unseen: tuple[Floats, IntArray], scored: tuple[Floats, IntArray], seed: int) -> Bound:
+def _fitted_bound(inputs: Inputs, unseen: Samples, scored: Samples, seed: int) -> Bound:
     try:
         if inputs.test is not None:
             return held_out(*unseen, *scored, seed=seed)
@@ -411,7 +399,6 @@ def _told_of_solvers(inputs: Inputs, notes: list[str]) -> Iterator[None]:
         start = f", which starts from {inputs.classifier.source}" if inputs.classifier else ""
         why = f"{inputs.train.source}: no classifier can be fitted{start}: {error}"
         raise UserError(f"{why}; check the values, or use --no-verdict") from None
-
     for entry in caught:
         note = f"a classifier {entry.message}"
         if not issubclass(entry.category, ConvergenceWarning):

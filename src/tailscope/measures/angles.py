@@ -151,19 +151,16 @@ def separation_by_chance(
     if not draws:
         return torch.full((classes,), math.nan, dtype=torch.float64)
     replicates = centers.train.to(unseen.dtype).repeat(draws, 1, 1)
-    assessable = torch.zeros(classes, dtype=torch.bool)
-    for k in range(classes):
-        n, m = train.count(k), unseen.count(k)
-        if n and m:
-            size = min(n, m)
-            taken = np.concatenate(list(subsets(size, m, draws, rng)))
+    sizes = [min(train.count(k), unseen.count(k)) for k in range(classes)]
+    for k, size in enumerate(sizes):
+        if size:
+            taken = np.concatenate(list(subsets(size, unseen.count(k), draws, rng)))
             member = torch.from_numpy(taken).to(device=replicates.device, dtype=replicates.dtype)
             replicates[:, k] = member @ unseen.features[unseen.index(k)].to(unseen.dtype) / size
-            assessable[k] = True
     total = torch.zeros(classes, dtype=torch.float64, device=replicates.device)
     for replicate in replicates:
         total += nearest_center(replicate)[0]
-    return torch.where(assessable.to(total.device), total / draws, math.nan)
+    return torch.where(torch.tensor(sizes, device=total.device) > 0, total / draws, math.nan)
 
 
 class NearestWrongCenter:

@@ -171,9 +171,8 @@ class Count:
     def p(self, two_sided: bool) -> float:
         """Return (1 + #) / (B + 1), of the upper tail or twice the smaller tail.
 
-        >>> count = Count(1.0, 4, 999, 999, False, 0.0)
-        >>> count.p(two_sided=False), count.p(two_sided=True)
-        (0.005, 0.01)
+        >>> [Count(1.0, 4, 999, 999, False, 0.0).p(two_sided) for two_sided in (False, True)]
+        [0.005, 0.01]
         """
         upper, lower = (1 + self.high) / (self.draws + 1), (1 + self.low) / (self.draws + 1)
         return min(1.0, 2 * min(upper, lower)) if two_sided else upper

@@ -150,11 +150,9 @@ def _check_lengths(train: ClassRows, unseen: ClassRows) -> None:
     """Refuse features of which one set is so much longer that the other would vanish beside it."""
     first, second = median(train.lengths), median(unseen.lengths)
     if first is not None and second is not None and abs(first - second) > MOST_APART:
-        times = 2.0 ** max(-1000.0, min(1000.0, second - first))
-        raise UserError(
-            f"unseen features: the median row is {times:.0e} times as long as that of the train features; "
-            "extract both with the same encoder and scale both by the same number"
-        )
+        longer = f"{2.0 ** max(-1000.0, min(1000.0, second - first)):.0e} times as long as that of the train features"
+        mend = "extract both with the same encoder and scale both by the same number"
+        raise UserError(f"unseen features: the median row is {longer}; {mend}")
 
 
 def _training_counts(train: ClassRows, class_names: Sequence[str], given: Sequence[int] | None) -> list[int]:
@@ -187,8 +185,7 @@ def _separate(
     """
     angle_s, class_s = nearest_center(centers.train)
     angle_t, class_t = nearest_center(centers.true)
-    n = torch.tensor(train.starts).diff().to(to_wrong.device)
-    m = torch.tensor(unseen.starts).diff().to(to_wrong.device)
+    n, m = (torch.tensor(side.starts).diff().to(to_wrong.device) for side in (train, unseen))
     to_true = torch.where(n > 0, n * to_wrong[1], 0) + torch.where(m > 0, m * to_wrong[2], 0)
     columns = {
         "center_shift_deg": torch.where(m > 0, angle_between(centers.train, centers.true), torch.nan),

@@ -14,6 +14,7 @@ for every class size, in float64: the comparisons are between nearly equal cosin
 """
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -144,16 +145,14 @@ def top_eigenpair(matrix: FloatArray) -> tuple[float, FloatArray]:
     import scipy.linalg  # here because both take a tenth of a second to import
     from scipy.sparse.linalg import ArpackError, eigsh
 
-    order = len(matrix)
-    power = math.frexp(float(matrix.trace()))[1]
+    order, power = len(matrix), math.frexp(float(matrix.trace()))[1]
     matrix = np.ldexp(matrix, -power)  # solvers judge rounding by fixed sizes
-    try:
-        if order <= EXACT_ORDER:
-            raise ArpackError(-1)
+    if order > EXACT_ORDER:
         start = np.random.default_rng(0).standard_normal(order)
-        values, vectors = eigsh(matrix, k=1, which="LA", v0=start, tol=1e-9, maxiter=20)
-    except ArpackError:
-        values, vectors = scipy.linalg.eigh(matrix, subset_by_index=[order - 1, order - 1], check_finite=False)
+        with suppress(ArpackError):  # no convergence, as for evenly spaced eigenvalues, or nothing but zeros
+            values, vectors = eigsh(matrix, k=1, which="LA", v0=start, tol=1e-9, maxiter=20)
+            return math.ldexp(float(values[0]), power), vectors[:, 0]
+    values, vectors = scipy.linalg.eigh(matrix, subset_by_index=[order - 1, order - 1], check_finite=False)
     return math.ldexp(float(values[0]), power), vectors[:, 0]
 
 

@@ -209,9 +209,9 @@ def _alive(features: Tensor) -> Tensor:
     """Return which features are ever not 0, bool [d]."""
     alive = torch.zeros(features.shape[1], dtype=torch.bool, device=features.device)
     for block in row_blocks(features):
-        alive |= (block != 0).any(dim=0)
         if bool(alive.all()):
             break
+        alive |= (block != 0).any(dim=0)
     return alive
 
 
