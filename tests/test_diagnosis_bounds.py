@@ -105,7 +105,7 @@ def test_held_out_fits_all_unseen_samples():
     rng = np.random.default_rng(3)
     X, y, _ = gaussian(rng, 30)
     test, test_y, _ = gaussian(rng, 50)
-    got = held_out(X, y, test, test_y, classifier=FIXED)
+    got = held_out((X, y), (test, test_y), classifier=FIXED)
     expected = SoftmaxRegression(l2=0.1).fit(X, y).score(test, test_y)
     assert got.accuracy.estimate == pytest.approx(expected, abs=0.01)
     assert got.correct.shape == (150,)

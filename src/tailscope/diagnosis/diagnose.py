@@ -127,6 +127,7 @@ def _one(
 ) -> "tuple[dict[str, Any], Outcomes | None]":
     """Return the part of a diagnosis that is one encoder's, without rows that are far too long; `counts` has them."""
     train, unseen, names = inputs.train, inputs.unseen, inputs.names
+    first, second = bursts(train, unseen)
     with runtime.progress.task("geometry", len(names)) as advance:
         geometry = describe(
             train.features.to(runtime.device),
@@ -138,7 +139,8 @@ def _one(
             permutations=settings.permutations,
             alpha=settings.alpha,
             seed=settings.seed,
-            **dict(zip(("train_bursts", "unseen_bursts"), bursts(train, unseen), strict=True)),
+            train_bursts=first,
+            unseen_bursts=second,
             progress=lambda done, total: advance(1),
         )
     warnings = [*inputs.warnings, *geometry.warnings]

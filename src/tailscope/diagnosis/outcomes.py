@@ -121,25 +121,16 @@ def cross_fitted(
     return _bound(correct, parts, INFLATION, notes)
 
 
-def held_out(
-    features: Floats,
-    labels: IntArray,
-    test_features: Floats,
-    test_labels: IntArray,
-    *,
-    classifier: str | None = None,
-    seed: int = 0,
-) -> Bound:
-    """Fit a classifier to all unseen samples [m, d] and score it on a separate test set; else as `cross_fitted`."""
-    parts = *_parts(features, labels), 1.0
-    correct = _predict(classifier, features, labels, test_features, parts, seed) == test_labels
-    return _bound(correct, parts, 1.0, _notes(features, labels))
+def held_out(unseen: Samples, test: Samples, *, classifier: str | None = None, seed: int = 0) -> Bound:
+    """Fit a classifier to all unseen samples and score it on a separate test set; else as `cross_fitted`."""
+    parts = *_parts(*unseen), 1.0
+    correct = _predict(classifier, *unseen, test[0], parts, seed) == test[1]
+    return _bound(correct, parts, 1.0, _notes(*unseen))
 
 
 def select_nested(
     correct: Mapping[str, BoolArray],
     labels: IntArray,
-    *,
     folds: int = FOLDS,
     bursts: ArrayLike | None = None,
     seed: int = 0,
@@ -379,7 +370,7 @@ def _rebalanced(
 def _fitted_bound(inputs: Inputs, unseen: Samples, scored: Samples, seed: int) -> Bound:
     try:
         if inputs.test is not None:
-            return held_out(*unseen, *scored, seed=seed)
+            return held_out(unseen, scored, seed=seed)
         return cross_fitted(*unseen, bursts=bursts(inputs.unseen)[0], seed=seed)
     except Diverged:
         raise
