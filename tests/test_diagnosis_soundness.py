@@ -114,6 +114,12 @@ def test_weak_features_show_a_permutation_though_no_single_pair_is_sure():
     assert match(train, labels, unseen, (truth + 1) % 100) is not None
 
 
+def test_a_missing_class_shows_in_weak_features_because_it_is_one_hypothesis():
+    train, labels, unseen, truth = long_tail(np.random.default_rng(0), 100, 64, 2, 200, 5, 30)
+    called = moved("a class is missing", 100)[truth]
+    assert match(train, labels, unseen[called >= 0], called[called >= 0]) is not None
+
+
 def test_too_little_to_compare_is_agreement():
     rows = np.random.default_rng(0).normal(size=(4, 3))
     assert match(rows, np.arange(4), rows[::-1].copy(), np.arange(4)) is None  # one sample a class has no spread

@@ -227,8 +227,9 @@ def moved_labels(train: ClassRows, unseen: ClassRows) -> dict[int, int] | None:
     or where the assignment of held-out to training centres with the smallest sum of squared distances has cycles of
     classes that fit far better than the given labels. A cycle of L classes counts with z^2 - 2 L log C, z being its
     gain in standard errors of both sides: of C^L assignments of noise one in exp(x / 2) gains x or more. It must
-    also turn round the order of its centres, so that no small but certain effect counts. The rows are at one scale, of
-    lengths near 1.
+    also turn round the order of its centres, so that no small but certain effect counts. That all classes from some
+    number on are one too high or too low, because a class is missing, is one of 2 C hypotheses and needs less. The rows
+    are at one scale, of lengths near 1.
     """
     shared = [k for k in range(train.classes) if train.count(k) and unseen.count(k)]
     if len(shared) < 2 or all(unseen.count(k) < 2 for k in shared):
@@ -241,7 +242,11 @@ def moved_labels(train: ClassRows, unseen: ClassRows) -> dict[int, int] | None:
     cycles = _cycles(shared, cost)
     scores = [centers.score(cost, cycle, len(cycle) * math.log(classes) if alike else 0.0) for cycle in cycles]
     found = {k: v for cycle, score in zip(cycles, scores, strict=True) if score > 0 for k, v in cycle.items()}
-    return None if alike and sum(scores) <= MARGIN else dict(sorted(found.items()))
+    if alike and sum(scores) <= MARGIN:
+        found = centers.shift(cost)
+        if centers.score(cost, found, math.log(2 * classes)) <= MARGIN:
+            return None
+    return dict(sorted(found.items()))
 
 
 class _Centers:
@@ -336,6 +341,19 @@ class _Centers:
         cost: FloatArray = 0.5 * lengths - (self._nu[self._shared] @ self._mu.T).cpu().numpy()
         cost[:, counts == 0] = np.nanmax(cost) + np.nanmax(np.abs(cost))
         return cost
+
+    def shift(self, cost: FloatArray) -> dict[int, int]:
+        """Return the best of the assignments by which all classes from some number on are one too high or low."""
+        best, least = {}, 0.0
+        for step in (1, -1):
+            moved, gain = {}, 0.0
+            for row, k in reversed(list(enumerate(self._shared))):
+                if 0 <= k + step < self._train.classes and self._train.count(k + step):
+                    moved[k] = k + step
+                    gain += cost[row, k] - cost[row, k + step]
+                    if gain > least and len(moved) > 1:
+                        best, least = dict(moved), gain
+        return best
 
     def score(self, cost: FloatArray, assigned: Mapping[int, int], price: float) -> float:
         """Return z^2 - 2 price of the gain of moving some classes, 0 for a gain of no size.
