@@ -12,8 +12,7 @@ import tailscope
 from diagnosis_cases import CENTRES, CLASSES, COUNTS, FEW, UNSEEN, around, head_biased, scattered, separable, table
 from tailscope import cli
 from tailscope.diagnosis.inputs import Inputs, far_notes, without_far_rows
-from tailscope.diagnosis.label_match import _Sets, match_labels
-from tailscope.diagnosis.soundness import below_chance, common_factor, mixed_rows
+from tailscope.diagnosis.soundness import _Centers, below_chance, common_factor, mixed_rows, moved_labels
 from tailscope.errors import UserError
 from tailscope.measures import group_rows
 from tailscope.tables.table import LinearLayer
@@ -25,7 +24,7 @@ def by_class(*sides):
 
 
 def match(train, labels, unseen, truth):
-    return match_labels(*by_class((train, labels), (unseen, truth)))
+    return moved_labels(*by_class((train, labels), (unseen, truth)))
 
 
 def long_tail(rng, classes, dims, size, most, fewest, unseen, memorised=0.0, shrunk=1.0):
@@ -60,7 +59,7 @@ def test_merely_bad_features_raise_no_alarm():
         }
         train, labels, unseen, truth = long_tail(rng, **given)
         absent = rng.integers(classes) if classes > 2 and draw % 2 else -1
-        if not match(train, labels, unseen[truth != absent], truth[truth != absent]).agree:
+        if match(train, labels, unseen[truth != absent], truth[truth != absent]) is not None:
             alarms.append(given | {"absent": absent})
     assert alarms == []
 
@@ -94,31 +93,37 @@ def test_labels_that_mean_other_classes_are_found_and_named(kind, classes):
         train, labels, unseen, truth = long_tail(np.random.default_rng(seed), classes, 64, 6, 200, 5, 30)
         called = order[truth]
         found = match(train, labels, unseen[called >= 0], called[called >= 0])
-        assert not found.agree
-        assert set(found.pairs) <= wrong
-        assert len(found.pairs) > 0.9 * len(wrong)
+        assert found is not None
+        assert found.items() <= wrong
+        assert len(found) > 0.9 * len(wrong)
 
 
 def test_classes_without_part_in_a_closed_cycle_add_nothing_to_its_error(monkeypatch):
     """Hundreds of swapped pairs would otherwise each ask for every class's variance."""
     train, labels, unseen, truth = long_tail(np.random.default_rng(0), 60, 64, 6, 200, 5, 30)
-    asked, variances = [], _Sets.variances
-    monkeypatch.setattr(_Sets, "variances", lambda self, *a: asked.append(len(a[1])) or variances(self, *a))
+    asked, variances = [], _Centers._variances
+    monkeypatch.setattr(_Centers, "_variances", lambda self, *a: asked.append(len(a[1])) or variances(self, *a))
     found = match(train, labels, unseen, truth ^ 1)
-    assert found.pairs == tuple((k, k ^ 1) for k in range(60))
+    assert found == {k: k ^ 1 for k in range(60)}
     assert sorted(asked)[:-2] == [2] * (len(asked) - 2)  # the first two are of all centres as a whole
 
 
 def test_weak_features_show_a_permutation_though_no_single_pair_is_sure():
     train, labels, unseen, truth = long_tail(np.random.default_rng(0), 100, 64, 2, 200, 2, 30)
-    assert match(train, labels, unseen, truth).agree
-    assert not match(train, labels, unseen, (truth + 1) % 100).agree
+    assert match(train, labels, unseen, truth) is None
+    assert match(train, labels, unseen, (truth + 1) % 100) is not None
+
+
+def test_a_missing_class_shows_in_weak_features_because_it_is_one_hypothesis():
+    train, labels, unseen, truth = long_tail(np.random.default_rng(0), 100, 64, 2, 200, 5, 30)
+    called = moved("a class is missing", 100)[truth]
+    assert match(train, labels, unseen[called >= 0], called[called >= 0]) is not None
 
 
 def test_too_little_to_compare_is_agreement():
     rows = np.random.default_rng(0).normal(size=(4, 3))
-    assert match(rows, np.arange(4), rows[::-1].copy(), np.arange(4)).agree  # one sample a class has no spread
-    assert match(rows, np.arange(4) % 2, rows, np.zeros(4, int)).agree
+    assert match(rows, np.arange(4), rows[::-1].copy(), np.arange(4)) is None  # one sample a class has no spread
+    assert match(rows, np.arange(4) % 2, rows, np.zeros(4, int)) is None
 
 
 def labelled(change):

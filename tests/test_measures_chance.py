@@ -20,11 +20,10 @@ from tailscope.measures.chance import (
     false_discovery,
     group_p,
     make_pool,
-    needs_more,
     standardize,
     statistics,
 )
-from tailscope.measures.measure import lanczos, moments, top_eigenpair
+from tailscope.measures.measure import moments, top_eigenpair
 from tailscope.measures.rows import all_subsets, subsets
 
 
@@ -130,7 +129,6 @@ def test_q_values_equal_the_definition():
         else:
             rank = known.index(value)
             assert q == pytest.approx(min(min(1, known[i] * len(known) / (i + 1)) for i in range(rank, len(known))))
-    assert not needs_more([None, 0.5], 0.001, 0.05)
 
 
 def test_unbiased_norms_are_means_over_quadruples():
@@ -140,8 +138,8 @@ def test_unbiased_norms_are_means_over_quadruples():
         norm.append(((a - b) @ (c - d)).item() ** 2 / 4)
         trace.append(((a - b).square().sum() * (c - d).square().sum()).item() / 4)
     found = moments(rows - rows.mean(0), torch.arange(6))
-    assert found.covariance_norm_unbiased == pytest.approx(np.sqrt(np.mean(norm)))
-    assert found.effective_rank == pytest.approx(np.mean(trace) / np.mean(norm))
+    assert found["covariance_norm_unbiased"] == pytest.approx(np.sqrt(np.mean(norm)))
+    assert found["effective_rank"] == pytest.approx(np.mean(trace) / np.mean(norm))
 
 
 SPECTRA = {
@@ -163,8 +161,6 @@ def test_top_eigenpair_of_large_matrices(kind):
     assert value == pytest.approx(max(SPECTRA[kind]), rel=1e-9, abs=1e-12)
     assert np.linalg.norm(vector) == pytest.approx(1)
     assert np.allclose(matrix @ vector, value * vector, rtol=0, atol=1e-6)
-    # Evenly spaced eigenvalues do not converge: LAPACK has to decide.
-    assert (lanczos(matrix) is None) == (kind == "even")
 
 
 def exchangeable(rng, classes, n, m, d):

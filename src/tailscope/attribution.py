@@ -20,9 +20,11 @@ BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int64]
 Weights = Mapping[str, float]
 
-GAP: Weights = {"true->true": 1.0, "lt->lt": -1.0}
-REPRESENTATION: Weights = {"true->lt": 0.5, "lt->lt": -0.5, "true->true": 0.5, "lt->true": -0.5}
-CLASSIFIER: Weights = {"lt->true": 0.5, "lt->lt": -0.5, "true->true": 0.5, "true->lt": -0.5}
+WEIGHTS: Mapping[str, Weights] = {
+    "gap": {"true->true": 1.0, "lt->lt": -1.0},
+    "representation": {"true->lt": 0.5, "lt->lt": -0.5, "true->true": 0.5, "lt->true": -0.5},
+    "classifier": {"lt->true": 0.5, "lt->lt": -0.5, "true->true": 0.5, "true->lt": -0.5},
+}
 INTERACTION: Weights = {"true->true": 1.0, "true->lt": -1.0, "lt->true": -1.0, "lt->lt": 1.0}
 
 # The third level: `matched` is class-balanced with as many samples as lt, so the step lt -> matched changes the
@@ -42,14 +44,12 @@ MATCHED: Mapping[str, Mapping[str, Weights]] = {
 def summarize(correct: BoolArray, labels: IntArray, groups: Sequence[str | None]) -> dict[str, Any]:
     """Return one cell of a result table: accuracy with intervals, recall per class and per group.
 
+    Recalls are means over seeds; a group's is the mean of its classes'. Both are None without test items.
+
     Args:
         correct: [S, M] of bool: seeds by test items, whether top-1 was right.
         labels: [M] classes of the test items, below C.
         groups: [C] head, body, tail or None, as `tailscope.groups.assign_groups` gives them.
-
-    Returns:
-        `accuracy` per seed, `mean`, `ci95`, `ci95_seeds`, `ci95_kind`; `per_class` [C]: recall, mean over seeds, None
-        for classes without test items; `groups`: mean recall of each group's classes, None where there is none.
 
     >>> cell = summarize(np.array([[True, False, True]]), np.array([0, 0, 1]), [None, None])
     >>> cell["per_class"], cell["ci95_kind"]
@@ -58,10 +58,7 @@ def summarize(correct: BoolArray, labels: IntArray, groups: Sequence[str | None]
     _check(correct, labels, groups)
     interval = proportion(correct)
     recall = _class_means(correct.astype(np.float64), labels, len(groups))
-    by_group = {}
-    for name in GROUPS:
-        found = [r for r, group in zip(recall, groups, strict=True) if group == name and r is not None]
-        by_group[name] = float(np.mean(found)) if found else None
+    members = {name: [r for r, g in zip(recall, groups, strict=True) if g == name and r is not None] for name in GROUPS}
     return {
         "accuracy": [float(a) for a in correct.mean(axis=1)],
         "mean": interval.estimate,
@@ -69,7 +66,7 @@ def summarize(correct: BoolArray, labels: IntArray, groups: Sequence[str | None]
         "ci95_seeds": as_list(interval.ci95_seeds),
         "ci95_kind": interval.kind,
         "per_class": recall,
-        "groups": by_group,
+        "groups": {name: float(np.mean(found)) if found else None for name, found in members.items()},
     }
 
 
@@ -78,9 +75,8 @@ def attribute(correct: Mapping[str, BoolArray], labels: IntArray, groups: Sequen
 
     Args:
         correct: [S, M] of bool for each of "lt->lt", "lt->true", "true->lt", "true->true" (backbone -> classifier),
-            paired by seed and test item. Where the `matched` cells are present too ("matched->lt" and
-            "matched->true", "lt->matched" and "true->matched"), that part is split again into imbalance and number of
-            samples.
+            paired by seed and test item. Where a part's `matched` cells are present too ("matched->lt" and
+            "matched->true", "lt->matched" and "true->matched"), it is split again into imbalance and sample count.
         labels: [M] classes of the test items.
         groups: [C] head, body, tail or None.
 
@@ -103,11 +99,7 @@ def attribute(correct: Mapping[str, BoolArray], labels: IntArray, groups: Sequen
         _check(outcomes, labels, groups)
     if len({outcomes.shape for outcomes in correct.values()}) > 1:
         raise ValueError("the cells differ in their seeds or test items")
-    values = {
-        "gap": _combine(correct, GAP),
-        "representation": _combine(correct, REPRESENTATION),
-        "classifier": _combine(correct, CLASSIFIER),
-    }
+    values = {name: _combine(correct, weights) for name, weights in WEIGHTS.items()}
     gap = paired(values["gap"])
     interaction = paired(_combine(correct, INTERACTION))
     parts = {name: _part(values[name], values["gap"], gap) for name in ("representation", "classifier")}
@@ -123,8 +115,11 @@ def attribute(correct: Mapping[str, BoolArray], labels: IntArray, groups: Sequen
         "interaction_ci95": as_list(interaction.ci95),
         "interaction_ci95_seeds": as_list(interaction.ci95_seeds),
         "order_matters": order_matters,
-        "groups": _by_group(values, labels, groups),
-        "per_class": _by_class(values, labels, len(groups)),
+        "groups": {name: _group(values, np.array([group == name for group in groups])[labels]) for name in GROUPS},
+        "per_class": {
+            "test_share": (np.bincount(labels, minlength=len(groups)) / len(labels)).tolist(),
+            **{part: _class_means(v, labels, len(groups)) for part, v in values.items()},
+        },
         "matched": _matched(correct),
         "notes": _notes(gap, len(values["gap"]), parts["representation"]["share"] is not None, order_matters),
     }
@@ -132,9 +127,7 @@ def attribute(correct: Mapping[str, BoolArray], labels: IntArray, groups: Sequen
 
 def _combine(correct: Mapping[str, BoolArray], weights: Weights) -> FloatArray:
     """Return the weighted sum of the cells' outcomes, [S, M]."""
-    total = np.zeros(next(iter(correct.values())).shape)
-    for cell, weight in weights.items():
-        total += weight * correct[cell]
+    total: FloatArray = np.sum([weight * correct[cell] for cell, weight in weights.items()], axis=0)
     return total
 
 
@@ -146,22 +139,12 @@ def _part(part: FloatArray, total: FloatArray, gap: Interval) -> dict[str, Any]:
     return {**points.to_json(), "share": share, "share_ci95": as_list(share_ci95)}
 
 
-def _by_group(
-    values: Mapping[str, FloatArray], labels: IntArray, groups: Sequence[str | None]
-) -> dict[str, dict[str, Any] | None]:
-    """Return each group's points among its own test items, None where it has no test items."""
-    found: dict[str, dict[str, Any] | None] = {}
-    for name in GROUPS:
-        members = np.array([group == name for group in groups])[labels]
-        parts = {part: paired(v[:, members]).to_json() for part, v in values.items()} if members.any() else None
-        found[name] = None if parts is None else {"test_share": float(members.mean()), **parts}
-    return found
-
-
-def _by_class(values: Mapping[str, FloatArray], labels: IntArray, classes: int) -> dict[str, list[Any]]:
-    """Return each class's points, [C] a part, and its share of the test items."""
-    test_share = (np.bincount(labels, minlength=classes) / len(labels)).tolist()
-    return {"test_share": test_share, **{part: _class_means(v, labels, classes) for part, v in values.items()}}
+def _group(values: Mapping[str, FloatArray], members: BoolArray) -> dict[str, Any] | None:
+    """Return a group's points among its own test items, None where it has no test items."""
+    if not members.any():
+        return None
+    parts = {part: paired(v[:, members]).to_json() for part, v in values.items()}
+    return {"test_share": float(members.mean()), **parts}
 
 
 def _matched(correct: Mapping[str, BoolArray]) -> dict[str, Any] | None:
@@ -176,25 +159,20 @@ def _matched(correct: Mapping[str, BoolArray]) -> dict[str, Any] | None:
 
 def _class_means(values: FloatArray, labels: IntArray, classes: int) -> list[float | None]:
     """Return the mean over seeds and over each class's items, None for classes without items."""
-    counts = np.bincount(labels, minlength=classes)
-    sums = np.bincount(labels, weights=values.mean(axis=0), minlength=classes)
+    counts, sums = (np.bincount(labels, weight, minlength=classes) for weight in (None, values.mean(axis=0)))
     return [float(s / n) if n else None for s, n in zip(sums, counts, strict=True)]
 
 
 def _notes(gap: Interval, seeds: int, divided: bool, order_matters: bool) -> list[str]:
     """Return what a reader must know before quoting the numbers."""
-    notes = []
-    if seeds == 1:
-        notes.append("one seed: this pair of trainings only")
-    if seeds == 2:
-        notes.append("two seeds: points only, no intervals and no shares")
-    if gap.estimate <= 0:
-        notes.append("no long-tail gap")
-    elif not divided and seeds != 2:
-        notes.append("gap too small to divide")
-    if order_matters:
-        notes.append("the order of replacement decides which part is larger")
-    return notes
+    notes = {
+        "one seed: this pair of trainings only": seeds == 1,
+        "two seeds: points only, no intervals and no shares": seeds == 2,
+        "no long-tail gap": gap.estimate <= 0,
+        "gap too small to divide": gap.estimate > 0 and not divided and seeds != 2,
+        "the order of replacement decides which part is larger": order_matters,
+    }
+    return [note for note, holds in notes.items() if holds]
 
 
 def _check(correct: BoolArray, labels: IntArray, groups: Sequence[str | None]) -> None:

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 GROUPS = ("head", "body", "tail")
 
 
@@ -22,11 +24,6 @@ def assign_groups(counts: Sequence[int]) -> tuple[list[str | None], str]:
         return list(by_count), "counts"
     if len(counts) < 3:
         return [None] * len(counts), "thirds"
-    order = sorted(range(len(counts)), key=lambda k: (-counts[k], k))
-    third, extra = divmod(len(counts), 3)
-    sizes = [third + (extra > 0), third + (extra > 1), third]
-    names = [name for name, size in zip(GROUPS, sizes, strict=True) for _ in range(size)]
-    groups: list[str | None] = [None] * len(counts)
-    for k, name in zip(order, names, strict=True):
-        groups[k] = name
-    return groups, "thirds"
+    thirds = np.array_split(sorted(range(len(counts)), key=lambda k: (-counts[k], k)), 3)
+    found = {int(k): name for name, third in zip(GROUPS, thirds, strict=True) for k in third}
+    return [found[k] for k in range(len(counts))], "thirds"

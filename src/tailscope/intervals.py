@@ -28,10 +28,9 @@ class Gap(TypedDict):
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its 95 % intervals; all in the unit of the values.
+    """An estimate, the mean over seeds and items, with its 95 % intervals; all in the unit of the values.
 
     Attributes:
-        estimate: the mean over seeds and items.
         ci95: for new seeds and new test items ("mover"); with one seed, for this very training on new test items
             ("item"); None with two seeds or with a single item.
         ci95_seeds: for new seeds on these test items (t over seeds); None below three seeds.
@@ -45,7 +44,7 @@ class Interval:
 
     def to_json(self) -> dict[str, Any]:
         """Return `points`, `ci95` and `ci95_seeds` as result files hold them."""
-        return {"points": self.estimate, "ci95": as_list(self.ci95), "ci95_seeds": as_list(self.ci95_seeds)}
+        return {**self.gap(), "ci95_seeds": as_list(self.ci95_seeds)}
 
     def gap(self) -> Gap:
         """Return the same without the interval over seeds."""
@@ -71,13 +70,10 @@ def as_list(bounds: Bounds | None) -> list[float] | None:
 
 
 def paired(values: ArrayLike) -> Interval:
-    """Estimate the mean of any statistic that has one value per seed and test item.
+    """Estimate the mean of any statistic that has one value per seed and test item, [S, M].
 
     Differences between models are paired by passing the per-item differences, so `paired(correct_a - correct_b)`
     (as floats) compares two accuracies.
-
-    Args:
-        values: [S, M], seeds by test items.
 
     Raises:
         ValueError: `values` is not a matrix of finite numbers with at least one entry.
@@ -91,15 +87,15 @@ def paired(values: ArrayLike) -> Interval:
     seeds = len(matrix)
     estimate = float(matrix.mean())
     by_seed, by_item = (float(v[0, 0]) for v in variance_components(matrix[None]))
+    several = matrix.shape[1] > 1
     if seeds < 3:
-        item_only = seeds == 1 and matrix.shape[1] > 1
-        ci95 = _around(estimate, Z * by_item**0.5) if item_only else None
-        return Interval(estimate, ci95, None, "item" if item_only else None)
+        if seeds == 2 or not several:
+            return Interval(estimate, None, None, None)
+        return Interval(estimate, _around(estimate, Z * by_item**0.5), None, "item")
     t = float(special.stdtrit(seeds - 1, 0.975))
     over_seeds = _around(estimate, t * by_seed**0.5)
-    if matrix.shape[1] < 2:
-        return Interval(estimate, None, over_seeds, None)
-    return Interval(estimate, _around(estimate, (t**2 * by_seed + Z**2 * by_item) ** 0.5), over_seeds, "mover")
+    both = _around(estimate, (t**2 * by_seed + Z**2 * by_item) ** 0.5) if several else None
+    return Interval(estimate, both, over_seeds, "mover" if several else None)
 
 
 def proportion(correct: ArrayLike) -> Interval:
@@ -114,27 +110,20 @@ def proportion(correct: ArrayLike) -> Interval:
     if not np.isin(outcomes, (0.0, 1.0)).all():
         raise ValueError("an accuracy needs outcomes that are 0 or 1")
     interval = paired(outcomes)
-    if len(outcomes) == 1:
-        return Interval(interval.estimate, _wilson(interval.estimate, outcomes.size), None, "item")
-    return Interval(interval.estimate, _clip(interval.ci95), _clip(interval.ci95_seeds), interval.kind)
-
-
-def _wilson(share: float, number: int) -> Bounds:
-    extra = Z**2 / number
+    if len(outcomes) > 1:
+        return Interval(interval.estimate, _clip(interval.ci95), _clip(interval.ci95_seeds), interval.kind)
+    share, extra = interval.estimate, Z**2 / outcomes.size
     middle = (share + extra / 2) / (1 + extra)
-    half = Z / (1 + extra) * math.sqrt(share * (1 - share) / number + extra / (4 * number))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    half = Z / (1 + extra) * math.sqrt(share * (1 - share) / outcomes.size + extra / (4 * outcomes.size))
+    return Interval(share, _clip(_around(middle, half)), None, "item")
 
 
 def ratio(numerator: ArrayLike, denominator: ArrayLike) -> Bounds | None:
     """Return Fieller's (1954) 95 % interval for mean(numerator) / mean(denominator), or None where it is unbounded.
 
     The covariance is the total one, of seeds and items, referred to t with S - 1 degrees of freedom (conservative);
-    with one seed it is that of the items, referred to the normal distribution. Two seeds have no interval.
-
-    Args:
-        numerator: [S, M].
-        denominator: [S, M], of the same seeds and items.
+    with one seed it is that of the items, referred to the normal distribution. Two seeds have no interval. Both are
+    [S, M], of the same seeds and items.
     """
     both = np.stack([_matrix(numerator), _matrix(denominator)])
     seeds, items = both.shape[1:]
@@ -158,34 +147,22 @@ def variance_components(values: FloatArray) -> tuple[FloatArray, FloatArray]:
     The seed part is the covariance of the per-seed means over S; it holds the seed-by-item residual. The item part is
     the covariance of the per-item means over M, less the residual that they too contain; where that correction would
     make it negative it is cut at 0 (its nearest positive semi-definite matrix). With one seed the residual cannot be
-    told from the item part and stays in it.
-
-    Args:
-        values: [K, S, M].
-
-    Returns:
-        two [K, K] matrices; their sum estimates the covariance over new seeds and new items.
+    told from the item part and stays in it. From values [K, S, M] come two matrices [K, K]; their sum estimates the
+    covariance over new seeds and new items.
     """
     statistics, seeds, items = values.shape
     seed_means, item_means = values.mean(axis=2), values.mean(axis=1)
     none = np.zeros((statistics, statistics))
-    by_seed = _covariance(seed_means) / seeds if seeds > 1 else none
+    by_seed = np.cov(seed_means).reshape(none.shape) / seeds if seeds > 1 else none
     if items < 2:
         return by_seed, none
-    by_item = _covariance(item_means) / items
+    by_item = np.cov(item_means).reshape(none.shape) / items
     if seeds > 1:
         centred = values - seed_means[:, :, None] - item_means[:, None, :] + seed_means.mean(axis=1)[:, None, None]
         residual = np.einsum("ksm,lsm->kl", centred, centred) / ((seeds - 1) * (items - 1))
         by_item = by_item - residual / (seeds * items)
     eigenvalues, vectors = np.linalg.eigh(by_item)
     return by_seed, (vectors * np.maximum(eigenvalues, 0.0)) @ vectors.T
-
-
-def _covariance(rows: FloatArray) -> FloatArray:
-    """Return the sample covariance [K, K] of K variables in rows."""
-    centred = rows - rows.mean(axis=1, keepdims=True)
-    covariance: FloatArray = centred @ centred.T / (rows.shape[1] - 1)
-    return covariance
 
 
 def _matrix(values: ArrayLike) -> FloatArray:
@@ -200,4 +177,4 @@ def _around(centre: float, half_width: float) -> Bounds:
 
 
 def _clip(bounds: Bounds | None) -> Bounds | None:
-    return None if bounds is None else (max(0.0, bounds[0]), min(1.0, bounds[1]))
+    return bounds and (max(0.0, bounds[0]), min(1.0, bounds[1]))

@@ -4,8 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Self
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,12 +13,8 @@ from rich.progress import Progress as RichProgress
 
 from tailscope.errors import one_line
 
-
-class Advance(Protocol):
-    """Called with the number of items just done."""
-
-    def __call__(self, items: int, /) -> None:
-        """Report `items` more as done."""
+Advance = Callable[[int], None]
+"""Called with the number of items just done."""
 
 
 class Progress:
@@ -45,15 +40,8 @@ class Bars(Progress):
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._bars = RichProgress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-        )
+        shown = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")
+        self._bars = RichProgress(*shown, TimeRemainingColumn(), console=console, transient=True)
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -68,7 +56,7 @@ class Bars(Progress):
         started, count = time.monotonic(), 0
         bar = self._bars.add_task(escape(one_line(description)), total=total, completed=done, rate="")
 
-        def advance(items: int, /) -> None:
+        def advance(items: int) -> None:
             nonlocal count
             count += items
             rate = count / max(1e-9, time.monotonic() - started)
@@ -93,48 +81,37 @@ class Lines(Progress):
     def __init__(self, tell: Callable[[str], object], clock: Callable[[], float] = time.monotonic) -> None:
         self._tell, self._clock = tell, clock
         self._started = self._told = clock()
-        self._open: list[_Task] = []
+        self._open: list[Callable[[float], str]] = []
 
     @contextmanager
     def task(self, description: str, total: int, done: int = 0) -> Iterator[Advance]:
         """Count items, and print a line from time to time."""
-        task = _Task(one_line(description), total, done, done, self._clock())
-        self._open.append(task)
+        started, finished = self._clock(), done
 
-        def advance(items: int, /) -> None:
-            task.done += items
+        def advance(items: int) -> None:
+            nonlocal finished
+            finished += items
             self.safe_point()
 
+        def line(now: float) -> str:
+            text = f"{one_line(description)}: {finished:,}/{total:,}"
+            rate = (finished - done) / max(1e-9, now - started)
+            if rate >= 1:
+                text += f", {rate:,.0f}/s"
+            return f"{text}, {duration((total - finished) / rate)} left" if rate else text
+
+        self._open.append(line)
         try:
             yield advance
         finally:
-            self._open.remove(task)
+            self._open.remove(line)
 
     def safe_point(self) -> None:
         """Print a line on the innermost task, if the last line is a minute old."""
         now = self._clock()
         if now - self._told >= self.EVERY and self._open:
             self._told = now
-            self._tell(f"[{duration(now - self._started)}] {self._open[-1].line(now)}")
-
-
-@dataclass(eq=False)
-class _Task:
-    """A piece of work: items done of all, those that were done before, and since when it runs."""
-
-    description: str
-    total: int
-    done: int
-    before: int
-    started: float
-
-    def line(self, now: float) -> str:
-        text = f"{self.description}: {self.done:,}/{self.total:,}"
-        rate = (self.done - self.before) / max(1e-9, now - self.started)
-        if rate == 0:
-            return text
-        left = (self.total - self.done) / rate
-        return f"{text}, {rate:,.0f}/s, {duration(left)} left" if rate >= 1 else f"{text}, {duration(left)} left"
+            self._tell(f"[{duration(now - self._started)}] {self._open[-1](now)}")
 
 
 def duration(seconds: float) -> str:
@@ -187,7 +164,7 @@ class Deadline(Progress):
         return self._end - self._clock()
 
     def task(self, description: str, total: int, done: int = 0) -> AbstractContextManager[Advance]:
-        """Open the task of the progress that this one passes on to."""
+        """Open a task of the progress that this one passes on to."""
         self._last = None
         return self._progress.task(description, total, done)
 
@@ -196,11 +173,7 @@ class Deadline(Progress):
         self._progress.note(text)
 
     def safe_point(self) -> None:
-        """Stop the work where the next stretch would end after the limit.
-
-        Raises:
-            TimeIsUp: it would.
-        """
+        """Raise `TimeIsUp` where the next stretch would end after the limit."""
         self._progress.safe_point()
         now = self._clock()
         stretch = 0.0 if self._last is None else now - self._last

@@ -9,12 +9,13 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize
+from scipy.special import softmax
 from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.multiclass import check_classification_targets
@@ -35,13 +36,9 @@ class Diverged(ValueError):
 
 
 class FeatureClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
-    """A classifier on features [N, d] that has one logit a class.
+    """A classifier on features [N, d] that has one logit a class; `classes_` [C] are the labels, sorted.
 
     Features of 32 and 64 bits are computed with as they are; integers and 16 bits become float32.
-
-    Attributes:
-        classes_: [C] the labels, sorted; every [C] axis is in this order.
-        n_features_in_: d.
     """
 
     def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
@@ -68,21 +65,19 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             Diverged: a logit is NaN or infinite.
         """
         checked = self._checked(X)
-        best = []
+        best = np.empty(len(checked), dtype=np.int64)
         for rows in row_blocks(len(checked), len(self.classes_)):
             with np.errstate(over="ignore", invalid="ignore"):  # told by the next line
                 logits = self._logits(checked[rows])
             if not np.isfinite(logits).all():
                 raise Diverged("logits are not finite")
-            best.append(logits.argmax(axis=1))
-        labels: NDArray[Any] = self.classes_[np.concatenate(best)]
+            best[rows] = logits.argmax(axis=1)
+        labels: NDArray[Any] = self.classes_[best]
         return labels
 
     def predict_proba(self, X: ArrayLike) -> Floats:
         """Return the softmax of the logits, [N, C]."""
-        logits = self.logits(X)
-        exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-        probabilities: Floats = exponentials / exponentials.sum(axis=1, keepdims=True)
+        probabilities: Floats = softmax(self.logits(X), axis=1)
         return probabilities
 
     def _checked(self, X: ArrayLike) -> Floats:
@@ -91,11 +86,7 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return checked
 
     def _training_data(self, X: ArrayLike, y: ArrayLike) -> tuple[Floats, IntArray]:
-        """Check what `fit` is given, set `classes_`, and return features and class indices.
-
-        Raises:
-            ValueError: NaN or infinite features, unequal lengths, labels that are no classes, a single class.
-        """
+        """Check what `fit` is given, set `classes_`, and return features and class indices."""
         features, labels = validate_data(self, X, y, dtype=[np.float32, np.float64])
         check_classification_targets(labels)
         self.classes_, codes = np.unique(labels, return_inverse=True)
@@ -105,12 +96,7 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
 
 class LinearClassifier(FeatureClassifier):
-    """A classifier whose logits are `X @ coef_.T + intercept_`.
-
-    Attributes:
-        coef_: [C, d].
-        intercept_: [C].
-    """
+    """A classifier whose logits are `X @ coef_.T + intercept_`, of `coef_` [C, d] and `intercept_` [C]."""
 
     coef_: Floats
     intercept_: Floats
@@ -132,11 +118,7 @@ class Rebalanced(FeatureClassifier):
     base: str | LinearClassifier = "softmax"
 
     def _fitted_base(self, X: Floats, codes: IntArray) -> LinearClassifier:
-        """Return a new classifier fitted as `base` says; a frozen one stays as it is.
-
-        Raises:
-            ValueError: `base` has no linear logits, or was fitted on other classes than those in `codes`.
-        """
+        """Return a new classifier fitted as `base` says; a frozen one stays as it is."""
         y = self.classes_[codes]
         fitted = (CLASSIFIERS.make(self.base) if isinstance(self.base, str) else clone(self.base)).fit(X, y)
         if not (hasattr(fitted, "coef_") and hasattr(fitted, "intercept_")):
@@ -150,8 +132,7 @@ class Rebalanced(FeatureClassifier):
 def row_blocks(rows: int, classes: int) -> Iterator[slice]:
     """Yield slices of rows whose logits fit in a small block of memory."""
     step = max(1, LOGITS_AT_ONCE // classes)
-    for start in range(0, rows, step):
-        yield slice(start, start + step)
+    yield from (slice(start, start + step) for start in range(0, rows, step))
 
 
 def stratified_holdout(codes: IntArray, seed: int) -> NDArray[np.bool_]:
@@ -160,17 +141,14 @@ def stratified_holdout(codes: IntArray, seed: int) -> NDArray[np.bool_]:
     >>> int(stratified_holdout(np.array([0] * 10 + [1] * 2 + [2]), seed=0).sum())
     3
     """
-    generator = np.random.default_rng(seed)
-    held_out = np.zeros(len(codes), dtype=bool)
+    generator, held_out = np.random.default_rng(seed), np.zeros(len(codes), dtype=bool)
     for k in range(codes.max() + 1):
         members = generator.permutation(np.flatnonzero(codes == k))
-        if len(members) > 1:
-            held_out[members[: max(1, round(0.2 * len(members)))]] = True
+        held_out[members[: max(len(members) > 1, round(0.2 * len(members)))]] = True
     return held_out
 
 
-@dataclass(frozen=True)
-class Stopping:
+class Stopping(NamedTuple):
     """When to stop: at an iteration that lowers the objective f by less than tol * max(1, f), or after max_iter."""
 
     tol: float
@@ -185,19 +163,11 @@ def minimise(
     classes: int,
     stopping: Stopping,
 ) -> tuple[list[Tensor], int]:
-    """Minimise penalty(p) + sum over blocks of row_loss(expand(p), block) over the parameters p.
+    """Minimise penalty(p) + sum over blocks of row_loss(expand(p), block) over the parameters p, from `start` on.
 
-    Args:
-        start: initial parameters.
-        expand: returns what `row_loss` needs, computed once per evaluation, and the penalty (a scalar).
-        row_loss: the loss summed over the rows of a slice (a scalar).
-        rows: N.
-        classes: C, which sets the size of the blocks.
-        stopping: tolerance and limit.
-
-    Returns:
-        the expanded parameters at the minimum and the number of iterations; a ConvergenceWarning where the limit
-        came first.
+    `expand` returns what `row_loss` needs, computed once per evaluation, and the penalty; `row_loss` the loss summed
+    over a slice of the N rows. Returned are the expanded parameters at the minimum and the number of iterations, with a
+    ConvergenceWarning where the limit came first.
 
     Raises:
         Diverged: the loss or its gradient is not finite.
@@ -256,25 +226,20 @@ def fit_softmax(
         X: [N, d].
         y: [N] class indices; every class of 0 ... C-1 occurs.
         class_weight: [C], the mean over samples being 1.
-        l2: strength of the penalty, >= 0.
+        l2: >= 0.
         stopping: tolerance and limit.
         offset: [C] added to the logits in training only.
         smoothing: [C] in [0, 1).
-        start: weight [C, d] and bias [C] to begin at instead of 0.
-
-    Returns:
-        weight [C, d], bias [C], number of iterations.
+        start: weight [C, d] and bias [C] to begin at instead of 0; as is returned, with the number of iterations.
 
     Raises:
         Diverged: the loss or its gradient is not finite.
     """
     features, span, origin = _row_space(shared_tensor(X))
-    labels, width = torch.from_numpy(y), X.shape[1]
-    rows, dims = features.shape
-    classes = len(class_weight)
-    dtype = features.dtype
+    labels = torch.from_numpy(y)
+    (rows, dims), classes, dtype = features.shape, len(class_weight), features.dtype
     sample_weight = torch.tensor(class_weight, dtype=dtype)[labels] / rows
-    mean, variance, basis, inverse = _damped_whitening(features, sample_weight, l2, width)
+    mean, variance, basis, inverse = _damped_whitening(features, sample_weight, l2, X.shape[1])
     shift = torch.tensor(np.zeros(classes) if offset is None else offset, dtype=dtype)
     smooth = None if smoothing is None else torch.tensor(smoothing, dtype=dtype)[labels] * classes / (classes - 1)
 
@@ -309,11 +274,9 @@ def shared_tensor(X: Floats) -> Tensor:
 
 
 def _row_space(features: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return features in coordinates of the span of their centred rows, where N < d; else as they are.
+    """Return features in coordinates of the span of their centred rows, where N < d; else as they are, None and zeros.
 
-    Returns:
-        the coordinates [N, N]; in float64 the span's orthonormal basis [d, N] and the mean [d] from which they count.
-        Or the features, None and zeros.
+    The coordinates are [N, N]; beside them, in float64, the span's orthonormal basis [d, N] and the mean [d].
     """
     rows, dims = features.shape
     if rows >= dims:
@@ -327,9 +290,7 @@ def _row_space(features: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
 def _damped_whitening(
     features: Tensor, sample_weight: Tensor, l2: float, width: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the weighted mean [d], the mean variance, and [d, d] matrices B and A: W = z B' and z = W A.
-
-    `width` is the number of features before they were turned, over which the variance is averaged.
+    """Return the weighted mean [d], the variance averaged over `width` features, and [d, d] B and A: W = z B', z = W A.
 
     Half the covariance bounds the curvature of the cross-entropy (Böhning 1992). A tenth of the mean variance is added
     to it, because full whitening also stretches directions that carry little but noise, which slows the search.
@@ -342,8 +303,7 @@ def _damped_whitening(
         covariance += ((centred * sample_weight[block, None]).T @ centred).double()
     covariance /= total
     variance = covariance.trace() / width
-    if variance <= 0:  # constant features: any scale does
-        variance = torch.ones_like(variance)
+    variance = torch.where(variance > 0, variance, 1)  # of constant features any scale does
     eigenvalues, vectors = torch.linalg.eigh(covariance)
     scale = (0.5 * eigenvalues.clamp(min=0) + (l2 + 0.1) * variance).rsqrt()
     dtype = features.dtype

@@ -28,14 +28,7 @@ if TYPE_CHECKING:
 
 IntArray = npt.NDArray[np.int64]
 ROWS_AT_ONCE, CLASSES_AT_ONCE = 4096, 512
-# What is compared, from which field, and whether less is better.
 ASPECTS = {
-    "localises": ("spread_gap_deg", True),
-    "separates": ("nearest_center_true_deg", False),
-    "compacts": ("spread_true_deg", True),
-    "margin": ("margin", False),
-}
-MEANINGS = {
     "localises": "spread gap: unseen samples lie where training samples do",
     "separates": "angle to the nearest other class's centre",
     "compacts": "angle of samples to their own centre",
@@ -64,28 +57,21 @@ def confusable_pairs(
 ) -> list[Pair]:
     """Return the pairs of classes with the smallest angle between their centres over all samples, closest first.
 
-    Args:
-        centers: [C, d], over all samples.
-        names: [C].
-        labels: [m] classes of scored samples, or None.
-        predicted: [m] what the classifier in use takes them for.
-        most: how many pairs.
+    `labels` [m] are the classes of scored samples, `predicted` what the classifier in use takes them for.
     """
     unit = unit_centers(centers.cpu(), torch.float64)[0]
-    found: list[Pair] = []
-    for i, j in closest(unit, most):
-        angle = 2 * torch.asin((unit[i] - unit[j]).norm().clamp(max=2) / 2)
-        pair: Pair = {
+    return [
+        {
             "first": names[i],
             "second": names[j],
             "first_index": i,
             "second_index": j,
-            "angle_deg": float(angle.rad2deg()),
+            "angle_deg": float((2 * torch.asin((unit[i] - unit[j]).norm().clamp(max=2) / 2)).rad2deg()),
             "first_as_second": _taken(labels, predicted, i, j),
             "second_as_first": _taken(labels, predicted, j, i),
         }
-        found.append(pair)
-    return found
+        for i, j in closest(unit, most)
+    ]
 
 
 def closest(unit: Tensor, most: int) -> list[tuple[int, int]]:
@@ -121,50 +107,43 @@ def _taken(labels: IntArray | None, predicted: IntArray | None, true: int, other
 def linear_cka(first: Tensor, second: Tensor) -> float | None:
     """Return the linear centred kernel alignment of two encoders' features of the same samples (Kornblith et al. 2019).
 
-    ||Y'X||_F^2 / (||X'X||_F ||Y'Y||_F) of centred features: 1 where they agree up to rotation and scale. With fewer
-    samples than dimensions it comes out too high. None where an encoder gives one vector only.
-
-    Args:
-        first: [n, d].
-        second: [n, e], the same samples in the same order.
+    ||Y'X||_F^2 / (||X'X||_F ||Y'Y||_F) of centred features [n, d] and [n, e]: 1 where they agree up to rotation and
+    scale. With fewer samples than dimensions it comes out too high. None where an encoder gives one vector only.
 
     >>> x = torch.randn(50, 4, generator=torch.manual_seed(0))
     >>> round(linear_cka(x, 3 * x.flip(1) + 1), 6)
     1.0
     """
     sides = [scaled(x, exponent(log2_lengths(x, "features"))) for x in (first, second)]
-    cross, own, other = _by_samples(*sides) if len(first) < max(x.shape[1] for x in sides) else _by_features(*sides)
-    return cross / (own**0.5 * other**0.5) if own > 0 and other > 0 else None
+    own, other = (_aligned(side, side) for side in sides)
+    return _aligned(*sides) / (own**0.5 * other**0.5) if own > 0 and other > 0 else None
 
 
-def _by_samples(first: Tensor, second: Tensor) -> tuple[float, float, float]:
-    """Return ||Y'X||_F^2, ||X'X||_F^2 and ||Y'Y||_F^2 of centred features from n x n kernels, where n is small."""
-    k, m = (side @ side.T for side in (x.double() - x.mean(dim=0, dtype=torch.float64) for x in (first, second)))
-    return float((k * m).sum()), float(k.square().sum()), float(m.square().sum())
+def _aligned(x: Tensor, y: Tensor) -> float:
+    """Return ||Y'X||_F^2 of centred features, from their kernels where samples are fewer than features."""
+    means = [side.mean(dim=0, dtype=torch.float64) for side in (x, y)]
+    if len(x) < max(x.shape[1], y.shape[1]):
+        k, m = (side @ side.T for side in (x - means[0], y - means[1]))
+        return float((k * m).sum())
+    product = torch.zeros(y.shape[1], x.shape[1], dtype=torch.float64)
+    for a, b in zip(*(torch.split(side, ROWS_AT_ONCE) for side in (x, y)), strict=True):
+        product += (b - means[1]).T @ (a - means[0])
+    return float(product.square().sum())
 
 
-def _by_features(first: Tensor, second: Tensor) -> tuple[float, float, float]:
-    """Return the same from products over the features."""
-    means = [x.mean(dim=0, dtype=torch.float64) for x in (first, second)]
-    d, e = first.shape[1], second.shape[1]
-    products = [torch.zeros(a, b, dtype=torch.float64) for a, b in ((e, d), (d, d), (e, e))]
-    for start in range(0, len(first), ROWS_AT_ONCE):
-        x, y = (
-            side[start : start + ROWS_AT_ONCE].double() - mean
-            for side, mean in zip((first, second), means, strict=True)
-        )
-        for product, left, right in zip(products, (y, x, y), (x, x, y), strict=True):
-            product += left.T @ right
-    cross, own, other = (float(product.square().sum()) for product in products)
-    return cross, own, other
-
-
-def pair_up(reference: FeatureTable, other: FeatureTable) -> FeatureTable:
-    """Return the other encoder's table with its samples in the reference's order: by ids, else as they stand.
+def paired_inputs(reference: Inputs, inputs: Inputs) -> Inputs:
+    """Return another encoder's inputs with the samples in the reference's order: by ids, else as they stand.
 
     Raises:
-        UserError: the samples are not the same.
+        UserError: the classes, or the samples, are not the same.
     """
+    if inputs.names != reference.names or (inputs.test is None) != (reference.test is None):
+        raise UserError(f"{inputs.train.source}: other classes than {reference.train.source}; compare the same data")
+    ordered: dict[str, Any] = {part: _in_order(table, inputs.tables[part]) for part, table in reference.tables.items()}
+    return replace(inputs, **ordered)
+
+
+def _in_order(reference: FeatureTable, other: FeatureTable) -> FeatureTable:
     where = f"{other.source}: its samples are not those of {reference.source}"
     if reference.ids is not None and other.ids is not None:
         first, second = (np.argsort(ids, kind="stable") for ids in (reference.ids, other.ids))
@@ -193,22 +172,19 @@ def same_names(reference: FeatureTable, other: FeatureTable) -> FeatureTable:
 def compare(
     inputs: Mapping[str, Inputs], results: Mapping[str, dict[str, Any]], outcomes: "Mapping[str, Outcomes | None]"
 ) -> dict[str, Any]:
-    """Return `comparison` of a diagnosis: every encoder against the first.
+    """Return `comparison` of a diagnosis, every encoder against the first, from paired inputs and from their results.
 
-    Args:
-        inputs: by encoder's name, paired by `pair_up`.
-        results: diagnosis of each.
-        outcomes: who gets which sample right under each, None without a verdict.
+    `outcomes` says who gets which sample right under each, None without a verdict.
     """
     reference, *others = inputs
     return {
         "reference": reference,
-        "aspects": MEANINGS,
+        "aspects": ASPECTS,
         "encoders": {
             name: {
                 "cka": {
-                    "train": linear_cka(inputs[reference].train.features, inputs[name].train.features),
-                    "unseen": linear_cka(inputs[reference].unseen.features, inputs[name].unseen.features),
+                    part: linear_cka(inputs[reference].tables[part].features, inputs[name].tables[part].features)
+                    for part in ("train", "unseen")
                 },
                 "accuracy": _accuracies(outcomes[reference], outcomes[name]),
                 "groups": _angles(results[reference]["classes"], results[name]["classes"]),
@@ -238,35 +214,31 @@ def _accuracies(reference: "Outcomes | None", other: "Outcomes | None") -> dict[
 
 def _angles(reference: Sequence[Entry], other: Sequence[Entry]) -> dict[str, Any]:
     """Return, for all classes and each group, every aspect's mean difference over classes and who is better."""
-    found: dict[str, Any] = {}
-    for group in ("all", *GROUPS):
-        members = [k for k, entry in enumerate(reference) if group in ("all", entry["group"])]
-        if members:
-            found[group] = {aspect: _aspect(aspect, reference, other, members) for aspect in ASPECTS}
-    return found
+    both = list(zip(reference, other, strict=True))
+    members = {group: [pair for pair in both if group in ("all", pair[0]["group"])] for group in ("all", *GROUPS)}
+    return {group: {aspect: _aspect(aspect, pairs) for aspect in ASPECTS} for group, pairs in members.items() if pairs}
 
 
-def _aspect(aspect: str, reference: Sequence[Entry], other: Sequence[Entry], members: Sequence[int]) -> dict[str, Any]:
-    field, less = ASPECTS[aspect]
-    pairs = [(_value(reference[k], field), _value(other[k], field)) for k in members]
+def _aspect(aspect: str, entries: Sequence[tuple[Entry, Entry]]) -> dict[str, Any]:
+    pairs = [(_value(aspect, a), _value(aspect, b)) for a, b in entries]
     differences = np.array([b - a for a, b in pairs if a is not None and b is not None])
-    found: dict[str, Any] = {"classes": len(differences), "difference": None, "ci95": None, "better": None}
-    if len(differences):
+    number = len(differences)
+    found: dict[str, Any] = {"classes": number, "difference": None, "ci95": None, "better": None}
+    if number:
         found["difference"] = float(differences.mean())
-    if len(differences) > 1:
+    if number > 1:
         from scipy import special
 
-        half = special.stdtrit(len(differences) - 1, 0.975) * differences.std(ddof=1) / len(differences) ** 0.5
-        low, high = float(differences.mean() - half), float(differences.mean() + half)
-        found["ci95"] = [low, high]
+        half = special.stdtrit(number - 1, 0.975) * differences.std(ddof=1) / number**0.5
+        low, high = found["ci95"] = [float(differences.mean() - half), float(differences.mean() + half)]
         if low > 0 or high < 0:
-            found["better"] = "other" if (high < 0) == less else "reference"
+            found["better"] = "other" if (high < 0) == (aspect in ("localises", "compacts")) else "reference"
     return found
 
 
-def _value(entry: Entry, field: str) -> float | None:
-    if field != "margin":
-        value: float | None = entry[field]
-        return value
+def _value(aspect: str, entry: Entry) -> float | None:
     apart, spread = entry["nearest_center_true_deg"], entry["spread_true_deg"]
-    return apart / spread if apart is not None and spread else None
+    margin = apart / spread if apart is not None and spread else None
+    values = {"localises": entry["spread_gap_deg"], "separates": apart, "compacts": spread, "margin": margin}
+    value: float | None = values[aspect]
+    return value

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailscope.device import Runtime
-from tailscope.diagnosis.compare import compare, confusable_pairs, pair_up, same_names
+from tailscope.diagnosis.compare import compare, confusable_pairs, paired_inputs, same_names
 from tailscope.diagnosis.inputs import Inputs, bursts, read, without_far_rows
 from tailscope.diagnosis.soundness import doubts, doubts_of_outcomes
 from tailscope.errors import UserError
@@ -80,7 +81,7 @@ def prepare(
             table = same_names(reference.train, table)
         inputs = read(table, second, third, linear, drop_duplicates=settings.drop_duplicates)
         name = _free_name(Path(table.source).stem, found)
-        found[name] = inputs if reference is None else _paired(reference, inputs)
+        found[name] = inputs if reference is None else paired_inputs(reference, inputs)
     return found
 
 
@@ -124,15 +125,7 @@ def run(inputs: dict[str, Inputs], settings: DiagnosisSettings, runtime: Runtime
 def _one(
     inputs: Inputs, counts: list[int], reasons: list[str], settings: DiagnosisSettings, runtime: Runtime
 ) -> "tuple[dict[str, Any], Outcomes | None]":
-    """Return the part of a diagnosis that is one encoder's.
-
-    Args:
-        inputs: without rows that are far too long.
-        counts: training samples of each class, with them.
-        reasons: why no verdict may be given.
-        settings: of the diagnosis.
-        runtime: where it is measured.
-    """
+    """Return the part of a diagnosis that is one encoder's, without rows that are far too long; `counts` has them."""
     train, unseen, names = inputs.train, inputs.unseen, inputs.names
     first, second = bursts(train, unseen)
     with runtime.progress.task("geometry", len(names)) as advance:
@@ -152,10 +145,9 @@ def _one(
         )
     warnings = [*inputs.warnings, *geometry.warnings]
     if settings.too_few_permutations:
-        needed = math.ceil(1 / settings.alpha - 1)
-        warnings.insert(
-            0, f"{settings.permutations} permutations cannot flag a group at {settings.alpha}; give {needed} or more"
-        )
+        needed = f"{math.ceil(1 / settings.alpha - 1)} or more"
+        few = f"{settings.permutations} permutations cannot flag a group at {settings.alpha}; give {needed}"
+        warnings = [few, *warnings]
     outcomes = None
     if settings.verdict:
         judged, outcomes, reasons, caveats = _judge(inputs, geometry, reasons, settings, runtime.progress)
@@ -191,14 +183,6 @@ def _judge(
     return {"accuracy": accuracy, "verdict": verdict, "advice": advice, "pairs": pairs}, outcomes, reasons, caveats
 
 
-def _paired(reference: Inputs, inputs: Inputs) -> Inputs:
-    """Return another encoder's inputs with the samples in the reference's order."""
-    if inputs.names != reference.names or (inputs.test is None) != (reference.test is None):
-        raise UserError(f"{inputs.train.source}: other classes than {reference.train.source}; compare the same data")
-    paired: dict[str, Any] = {part: pair_up(table, inputs.tables[part]) for part, table in reference.tables.items()}
-    return replace(inputs, **paired)
-
-
 def _many(given: Any) -> list[Any]:
     if given is None:
         return []
@@ -207,8 +191,5 @@ def _many(given: Any) -> list[Any]:
 
 def _free_name(name: str, taken: dict[str, Inputs]) -> str:
     """Return the name, numbered where it is taken."""
-    number, free = 1, name
-    while free in taken:
-        number += 1
-        free = f"{name} {number}"
-    return free
+    numbered = (f"{name} {number}" for number in count(2))
+    return next(free for free in chain([name], numbered) if free not in taken)

@@ -16,7 +16,6 @@ from tailscope.measures.rows import FAR, ClassRows, far, group_rows, median, uns
 from tailscope.tables.checks import listed
 from tailscope.tables.table import FeatureTable, LinearLayer, Source, align
 
-BoolArray = npt.NDArray[np.bool_]
 PARTS = ("train", "unseen", "test")
 UNEVEN = 2.0
 
@@ -30,7 +29,7 @@ class Inputs:
         unseen: features of other samples, from the true distribution.
         test: features that only score, or None: then the unseen samples score, cross-fitted.
         classifier: the classifier in use, or None.
-        names: [C] class names.
+        names: [C] of the classes.
         warnings: what was found while reading.
     """
 
@@ -53,11 +52,7 @@ class Inputs:
 
     @cached_property
     def rows(self) -> dict[str, ClassRows]:
-        """Each file's rows by class: checked, measured and sorted once.
-
-        Raises:
-            UserError: features are so small that their type keeps few digits.
-        """
+        """Each file's rows by class: checked, measured and sorted once."""
         return {
             part: group_rows(table.features, table.labels, self.names, f"{table.source}:")
             for part, table in self.tables.items()
@@ -78,13 +73,11 @@ class Inputs:
 
         Not the folder: the same numbers elsewhere are the same diagnosis, and folders are nobody else's business.
         """
-        found: dict[str, Any] = dict.fromkeys((*PARTS, "classifier"))
-        for part, table in self.tables.items():
-            found[part] = {"source": named(table.source), "sha256": _digest(table.features, table.labels)}
-        linear = self.classifier
-        if linear is not None:
-            found["classifier"] = {"source": named(linear.source), "sha256": _digest(linear.weight, linear.bias)}
-        return found
+        numbers = {part: (table.source, table.features, table.labels) for part, table in self.tables.items()}
+        if (linear := self.classifier) is not None:
+            numbers["classifier"] = linear.source, linear.weight, linear.bias
+        found = {name: {"source": named(source), "sha256": _digest(*two)} for name, (source, *two) in numbers.items()}
+        return dict.fromkeys((*PARTS, "classifier")) | found
 
 
 def read(
@@ -97,12 +90,7 @@ def read(
 ) -> Inputs:
     """Read and check what a diagnosis needs.
 
-    Args:
-        train: whatever `FeatureTable.of` takes: a table, a file, arrays or a DataFrame.
-        unseen: the same.
-        test: the same, or None.
-        classifier: a linear classifier or its file, or None.
-        drop_duplicates: leave out unseen and test samples that are also among the training (or unseen) samples.
+    `drop_duplicates` leaves out unseen and test samples that are also among the training (or unseen) samples.
 
     Raises:
         UserError: a file cannot be used, as `FeatureTable.load` and `align` say; a class has no training samples; the
@@ -111,7 +99,11 @@ def read(
     given = zip(PARTS, (train, unseen, test), strict=True)
     first, second, *third = align(*(FeatureTable.of(source, part) for part, source in given if source is not None))
     names = first.class_names or ()
-    _require_training_samples(first, names)
+    if missing := [name for name, count in zip(names, first.counts(), strict=True) if not count]:
+        raise UserError(
+            f"{first.source}: no training samples of {listed(missing)}; add some, or leave the class out of "
+            "class_names and of every file"
+        )
     linear = LinearLayer.load(Path(classifier)) if isinstance(classifier, str | Path) else classifier
     if linear is not None:
         linear = linear.aligned(names, first.width, first.source)
@@ -139,24 +131,16 @@ def bursts(*tables: FeatureTable) -> list[torch.Tensor | None]:
     return [torch.from_numpy(part.astype(np.int64)) for part in np.split(codes, ends)]
 
 
-def _require_training_samples(train: FeatureTable, names: tuple[str, ...]) -> None:
-    missing = [names[k] for k, count in enumerate(train.counts()) if not count]
-    if missing:
-        raise UserError(
-            f"{train.source}: no training samples of {listed(missing)}; add some, or leave the class out of "
-            "class_names and of every file"
-        )
-
-
 def _without_duplicates(inputs: Inputs, drop: bool) -> tuple[Inputs, list[str]]:
     """Return the inputs, later files without samples of earlier ones where `drop` asks for it, and warnings."""
     warnings = []
     for i, part in enumerate(inputs.tables):
         for first in PARTS[:i]:
             earlier, later = inputs.tables[first], inputs.tables[part]
-            shared = _shared(inputs, first, part)
-            count = int(shared.sum())
-            if not count:
+            shared = unseen_copies(inputs.rows[first], inputs.rows[part]).numpy()
+            if earlier.ids is not None and later.ids is not None and _comparable(earlier, later):
+                shared |= np.isin(later.ids, earlier.ids)
+            if not (count := int(shared.sum())):
                 continue
             if count == len(later) and drop:
                 raise UserError(f"{later.source}: every sample is also in {earlier.source}; nothing is left to compare")
@@ -168,19 +152,10 @@ def _without_duplicates(inputs: Inputs, drop: bool) -> tuple[Inputs, list[str]]:
     return inputs, warnings
 
 
-def _shared(inputs: Inputs, first: str, second: str) -> BoolArray:
-    """Return which samples of the second file are in the first: by id, or as copies within a class."""
-    earlier, later = inputs.tables[first], inputs.tables[second]
-    shared: BoolArray = unseen_copies(inputs.rows[first], inputs.rows[second]).numpy()
-    if earlier.ids is not None and later.ids is not None and earlier.ids.dtype.kind == later.ids.dtype.kind:
-        shared |= np.isin(later.ids, earlier.ids) & _same_data(earlier, later)
-    return shared
-
-
-def _same_data(a: FeatureTable, b: FeatureTable) -> bool:
-    """Whether ids may be compared: those that `features` gives are paths within a data set, or numbers."""
-    one, other = ((table.provenance or {}).get("data") for table in (a, b))
-    return one is None or other is None or one == other
+def _comparable(*tables: FeatureTable) -> bool:
+    """Whether ids mean the same: those that `features` gives are paths within a data set, or numbers."""
+    kinds = {table.ids.dtype.kind for table in tables if table.ids is not None}
+    return len(kinds) == 1 and len({(table.provenance or {}).get("data") for table in tables} - {None}) < 2
 
 
 def named(source: str) -> str:
@@ -227,12 +202,11 @@ def without_far_rows(encoders: Mapping[str, Inputs]) -> dict[str, Inputs]:
 
 def _absent(inputs: Inputs) -> list[str]:
     """Warn where a held-out table has no samples of a class: nothing can be said about it there."""
-    found = []
-    for table in inputs.tables.values():
-        missing = [name for name, count in zip(inputs.names, table.counts(), strict=True) if not count]
-        if missing:
-            found.append(f"{table.source}: no samples of {listed(missing)}, so nothing is said about them there")
-    return found
+    return [
+        f"{table.source}: no samples of {listed(missing)}, so nothing is said about them there"
+        for table in inputs.tables.values()
+        if (missing := [name for name, count in zip(inputs.names, table.counts(), strict=True) if not count])
+    ]
 
 
 def _uneven(inputs: Inputs) -> list[str]:

@@ -1,23 +1,20 @@
-"""What another classifier could reach on given features, from unseen samples of the true distribution.
+"""Who gets which sample right: the classifier in use, the best remedy, and a classifier of the true distribution.
 
 Two questions that a user without the full true training set can still answer. How well does a classifier do that was
 fitted to the true distribution (`cross_fitted`, or `held_out` where there is a test set)? And how well does the best
 of several re-balanced classifiers do, when it is not chosen on the samples that score it (`select_nested`)? Both
 return outcomes per item, so that any two classifiers can be compared by a paired interval (`difference`).
-
-Who gets which sample right: the classifier in use, the best remedy, and a classifier of the true distribution.
 """
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 from numpy.typing import ArrayLike, NDArray
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.frozen import FrozenEstimator
 
 from tailscope.classifiers import (
     CLASSIFIERS,
@@ -30,21 +27,25 @@ from tailscope.classifiers import (
 from tailscope.classifiers.base import Diverged, FeatureClassifier, Floats, IntArray, Stopping, fit_softmax
 from tailscope.classifiers.estimators import balanced_weights
 from tailscope.diagnosis.inputs import Inputs, bursts
-from tailscope.diagnosis.soundness import fit_scale
 from tailscope.errors import UserError
 from tailscope.intervals import FloatArray, Interval, paired, proportion
-from tailscope.measures.rows import scaled
+from tailscope.measures.rows import exponent, scaled
 from tailscope.progress import Progress
 from tailscope.report.text import percent
 from tailscope.seeds import derive, numpy_stream
 from tailscope.tables.table import FeatureTable
 
 BoolArray = NDArray[np.bool_]
-CLASSIFIER = "softmax(choose_l2=True, tol=1e-4)"
+Samples = tuple[Floats, IntArray]
 # Accuracies of cross-fitted classifiers vary more than independent items do, because folds share training samples: up
 # to 1.35 times as much in simulations with Gaussian and CIFAR features.
 INFLATION = 1.3
 PARTS = (0.25, 0.5)
+FOLDS = 5
+TOL = 1e-4
+LARGE_TOL, LARGE = 1e-3, 10**10  # beyond so many rows * features * classes, tolerance gives way to time
+TAUS = (0.5, 1.0, 1.5)
+MAX_ITER = 500
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,9 @@ class Bound:
     not linear, may reach more.
 
     Attributes:
-        correct: [m] of bool, per scored item.
-        accuracy: its mean, with an item interval.
-        extrapolated: the accuracy that infinitely many samples would give, by a line in 1/m, with an item interval;
-            None where there are fewer than 3 d samples a class, or where it was not asked for. It may exceed 1.
-        extrapolated_items: [m], whose mean that is: for paired comparisons.
+        correct: [m] of bool, per scored item; `accuracy` is its mean.
+        extrapolated: the accuracy that infinitely many samples would give, by a line in 1/m, the mean of
+            `extrapolated_items` [m]; None where there are fewer than 3 d samples a class. It may exceed 1.
         notes: what a reader must know.
         remedy: the re-balanced classifier that took the fitted one's place, or None.
     """
@@ -78,7 +77,7 @@ class Selection:
 
     Attributes:
         correct: [m] of bool: each item's outcome under the classifier that the other folds chose.
-        accuracy: its mean, with an item interval.
+        accuracy: its mean.
         chosen: the name that was chosen for each fold.
         best: the name chosen on all items: the one to recommend. Its own accuracy on them would flatter it.
     """
@@ -93,24 +92,16 @@ def cross_fitted(
     features: Floats,
     labels: IntArray,
     *,
-    classifier: str = CLASSIFIER,
-    folds: int = 5,
+    classifier: str | None = None,
+    folds: int = FOLDS,
     bursts: ArrayLike | None = None,
-    extrapolate: bool = True,
     seed: int = 0,
 ) -> Bound:
     """Fit a classifier to the unseen samples outside each fold and score it on the fold.
 
-    Whatever the classifier chooses, its penalty by default, it chooses inside the training folds.
-
-    Args:
-        features: [m, d] of samples that the encoder was not trained on.
-        labels: [m].
-        classifier: a call-string of `tailscope.classifiers`.
-        folds: at least 2.
-        bursts: [m] ids of related samples, which share a fold; None where there are none.
-        extrapolate: also fit on m/4 and m/2 samples and extrapolate, where there are 3 d samples a class.
-        seed: of the folds and of the classifier's own choices.
+    Whatever the classifier chooses, its penalty by default, it chooses inside the training folds. Where there are 3 d
+    samples a class it is also fitted to m/4 and m/2 of them, from which the accuracy is extrapolated. `features`
+    [m, d] are of samples that the encoder was not trained on; related ones, with one id in `bursts` [m], share a fold.
 
     Raises:
         ValueError: fewer than two folds, or fewer samples or bursts than folds.
@@ -119,60 +110,40 @@ def cross_fitted(
     if not 2 <= folds <= units:
         raise ValueError(f"cannot cut {units} {kind} into {folds} folds")
     fold_of = assign_folds(labels, folds, bursts, seed)
-    parts = (*(PARTS if extrapolate and _can_extrapolate(features, labels) else ()), 1 - 1 / folds)
+    parts = *_parts(features, labels), 1 - 1 / folds
     correct = np.zeros((len(parts), len(labels)), dtype=bool)
     for k in range(folds):
         training, test = fold_of != k, fold_of == k
         shares = [part / parts[-1] for part in parts]
         predicted = _predict(classifier, features[training], labels[training], features[test], shares, seed)
         correct[:, test] = predicted == labels[test]
-    notes = _notes(features, labels, extrapolate)
-    return _bound(correct, parts, INFLATION, (*notes, f"cross-fitted in {folds} folds"))
+    notes = [*_notes(features, labels), f"cross-fitted in {folds} folds"]
+    return _bound(correct, parts, INFLATION, notes)
 
 
-def held_out(
-    features: Floats,
-    labels: IntArray,
-    test_features: Floats,
-    test_labels: IntArray,
-    *,
-    classifier: str = CLASSIFIER,
-    extrapolate: bool = True,
-    seed: int = 0,
-) -> Bound:
-    """Fit a classifier to all unseen samples [m, d] and score it on a separate test set; else as `cross_fitted`."""
-    parts = (*(PARTS if extrapolate and _can_extrapolate(features, labels) else ()), 1.0)
-    correct = _predict(classifier, features, labels, test_features, parts, seed) == test_labels
-    return _bound(correct, parts, 1.0, _notes(features, labels, extrapolate))
+def held_out(unseen: Samples, test: Samples, *, classifier: str | None = None, seed: int = 0) -> Bound:
+    """Fit a classifier to all unseen samples and score it on a separate test set; else as `cross_fitted`."""
+    parts = *_parts(*unseen), 1.0
+    correct = _predict(classifier, *unseen, test[0], parts, seed) == test[1]
+    return _bound(correct, parts, 1.0, _notes(*unseen))
 
 
 def select_nested(
     correct: Mapping[str, BoolArray],
     labels: IntArray,
-    *,
-    folds: int = 5,
+    folds: int = FOLDS,
     bursts: ArrayLike | None = None,
     seed: int = 0,
 ) -> Selection:
     """Choose the most accurate of several fitted classifiers on all folds but one, score it on that one.
 
-    Args:
-        correct: [m] of bool for each classifier, on unseen samples that it was not fitted to; simplest first, because
-            ties go to the first.
-        labels: [m], to stratify the folds.
-        folds: at least 2.
-        bursts: [m] ids of related samples, which share a fold.
-        seed: of the folds.
+    `correct` holds [m] of bool for each classifier, on unseen samples that it was not fitted to, simplest first: ties
+    go to the first. Folds are made as by `cross_fitted`.
 
     >>> outcomes = {"a": np.array([True, False] * 4), "b": np.array([True, True] * 4)}
     >>> select_nested(outcomes, np.zeros(8, dtype=int), folds=2).chosen
     ('b', 'b')
-
-    Raises:
-        ValueError: no classifiers, fewer than two folds, or fewer samples than folds.
     """
-    if not correct or not 2 <= folds <= len(labels):
-        raise ValueError(f"cannot choose among {len(correct)} classifiers on {len(labels)} samples in {folds} folds")
     names, outcomes = list(correct), np.stack(list(correct.values()))
     fold_of = assign_folds(labels, folds, bursts, seed)
     chosen = [int(outcomes[:, fold_of != k].mean(axis=1).argmax()) for k in range(folds)]
@@ -196,10 +167,9 @@ def at_least(bound: Bound, remedy: Selection, inflation: float = INFLATION) -> B
     gain = difference(remedy.correct, bound.correct, inflation)
     if gain.ci95 is None or gain.ci95[0] <= 0:
         return bound
-    note = (
-        f"{remedy.best} reaches {percent(gain.estimate)} more than a fit to the unseen samples: they are few or uneven"
-    )
-    return Bound(remedy.correct, remedy.accuracy, None, None, (*bound.notes, note), remedy.best)
+    reached = f"{remedy.best} reaches {percent(gain.estimate)} more than a fit to the unseen samples"
+    notes = (*bound.notes, f"{reached}: they are few or uneven")
+    return Bound(remedy.correct, remedy.accuracy, None, None, notes, remedy.best)
 
 
 def assign_folds(labels: IntArray, folds: int, bursts: ArrayLike | None, seed: int) -> IntArray:
@@ -220,24 +190,23 @@ def extrapolation_weights(sizes: Sequence[float]) -> FloatArray:
     >>> (extrapolation_weights([1, 2, 4]) @ np.array([0.5, 0.7, 0.8])).round(6)  # 0.9 - 0.4 / size
     np.float64(0.9)
     """
-    inverse = 1 / np.asarray(sizes)
-    deviation = inverse - inverse.mean()
-    weights: FloatArray = 1 / len(inverse) - inverse.mean() * deviation / (deviation @ deviation)
+    weights: FloatArray = np.linalg.pinv(np.vander(1 / np.asarray(sizes), 2))[1]
     return weights
 
 
-def _can_extrapolate(features: Floats, labels: IntArray) -> bool:
-    """Return whether there are 3 d samples a class: below, the deficit does not yet fall like 1/m."""
-    return bool(len(labels) >= 3 * features.shape[1] * len(np.unique(labels)))
+def _parts(features: Floats, labels: IntArray) -> tuple[float, ...]:
+    """Return which parts to extrapolate from: below 3 d samples a class, the deficit does not yet fall like 1/m."""
+    return PARTS if len(labels) >= 3 * features.shape[1] * len(np.unique(labels)) else ()
 
 
 def _predict(
-    classifier: str, features: Floats, labels: IntArray, test: Floats, shares: Sequence[float], seed: int
-) -> NDArray[np.int64]:
+    classifier: str | None, features: Floats, labels: IntArray, test: Floats, shares: Sequence[float], seed: int
+) -> IntArray:
     """Return predictions [len(shares), len(test)] after training on nested, stratified shares of the samples."""
     order = numpy_stream(seed, "bounds", "parts").permutation(len(labels))
     by_class = order[np.argsort(labels[order], kind="stable")]
-    _, start, count = np.unique(labels[by_class], return_index=True, return_counts=True)
+    present, start, count = np.unique(labels[by_class], return_index=True, return_counts=True)
+    classifier = classifier or f"softmax(choose_l2=True, tol={_tolerance(features, len(present))})"
     position = np.arange(len(labels)) - np.repeat(start, count)
     predicted = np.empty((len(shares), len(test)), dtype=np.int64)
     for row, share in zip(predicted, shares, strict=True):
@@ -249,45 +218,35 @@ def _predict(
     return predicted
 
 
-def _bound(correct: BoolArray, parts: Sequence[float], inflation: float, notes: tuple[str, ...]) -> Bound:
+def _bound(correct: BoolArray, parts: Sequence[float], inflation: float, notes: Sequence[str]) -> Bound:
     items = extrapolation_weights(parts) @ correct if len(parts) > 1 else None
     extrapolated = None if items is None else paired(items[None]).widened(inflation)
-    return Bound(correct[-1], paired(correct[-1:]).widened(inflation), extrapolated, items, notes)
+    return Bound(correct[-1], paired(correct[-1:]).widened(inflation), extrapolated, items, tuple(notes))
 
 
-def _notes(features: Floats, labels: IntArray, extrapolate: bool) -> tuple[str, ...]:
+def _notes(features: Floats, labels: IntArray) -> list[str]:
     counts = np.unique(labels, return_counts=True)[1]
     notes = ["not an upper bound"]
-    if extrapolate and not _can_extrapolate(features, labels):
+    if not _parts(features, labels):
         samples, dims = f"{counts.mean():.0f}", features.shape[1]
         notes.append(f"{samples} unseen samples a class are too few to extrapolate from in {dims} dimensions")
     if counts.min() < 2:
         notes.append(f"{int((counts < 2).sum())} classes have a single unseen sample")
-    return tuple(notes)
-
-
-FOLDS = 5
-TOL = 1e-4
-LARGE_TOL, LARGE = 1e-3, 10**10  # beyond so many rows * features * classes, tolerance gives way to time
-TAUS = (0.5, 1.0, 1.5)
-MAX_ITER = 500
+    return notes
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What each classifier gets right among the same m scored samples.
+    """What each classifier gets right among the same m scored samples, of the classes `labels` [m].
 
     Attributes:
-        labels: [m].
-        predicted: [m], by the classifier in use.
-        predicted_train: [n], of the training samples by the same.
-        current: [m] of bool.
+        predicted: [m], by the classifier in use; `predicted_train` [n] of the training samples, by the same.
+        current: [m] of bool, whether `predicted` is right.
         current_name: the file of the classifier in use, or how it was fitted.
         rebalanced: the best remedy, chosen on samples that it is not scored on.
         remedies: accuracy of every remedy on all unseen samples.
         bound: a classifier fitted to the true distribution, or the best remedy where that reaches more.
         inflation: by which intervals of differences to the bound are widened.
-        notes: warnings.
     """
 
     labels: IntArray
@@ -302,36 +261,13 @@ class Outcomes:
     notes: tuple[str, ...]
 
 
-class FixedClassifier(LinearClassifier):
-    """A linear classifier that `fit` leaves as it is, so that remedies adjust it instead of training another.
-
-    Args:
-        weight: [C, d].
-        bias: [C].
-    """
-
-    def __init__(self, weight: Floats, bias: Floats) -> None:
-        self.weight = weight
-        self.bias = bias
-        self.coef_, self.intercept_ = weight, bias
-        self.classes_ = np.arange(len(weight))
-        self.n_features_in_ = weight.shape[1]
-
-    def fit(self, X: npt.ArrayLike, y: npt.ArrayLike) -> Self:
-        """Do nothing."""
-        return self
-
-    def __sklearn_clone__(self) -> Self:
-        return self
-
-
 def score(inputs: Inputs, seed: int, progress: Progress) -> Outcomes:
     """Fit and score every classifier that a verdict compares.
 
     Raises:
         UserError: the unseen samples are too few to fit or to choose a classifier on; a loss or logit is not finite.
     """
-    power = fit_scale(inputs)
+    power = exponent(inputs.rows["train"].lengths, inputs.rows["unseen"].lengths)
     train, unseen = _arrays(inputs.train, power), _arrays(inputs.unseen, power)
     scored = unseen if inputs.test is None else _arrays(inputs.test, power)
     for table in (inputs.unseen, inputs.scored):
@@ -339,11 +275,11 @@ def score(inputs: Inputs, seed: int, progress: Progress) -> Outcomes:
             only = inputs.names[int(table.labels[0])]
             raise UserError(f"{table.source}: all samples are of class {only!r}; add others, or use --no-verdict")
     notes: list[str] = []
-    with progress.task("classifiers", 3) as advance, _convergence(notes), _divergence(inputs):
+    with progress.task("classifiers", 3) as advance, _told_of_solvers(inputs, notes):
         current, name = _current(inputs, *train, power)
         predicted = current.predict(scored[0])
         advance(1)
-        fitted = remedies(current, *train)
+        fitted = _remedies(current, *train)
         right = {text: remedy.predict(unseen[0]) == unseen[1] for text, remedy in fitted.items()}
         rebalanced = _rebalanced(inputs, fitted, right, scored, seed)
         advance(1)
@@ -364,7 +300,16 @@ def score(inputs: Inputs, seed: int, progress: Progress) -> Outcomes:
     )
 
 
-def remedies(base: FixedClassifier, features: Floats, labels: IntArray) -> dict[str, FeatureClassifier]:
+def _fixed(weight: Floats, bias: Floats) -> LinearClassifier:
+    """Return a classifier that `fit` leaves as it is, so that remedies adjust it instead of training another."""
+    model = SoftmaxRegression()
+    model.coef_, model.intercept_, model.classes_ = weight, bias, np.arange(len(weight))
+    model.n_features_in_ = weight.shape[1]
+    frozen: LinearClassifier = FrozenEstimator(model)
+    return frozen
+
+
+def _remedies(base: LinearClassifier, features: Floats, labels: IntArray) -> dict[str, FeatureClassifier]:
     """Return what re-balances a classifier on frozen features, fitted to training samples, simplest first.
 
     The last, class-balanced retraining, is cRT's objective, searched from the classifier in use.
@@ -376,45 +321,39 @@ def remedies(base: FixedClassifier, features: Floats, labels: IntArray) -> dict[
     }
     for remedy in found.values():
         remedy.fit(features, labels)
-    stopping = Stopping(tolerance(features, len(base.classes_)), MAX_ITER)
+    stopping = Stopping(_tolerance(features, len(base.classes_)), MAX_ITER)
     balance, start = balanced_weights(np.bincount(labels)), (base.coef_, base.intercept_)
     weight, bias, _ = fit_softmax(features, labels, balance, SoftmaxRegression().l2, stopping, start=start)
-    return found | {"crt": FixedClassifier(weight, bias)}
+    return found | {"crt": _fixed(weight, bias)}
 
 
-def tolerance(features: Floats, classes: int) -> float:
+def _tolerance(features: Floats, classes: int) -> float:
     """Return at which relative change a softmax regression stops."""
     return LARGE_TOL if features.size * classes > LARGE else TOL
 
 
-def _arrays(table: FeatureTable, power: int) -> tuple[Floats, IntArray]:
+def _arrays(table: FeatureTable, power: int) -> Samples:
     """Return features times 2 ** power in 32 or 64 bits, and labels."""
     features = table.features if table.features.dtype.itemsize >= 4 else table.features.float()
     return scaled(features, power).numpy(), table.labels.numpy()
 
 
-def _current(inputs: Inputs, features: Floats, labels: IntArray, power: int) -> tuple[FixedClassifier, str]:
+def _current(inputs: Inputs, features: Floats, labels: IntArray, power: int) -> tuple[LinearClassifier, str]:
     """Return the classifier in use, on features that were multiplied by 2 ** power, and its name."""
     given = inputs.classifier
     if given is not None:
         with np.errstate(over="ignore"):  # told below
-            weight, bias = (
-                tensor.double().numpy().astype(features.dtype)
-                for tensor in (scaled(given.weight.double(), -power), given.bias)
-            )
+            wide = scaled(given.weight.double(), -power), given.bias
+            weight, bias = (tensor.double().numpy().astype(features.dtype) for tensor in wide)
         if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
             raise UserError(f"{given.source}: weight or bias is beyond {features.dtype}, the type of the features")
-        return FixedClassifier(weight, bias), given.source
-    model = SoftmaxRegression(tol=tolerance(features, len(inputs.names)), max_iter=MAX_ITER).fit(features, labels)
-    return FixedClassifier(model.coef_, model.intercept_), "softmax regression on the training features"
+        return _fixed(weight, bias), given.source
+    model = SoftmaxRegression(tol=_tolerance(features, len(inputs.names)), max_iter=MAX_ITER).fit(features, labels)
+    return _fixed(model.coef_, model.intercept_), "softmax regression on the training features"
 
 
 def _rebalanced(
-    inputs: Inputs,
-    fitted: dict[str, FeatureClassifier],
-    right: dict[str, BoolArray],
-    scored: tuple[Floats, IntArray],
-    seed: int,
+    inputs: Inputs, fitted: dict[str, FeatureClassifier], right: dict[str, BoolArray], scored: Samples, seed: int
 ) -> Selection:
     """Choose a remedy on unseen samples and score it on others: on the test set, or nested where there is none."""
     if inputs.test is None:
@@ -428,41 +367,29 @@ def _rebalanced(
     return Selection(correct, proportion(correct[None]), (best,), best)
 
 
-def _fitted_bound(inputs: Inputs, unseen: tuple[Floats, IntArray], scored: tuple[Floats, IntArray], seed: int) -> Bound:
-    classifier = f"softmax(choose_l2=True, tol={tolerance(unseen[0], len(inputs.names))})"
+def _fitted_bound(inputs: Inputs, unseen: Samples, scored: Samples, seed: int) -> Bound:
     try:
         if inputs.test is not None:
-            return held_out(*unseen, *scored, classifier=classifier, seed=seed)
-        return cross_fitted(*unseen, classifier=classifier, folds=FOLDS, bursts=bursts(inputs.unseen)[0], seed=seed)
+            return held_out(unseen, scored, seed=seed)
+        return cross_fitted(*unseen, bursts=bursts(inputs.unseen)[0], seed=seed)
     except Diverged:
         raise
     except ValueError as error:
-        why = " ".join(str(error).split())
-        raise UserError(
-            f"{inputs.unseen.source}: no classifier can be fitted to the unseen samples ({why}); give more samples, or "
-            "use --no-verdict"
-        ) from None
+        why = f"no classifier can be fitted to the unseen samples ({' '.join(str(error).split())})"
+        raise UserError(f"{inputs.unseen.source}: {why}; give more samples, or use --no-verdict") from None
 
 
 @contextmanager
-def _divergence(inputs: Inputs) -> Iterator[None]:
-    """Turn a loss or logit that is not finite into one line."""
+def _told_of_solvers(inputs: Inputs, notes: list[str]) -> Iterator[None]:
+    """Turn solvers' warnings into notes, each once, and a loss or logit that is not finite into one line."""
     try:
-        yield
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", ConvergenceWarning)
+            yield
     except Diverged as error:
-        given = inputs.classifier
-        start = "" if given is None else f", which starts from {given.source}"
-        raise UserError(
-            f"{inputs.train.source}: no classifier can be fitted{start}: {error}; check the values, or use --no-verdict"
-        ) from None
-
-
-@contextmanager
-def _convergence(notes: list[str]) -> Iterator[None]:
-    """Turn solvers' warnings into notes, each once."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ConvergenceWarning)
-        yield
+        start = f", which starts from {inputs.classifier.source}" if inputs.classifier else ""
+        why = f"{inputs.train.source}: no classifier can be fitted{start}: {error}"
+        raise UserError(f"{why}; check the values, or use --no-verdict") from None
     for entry in caught:
         note = f"a classifier {entry.message}"
         if not issubclass(entry.category, ConvergenceWarning):

@@ -83,34 +83,26 @@ class Advice(TypedDict):
 def accuracies(outcomes: Outcomes, groups: Sequence[str | None]) -> dict[str, Any]:
     """Return `accuracy` of a diagnosis: current, rebalanced and classifier_bound, each a cell as in `swap.json`."""
     selection, bound = outcomes.rebalanced, outcomes.bound
-    cells = {
-        name: summarize(correct[None], outcomes.labels, groups)
-        for name, correct in (
-            ("current", outcomes.current),
-            ("rebalanced", selection.correct),
-            ("classifier_bound", bound.correct),
-        )
-    }
-    cells["current"]["classifier"] = outcomes.current_name
-    cells["rebalanced"] |= {
-        "classifier": selection.best,
-        "chosen": list(selection.chosen),
-        "remedies": outcomes.remedies,
-    }
-    cells["classifier_bound"] |= {
+    current, rebalanced, fitted = (
+        summarize(correct[None], outcomes.labels, groups)
+        for correct in (outcomes.current, selection.correct, bound.correct)
+    )
+    chosen = {"classifier": selection.best, "chosen": list(selection.chosen), "remedies": outcomes.remedies}
+    fitted |= {
         "classifier": bound.remedy or "softmax regression on unseen samples",
         "ci95": list(_reach(bound.correct, outcomes.inflation)),
         "extrapolated": None if bound.extrapolated is None else bound.extrapolated.gap(),
         "notes": list(bound.notes),
     }
-    return cells
+    return {
+        "current": current | {"classifier": outcomes.current_name},
+        "rebalanced": rebalanced | chosen,
+        "classifier_bound": fitted,
+    }
 
 
 def judge(
-    outcomes: Outcomes,
-    entries: Sequence[Entry],
-    pooled: dict[str, Entry | None],
-    ceiling: float,
+    outcomes: Outcomes, entries: Sequence[Entry], pooled: dict[str, Entry | None], ceiling: float
 ) -> tuple[Verdict, list[str]]:
     """Return `verdict` of a diagnosis, and warnings.
 
@@ -120,11 +112,8 @@ def judge(
     above chance decide nothing. Neither does a current accuracy within a point of the ceiling, and classes with fewer
     than 5 training or 30 scored samples have no verdict of their own.
 
-    Args:
-        outcomes: who gets which sample right.
-        entries: geometry of the [C] classes.
-        pooled: geometry of the groups.
-        ceiling: the accuracy that would be perfect, in (0, 1].
+    `entries` and `pooled` are the geometry of the [C] classes and of the groups; `ceiling` is the accuracy that would
+    be perfect.
     """
     group_of = np.array([GROUPS.index(e["group"]) if e["group"] in GROUPS else -1 for e in entries])[outcomes.labels]
     found = {name: np.flatnonzero(group_of == i) for i, name in enumerate(GROUPS)}
@@ -132,9 +121,9 @@ def judge(
         name: _part(outcomes, rows, ceiling, _flag(pooled.get(name))) for name, rows in found.items() if len(rows)
     }
     losing = min(by_group, key=lambda name: outcomes.current[found[name]].mean()) if by_group else None
-    tested = _flag(pooled.get(losing)) if losing else _any_flag(entries)
-    every = np.arange(len(outcomes.labels))
-    overall = _part(outcomes, every, ceiling, tested)
+    flags = [entry["spread_gap_flagged"] for entry in entries if entry["spread_gap_flagged"] is not None]
+    tested = _flag(pooled.get(losing)) if losing else any(flags) if flags else None
+    overall = _part(outcomes, np.arange(len(outcomes.labels)), ceiling, tested)
     chance = float(np.bincount(outcomes.labels).max() / len(outcomes.labels))
     informative = _reach(outcomes.bound.correct, outcomes.inflation)[0] > chance
     warnings = [*outcomes.notes]
@@ -143,7 +132,6 @@ def judge(
             _undecide(part, NO_INFORMATION)
         reached = f"reaches {percent(outcomes.bound.accuracy.estimate)}, not above chance ({percent(chance)})"
         warnings.append(f"{NO_INFORMATION}: a classifier fitted to the true distribution {reached}")
-    warnings += _caveats(outcomes, overall, ceiling)
     verdict = {
         **overall,
         "ceiling": ceiling,
@@ -154,15 +142,15 @@ def judge(
         "groups": {name: by_group.get(name) for name in GROUPS},
         "classes": _classes(outcomes, entries, ceiling, informative),
     }
-    return cast(Verdict, verdict), warnings
+    return cast(Verdict, verdict), [*warnings, *_caveats(outcomes, overall, ceiling)]
 
 
 def _part(outcomes: Outcomes, rows: IntArray, ceiling: float, memorised: bool | None) -> Part:
     """Return the gaps and the bottleneck among some of the scored samples."""
     current, bound = (a[rows].astype(np.float64) for a in (outcomes.current, outcomes.bound.correct))
     rebalanced = outcomes.rebalanced.correct[rows]
-    low, high = _reach(bound, outcomes.inflation)
     inflation = outcomes.inflation
+    low, high = _reach(bound, inflation)
     contrast = difference(2 * bound - current, np.full(len(rows), ceiling), inflation)
     bottleneck, reason = decide(contrast, memorised)
     if ceiling - current.mean() < NEGLIGIBLE:
@@ -185,11 +173,9 @@ def _part(outcomes: Outcomes, rows: IntArray, ceiling: float, memorised: bool | 
 
 
 def decide(contrast: Interval, memorised: bool | None) -> tuple[str, str]:
-    """Return the bottleneck and why.
+    """Return the bottleneck and why, of the classifier gap minus the representation gap.
 
-    Args:
-        contrast: classifier gap minus representation gap.
-        memorised: whether the test of `spread_gap` rejects; None where there was none.
+    `memorised` says whether the test of `spread_gap` rejects, None where there was none.
 
     >>> decide(Interval(-0.2, (-0.3, -0.1), None, "item"), True)[0]
     'representation'
@@ -243,16 +229,14 @@ def withhold(verdict: Verdict, reasons: Sequence[str]) -> list[Advice]:
 def _caveats(outcomes: Outcomes, verdict: Part, ceiling: float) -> list[str]:
     """Return what limits the verdict: above all that the bound would rise with more unseen samples."""
     found = []
-    few = [note for note in outcomes.bound.notes if "few" in note or "single" in note]
-    if few:
+    if few := [note for note in outcomes.bound.notes if "few" in note or "single" in note]:
         found.append(f"the bound may be too low, the representation gap too large: {'; '.join(few)}")
     items: FloatArray | None = outcomes.bound.extrapolated_items
     if items is not None and verdict["bottleneck"] == "representation":
         contrast = difference(2 * items - outcomes.current, np.full(len(items), ceiling), outcomes.inflation)
         if contrast.ci95 is None or contrast.ci95[1] >= 0:
-            found.append(
-                "with the bound extrapolated to many unseen samples (a line in 1/m) the verdict would be undecided"
-            )
+            bound = "the bound extrapolated to many unseen samples (a line in 1/m)"
+            found.append(f"with {bound} the verdict would be undecided")
     return found
 
 
@@ -261,33 +245,17 @@ def _flag(entry: Entry | None) -> bool | None:
     return None if flagged is None else bool(flagged)
 
 
-def _any_flag(entries: Sequence[Entry]) -> bool | None:
-    """Return whether any class rejects, where there are too few classes for groups."""
-    flags = [entry["spread_gap_flagged"] for entry in entries if entry["spread_gap_flagged"] is not None]
-    return any(flags) if flags else None
-
-
 def _reach(correct: FloatArray | BoolArray, inflation: float) -> tuple[float, float]:
     """Return the interval of the bound's accuracy: Wilson's, widened about the estimate, within [0, 1]."""
     low, high = proportion(correct[None]).widened(inflation).ci95 or (0.0, 1.0)
     return max(0.0, low), min(1.0, high)
 
 
-def advise(
-    accuracy: dict[str, Any],
-    verdict: Verdict,
-    entries: Sequence[Entry],
-    pairs: Sequence[Pair],
-) -> list[Advice]:
+def advise(accuracy: dict[str, Any], verdict: Verdict, entries: Sequence[Entry], pairs: Sequence[Pair]) -> list[Advice]:
     """Return pieces of advice, the one for the bottleneck first."""
     if not verdict["above_chance"]:
-        return [
-            _piece(
-                "evidence",
-                "No remedy can be advised: check that features and labels belong together, and that the encoder was "
-                "in evaluation mode.",
-            )
-        ]
+        check = "check that features and labels belong together, and that the encoder was in evaluation mode."
+        return [_piece("evidence", f"No remedy can be advised: {check}")]
     found = [*_classifier(accuracy, verdict, entries), *_representation(verdict, entries)]
     if verdict["bottleneck"] == "representation":
         found.sort(key=lambda piece: piece["about"] != "representation")
@@ -297,35 +265,34 @@ def advise(
 
 
 def _classifier(accuracy: dict[str, Any], verdict: Verdict, entries: Sequence[Entry]) -> list[Advice]:
-    remedy = accuracy["rebalanced"]["classifier"]
+    remedy: str | None = accuracy["rebalanced"]["classifier"]
     gain, reach = verdict["rebalancing_gap"], verdict["classifier_gap"]
+    classes: list[str] = []
     if _above_zero(gain):
         classes = _gaining(accuracy, entries)
         most = f", most for {_names(classes)}" if classes else ""
         text = f"Re-balance the classifier: {remedy} gains {_points(gain)} on these features{most}."
         if accuracy["classifier_bound"]["classifier"] != remedy:
             text += f" A classifier fitted to the true distribution would gain {_points(reach)}."
-        return [_piece("classifier", text, remedy, classes, gain, at_most=False)]
+        return [_piece("classifier", text, remedy, classes, gain)]
     if _above_zero(reach):
         text = (
             f"No re-balancing gains clearly (the best, {remedy}: {_points(gain)}), but a classifier fitted to the true "
             f"distribution gains {_points(reach)}: collect held-out samples of every class and fit one to them."
         )
-        return [_piece("classifier", text, "fit on held-out samples", [], reach, at_most=False)]
-    text = (
-        f"Leave the classifier: neither re-balancing ({_points(gain)}) nor a classifier fitted to the true "
-        f"distribution ({_points(reach)}) gains clearly."
-    )
-    return [_piece("classifier", text, None, [], reach, at_most=False)]
+        return [_piece("classifier", text, "fit on held-out samples", [], reach)]
+    neither = f"neither re-balancing ({_points(gain)}) nor a classifier fitted to the true distribution"
+    text = f"Leave the classifier: {neither} ({_points(reach)}) gains clearly."
+    return [_piece("classifier", text, None, [], reach)]
 
 
 def _representation(verdict: Verdict, entries: Sequence[Entry]) -> list[Advice]:
     gap = verdict["representation_gap"]
-    flagged = [e for e in entries if e["spread_gap_flagged"] and e["spread_gap_material"]]
-    flagged.sort(key=lambda e: -e["spread_gap_deg"])
+    material = (e for e in entries if e["spread_gap_flagged"] and e["spread_gap_material"])
+    flagged = sorted(material, key=lambda e: -e["spread_gap_deg"])
     groups = [name for name, part in verdict["groups"].items() if part and part["bottleneck"] == "representation"]
     classes = [str(e["name"]) for e in flagged]
-    if (not classes and not groups) or gap["points"] <= 0:
+    if not (classes or groups) or gap["points"] <= 0:
         return []
     where = _names(classes) if classes else f"the {' and '.join(groups)} classes"
     text = (
@@ -333,15 +300,15 @@ def _representation(verdict: Verdict, entries: Sequence[Entry]) -> list[Advice]:
         "chance. More or more varied images, stronger augmentation, or pre-training can gain at most "
         f"{_points(gap)} overall, less whatever error is irreducible."
     )
-    return [_piece("representation", text, "more or more varied images", classes, gap, at_most=True)]
+    return [_piece("representation", text, "more or more varied images", classes, gap)]
 
 
 def _pairs(pairs: Sequence[Pair]) -> list[Advice]:
-    confused = [p for p in pairs if max(p["first_as_second"] or 0, p["second_as_first"] or 0) >= CONFUSED]
-    if not confused:
+    shares = [max(pair["first_as_second"] or 0, pair["second_as_first"] or 0) for pair in pairs]
+    share = max(shares, default=0)
+    if share < CONFUSED:
         return []
-    pair = max(confused, key=lambda p: max(p["first_as_second"] or 0, p["second_as_first"] or 0))
-    share = max(pair["first_as_second"] or 0, pair["second_as_first"] or 0)
+    pair = pairs[shares.index(share)]
     text = (
         f"Look at images of “{pair['first']}” and “{pair['second']}”: their centres are {number(pair['angle_deg'])}° "
         f"apart and up to {percent(share, 0)} of one are taken for the other. If labels are sound, a finer input or an "
@@ -356,7 +323,7 @@ def _evidence(verdict: Verdict) -> list[Advice]:
     if verdict["bottleneck"] != "undecided" or difference["ci95"] is None or not difference["points"]:
         return []
     low, high = difference["ci95"]
-    if not low <= 0 <= high:
+    if low > 0 or high < 0:
         return []
     factor = ((high - low) / 2 / difference["points"]) ** 2
     if not 1 < factor <= MOST_SAMPLES:
@@ -367,23 +334,13 @@ def _evidence(verdict: Verdict) -> list[Advice]:
 
 def _gaining(accuracy: dict[str, Any], entries: Sequence[Entry]) -> list[str]:
     """Return the classes whose recall the best remedy raises most."""
-    before, after = accuracy["current"]["per_class"], accuracy["rebalanced"]["per_class"]
-    gains = [
-        (b - a, str(e["name"]))
-        for a, b, e in zip(before, after, entries, strict=True)
-        if a is not None and b is not None and b > a
-    ]
+    recalls = zip(accuracy["current"]["per_class"], accuracy["rebalanced"]["per_class"], entries, strict=True)
+    gains = [(b - a, str(e["name"])) for a, b, e in recalls if a is not None and b is not None and b > a]
     return [name for _, name in sorted(gains, key=lambda pair: -pair[0])[:NAMED]]
 
 
 def _piece(
-    about: str,
-    text: str,
-    remedy: str | None = None,
-    classes: Sequence[str] = (),
-    gain: Gap | None = None,
-    *,
-    at_most: bool = True,
+    about: str, text: str, remedy: str | None = None, classes: Sequence[str] = (), gain: Gap | None = None
 ) -> Advice:
     return {
         "about": about,
@@ -391,7 +348,7 @@ def _piece(
         "remedy": remedy,
         "classes": list(classes),
         "gain": None if gain is None else {"points": gain["points"], "ci95": gain["ci95"]},
-        "at_most": at_most,
+        "at_most": about != "classifier",
     }
 
 

@@ -57,11 +57,7 @@ def angle_between(first: Tensor, second: Tensor) -> Tensor:
 def nearest_center(centers: Tensor) -> tuple[Tensor, Tensor]:
     """Return, per class, the angle in degrees to the nearest other centre and that centre's class.
 
-    Args:
-        centers: [C, d]; rows that are NaN or zero have no direction and take no part.
-
-    Returns:
-        Angles, float64 [C], NaN where undefined, and classes, int64 [C], -1 where undefined.
+    Both are [C], of centres [C, d]. Rows that are NaN or zero have no direction and take no part: NaN and -1.
 
     >>> angles, classes = nearest_center(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 1.0]]))
     >>> angles.round().tolist(), classes.tolist()
@@ -114,13 +110,12 @@ def class_centers(train: ClassRows, unseen: ClassRows) -> Centers:
 
 
 def _class_sums(rows: ClassRows) -> Tensor:
-    classes, d = len(rows.starts) - 1, rows.features.shape[1]
-    sums = torch.empty(classes, d, dtype=torch.float64, device=rows.features.device)
+    sums = torch.empty(rows.classes, rows.features.shape[1], dtype=torch.float64, device=rows.features.device)
 
     def one(k: int) -> None:
         torch.sum(rows.features.index_select(0, rows.index(k)), dim=0, dtype=torch.float64, out=sums[k])
 
-    map_parallel(one, classes, rows.features.device)
+    map_parallel(one, rows.classes, rows.features.device)
     return sums
 
 
@@ -129,15 +124,8 @@ def shift_by_chance(n: int, m: int, variance: float, along: float, norm: float, 
 
     The squared distance of the two means has expectation (1 - n / N) tr(Sigma) / n exactly; the angle follows with the
     variance along the common mean left out and a second-order factor 1 - 1 / (4 r), r = tr(Sigma)^2 / ||Sigma||_F^2.
-    An approximation (within 2 degrees or a tenth), used where no permutations are drawn.
-
-    Args:
-        n: training samples.
-        m: unseen samples.
-        variance: trace of the class's covariance over all samples.
-        along: variance along the direction of the common mean.
-        norm: Frobenius norm of the covariance.
-        center_norm: length of the common mean.
+    An approximation (within 2 degrees or a tenth), used where no permutations are drawn. `variance` is the trace of the
+    covariance over all samples, `norm` its Frobenius norm, `along` the variance along the direction of the common mean.
 
     >>> round(shift_by_chance(5, 500, 1.0, 0.01, 0.2, 1.0), 1)
     23.6
@@ -153,37 +141,30 @@ def separation_by_chance(
 ) -> Tensor:
     """Return, per class, the mean angle to the nearest other centre when centres are means of unseen samples.
 
-    NaN everywhere for 0 draws.
-
     Each draw takes from every class as many unseen samples as it has training samples (all of them where there are
     fewer), so that the noise of small classes' centres is the same as in training but memorisation has no part in it.
-    A class without unseen samples keeps its training centre as the others' rival; its own entry is NaN.
-
-    Returns:
-        Degrees, float64 [C].
+    A class without unseen samples keeps its training centre as the others' rival; its own entry is NaN, as all are for
+    0 draws. Degrees, float64 [C].
     """
     classes, d = centers.train.shape
     draws = min(draws, 99, max(9, REPLICATE_ELEMENTS // (classes * d)))
     if not draws:
         return torch.full((classes,), math.nan, dtype=torch.float64)
     replicates = centers.train.to(unseen.dtype).repeat(draws, 1, 1)
-    assessable = torch.zeros(classes, dtype=torch.bool)
-    for k in range(classes):
-        n, m = train.count(k), unseen.count(k)
-        if n and m:
-            size = min(n, m)
-            taken = np.concatenate(list(subsets(size, m, draws, rng)))
+    sizes = [min(train.count(k), unseen.count(k)) for k in range(classes)]
+    for k, size in enumerate(sizes):
+        if size:
+            taken = np.concatenate(list(subsets(size, unseen.count(k), draws, rng)))
             member = torch.from_numpy(taken).to(device=replicates.device, dtype=replicates.dtype)
             replicates[:, k] = member @ unseen.features[unseen.index(k)].to(unseen.dtype) / size
-            assessable[k] = True
     total = torch.zeros(classes, dtype=torch.float64, device=replicates.device)
     for replicate in replicates:
         total += nearest_center(replicate)[0]
-    return torch.where(assessable.to(total.device), total / draws, math.nan)
+    return torch.where(torch.tensor(sizes, device=total.device) > 0, total / draws, math.nan)
 
 
 class NearestWrongCenter:
-    """The search over all samples: `run` every block of samples, in any thread, `add` the results, read `means`.
+    """The search over all samples: `run` every block of samples, in any thread, then read `means`.
 
     One matrix product finds the nearest centres of all sets of centres; its cosine is used as it is except near 1,
     where the angle is computed again without the arc cosine.
@@ -198,35 +179,25 @@ class NearestWrongCenter:
         self._classes = len(centers[0])
         size = max(512, (1 << 20) // len(self._unit))
         self._labels, self._order = torch.split(rows.labels(), size), torch.split(rows.order, size)
-        self._angles: dict[int, Tensor] = {}
+        angles = rows.order.new_empty(len(centers), len(rows.order), dtype=torch.float64)  # in degrees
+        self._angles = torch.split(angles, size, dim=1)
+        self.blocks = len(self._order)
 
-    @property
-    def blocks(self) -> int:
-        """Number of blocks of samples."""
-        return len(self._order)
-
-    def run(self, i: int) -> Tensor:
-        """Return the angles in degrees of block i's samples, float64 [number of sets of centres, samples]."""
+    def run(self, i: int) -> None:
+        """Measure block i's samples."""
         block = self._rows.features.index_select(0, self._order[i]).to(self._rows.dtype)
         norm = torch.linalg.vector_norm(block, dim=1)
         dots = torch.split(block @ self._unit.T, self._classes, dim=1)
-        angles = []
-        for directions, unusable, part in zip(self._directions, self._unusable, dots, strict=True):
+        for found, directions, unusable, part in zip(
+            self._angles[i], self._directions, self._unusable, dots, strict=True
+        ):
             part.index_fill_(1, unusable, -math.inf)
             part.scatter_(1, self._labels[i][:, None], -math.inf)
-            angles.append(_smallest_angle(block, norm, directions, part))
-        return torch.stack(angles)
-
-    def add(self, i: int, angles: Tensor) -> None:
-        """Take in block i's angles."""
-        self._angles[i] = angles
+            found.copy_(_smallest_angle(block, norm, directions, part))
 
     def means(self) -> Tensor:
-        """Return the class means in degrees, float64 [number of sets, C].
-
-        NaN for a class without samples or without another centre.
-        """
-        angles = torch.cat([self._angles[i] for i in range(self.blocks)], dim=1)
+        """Return the class means, [number of sets, C]; NaN for a class without samples or without another centre."""
+        angles = torch.cat(self._angles, dim=1)
         sums = angles.new_zeros(len(angles), self._classes).index_add_(1, torch.cat(self._labels), angles)
         return sums / torch.tensor(self._rows.starts, device=sums.device).diff()
 

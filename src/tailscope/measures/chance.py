@@ -7,10 +7,9 @@ video) change sides together. All subsets of a chunk are evaluated at once: two 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
 
 import numpy as np
 import torch
@@ -68,13 +67,10 @@ def make_pool(rows: Tensor) -> Pool:
 def statistics(pool: Pool, member: Tensor) -> Tensor:
     """Return the statistics of subsets of a class: float64 [len(STATISTICS), L]; NaN where undefined.
 
-    Args:
-        pool: the class's N samples.
-        member: 0 or 1 in the pool's dtype [L, N]; 1 marks a subset's members.
-
-    Rows, with M the mean of a subset: angle between M and the mean of all; mean angle of the other samples to M minus
-    mean leave-one-out angle of the members; mean angle of the members to M; share of the others further from M than
-    every member; log of the ratio of the members' variance to the others'. Angles in degrees.
+    `member` [L, N] is 1 in the pool's dtype where a sample is in a subset, else 0. Rows, with M the mean of a subset:
+    angle between M and the mean of all; mean angle of the other samples to M minus mean leave-one-out angle of the
+    members; mean angle of the members to M; share of the others further from M than every member; log of the ratio of
+    the members' variance to the others'. Angles in degrees.
     """
     size = member.sum(dim=1, keepdim=True)
     rest = len(pool.along) - size
@@ -175,9 +171,8 @@ class Count:
     def p(self, two_sided: bool) -> float:
         """Return (1 + #) / (B + 1), of the upper tail or twice the smaller tail.
 
-        >>> count = Count(1.0, 4, 999, 999, False, 0.0)
-        >>> count.p(two_sided=False), count.p(two_sided=True)
-        (0.005, 0.01)
+        >>> [Count(1.0, 4, 999, 999, False, 0.0).p(two_sided) for two_sided in (False, True)]
+        [0.005, 0.01]
         """
         upper, lower = (1 + self.high) / (self.draws + 1), (1 + self.low) / (self.draws + 1)
         return min(1.0, 2 * min(upper, lower)) if two_sided else upper
@@ -195,28 +190,13 @@ def draw(pools: Sequence[Pool], units: Units, draws: int, rng: np.random.Generat
     """
     observed = (np.arange(units.count) < units.seen)[None]
     complete = units.count <= draws + 1 and math.comb(units.count, units.seen) <= draws + 1
-    masks: Iterator[np.ndarray]
-    if complete:
-        masks = iter(np.array_split(all_subsets(units.seen, units.count), 1))
-    else:
-        masks = chain([observed], subsets(units.seen, units.count, draws, rng))
+    drawn = [all_subsets(units.seen, units.count)] if complete else subsets(units.seen, units.count, draws, rng)
     found: list[list[Tensor]] = [[] for _ in pools]
-    for taken in masks:
+    for taken in drawn if complete else chain([observed], drawn):
         member = units.members(taken, pools[0].along)
         for values, pool in zip(found, pools, strict=True):
             values.append(statistics(pool, member).cpu())
     return [Draws(torch.cat(values, dim=1), complete, tolerance) for values in found]
-
-
-def needs_more(p: Sequence[float | None], floor: float, alpha: float) -> bool:
-    """Say whether the number of permutations alone keeps the smallest p-values from being flagged among so many.
-
-    >>> needs_more([0.001] + [0.5] * 99, 0.001, 0.05), needs_more([0.001] * 20 + [0.5] * 80, 0.001, 0.05)
-    (True, False)
-    """
-    family = [value for value in p if value is not None]
-    lowest = sum(value <= floor for value in family)
-    return lowest > 0 and floor * len(family) / lowest > alpha
 
 
 def continue_draws(
@@ -224,9 +204,8 @@ def continue_draws(
 ) -> tuple[float, int]:
     """Draw on until 20 permutations exceed the observed split, or up to `limit` in all (Besag & Clifford 1991).
 
-    Returns:
-        The sequential p-value (20 over the number of draws at which the twentieth occurred; where it never does, one
-        more than the count over one more than `limit`), doubled over two sides, and the number of draws.
+    Return the sequential p-value (20 over the number of draws at which the twentieth occurred; where it never does, one
+    more than the count over one more than `limit`), doubled over two sides, and the number of draws.
     """
     drawn, counts = count.draws, [count.high, count.low]
     p = [(1 + number) / (drawn + 1) if number >= EXCEEDANCES else None for number in counts]
@@ -293,37 +272,6 @@ def _exceeds(values: Tensor, observed: float, tolerance: float) -> tuple[Tensor,
     return ~(values < observed - tolerance), ~(values > observed + tolerance)
 
 
-class UnitMaker:
-    """What changes sides together in a class: single samples, or bursts of related ones.
-
-    A burst with rows on both sides counts as one unit on each; `straddling` counts such bursts.
-    """
-
-    def __init__(self, train: ClassRows, unseen: ClassRows, first: Tensor | None, second: Tensor | None) -> None:
-        self._sides = train, unseen
-        self._bursts: tuple[Tensor, Tensor] | None = None
-        self.straddling = 0
-        if (first is None) != (second is None):
-            raise UserError("bursts: give train_bursts and unseen_bursts, or neither")
-        if first is None or second is None:
-            return
-        for rows, bursts, what in ((train, first, "train"), (unseen, second, "unseen")):
-            if bursts.shape != rows.features.shape[:1] or bursts.is_floating_point():
-                raise UserError(f"{what}_bursts: expected {len(rows.features)} integers, got {list(bursts.shape)}")
-        self._bursts = first, second
-        self.straddling = len(np.intersect1d(first.cpu().numpy(), second.cpu().numpy()))
-
-    def units(self, k: int) -> Units:
-        """Return the units of class k."""
-        n, m = (side.count(k) for side in self._sides)
-        if self._bursts is None:
-            return Units(np.arange(n + m), n, n + m)
-        codes = [b.to(s.order.device)[s.index(k)].cpu() for b, s in zip(self._bursts, self._sides, strict=True)]
-        first, second = (np.unique(code.numpy(), return_inverse=True) for code in codes)
-        seen, total = len(first[0]), len(first[0]) + len(second[0])
-        return Units(np.concatenate([first[1], seen + second[1]]), seen, total)
-
-
 @dataclass(frozen=True)
 class Chance:
     """What permutations say about one class: values by chance, and per test of `TESTS` the comparison with them.
@@ -337,17 +285,36 @@ class Chance:
 
 
 class ClassTests:
-    """Permutation tests of all classes: `run` once a class, in any thread, then `finish`."""
+    """Permutation tests of all classes: `run` once a class, in any thread, then `finish`.
+
+    Single samples change sides, or bursts of related ones. A burst with rows on both sides counts as one unit on each;
+    `straddling` counts such bursts.
+    """
 
     def __init__(
-        self, train: ClassRows, unseen: ClassRows, units: UnitMaker,
+        self, train: ClassRows, unseen: ClassRows, bursts: tuple[Tensor | None, Tensor | None],
         permutations: int, alpha: float, seed: int, keys: Sequence[str],
     ) -> None:  # fmt: skip
         self._sides = train, unseen
-        self._units = units
+        self._bursts = [part.cpu().numpy() for part in bursts if part is not None]
+        if len(self._bursts) == 1:
+            raise UserError("bursts: give train_bursts and unseen_bursts, or neither")
+        for side, part, what in zip(self._sides, self._bursts, ("train", "unseen"), strict=False):
+            if part.shape != side.features.shape[:1] or part.dtype.kind == "f":
+                raise UserError(f"{what}_bursts: expected {len(side.features)} integers, got {list(part.shape)}")
+        self.straddling = len(np.intersect1d(self._bursts[0], self._bursts[1])) if self._bursts else 0
         self._permutations, self._alpha, self._seed, self._keys = permutations, alpha, seed, keys
         # For the group tests; one array, since thousands of small ones would keep the threads' memory from being freed.
         self._standardized = np.full((len(TESTS), len(keys), permutations + 1), np.nan)
+
+    def _units(self, k: int) -> Units:
+        n, m = (side.count(k) for side in self._sides)
+        if not self._bursts:
+            return Units(np.arange(n + m), n, n + m)
+        codes = [part[side.index(k).cpu().numpy()] for part, side in zip(self._bursts, self._sides, strict=True)]
+        first, second = (np.unique(code, return_inverse=True) for code in codes)
+        seen, total = len(first[0]), len(first[0]) + len(second[0])
+        return Units(np.concatenate([first[1], seen + second[1]]), seen, total)
 
     def run(self, rows: Tensor, k: int) -> Chance:
         """Permute class k, whose rows [n + m, d] hold training samples first."""
@@ -358,7 +325,7 @@ class ClassTests:
         if n >= VERDICT_SAMPLES:
             pools.append(make_pool(torch.nn.functional.normalize(rows, dim=1)))
         rng = numpy_stream(self._seed, "geometry", "permute", self._keys[k])
-        drawn = draw(pools, self._units.units(k), self._permutations, rng, resolution_deg(rows.dtype))
+        drawn = draw(pools, self._units(k), self._permutations, rng, resolution_deg(rows.dtype))
         raw = drawn[0]
         ratio = raw.null("log_variance_ratio")
         nulls = {
@@ -386,16 +353,10 @@ class ClassTests:
                 differing = [a != b for a, b in zip(self._flags(p), self._flags(unit_p), strict=True)]
             draws = [None if count is None else count.draws for count in counts]
             self._continue(i, counts, p, draws)
-            columns: dict[str, Sequence[Any]] = {
-                "p": p,
-                "q": false_discovery(p),
-                "flagged": self._flags(p),
-                "unit_p": unit_p,
-                "permutations": draws,
-            }
-            for part, column in columns.items():
-                for entry, value in zip(entries, column, strict=True):
-                    entry[f"{name}_{part}"] = value
+            names = [f"{name}_{part}" for part in ("p", "q", "flagged", "unit_p", "permutations")]
+            columns = p, false_discovery(p), self._flags(p), unit_p, draws
+            for entry, *values in zip(entries, *columns, strict=True):
+                entry.update(zip(names, values, strict=True))
         for entry in entries:
             if entry["spread_gap_deg"] is not None and entry["train_count"] >= VERDICT_SAMPLES:
                 large = entry["spread_gap_deg"] >= MATERIAL_GAP_DEG
@@ -415,17 +376,19 @@ class ClassTests:
     ) -> None:
         """Draw more permutations, in place, where their number alone keeps classes from being flagged."""
         name, statistic, two_sided = TESTS[test]
-        sides = 2 if two_sided else 1
-        if not needs_more(p, sides / (self._permutations + 1), self._alpha):
+        sides, family = 2 if two_sided else 1, [value for value in p if value is not None]
+        floor = sides / (self._permutations + 1)
+        lowest = sum(value <= floor for value in family)
+        if floor * len(family) <= lowest * self._alpha or not lowest:
             return
-        limit = math.ceil(sides * sum(value is not None for value in p) / self._alpha)
+        limit = math.ceil(sides * len(family) / self._alpha)
         found = [(k, c) for k, c in enumerate(counts) if c is not None and c.is_open(two_sided) and c.draws < limit]
 
         def one(i: int) -> tuple[float, int]:
             k, count = found[i]
             rng = numpy_stream(self._seed, "geometry", "continue", name, self._keys[k])
             pool = make_pool(gather(*self._sides, k))
-            return continue_draws(pool, self._units.units(k), count, statistic, limit, two_sided, rng)
+            return continue_draws(pool, self._units(k), count, statistic, limit, two_sided, rng)
 
         longer = map_parallel(one, len(found), self._sides[0].features.device)
         for (k, _), (value, number) in zip(found, longer, strict=True):

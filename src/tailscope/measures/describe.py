@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from tailscope.measures.angles import (
     nearest_center,
     separation_by_chance,
 )
-from tailscope.measures.chance import TESTS, VERDICT_SAMPLES, Chance, ClassTests, UnitMaker, false_discovery
+from tailscope.measures.chance import TESTS, VERDICT_SAMPLES, Chance, ClassTests, false_discovery
 from tailscope.measures.fields import EXCESSES, MEASURES, MOST, NUMBERS, Entry
 from tailscope.measures.measure import Facts, measure_class
 from tailscope.measures.rows import FAR, ClassRows, exponent, gather, group_rows, map_mixed, median, scaled
@@ -28,7 +29,6 @@ from tailscope.seeds import numpy_stream
 MOST_APART = 30  # powers of two between the lengths of train and unseen features
 SQUARED = [measure.name for measure in MEASURES.values() if measure.unit == "squared"]
 FEW_UNSEEN = 30
-TESTED = tuple(name for name, _, _ in TESTS)
 _AVERAGED = {*NUMBERS, "quantiles"} - {"p"}
 
 
@@ -36,8 +36,7 @@ _AVERAGED = {*NUMBERS, "quantiles"} - {"p"}
 class GeometryResult:
     """Measurements of every class and group, with the fields of `tailscope.measures.FIELDS`.
 
-    `centers`, float64 [C, d], are the means of the classes over training and unseen samples, all times one power of
-    two that brings them near 1.
+    `centers`, float64 [C, d], are the classes' means over all samples, times one power of two that brings them near 1.
     """
 
     classes: list[Entry]
@@ -77,8 +76,7 @@ def describe(
         train_counts: training images per class, which decide head, body and tail; by default counted from the labels.
         permutations: splits drawn per class (more where BH over many classes needs them); 0 leaves out p-values.
         alpha: false discovery rate at which a class is flagged.
-        seed: of the permutations and of the halves in the cross-validated first principal component. A class's
-            stream depends on its name, so that the order of the classes does not change a class's result.
+        seed: of all draws. A class's stream depends on its name, so that the order of classes does not change results.
         train_bursts: [n] integers; rows of a class with the same number are related and change sides together.
         unseen_bursts: [m], numbered like `train_bursts`.
         progress: called with (classes done, C).
@@ -104,8 +102,7 @@ def describe(
     groups, rule = assign_groups(_training_counts(train, class_names, train_counts))
     keys = _stream_keys(class_names)
     centers = class_centers(train, unseen)
-    units = UnitMaker(train, unseen, train_bursts, unseen_bursts)
-    tests = ClassTests(train, unseen, units, permutations, alpha, seed, keys)
+    tests = ClassTests(train, unseen, (train_bursts, unseen_bursts), permutations, alpha, seed, keys)
 
     def one(k: int) -> tuple[Entry, Facts, Chance]:
         rows = gather(train, unseen, k)
@@ -114,15 +111,13 @@ def describe(
         return {**entry, **chance.nulls, "index": k, "name": str(class_names[k]), "group": groups[k]}, fact, chance
 
     searches = NearestWrongCenter(train, [centers.train, centers.true]), NearestWrongCenter(unseen, [centers.true])
-    kinds = [(one, len(class_names)), *((search.run, search.blocks) for search in searches)]
+    jobs = [(one, len(class_names)), *((search.run, search.blocks) for search in searches)]
     measured: dict[int, tuple[Entry, Facts, Chance]] = {}
-    for kind, i, result in map_mixed(kinds, train_features.device):
-        if kind:
-            searches[kind - 1].add(i, result)
-            continue
-        measured[i] = result
-        if progress is not None:
-            progress(len(measured), len(class_names))
+    for kind, i, result in map_mixed(jobs, train_features.device):
+        if kind == 0:
+            measured[i] = result
+            if progress is not None:
+                progress(len(measured), len(class_names))
     entries, facts, chances = zip(*(measured[k] for k in range(len(class_names))), strict=True)
     stream = numpy_stream(seed, "geometry", "separation")
     chance = separation_by_chance(train, unseen, centers, permutations, stream)
@@ -130,16 +125,14 @@ def describe(
     differing = tests.finish(entries, chances)
     _excesses(entries)
     _original_units(entries, power)
-    undefined = undefined_notes(entries)
-    dropped = [a + b for a, b in zip(train.dropped, unseen.dropped, strict=True)]
-    dead = int((~(train.alive | unseen.alive)).sum())
+    undefined = _undefined_notes(entries)
     warnings = [
-        *input_notes(train, unseen, dead, units.straddling),
-        *class_notes(entries, facts, dropped),
-        *verdict_notes(entries, differing),
+        *_input_notes(train, unseen, tests.straddling),
+        *_class_notes(entries, facts, [a + b > 0 for a, b in zip(train.dropped, unseen.dropped, strict=True)]),
+        *_verdict_notes(entries, differing),
         *undefined,
     ]
-    return GeometryResult(list(entries), pool_groups(entries, tests.group_p, alpha), rule, warnings, centers.true)
+    return GeometryResult(list(entries), _pool_groups(entries, tests.group_p, alpha), rule, warnings, centers.true)
 
 
 def _check(train: Tensor, unseen: Tensor, class_names: Sequence[str], permutations: int, alpha: float) -> None:
@@ -157,18 +150,15 @@ def _check_lengths(train: ClassRows, unseen: ClassRows) -> None:
     """Refuse features of which one set is so much longer that the other would vanish beside it."""
     first, second = median(train.lengths), median(unseen.lengths)
     if first is not None and second is not None and abs(first - second) > MOST_APART:
-        times = 2.0 ** max(-1000.0, min(1000.0, second - first))
-        raise UserError(
-            f"unseen features: the median row is {times:.0e} times as long as that of the train features; "
-            "extract both with the same encoder and scale both by the same number"
-        )
+        longer = f"{2.0 ** max(-1000.0, min(1000.0, second - first)):.0e} times as long as that of the train features"
+        mend = "extract both with the same encoder and scale both by the same number"
+        raise UserError(f"unseen features: the median row is {longer}; {mend}")
 
 
 def _training_counts(train: ClassRows, class_names: Sequence[str], given: Sequence[int] | None) -> list[int]:
     """Return training images per class; refuse classes without any."""
     counts = [train.count(k) + train.dropped[k] + train.far[k] for k in range(len(class_names))]
-    missing = [str(name) for name, count in zip(class_names, counts, strict=True) if not count]
-    if missing:
+    if missing := [str(name) for name, count in zip(class_names, counts, strict=True) if not count]:
         more = f" and {len(missing) - 1} more classes" if len(missing) > 1 else ""
         raise UserError(f"train labels: no samples of class {missing[0]!r}{more}; add some or leave the class out")
     if given is not None and len(given) != len(counts):
@@ -195,8 +185,7 @@ def _separate(
     """
     angle_s, class_s = nearest_center(centers.train)
     angle_t, class_t = nearest_center(centers.true)
-    n = torch.tensor(train.starts).diff().to(to_wrong.device)
-    m = torch.tensor(unseen.starts).diff().to(to_wrong.device)
+    n, m = (torch.tensor(side.starts).diff().to(to_wrong.device) for side in (train, unseen))
     to_true = torch.where(n > 0, n * to_wrong[1], 0) + torch.where(m > 0, m * to_wrong[2], 0)
     columns = {
         "center_shift_deg": torch.where(m > 0, angle_between(centers.train, centers.true), torch.nan),
@@ -233,30 +222,22 @@ def _original_units(entries: Sequence[Entry], power: int) -> None:
                 entry[name] = half * 2.0**-power or math.nan
 
 
-def pool_groups(
+def _pool_groups(
     entries: Sequence[Entry], p_values: Callable[[str, Sequence[int]], float | None], alpha: float
 ) -> dict[str, Entry | None]:
     """Return one pooled entry for head, body and tail; None for each where there are no groups.
 
     Counts are summed; every other number is the mean over the classes where it is defined, each class counting once;
-    lists are averaged place by place.
-
-    Args:
-        entries: the classes.
-        p_values: gives the p-value of "spread_gap" or "center_shift" over some classes, however small each is.
-        alpha: largest q-value, over the groups, at which a group is flagged.
+    lists are averaged place by place. `p_values` gives the p-value of one test over some classes, however small.
     """
-    pooled = {group: [e for e in entries if e["group"] == group] for group in GROUPS}
-    result: dict[str, Entry | None] = {
-        group: _pool(group, members) if members else None for group, members in pooled.items()
-    }
-    found = {group: entry for group, entry in result.items() if entry is not None}
-    for name in TESTED:
-        values = [p_values(name, [e["index"] for e in pooled[group]]) for group in found]
+    members = {group: [e for e in entries if e["group"] == group] for group in GROUPS}
+    found = {group: _pool(group, some) for group, some in members.items() if some}
+    for name, _, _ in TESTS:
+        values = [p_values(name, [e["index"] for e in members[group]]) for group in found]
         for entry, p, q in zip(found.values(), values, false_discovery(values), strict=True):
             entry[f"{name}_p"], entry[f"{name}_q"] = p, q
             entry[f"{name}_flagged"] = None if q is None else q <= alpha
-    return result
+    return {group: found.get(group) for group in GROUPS}
 
 
 def _pool(group: str, members: Sequence[Entry]) -> Entry:
@@ -270,47 +251,36 @@ def _pool(group: str, members: Sequence[Entry]) -> Entry:
 
 
 def _mean(values: Sequence[Any]) -> Any:
-    if not values:
-        return None
-    if isinstance(values[0], list):
-        return [sum(place) / len(values) for place in zip(*values, strict=True)]
-    return sum(values) / len(values)
+    if values and isinstance(values[0], list):
+        return [_mean(place) for place in zip(*values, strict=True)]
+    return sum(values) / len(values) if values else None
 
 
-def input_notes(train: ClassRows, unseen: ClassRows, dead: int, split_bursts: int) -> list[str]:
+def _input_notes(train: ClassRows, unseen: ClassRows, straddling: int) -> list[str]:
     """Return warnings about the feature matrices as a whole."""
-    notes = []
-    dropped = sum(train.dropped) + sum(unseen.dropped)
-    if dropped:
-        rows = len(train.features) + len(unseen.features)
-        many = f"; that is {100 * dropped / rows:.1f} % of all, check the features" if dropped > rows / 100 else ""
-        notes.append(
-            f"{dropped} feature vectors of length 0 have no direction and were left out "
-            f"({sum(train.dropped)} training, {sum(unseen.dropped)} unseen){many}"
-        )
-    distant = sum(train.far) + sum(unseen.far)
-    if distant:
-        notes.append(
-            f"{distant} feature vectors are over {FAR:.0f} times as long as the median one and were left out "
-            f"({sum(train.far)} training, {sum(unseen.far)} unseen)"
-        )
-    if dead:
-        width = train.features.shape[1]
-        notes.append(f"{dead} of {width} features are 0 in every row: read effective_rank, not the dimension")
-    if split_bursts:
-        notes.append(f"{split_bursts} bursts have rows both in train and in unseen: each side is permuted by itself")
-    return notes
+    zeros, distant = (sum(train.dropped), sum(unseen.dropped)), (sum(train.far), sum(unseen.far))
+    rows, dead = len(train.features) + len(unseen.features), int((~(train.alive | unseen.alive)).sum())
+    width = train.features.shape[1]
+    share = 100 * sum(zeros) / max(1, rows)
+    many = f"; that is {share:.1f} % of all, check the features" if share > 1 else ""
+    notes = {
+        f"{sum(zeros)} feature vectors of length 0 have no direction and were left out ({zeros[0]} training, "
+        f"{zeros[1]} unseen){many}": sum(zeros),
+        f"{sum(distant)} feature vectors are over {FAR:.0f} times as long as the median one and were left out "
+        f"({distant[0]} training, {distant[1]} unseen)": sum(distant),
+        f"{dead} of {width} features are 0 in every row: read effective_rank, not the dimension": dead,
+        f"{straddling} bursts have rows both in train and in unseen: each side is permuted by itself": straddling,
+    }
+    return [note for note, count in notes.items() if count]
 
 
-def class_notes(entries: Sequence[Entry], facts: Sequence[Facts], dropped: Sequence[int]) -> list[str]:
+def _class_notes(entries: Sequence[Entry], facts: Sequence[Facts], dropped: Sequence[bool]) -> list[str]:
     """Return warnings about what could not be measured, or only badly, each naming its classes."""
-    n = [e["train_count"] for e in entries]
-    m = [e["unseen_count"] for e in entries]
-    copies = sum(f.copies for f in facts)
-    repeats = sum(f.repeats for f in facts)
+    n, m = ([entry[name] for entry in entries] for name in ("train_count", "unseen_count"))
+    copies, repeats = sum(f.copies for f in facts), sum(f.repeats for f in facts)
     few = f"fewer than {VERDICT_SAMPLES} training samples: estimates without a verdict, see the group"
     holds = {
-        "some vectors of length 0 were left out": [x > 0 for x in dropped],
+        "some vectors of length 0 were left out": dropped,
         "no training vector with a direction and an ordinary length: nothing about training can be measured": [
             x == 0 for x in n
         ],
@@ -332,23 +302,21 @@ def class_notes(entries: Sequence[Entry], facts: Sequence[Facts], dropped: Seque
     return _naming_classes(entries, holds)
 
 
-def verdict_notes(entries: Sequence[Entry], differing: Sequence[bool]) -> list[str]:
+def _verdict_notes(entries: Sequence[Entry], differing: Sequence[bool]) -> list[str]:
     """Return warnings about verdicts that depend on a convention, on label noise, or on the sheer number of samples."""
-    flagged = [bool(entry["spread_gap_flagged"]) for entry in entries]
     holds = {
         "the gap halves without the furthest tenth of samples: it may be label noise among the unseen": [
-            flag and e["spread_gap_trimmed_deg"] < e["spread_gap_deg"] / 2
-            for flag, e in zip(flagged, entries, strict=True)
+            e["spread_gap_flagged"] and e["spread_gap_trimmed_deg"] < e["spread_gap_deg"] / 2 for e in entries
         ],
         "significant but small gap (below 2 degrees, rank below 0.6)": [
-            flag and not e["spread_gap_material"] for flag, e in zip(flagged, entries, strict=True)
+            e["spread_gap_flagged"] and not e["spread_gap_material"] for e in entries
         ],
         "the verdict on the gap changes when centres average unit vectors instead of raw ones": differing,
     }
     return _naming_classes(entries, holds)
 
 
-def undefined_notes(entries: Sequence[Entry]) -> list[str]:
+def _undefined_notes(entries: Sequence[Entry]) -> list[str]:
     """Make NaN, and what is beyond `MOST`, None, in place, and return a warning for each field that held any."""
     found: dict[str, list[bool]] = {}
     for k, entry in enumerate(entries):
@@ -362,8 +330,5 @@ def undefined_notes(entries: Sequence[Entry]) -> list[str]:
 
 def _naming_classes(entries: Sequence[Entry], holds: Mapping[str, Sequence[bool]]) -> list[str]:
     """Return the notes that hold for any class, each with the names of these classes."""
-    named = {
-        note: [str(entry["name"]) for entry, true in zip(entries, which, strict=True) if true]
-        for note, which in holds.items()
-    }
-    return [f"{note}: {first_few(names)}" for note, names in named.items() if names]
+    names = [entry["name"] for entry in entries]
+    return [f"{note}: {first_few([*compress(names, which)])}" for note, which in holds.items() if any(which)]

@@ -14,8 +14,8 @@ for every class size, in float64: the comparisons are between nearly equal cosin
 """
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -26,47 +26,34 @@ from tailscope.measures.angles import Centers, angles_to, resolution_deg, shift_
 from tailscope.measures.fields import Entry, empty_entry
 from tailscope.measures.rows import find_copies
 
-FEW = 128
 FloatArray = npt.NDArray[np.float64]
-EXACT_ORDER = 32
-STEPS = 80
+FEW = 128
+EXACT_ORDER = 128  # up to which LAPACK is faster than Lanczos iterations
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+TIE = 1e-12
+TRIM = 0.1
+BLOCK_PAIRS = 1 << 18
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Second moments of one class; None where undefined."""
-
-    variance: float | None = None
-    covariance_norm: float | None = None
-    covariance_norm_unbiased: float | None = None
-    effective_rank: float | None = None
-    first_pc_share: float | None = None
-    first_pc_share_low: float | None = None
-    first_pc_share_noise_reduced: float | None = None
-
-
-def moments(centered: Tensor, order: Tensor) -> Moments:
-    """Return the second moments of a class from its centred rows [n, d].
+def moments(centered: Tensor, order: Tensor) -> Entry:
+    """Return the second moments of a class from its centred rows [n, d], float32 or float64; None where undefined.
 
     With the sample covariance S (denominator n - 1) and its largest eigenvalue l: `variance` = tr S,
     `covariance_norm` = ||S||_F, `first_pc_share` = l / tr S, `first_pc_share_noise_reduced` =
     (l - (tr S - l) / (n - 2)) / tr S. `first_pc_share_low` finds the first direction on one half of the rows and
     measures the variance along it on the other half, both ways round; its expectation is at most the true value.
     `covariance_norm_unbiased` and `effective_rank` = (tr Sigma)^2 / ||Sigma||_F^2 use unbiased estimators of the
-    squares and need 4 rows.
-
-    Args:
-        centered: rows minus their mean, float32 or float64.
-        order: a random permutation of 0 ... n-1; its first half is one half of the cross-validation.
+    squares and need 4 rows. `order` is a random permutation of the rows; its first half is one half of the
+    cross-validation.
 
     >>> rows = torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]], dtype=torch.float64)
     >>> found = moments(rows, torch.tensor([0, 2, 1, 3]))
-    >>> round(found.variance, 4), round(found.first_pc_share, 4)
+    >>> round(found["variance"], 4), round(found["first_pc_share"], 4)
     (6.6667, 0.9)
     """
     n, d = centered.shape
     if n < 2:
-        return Moments()
+        return {}
     if n <= FEW:
         centered = centered.double()  # the unbiased estimators of few samples are small differences of large numbers
     squares = torch.linalg.vector_norm(centered, dim=1).double().cpu().numpy() ** 2
@@ -75,15 +62,16 @@ def moments(centered: Tensor, order: Tensor) -> Moments:
     norm, first, low = spectrum(centered.index_select(0, order))
     norm_squared, trace_squared = _unbiased_squares(n, trace, norm, float(squares @ squares) / (n - 1))
     positive = trace > 0
-    return Moments(
-        variance=trace,
-        covariance_norm=norm,
-        covariance_norm_unbiased=None if norm_squared is None else math.sqrt(norm_squared),
-        effective_rank=trace_squared / norm_squared if norm_squared and trace_squared is not None else None,
-        first_pc_share=first / trace if positive else None,
-        first_pc_share_low=low / trace if positive and low is not None else None,
-        first_pc_share_noise_reduced=(first - (trace - first) / (n - 2)) / trace if positive and n > 2 else None,
-    )
+    return {
+        "variance": trace,
+        "covariance_norm": norm,
+        "covariance_norm_unbiased": None if norm_squared is None else math.sqrt(norm_squared),
+        "effective_rank": trace_squared / norm_squared if norm_squared and trace_squared is not None else None,
+        "first_pc_share": first / trace if positive else None,
+        "first_pc_share_high": first / trace if positive else None,
+        "first_pc_share_low": low / trace if positive and low is not None else None,
+        "first_pc_share_noise_reduced": (first - (trace - first) / (n - 2)) / trace if positive and n > 2 else None,
+    }
 
 
 def _unbiased_squares(n: int, trace: float, norm: float, fourth: float) -> tuple[float | None, float | None]:
@@ -150,66 +138,22 @@ def _scatter(rows: Tensor) -> Tensor:
 def top_eigenpair(matrix: FloatArray) -> tuple[float, FloatArray]:
     """Return the largest eigenvalue and its unit eigenvector of a symmetric positive semi-definite matrix.
 
-    Small matrices go to LAPACK, larger ones to Lanczos iterations whose residual is checked; where they do not
-    converge, LAPACK decides.
-
     >>> value, vector = top_eigenpair(np.diag([1.0, 3.0, 2.0]))
     >>> round(value, 6), np.abs(vector).tolist()
     (3.0, [0.0, 1.0, 0.0])
     """
-    order = len(matrix)
-    if order <= EXACT_ORDER:
-        values, vectors = np.linalg.eigh(matrix)
-        return float(values[-1]), vectors[:, -1]
-    pair = lanczos(matrix)
-    if pair is None:
-        import scipy.linalg  # here because it takes a tenth of a second to import and is hardly ever needed
+    import scipy.linalg  # here because both take a tenth of a second to import
+    from scipy.sparse.linalg import ArpackError, eigsh
 
-        values, vectors = scipy.linalg.eigh(matrix, subset_by_index=[order - 1, order - 1], check_finite=False)
-        pair = values[0], vectors[:, 0]
-    return float(pair[0]), pair[1]
-
-
-def lanczos(matrix: FloatArray) -> tuple[float, FloatArray] | None:
-    """Return the largest eigenvalue and its eigenvector, or None without convergence in 80 steps.
-
-    Every step is made orthogonal to the whole basis (Parlett 1980); a random start, the same every time, has a part
-    in every eigenvector's direction. About 12 steps are enough where the first eigenvalue stands apart, 50 for noise.
-    """
-    basis = np.empty((STEPS, len(matrix)))
-    projected = np.zeros((STEPS + 1, STEPS + 1))
-    vector = _start(len(matrix))
-    for j in range(STEPS):
-        basis[j], known = vector, basis[: j + 1]
-        image = matrix @ vector
-        along = known @ image
-        image -= along @ known
-        if image @ image < 1e-4 * (along @ along):  # little is left of it, which rounding has turned: once more
-            image -= (known @ image) @ known
-        length = np.sqrt(image @ image)
-        projected[j, j] = along[j]
-        invariant = length <= 1e-12 * projected[0, 0]
-        if invariant or j % 4 == 3:
-            values, weights = np.linalg.eigh(projected[: j + 1, : j + 1])  # reads the lower triangle
-            if invariant or length * abs(weights[j, j]) <= 1e-9 * values[j]:
-                found = weights[:, j] @ known
-                residual = matrix @ found - values[j] * found
-                return (values[j], found) if np.sqrt(residual @ residual) <= 1e-7 * values[j] else None
-        projected[j + 1, j] = length
-        vector = image / length
-    return None
-
-
-@lru_cache(maxsize=256)
-def _start(order: int) -> FloatArray:
-    vector = np.random.default_rng(0).standard_normal(order)
-    return vector / np.sqrt(vector @ vector)
-
-
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-TIE = 1e-12
-TRIM = 0.1
-BLOCK_PAIRS = 1 << 18
+    order, power = len(matrix), math.frexp(float(matrix.trace()))[1]
+    matrix = np.ldexp(matrix, -power)  # solvers judge rounding by fixed sizes
+    if order > EXACT_ORDER:
+        start = np.random.default_rng(0).standard_normal(order)
+        with suppress(ArpackError):  # no convergence, as for evenly spaced eigenvalues, or nothing but zeros
+            values, vectors = eigsh(matrix, k=1, which="LA", v0=start, tol=1e-9, maxiter=20)
+            return math.ldexp(float(values[0]), power), vectors[:, 0]
+    values, vectors = scipy.linalg.eigh(matrix, subset_by_index=[order - 1, order - 1], check_finite=False)
+    return math.ldexp(float(values[0]), power), vectors[:, 0]
 
 
 @dataclass(frozen=True)
@@ -240,14 +184,9 @@ class Sample:
 
 
 def measure_class(rows: Tensor, n: int, k: int, centers: Centers, halves: np.random.Generator) -> tuple[Entry, Facts]:
-    """Measure class k; overwrites `rows`.
+    """Measure class k from its rows [n + m, d], training samples first, which are overwritten.
 
-    Args:
-        rows: the class's samples [n + m, d], training samples first.
-        n: number of training samples.
-        k: the class, a row of the centres.
-        centers: means of all classes.
-        halves: draws the two halves of the cross-validated first principal component.
+    `halves` draws the two halves of the cross-validated first principal component.
     """
     means = centers.train[k], centers.unseen[k], centers.true[k]
     sample = Sample(rows, n, len(rows) - n, *means, centers.lengths[k], centers.apart[k])
@@ -256,20 +195,19 @@ def measure_class(rows: Tensor, n: int, k: int, centers: Centers, halves: np.ran
     entry.update(_compactness(sample))
     if n and sample.m:
         entry.update(_comparison(sample))
-    copied = find_copies(rows, n)
+    copied, repeated = find_copies(rows, n)
     traces = _center_each(sample)  # from here on rows are deviations
     entry.update(_displacement(sample, *traces))
     _center_all(sample)
     order = torch.from_numpy(halves.permutation(len(rows))).to(rows.device)
-    found = moments(rows, order)
-    if found.variance is not None and 0 < found.variance <= _rounding(rows.dtype, sample.lengths[2]):
-        found = moments(rows.zero_(), order)
-    entry.update(vars(found), first_pc_share_high=found.first_pc_share)
-    variance = found.variance or 0.0
+    entry.update(moments(rows, order))
+    if 0 < (entry["variance"] or 0.0) <= _rounding(rows.dtype, sample.lengths[2]):
+        entry.update(moments(rows.zero_(), order))
+    variance = entry["variance"] or 0.0
     copies = repeats = 0
     if n and sample.m and variance > 0:
-        entry.update(_between(sample, variance, found.covariance_norm or 0.0))
-        copies, repeats = int(copied.unseen.sum()), copied.repeats
+        entry.update(_between(sample, variance, entry["covariance_norm"]))
+        copies, repeats = int(copied.sum()), repeated
     collapsed = (n > 1 and traces[0] == 0) or (len(rows) > 1 and variance == 0)
     return entry, Facts(collapsed, 0.0 in sample.lengths[:2], copies, repeats)
 
@@ -297,12 +235,8 @@ def _compactness(sample: Sample) -> Entry:
 def _comparison(sample: Sample) -> Entry:
     """Compare S with U: lengths, matched gap and conformal escape."""
     lengths = torch.linalg.vector_norm(sample.rows, dim=1)
-    pairs = compare_pairs(sample.rows[: sample.n], sample.rows[sample.n :])
-    return {
-        "norm_ratio": (lengths[: sample.n].mean() / lengths[sample.n :].mean()).item(),
-        "escape_conformal_null": None if pairs.escape_conformal is None else 1 / (sample.n + 1),
-        **vars(pairs),
-    }
+    ratio = (lengths[: sample.n].mean() / lengths[sample.n :].mean()).item()
+    return {"norm_ratio": ratio, **_pairs(sample.rows[: sample.n], sample.rows[sample.n :])}
 
 
 def _center_each(sample: Sample) -> tuple[float, float]:
@@ -361,24 +295,14 @@ def _rounding(dtype: torch.dtype, length: float) -> float:
     return (math.radians(resolution_deg(dtype)) * length) ** 2
 
 
-def _quantiles(angles: npt.NDArray[np.float64]) -> list[float]:
+def _quantiles(angles: FloatArray) -> list[float]:
     """Interpolate linearly between order statistics, as NumPy's `quantile` does, which takes ten times as long."""
     last = len(angles) - 1
     found: list[float] = np.interp([q * last for q in QUANTILES], np.arange(last + 1), np.sort(angles)).tolist()
     return found
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Matched comparisons of one class; None where undefined."""
-
-    spread_gap_deg: float | None = None
-    spread_gap_trimmed_deg: float | None = None
-    escape_conformal: float | None = None
-    escape_rank: float | None = None
-
-
-def compare_pairs(train: Tensor, unseen: Tensor) -> Pairs:
+def _pairs(train: Tensor, unseen: Tensor) -> Entry:
     """Return the matched gap and the conformal escape of one class from its rows [n, d] and [m, d].
 
     - `spread_gap_deg`: mean over unseen u and train j of the angle between u and the mean of the others, minus the
@@ -387,16 +311,11 @@ def compare_pairs(train: Tensor, unseen: Tensor) -> Pairs:
     - `escape_conformal`: u joins the training samples; how often is it the furthest of n + 1 from their common mean?
     - `escape_rank`: the share of training samples nearer to that mean than u, ties counted half; 1/2 by chance.
 
-    Undefined for fewer than two training samples or without unseen ones.
-
-    >>> train = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    >>> found = compare_pairs(train, torch.tensor([[-1.0, 1.0]]))
-    >>> round(found.spread_gap_deg, 4), found.escape_conformal, found.escape_rank
-    (0.0, 0.0, 0.5)
+    Undefined for fewer than two training samples.
     """
-    n, m = len(train), len(unseen)
-    if n < 2 or m < 1:
-        return Pairs()
+    n = len(train)
+    if n < 2:
+        return {}
     x = train.double()
     total = x.sum(dim=0)
     inner = x @ total  # <x_i, s>
@@ -417,17 +336,18 @@ def compare_pairs(train: Tensor, unseen: Tensor) -> Pairs:
     inside = torch.acos(((inner - length * length) / (length * without)).clamp(-1, 1))
     out = np.degrees(torch.cat(outside).cpu().numpy())
     own = np.degrees(inside.cpu().numpy())
-    gap = float(out.mean() - own.mean())
-    ahead, not_behind = torch.cat(nearer).cpu().numpy(), torch.cat(no_further).cpu().numpy()
-    return Pairs(
-        spread_gap_deg=gap if math.isfinite(gap) else None,
-        spread_gap_trimmed_deg=_trimmed_mean(out) - _trimmed_mean(own) if math.isfinite(gap) else None,
-        escape_conformal=float((ahead == n).mean()),
-        escape_rank=float((ahead + not_behind).mean()) / (2 * n),
-    )
+    gap, trimmed = float(out.mean() - own.mean()), _trimmed_mean(out) - _trimmed_mean(own)
+    furthest, not_behind = torch.cat(nearer).cpu().numpy(), torch.cat(no_further).cpu().numpy()
+    return {
+        "spread_gap_deg": gap if math.isfinite(gap) else None,
+        "spread_gap_trimmed_deg": trimmed if math.isfinite(gap) else None,
+        "escape_conformal": float((furthest == n).mean()),
+        "escape_conformal_null": 1 / (n + 1),
+        "escape_rank": float((furthest + not_behind).mean()) / (2 * n),
+    }
 
 
-def _trimmed_mean(values: npt.NDArray[np.float64]) -> float:
+def _trimmed_mean(values: FloatArray) -> float:
     """Return the mean without the largest tenth; a fraction of a value is left out by its weight."""
     kept = (1 - TRIM) * len(values)
     whole = int(kept)

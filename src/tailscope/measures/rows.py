@@ -8,12 +8,10 @@ decide means, variances and penalties. One of less than 1e-12 of the median leng
 
 import itertools
 import math
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import lru_cache
-from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,11 +25,8 @@ FAR = 100.0
 NOTHING = 2.0**-40
 AT_EASE = 16  # powers of two about 1 within which features stay as they are
 BLOCK_ELEMENTS, CHUNK_ELEMENTS = 1 << 22, 1 << 18
-"""Values that are looked at together, of rows and of subsets."""
-
 MOST_WORKERS = 8
 T = TypeVar("T")
-Kind = tuple[Callable[[int], Any], int]
 
 
 def row_blocks(rows: Tensor) -> tuple[Tensor, ...]:
@@ -54,13 +49,13 @@ def log2_lengths(features: Tensor, what: str) -> Tensor:
     wrong = (~(lengths < math.inf)).nonzero().flatten()
     if len(wrong):
         raise UserError(f"{what}: {len(wrong)} rows are NaN or infinite, the first is row {int(wrong[0])}")
-    smallest = torch.finfo(features.dtype).tiny
-    middle = median(lengths)
-    if middle is not None and middle - math.log2(features.shape[1]) / 2 < math.log2(smallest):
+    smallest, middle = torch.finfo(features.dtype).tiny, median(lengths)
+    usual = math.inf if middle is None else 2 ** (middle - math.log2(features.shape[1]) / 2)
+    if usual < smallest:
         kind = str(features.dtype).removeprefix("torch.")
         raise UserError(
-            f"{what}: values are about {2 ** (middle - math.log2(features.shape[1]) / 2):.0e}; below {smallest:.0e} "
-            f"{kind} keeps fewer digits (subnormal numbers). Multiply all features by one number before they are saved"
+            f"{what}: values are about {usual:.0e}; below {smallest:.0e} {kind} keeps fewer digits (subnormal numbers)"
+            ". Multiply all features by one number before they are saved"
         )
     return lengths
 
@@ -86,12 +81,6 @@ def far(lengths: Tensor) -> Tensor:
             break
         found = beyond
     return found
-
-
-def without(lengths: Tensor) -> Tensor:
-    """Return which rows are of length 0, or of less than 1e-12 of the median, bool [n], from logarithms of lengths."""
-    middle = median(lengths)
-    return lengths < (math.inf if middle is None else middle + math.log2(NOTHING))
 
 
 def exponent(*lengths: Tensor) -> int:
@@ -146,6 +135,11 @@ class ClassRows:
     lengths: Tensor
 
     @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.starts) - 1
+
+    @property
     def dtype(self) -> torch.dtype:
         """float64 for float64 features, float32 for every other kind."""
         return torch.float64 if self.features.dtype == torch.float64 else torch.float32
@@ -165,13 +159,7 @@ class ClassRows:
 
 
 def group_rows(features: Tensor, labels: Tensor, class_names: Sequence[str], what: str) -> ClassRows:
-    """Check features [n, d] and labels [n] and group the rows by class with one stable sort.
-
-    Args:
-        features: any floating dtype, any device.
-        labels: integers in 0 ... C-1.
-        class_names: C names, used in messages.
-        what: "train" or "unseen", used in messages.
+    """Check features [n, d] and labels [n] and group the rows by class with one stable sort; `what` is for messages.
 
     Raises:
         UserError: wrong shapes or dtypes, labels out of range, features that are NaN, infinite or subnormal.
@@ -179,7 +167,8 @@ def group_rows(features: Tensor, labels: Tensor, class_names: Sequence[str], wha
     features = features.detach()
     _check_shapes(features, labels, len(class_names), what)
     lengths = log2_lengths(features, f"{what} features")
-    nothing, beyond = without(lengths), far(lengths)
+    middle = median(lengths)
+    nothing, beyond = lengths < (math.inf if middle is None else middle + math.log2(NOTHING)), far(lengths)
     labels = labels.to(device=features.device, dtype=torch.long)
     classes = len(class_names)
     kept = (~(nothing | beyond)).nonzero().flatten()
@@ -220,9 +209,9 @@ def _alive(features: Tensor) -> Tensor:
     """Return which features are ever not 0, bool [d]."""
     alive = torch.zeros(features.shape[1], dtype=torch.bool, device=features.device)
     for block in row_blocks(features):
-        alive |= (block != 0).any(dim=0)
         if bool(alive.all()):
             break
+        alive |= (block != 0).any(dim=0)
     return alive
 
 
@@ -252,24 +241,14 @@ def all_subsets(seen: int, units: int) -> np.ndarray:
     return taken
 
 
-@dataclass(frozen=True)
-class Copies:
-    """Equal rows of one class: which unseen rows copy a training row, and how many rows repeat their own set.
+def find_copies(rows: Tensor, n: int) -> tuple[Tensor, int]:
+    """Return which unseen rows copy a training row, bool [m], and how many rows repeat their own set.
 
-    `unseen` is bool [m].
-    """
+    `rows` [n + m, d] are a class's, training rows first. Copies are rows whose bytes are the same: rows that are only
+    close are neighbours, at whatever scale.
 
-    unseen: Tensor
-    repeats: int
-
-
-def find_copies(rows: Tensor, n: int) -> Copies:
-    """Return the copies among a class's rows [n + m, d], training rows first.
-
-    Copies are rows whose bytes are the same: rows that are only close are neighbours, at whatever scale.
-
-    >>> find_copies(torch.tensor([[1.0, 2.0], [1.0, 2.5], [1.0, 2.0]]), 2).unseen.tolist()
-    [True]
+    >>> find_copies(torch.tensor([[1.0, 2.0], [1.0, 2.5], [1.0, 2.0]]), 2)
+    (tensor([True]), 0)
     """
     count = len(rows)
     bits = rows.contiguous().view(torch.int64 if rows.dtype == torch.float64 else torch.int32)
@@ -277,7 +256,7 @@ def find_copies(rows: Tensor, n: int) -> Copies:
     linked = (key.diff() == 0).nonzero().flatten()
     linked = linked[(bits[order[linked]] == bits[order[linked + 1]]).all(dim=1)]
     if not len(linked):
-        return Copies(torch.zeros(count - n, dtype=torch.bool, device=rows.device), 0)
+        return torch.zeros(count - n, dtype=torch.bool, device=rows.device), 0
     unseen = torch.arange(count, device=rows.device) >= n
     follows = torch.zeros(count, dtype=torch.long, device=rows.device)
     follows[linked + 1] = 1
@@ -286,7 +265,7 @@ def find_copies(rows: Tensor, n: int) -> Copies:
     seen_in = torch.bincount(cluster[~unseen], minlength=count)
     unseen_in = torch.bincount(cluster[unseen], minlength=count)
     repeats = (seen_in - 1).clamp(min=0).sum() + (unseen_in - 1).clamp(min=0).sum()
-    return Copies((seen_in[cluster] > 0)[unseen], int(repeats))
+    return (seen_in[cluster] > 0)[unseen], int(repeats)
 
 
 def _digest(bits: Tensor) -> Tensor:
@@ -307,9 +286,9 @@ def unseen_copies(train: ClassRows, unseen: ClassRows) -> Tensor:
     def one(k: int) -> None:
         n, m = train.count(k), unseen.count(k)
         if n and m:
-            found[unseen.index(k)] = find_copies(gather(train, unseen, k), n).unseen
+            found[unseen.index(k)] = find_copies(gather(train, unseen, k), n)[0]
 
-    map_parallel(one, len(train.starts) - 1, unseen.features.device)
+    map_parallel(one, train.classes, unseen.features.device)
     return found
 
 
@@ -323,49 +302,25 @@ def map_parallel(function: Callable[[int], T], number: int, device: torch.device
     return [found[i] for i in range(number)]
 
 
-def map_mixed(kinds: Sequence[Kind], device: torch.device) -> Iterator[tuple[int, int, Any]]:
+def map_mixed(jobs: Sequence[tuple[Callable[[int], Any], int]], device: torch.device) -> Iterator[tuple[int, int, Any]]:
     """Yield (kind, i, function(i)) for every i below each kind's number, in the order in which they are done.
 
-    Every worker has a kind that it prefers. Jobs of many short calls hold Python's lock, jobs of few long ones do not:
-    side by side they keep two cores busy, two of the first kind cannot. On an accelerator one thread issues all work.
+    Kinds take turns: work of many short calls holds Python's lock, work of few long ones does not, so that side by side
+    they keep two cores busy. On an accelerator one thread issues all work.
     """
+    turns = sorted(((i + 0.5) / number, kind, i) for kind, (_, number) in enumerate(jobs) for i in range(number))
     threads = torch.get_num_threads()
-    workers = min(threads, sum(number for _, number in kinds), MOST_WORKERS) if device.type == "cpu" else 1
+    workers = min(threads, len(turns), MOST_WORKERS) if device.type == "cpu" else 1
     if workers <= 1:
-        for kind, (function, number) in enumerate(kinds):
-            for i in range(number):
-                yield kind, i, function(i)
+        yield from ((kind, i, jobs[kind][0](i)) for _, kind, i in turns)
         return
     own = threads // workers
-    waiting = [deque(range(number)) for _, number in kinds]
-    done: SimpleQueue[tuple[int, int, Any] | BaseException] = SimpleQueue()
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(own,))
     try:
         with threadpool_limits(own, user_api="blas"):  # of NumPy and SciPy; torch is told by the initializer
-            for worker in range(workers):
-                pool.submit(_work, kinds, waiting, worker, done)
-            for _ in range(sum(number for _, number in kinds)):
-                item = done.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
+            running = {pool.submit(jobs[kind][0], i): (kind, i) for _, kind, i in turns}
+            for future in as_completed(running):
+                yield *running[future], future.result()
     finally:
-        for jobs in waiting:
-            jobs.clear()
-        pool.shutdown()
+        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # else threads that start later would inherit the workers' number
-
-
-def _work(kinds: Sequence[Kind], waiting: Sequence[deque[int]], worker: int, done: "SimpleQueue[Any]") -> None:
-    """Do jobs of the preferred kind, then of the others, until none is left."""
-    try:
-        for offset in range(len(kinds)):
-            kind = (worker + offset) % len(kinds)
-            while waiting[kind]:
-                try:
-                    i = waiting[kind].popleft()
-                except IndexError:  # another worker was faster
-                    break
-                done.put((kind, i, kinds[kind][0](i)))
-    except BaseException as error:  # raised again where the results are read
-        done.put(error)
