@@ -17,8 +17,8 @@ from diagnosis_cases import scattered
 from tailscope import paper, report
 from tailscope.errors import UserError
 from tailscope.groups import GROUPS
-from tailscope.report import charts, marks, rows, schema, story, tables, text
-from tailscope.report.tables import Column, Table
+from tailscope.report import charts, marks, rows, schema, story, text
+from tailscope.report.text import Column, Table
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 NASTY = ["<script>alert(1)</script>", "a, b", "=SUM(A1)", '50 % "_&#', "na\nme", "{x}", "|pipe|", "[y]", "ü–→", "\\z"]
@@ -306,9 +306,9 @@ def test_any_class_name_survives_csv_and_stays_text(names):
     table = Table(
         "t", "t", [Column("name", "class"), Column("x", "x", "share")], [{"name": n, "x": 0.5} for n in names]
     )
-    back = list(csv.DictReader(io.StringIO(tables.to_csv(table), newline="")))
+    back = list(csv.DictReader(io.StringIO(text.to_csv(table), newline="")))
     for name, row in zip(names, back, strict=True):
-        assert row["name"] == (f"'{name}" if name.startswith(tables.FORMULA) else name)
+        assert row["name"] == (f"'{name}" if name.startswith(text.FORMULA) else name)
         assert not row["name"].startswith(("=", "+", "-", "@"))
 
 
@@ -317,13 +317,13 @@ def test_markdown_and_latex_keep_one_row_a_line(names):
     table = Table(
         "t", "t", [Column("name", "class"), Column("x", "x", "points")], [{"name": n, "x": None} for n in names]
     )
-    markdown = tables.to_markdown(table).splitlines()
+    markdown = text.to_markdown(table).splitlines()
     assert len(markdown) == 4 + len(names)
     for line in markdown[4:]:
         assert len(re.findall(r"(?<!\\)\|", line)) == 3
         assert "<" not in line
         assert line.endswith("– |")
-    body = tables.to_latex(table).split("\\midrule\n")[1].splitlines()[: len(names)]
+    body = text.to_latex(table).split("\\midrule\n")[1].splitlines()[: len(names)]
     for line in body:
         assert len(re.findall(r"(?<!\\)&", line)) == 1
         assert line.endswith(r"& -- \\")

@@ -20,7 +20,7 @@ import tailscope
 from diagnosis_cases import head_biased, scattered, separable, table
 from tailscope import report
 from tailscope.errors import UserError
-from tailscope.report import charts, diagnosis, rows, story, tables
+from tailscope.report import charts, diagnosis, rows, story, text
 from tailscope.report.marks import panel_specs
 from tailscope.report.rows import load
 from tailscope.report.schema import read
@@ -148,7 +148,7 @@ def say(folder: Path, verb: str, *, charted: bool = True) -> None:
         panel_specs(figure)
     json.dumps(said, allow_nan=False)
     for one in found:
-        for writer in (tables.to_csv, tables.to_markdown, tables.to_latex):
+        for writer in (text.to_csv, text.to_markdown, text.to_latex):
             assert writer(one)
 
 

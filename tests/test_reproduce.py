@@ -22,9 +22,18 @@ from tailscope.experiments import results
 from tailscope.experiments.stages import Lab
 from tailscope.intervals import paired
 from tailscope.report import page
-from tailscope.reproduce import plan as planning
-from tailscope.reproduce.plan import Rates, make_plan, measure, other_work, remembered
-from tailscope.reproduce.reproduce import EXPERIMENTS, Reproduction, outcomes, run_reproduce
+from tailscope.reproduce import reproduce as planning
+from tailscope.reproduce.reproduce import (
+    EXPERIMENTS,
+    Rates,
+    Reproduction,
+    make_plan,
+    measure,
+    other_work,
+    outcomes,
+    remembered,
+    run_reproduce,
+)
 from tailscope.store import CHECKPOINT, Store, save_tensors
 from tailscope.training.recipes import RECIPES, Recipe
 
@@ -41,11 +50,11 @@ TINY = Recipe.model_validate(
 # What a process of its own needs to know this file's recipe and data set.
 CHILD = f"""
 from pathlib import Path
-from tailscope.paper import targets
-from tailscope.paper.reproduce import Reproduction, run_reproduce
+from tailscope import paper
+from tailscope.reproduce.reproduce import Reproduction, run_reproduce
 from tailscope.training.recipes import RECIPES, Recipe
 RECIPES["tiny"] = Recipe.model_validate_json({TINY.model_dump_json()!r})
-targets.BENCHMARKS["digits-lt"] = targets.Benchmark("digits", "exp:20", "nested", tuple(targets.EXPERIMENT))
+paper.BENCHMARKS["digits-lt"] = paper.Benchmark("digits", "exp:20", "nested", tuple(paper.EXPERIMENT))
 """
 SLEEP_AFTER_A_CHECKPOINT = """
 import time
@@ -60,7 +69,7 @@ def _known():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(RECIPES, "tiny", TINY)
         patch.setitem(paper.BENCHMARKS, "digits-lt", BENCHMARK)
-        patch.setattr("tailscope.reproduce.plan.SECONDS", 0.05)
+        patch.setattr("tailscope.reproduce.reproduce.SECONDS", 0.05)
         yield
 
 
@@ -201,7 +210,7 @@ def test_an_estimate_says_that_others_work_here(monkeypatch, tmp_path, load, cor
     monkeypatch.setattr(planning.os, "cpu_count", lambda: cores)
     assert (f"load {load:.1f} on {cores} cores" in other_work()) == told
     said = []
-    run_reproduce(reproduction_of(tmp_path), tell=said.append, plan_only=True)
+    run_reproduce(reproduction_of(tmp_path, plan=True), tell=said.append)
     line = next(line for line in said if "estimated time here" in line)
     assert ("other work is running here" in line) == told
     assert "measured on single steps" in line
@@ -228,7 +237,7 @@ def test_the_plan_knows_what_a_killed_run_has_saved(tmp_path, digits, caplog):
 
 
 def test_only_the_plan_trains_nothing(tmp_path):
-    done = run_reproduce(reproduction_of(tmp_path, "all"), tell=lambda text: None, plan_only=True)
+    done = run_reproduce(reproduction_of(tmp_path, "all", plan=True), tell=lambda text: None)
     assert len(done["plan"]["backbones"]) == 5
     assert done["estimated_seconds"] > 0
     assert not (tmp_path / "store" / "stage1").exists()

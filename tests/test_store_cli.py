@@ -8,7 +8,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from tailscope.cli_store import parse_size
+from tailscope.cli_store import _parse_size
 from tailscope.errors import UserError
 from tailscope.store import CHECKPOINT, KINDS, Store, inventory, prune, save_tensors, verify
 from test_store import TENSORS, assert_complete, made
@@ -284,4 +284,4 @@ def test_pruning_what_is_damaged_keeps_the_checkpoint_before(store):
 @pytest.mark.parametrize("text", ["", "MB", "0", "-1MB", "1.5MB", "1 XB", "9" * 5 + "M"])
 def test_sizes_that_are_none(text):
     with pytest.raises(UserError, match="no size"):
-        parse_size(text)
+        _parse_size(text)

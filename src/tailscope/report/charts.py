@@ -1,8 +1,10 @@
 """All figures that the results of one folder allow, and the rows that they are drawn from."""
 
 import math
+import tomllib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from importlib.resources import files
+from typing import Any, cast
 
 import altair as alt
 
@@ -102,7 +104,6 @@ def _attribution(results: Results) -> Figure:
         "Where the gap comes from",
         "The gap between training on the long-tailed set and on the full one, then its two parts laid end to end."
         f"{_whiskers(results['swap'])}",
-        "",
         [Panel("", waterfall("attribution", steps, [Key("gap", "muted"), *PART_KEYS.values()], scale, axis))],
     )
 
@@ -133,8 +134,8 @@ def _figure2(results: Results) -> Figure:
         "Accuracy when the backbone is trained on one set and the classifier on the other. If replacing the backbone "
         "(true → lt) helps more than replacing the classifier (lt → true), the features are the bottleneck."
         f"{_whiskers(swap)}{' Dots are single seeds.' if several else ''}{PRINTED if printed else ''}",
-        story.swap_reading(swap),
         [Panel("", alt.layer(*layers).properties(height=34 * len(stored)), keys)],
+        story.swap_reading(swap),
     )
 
 
@@ -178,7 +179,6 @@ def _figure3(results: Results) -> Figure:
         "classifier with all classes drawn equally often; then AutoAugment joins there too. The bound fits the "
         "classifier to the full set: what is still missing there, no classifier on these features regains."
         f"{PRINTED if paper else ''}",
-        "",
         [Panel("", alt.layer(*layers).properties(height=22 * len(stored)), keys)],
     )
 
@@ -201,12 +201,10 @@ def _unit(field: str) -> alt.X:
 def _paper_ticks(base: alt.Chart, keys: Sequence[Key], height: int) -> alt.Chart:
     """Mark the paper's number of each row that it printed, with an upright line of so many pixels."""
     printed = base.transform_filter("isValid(datum.paper)").mark_point(filled=True, opacity=1, size=height**2)
-    ticks: alt.Chart = printed.encode(
-        color=alt.ColorDatum(PAPER_KEY.label, scale=colour_scale(keys)),
-        shape=alt.ShapeDatum(PAPER_KEY.label, scale=shape_scale(keys)),
-        tooltip=[alt.Tooltip("paper:Q", title=PAPER_KEY.label, format=".2%")],
-    )
-    return ticks
+    colour = alt.ColorDatum(PAPER_KEY.label, scale=colour_scale(keys))
+    shape = alt.ShapeDatum(PAPER_KEY.label, scale=shape_scale(keys))
+    tooltip = [alt.Tooltip("paper:Q", title=PAPER_KEY.label, format=".2%")]
+    return cast(alt.Chart, printed.encode(color=colour, shape=shape, tooltip=tooltip))
 
 
 def _backbone(name: str) -> str:
@@ -220,7 +218,7 @@ def _labelled(stored: list[Row]) -> list[Row]:
     """
     found = []
     for row in stored:
-        bounds = None if row["ci_low"] is None else (row["ci_low"], row["ci_high"])
+        bounds = _ci(row)
         short, paper = percent(row["mean"]), row["paper"]
         text = with_interval(short, bounds) + ("" if paper is None else f", paper {number(100 * paper, 1)}")
         end = max(row["mean"], row["highest"], *(bounds or ()), paper or 0.0)
@@ -231,6 +229,10 @@ def _labelled(stored: list[Row]) -> list[Row]:
     return found
 
 
+def _ci(row: Row) -> tuple[float, float] | None:
+    return None if row["ci_low"] is None else (row["ci_low"], row["ci_high"])
+
+
 def _waterfall(attribution: list[Row]) -> list[Row]:
     """Lay the gap and its two parts end to end, in points; the interaction is no part of the sum."""
     found = []
@@ -238,12 +240,11 @@ def _waterfall(attribution: list[Row]) -> list[Row]:
     for row in attribution[:3]:
         part, end = row["part"], start + 100 * row["points"]
         low, high = (None if bound is None else start + 100 * bound for bound in (row["ci_low"], row["ci_high"]))
-        bounds = None if low is None else (row["ci_low"], row["ci_high"])
         share = "" if row["share"] is None else f"  =  {percent(row['share'], 0)}"
-        text = {"short": points(row["points"]) + share, "text": with_interval(points(row["points"]), bounds) + share}
-        label_at = max(start, end, *(() if high is None else (high,)))
-        found.append({"step": part, "part": part, "start": start, "end": end, "low": low, "high": high})
-        found[-1] |= {"label_at": label_at, **text}
+        text = {"short": points(row["points"]) + share, "text": with_interval(points(row["points"]), _ci(row)) + share}
+        at = max(start, end, end if high is None else high)
+        bar = {"step": part, "part": part, "start": start, "end": end, "low": low, "high": high, "label_at": at}
+        found.append(bar | text)
         start = 0.0 if part == "gap" else end
     return found
 
@@ -294,7 +295,6 @@ def _profile(results: Results) -> Figure:
         "profile",
         "The long-tailed training set",
         f"Training images of each class, on a logarithmic scale. {rule}",
-        "",
         [Panel("", alt.layer(*layers).properties(height=220), keys)],
     )
 
@@ -336,7 +336,6 @@ def _by_class(results: Results) -> Figure:
         "Which classes suffer",
         f"Recall is the share of a class's test images that is classified correctly. {meaning}"
         f"{story.noise_of_recall(first(results))}",
-        "",
         panels,
     )
 
@@ -361,13 +360,13 @@ def _losses(classes: Sequence[Row]) -> list[Row]:
         half = 0.38 if size == 1 else 0.5
         bar = {"label": label, "left": head["rank"] - half, "right": tail["rank"] + half, **means}
         bar |= {"representation_from": 0.0, "representation_to": means["representation"]}
-        bar |= {"classifier_from": base, "classifier_to": base + means["classifier"]}
-        found.append(bar)
+        found.append(bar | {"classifier_from": base, "classifier_to": base + means["classifier"]})
     return found
 
 
 # ---- geometry
 
+FIGURES = tomllib.loads(files(__package__).joinpath("figures.toml").read_text(encoding="utf-8"))
 HEIGHT = 240
 SEEN = Key("training samples", "ink", "circle")
 ALL = Key("with unseen samples", "blue", "triangle-up", (6, 3))
@@ -422,11 +421,9 @@ class _Drawing:
     def encoders(self, field: str, *, zero: bool = False, **series: Any) -> Panel:
         """Draw one measure for every encoder, and a line where it means no difference."""
         measure = SHOWN[field]
-        null = None if isinstance(measure.null, str) else measure.null
         drawn = [Series(self.data, field, key, name, ranged=True, **series) for name, key in self.keys.items()]
-        y = self._y([field], measure.unit, zero=zero, include=null)
-        nulls = [] if null is None else [reference(null)]
-        layers = [*nulls, *lines(drawn, self.classes, y, FORMATS[measure.unit])]
+        y = self._y([field], measure.unit, zero=zero, include=measure.null)
+        layers = [*reference(measure.null), *lines(drawn, self.classes, y, FORMATS[measure.unit])]
         return self._panel(measure.title, layers, self.keys.values())
 
     def within(self, encoder: str, fields: dict[str, Key], *, zero: bool = False) -> Panel:
@@ -461,11 +458,11 @@ class _Drawing:
         layers: list[Chart] = [span(one, self.classes, y) for one in spans]
         return self._panel("First PC share, between its brackets", layers, self.keys.values())
 
-    def _y(self, fields: Iterable[str], kind: str, *, zero: bool, include: float | None = None) -> dict[str, Any]:
+    def _y(self, fields: Iterable[str], kind: str, *, zero: bool, include: object = None) -> dict[str, Any]:
         """Return a y axis that holds the fields of all encoders with their ranges over seeds."""
         names = [f"{field}{end}" for field in fields for end in ("", "_min", "_max")]
         values = [row[name] for row in self.rows for name in names if row.get(name) is not None]
-        values += [] if include is None else [include]
+        values += [include] if isinstance(include, int | float) else []
         low, high = (min(values), max(values)) if values else (0.0, 1.0)
         low = min(low, 0.0) if zero else low
         room = 0.05 * (high - low) or 1.0
@@ -485,11 +482,8 @@ def _geometry(results: Results, variant: str) -> list[Figure]:
     readings = story.readings(results, variant)
     ranged = len(drawing.classes) <= MANY and len(first(results)["seeds"]) > 1
     note = " Lines join means over seeds; thin strokes at their points are the range over seeds." if ranged else ""
-    suffix, how = (
-        "" if variant == "paper" else "-calibrated",
-        {name: story.HOW[variant, name] + note for name in panels},
-    )
+    suffix = "" if variant == "paper" else "-calibrated"
     return [
-        Figure(f"{name}{suffix}", story.TITLES[name], how[name], readings[name], panels[name], variant)
-        for name in panels
+        Figure(f"{name}{suffix}", FIGURES[name]["title"], FIGURES[name][variant] + note, drawn, readings[name], variant)
+        for name, drawn in panels.items()
     ]

@@ -1,7 +1,6 @@
 """A stored diagnosis as rows, tables, figures and sentences: what its page and the terminal show."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import altair as alt
@@ -25,22 +24,16 @@ from tailscope.report.marks import (
     waterfall,
 )
 from tailscope.report.rows import CI, GROUP, GROUP_RECALLS, MEASURES, Row, ends, ranks
-from tailscope.report.schema import ACCURACIES, Diagnosis, Judged, Points, Recalls, Verdict, read
-from tailscope.report.tables import Column, Table
-from tailscope.report.text import accuracy, in_points, listed, number, percent, plural
+from tailscope.report.schema import ACCURACIES, Diagnosis, Judged, Points, Recalls, Verdict
+from tailscope.report.text import Column, Table, accuracy, in_points, listed, number, percent, plural
 
 GAPS = ("classifier_gap", "representation_gap")
+STEPS = {
+    "current": ("current", "total"),
+    "rebalanced": ("re-balancing", "classifier"),
+    "classifier_bound": ("classifier of the true distribution", "classifier"),
+}
 MOST_POINTS = 2_000  # classes drawn; each is a shape in four panels of the page and of every file
-
-
-def load(path: Path) -> Diagnosis:
-    """Read diagnosis.json.
-
-    Raises:
-        UserError: it is no diagnosis.
-    """
-    result: Diagnosis = read(path, "diagnosis")
-    return result
 
 
 # ---- rows
@@ -58,7 +51,7 @@ def classes(result: Diagnosis) -> list[Row]:
         }
         nearest = entry["nearest_center_true_class"]
         about = {"rank": rank, "count": counts[k], "nearest": None if nearest is None else names[nearest]}
-        found.append({**_measured(entry), **about, **recalls, **_judged(part)})
+        found.append({**dict.fromkeys(SHOWN), **entry, **about, **recalls, **_judged(part)})
     return found
 
 
@@ -70,37 +63,27 @@ def groups(result: Diagnosis) -> list[Row]:
         entry = result["groups"].get(name)
         if entry is None:
             continue
-        row = {**_measured(entry), "count": entry["train_count"]}
+        row: Row = {**dict.fromkeys(SHOWN), **entry, "count": entry["train_count"]}
         if result["accuracy"]:
             row |= {f"recall_{key}": result["accuracy"][key]["groups"][name] for key in ACCURACIES}
         found.append(row | _judged(judged.get(name)))
     return found
 
 
-def accuracies(result: Diagnosis) -> list[Row]:
+def _accuracies(result: Diagnosis) -> list[Row]:
     """Return one row a classifier: what it is, accuracy with its interval, mean recall of each group."""
     return [
-        {
-            "label": ACCURACIES[name],
-            "what": cell["classifier"],
-            "mean": cell["mean"],
-            **ends("ci", cell["ci95"]),
-            **cell["groups"],
-        }
+        {"label": ACCURACIES[name], "what": cell["classifier"], "mean": cell["mean"]}
+        | ends("ci", cell["ci95"])
+        | cell["groups"]
         for name, cell in _cells(result).items()
     ]
 
 
 def steps(result: Diagnosis) -> list[Row]:
     """Return the waterfall from the current accuracy to the ceiling, in per cent: one row a bar."""
-    labels = {
-        "current": "current",
-        "rebalanced": "re-balancing",
-        "classifier_bound": "classifier of the true distribution",
-    }
     bars: list[tuple[str, str, float, Sequence[float] | None]] = [
-        (labels[name], "total" if name == "current" else "classifier", cell["mean"], cell["ci95"])
-        for name, cell in _cells(result).items()
+        (*STEPS[name], cell["mean"], cell["ci95"]) for name, cell in _cells(result).items()
     ]
     if result["verdict"] is not None:
         bars.append(("representation, at most", "representation", result["verdict"]["ceiling"], None))
@@ -109,9 +92,8 @@ def steps(result: Diagnosis) -> list[Row]:
         end = 100 * reached
         low, high = (None, None) if ci95 is None else (100 * bound for bound in ci95)
         text = percent(reached) if part == "total" else number(end - start, signed=True)
-        at = max(start, end, high or 0.0)
         row = {"step": step, "part": part, "start": start, "end": end, "low": low, "high": high}
-        found.append(row | {"text": text, "short": text, "label_at": at})
+        found.append(row | {"text": text, "short": text, "label_at": max(start, end, high or 0.0)})
         start = end
     return found
 
@@ -137,20 +119,14 @@ def comparisons(result: Diagnosis) -> list[Row]:
 
 
 def _difference(value: float | None, ci95: Sequence[float] | None, scale: float = 1.0) -> Row:
-    low, high = ci95 or (None, None)
-    found = {"difference": value, "low": low, "high": high}
-    return {name: None if number is None else scale * number for name, number in found.items()}
+    found = zip(("difference", "low", "high"), (value, *(ci95 or (None, None))), strict=True)
+    return {name: None if number is None else scale * number for name, number in found}
 
 
 def _cells(result: Diagnosis) -> dict[str, Recalls]:
     """Return the accuracies that the verdict compares, in order; none where nothing was scored."""
     stored = result["accuracy"]
     return {} if stored is None else {name: stored[name] for name in ACCURACIES}
-
-
-def _measured(entry: Mapping[str, Any]) -> Row:
-    """Return an entry's fields; what a result does not hold is undefined in it."""
-    return {**dict.fromkeys(SHOWN), **entry}
 
 
 def _judged(part: Judged | None) -> Row:
@@ -201,11 +177,11 @@ VERDICT = (
     ),
 )
 LOCAL = tuple(
-    Column.of(SHOWN[name])
+    Column.of(name)
     for name in ("spread_gap_deg", "spread_gap_q", "center_shift_excess_deg", "center_shift_q", "escape_rank")
 )
 NEAREST = (
-    Column.of(SHOWN["nearest_center_true_deg"], "nearest centre"),
+    Column.of("nearest_center_true_deg", "nearest centre"),
     Column("nearest", "which class", "text", "The class whose centre is nearest."),
 )
 PAIR = (
@@ -240,7 +216,7 @@ def tables(result: Diagnosis) -> list[Table]:
         Table("diagnosis-measures", "Every measure of every class", [*CLASS, *MEASURES], found),
     ]
     if result["accuracy"] is not None:
-        made.insert(0, Table("diagnosis-accuracy", "The accuracies behind the verdict", ACCURACY, accuracies(result)))
+        made.insert(0, Table("diagnosis-accuracy", "The accuracies behind the verdict", ACCURACY, _accuracies(result)))
     if (stored := result.get("comparison")) is not None:
         title = f"Encoders against {stored['reference']}"
         made.append(Table("diagnosis-comparison", title, COMPARISON, comparisons(result)))
@@ -286,7 +262,6 @@ def _waterfall(result: Diagnosis) -> Figure:
         "Bars laid end to end: what the classifier in use reaches, what re-balancing adds, what a classifier fitted to "
         "the true distribution adds, and what is left for the representation, at most. Whiskers: 95 % intervals of the "
         "accuracy reached, over samples.",
-        "",
         [Panel("", waterfall("steps", bars, keys, scale, axis), keys)],
     )
 
@@ -308,7 +283,6 @@ def _scatter(result: Diagnosis) -> Figure:
         "One point a class. How far its centre turns when unseen samples join, beyond what so few training samples "
         "explain; how far out unseen samples lie among training samples; how near the next class is; and how many of "
         f"its samples are recognised. Lines mark no difference.{left_out}",
-        "",
         panels,
     )
 
@@ -327,8 +301,7 @@ def _points(field: str, classes: int, keys: Sequence[Key]) -> Chart:
         tooltip=class_tooltip([(field, field.replace("_", " "), FORMATS[unit])]),
         color=alt.Color("group:N", scale=colour_scale(keys)) if keys else alt.value(css("blue")),
     )
-    nulls = [reference(measure.null)] if measure and isinstance(measure.null, int | float) else []
-    chart: Chart = alt.layer(*nulls, drawn).properties(height=230)
+    chart: Chart = alt.layer(*reference(measure and measure.null), drawn).properties(height=230)
     return chart
 
 

@@ -15,13 +15,11 @@ from markupsafe import Markup
 import tailscope
 from tailscope.groups import GROUPS
 from tailscope.measures.fields import SHOWN
-from tailscope.report import charts, diagnosis, marks, rows, story
-from tailscope.report import tables as table_files
+from tailscope.report import charts, diagnosis, marks, rows, schema, story
 from tailscope.report.marks import Figure
 from tailscope.report.rows import Row
 from tailscope.report.schema import TRAINED, VARIANTS, AnyResult, Diagnosis, Results
-from tailscope.report.tables import Table
-from tailscope.report.text import DASH, arrow, number, plural, significant
+from tailscope.report.text import DASH, Table, arrow, number, plural, significant, write_tables
 from tailscope.store.files import write
 
 DIGITS = 6  # significant ones; enough for a chart, and the page stays small
@@ -46,7 +44,7 @@ def build(out: Path, *, figures: bool = True) -> Path:
     trained = any((out / f"{verb}.json").exists() for verb in TRAINED)
     if path.exists():
         name = "diagnosis.html" if trained else "report.html"
-        written = _write(out, name, _of_diagnosis(diagnosis.load(path)), figures=figures)
+        written = _write(out, name, _of_diagnosis(schema.read(path, "diagnosis")), figures=figures)
         if not trained:
             return written
     return _write(out, "report.html", _of_experiments(rows.load(out)), figures=figures)
@@ -60,7 +58,7 @@ def _write(out: Path, name: str, page: Page, *, figures: bool) -> Path:
     if figures:
         for figure in page.figures:
             marks.save(figure, panels[figure.name], data, out / "figures")
-    table_files.write(out / "tables", page.tables)
+    write_tables(out / "tables", page.tables)
     context = {
         "figures": {figure.name: figure for figure in page.figures},
         "files": figures,
@@ -70,7 +68,7 @@ def _write(out: Path, name: str, page: Page, *, figures: bool) -> Path:
         "data": columns(data),
         "specs": {f"{name}-{k}": _drawn(spec) for name, specs in panels.items() for k, spec in enumerate(specs)},
         "config": marks.config(marks.PAGE_FONT, legend=False),
-        "style": Markup(_style()),
+        "style": Markup(_asset("page.css")),
         "script": Markup(_asset("page.js")),
         "vega": Markup(_vega()),
     }
@@ -269,17 +267,6 @@ def _template(name: str) -> Any:
     )
     environment.filters["prose"] = lambda text: text.replace(" %", "\u00a0%").replace(" → ", "\u00a0→\u00a0")
     return environment.get_template(name)
-
-
-def _style() -> str:
-    """Return the style sheet, after the colours as CSS variables: light, dark where preferred, light on paper."""
-    light, dark = (
-        " ".join(f"--{name}: {colour};" for name, colour in colours.items()) for colours in (marks.LIGHT, marks.DARK)
-    )
-    return (
-        f":root {{ {light} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
-        f"@media print {{ :root {{ {light} }} }}\n" + _asset("page.css")
-    )
 
 
 @cache

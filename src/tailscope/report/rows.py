@@ -11,10 +11,8 @@ from tailscope import paper
 from tailscope.errors import UserError
 from tailscope.groups import GROUPS
 from tailscope.measures.fields import SHOWN
-from tailscope.report import tables as files
 from tailscope.report.schema import CELLS, PARTS, TRAINED, VARIANTS, Cell, Measured, Part, Results, Swap, Trained, read
-from tailscope.report.tables import Column, Table
-from tailscope.report.text import arrow
+from tailscope.report.text import Column, Table, arrow, write_tables
 
 Row = dict[str, Any]
 
@@ -320,14 +318,14 @@ SPLIT = (
     Column("representation", "by backbone", "points", "The part of the gap that the backbone costs."),
     Column("classifier", "by classifier", "points", "The part of the gap that the classifier costs."),
 )
-MEASURES = tuple(Column.of(measure) for measure in SHOWN.values())
+MEASURES = tuple(map(Column.of, SHOWN))
 # Of geometry, the per-class table shows the calibrated measures of the long-tailed encoder; files hold the rest.
 LOCAL = (
-    Column.of(SHOWN["spread_gap_deg"]),
+    Column.of("spread_gap_deg"),
     Column("spread_gap_flags_text", "seeds with q ≤ 0.05", "text", "Seeds in which the spread gap is beyond chance."),
-    Column.of(SHOWN["center_shift_excess_deg"], "excess shift"),
+    Column.of("center_shift_excess_deg", "excess shift"),
     Column("center_shift_flags_text", "seeds with q ≤ 0.05", "text", "Seeds in which the centre shift is not chance."),
-    Column.of(SHOWN["escape_rank"]),
+    Column.of("escape_rank"),
 )
 VERDICTS = {"holds": "✓", "fails": "✗", "undecided": "?"}
 PROVENANCE = (
@@ -344,7 +342,7 @@ def write(out: Path | str, results: Results) -> list[Path]:
     Raises:
         UserError: the folder cannot be written.
     """
-    return files.write(Path(out) / "tables", tables(results))
+    return write_tables(Path(out) / "tables", tables(results))
 
 
 def tables(results: Results) -> list[Table]:

@@ -24,8 +24,7 @@ import numpy as np
 
 from tailscope import paper
 from tailscope.groups import GROUPS
-from tailscope.report.tables import Column, Table, to_csv, to_latex, to_markdown
-from tailscope.report.text import DASH, number, percent
+from tailscope.report.text import DASH, Column, Table, number, percent, to_csv, to_latex, to_markdown
 from tailscope.reproduce.evidence import (
     NEARLY_EQUAL,
     NO_TREND,

@@ -20,14 +20,15 @@ from tailscope import paper
 from tailscope.data.sources import load
 from tailscope.device import Runtime
 from tailscope.errors import UserError, expanded
+from tailscope.experiments.options import Reproduction
 from tailscope.experiments.results import Run
+from tailscope.experiments.running import EXPERIMENTS
 from tailscope.experiments.settings import Settings, store_root
 from tailscope.experiments.stages import Lab
 from tailscope.origin import command
 from tailscope.progress import Deadline, Progress, Quiet, TimeIsUp, duration
 from tailscope.reproduce import claims
-from tailscope.reproduce.plan import runs
-from tailscope.reproduce.reproduce import EXPERIMENTS, Reproduction, Tell, conclude, draw, fixed_part
+from tailscope.reproduce.reproduce import Tell, conclude, draw, fixed_part, runs
 from tailscope.reproduce.trainings import Trainings, failure
 from tailscope.results import check_free, stored_spec, write
 from tailscope.store import Store, make_folder, pack, packed_bytes
