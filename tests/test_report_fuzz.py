@@ -136,14 +136,15 @@ def written(folder: Path, verb: str, result: Any) -> Path:
 def say(folder: Path, verb: str, *, charted: bool = True) -> None:
     """Put everything that a file says into rows, charts, tables and sentences, without drawing."""
     if verb == "diagnosis":
-        result = diagnosis.load(folder / "diagnosis.json")
+        result = read(folder / "diagnosis.json", "diagnosis")
         figures, found = diagnosis.figures, diagnosis.tables(result)
         said = [diagnosis.data(result), diagnosis.headline(result), diagnosis.findings(result)]
         said += [diagnosis.caveats(result), diagnosis.accuracy_rows(result)]
     else:
         result = load(folder)
         figures, found = charts.figures, rows.tables(result)
-        said = [charts.data(result), story.sentences(result), story.summary_rows(result), rows.warnings(result)]
+        said = [charts.data(result), story.findings(result), story.caveats(result)]
+        said += [story.summary_rows(result), rows.warnings(result)]
     for figure in figures(result) if charted else ():
         panel_specs(figure)
     json.dumps(said, allow_nan=False)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.filesize import decimal
 from typer import Argument, Option
 
 from tailscope.errors import UserError
@@ -111,11 +112,10 @@ def add(
 
     Example: `tailscope store add stages.tar --store out/store`
     """
-    from tailscope.store import Store
     from tailscope.store import add as add_
 
     with shown_on(console) as progress:
-        return asdict(add_(Store(_root(store)), *files, replace=replace, progress=progress))
+        return asdict(add_(_open(store, new=True), *files, replace=replace, progress=progress))
 
 
 def prune(
@@ -142,16 +142,9 @@ def prune(
     opened = _open(store)
     if not (kind or scratch or damaged):
         raise UserError(f"say what may go: --kind, --scratch or --damaged; {opened.root} holds {_summary(opened)}")
+    options = {"scratch": scratch, "damaged": damaged, "dry_run": dry_run}
     with shown_on(console) as progress:
-        done = prune_(
-            opened,
-            kinds=kind.split(",") if kind else (),
-            scratch=scratch,
-            damaged=damaged,
-            keep=keep or (),
-            dry_run=dry_run,
-            progress=progress,
-        )
+        done = prune_(opened, kinds=kind.split(",") if kind else (), keep=keep or (), progress=progress, **options)
     return {"removed": [asdict(row) for row in done.removed], "busy": done.busy, "dry_run": dry_run}
 
 
@@ -164,25 +157,21 @@ def _parse_size(text: str) -> int:
     >>> _parse_size("15MiB"), _parse_size("16 MB"), _parse_size("1000")
     (15728640, 16000000, 1000)
     """
-    found = re.fullmatch(r"(\d+)\s*([A-Za-z]*)", text.strip())
-    if found is None or found[2].upper() not in _UNITS or int(found[1]) == 0:
+    found = re.fullmatch(r"(\d+)\s*([KMG]I?B)?", text.strip().upper())
+    if found is None or int(found[1]) == 0:
         raise UserError(f"--max-size {text}: no size; give one like 15MiB, 16MB or 16000000")
-    return int(found[1]) * _UNITS[found[2].upper()]
+    return int(found[1]) * _UNITS[found[2] or ""]
 
 
-def _root(root: Path | str | None) -> Path:
-    if root is None:
-        raise UserError("which store? give its folder with --store, OUT/store of an experiment, or as $TAILSCOPE_STORE")
-    return Path(root)
-
-
-def _open(root: Path | str | None) -> "Store":
-    """Open a store that is there."""
+def _open(root: Path | str | None, *, new: bool = False) -> "Store":
+    """Open a store, which may be `new` or has to be there."""
     from tailscope.store import Store
 
-    if not _root(root).is_dir():
+    if root is None:
+        raise UserError("which store? give its folder with --store, OUT/store of an experiment, or as $TAILSCOPE_STORE")
+    if not new and not Path(root).is_dir():
         raise UserError(f"--store {root}: no such folder")
-    return Store(_root(root))
+    return Store(Path(root))
 
 
 def _chosen(
@@ -195,7 +184,7 @@ def _chosen(
     for beginning in beginnings:
         if not any(row.key.startswith(beginning) for row in rows):
             raise UserError(f"{beginning}: no such key among {', '.join(kinds)}; {store.root} holds {_summary(store)}")
-    rows = [row for row in rows if not beginnings or row.key.startswith(tuple(beginnings))]
+    rows = [row for row in rows if row.key.startswith(tuple(beginnings or [""]))]
     if not rows:
         raise UserError(f"{store.root}: nothing to pack; it holds {_summary(store)}")
     rows.sort(key=lambda row: (kinds.index(row.kind), row.key))
@@ -203,13 +192,12 @@ def _chosen(
 
 
 def _summary(store: "Store") -> str:
-    """Return what a store holds, in a few words."""
     from tailscope.store import inventory
 
     sizes: dict[str, list[int]] = {}
     for row in inventory(store):
         sizes.setdefault("checkpoints" if row.checkpoint else row.kind, []).append(row.bytes)
-    return ", ".join(f"{len(of)} {kind} ({_size(sum(of))})" for kind, of in sizes.items()) or "nothing"
+    return ", ".join(f"{len(of)} {kind} ({decimal(sum(of))})" for kind, of in sizes.items()) or "nothing"
 
 
 def _listed(rows: "Sequence[Row]") -> dict[str, Any]:
@@ -225,7 +213,7 @@ def _show_entries(rows: list[dict[str, Any]]) -> Iterator[str]:
         (
             row["kind"] + (" checkpoint" if row["checkpoint"] else ""),
             row["key"][:12],
-            _size(row["bytes"]),
+            decimal(row["bytes"]),
             _age(time.time() - row["written"]),
             row["state"],
             "; ".join(filter(None, (row["what"] or row["problem"], row["arithmetic"]))),
@@ -235,10 +223,6 @@ def _show_entries(rows: list[dict[str, Any]]) -> Iterator[str]:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-
-
-def _show_list(listed: dict[str, Any], _: Options) -> Iterator[str]:
-    return _show_entries(listed["entries"])
 
 
 def _bad(listed: dict[str, Any]) -> list[dict[str, Any]]:
@@ -261,7 +245,7 @@ def _end_verified(listed: dict[str, Any]) -> None:
 
 
 def _show_packed(packed: dict[str, Any], _: Options) -> Iterator[str]:
-    yield from (f"{file}: {_size(file.stat().st_size)}" for file in packed["files"])
+    yield from (f"{file}: {decimal(file.stat().st_size)}" for file in packed["files"])
     counts = f"{packed['entries']} entries, {packed['checkpoints']} checkpoints"
     yield f"{counts}; `tailscope store add` puts them into another store"
 
@@ -284,20 +268,7 @@ def _end_added(added: dict[str, list[str]]) -> None:
 def _show_pruned(done: dict[str, Any], _: Options) -> Iterator[str]:
     removed, word = done["removed"], "would go" if done["dry_run"] else "removed"
     yield from _show_entries(removed)
-    yield f"{len(removed)} {word}, {_size(sum(row['bytes'] for row in removed))}; {len(done['busy'])} in use stayed"
-
-
-def _size(count: float) -> str:
-    """Return a number of bytes as people read it.
-
-    >>> _size(1_981_368), _size(20)
-    ('2.0 MB', '20 B')
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
+    yield f"{len(removed)} {word}, {decimal(sum(row['bytes'] for row in removed))}; {len(done['busy'])} in use stayed"
 
 
 def _age(seconds: float) -> str:
@@ -312,8 +283,9 @@ def _age(seconds: float) -> str:
     return "now"
 
 
-COMMANDS: list[tuple[Callable[..., Any], Callable[[Any, Options], Iterator[str]], Callable[[Any], object]]] = [
-    (list_, _show_list, bool),
+Command = tuple[Callable[..., Any], Callable[[Any, Options], Iterator[str]], Callable[[Any], object]]
+COMMANDS: list[Command] = [
+    (list_, lambda listed, _: _show_entries(listed["entries"]), bool),
     (verify, _show_verified, _end_verified),
     (pack, _show_packed, bool),
     (add, _show_added, _end_added),

@@ -9,37 +9,8 @@ from typing import Any, cast
 import altair as alt
 
 from tailscope.measures.fields import SHOWN
-from tailscope.report import rows, story
-from tailscope.report.marks import (
-    BACKBONE_KEYS,
-    ENCODER_KEYS,
-    FORMATS,
-    GROUP_KEYS,
-    MANY,
-    OTHER,
-    PAPER_KEY,
-    PART_KEYS,
-    Chart,
-    Figure,
-    Key,
-    Panel,
-    Series,
-    Span,
-    bars,
-    class_tooltip,
-    colour_scale,
-    css,
-    group_bounds,
-    lines,
-    numbers,
-    quoted,
-    rank_axis,
-    reference,
-    rows_of,
-    shape_scale,
-    span,
-    waterfall,
-)
+from tailscope.report import marks, rows, story
+from tailscope.report.marks import Chart, Figure, Key, Panel, Series, colour_scale, css, rows_of
 from tailscope.report.rows import Row, first
 from tailscope.report.schema import VARIANTS, Results, Swap
 from tailscope.report.text import arrow, number, percent, points, with_interval
@@ -63,12 +34,9 @@ def data(results: Results) -> dict[str, list[Row]]:
     """Return the rows of all charts by name."""
     found = {"profile": rows.profile(results)}
     if "swap" in results:
-        classes = rows.classes(results)
+        classes, cells = rows.classes(results), _labelled(rows.cells(results))
         found["attribution"] = _waterfall(rows.attribution(results))
-        found["cells"] = [
-            row | {"label": arrow(row["cell"]), "key": _backbone(row["backbone"])}
-            for row in _labelled(rows.cells(results))
-        ]
+        found["cells"] = [row | {"label": arrow(row["cell"]), "key": _backbone(row["backbone"])} for row in cells]
         found["cell_seeds"] = [row | {"label": arrow(row["cell"])} for row in rows.cell_seeds(results)]
         found["recalls"] = [row | {one.field: row.get(cell) for cell, one in CELL_SERIES.items()} for row in classes]
         found["losses"] = _losses(classes)
@@ -104,7 +72,11 @@ def _attribution(results: Results) -> Figure:
         "Where the gap comes from",
         "The gap between training on the long-tailed set and on the full one, then its two parts laid end to end."
         f"{_whiskers(results['swap'])}",
-        [Panel("", waterfall("attribution", steps, [Key("gap", "muted"), *PART_KEYS.values()], scale, axis))],
+        [
+            Panel(
+                "", marks.waterfall("attribution", steps, [Key("gap", "muted"), *marks.PART_KEYS.values()], scale, axis)
+            )
+        ],
     )
 
 
@@ -113,15 +85,15 @@ def _figure2(results: Results) -> Figure:
     swap, stored = results["swap"], rows.cells(results)
     present = {row["backbone"] for row in stored}
     printed, several = any(row["paper"] is not None for row in stored), len(swap["seeds"]) > 1
-    keys = [Key(_backbone(name), key.colour, "bar") for name, key in BACKBONE_KEYS.items() if name in present]
-    keys += [PAPER_KEY] if printed else []
+    keys = [Key(_backbone(name), key.colour, "bar") for name, key in marks.BACKBONE_KEYS.items() if name in present]
+    keys += [marks.PAPER_KEY] if printed else []
     order = [arrow(row["cell"]) for row in stored]
     y = alt.Y("label:N", sort=order, title="backbone → classifier", axis=alt.Axis(labelFontSize=13, ticks=False))
     base = rows_of("cells").encode(y=y)
     pair = alt.Tooltip("label:N", title="backbone → classifier")
     colour = alt.Color("key:N", scale=colour_scale(keys))
     tooltip = [pair, alt.Tooltip("text:N", title="accuracy")]
-    layers = bars(base, _unit, ("mean", None), ("ci_low", "ci_high"), colour, tooltip, 12)
+    layers = marks.bars(base, _unit, ("mean", None), ("ci_low", "ci_high"), colour, tooltip, 12)
     if printed:
         layers.append(_paper_ticks(base, keys, 30).encode(x=_unit("paper")))
     if several:
@@ -144,33 +116,29 @@ def _figure3(results: Results) -> Figure:
     stored = rows.ladder(results)
     rungs = [key for key in RUNG_KEYS if any(row["rung_label"] == key.label for row in stored)]
     paper = [row["paper"] for row in stored if row["paper"] is not None]
-    keys = [*rungs, *([PAPER_KEY] if paper else [])]
+    keys = [*rungs, *([marks.PAPER_KEY] if paper else [])]
     lines = "split(replace(datum.label, ' + ', '|+ '), '|')"  # a narrow chart has no room for long labels
+    order, axis = (
+        list(dict.fromkeys(row["augmentation_label"] for row in stored)),
+        alt.Axis(ticks=False, labelExpr=lines),
+    )
     base = rows_of("ladder").encode(
-        y=alt.Y(
-            "augmentation_label:N",
-            sort=list(dict.fromkeys(row["augmentation_label"] for row in stored)),
-            title="augmentation of stage 1",
-            axis=alt.Axis(ticks=False, labelExpr=lines),
-        ),
+        y=alt.Y("augmentation_label:N", sort=order, title="augmentation of stage 1", axis=axis),
         yOffset=alt.YOffset("rung_label:N", sort=[key.label for key in rungs]),
     )
     x = _zoomed(stored, paper)
+    tooltip = {"augmentation_label": "stage 1", "rung_label": "rung", "text": "accuracy"}
     points = base.mark_point(filled=True, opacity=1, size=80).encode(
         x=x("mean"),
         color=alt.Color("rung_label:N", scale=colour_scale(keys)),
-        shape=alt.Shape("rung_label:N", scale=shape_scale(keys)),
-        tooltip=[
-            alt.Tooltip("augmentation_label:N", title="stage 1"),
-            alt.Tooltip("rung_label:N", title="rung"),
-            alt.Tooltip("text:N", title="accuracy"),
-        ],
+        shape=alt.Shape("rung_label:N", scale=marks.shape_scale(keys)),
+        tooltip=[alt.Tooltip(f"{field}:N", title=title) for field, title in tooltip.items()],
     )
     layers: list[Chart] = [
         base.mark_rule(strokeWidth=1.4, color=css("muted")).encode(x=x("ci_low"), x2="ci_high"),
         *([_paper_ticks(base, keys, 17).encode(x=x("paper"))] if paper else []),
         points,
-        numbers(base, 11).encode(x=x("label_at")),
+        marks.numbers(base, 11).encode(x=x("label_at")),
     ]
     return Figure(
         "fig3",
@@ -201,9 +169,9 @@ def _unit(field: str) -> alt.X:
 def _paper_ticks(base: alt.Chart, keys: Sequence[Key], height: int) -> alt.Chart:
     """Mark the paper's number of each row that it printed, with an upright line of so many pixels."""
     printed = base.transform_filter("isValid(datum.paper)").mark_point(filled=True, opacity=1, size=height**2)
-    colour = alt.ColorDatum(PAPER_KEY.label, scale=colour_scale(keys))
-    shape = alt.ShapeDatum(PAPER_KEY.label, scale=shape_scale(keys))
-    tooltip = [alt.Tooltip("paper:Q", title=PAPER_KEY.label, format=".2%")]
+    colour = alt.ColorDatum(marks.PAPER_KEY.label, scale=colour_scale(keys))
+    shape = alt.ShapeDatum(marks.PAPER_KEY.label, scale=marks.shape_scale(keys))
+    tooltip = [alt.Tooltip("paper:Q", title=marks.PAPER_KEY.label, format=".2%")]
     return cast(alt.Chart, printed.encode(color=colour, shape=shape, tooltip=tooltip))
 
 
@@ -273,23 +241,20 @@ RULES = {
 def _profile(results: Results) -> Figure:
     """Draw training images a class against frequency rank, by group."""
     classes = rows.profile(results)
-    keys = [key for name, key in GROUP_KEYS.items() if any(row["group"] == name for row in classes)]
+    keys = [key for name, key in marks.GROUP_KEYS.items() if any(row["group"] == name for row in classes)]
     half = 0.4 if len(classes) <= 100 else 0.5
-    y = alt.Y("count:Q", title="training images", scale=alt.Scale(type="symlog"), axis=_powers(classes))
+    decades = math.ceil(math.log10(max(1, *(row["count"] for row in classes))))
+    axis = alt.Axis(values=[10**k for k in range(decades + 1)], format=",d")
+    y = alt.Y("count:Q", title="training images", scale=alt.Scale(type="symlog"), axis=axis)
     bars = rows_of("profile").transform_calculate(left=f"datum.rank - {half}", right=f"datum.rank + {half}").mark_bar()
-    encoded = bars.encode(
-        x=rank_axis(classes, "left"),
-        x2="right:Q",
-        y=y,
-        y2=alt.Y2Datum(0),
-        tooltip=class_tooltip([("rank", "frequency rank", "d")]),
-    )
+    tooltip = marks.class_tooltip([("rank", "frequency rank", "d")])
+    encoded = bars.encode(x=marks.rank_axis(classes, "left"), x2="right:Q", y=y, y2=alt.Y2Datum(0), tooltip=tooltip)
     if keys:
         encoded = encoded.encode(color=alt.Color("group:N", scale=colour_scale(keys)))
     layers: list[Chart] = [encoded]
     if len(classes) <= LABELLED:
         text = rows_of("profile").mark_text(dy=-8, color=css("muted"))
-        layers.append(text.encode(x=rank_axis(classes), y=y, text=alt.Text("count:Q", format=",d")))
+        layers.append(text.encode(x=marks.rank_axis(classes), y=y, text=alt.Text("count:Q", format=",d")))
     rule = RULES.get(first(results)["groups_rule"], "") if keys else "Too few classes for head, body and tail."
     return Figure(
         "profile",
@@ -303,46 +268,36 @@ def _by_class(results: Results) -> Figure:
     """Draw recall by class for the four pairs, and each class's split of the gap."""
     found = rows.profile(results)
     y = {"title": "recall", "scale": alt.Scale(domain=[0, 1]), "axis": alt.Axis(format=".0%", tickCount=6)}
-    keys = list(PART_KEYS.values())
+    keys = list(marks.PART_KEYS.values())
     tooltip = [
         alt.Tooltip("label:N", title="class"),
-        *(alt.Tooltip(f"{part}:Q", title=f"{part}, points", format=".1f") for part in ("gap", *PART_KEYS)),
+        *(alt.Tooltip(f"{part}:Q", title=f"{part}, points", format=".1f") for part in ("gap", *marks.PART_KEYS)),
     ]
     bars: list[Chart] = [
         rows_of("losses")
-        .transform_calculate(series=quoted(key.label))
+        .transform_calculate(series=marks.quoted(key.label))
         .mark_bar()
         .encode(
-            x=rank_axis(found, "left"),
+            x=marks.rank_axis(found, "left"),
             x2="right:Q",
             y=alt.Y(f"{part}_from:Q", title="points lost"),
             y2=f"{part}_to:Q",
             color=alt.Color("series:N", scale=colour_scale(keys)),
             tooltip=tooltip,
         )
-        for part, key in PART_KEYS.items()
+        for part, key in marks.PART_KEYS.items()
     ]
-    bounds = group_bounds(found)
+    bounds = marks.group_bounds(found)
     series = [one for cell, one in CELL_SERIES.items() if cell in results["swap"]["cells"]]
-    recall = alt.layer(*lines(series, found, y, ".0%"), *bounds).properties(height=260)
+    recall = alt.layer(*marks.lines(series, found, y, ".0%"), *bounds).properties(height=260)
     panels = [Panel("Recall (backbone → classifier)", recall, [one.key for one in series])]
     meaning = ""
     if results["swap"]["attribution"] is not None:
         meaning = "Its gap, between the full and the long-tailed set, splits into what the representation and what the "
         meaning += "classifier costs the class. "
         panels.append(Panel("Points lost, and to what", alt.layer(*bars, *bounds).properties(height=260), keys))
-    return Figure(
-        "classes",
-        "Which classes suffer",
-        f"Recall is the share of a class's test images that is classified correctly. {meaning}"
-        f"{story.noise_of_recall(first(results))}",
-        panels,
-    )
-
-
-def _powers(classes: Sequence[Row]) -> alt.Axis:
-    top = max(row["count"] for row in classes)
-    return alt.Axis(values=[10**k for k in range(math.ceil(math.log10(max(top, 1))) + 1)], format=",d")
+    how = f"Recall is the share of a class's test images that is classified correctly. {meaning}"
+    return Figure("classes", "Which classes suffer", how + story.noise_of_recall(first(results)), panels)
 
 
 def _losses(classes: Sequence[Row]) -> list[Row]:
@@ -352,7 +307,7 @@ def _losses(classes: Sequence[Row]) -> list[Row]:
     found = []
     for start in range(0, len(known), size):
         members = known[start : start + size]
-        means = {part: 100 * sum(row[part] for row in members) / len(members) for part in ("gap", *PART_KEYS)}
+        means = {part: 100 * sum(row[part] for row in members) / len(members) for part in ("gap", *marks.PART_KEYS)}
         head, tail = members[0], members[-1]
         label = head["name"] if size == 1 else f"ranks {head['rank']} to {tail['rank']}, mean"
         same_sign = means["representation"] * means["classifier"] > 0
@@ -394,7 +349,7 @@ class _Drawing:
         self.data = f"geometry_{variant}"
         self.classes = rows.profile(results)
         self.rows = rows.geometry_classes(results, variant)
-        self.keys = {name: ENCODER_KEYS.get(name, OTHER) for name in rows.encoders(results)}
+        self.keys = {name: marks.ENCODER_KEYS.get(name, marks.OTHER) for name in rows.encoders(results)}
 
     def paper(self) -> dict[str, list[Panel]]:
         """Return the panels of Figures 4 to 8 as the paper has them."""
@@ -423,14 +378,16 @@ class _Drawing:
         measure = SHOWN[field]
         drawn = [Series(self.data, field, key, name, ranged=True, **series) for name, key in self.keys.items()]
         y = self._y([field], measure.unit, zero=zero, include=measure.null)
-        layers = [*reference(measure.null), *lines(drawn, self.classes, y, FORMATS[measure.unit])]
+        layers = [*marks.reference(measure.null), *marks.lines(drawn, self.classes, y, marks.FORMATS[measure.unit])]
         return self._panel(measure.title, layers, self.keys.values())
 
     def within(self, encoder: str, fields: dict[str, Key], *, zero: bool = False) -> Panel:
         """Draw several angles of one encoder."""
         y = self._y(fields, "degrees", zero=zero)
         drawn = [Series(self.data, field, key, encoder, ranged=True) for field, key in fields.items()]
-        return self._panel(f"encoder {encoder}", lines(drawn, self.classes, y, FORMATS["degrees"]), fields.values())
+        return self._panel(
+            f"encoder {encoder}", marks.lines(drawn, self.classes, y, marks.FORMATS["degrees"]), fields.values()
+        )
 
     def compactness(self, encoder: str) -> Panel:
         """Draw the distribution of angles to the training samples' centre, of them alone and with unseen ones."""
@@ -440,10 +397,10 @@ class _Drawing:
         for side, key, offset in sides:
             for low, high, width, opacity in (("q05", "q95", 1.2, 0.9), ("q25", "q75", 5, 0.5)):
                 ends = (f"{side}_{low}", f"{side}_{high}")
-                one = Span(self.data, encoder, key, *ends, offset=offset, width=width, opacity=opacity)
-                layers.append(span(one, self.classes, y))
+                one = marks.Span(self.data, encoder, key, *ends, offset=offset, width=width, opacity=opacity)
+                layers.append(marks.span(one, self.classes, y))
         drawn = [Series(self.data, f"{side}_q50", key, encoder, offset=offset) for side, key, offset in sides]
-        layers += lines(drawn, self.classes, y, FORMATS["degrees"])
+        layers += marks.lines(drawn, self.classes, y, marks.FORMATS["degrees"])
         return self._panel(f"encoder {encoder}", layers, (SEEN, ALL))
 
     def brackets(self) -> Panel:
@@ -452,10 +409,10 @@ class _Drawing:
         y = self._y(ends, "share", zero=True)
         middle = (len(self.keys) - 1) / 2
         spans = [
-            Span(self.data, name, key, *ends, offset=0.2 * (place - middle), width=4, opacity=0.9)
+            marks.Span(self.data, name, key, *ends, offset=0.2 * (place - middle), width=4, opacity=0.9)
             for place, (name, key) in enumerate(self.keys.items())
         ]
-        layers: list[Chart] = [span(one, self.classes, y) for one in spans]
+        layers: list[Chart] = [marks.span(one, self.classes, y) for one in spans]
         return self._panel("First PC share, between its brackets", layers, self.keys.values())
 
     def _y(self, fields: Iterable[str], kind: str, *, zero: bool, include: object = None) -> dict[str, Any]:
@@ -471,7 +428,7 @@ class _Drawing:
         return {"title": "degrees" if kind == "degrees" else None, "scale": scale, "axis": axis}
 
     def _panel(self, title: str, layers: Sequence[Chart], keys: Iterable[Key]) -> Panel:
-        chart = alt.layer(*group_bounds(self.classes), *layers).properties(height=HEIGHT)
+        chart = alt.layer(*marks.group_bounds(self.classes), *layers).properties(height=HEIGHT)
         return Panel(title, chart, tuple(keys))
 
 
@@ -480,7 +437,7 @@ def _geometry(results: Results, variant: str) -> list[Figure]:
     drawing = _Drawing(results, variant)
     panels = drawing.paper() if variant == "paper" else drawing.calibrated()
     readings = story.readings(results, variant)
-    ranged = len(drawing.classes) <= MANY and len(first(results)["seeds"]) > 1
+    ranged = len(drawing.classes) <= marks.MANY and len(first(results)["seeds"]) > 1
     note = " Lines join means over seeds; thin strokes at their points are the range over seeds." if ranged else ""
     suffix = "" if variant == "paper" else "-calibrated"
     return [

@@ -7,26 +7,18 @@ import altair as alt
 
 from tailscope.groups import GROUPS
 from tailscope.measures.fields import SHOWN
-from tailscope.report.marks import (
-    FORMATS,
-    GROUP_KEYS,
-    MANY,
-    PART_KEYS,
-    Chart,
-    Figure,
-    Key,
-    Panel,
-    class_tooltip,
-    colour_scale,
-    css,
-    reference,
-    rows_of,
-    waterfall,
-)
+from tailscope.report import marks
+from tailscope.report.marks import Chart, Figure, Key, Panel, colour_scale, css, rows_of
 from tailscope.report.rows import CI, GROUP, GROUP_RECALLS, MEASURES, Row, ends, ranks
 from tailscope.report.schema import ACCURACIES, Diagnosis, Judged, Points, Recalls, Verdict
 from tailscope.report.text import Column, Table, accuracy, in_points, listed, number, percent, plural
 
+ASPECTS = {
+    "localises": "localises unseen samples better",
+    "separates": "separates classes more",
+    "compacts": "keeps classes more compact",
+    "margin": "has the larger margin for its spread",
+}
 GAPS = ("classifier_gap", "representation_gap")
 STEPS = {
     "current": ("current", "total"),
@@ -53,6 +45,10 @@ def classes(result: Diagnosis) -> list[Row]:
         about = {"rank": rank, "count": counts[k], "nearest": None if nearest is None else names[nearest]}
         found.append({**dict.fromkeys(SHOWN), **entry, **about, **recalls, **_judged(part)})
     return found
+
+
+def _by_rank(result: Diagnosis) -> list[Row]:
+    return sorted(classes(result), key=lambda row: row["rank"])
 
 
 def groups(result: Diagnosis) -> list[Row]:
@@ -100,8 +96,7 @@ def steps(result: Diagnosis) -> list[Row]:
 
 def comparisons(result: Diagnosis) -> list[Row]:
     """Return one row an encoder, group and aspect: its difference from the reference, and which is better."""
-    stored = result.get("comparison")
-    if stored is None:
+    if (stored := result.get("comparison")) is None:
         return []
     found: list[Row] = []
     for encoder, entry in stored["encoders"].items():
@@ -140,6 +135,11 @@ def _judged(part: Judged | None) -> Row:
 
 # ---- tables
 
+
+def _gap_column(field: str, limit: str, meaning: str) -> Column:
+    return Column(field, field.replace("_", " ") + limit, "points", meaning, (f"{field}_low", f"{field}_high"))
+
+
 ACCURACY = (
     Column("label", "classifier"),
     Column("what", "which"),
@@ -161,20 +161,8 @@ VERDICT = (
     Column("recall_rebalanced", "re-balanced", "whole", "Recall of the best remedy."),
     Column("recall_classifier_bound", "bound", "whole", "Recall of a classifier fitted to the true distribution."),
     Column("bottleneck", "bottleneck", "text", "What costs this class more, where its own samples can tell."),
-    Column(
-        "classifier_gap",
-        "classifier gap",
-        "points",
-        "Recall that a classifier fitted to the true distribution gains.",
-        ("classifier_gap_low", "classifier_gap_high"),
-    ),
-    Column(
-        "representation_gap",
-        "representation gap, at most",
-        "points",
-        "What even that classifier misses, up to the ceiling.",
-        ("representation_gap_low", "representation_gap_high"),
-    ),
+    _gap_column("classifier_gap", "", "Recall that a classifier fitted to the true distribution gains."),
+    _gap_column("representation_gap", ", at most", "What even that classifier misses, up to the ceiling."),
 )
 LOCAL = tuple(
     Column.of(name)
@@ -207,8 +195,7 @@ def tables(result: Diagnosis) -> list[Table]:
     verdict = VERDICT if result["accuracy"] is not None else ()
     tested = Column("spread_gap_p", "p of the spread gap", "p", "Test of the whole group.")
     of_groups = [GROUP, Column("classes", "classes", "count"), *COUNTS, *verdict, tested, *LOCAL]
-    found = classes(result)
-    by_rank = sorted(found, key=lambda row: row["rank"])
+    found, by_rank = classes(result), _by_rank(result)
     made = [
         Table("diagnosis-groups", "By group of classes", of_groups, groups(result)),
         Table("diagnosis-classes", "Class by class", [*CLASS, *verdict, *LOCAL, *NEAREST], by_rank),
@@ -241,7 +228,7 @@ def figures(result: Diagnosis) -> list[Figure]:
 
 def data(result: Diagnosis) -> dict[str, list[Row]]:
     """Return the rows of the charts by name."""
-    by_rank = sorted(classes(result), key=lambda row: row["rank"])
+    by_rank = _by_rank(result)
     names = ("name", "group", "count", *SCATTERS)
     return {
         "by_count": [{name: row[name] for name in names} for row in by_rank[:: _every(len(by_rank))]],
@@ -255,21 +242,21 @@ def _waterfall(result: Diagnosis) -> Figure:
     lowest = min(0.0, *(row[end] for row in bars for end in ("start", "end")))
     scale = alt.Scale(domain=[lowest, 118], nice=False)  # room for the numbers on the right
     axis = alt.Axis(title="accuracy, per cent", values=list(range(0, 101, 20)))
-    keys = (Key("total", "muted", "bar"), *PART_KEYS.values())
+    keys = (Key("total", "muted", "bar"), *marks.PART_KEYS.values())
     return Figure(
         "waterfall",
         "From the current accuracy to the ceiling",
         "Bars laid end to end: what the classifier in use reaches, what re-balancing adds, what a classifier fitted to "
         "the true distribution adds, and what is left for the representation, at most. Whiskers: 95 % intervals of the "
         "accuracy reached, over samples.",
-        [Panel("", waterfall("steps", bars, keys, scale, axis), keys)],
+        [Panel("", marks.waterfall("steps", bars, keys, scale, axis), keys)],
     )
 
 
 def _scatter(result: Diagnosis) -> Figure:
     """Draw measures of every class against its number of training samples."""
     rows = classes(result)
-    keys = tuple(key for name, key in GROUP_KEYS.items() if any(row["group"] == name for row in rows))
+    keys = tuple(key for name, key in marks.GROUP_KEYS.items() if any(row["group"] == name for row in rows))
     panels = [
         Panel(title, _points(field, len(rows), keys), keys)
         for field, title in SCATTERS.items()
@@ -289,7 +276,7 @@ def _scatter(result: Diagnosis) -> Figure:
 
 def _points(field: str, classes: int, keys: Sequence[Key]) -> Chart:
     """Draw a recall or measure of each class by its count, and a line where a measure means no difference."""
-    measure, few = SHOWN.get(field), classes <= MANY
+    measure, few = SHOWN.get(field), classes <= marks.MANY
     unit = measure.unit if measure else "share"
     axis = alt.Axis(tickCount=6, format=".0%") if unit == "share" else alt.Axis(tickCount=6)
     scale = alt.Scale(domain=[0, 1]) if unit == "share" else alt.Scale(zero=False, nice=True)
@@ -298,10 +285,10 @@ def _points(field: str, classes: int, keys: Sequence[Key]) -> Chart:
     drawn = points.encode(
         x=alt.X("count:Q", title="training samples", scale=alt.Scale(type="symlog"), axis=counts),
         y=alt.Y(f"{field}:Q", title=None, scale=scale, axis=axis),
-        tooltip=class_tooltip([(field, field.replace("_", " "), FORMATS[unit])]),
+        tooltip=marks.class_tooltip([(field, field.replace("_", " "), marks.FORMATS[unit])]),
         color=alt.Color("group:N", scale=colour_scale(keys)) if keys else alt.value(css("blue")),
     )
-    chart: Chart = alt.layer(*reference(measure and measure.null), drawn).properties(height=230)
+    chart: Chart = alt.layer(*marks.reference(measure and measure.null), drawn).properties(height=230)
     return chart
 
 
@@ -319,11 +306,12 @@ def headline(result: Diagnosis) -> str:
     if verdict is None:
         return "Measured, without a verdict"
     if verdict["bottleneck"] == "classifier":
-        gap = _gap(verdict["classifier_gap"])
-        return f"The classifier is the bottleneck: on these features a better one gains {gap}"
+        return (
+            f"The classifier is the bottleneck: on these features a better one gains {_gap(verdict['classifier_gap'])}"
+        )
     if verdict["bottleneck"] == "representation":
-        gap = _gap(verdict["representation_gap"])
-        return f"The representation is the bottleneck: even the best classifier found misses {gap}"
+        missed = _gap(verdict["representation_gap"])
+        return f"The representation is the bottleneck: even the best classifier found misses {missed}"
     reason = verdict["reason"]
     return f"Undecided: {reason.partition(': ')[0] if verdict.get('withheld') else reason}"  # the first caveat has all
 
@@ -400,17 +388,11 @@ def _memorised(result: Diagnosis) -> str:
 
 def _encoders(result: Diagnosis) -> list[str]:
     """Return which encoder localises, separates and compacts the tail better."""
-    words = {
-        "localises": "localises unseen samples better",
-        "separates": "separates classes more",
-        "compacts": "keeps classes more compact",
-        "margin": "has the larger margin for its spread",
-    }
-    found: dict[str, dict[str, str]] = {}
+    found: dict[str, list[str]] = {}
     for row in comparisons(result):
-        if row["of"] == "tail" and row["better"]:
-            found.setdefault(row["better"], {})[row["aspect"]] = words[row["aspect"]]
-    return [f"In the tail, {encoder} is better: it {listed([*does.values()])}." for encoder, does in found.items()]
+        if row["of"] == "tail" and row["better"] and ASPECTS[row["aspect"]] not in found.get(row["better"], []):
+            found.setdefault(row["better"], []).append(ASPECTS[row["aspect"]])
+    return [f"In the tail, {encoder} is better: it {listed(does)}." for encoder, does in found.items()]
 
 
 def _gap(gap: Points) -> str:

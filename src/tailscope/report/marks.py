@@ -271,7 +271,7 @@ def span(one: Span, classes: Sequence[Row], y: dict[str, Any]) -> alt.Chart:
 def _trend(encoded: alt.Chart, one: Series, classes: int) -> alt.Chart:
     dash = list(one.key.dash) or [1, 0]
     if classes <= MANY:
-        return encoded.mark_line(strokeWidth=1.6, opacity=0.75, strokeDash=dash)
+        return cast(alt.Chart, encoded.mark_line(strokeWidth=1.6, opacity=0.75, strokeDash=dash))
     smooth = _smoothed(encoded, classes, smoothed=one.field).mark_line(strokeDash=dash)
     return cast(alt.Chart, smooth.encode(y="smoothed:Q"))
 

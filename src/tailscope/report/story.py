@@ -24,11 +24,6 @@ from tailscope.report.text import (
 )
 
 
-def sentences(results: Results) -> list[str]:
-    """Return the findings, most important first, then what limits them."""
-    return [*findings(results), *caveats(results)]
-
-
 def headline(results: Results) -> str:
     """Return the verdict in a few words."""
     if "swap" not in results:
@@ -40,7 +35,7 @@ def headline(results: Results) -> str:
     if attribution["gap_ci95"] is None:
         if attribution["gap"] <= 0:
             return "No long-tail gap, without an interval to back it"
-        larger = _larger_points(attribution)
+        larger = max(PARTS, key=lambda part: attribution[part]["points"])
         return f"The {larger} looks like the larger bottleneck, without an interval to back it"
     low, high = attribution["gap_ci95"]
     if high < 0:
@@ -49,10 +44,10 @@ def headline(results: Results) -> str:
         return f"No clear long-tail gap{scope}"
     if order_matters(attribution):
         return f"Both halves cost accuracy{scope}; which costs more depends on the order"
-    larger_clearly = clearly_larger(attribution)
-    if larger_clearly is None:
+    share = attribution["representation"]["share_ci95"]
+    if share is None or share[0] <= 0.5 <= share[1]:
         return f"Representation and classifier: too close to call{scope}"
-    return f"The {larger_clearly} is the larger bottleneck{scope}"
+    return f"The {'representation' if share[0] > 0.5 else 'classifier'} is the larger bottleneck{scope}"
 
 
 def findings(results: Results) -> list[str]:
@@ -116,14 +111,6 @@ def _both_orders(swap: Swap) -> str:
     )
 
 
-def clearly_larger(attribution: Attribution) -> str | None:
-    """Return the part whose share is more than half with its whole interval, None where that cannot be said."""
-    bounds = attribution["representation"]["share_ci95"]
-    if bounds is None or bounds[0] <= 0.5 <= bounds[1]:
-        return None
-    return "representation" if bounds[0] > 0.5 else "classifier"
-
-
 def caveats(results: Results) -> list[str]:
     """Return what limits the findings: seeds, order, recipe, files that do not belong together."""
     found = []
@@ -183,16 +170,13 @@ def ladder_findings(results: Results) -> list[str]:
 def summary_rows(results: Results) -> list[tuple[str, str]]:
     """Return the story as at most ten rows of label and text."""
     result = first(results)
-    data = result["dataset"]
-    found = [
-        (
-            "Data",
-            f"{data['name']}, {plural(len(result['counts']), 'class')}, {max(result['counts']):,} to "
-            f"{min(result['counts']):,} images a class, {plural(sum(result['counts']), 'image')}; "
-            f"{plural(len(result['seeds']), 'seed')}; recipe {result['recipe']['name']}",
-        ),
-        ("Verdict", headline(results)),
-    ]
+    counts = result["counts"]
+    data = (
+        f"{result['dataset']['name']}, {plural(len(counts), 'class')}, {max(counts):,} to {min(counts):,} images a "
+        f"class, {plural(sum(counts), 'image')}; {plural(len(result['seeds']), 'seed')}; recipe "
+        f"{result['recipe']['name']}"
+    )
+    found = [("Data", data), ("Verdict", headline(results))]
     if "swap" in results:
         found += _swap_rows(results)
     if "ladder" in results:
@@ -204,15 +188,12 @@ def summary_rows(results: Results) -> list[tuple[str, str]]:
 
 
 def _swap_rows(results: Results) -> list[tuple[str, str]]:
-    attribution = results["swap"]["attribution"]
-    stored = results["swap"]["cells"]
+    attribution, stored = results["swap"]["attribution"], results["swap"]["cells"]
     cells = [f"{arrow(name)} {percent(stored[name]['mean'])}" for name in CELLS if name in stored]
+    found = [("Accuracy", ", ".join(cells))]
     if attribution is None:
-        return [("Accuracy", ", ".join(cells))]
-    found = [
-        ("Accuracy", ", ".join(cells)),
-        ("Gap", in_points(attribution["gap"], attribution["gap_ci95"])),
-    ]
+        return found
+    found.append(("Gap", in_points(attribution["gap"], attribution["gap_ci95"])))
     for name in PARTS:
         part = attribution[name]
         share = f" = {_share(part)} of the gap" if part["share"] is not None else ""
@@ -225,15 +206,13 @@ def _swap_findings(results: Results) -> list[str]:
     attribution = results["swap"]["attribution"]
     if attribution is None:
         return []
-    found = []
-    classifier = attribution["classifier"]
+    found, classifier = [], attribution["classifier"]
     if classifier["share"] is not None:
         found.append(
             f"That is {_size(attribution['representation'])}; the classifier accounts for {_share(classifier)}, "
             f"{_size(classifier)}."
         )
-    worst = _worst_group(results)
-    if worst:
+    if worst := _worst_group(results):
         found.append(f"Hardest hit: {worst}.")
     losses = [row for row in rows.classes(results) if row["gap"] is not None]
     if losses and not _gap_unclear(attribution):
@@ -242,13 +221,15 @@ def _swap_findings(results: Results) -> list[str]:
             f"The class that loses most is “{row['name']}” ({plural(row['count'], 'training image')}): recall "
             f"{percent(row['true->true'], 0)} with the full set, {percent(row['lt->lt'], 0)} with the long-tailed one."
         )
-    return found + _matched_findings(attribution)
+    for part, steps in (attribution.get("matched") or {}).items():  # the matched set is balanced, and as small as lt
+        imbalance, size = _size(steps["imbalance"]), _size(steps["sample_count"])
+        found.append(f"Of the {part}'s part, {imbalance} come with imbalance and {size} with having fewer images.")
+    return found
 
 
 def _worst_group(results: Results) -> str | None:
     """Return the group that loses most; None where there is no clear gap, for then it is only noise's favourite."""
-    split = rows.groups(results)
-    attribution = results["swap"]["attribution"]
+    split, attribution = rows.groups(results), results["swap"]["attribution"]
     if not split or attribution is None or _gap_unclear(attribution):
         return None
     worst = max(split, key=lambda r: r["gap"])
@@ -263,15 +244,6 @@ def _gap_unclear(attribution: Attribution) -> bool:
     return bool(lowest <= 0)
 
 
-def _matched_findings(attribution: Attribution) -> list[str]:
-    """Return how the matched set, balanced and as small as lt, splits each part again."""
-    found = []
-    for part, steps in (attribution.get("matched") or {}).items():
-        imbalance, size = _size(steps["imbalance"]), _size(steps["sample_count"])
-        found.append(f"Of the {part}'s part, {imbalance} come with imbalance and {size} with having fewer images.")
-    return found
-
-
 def _reached(row: rows.Row) -> str:
     return accuracy(row["mean"], None if row["ci_low"] is None else (row["ci_low"], row["ci_high"]))
 
@@ -282,11 +254,6 @@ def _share(part: Part) -> str:
 
 def _size(part: Points) -> str:
     return in_points(part["points"], part["ci95"])
-
-
-def _larger_points(attribution: Attribution) -> str:
-    first_larger = attribution["representation"]["points"] >= attribution["classifier"]["points"]
-    return "representation" if first_larger else "classifier"
 
 
 def swap_reading(swap: Swap) -> str:
@@ -317,10 +284,9 @@ def noise_of_recall(result: Trained) -> str:
 
 def memorised(results: Results) -> str:
     """Return in how many classes unseen samples are farther from the centre than training samples, by encoder."""
-    found = []
+    found, entries = [], rows.geometry_classes(results, "calibrated")
     for encoder in rows.encoders(results):
-        entries = [row for row in rows.geometry_classes(results, "calibrated") if row["encoder"] == encoder]
-        tested = [row for row in entries if row["spread_gap_q"] is not None]
+        tested = [row for row in entries if row["encoder"] == encoder and row["spread_gap_q"] is not None]
         hits = [row for row in tested if rows.flagged(row, "spread_gap_q") and row["spread_gap_deg"] > 0]
         largest = max(hits, key=lambda row: row["spread_gap_deg"], default=None)
         most = "" if largest is None else f", most for “{largest['name']}” ({number(largest['spread_gap_deg'])}°)"
@@ -340,12 +306,10 @@ class _Geometry:
         self.groups = rows.geometry_groups(results, variant)
 
     def mean(self, encoder: str, field: str) -> float | None:
-        """Return a measure's mean over the classes where it is defined."""
         values = [row[field] for row in self.classes if row["encoder"] == encoder and row[field] is not None]
         return sum(values) / len(values) if values else None
 
     def group(self, encoder: str, field: str, group: str = "tail") -> float | None:
-        """Return a measure of a group."""
         found = (row[field] for row in self.groups if (row["encoder"], row["group"]) == (encoder, group))
         return next(found, None)
 
@@ -355,6 +319,10 @@ class _Geometry:
             f"{phrase(*known)} for {encoder}" for encoder in self.encoders if None not in (known := values(encoder))
         ]
         return f"{opening} {listed(found)}." if found else ""
+
+    def means(self, opening: str, field: str, written: Callable[[float], str]) -> str:
+        """Return a measure's mean over the classes where it is defined."""
+        return self.each(opening, lambda encoder: (self.mean(encoder, field),), written)
 
     def tail_to_head(self, opening: str, field: str) -> str:
         """Return how large a measure is in the tail, relative to the head."""
@@ -377,18 +345,14 @@ def readings(results: Results, variant: str) -> dict[str, str]:
     if variant == "calibrated":
         return {
             "fig4": seen.tail_to_head("Covariance of tail relative to head classes:", "covariance_norm_unbiased"),
-            "fig5": seen.each(
-                "A class uses about as many directions, on average, as:",
-                lambda one: (seen.mean(one, "effective_rank"),),
-                significant,
-            ),
+            "fig5": seen.means("A class uses about as many directions, on average, as:", "effective_rank", significant),
             "fig6": f"{memorised(results)}.",
             "fig7": narrowing,
             "fig8": _shift(results),
         }
     return {
         "fig4": seen.tail_to_head("Scatter of tail classes relative to head classes:", "variance"),
-        "fig5": seen.each("Mean first PC share:", lambda one: (seen.mean(one, "first_pc_share"),), percent),
+        "fig5": seen.means("Mean first PC share:", "first_pc_share", percent),
         "fig6": seen.each(
             "Unseen tail samples beyond the edge that training saw:",
             lambda one: (seen.group(one, "escape_rate"),),
@@ -405,8 +369,7 @@ def readings(results: Results, variant: str) -> dict[str, str]:
 
 def _shift(results: Results) -> str:
     """Return how far the centres of tail classes shift, and how much of that is chance."""
-    seen = _Geometry(results, "calibrated")
-    found = []
+    seen, found = _Geometry(results, "calibrated"), []
     for encoder in seen.encoders:
         raw, chance = seen.group(encoder, "center_shift_deg"), seen.group(encoder, "center_shift_null_deg")
         if raw is not None and chance is not None:

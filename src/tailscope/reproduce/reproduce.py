@@ -201,19 +201,7 @@ def runs(lab: Lab, settings: Settings, experiment: str) -> Iterator[Run]:
 
 @dataclass(frozen=True)
 class PlannedBackbone:
-    """A backbone that the plan needs.
-
-    Attributes:
-        seed: of the run.
-        encoder: lt, true, lt+mixup ...
-        key: the store's key.
-        stored: whether it is trained already.
-        augment: what augments its images.
-        images: image passes that its training takes.
-        steps: optimisation steps that its training takes.
-        epochs_done: epochs that an interrupted run has saved.
-        images_left: image passes that are left after them.
-    """
+    """A backbone that the plan needs, with the image passes and the steps of its training, and what is left of them."""
 
     seed: int
     encoder: str
@@ -246,14 +234,10 @@ class PlannedBackbone:
 
 @dataclass(frozen=True)
 class Plan:
-    """The work that is left and the work that is stored.
+    """The work that is left and the work that is stored: each backbone once, in the order of training.
 
-    Attributes:
-        backbones: each once, in the order of training.
-        classifiers: classifiers to fit.
-        classifiers_stored: classifiers fitted already.
-        views: images of augmented views to extract for stage 2.
-        clean: un-augmented images to extract, in float32, for test accuracy and geometry.
+    `views` are images of augmented views to extract for stage 2, `clean` un-augmented ones, in float32, for test
+    accuracy and geometry.
     """
 
     backbones: tuple[PlannedBackbone, ...]
@@ -313,13 +297,9 @@ def _views(stage: StageSpec, backbone: str, everything: int) -> dict[tuple[str, 
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds that an image takes on this machine.
+    """Seconds that an image takes on this machine: in stage 1, by what augments it, and in extracting features.
 
-    Attributes:
-        training: in stage 1, by what augments it.
-        view: in extracting a feature in the training's precision.
-        clean: in extracting a feature in float32.
-        remembered: whose times in training come from stored trainings; the others are of single steps.
+    Those `remembered` come from stored trainings, the others from single steps.
     """
 
     training: dict[Augment, float]
