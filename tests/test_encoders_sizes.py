@@ -25,7 +25,7 @@ CPU = Runtime(torch.device("cpu"), torch.bfloat16)
 
 FACTORY = """
 import torch
-from tailscope.models import MODELS
+from tailscope.networks import MODELS
 
 def make(name="resnet8", channels=3):
     model = MODELS.make(name, channels, 5)

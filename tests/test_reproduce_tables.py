@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import result_factory as factory
-from scripts.docs_pages import generate, main, measures
+from scripts.docs_pages import generate, main, measures, methods
 from tailscope import paper
 from tailscope.errors import UserError
 from tailscope.report.text import to_csv, to_markdown
@@ -223,6 +223,7 @@ def test_check_tells_whether_the_pages_are_up_to_date(results, tmp_path, capsys)
     page, of_measures = tmp_path / "reproduction.md", tmp_path / "measures.md"
     page.write_text(PROSE)
     of_measures.write_text(measures())
+    (tmp_path / "methods.md").write_text(methods())
     options = ["--results", str(results), "--docs", str(tmp_path)]
     assert main([*options, "--check"]) == 1
     assert page.read_text() == PROSE
