@@ -274,7 +274,7 @@ def test_stages_of_two_processors_are_not_pooled_without_a_word(tmp_path, digits
         monkeypatch.setattr(training_runtime, "cpu_name", lambda: processor)
         lab = Lab(digits, store, Runtime.choose("cpu", **changes))
         result = EXPERIMENTS["swap"](lab, settings.model_copy(update={"seeds": seeds}))
-        cards = page.provenance("swap", result)
+        cards = page._provenance("swap", result)
         return [w for w in result["warnings"] if "arithmetic" in w], result["provenance"], cards
 
     alone, rows, cards = run((0,), "processor A")

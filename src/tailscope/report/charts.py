@@ -1,9 +1,7 @@
 """All figures that the results of one folder allow, and the rows that they are drawn from."""
 
 import math
-import tomllib
 from collections.abc import Callable, Iterable, Sequence
-from importlib.resources import files
 from typing import Any, cast
 
 import altair as alt
@@ -67,17 +65,8 @@ def _attribution(results: Results) -> Figure:
     scale = alt.Scale(domain=[low, high + (high - low) * 0.6], nice=False)  # room for the numbers on the right
     ticks = [tick for tick in range(-100, 101, 5 if high - low < 30 else 10) if low <= tick <= high]
     axis = alt.Axis(title="percentage points of accuracy", values=ticks, labelSeparation=8)
-    return Figure(
-        "attribution",
-        "Where the gap comes from",
-        "The gap between training on the long-tailed set and on the full one, then its two parts laid end to end."
-        f"{_whiskers(results['swap'])}",
-        [
-            Panel(
-                "", marks.waterfall("attribution", steps, [Key("gap", "muted"), *marks.PART_KEYS.values()], scale, axis)
-            )
-        ],
-    )
+    chart = marks.waterfall("attribution", steps, [Key("gap", "muted"), *marks.PART_KEYS.values()], scale, axis)
+    return Figure("attribution", [Panel("", chart)], _whiskers(results["swap"]))
 
 
 def _figure2(results: Results) -> Figure:
@@ -100,15 +89,9 @@ def _figure2(results: Results) -> Figure:
         seeds = rows_of("cell_seeds").mark_point(filled=True, size=16, opacity=1, color=css("ink"))
         tooltip = [pair, alt.Tooltip("seed:N"), alt.Tooltip("accuracy:Q", format=".2%")]
         layers.append(seeds.encode(y=y, x=_unit("accuracy"), tooltip=tooltip))
-    return Figure(
-        "fig2",
-        "Figure 2. Swap the data set between the two stages",
-        "Accuracy when the backbone is trained on one set and the classifier on the other. If replacing the backbone "
-        "(true → lt) helps more than replacing the classifier (lt → true), the features are the bottleneck."
-        f"{_whiskers(swap)}{' Dots are single seeds.' if several else ''}{PRINTED if printed else ''}",
-        [Panel("", alt.layer(*layers).properties(height=34 * len(stored)), keys)],
-        story.swap_reading(swap),
-    )
+    panel = Panel("", alt.layer(*layers).properties(height=34 * len(stored)), keys)
+    note = f"{_whiskers(swap)}{' Dots are single seeds.' if several else ''}{PRINTED if printed else ''}"
+    return Figure("fig2", [panel], note, story.swap_reading(swap))
 
 
 def _figure3(results: Results) -> Figure:
@@ -118,10 +101,8 @@ def _figure3(results: Results) -> Figure:
     paper = [row["paper"] for row in stored if row["paper"] is not None]
     keys = [*rungs, *([marks.PAPER_KEY] if paper else [])]
     lines = "split(replace(datum.label, ' + ', '|+ '), '|')"  # a narrow chart has no room for long labels
-    order, axis = (
-        list(dict.fromkeys(row["augmentation_label"] for row in stored)),
-        alt.Axis(ticks=False, labelExpr=lines),
-    )
+    order = list(dict.fromkeys(row["augmentation_label"] for row in stored))
+    axis = alt.Axis(ticks=False, labelExpr=lines)
     base = rows_of("ladder").encode(
         y=alt.Y("augmentation_label:N", sort=order, title="augmentation of stage 1", axis=axis),
         yOffset=alt.YOffset("rung_label:N", sort=[key.label for key in rungs]),
@@ -140,15 +121,8 @@ def _figure3(results: Results) -> Figure:
         points,
         marks.numbers(base, 11).encode(x=x("label_at")),
     ]
-    return Figure(
-        "fig3",
-        "Figure 3. The augmentation ladder",
-        "Each block is one augmentation of stage 1. Stage I is the network as trained; Stage II retrains its "
-        "classifier with all classes drawn equally often; then AutoAugment joins there too. The bound fits the "
-        "classifier to the full set: what is still missing there, no classifier on these features regains."
-        f"{PRINTED if paper else ''}",
-        [Panel("", alt.layer(*layers).properties(height=22 * len(stored)), keys)],
-    )
+    panel = Panel("", alt.layer(*layers).properties(height=22 * len(stored)), keys)
+    return Figure("fig3", [panel], PRINTED if paper else "")
 
 
 def _zoomed(stored: Sequence[Row], paper: Sequence[float]) -> Callable[[str], alt.X]:
@@ -186,7 +160,7 @@ def _labelled(stored: list[Row]) -> list[Row]:
     """
     found = []
     for row in stored:
-        bounds = _ci(row)
+        bounds = rows.ci95(row)
         short, paper = percent(row["mean"]), row["paper"]
         text = with_interval(short, bounds) + ("" if paper is None else f", paper {number(100 * paper, 1)}")
         end = max(row["mean"], row["highest"], *(bounds or ()), paper or 0.0)
@@ -197,10 +171,6 @@ def _labelled(stored: list[Row]) -> list[Row]:
     return found
 
 
-def _ci(row: Row) -> tuple[float, float] | None:
-    return None if row["ci_low"] is None else (row["ci_low"], row["ci_high"])
-
-
 def _waterfall(attribution: list[Row]) -> list[Row]:
     """Lay the gap and its two parts end to end, in points; the interaction is no part of the sum."""
     found = []
@@ -209,7 +179,10 @@ def _waterfall(attribution: list[Row]) -> list[Row]:
         part, end = row["part"], start + 100 * row["points"]
         low, high = (None if bound is None else start + 100 * bound for bound in (row["ci_low"], row["ci_high"]))
         share = "" if row["share"] is None else f"  =  {percent(row['share'], 0)}"
-        text = {"short": points(row["points"]) + share, "text": with_interval(points(row["points"]), _ci(row)) + share}
+        text = {
+            "short": points(row["points"]) + share,
+            "text": with_interval(points(row["points"]), rows.ci95(row)) + share,
+        }
         at = max(start, end, end if high is None else high)
         bar = {"step": part, "part": part, "start": start, "end": end, "low": low, "high": high, "label_at": at}
         found.append(bar | text)
@@ -256,12 +229,7 @@ def _profile(results: Results) -> Figure:
         text = rows_of("profile").mark_text(dy=-8, color=css("muted"))
         layers.append(text.encode(x=marks.rank_axis(classes), y=y, text=alt.Text("count:Q", format=",d")))
     rule = RULES.get(first(results)["groups_rule"], "") if keys else "Too few classes for head, body and tail."
-    return Figure(
-        "profile",
-        "The long-tailed training set",
-        f"Training images of each class, on a logarithmic scale. {rule}",
-        [Panel("", alt.layer(*layers).properties(height=220), keys)],
-    )
+    return Figure("profile", [Panel("", alt.layer(*layers).properties(height=220), keys)], f" {rule}")
 
 
 def _by_class(results: Results) -> Figure:
@@ -296,8 +264,7 @@ def _by_class(results: Results) -> Figure:
         meaning = "Its gap, between the full and the long-tailed set, splits into what the representation and what the "
         meaning += "classifier costs the class. "
         panels.append(Panel("Points lost, and to what", alt.layer(*bars, *bounds).properties(height=260), keys))
-    how = f"Recall is the share of a class's test images that is classified correctly. {meaning}"
-    return Figure("classes", "Which classes suffer", how + story.noise_of_recall(first(results)), panels)
+    return Figure("classes", panels, f" {meaning}{story.noise_of_recall(first(results))}")
 
 
 def _losses(classes: Sequence[Row]) -> list[Row]:
@@ -321,7 +288,6 @@ def _losses(classes: Sequence[Row]) -> list[Row]:
 
 # ---- geometry
 
-FIGURES = tomllib.loads(files(__package__).joinpath("figures.toml").read_text(encoding="utf-8"))
 HEIGHT = 240
 SEEN = Key("training samples", "ink", "circle")
 ALL = Key("with unseen samples", "blue", "triangle-up", (6, 3))
@@ -352,7 +318,6 @@ class _Drawing:
         self.keys = {name: marks.ENCODER_KEYS.get(name, marks.OTHER) for name in rows.encoders(results)}
 
     def paper(self) -> dict[str, list[Panel]]:
-        """Return the panels of Figures 4 to 8 as the paper has them."""
         return {
             "fig4": [self.encoders("variance"), self.encoders("covariance_norm")],
             "fig5": [self.encoders("first_pc_share", zero=True)],
@@ -362,7 +327,6 @@ class _Drawing:
         }
 
     def calibrated(self) -> dict[str, list[Panel]]:
-        """Return the panels of Figures 4 to 8 in the calibrated measures."""
         gap = self.encoders("spread_gap_deg", flags="spread_gap_flags", extra=GAP_EXTRA)
         shift = self.encoders("center_shift_excess_deg", flags="center_shift_flags", extra=SHIFT_EXTRA)
         return {
@@ -382,7 +346,6 @@ class _Drawing:
         return self._panel(measure.title, layers, self.keys.values())
 
     def within(self, encoder: str, fields: dict[str, Key], *, zero: bool = False) -> Panel:
-        """Draw several angles of one encoder."""
         y = self._y(fields, "degrees", zero=zero)
         drawn = [Series(self.data, field, key, encoder, ranged=True) for field, key in fields.items()]
         return self._panel(
@@ -396,23 +359,19 @@ class _Drawing:
         layers: list[Chart] = []
         for side, key, offset in sides:
             for low, high, width, opacity in (("q05", "q95", 1.2, 0.9), ("q25", "q75", 5, 0.5)):
-                ends = (f"{side}_{low}", f"{side}_{high}")
-                one = marks.Span(self.data, encoder, key, *ends, offset=offset, width=width, opacity=opacity)
-                layers.append(marks.span(one, self.classes, y))
+                one = Series(self.data, f"{side}_{low}", key, encoder, offset=offset)
+                layers.append(marks.span(one, f"{side}_{high}", self.classes, y, width=width, opacity=opacity))
         drawn = [Series(self.data, f"{side}_q50", key, encoder, offset=offset) for side, key, offset in sides]
         layers += marks.lines(drawn, self.classes, y, marks.FORMATS["degrees"])
         return self._panel(f"encoder {encoder}", layers, (SEEN, ALL))
 
     def brackets(self) -> Panel:
-        """Draw the bracket of the first PC share for every encoder."""
-        ends = ("first_pc_share_low", "first_pc_share_high")
-        y = self._y(ends, "share", zero=True)
-        middle = (len(self.keys) - 1) / 2
-        spans = [
-            marks.Span(self.data, name, key, *ends, offset=0.2 * (place - middle), width=4, opacity=0.9)
-            for place, (name, key) in enumerate(self.keys.items())
-        ]
-        layers: list[Chart] = [marks.span(one, self.classes, y) for one in spans]
+        low, high = "first_pc_share_low", "first_pc_share_high"
+        y, middle = self._y((low, high), "share", zero=True), (len(self.keys) - 1) / 2
+        layers: list[Chart] = []
+        for place, (name, key) in enumerate(self.keys.items()):
+            one = Series(self.data, low, key, name, offset=0.2 * (place - middle))
+            layers.append(marks.span(one, high, self.classes, y, width=4, opacity=0.9))
         return self._panel("First PC share, between its brackets", layers, self.keys.values())
 
     def _y(self, fields: Iterable[str], kind: str, *, zero: bool, include: object = None) -> dict[str, Any]:
@@ -440,7 +399,4 @@ def _geometry(results: Results, variant: str) -> list[Figure]:
     ranged = len(drawing.classes) <= marks.MANY and len(first(results)["seeds"]) > 1
     note = " Lines join means over seeds; thin strokes at their points are the range over seeds." if ranged else ""
     suffix = "" if variant == "paper" else "-calibrated"
-    return [
-        Figure(f"{name}{suffix}", FIGURES[name]["title"], FIGURES[name][variant] + note, drawn, readings[name], variant)
-        for name, drawn in panels.items()
-    ]
+    return [Figure(f"{name}{suffix}", drawn, note, readings[name], variant) for name, drawn in panels.items()]

@@ -243,14 +243,7 @@ def _waterfall(result: Diagnosis) -> Figure:
     scale = alt.Scale(domain=[lowest, 118], nice=False)  # room for the numbers on the right
     axis = alt.Axis(title="accuracy, per cent", values=list(range(0, 101, 20)))
     keys = (Key("total", "muted", "bar"), *marks.PART_KEYS.values())
-    return Figure(
-        "waterfall",
-        "From the current accuracy to the ceiling",
-        "Bars laid end to end: what the classifier in use reaches, what re-balancing adds, what a classifier fitted to "
-        "the true distribution adds, and what is left for the representation, at most. Whiskers: 95 % intervals of the "
-        "accuracy reached, over samples.",
-        [Panel("", marks.waterfall("steps", bars, keys, scale, axis), keys)],
-    )
+    return Figure("waterfall", [Panel("", marks.waterfall("steps", bars, keys, scale, axis), keys)])
 
 
 def _scatter(result: Diagnosis) -> Figure:
@@ -264,14 +257,7 @@ def _scatter(result: Diagnosis) -> Figure:
     ]
     every = _every(len(rows))
     left_out = f" Of {len(rows):,} classes one in {every} by count is drawn; the table has all." if every > 1 else ""
-    return Figure(
-        "scatter",
-        "Every class by its number of training samples",
-        "One point a class. How far its centre turns when unseen samples join, beyond what so few training samples "
-        "explain; how far out unseen samples lie among training samples; how near the next class is; and how many of "
-        f"its samples are recognised. Lines mark no difference.{left_out}",
-        panels,
-    )
+    return Figure("scatter", panels, left_out)
 
 
 def _points(field: str, classes: int, keys: Sequence[Key]) -> Chart:

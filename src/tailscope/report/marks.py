@@ -7,6 +7,7 @@ colour blindness keep apart; shapes and dashes repeat what they say. Charts name
 
 import json
 import re
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -36,6 +37,9 @@ FORMATS = {"share": ".1%", "degrees": ".2f", "plain": ".3~g", "squared": ".3~g"}
 
 # ---- theme
 
+_FIGURES: dict[str, dict[str, str]] = tomllib.loads(
+    files(__package__).joinpath("figures.toml").read_text(encoding="utf-8")
+)
 _STYLE = files(__package__).joinpath("page.css").read_text(encoding="utf-8")
 _LIGHT = dict(re.findall(r"--(\w+): (#\w+);", _STYLE.partition("@media")[0]))
 """The colours of the style sheet by name, as charts in files have them."""
@@ -45,11 +49,8 @@ _LIGHT = dict(re.findall(r"--(\w+): (#\w+);", _STYLE.partition("@media")[0]))
 class Key:
     """One entry of a legend: what is drawn how.
 
-    Attributes:
-        label: the text, also the value that the chart encodes.
-        colour: a name in page.css.
-        shape: a Vega symbol, "bar" where the colour fills bars, or "tick" for a short upright line.
-        dash: a stroke dash, empty for a solid line.
+    The colour is a name in page.css, the shape a Vega symbol, "bar" where the colour fills bars, or "tick" for a short
+    upright line; an empty dash is a solid line.
     """
 
     label: str
@@ -111,12 +112,9 @@ def config(font: str, *, legend: bool) -> Spec:
 
 @dataclass(frozen=True)
 class Series:
-    """One field drawn as a line with points.
+    """One field of the rows named `data`, drawn as a line with points.
 
     Attributes:
-        data: name of the rows.
-        field: the rows' field on the y axis.
-        key: its entry in the legend.
         encoder: keeps the rows of this encoder, None all.
         flags: field that counts the seeds in which a class was found significant; other points are hollow.
         extra: (field, title, format) of further tooltip lines.
@@ -134,20 +132,6 @@ class Series:
     offset: float = 0.0
 
 
-@dataclass(frozen=True)
-class Span:
-    """The range between the fields `low` and `high`; `offset`, in ranks, keeps neighbours from hiding each other."""
-
-    data: str
-    encoder: str
-    key: Key
-    low: str
-    high: str
-    offset: float
-    width: float
-    opacity: float
-
-
 def colour_scale(keys: Sequence[Key]) -> alt.Scale:
     """Return the scale from the keys' labels to their colours."""
     return alt.Scale(domain=[key.label for key in keys], range=[css(key.colour) for key in keys])
@@ -162,23 +146,19 @@ def shape_scale(keys: Sequence[Key]) -> alt.Scale:
 def rank_axis(classes: Sequence[Row], field: str = "rank") -> alt.X:
     """Return the x axis of class frequency ranks, most frequent first; few classes are named on it."""
     count = len(classes)
-    scale = alt.Scale(domain=[0.5, count + 0.5], nice=False, zero=False)
-    if count > NAMED:
-        axis = alt.Axis(title="class frequency rank, most frequent first", grid=False, format="d")
-        return alt.X(f"{field}:Q", scale=scale, axis=axis)
-    names = [row["name"] for row in sorted(classes, key=lambda row: row["rank"])]
-    array = "[" + ",".join(quoted(name) for name in names) + "]"
-    long = max(len(name) for name in names) > 3
-    axis = alt.Axis(
-        title="class, most frequent first",
-        values=list(range(1, count + 1)),
-        labelExpr=f"{array}[datum.value - 1]",
-        labelAngle=-40 if long else 0,
-        labelLimit=90,
-        labelOverlap=False,
-        grid=False,
-    )
-    return alt.X(f"{field}:Q", scale=scale, axis=axis)
+    axis = alt.Axis(title="class frequency rank, most frequent first", grid=False, format="d")
+    if count <= NAMED:
+        names = [row["name"] for row in sorted(classes, key=lambda row: row["rank"])]
+        axis = alt.Axis(
+            title="class, most frequent first",
+            values=list(range(1, count + 1)),
+            labelExpr=f"[{','.join(map(quoted, names))}][datum.value - 1]",
+            labelAngle=-40 if max(map(len, names)) > 3 else 0,
+            labelLimit=90,
+            labelOverlap=False,
+            grid=False,
+        )
+    return alt.X(f"{field}:Q", scale=alt.Scale(domain=[0.5, count + 0.5], nice=False, zero=False), axis=axis)
 
 
 def group_bounds(classes: Sequence[Row]) -> list[Chart]:
@@ -258,14 +238,16 @@ def _smoothed(base: alt.Chart, classes: int, **fields: str) -> alt.Chart:
     return base.transform_window(means, frame=[-half, half], sort=[alt.SortField("rank")])
 
 
-def span(one: Span, classes: Sequence[Row], y: dict[str, Any]) -> alt.Chart:
-    """Return the range between two fields: a rule a class, beyond `MANY` classes a band of running means."""
+def span(
+    one: Series, high: str, classes: Sequence[Row], y: dict[str, Any], *, width: float, opacity: float
+) -> alt.Chart:
+    """Return the range of a series up to the field `high`: a rule a class, beyond `MANY` a band of running means."""
     base, colour = rows_of(one.data, one.encoder), css(one.key.colour)
     if len(classes) > MANY:
-        band = _smoothed(base, len(classes), low=one.low, high=one.high).mark_area(opacity=0.16, color=colour)
+        band = _smoothed(base, len(classes), low=one.field, high=high).mark_area(opacity=0.16, color=colour)
         return cast(alt.Chart, band.encode(x=rank_axis(classes), y=alt.Y("low:Q", **y), y2="high:Q"))
-    rule = _placed(base, classes, one.offset).mark_rule(color=colour, strokeWidth=one.width, opacity=one.opacity)
-    return cast(alt.Chart, rule.encode(y=alt.Y(f"{one.low}:Q", **y), y2=f"{one.high}:Q"))
+    rule = _placed(base, classes, one.offset).mark_rule(color=colour, strokeWidth=width, opacity=opacity)
+    return cast(alt.Chart, rule.encode(y=alt.Y(f"{one.field}:Q", **y), y2=f"{high}:Q"))
 
 
 def _trend(encoded: alt.Chart, one: Series, classes: int) -> alt.Chart:
@@ -302,10 +284,7 @@ def bars(
     tooltip: Sequence[alt.Tooltip],
     size: int,
 ) -> list[Chart]:
-    """Return horizontal bars between two fields, or from 0 to one, with thin rules for intervals, and `numbers`.
-
-    `x` makes the axis of a field, `bounds` are the intervals' ends, `size` is the font of the numbers in pixels.
-    """
+    """Return horizontal bars between two fields, or from 0 to one, with thin rules for intervals, and `numbers`."""
     (start, end), (low, high) = fields, bounds
     drawn = base.mark_bar(height=alt.RelativeBandSize(0.55 if end else 0.62))
     drawn = drawn.encode(x=x(start), color=colour, tooltip=tooltip)
@@ -352,23 +331,29 @@ class Panel:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of the report.
+    """A figure of the report; its `name` is file stem and anchor, and where figures.toml describes it.
 
     Attributes:
-        name: file stem and anchor.
-        title: what it shows.
-        how: how to read it, for someone who never saw the paper.
-        panels: the charts, side by side where there is room.
+        note: what these results add to how it is read.
         reading: what these results show there; may be empty.
         variant: "paper" or "calibrated" where the figure comes in both, else None.
     """
 
     name: str
-    title: str
-    how: str
     panels: Sequence[Panel]
+    note: str = ""
     reading: str = ""
     variant: str | None = None
+
+    @property
+    def title(self) -> str:
+        """What it shows."""
+        return _FIGURES[self.name.removesuffix("-calibrated")]["title"]
+
+    @property
+    def how(self) -> str:
+        """How to read it, for someone who never saw the paper."""
+        return _FIGURES[self.name.removesuffix("-calibrated")][self.variant or "how"] + self.note
 
     @property
     def keys(self) -> list[Key]:

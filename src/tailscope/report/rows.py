@@ -82,6 +82,11 @@ def ends(name: str, bounds: Sequence[float] | None) -> Row:
     return {f"{name}_low": low, f"{name}_high": high}
 
 
+def ci95(row: Row) -> tuple[float, float] | None:
+    """Return a row's interval, if it has one."""
+    return None if row["ci_low"] is None else (row["ci_low"], row["ci_high"])
+
+
 def ranks(counts: Sequence[int]) -> list[int]:
     """Return each class's frequency rank: 1 has the most training images, ties by index.
 
@@ -142,7 +147,7 @@ def attribution(results: Results) -> list[Row]:
         return []
     whole: Part = {"points": stored["gap"], "ci95": stored["gap_ci95"], "share": None, "share_ci95": None}
     rest: Part = whole | {"points": stored["interaction"], "ci95": stored["interaction_ci95"]}
-    parts = {"gap": whole, **{name: stored[name] for name in PARTS}, "interaction": rest}
+    parts: dict[str, Part] = {"gap": whole, **{name: stored[name] for name in PARTS}, "interaction": rest}
     return [
         {"part": name, "points": part["points"], "share": part["share"]}
         | ends("ci", part["ci95"])

@@ -35,7 +35,8 @@ def headline(results: Results) -> str:
     if attribution["gap_ci95"] is None:
         if attribution["gap"] <= 0:
             return "No long-tail gap, without an interval to back it"
-        larger = max(PARTS, key=lambda part: attribution[part]["points"])
+        points = {part: attribution[part]["points"] for part in PARTS}
+        larger = max(points, key=points.__getitem__)
         return f"The {larger} looks like the larger bottleneck, without an interval to back it"
     low, high = attribution["gap_ci95"]
     if high < 0:
@@ -245,7 +246,7 @@ def _gap_unclear(attribution: Attribution) -> bool:
 
 
 def _reached(row: rows.Row) -> str:
-    return accuracy(row["mean"], None if row["ci_low"] is None else (row["ci_low"], row["ci_high"]))
+    return accuracy(row["mean"], rows.ci95(row))
 
 
 def _share(part: Part) -> str:
