@@ -87,9 +87,9 @@ def pack(
     opened = _open(store)
     limit = None if max_size is None else _parse_size(max_size)
     kinds = kind.split(",")
-    unknown = [name for name in kinds if name not in KINDS]
-    if unknown:
-        raise UserError(f"--kind {unknown[0]}: no such kind; known: {', '.join(KINDS)}")
+    for name in kinds:
+        if name not in KINDS:
+            raise UserError(f"--kind {name}: no such kind; known: {', '.join(KINDS)}")
     entries, unfinished = _chosen(opened, keys or [], kinds, checkpoints)
     with shown_on(console) as progress:
         files = pack_(opened, out, entries, unfinished, limit, progress)

@@ -32,10 +32,14 @@ def data(results: Results) -> dict[str, list[Row]]:
     """Return the rows of all charts by name."""
     found = {"profile": rows.profile(results)}
     if "swap" in results:
-        classes, cells = rows.classes(results), _labelled(rows.cells(results))
+        swap, classes, cells = results["swap"], rows.classes(results), _labelled(rows.cells(results))
         found["attribution"] = _waterfall(rows.attribution(results))
         found["cells"] = [row | {"label": arrow(row["cell"]), "key": _backbone(row["backbone"])} for row in cells]
-        found["cell_seeds"] = [row | {"label": arrow(row["cell"])} for row in rows.cell_seeds(results)]
+        found["cell_seeds"] = [
+            {"cell": name, "seed": seed, "accuracy": value, "label": arrow(name)}
+            for name in rows.ordered_cells(swap)
+            for seed, value in zip(swap["seeds"], swap["cells"][name]["accuracy"], strict=True)
+        ]
         found["recalls"] = [row | {one.field: row.get(cell) for cell, one in CELL_SERIES.items()} for row in classes]
         found["losses"] = _losses(classes)
     if "ladder" in results:

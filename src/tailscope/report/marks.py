@@ -70,10 +70,7 @@ BACKBONE_KEYS = {
     "true": Key("true", "green", "bar"),
 }
 GROUP_KEYS = {name: Key(name, name, "bar") for name in GROUPS}
-PART_KEYS = {
-    "representation": Key("representation", "blue", "bar"),
-    "classifier": Key("classifier", "purple", "bar"),
-}
+PART_KEYS = {"representation": Key("representation", "blue", "bar"), "classifier": Key("classifier", "purple", "bar")}
 PAPER_KEY = Key("the paper's number", "ink", "tick")
 OTHER = Key("other", "purple", "diamond", (4, 4))
 

@@ -29,7 +29,7 @@ Facts = list[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Page:
-    """What is shown: a template with its content, figures and the rows of their charts, tables that are files too."""
+    """What is shown: a template with its content, figures and the rows of their charts, and tables."""
 
     template: str
     figures: Sequence[Figure]

@@ -16,12 +16,7 @@ from tailscope.report.text import Column, Table, arrow, write_tables
 
 Row = dict[str, Any]
 
-STAGES = {
-    "stage1": "Stage I",
-    "stage2": "Stage II",
-    "stage2_aa": "Stage II + AutoAugment",
-    "bound": "empirical bound",
-}
+STAGES = {"stage1": "Stage I", "stage2": "Stage II", "stage2_aa": "Stage II + AutoAugment", "bound": "empirical bound"}
 AUGMENTATIONS = {
     "none": "none",
     "mixup": "MixUp",
@@ -128,16 +123,6 @@ def cells(results: Results) -> list[Row]:
         about = {"cell": name, "backbone": backbone, "classifier": classifier, "paper": printed.get(name)}
         found.append(about | accuracy(swap["cells"][name]))
     return found
-
-
-def cell_seeds(results: Results) -> list[Row]:
-    """Return one row a swap cell and seed."""
-    swap = results["swap"]
-    return [
-        {"cell": name, "seed": seed, "accuracy": value}
-        for name in ordered_cells(swap)
-        for seed, value in zip(swap["seeds"], swap["cells"][name]["accuracy"], strict=True)
-    ]
 
 
 def attribution(results: Results) -> list[Row]:

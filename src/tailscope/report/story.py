@@ -43,7 +43,7 @@ def headline(results: Results) -> str:
         return f"No long-tail gap{scope}: the long-tailed set does better"
     if low <= 0:
         return f"No clear long-tail gap{scope}"
-    if order_matters(attribution):
+    if attribution["order_matters"]:
         return f"Both halves cost accuracy{scope}; which costs more depends on the order"
     share = attribution["representation"]["share_ci95"]
     if share is None or share[0] <= 0.5 <= share[1]:
@@ -97,11 +97,6 @@ def _missing(swap: Swap) -> str:
     return listed([words for name, words in sets.items() if f"{name}->{name}" not in swap["cells"]])
 
 
-def order_matters(attribution: Attribution | None) -> bool:
-    """Return whether the order of replacement decides which part is larger; not where there is no attribution."""
-    return attribution is not None and bool(attribution["order_matters"])
-
-
 def _both_orders(swap: Swap) -> str:
     """Return what each part gains when it is replaced first and when it is replaced second."""
     ll, lt, tl, tt = (swap["cells"][name]["mean"] for name in CELLS)
@@ -115,7 +110,7 @@ def _both_orders(swap: Swap) -> str:
 def caveats(results: Results) -> list[str]:
     """Return what limits the findings: seeds, order, recipe, files that do not belong together."""
     found = []
-    if "swap" in results and order_matters(results["swap"]["attribution"]):
+    if "swap" in results and (attribution := results["swap"]["attribution"]) and attribution["order_matters"]:
         found.append(_both_orders(results["swap"]))
     seeds = len(first(results)["seeds"])
     if seeds == 1:
