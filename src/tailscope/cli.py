@@ -310,7 +310,6 @@ def reproduce(request: Reproduction) -> dict[str, Any]:
 
 
 def _show_reproduction(done: dict[str, Any], options: Options) -> Iterator[RenderableType]:
-    """Yield the printed tables beside ours, and what becomes of the claims; plan and pieces were told already."""
     if "claims" not in done:
         return
     from tailscope.reproduce.claims import tally
@@ -339,7 +338,6 @@ def _plain(text: str) -> Text:
 
 
 def _show_story(_: object, options: Options) -> Iterator[RenderableType]:
-    """Yield the story in ten lines, and the report's name."""
     from tailscope.report import load, story
 
     table = Table(show_header=False, box=None)
@@ -350,7 +348,6 @@ def _show_story(_: object, options: Options) -> Iterator[RenderableType]:
 
 
 def _show_subset(result: dict[str, Any], options: Options) -> Iterator[RenderableType]:
-    """Yield a subset's counts as a bar chart, and its fingerprint."""
     counts = result["counts"]
     yield from (f"warning: {one_line(warning)}" for warning in result["warnings"])
     yield f"{sum(counts):,} images, counts {' '.join(map(str, counts))}"
@@ -365,7 +362,6 @@ def _show_subset(result: dict[str, Any], options: Options) -> Iterator[Renderabl
 
 
 def _show_methods(listed: dict[str, Any], _: Options) -> Iterator[RenderableType]:
-    """Yield every registry as a table, then the recipes and profiles."""
     for kind, registry in verbs.REGISTRIES.items():
         table = Table("call", "what it is", title=kind, title_justify="left")
         for entry in registry:
@@ -379,7 +375,6 @@ def _show_methods(listed: dict[str, Any], _: Options) -> Iterator[RenderableType
 
 
 def _show_features(written: "FeaturesResult", _: Options) -> Iterator[RenderableType]:
-    """Yield what was written, and what to mind."""
     yield from (f"warning: {one_line(warning)}" for warning in written.warnings)
     yield (
         f"{written.features}: {written.rows:,} rows of {written.width} features, {written.classes} classes"
@@ -390,7 +385,6 @@ def _show_features(written: "FeaturesResult", _: Options) -> Iterator[Renderable
 
 
 def _show_diagnosis(result: "Diagnosis", options: Options) -> Iterator[RenderableType]:
-    """Yield the verdict, the accuracies behind it, and the advice."""
     from tailscope.report import diagnosis as story
 
     yield one_line(story.headline(result))

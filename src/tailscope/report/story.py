@@ -4,7 +4,6 @@ Only stored numbers are put into words. What may not be concluded is said too: n
 interval from two seeds, no general claim from one.
 """
 
-import math
 from collections.abc import Callable
 
 from tailscope.report import rows
@@ -112,10 +111,9 @@ def caveats(results: Results) -> list[str]:
     found = []
     if "swap" in results and (attribution := results["swap"]["attribution"]) and attribution["order_matters"]:
         found.append(_both_orders(results["swap"]))
-    seeds = len(first(results)["seeds"])
-    if seeds == 1:
+    if len(first(results)["seeds"]) == 1:
         found.append("One seed: this pair of trainings only. Intervals cover new test images, not new trainings.")
-    if seeds == 2:
+    if len(first(results)["seeds"]) == 2:
         found.append("Two seeds: points only, no intervals. Three or more give intervals.")
     by_verb = {verb: len(results[verb]["seeds"]) for verb in TRAINED if verb in results}
     if len(set(by_verb.values())) > 1:
@@ -256,12 +254,10 @@ def swap_reading(swap: Swap) -> str:
     """Return what replacing either half alone changes."""
     if swap["attribution"] is None:
         return ""
-    means = {name: swap["cells"][name]["mean"] for name in CELLS}
-    backbone = 100 * (means["true->lt"] - means["lt->lt"])
-    classifier = 100 * (means["lt->true"] - means["lt->lt"])
+    ll, lt, tl, _ = (swap["cells"][name]["mean"] for name in CELLS)
     return (
-        f"Here, replacing only the backbone changes accuracy by {number(backbone)} points, replacing only the "
-        f"classifier by {number(classifier)}."
+        f"Here, replacing only the backbone changes accuracy by {points(tl - ll)} points, replacing only the "
+        f"classifier by {points(lt - ll)}."
     )
 
 
@@ -271,7 +267,7 @@ def noise_of_recall(result: Trained) -> str:
     if not images:
         return ""
     each = images / len(result["counts"])
-    half = 1.96 * math.sqrt(0.25 / each)
+    half = 1.96 * (0.25 / each) ** 0.5
     return f"With {number(each, 0)} test images a class, chance moves a single recall by up to {points(half)} points."
 
 

@@ -70,11 +70,7 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 
 def points(value: float | None, *, signed: bool = False) -> str:
-    """Return a difference of fractions in percentage points.
-
-    >>> points(0.209)
-    '20.9'
-    """
+    """Return a difference of fractions in percentage points."""
     return DASH if value is None else number(100 * value, signed=signed)
 
 
@@ -97,11 +93,7 @@ def in_points(value: float | None, ci95: Sequence[float] | None, *, signed: bool
 
 
 def accuracy(mean: float | None, ci95: Sequence[float] | None) -> str:
-    """Return an accuracy with its interval.
-
-    >>> accuracy(0.7212, [0.7, 0.74])
-    '72.1 % [70.0, 74.0]'
-    """
+    """Return an accuracy with its interval, 72.1 % [70.0, 74.0]."""
     return with_interval(percent(mean), ci95)
 
 
@@ -135,11 +127,7 @@ def listed(items: Sequence[Any]) -> str:
 
 
 def arrow(cell: str) -> str:
-    """Return the name of a cell as prose.
-
-    >>> arrow("true->lt")
-    'true → lt'
-    """
+    """Return the name of a cell as prose: true → lt."""
     return cell.replace("->", " → ")
 
 
