@@ -33,7 +33,6 @@ from tailscope.reproduce.trainings import Trainings, failure
 from tailscope.results import check_free, stored_spec, write
 from tailscope.store import Store, make_folder, pack, packed_bytes
 
-EVERYTHING = "everything"
 DATASETS = ("cifar10-lt", "cifar100-lt")
 """What `everything` is: the CIFAR half of the paper."""
 LAST = 60.0
@@ -91,11 +90,7 @@ def run_queue(reproduction: Reproduction, *, tell: Tell = print, progress: Progr
     `everything` takes both CIFAR data sets, each in a folder of its own such as OUT/cifar10-paper, and keeps trained
     stages beside OUT (in OUT-store, unless told otherwise), so that OUT holds no weights. Other reproductions use OUT
     itself. The reports are built once, at the end; an interrupt leaves everything but them. Returns what reproduce.json
-    holds.
-
-    Raises:
-        UserError: something about the reproduction, the data or OUT is not usable; before any training, unless the
-            data came later.
+    holds; `UserError` for what is not usable comes before any training, unless the data came later.
     """
     limit = None if reproduction.time_limit is None else parse_duration(reproduction.time_limit)
     deadline = Deadline(progress or Quiet(), float("inf") if limit is None else limit)
@@ -292,7 +287,7 @@ class _Queue:
 
 def _by_dataset(reproduction: Reproduction) -> dict[str, Reproduction]:
     """Return a reproduction for each data set, each with the folder of its results."""
-    if reproduction.what != EVERYTHING:
+    if reproduction.what != "everything":
         return {reproduction.dataset: reproduction}
     store = reproduction.store or reproduction.out.with_name(f"{reproduction.out.name}-store")
     parts = {name: replace(reproduction, what="all", dataset=name, store=store) for name in DATASETS}

@@ -58,14 +58,9 @@ def run_reproduce(
 ) -> dict[str, Any]:
     """Say what will be trained and how long it takes; train it; write results, claims and tables to OUT.
 
-    OUT gets swap.json, ladder.json and geometry.json as far as they are asked for, claims.json and
-    tables/paper-*.{csv,md,tex}. Results of the same spec that OUT already holds join the claims and the tables.
-    A killed run continues where it stopped when it is started again: every finished stage is in the store, and an
-    unfinished one has a checkpoint after every epoch.
-
-    Returns:
-        `label` (what the results may be called), `plan`, and unless only that is wanted: `results`, `claims` and
-        `tables` (rows by table).
+    OUT gets the experiments' results, claims.json and tables/paper-*.{csv,md,tex}. Results of the same spec that OUT
+    already holds join the claims and the tables. A killed run continues where it stopped when it is started again.
+    Returns `label` (what the results may be called), `plan`, and unless only that is wanted what `conclude` returns.
 
     Raises:
         UserError: something about the reproduction, the data or OUT is not usable; before any training.
@@ -163,7 +158,7 @@ def outcomes(lab: Lab, settings: Settings, experiment: str) -> Outcomes:
 
 
 def with_progress(lab: Lab, progress: Progress) -> Lab:
-    """Return the same lab with a model of its own, which reports to another progress: for another thread, say."""
+    """Return the same lab, with a model of its own, that reports to another progress: for another thread, say."""
     other = copy.copy(lab)
     other.runtime = replace(lab.runtime, progress=progress)
     return other

@@ -1,9 +1,8 @@
 """The backbones of a reproduction: several trained at a time, each in a thread of its own, or one when its turn comes.
 
 Small networks do not fill a GPU: the captured steps of several trainings run side by side on it, each on a stream of
-its own, where processes would only take turns. On a CPU every training gets its share of the cores, which then do not
-wait for one another at every layer. The store is what the threads and the caller have in common: what was trained, the
-experiments recall, in the same process and while other trainings go on.
+its own, where processes would only take turns. On a CPU every training gets its share of the cores. What was trained,
+the experiments recall from the store, while other trainings go on.
 """
 
 import logging
