@@ -137,8 +137,8 @@ def say(folder: Path, verb: str, *, charted: bool = True) -> None:
     """Put everything that a file says into rows, charts, tables and sentences, without drawing."""
     if verb == "diagnosis":
         result = read(folder / "diagnosis.json", "diagnosis")
-        figures, found = diagnosis.figures, diagnosis.tables(result)
-        said = [diagnosis.data(result), diagnosis.headline(result), diagnosis.findings(result)]
+        figures, found = charts.diagnosis_figures, diagnosis.tables(result)
+        said = [charts.diagnosis_data(result), diagnosis.headline(result), diagnosis.findings(result)]
         said += [diagnosis.caveats(result), diagnosis.accuracy_rows(result)]
     else:
         result = load(folder)

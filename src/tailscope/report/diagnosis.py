@@ -1,14 +1,10 @@
-"""A stored diagnosis as rows, tables, figures and sentences: what its page and the terminal show."""
+"""A stored diagnosis as rows, tables and sentences: what its page and the terminal show."""
 
 from collections.abc import Sequence
 from typing import Any
 
-import altair as alt
-
 from tailscope.groups import GROUPS
 from tailscope.measures.fields import SHOWN
-from tailscope.report import marks
-from tailscope.report.marks import Chart, Figure, Key, Panel, colour_scale, css, rows_of
 from tailscope.report.rows import CI, GROUP, GROUP_RECALLS, MEASURES, Row, ends, ranks
 from tailscope.report.schema import ACCURACIES, Diagnosis, Judged, Points, Recalls, Verdict
 from tailscope.report.text import Column, Table, accuracy, in_points, listed, number, percent, plural
@@ -25,7 +21,6 @@ STEPS = {
     "rebalanced": ("re-balancing", "classifier"),
     "classifier_bound": ("classifier of the true distribution", "classifier"),
 }
-MOST_POINTS = 2_000  # classes drawn; each is a shape in four panels of the page and of every file
 
 
 # ---- rows
@@ -47,7 +42,8 @@ def classes(result: Diagnosis) -> list[Row]:
     return found
 
 
-def _by_rank(result: Diagnosis) -> list[Row]:
+def by_rank(result: Diagnosis) -> list[Row]:
+    """Return the rows of the classes, the most frequent first."""
     return sorted(classes(result), key=lambda row: row["rank"])
 
 
@@ -195,10 +191,10 @@ def tables(result: Diagnosis) -> list[Table]:
     verdict = VERDICT if result["accuracy"] is not None else ()
     tested = Column("spread_gap_p", "p of the spread gap", "p", "Test of the whole group.")
     of_groups = [GROUP, Column("classes", "classes", "count"), *COUNTS, *verdict, tested, *LOCAL]
-    found, by_rank = classes(result), _by_rank(result)
+    found, ranked = classes(result), by_rank(result)
     made = [
         Table("diagnosis-groups", "By group of classes", of_groups, groups(result)),
-        Table("diagnosis-classes", "Class by class", [*CLASS, *verdict, *LOCAL, *NEAREST], by_rank),
+        Table("diagnosis-classes", "Class by class", [*CLASS, *verdict, *LOCAL, *NEAREST], ranked),
         Table("diagnosis-pairs", "The ten closest pairs of classes", PAIR, result["pairs"]),
         Table("diagnosis-measures", "Every measure of every class", [*CLASS, *MEASURES], found),
     ]
@@ -208,79 +204,6 @@ def tables(result: Diagnosis) -> list[Table]:
         title = f"Encoders against {stored['reference']}"
         made.append(Table("diagnosis-comparison", title, COMPARISON, comparisons(result)))
     return made
-
-
-# ---- figures
-
-SCATTERS = {
-    "center_shift_excess_deg": "Centre shift beyond chance, degrees",
-    "escape_rank": "Escape rank (½: no farther out than training samples)",
-    "nearest_center_true_deg": "Separation: nearest other centre, degrees",
-    "recall_current": "Recall, current classifier",
-}
-
-
-def figures(result: Diagnosis) -> list[Figure]:
-    """Return the figures in the order of the page."""
-    found = [_scatter(result)]
-    return found if result["verdict"] is None else [_waterfall(result), *found]
-
-
-def data(result: Diagnosis) -> dict[str, list[Row]]:
-    """Return the rows of the charts by name."""
-    by_rank = _by_rank(result)
-    names = ("name", "group", "count", *SCATTERS)
-    return {
-        "by_count": [{name: row[name] for name in names} for row in by_rank[:: _every(len(by_rank))]],
-        "steps": steps(result),
-    }
-
-
-def _waterfall(result: Diagnosis) -> Figure:
-    """Draw what each step adds, from the current accuracy to the ceiling."""
-    bars = steps(result)
-    lowest = min(0.0, *(row[end] for row in bars for end in ("start", "end")))
-    scale = alt.Scale(domain=[lowest, 118], nice=False)  # room for the numbers on the right
-    axis = alt.Axis(title="accuracy, per cent", values=list(range(0, 101, 20)))
-    keys = (Key("total", "muted", "bar"), *marks.PART_KEYS.values())
-    return Figure("waterfall", [Panel("", marks.waterfall("steps", bars, keys, scale, axis), keys)])
-
-
-def _scatter(result: Diagnosis) -> Figure:
-    """Draw measures of every class against its number of training samples."""
-    rows = classes(result)
-    keys = tuple(key for name, key in marks.GROUP_KEYS.items() if any(row["group"] == name for row in rows))
-    panels = [
-        Panel(title, _points(field, len(rows), keys), keys)
-        for field, title in SCATTERS.items()
-        if any(row[field] is not None for row in rows)
-    ]
-    every = _every(len(rows))
-    left_out = f" Of {len(rows):,} classes one in {every} by count is drawn; the table has all." if every > 1 else ""
-    return Figure("scatter", panels, left_out)
-
-
-def _points(field: str, classes: int, keys: Sequence[Key]) -> Chart:
-    """Draw a recall or measure of each class by its count, and a line where a measure means no difference."""
-    measure, few = SHOWN.get(field), classes <= marks.MANY
-    unit = measure.unit if measure else "share"
-    axis = alt.Axis(tickCount=6, format=".0%") if unit == "share" else alt.Axis(tickCount=6)
-    scale = alt.Scale(domain=[0, 1]) if unit == "share" else alt.Scale(zero=False, nice=True)
-    counts = alt.Axis(values=[10**k for k in range(7)], format=",d", grid=False)
-    points = rows_of("by_count").mark_point(filled=True, size=60 if few else 18, opacity=0.9 if few else 0.55)
-    drawn = points.encode(
-        x=alt.X("count:Q", title="training samples", scale=alt.Scale(type="symlog"), axis=counts),
-        y=alt.Y(f"{field}:Q", title=None, scale=scale, axis=axis),
-        tooltip=marks.class_tooltip([(field, field.replace("_", " "), marks.FORMATS[unit])]),
-        color=alt.Color("group:N", scale=colour_scale(keys)) if keys else alt.value(css("blue")),
-    )
-    chart: Chart = alt.layer(*marks.reference(measure and measure.null), drawn).properties(height=230)
-    return chart
-
-
-def _every(classes: int) -> int:
-    """Return which classes by rank are drawn where they are very many: every k-th."""
-    return -(-classes // MOST_POINTS)
 
 
 # ---- sentences

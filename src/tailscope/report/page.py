@@ -143,8 +143,8 @@ def _of_diagnosis(result: Diagnosis) -> Page:
         "spec": _spec(result),
         "sources": "diagnosis.json",
     }
-    figures = diagnosis.figures(result)
-    return Page("diagnosis.html.j2", figures, diagnosis.data(result), diagnosis.tables(result), content)
+    figures = charts.diagnosis_figures(result)
+    return Page("diagnosis.html.j2", figures, charts.diagnosis_data(result), diagnosis.tables(result), content)
 
 
 def _columns(data: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, list[Any]]]:
