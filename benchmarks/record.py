@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.measure import Arm, Spread, Worker
-from tailscope.origin import command_line, versions
+from tailscope.results import command_line, versions
 
 # -- records ----------------------------------------------------------------------------------------------------------
 

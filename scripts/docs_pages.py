@@ -23,7 +23,7 @@ from typing import Any
 from tailscope import cli, paper
 from tailscope.attribution import CELLS
 from tailscope.classifiers import CLASSIFIERS
-from tailscope.data.profiles import KNOWN
+from tailscope.data import PROFILES
 from tailscope.errors import UserError
 from tailscope.measures.fields import FIELDS, SHOWN
 from tailscope.progress import duration
@@ -147,7 +147,7 @@ def methods() -> str:
         *(_registered(name, registry) for name, registry in registries.items()),
         _listing("Recipes", ("recipe", "what it does"), recipes),
         _registered("recipes that take values", PARAMETRISED),
-        f"## Profiles\n\n{KNOWN}: see [Data and subsets](data.md).\n",
+        f"## Profiles\n\n{PROFILES}: see [Data and subsets](data.md).\n",
     ]
     return "\n".join([METHODS, *parts])
 

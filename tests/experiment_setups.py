@@ -10,8 +10,8 @@ from tailscope.data.images import ImageSet
 from tailscope.data.sources import ImageData, load
 from tailscope.device import Runtime
 from tailscope.experiments.geometry import geometry
-from tailscope.experiments.settings import Settings
-from tailscope.experiments.stages import Lab
+from tailscope.experiments.runs import Settings
+from tailscope.experiments.stages import Stages
 from tailscope.experiments.swap import ladder, swap
 from tailscope.spec import TrainSpec
 from tailscope.store import Store
@@ -37,8 +37,8 @@ def settings(**changes: Any) -> Settings:
     return Settings(**{**values, **changes})
 
 
-def lab(folder: Path, data: ImageData | None = None) -> Lab:
-    return Lab(data or small_digits(), Store(folder), CPU)
+def lab(folder: Path, data: ImageData | None = None) -> Stages:
+    return Stages(data or small_digits(), Store(folder), CPU)
 
 
 def small_digits() -> ImageData:

@@ -21,7 +21,7 @@ from tailscope.device import Runtime
 from tailscope.errors import UserError
 from tailscope.experiments import running
 from tailscope.experiments.options import Request
-from tailscope.experiments.stages import Lab
+from tailscope.experiments.stages import Stages
 from tailscope.training.recipes import RECIPES
 
 VERBS = [command.name or command.callback.__name__ for command in cli.app.registered_commands]
@@ -227,12 +227,12 @@ INTERRUPTED = """
 import os, signal, sys
 from experiment_setups import TINY
 from tailscope.cli import main
-from tailscope.training import epochs, recipes
+from tailscope.training import loop, recipes
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
 recipes.RECIPES["demo"] = TINY
-epochs.SPACING = 0  # a checkpoint after every epoch, however short
-save, interrupted = epochs.save_tensors, []
+loop.SPACING = 0  # a checkpoint after every epoch, however short
+save, interrupted = loop.save_tensors, []
 
 def save_and_interrupt(path, tensors, meta):
     save(path, tensors, meta)
@@ -240,7 +240,7 @@ def save_and_interrupt(path, tensors, meta):
         interrupted.append(path)
         os.kill(os.getpid(), signal.SIGINT)
 
-epochs.save_tensors = save_and_interrupt
+loop.save_tensors = save_and_interrupt
 sys.argv = ["tailscope", *sys.argv[1:]]
 main()
 """
@@ -269,7 +269,7 @@ def test_the_api_says_what_the_command_line_says(tailscope_, no_report, tmp_path
     options = {"recipe": "demo", "store": tmp_path / "store"}
     assert timeless(tailscope.swap(tailscope.load("digits"), seeds=1, **options)) == timeless(shown)
     trained = []
-    monkeypatch.setattr(Lab, "_tell", lambda lab, found, label: trained.append(found))
+    monkeypatch.setattr(Stages, "_tell", lambda lab, found, label: trained.append(found))
     assert tailscope.swap(tailscope.load("digits"), seeds=[0], **options)["seeds"] == [0]
     assert all(trained)
 

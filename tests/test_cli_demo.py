@@ -11,7 +11,7 @@ import pytest
 
 from experiment_setups import timeless
 from tailscope import api
-from tailscope.data.profiles import resolve
+from tailscope.data.subsets import resolve
 from tailscope.training.recipes import RECIPES
 
 DEMO = [sys.executable, "-c", "from tailscope.cli import main; main()", "demo"]

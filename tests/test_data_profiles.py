@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tailscope.data.profiles import canonical, resolve
+from tailscope.data.subsets import canonical, resolve
 from tailscope.errors import UserError
 
 available = st.lists(st.integers(1, 2000), min_size=2, max_size=60)

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tailscope.data import sources
-from tailscope.data.profiles import resolve
-from tailscope.data.subsets import matched, subset
+from tailscope.data.subsets import matched, resolve, subset
 from tailscope.errors import UserError
 
 

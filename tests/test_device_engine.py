@@ -12,7 +12,7 @@ from tailscope import device
 from tailscope.device import COMPILED_FROM_SECONDS, ROUNDS, SECONDS, Runtime, Work, choose
 from tailscope.errors import UserError
 from tailscope.networks import norm_act
-from tailscope.store import load_header
+from tailscope.store.files import load_header
 from test_training_resume import Interrupting, Stopped, stop
 from training_setups import CPU, assert_same_state, digits, stage1_spec, train_stage1
 

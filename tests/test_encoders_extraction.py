@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tailscope.data.images import Images
 from tailscope.data.sources import open_images
 from tailscope.device import Runtime
-from tailscope.encoders import Encoder, Options, extract, extract_to_file, load, shards
+from tailscope.encoders import Encoder, Options, extract, extract_to_file, load
 from tailscope.encoders.preprocessing import Wishes
 from tailscope.errors import UserError
 from tailscope.progress import Quiet
@@ -161,7 +161,7 @@ def test_shards_are_removed_before_another_process_gets_the_lock(tmp_path: Path,
             FileLock(folder / ".lock", timeout=0).acquire()
         seen.append(folder)
 
-    monkeypatch.setattr(shards.shutil, "rmtree", locked)
+    monkeypatch.setattr(extract.shutil, "rmtree", locked)
     extract_to_file(encoder, images, tmp_path / "f.npz", CPU, SMALL)
     assert seen == [tmp_path / "f.npz.shards"]
 
@@ -243,13 +243,13 @@ def test_time_decides_what_is_saved(tmp_path: Path, encoder, images, monkeypatch
     now = iter(range(0, 10**6, 11))
     monkeypatch.setattr(extract.time, "monotonic", lambda: next(now))
     saved: list[int] = []
-    write = shards.Shards.write
+    write = extract.Shards.write
 
     def recorded(self, start: int, features: Tensor, *rest: object) -> None:
         saved.append(len(features))
         write(self, start, features, *rest)
 
-    monkeypatch.setattr(shards.Shards, "write", recorded)
+    monkeypatch.setattr(extract.Shards, "write", recorded)
     done = extract_to_file(encoder, images, tmp_path / "f.npz", CPU, Options(batch=16))
     # Eleven seconds pass between two looks at the clock: three batches, then 33 seconds are over.
     assert saved == [48] * 5 + [10]

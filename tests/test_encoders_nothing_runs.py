@@ -190,9 +190,9 @@ def test_numbers_of_a_checkpoint_are_no_pointers(here: Path, crafted: Numpy, leg
     content = {"state_dict": {"w": torch.ones(3)}, "best": crafted}
     torch.save(content, here / "c.pth", _use_new_zipfile_serialization=not legacy)
     code = (
-        "from pathlib import Path\nimport numpy as np\nfrom tailscope.encoders.checkpoint_files import containers\n"
+        "from pathlib import Path\nimport numpy as np\nfrom tailscope.encoders.checkpoints import read\n"
         "from tailscope.errors import UserError\n"
-        "try: print([sorted(each.state) for each in containers(Path('c.pth'))])\n"
+        "try: print([sorted(each.state) for each in read(Path('c.pth')).containers])\n"
         "except UserError as error: print(error)\n"
         "assert not np.dtype('f8').hasobject and np.dtype('f8').isnative"
     )

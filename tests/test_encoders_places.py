@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from image_trees import draw
 from tailscope.encoders import load
-from tailscope.encoders.checkpoint_files import containers
+from tailscope.encoders.checkpoints import read
 from tailscope.encoders.preprocessing import Wishes
 from tailscope.errors import UserError
 from tailscope.tables.table import FeatureTable
@@ -303,30 +303,30 @@ def scripted(path: Path) -> None:
         (lambda p: numpy_file(p, np.savez), "is NumPy's .npz, not what torch.save writes"),
         (lambda p: numpy_file(p, np.save), "is a NumPy array; a PyTorch state_dict"),
         (lambda p: archive_of(p, {"photos/a.jpg": b"", "b": b""}), "is a zip archive of 'photos/a.jpg', 'b', not"),
-        (lambda p: p.mkdir(), "is a folder"),
+        (lambda p: p.mkdir(), "a folder, not a file"),
     ],
 )
 @pytest.mark.parametrize("name", ["c.pth", "c.safetensors"])
 def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path: Path, write: Callable, says: str, name: str) -> None:
     write(tmp_path / name)
     with pytest.raises(UserError, match=rf"{name}: .*{says}|{name}: {says}"):
-        containers(tmp_path / name)
+        read(tmp_path / name)
 
 
 def test_a_pipe_and_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
     os.mkfifo(tmp_path / "pipe.pth")
-    with pytest.raises(UserError, match=r"pipe.pth: is a pipe, not a file"):
-        containers(tmp_path / "pipe.pth")
+    with pytest.raises(UserError, match=r"pipe.pth: a pipe, not a file"):
+        read(tmp_path / "pipe.pth")
     path = saved(tmp_path, SD)
 
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(UserError, match=r"c.pth: cannot be read \(Permission denied\)"):
-        containers(path)
+    with pytest.raises(UserError, match=r"c.pth: not a readable checkpoint.*Permission denied"):
+        read(path)
 
 
 def test_torchvisions_sequential_classifiers_and_timms_norms(tmp_path: Path) -> None:

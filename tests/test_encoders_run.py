@@ -195,7 +195,7 @@ def test_a_stored_backbone_of_photographs_sees_the_size_that_it_was_trained_on(t
 @pytest.mark.parametrize(
     ("model", "options", "says"),
     [
-        ("store:", {}, "2 backbones; .* has 'aa11 .digits balanced:3, shift, seed 0.', 'bb22"),
+        ("store:", {}, "2 backbones; .* has 'aa11 .digits balanced:3, resnet8, shift, seed 0.', 'bb22"),
         ("store:cc", {}, "no such backbone"),
         ("store:aa", {"store": None}, "--store"),
         ("store:aa", {"store": Path("nowhere")}, "nowhere: no such folder"),

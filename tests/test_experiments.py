@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from experiment_setups import EXPERIMENTS, TINY, entries, lab, settings, small_digits, timeless
-from tailscope.data.profiles import resolve
-from tailscope.data.subsets import subset
+from tailscope.data.subsets import resolve, subset
 from tailscope.experiments.geometry import mean_entry
-from tailscope.experiments.results import training_sets
+from tailscope.experiments.runs import training_sets
 from tailscope.experiments.swap import swap
 from tailscope.measures import FIELDS
 from tailscope.networks import MODELS

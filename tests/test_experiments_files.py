@@ -17,11 +17,11 @@ from experiment_setups import CPU, timeless
 from image_trees import photos as draw_photos
 from tailscope import paper, report
 from tailscope.data import decoding, sources
-from tailscope.data.profiles import resolve
+from tailscope.data.subsets import resolve
 from tailscope.errors import UserError
 from tailscope.experiments.geometry import geometry
-from tailscope.experiments.settings import Settings
-from tailscope.experiments.stages import IMAGENET, Lab
+from tailscope.experiments.runs import Settings
+from tailscope.experiments.stages import IMAGENET, Stages
 from tailscope.methods import augmentations
 from tailscope.seeds import derive, keyed
 from tailscope.store import Store
@@ -233,7 +233,7 @@ def test_several_processes_without_lightning(monkeypatch):
 
 def test_features_and_views_are_the_plain_ones(tree, tmp_path):
     data = sources.load(f"folder:{tree}")
-    lab = Lab(data, Store(tmp_path), CPU)
+    lab = Stages(data, Store(tmp_path), CPU)
     recipe = recipe_by_name(RECIPE)
     settings = Settings(profile="exp:6", protocol="nested", recipe=recipe, seeds=(4,), permutations=9)
     result = geometry(lab, settings)

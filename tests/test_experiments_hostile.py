@@ -8,8 +8,8 @@ import torch
 from experiment_setups import CPU, EXPERIMENTS, entries, lab, random_images, settings
 from tailscope.data.sources import ImageData
 from tailscope.errors import UserError
-from tailscope.experiments.settings import parse_seeds
-from tailscope.experiments.stages import Lab
+from tailscope.experiments.runs import parse_seeds
+from tailscope.experiments.stages import Stages
 from tailscope.experiments.swap import swap
 from tailscope.store import Store
 
@@ -60,7 +60,7 @@ def test_hostile_data_sets_end_in_valid_results(counts, shape, profile, tmp_path
     names = NAMES[: len(counts)]
     data = ImageData("hostile", random_images(counts, shape, names), random_images([5] * len(counts), shape, names))
     chosen = settings(profile=profile, seeds=(0, 10**20), matched=True)
-    own = Lab(data, Store(tmp_path), CPU)
+    own = Stages(data, Store(tmp_path), CPU)
     for verb in EXPERIMENTS:
         result = EXPERIMENTS[verb](own, chosen)
         text = json.dumps(result, allow_nan=False)
@@ -74,7 +74,7 @@ def test_hostile_data_sets_end_in_valid_results(counts, shape, profile, tmp_path
 @pytest.mark.parametrize("channels", [2, 4])
 def test_images_that_autoaugment_cannot_take_are_refused_before_the_first_training(channels, tmp_path):
     data = ImageData("rgba", *[random_images([5, 5], (8, 8, channels), ("a", "b"))] * 2)
-    own = Lab(data, Store(tmp_path), CPU)
+    own = Stages(data, Store(tmp_path), CPU)
     with pytest.raises(UserError, match=f"images have {channels} channels"):
         EXPERIMENTS["ladder"](own, settings(profile="balanced"))
     assert entries(own.store, "stage1") == 0

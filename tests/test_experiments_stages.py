@@ -11,9 +11,7 @@ from torch import nn
 
 from experiment_setups import EXPERIMENTS, TINY, entries, lab, settings, small_digits, timeless
 from tailscope.errors import UserError
-from tailscope.experiments.results import training_sets
-from tailscope.experiments.settings import parse_backbones
-from tailscope.experiments.stages import for_stage2
+from tailscope.experiments.runs import parse_backbones, training_sets
 from tailscope.methods import SAMPLERS
 from tailscope.methods.augmentations import build
 from tailscope.seeds import torch_stream
@@ -99,7 +97,7 @@ def test_shifted_statistics_are_those_of_pytorchs_update_bn(run):
     backbone = own.backbone(stage1, sets["true"].rows, 0, "")
     before = copy.deepcopy(backbone.model.state_dict())
     rows = sets["lt"].rows
-    shifted = for_stage2(own, backbone, stage2, rows, 0)
+    shifted = own.for_stage2(backbone, stage2, rows, 0)
 
     labels = run.data.train.labels.numpy()[rows]
     draw = torch_stream(0, "stage2", "draw", 0)
@@ -125,7 +123,7 @@ def test_test_features_and_accuracy_use_the_shifted_statistics(run):
     sets = training_sets(own, settings(), 0)
     stage1, stage2 = SHIFTED.backbone(sets["lt"].spec), SHIFTED.classifier(sets["true"].spec)
     backbone = own.backbone(stage1, sets["lt"].rows, 0, "")
-    shifted = for_stage2(own, backbone, stage2, sets["true"].rows, 0)
+    shifted = own.for_stage2(backbone, stage2, sets["true"].rows, 0)
     with torch.no_grad():
         features = shifted.model.features(own.normalize(run.data.test.images))
     assert not torch.allclose(features, own.clean_features(backbone, "test"), rtol=0.01)

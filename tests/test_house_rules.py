@@ -150,7 +150,7 @@ def test_the_page_on_reliability_shows_the_counts_that_are_stored() -> None:
 
 LAYERS = [
     ["errors"],
-    ["origin", "seeds", "spec", "progress", "groups", "intervals"],
+    ["seeds", "spec", "progress", "groups", "intervals"],
     ["registry", "store", "attribution", "paper"],
     ["tables"],
     ["measures"],

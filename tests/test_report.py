@@ -101,7 +101,7 @@ def broken(**changes):
     ("content", "message"),
     [
         (None, "no results"),
-        ("", "not valid JSON"),
+        ("", "the file is empty"),
         (broken()[:-40], "not valid JSON"),
         ("[]", "'schema' is 'list'"),
         ("{}", "'schema' is None"),

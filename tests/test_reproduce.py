@@ -18,8 +18,8 @@ from tailscope import paper
 from tailscope.data.sources import load
 from tailscope.device import Runtime
 from tailscope.errors import UserError
-from tailscope.experiments import results
-from tailscope.experiments.stages import Lab
+from tailscope.experiments import runs as results
+from tailscope.experiments.stages import Stages
 from tailscope.intervals import paired
 from tailscope.report import page
 from tailscope.reproduce import reproduce as planning
@@ -34,7 +34,8 @@ from tailscope.reproduce.reproduce import (
     remembered,
     run_reproduce,
 )
-from tailscope.store import CHECKPOINT, Store, save_tensors
+from tailscope.store import Store
+from tailscope.store.files import CHECKPOINT, save_tensors
 from tailscope.training.recipes import RECIPES, Recipe
 
 BENCHMARK = paper.Benchmark("digits", "exp:20", "nested", tuple(paper.EXPERIMENT))
@@ -58,9 +59,9 @@ paper.BENCHMARKS["digits-lt"] = paper.Benchmark("digits", "exp:20", "nested", tu
 """
 SLEEP_AFTER_A_CHECKPOINT = """
 import time
-from tailscope.training import epochs
-save = epochs.save_tensors
-epochs.save_tensors = lambda *checkpoint: (save(*checkpoint), time.sleep(600))
+from tailscope.training import loop
+save = loop.save_tensors
+loop.save_tensors = lambda *checkpoint: (save(*checkpoint), time.sleep(600))
 """
 
 
@@ -117,7 +118,7 @@ def test_a_second_run_trains_nothing(finished):
 
 def test_the_plan_counts_exactly_what_the_experiments_train(tmp_path, digits):
     settings = reproduction_of(tmp_path).settings().model_copy(update={"permutations": 0})
-    lab = Lab(digits, Store(tmp_path), Runtime.choose("cpu"))
+    lab = Stages(digits, Store(tmp_path), Runtime.choose("cpu"))
     everything = list(EXPERIMENTS)
     before = make_plan(lab, settings, everything)
     assert [b.encoder for b in before.backbones] == ["lt", "true", "lt+mixup", "lt+autoaugment", "lt+autoaugment+mixup"]
@@ -143,7 +144,7 @@ def test_the_plan_counts_the_short_batch_at_the_end_of_an_epoch(tmp_path, digits
     settings = reproduction_of(tmp_path).settings()
     stage1 = settings.recipe.stage1.model_copy(update={"epochs": None, "steps": 50})
     settings = settings.model_copy(update={"recipe": settings.recipe.model_copy(update={"stage1": stage1})})
-    lab = Lab(digits, Store(tmp_path), Runtime.choose("cpu"))
+    lab = Stages(digits, Store(tmp_path), Runtime.choose("cpu"))
     for backbone in make_plan(lab, settings, ["swap"]).backbones:
         rows = lab.long_tailed("exp:20", "nested", 0).rows if backbone.encoder == "lt" else lab.true().rows
         batches = [min(64, len(rows) - start) for start in range(0, len(rows), 64)]
@@ -154,7 +155,7 @@ def test_the_plan_counts_the_short_batch_at_the_end_of_an_epoch(tmp_path, digits
 
 def test_time_is_what_the_rates_say(tmp_path, digits):
     settings = reproduction_of(tmp_path).settings()
-    lab = Lab(digits, Store(tmp_path), Runtime.choose("cpu"))
+    lab = Stages(digits, Store(tmp_path), Runtime.choose("cpu"))
     plan = make_plan(lab, settings, ["swap"])
     augment = plan.backbones[0].augment
     rates = Rates(training={augment: 3.0}, view=10.0, clean=100.0)
@@ -170,7 +171,7 @@ def test_time_is_what_the_rates_say(tmp_path, digits):
 def test_an_estimate_prefers_the_rate_of_a_stored_training_like_the_plans(finished, digits):
     """lt of seed 0 was trained a moment ago: seed 1's takes as long, whatever a measurement beside other work says."""
     settings = reproduction_of(finished[0], seeds="0,1").settings()
-    lab = Lab(digits, Store(finished[0] / "store"), Runtime.choose("cpu"))
+    lab = Stages(digits, Store(finished[0] / "store"), Runtime.choose("cpu"))
     plan = make_plan(lab, settings, ["swap", "ladder"])
     augment = plan.backbones[0].augment
     metas = [lab.store.meta("stage1", b.key) for b in make_plan(lab, settings, ["swap"]).backbones if b.stored]
@@ -190,7 +191,7 @@ def test_an_estimate_prefers_the_rate_of_a_stored_training_like_the_plans(finish
     # Nothing is remembered of another network, batch, precision, device, thread or engine.
     other = settings.recipe.model_copy(update={"model": "resnet8(width=4)"})
     assert remembered(lab, other, plan) == {}
-    compiled = Lab(digits, lab.store, replace(lab.runtime, engine="compiled"))
+    compiled = Stages(digits, lab.store, replace(lab.runtime, engine="compiled"))
     assert remembered(compiled, settings.recipe, plan) == {}
 
 
@@ -218,7 +219,7 @@ def test_an_estimate_says_that_others_work_here(monkeypatch, tmp_path, load, cor
 
 def test_the_plan_knows_what_a_killed_run_has_saved(tmp_path, digits, caplog):
     settings = reproduction_of(tmp_path).settings()
-    lab = Lab(digits, Store(tmp_path), Runtime.choose("cpu"))
+    lab = Stages(digits, Store(tmp_path), Runtime.choose("cpu"))
     fresh = make_plan(lab, settings, ["swap"]).backbones[0]
     scratch = tmp_path / "scratch" / f"stage1-{fresh.key}"
     scratch.mkdir(parents=True)
@@ -272,7 +273,7 @@ def test_stages_of_two_processors_are_not_pooled_without_a_word(tmp_path, digits
 
     def run(seeds, processor, **changes):
         monkeypatch.setattr(training_runtime, "cpu_name", lambda: processor)
-        lab = Lab(digits, store, Runtime.choose("cpu", **changes))
+        lab = Stages(digits, store, Runtime.choose("cpu", **changes))
         result = EXPERIMENTS["swap"](lab, settings.model_copy(update={"seeds": seeds}))
         cards = page._provenance("swap", result)
         return [w for w in result["warnings"] if "arithmetic" in w], result["provenance"], cards

@@ -16,13 +16,14 @@ from tailscope import paper
 from tailscope.data.sources import load
 from tailscope.device import Runtime
 from tailscope.errors import UserError
-from tailscope.experiments.stages import Lab
+from tailscope.experiments.stages import Stages
 from tailscope.progress import Deadline, Quiet, TimeIsUp
 from tailscope.reproduce import queue
 from tailscope.reproduce.queue import Piece, order, parse_duration, run_queue
 from tailscope.reproduce.reproduce import Reproduction, run_reproduce, runs
 from tailscope.reproduce.trainings import Trainings
-from tailscope.store import Store, add, packed_bytes, save_tensors
+from tailscope.store import Store, add, packed_bytes
+from tailscope.store.files import save_tensors
 from tailscope.training import loop
 from tailscope.training.recipes import RECIPES, Recipe
 
@@ -347,7 +348,7 @@ def test_with_jobs_too_a_piece_is_written_while_later_ones_are_trained(tmp_path,
 def trainings_of(store, jobs, *, seeds="2", what="table1", seconds=60.0, closing=0.0, tell=lambda text: None):
     """Return trainings that are not begun, with the lab and the runs of a reproduction."""
     runtime = Runtime.choose("cpu")
-    lab = Lab(load("digits"), Store(store), runtime)
+    lab = Stages(load("digits"), Store(store), runtime)
     settings = reproduction_of(store, what, seeds=seeds).settings()
     found = [run for verb in paper.experiments(what, "digits-lt") for run in runs(lab, settings, verb)]
     return Trainings(jobs, runtime, Deadline(Quiet(), seconds), closing, tell), lab, found
@@ -463,7 +464,7 @@ def test_the_last_minute_of_a_short_limit_is_a_tenth_of_it(tmp_path, monkeypatch
 @pytest.mark.parametrize("engine", ["auto", "eager"])
 def test_a_training_that_fails_costs_only_itself(tmp_path, monkeypatch, jobs, engine, caplog):
     """It is tried once more with PyTorch's own operations, unless it had them; the pieces of the others are written."""
-    tried, real = [], Lab.backbone
+    tried, real = [], Stages.backbone
 
     def backbone(self, stage, rows, seed, label):
         if label == "lt+mixup":
@@ -471,7 +472,7 @@ def test_a_training_that_fails_costs_only_itself(tmp_path, monkeypatch, jobs, en
             raise RuntimeError("a kernel of this GPU")
         return real(self, stage, rows, seed, label)
 
-    monkeypatch.setattr(Lab, "backbone", backbone)
+    monkeypatch.setattr(Stages, "backbone", backbone)
     said = []
     document = run_queue(reproduction_of(tmp_path, seeds="1", jobs=jobs, engine=engine), tell=said.append)
     assert tried == ([None, "eager"] if engine == "auto" else ["eager"])
@@ -487,7 +488,7 @@ def test_a_mistake_in_one_training_is_told_in_a_line_and_not_repeated(tmp_path, 
     def backbone(self, stage, rows, seed, label):
         raise UserError("the loss is not finite")
 
-    monkeypatch.setattr(Lab, "backbone", backbone)
+    monkeypatch.setattr(Stages, "backbone", backbone)
     said = []
     document = run_queue(reproduction_of(tmp_path, "table1", seeds="1"), tell=said.append)
     assert [line for line in said if "not finite" in line] == [
@@ -627,7 +628,7 @@ def test_a_limit_ends_the_wait_for_another_run(tmp_path, monkeypatch, caplog):
     Impatient.allowed = 3
     reproduction = reproduction_of(tmp_path, "table1", seeds="1")
     settings = reproduction.settings()
-    lab = Lab(load("digits"), Store(tmp_path / "store"), Runtime.choose("cpu"))
+    lab = Stages(load("digits"), Store(tmp_path / "store"), Runtime.choose("cpu"))
     key = next(runs(lab, settings, "swap")).backbone_key
     (tmp_path / "store" / "locks").mkdir()
     with FileLock(tmp_path / "store" / "locks" / f"stage1-{key}.lock"):

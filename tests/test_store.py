@@ -21,9 +21,10 @@ from safetensors import SafetensorError
 
 from tailscope.errors import UserError
 from tailscope.progress import Deadline, Quiet, TimeIsUp
-from tailscope.store import Damaged, Store, load_checkpoint, load_tensors, make_folder, save_tensors, write_json
+from tailscope.store import Damaged, Store, make_folder
 from tailscope.store import entries as store_entries
 from tailscope.store import files as store_files
+from tailscope.store.files import load_checkpoint, load_tensors, save_tensors, write_json
 
 TENSORS = {
     "weights": torch.arange(6.0).reshape(2, 3),

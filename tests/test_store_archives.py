@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 
 from experiment_setups import EXPERIMENTS, entries, lab, settings, timeless
 from tailscope.errors import UserError
-from tailscope.store import CHECKPOINT, Damaged, Store, add, pack, packed_bytes, save_tensors
-from tailscope.store.files import previous_of
-from tailscope.training import epochs as epochs_module
+from tailscope.store import Damaged, Store, add, pack, packed_bytes
+from tailscope.store.files import CHECKPOINT, previous_of, save_tensors
+from tailscope.training import loop
 from test_store import META, TENSORS, assert_complete, files, made
 
 
@@ -456,10 +456,10 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from experiment_setups import EXPERIMENTS, lab, settings
-from tailscope.training import epochs
+from tailscope.training import loop
 
-epochs.SPACING = 0  # a checkpoint after every epoch, however short
-save, saved = epochs.save_tensors, []
+loop.SPACING = 0  # a checkpoint after every epoch, however short
+save, saved = loop.save_tensors, []
 
 def save_and_die(path, tensors, meta):
     save(path, tensors, meta)
@@ -467,7 +467,7 @@ def save_and_die(path, tensors, meta):
     if len(set(saved)) == 2 and meta["epochs"] == 1:  # the second backbone
         os.kill(os.getpid(), signal.SIGKILL)
 
-epochs.save_tensors = save_and_die
+loop.save_tensors = save_and_die
 EXPERIMENTS["swap"](lab(Path(sys.argv[1])), settings(seeds=(0,)))
 """
 
@@ -484,9 +484,9 @@ def test_a_run_that_is_killed_and_moved_ends_with_the_same_numbers(tmp_path, mon
     shutil.rmtree(here.root)
     there = lab(tmp_path / "there")
     add(there.store, tmp_path / "moved.tar")
-    epochs, save = [], epochs_module.save_tensors
-    monkeypatch.setattr(epochs_module, "SPACING", 0)
-    monkeypatch.setattr(epochs_module, "save_tensors", lambda *a: (epochs.append(a[2]["epochs"]), save(*a)))
+    epochs, save = [], loop.save_tensors
+    monkeypatch.setattr(loop, "SPACING", 0)
+    monkeypatch.setattr(loop, "save_tensors", lambda *a: (epochs.append(a[2]["epochs"]), save(*a)))
     moved = EXPERIMENTS["swap"](there, settings(seeds=(0,)))
     assert epochs == list(range(2, 2 + len(epochs)))  # the rest of one backbone, after its first epoch
     assert epochs

@@ -10,7 +10,8 @@ from filelock import FileLock
 
 from tailscope.cli_store import _parse_size
 from tailscope.errors import UserError
-from tailscope.store import CHECKPOINT, KINDS, Store, inventory, prune, save_tensors, verify
+from tailscope.store import KINDS, Store, inventory, prune, verify
+from tailscope.store.files import CHECKPOINT, save_tensors
 from test_store import TENSORS, assert_complete, made
 
 SPEC = {

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from tailscope.encoders import checkpoint_files
+from tailscope.encoders import checkpoints
 from tailscope.errors import UserError
 from tailscope.tables import arrays
 from tailscope.tables import arrays as npz_files
@@ -222,7 +222,7 @@ def test_a_tensor_has_the_size_of_its_own_record(tmp_path, form, swapped):
             end = name[name.index("/") :]
             bad.writestr(name[: name.index("/")] + (names.get(end, end) if swapped else end), raw)
 
-    load = checkpoint_files.containers if form == "checkpoint" else FeatureTable.load
+    load = checkpoints.read if form == "checkpoint" else FeatureTable.load
     assert load(tmp_path / "good.pth")
     assert "a tensor declares another size than its bytes have" in refusal(tmp_path / "c.pth", load)
 
@@ -345,7 +345,7 @@ def test_a_name_that_is_no_utf8(tmp_path, valid, suffix):
     if suffix == "safetensors":  # the library's own limit
         assert "safetensors opens only files whose names are UTF-8; rename it" in refusal(path)
         return
-    assert FeatureTable.load(path).source == str(tmp_path / f"caf\ufffd_features.{suffix}")
+    assert FeatureTable.load(path).source == str(tmp_path / f"caf\\xe9_features.{suffix}")
 
 
 def test_a_name_that_is_no_utf8_from_end_to_end(tailscope_, tmp_path, monkeypatch):
@@ -359,7 +359,7 @@ def test_a_name_that_is_no_utf8_from_end_to_end(tailscope_, tmp_path, monkeypatc
     ended = tailscope_("diagnose", "--train", names[0], "--unseen", names[1], *options)
     assert (ended.code, ended.err) == (0, "")
     encoders = json.loads((tmp_path / "out" / "diagnosis.json").read_text(encoding="utf-8"))["spec"]["encoders"]
-    assert [one["train"]["source"] for one in encoders.values()] == ["caf\ufffd.npz"]
+    assert [one["train"]["source"] for one in encoders.values()] == ["caf\\xe9.npz"]
     ended = tailscope_("diagnose", "--train", names[0] + ".npz", "--unseen", names[1], *options)
     assert (ended.code, ended.err.encode().count(b"\n")) == (2, 1)
 

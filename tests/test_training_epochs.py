@@ -18,11 +18,12 @@ from tailscope.errors import UserError
 from tailscope.methods import LOSSES
 from tailscope.progress import Deadline, Quiet, TimeIsUp
 from tailscope.spec import StageSpec, TrainSpec
-from tailscope.store import CHECKPOINT
-from tailscope.training import epochs as epochs_module
-from tailscope.training.epochs import SPACING, Epochs, Flat, History, Keeper
-from tailscope.training.loop import fit_classifier
+from tailscope.store.files import CHECKPOINT
+from tailscope.training import loop
+from tailscope.training.extract import fit_classifier
+from tailscope.training.loop import SPACING, Epochs, History, Keeper
 from tailscope.training.recipes import RECIPES, recipe_by_name
+from tailscope.training.step import Flat
 from test_training_resume import Interrupting, Stopped, stop
 from training_setups import CPU, assert_same_state, data_spec, digits, stage1_spec, train_stage1
 
@@ -190,7 +191,7 @@ def test_writing_takes_a_twentieth_and_a_kill_costs_little(durations, costs):
         written.append((clock.now, meta["epochs"]))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(epochs_module, "save_tensors", save)
+        patch.setattr(loop, "save_tensors", save)
         keeper, history, trained, ends = Keeper(Path(), clock), History(), 0.0, []
         for number, duration in enumerate(durations):
             clock.now += duration
@@ -212,7 +213,7 @@ def test_writing_takes_a_twentieth_and_a_kill_costs_little(durations, costs):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, TimeIsUp, SystemExit, Stopped, MemoryError])
 def test_what_ends_a_training_early_leaves_its_last_finished_epoch(error, tmp_path, monkeypatch):
     """It ends in the third epoch."""
-    monkeypatch.setattr(epochs_module, "SPACING", SELDOM)
+    monkeypatch.setattr(loop, "SPACING", SELDOM)
 
     def end():
         raise error
@@ -224,7 +225,7 @@ def test_what_ends_a_training_early_leaves_its_last_finished_epoch(error, tmp_pa
 
 
 def test_a_limit_of_time_leaves_the_last_finished_epoch(tmp_path, monkeypatch):
-    monkeypatch.setattr(epochs_module, "SPACING", SELDOM)
+    monkeypatch.setattr(loop, "SPACING", SELDOM)
     ticks = iter(range(100))
     deadline = Deadline(Quiet(), 5, clock=lambda: next(ticks))  # epochs begin at 1, 2 and 3, and at 4 no more
     with pytest.raises(TimeIsUp):
@@ -236,12 +237,12 @@ def test_a_disk_that_is_full_does_not_hide_what_ended_the_training(tmp_path, mon
     def full(*_):
         raise UserError("no space left")
 
-    spec, written, real = stage1_spec(digits(), steps=25), [], epochs_module.save_tensors
-    monkeypatch.setattr(epochs_module, "SPACING", SELDOM)
-    monkeypatch.setattr(epochs_module, "save_tensors", lambda *a: full() if written else written.append(real(*a)))
+    spec, written, real = stage1_spec(digits(), steps=25), [], loop.save_tensors
+    monkeypatch.setattr(loop, "SPACING", SELDOM)
+    monkeypatch.setattr(loop, "save_tensors", lambda *a: full() if written else written.append(real(*a)))
     with pytest.raises(Stopped):
         train_stage1(spec, digits(), tmp_path, runtime=replace(CPU, progress=Interrupting(13, stop)))
-    monkeypatch.setattr(epochs_module, "save_tensors", full)
+    monkeypatch.setattr(loop, "save_tensors", full)
     with pytest.raises(UserError, match="no space left"):
         train_stage1(spec, digits(), tmp_path / "other")
 
@@ -249,7 +250,7 @@ def test_a_disk_that_is_full_does_not_hide_what_ended_the_training(tmp_path, mon
 def test_an_epoch_that_was_kept_in_memory_is_gone_on_from_to_the_bit(tmp_path, monkeypatch):
     spec, images = stage1_spec(digits(), steps=25, mix="mixup"), digits()
     whole, meta = train_stage1(spec, images, tmp_path / "whole")
-    monkeypatch.setattr(epochs_module, "SPACING", SELDOM)
+    monkeypatch.setattr(loop, "SPACING", SELDOM)
     for steps in (8, 9):
         with suppress(Stopped):
             train_stage1(spec, images, tmp_path / "cut", runtime=replace(CPU, progress=Interrupting(steps, stop)))

@@ -16,7 +16,7 @@ import torch
 from scipy import stats
 
 from tailscope.data.sources import load
-from tailscope.experiments.stages import Lab
+from tailscope.experiments.stages import Stages
 from tailscope.measures import describe
 from tailscope.networks import norm_act
 from tailscope.store import Store
@@ -46,11 +46,11 @@ def measured(arm: str) -> list[dict[str, float]]:
         if arm in ("reference", "shorter"):
             patch.setattr(norm_act, "available", lambda: False)
         runtime = replace(CPU, low_precision=torch.bfloat16 if arm == "bf16" else torch.float32)
-        lab = Lab(load("digits"), Store(Path(folder)), runtime)
+        lab = Stages(load("digits"), Store(Path(folder)), runtime)
         return [one(lab, seed, arm) for seed in SEEDS]
 
 
-def one(lab: Lab, seed: int, arm: str) -> dict[str, float]:
+def one(lab: Stages, seed: int, arm: str) -> dict[str, float]:
     recipe = RECIPES["demo"].model_copy(update={"model": "resnet8(width=16)"})
     lt = lab.long_tailed("exp:20", "nested", 0)
     stage = recipe.backbone(lt.spec)

@@ -16,12 +16,12 @@ from image_trees import photos as draw_photos
 from tailscope.data.images import Images
 from tailscope.data.sources import ImageData, load
 from tailscope.errors import UserError
-from tailscope.experiments.stages import IMAGENET, check
+from tailscope.experiments.stages import IMAGENET, require_trainable
 from tailscope.methods import LOSSES, MIXINGS, augmentations
 from tailscope.seeds import derive, keyed, torch_stream
 from tailscope.spec import DataSpec, StageSpec, TrainSpec
 from tailscope.training import SCHEDULES
-from tailscope.training.loop import cut, new_model, train_on_files
+from tailscope.training.loop import Training, cut, new_model
 from tailscope.training.team import Solo
 from test_training_resume import Interrupting, Stopped, stop
 from training_setups import CPU, assert_same_state
@@ -56,7 +56,7 @@ def stage(data: Images, **changes) -> StageSpec:
 
 def train(spec: StageSpec, data: Images, scratch: Path, *, workers: int = 0, runtime=CPU):
     scratch.mkdir(parents=True, exist_ok=True)
-    return train_on_files(spec, data, IMAGENET, SEED, runtime, scratch, "tiny", team=Solo(), workers=workers)
+    return Training(spec, data, IMAGENET, SEED, runtime, scratch, "tiny", workers=workers).run()
 
 
 def by_hand(spec: StageSpec, data: Images) -> tuple[dict, list[float]]:
@@ -103,9 +103,12 @@ def by_hand(spec: StageSpec, data: Images) -> tuple[dict, list[float]]:
 
 
 @pytest.mark.parametrize(
-    ("micro_batches", "mix"), [(1, None), (2, None), (4, "mixup(alpha=1.0)")], ids=["whole", "halves", "mixed quarters"]
+    ("micro_batches", "mix", "images"),
+    [(1, None, 45), (2, None, 45), (4, "mixup(alpha=1.0)", 45), (2, None, 35)],
+    ids=["whole", "halves", "mixed quarters", "last batch whole"],
 )
-def test_training_is_the_loop_written_out(data, tmp_path, micro_batches, mix):
+def test_training_is_the_loop_written_out(data, tmp_path, micro_batches, mix, images):
+    data = data.take(np.arange(45 - images, 45))
     spec = stage(data, train={"micro_batches": micro_batches}, mix=mix)
     state, meta = train(spec, data, tmp_path)
     expected, losses = by_hand(spec, data)
@@ -190,7 +193,7 @@ def test_micro_batches_part_a_batch_evenly(rows, batch, micro_batches):
 def test_stages_that_files_refuse(data, augment, micro_batches, says):
     spec = stage(data, train={"micro_batches": micro_batches})
     with pytest.raises(UserError, match=says):
-        check(ImageData("photos", data, data), Solo(), spec.train, augment)
+        require_trainable(ImageData("photos", data, data), Solo(), spec.train, augment)
 
 
 def test_steps_may_end_within_an_epoch(data, tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tailscope.data.sources import load
-from tailscope.experiments.stages import Lab
+from tailscope.experiments.stages import Stages
 from tailscope.spec import RunSpec
 from tailscope.store import Store
 from tailscope.training.recipes import RECIPES
@@ -28,7 +28,7 @@ def measure(folder: Path) -> dict[str, Any]:
     stage2 = recipe.stage2.model_copy(update={"steps": STEPS})
     recipe = recipe.model_copy(update={"stage1": stage1, "stage2": stage2, "views": 2})
     data = load("digits")
-    lab = Lab(data, Store(folder), CPU)
+    lab = Stages(data, Store(folder), CPU)
     lt = lab.long_tailed("exp:100", "nested", 0)
     curves = {}
     for name, options in {"plain": {}, "mixup": {"mix": True}, "autoaugment": {"autoaugment": True}}.items():

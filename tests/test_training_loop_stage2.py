@@ -9,7 +9,7 @@ from torch import nn
 from tailscope.data.images import ImageSet
 from tailscope.data.sources import ImageData
 from tailscope.errors import UserError
-from tailscope.experiments.stages import Lab
+from tailscope.experiments.stages import Stages
 from tailscope.methods.augmentations import build
 from tailscope.seeds import derive, torch_stream
 from tailscope.spec import RunSpec, TrainSpec
@@ -38,7 +38,7 @@ RECIPE = Recipe(
 @pytest.fixture
 def lab(tmp_path):
     images = digits(400)
-    return Lab(ImageData("tiny", images.take(range(300)), images.take(range(300, 400))), Store(tmp_path), CPU)
+    return Stages(ImageData("tiny", images.take(range(300)), images.take(range(300, 400))), Store(tmp_path), CPU)
 
 
 @pytest.fixture
@@ -203,6 +203,6 @@ def test_views_and_seeds_draw_other_augmentations(lab, lt, backbone):
 def test_images_of_one_pixel_at_the_last_stage_are_refused(tmp_path):
     small = ImageSet(torch.zeros(3, 4, 4, 1, dtype=torch.uint8), torch.tensor([0, 1, 0]), ("a", "b"))
     with pytest.raises(UserError, match="4 x 4 pixels are too small"):
-        Lab(ImageData("small", small, small), Store(tmp_path), CPU)
+        Stages(ImageData("small", small, small), Store(tmp_path), CPU)
     narrow = ImageSet(torch.zeros(3, 5, 1, 1, dtype=torch.uint8), torch.tensor([0, 1, 0]), ("a", "b"))
-    assert Lab(ImageData("narrow", narrow, narrow), Store(tmp_path), CPU).true().spec.counts == (2, 1)
+    assert Stages(ImageData("narrow", narrow, narrow), Store(tmp_path), CPU).true().spec.counts == (2, 1)

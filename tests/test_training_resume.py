@@ -69,8 +69,8 @@ def test_an_exception_in_the_middle_costs_no_bit(changes: dict, tmp_path: Path) 
 
 KILLED_IN_EPOCH_2 = """
 import os, signal, sys
-from tailscope.training import epochs
-epochs.SPACING = 0  # these epochs take milliseconds, less than twenty times what writing takes
+from tailscope.training import loop
+loop.SPACING = 0  # these epochs take milliseconds, less than twenty times what writing takes
 from dataclasses import replace
 from pathlib import Path
 from test_training_resume import Interrupting

@@ -22,9 +22,10 @@ from tailscope.progress import Quiet
 from tailscope.reproduce.trainings import prepare_thread
 from tailscope.seeds import derive, keyed, numpy_stream, torch_stream
 from tailscope.spec import StageSpec, TrainSpec
-from tailscope.training.extract import extract
-from tailscope.training.loop import _Batches, fit_classifier, new_model
+from tailscope.training.extract import extract, fit_classifier
+from tailscope.training.loop import _Batches, new_model
 from tailscope.training.step import Normalizer
+from tailscope.training.team import Solo
 from training_setups import CPU, assert_same_state, data_spec, digits, stage1_spec, train_stage1
 
 
@@ -32,7 +33,7 @@ def batches(epoch=0, seed=0, steps=5, images=None, **changes):
     """Return an epoch's batches as one tensor each of images, labels, and mixing weights and partners."""
     images = images or digits()
     spec = stage1_spec(images, **changes)
-    drawn = list(_Batches(spec, images.images, images.labels, 10, seed).epoch(epoch, steps))
+    drawn = [next(parts) for _, parts in _Batches(spec, images, seed, CPU.device, Solo(), None).epoch(epoch, steps)]
     mixes = [(b.lam, b.partner) for b in drawn]
     return torch.cat([b.images for b in drawn]), torch.cat([b.labels for b in drawn]), mixes
 
@@ -213,7 +214,9 @@ def test_what_is_drawn_does_not_depend_on_where_the_images_are(changes, monkeypa
     spec = stage1_spec(images, augment=("crop", "flip", "autoaugment"), **changes)
     found = []
     for device in ("cpu", "meta"):
-        batches = list(_Batches(spec, images.images.to(device), images.labels, 10, 0).epoch(0, 5))
+        batches = [
+            next(parts) for _, parts in _Batches(spec, images, 0, torch.device(device), Solo(), None).epoch(0, 5)
+        ]
         assert [len(b.images) for b in batches] == [64] * 4 + [44]
         assert {t.device.type for b in batches for t in vars(b).values() if t is not None} == {device}
         found.append(list(drawn))
@@ -249,11 +252,11 @@ def test_threads_and_progress_do_not_change_a_bit(tmp_path):
 
 def test_threads_are_given_back_after_a_failure():
     threads = torch.get_num_threads()
-    with contextlib.suppress(ZeroDivisionError), CPU.threads_for(digits().images, 64):
+    with contextlib.suppress(ZeroDivisionError), CPU.threads_for(64 * 8 * 8):
         assert torch.get_num_threads() == 1
         raise ZeroDivisionError
     assert torch.get_num_threads() == threads
-    with CPU.threads_for(torch.zeros(1, 32, 32, 3), 128):
+    with CPU.threads_for(128 * 32 * 32):
         assert torch.get_num_threads() == threads
 
 

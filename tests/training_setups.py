@@ -10,7 +10,7 @@ from tailscope.data.images import ImageSet
 from tailscope.data.sources import load
 from tailscope.device import Runtime
 from tailscope.spec import DataSpec, StageSpec, TrainSpec
-from tailscope.training.loop import train_backbone
+from tailscope.training.loop import Training
 from tailscope.training.step import Normalizer
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -55,7 +55,7 @@ def train_stage1(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Train as an experiment does."""
     scratch.mkdir(parents=True, exist_ok=True)
-    return train_backbone(spec, images, Normalizer.of(images.images), seed, runtime, scratch, "tiny")
+    return Training(spec, images, Normalizer.of(images.images), seed, runtime, scratch, "tiny").run()
 
 
 def assert_same_state(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:

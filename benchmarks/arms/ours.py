@@ -23,9 +23,8 @@ from benchmarks.measure import Pace
 from tailscope.data.images import ImageSet
 from tailscope.data.sources import ImageData
 from tailscope.device import Engine, Runtime
-from tailscope.experiments.results import training_sets
-from tailscope.experiments.settings import Settings
-from tailscope.experiments.stages import Lab
+from tailscope.experiments.runs import Settings, training_sets
+from tailscope.experiments.stages import Stages
 from tailscope.experiments.swap import swap
 from tailscope.measures import describe
 from tailscope.methods.augmentations import build
@@ -33,15 +32,14 @@ from tailscope.progress import Advance, Progress, Quiet
 from tailscope.reproduce.trainings import prepare_thread
 from tailscope.spec import StageSpec, TrainSpec
 from tailscope.store import Store
-from tailscope.training.extract import extract
-from tailscope.training.loop import CHUNK_BATCHES, Training, fit_classifier, new_model, train_backbone
+from tailscope.training.extract import extract, fit_classifier
+from tailscope.training.loop import CHUNK_BATCHES, Training, new_model
 from tailscope.training.recipes import Recipe
 from tailscope.training.step import Normalizer, capturing
 
 # -- stage 1 ----------------------------------------------------------------------------------------------------------
 
 
-SIDES = (32, 32)
 AUGMENT = ("crop(padding=4)", "flip")
 
 
@@ -81,10 +79,10 @@ def train(
     runtime = Runtime.choose(device, engine=engine, progress=Paced(pace))
     normalize = Normalizer.of(subset.images)
     pace.ready()
-    pace.told["engine"] = engine = chosen(Training(spec, subset, SIDES, normalize, 0, runtime, None, ""))
+    pace.told["engine"] = engine = chosen(Training(spec, subset, normalize, 0, runtime, None, ""))
     runtime = replace(runtime, engine=engine)
     with TemporaryDirectory() as scratch:
-        train_backbone(spec, subset, normalize, 0, runtime, Path(scratch), "benchmark")
+        Training(spec, subset, normalize, 0, runtime, Path(scratch), "benchmark").run()
 
 
 # -- several trainings at a time, as `reproduce --jobs` runs them -----------------------------------------------------
@@ -122,14 +120,14 @@ def train_together(
     def one(seed: int, scratch: Path) -> None:
         try:
             told = replace(runtime, engine=engine, progress=_InStep(together, stretch))
-            train_backbone(spec, subset, normalize, seed, told, scratch, "benchmark")
+            Training(spec, subset, normalize, seed, told, scratch, "benchmark").run()
         finally:
             together.abort()  # who waits for it would wait for ever
 
     share = (runtime.device, max(1, torch.get_num_threads() // jobs))
     pace.ready()
     with TemporaryDirectory() as scratch, ThreadPoolExecutor(jobs, "training", prepare_thread, share) as pool:
-        engine = pool.submit(chosen, Training(spec, subset, SIDES, normalize, 0, runtime, None, "")).result()
+        engine = pool.submit(chosen, Training(spec, subset, normalize, 0, runtime, None, "")).result()
         pace.told["engine"] = engine
         folders = [Path(scratch) / str(seed) for seed in range(jobs)]
         for folder in folders:
@@ -275,8 +273,8 @@ def swap_repeatedly(
         pace.step(train_images)
 
 
-def _lab(images: ImageData, folder: str, device: str, progress: Progress) -> Lab:
-    return Lab(images, Store(Path(folder)), Runtime.choose(device, progress=progress))
+def _lab(images: ImageData, folder: str, device: str, progress: Progress) -> Stages:
+    return Stages(images, Store(Path(folder)), Runtime.choose(device, progress=progress))
 
 
 # -- geometry ---------------------------------------------------------------------------------------------------------
@@ -387,7 +385,7 @@ def profile_training(
     runtime = Runtime.choose(device, engine=engine, progress=progress)
     pace.ready()
     with TemporaryDirectory() as scratch:
-        train_backbone(spec, subset, Normalizer.of(subset.images), 0, runtime, Path(scratch), "benchmark")
+        Training(spec, subset, Normalizer.of(subset.images), 0, runtime, Path(scratch), "benchmark").run()
     found = dict.fromkeys([*KINDS, "other operations"], 0.0)
     for event in progress.profiler.key_averages():
         found[_kind(event.key)] += event.self_cpu_time_total / 1000 / steps

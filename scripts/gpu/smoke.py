@@ -24,8 +24,8 @@ import torch
 from tailscope.data.images import ImageSet
 from tailscope.data.sources import ImageData
 from tailscope.device import Runtime
-from tailscope.experiments.results import Run
-from tailscope.experiments.stages import Lab
+from tailscope.experiments.runs import Run
+from tailscope.experiments.stages import Stages
 from tailscope.progress import Deadline, Quiet
 from tailscope.reproduce.trainings import Trainings
 from tailscope.store import Store
@@ -58,10 +58,10 @@ class Bench:
         self.recipe = RECIPES["miniature" if miniature else "paper"]
 
     @contextmanager
-    def trainings(self, jobs: int, seeds: int, epochs: int) -> Iterator[tuple[Trainings, Lab, list[str]]]:
+    def trainings(self, jobs: int, seeds: int, epochs: int) -> Iterator[tuple[Trainings, Stages, list[str]]]:
         """Have `seeds` backbones trained, `jobs` at a time, in a store that does not last."""
         with tempfile.TemporaryDirectory() as folder:
-            lab = Lab(ImageData("smoke", self.images, self.images), Store(Path(folder)), self.runtime)
+            lab = Stages(ImageData("smoke", self.images, self.images), Store(Path(folder)), self.runtime)
             short = self.recipe.stage1.model_copy(update={"epochs": epochs, "steps": None, "schedule": "multistep"})
             stage, true = self.recipe.model_copy(update={"stage1": short}).backbone(lab.true().spec), lab.true()
             runs = [Run("smoke", seed, "smoke", stage, true) for seed in range(seeds)]

@@ -35,8 +35,8 @@ from tailscope import cli_store, verbs
 from tailscope.cli_store import Options
 from tailscope.errors import UserError, one_line, printable
 from tailscope.experiments.options import NEGATED, Reproduction
-from tailscope.origin import from_command_line
 from tailscope.progress import shown_on
+from tailscope.results import from_command_line
 
 if TYPE_CHECKING:
     from tailscope.encoders import FeaturesResult

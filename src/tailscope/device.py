@@ -1,14 +1,11 @@
 """Where and how fast a run computes: device, precision, threads, and the engine that takes the steps.
 
-Which engine takes the steps of a training the fastest: measured once on a machine, and then remembered.
-
-Two shapes of the same step are timed in turn, on a throw-away copy of the network: PyTorch's own operations (`eager`)
-and our kernel for batch norm, shortcut and ReLU between them (`fused`, on a CPU). The least time of each counts, since
-whatever else the machine does can only add to it. `torch.compile` (`compiled`) takes up to a minute before its first
-step, so it is tried where the whole training is much longer than that, and is taken where it repays it. The times are
-kept in the user's cache for each network, batch, precision, processor, number of threads and version of PyTorch. No
-engine changes a result beyond rounding, so none of this is in any key; what a stage was trained with is in its
-description.
+The fastest engine is measured once on a machine, and then remembered. Two shapes of the same step are timed in turn, on
+a throw-away copy of the network: PyTorch's own operations (`eager`) and our kernel for batch norm, shortcut and ReLU
+between them (`fused`, on a CPU). The least time of each counts, since whatever else the machine does can only add to
+it. `torch.compile` (`compiled`) takes up to a minute before its first step, so it is tried where the whole training is
+much longer than that, and is taken where it repays it. The times are kept in the user's cache. No engine changes a
+result beyond rounding, so none of this is in any key; what a stage was trained with is in its description.
 """
 
 import ctypes
@@ -30,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tailscope.errors import UserError, one_line
 from tailscope.networks import norm_act
@@ -41,7 +38,7 @@ from tailscope.store.files import write_json
 Engine = Literal["eager", "fused", "compiled"]
 """What computes the steps of a training: PyTorch's own operations, our kernel between them, or torch.compile."""
 
-SHARED_FROM_PIXELS = 50_000
+_SHARED_FROM_PIXELS = 50_000
 """From how many pixels a batch on the CPU threads share the work (128 CIFAR images have 131,072, 64 digits 4,096)."""
 
 
@@ -56,20 +53,12 @@ class Runtime:
 
     @classmethod
     def choose(
-        cls,
-        device: str = "auto",
-        *,
-        engine: str = "auto",
-        progress: Progress | None = None,
-        keep_memory: bool = True,
+        cls, device: str = "auto", *, engine: str = "auto", progress: Progress | None = None, keep_memory: bool = True
     ) -> "Runtime":
         """Pick the device and what it can do; tune the process's allocator, and let float32 mean float32 on CUDA.
 
-        Args:
-            device: auto, cpu, cuda or cuda:N; `cuda` is the current device, and the runtime's has its number.
-            engine: eager, fused or compiled; auto takes the one that is measured to be the fastest.
-            progress: receives the work done.
-            keep_memory: keep what is freed for the next step; False where no networks run and memory is short.
+        `cuda` is the current device, and the runtime's has its number. The engine `auto` is the one that is measured to
+        be the fastest. Without `keep_memory` what is freed is not kept: where no networks run and memory is short.
 
         Raises:
             UserError: the device or the engine is unknown or not there.
@@ -82,12 +71,16 @@ class Runtime:
             chosen = torch.device("meta")
         if chosen.type not in ("cpu", "cuda"):
             raise UserError(f"--device {device}: known are auto, cpu, cuda and cuda:N")
-        if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-            raise UserError(f"--device {device}: this machine has no such CUDA device that PyTorch can use; take cpu")
         if chosen.type == "cuda":
+            if (chosen.index or 0) >= torch.cuda.device_count():
+                raise UserError(
+                    f"--device {device}: this machine has no such CUDA device that PyTorch can use; take cpu"
+                )
             chosen = torch.device("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index)
             torch.cuda.set_device(chosen)
-            _refuse_tf32()
+            # Geometry needs all digits of float32 and a recipe may ask for them; what may be rounded is bfloat16. The
+            # newer `fp32_precision` cannot be set for convolutions alone: PyTorch then refuses to be asked for the old.
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         if keep_memory:
             keep_freed_memory()
         low = torch.bfloat16 if has_bf16(chosen) else torch.float32
@@ -98,14 +91,14 @@ class Runtime:
         return torch.float32 if precision == "fp32" else self.low_precision
 
     @contextmanager
-    def threads_for(self, images: Tensor, batch: int) -> Iterator[None]:
-        """Compute on one CPU thread while batches are too small to share out.
+    def threads_for(self, pixels: int) -> Iterator[None]:
+        """Compute on one CPU thread while batches, of so many pixels, are too small to share out.
 
         On 8x8 digits waiting for the other threads costs more than they bring, and many times more when another
         process has one of the cores.
         """
         threads = torch.get_num_threads()
-        if batch * images.shape[1] * images.shape[2] < SHARED_FROM_PIXELS:
+        if pixels < _SHARED_FROM_PIXELS:
             torch.set_num_threads(1)
         try:
             yield
@@ -119,11 +112,7 @@ class Runtime:
 
 
 def _asked_for(engine: str, device: torch.device) -> Engine | None:
-    """Return the engine that was asked for, None for auto; refuse one that this machine has not.
-
-    Raises:
-        UserError: it is unknown, or not to be had here.
-    """
+    """Return the engine that was asked for, None for auto; refuse one that this machine has not."""
     match engine:
         case "auto":
             return None
@@ -132,26 +121,18 @@ def _asked_for(engine: str, device: torch.device) -> Engine | None:
         case "fused":
             if device.type == "cpu" and norm_act.available():
                 return engine
-            raise UserError(
-                "--engine fused: its kernel needs the CPU of a Linux machine with a C++ compiler; take auto or eager"
-            )
+            needs = "its kernel needs the CPU of a Linux machine with a C++ compiler"
         case "compiled":
             if can_compile():
                 return engine
-            raise UserError(
-                "--engine compiled: it needs Linux, a C++ compiler and Python's headers; take auto or eager"
-            )
-    raise UserError(f"--engine {engine}: known are auto, eager, fused and compiled")
+            needs = "it needs Linux, a C++ compiler and Python's headers"
+        case _:
+            raise UserError(f"--engine {engine}: known are auto, eager, fused and compiled")
+    raise UserError(f"--engine {engine}: {needs}; take auto or eager")
 
 
 def arithmetic(device: torch.device, precision: torch.dtype, engine: str = "eager") -> dict[str, str | None]:
-    """Return what the numbers of a trained stage depend on beyond its key, for its description in the store.
-
-    Args:
-        device: where it was trained.
-        precision: of convolutions and matrix products.
-        engine: what computed its steps; several, if it went on with another.
-    """
+    """Return what the numbers of a trained stage depend on beyond its key; `engine` names all that took its steps."""
     return {
         "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "engine": engine,
@@ -185,22 +166,11 @@ def has_bf16(device: torch.device | str) -> bool:
     """Whether bf16 is native there; where it is emulated, fp32 is faster."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
-    flags = torch.backends.cpu.get_cpu_capability()
     return (
-        flags.startswith("AVX512")
+        torch.backends.cpu.get_cpu_capability().startswith("AVX512")
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         and "avx512_bf16" in cpu_field("flags").split()
     )
-
-
-def _refuse_tf32() -> None:
-    """Keep all digits of float32 in convolutions and matrix products, for good: the setting is one for all threads.
-
-    Geometry needs the digits and a recipe may ask for them; what may be rounded is bfloat16, whatever is set here.
-    """
-    # The newer `fp32_precision` cannot be set for convolutions alone: PyTorch then refuses to be asked for the old one.
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def can_compile() -> bool:
@@ -212,17 +182,14 @@ def can_compile() -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc's allocator to keep the memory that a step frees.
+    """Tell glibc's allocator to keep the memory that a step frees; with another allocator nothing is done.
 
-    By default every large activation is mapped and unmapped anew, and up to half of the CPU time of a training step
-    goes into page faults. Elsewhere (musl, macOS, Windows) nothing is done.
+    By default every large activation is mapped anew, and page faults take up to half of a training step's CPU time.
     """
-    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
-        return
-    m_trim_threshold, m_mmap_threshold = -1, -3
-    libc = ctypes.CDLL("libc.so.6")
-    libc.mallopt(m_mmap_threshold, 1 << 30)
-    libc.mallopt(m_trim_threshold, (1 << 31) - 1)
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 def cpu_name() -> str:
@@ -230,11 +197,8 @@ def cpu_name() -> str:
     return cpu_field("model name") or platform.processor() or platform.machine()
 
 
-SECONDS = 3.0
-"""How long all timing takes, compiling aside."""
-
-ROUNDS = 12
-"""How often each engine takes its turn at most: small networks need no three seconds."""
+SECONDS, ROUNDS = 3.0, 12
+"""How long all timing takes, compiling aside, and how often each engine takes its turn at most: both are limits."""
 
 TIMED_FROM_PIXELS = 100_000_000
 """From how many pixels on a training is worth timing: 100,000 CIFAR images, a minute or two on two cores."""
@@ -248,32 +212,21 @@ _TIMING = threading.Lock()
 _log = logging.getLogger(__name__)
 _clock = time.perf_counter
 
-Prepare = Callable[[Engine], Callable[[], object]]
+_Prepare = Callable[[Engine], Callable[[], object]]
 """Returns, for an engine, what takes a step on a copy of the network and waits for it."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """A training as far as its engine is concerned.
-
-    Attributes:
-        alike: what decides how long a step takes; trainings that are alike share their times.
-        images: shape of a step's images, [B, H, W, C].
-        steps: planned.
-    """
+    """A training as far as its engine is concerned: `steps` of images [B, H, W, C]; those alike share their times."""
 
     alike: Mapping[str, object]
     images: tuple[int, ...]
     steps: int
 
-    @property
-    def pixels(self) -> int:
-        """That all steps together see."""
-        return self.steps * math.prod(self.images[:3])
-
 
 @dataclass(frozen=True)
-class Times:
+class _Times:
     """What was measured: the seconds of a step with each engine, and how long compiling took."""
 
     step: dict[Engine, float] = field(default_factory=dict)
@@ -287,18 +240,14 @@ class Times:
 def possible(network: nn.Module, device: torch.device, *, compiles: bool = True) -> list[Engine]:
     """Return the engines that can train a network here; `compiles`: whether the training's steps can be compiled."""
     fused = device.type == "cpu" and norm_act.fits(network)
-    there: dict[Engine, bool] = {"eager": True, "fused": fused, "compiled": compiles and can_compile()}
-    return [engine for engine, usable in there.items() if usable]
+    found: list[tuple[Engine, bool]] = [("eager", True), ("fused", fused), ("compiled", compiles and can_compile())]
+    return [engine for engine, usable in found if usable]
 
 
-def choose(engines: Sequence[Engine], work: Work, prepare: Prepare, tell: Callable[[str], object] = str) -> Engine:
-    """Return the engine that finishes a training first; one too short to be timed takes the one that usually does.
+def choose(engines: Sequence[Engine], work: Work, prepare: _Prepare, tell: Callable[[str], object] = str) -> Engine:
+    """Return which of the possible engines finishes a training first; too short to be timed, the one that usually does.
 
-    Args:
-        engines: the possible ones.
-        work: the training.
-        prepare: for timing.
-        tell: receives a line on what was measured just now.
+    `tell` receives a line on what was measured just now.
     """
     plain = [engine for engine in engines if engine != "compiled"]
     if len(engines) == 1:
@@ -306,8 +255,8 @@ def choose(engines: Sequence[Engine], work: Work, prepare: Prepare, tell: Callab
     with _TIMING:
         known = times = _recall(work)
         if not times.step.keys() >= set(plain):
-            long = work.pixels >= TIMED_FROM_PIXELS
-            times = Times(_in_turn({engine: prepare(engine) for engine in plain}, SECONDS * 3 / 4) if long else {})
+            long = work.steps * math.prod(work.images[:3]) >= TIMED_FROM_PIXELS
+            times = _Times(_in_turn({engine: prepare(engine) for engine in plain}, SECONDS * 3 / 4) if long else {})
         if not times.step:
             return plain[-1]
         best = min(plain, key=times.step.__getitem__)
@@ -339,7 +288,7 @@ def _in_turn(steps: Mapping[Engine, Callable[[], object]], seconds: float) -> di
     return least
 
 
-def _with_compiled(times: Times, best: Engine, prepare: Prepare) -> Times:
+def _with_compiled(times: _Times, best: Engine, prepare: _Prepare) -> _Times:
     """Return the times with those of compiled steps, in turn with the best others; without, where that fails."""
     plain, compiled = prepare(best), prepare("compiled")
     started = _clock()
@@ -353,7 +302,7 @@ def _with_compiled(times: Times, best: Engine, prepare: Prepare) -> Times:
     if not least:
         return times
     # Relative to the others, so that times from two different minutes are not compared.
-    return Times({**times.step, "compiled": times.step[best] * least["compiled"] / least[best]}, compiling)
+    return _Times({**times.step, "compiled": times.step[best] * least["compiled"] / least[best]}, compiling)
 
 
 def _file(work: Work) -> Path:
@@ -361,18 +310,18 @@ def _file(work: Work) -> Path:
     return cache_folder() / "engines" / f"{name}.json"
 
 
-def _recall(work: Work) -> Times:
+def _recall(work: Work) -> _Times:
     """Return the times of before; none where there are none that can be read."""
     try:
         kept = json.loads(_file(work).read_text())
         step: dict[Engine, float] = {e: float(kept["step"][e]) for e in get_args(Engine) if e in kept["step"]}
-        times = Times(step, float(kept["compiling"]))
+        times = _Times(step, float(kept["compiling"]))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # the last where nobody has a home
-        return Times()
-    return times if min(times.step.values(), default=0.0) > 0 else Times()
+        return _Times()
+    return times if min(times.step.values(), default=0.0) > 0 else _Times()
 
 
-def _keep(work: Work, times: Times) -> None:
+def _keep(work: Work, times: _Times) -> None:
     """Keep the times for later trainings, if the cache can be written."""
     try:
         path = _file(work)

@@ -25,6 +25,11 @@ def one_line(text: str) -> str:
     return printable(" ".join(text.split()))
 
 
+def message_of(error: BaseException) -> str:
+    """Return an exception's message on one line, or its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def first_few(texts: Sequence[str], most: int = 5) -> str:
     """Return the first few texts, and how many there are beyond.
 
@@ -41,11 +46,7 @@ def printable(text: str) -> str:
 
 
 def expanded(path: Path | str) -> Path:
-    """Return a path that a user typed, with `~` and `~name` replaced.
-
-    Raises:
-        UserError: there is no such user, or nobody knows the home folder.
-    """
+    """Return a path that a user typed, with `~` and `~name` replaced; an unknown one is a UserError."""
     found = Path(os.path.expanduser(path))  # noqa: PTH111 -- pathlib's raises a RuntimeError
     user = found.parts[0] if found.parts else ""
     if user.startswith("~") and not Path(user).exists():
@@ -62,12 +63,8 @@ def plain_name(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def not_a_file(path: Path) -> str | None:
-    """Say what a path is that is there and no file; None otherwise. A pipe would be waited for, a device has no end.
-
-    Raises:
-        OSError, ValueError: the system cannot tell, because nothing is there for instance.
-    """
+def _not_a_file(path: Path) -> str | None:
+    """Say what a path is that is there and no file: a pipe would be waited for, a device has no end."""
     mode = path.stat().st_mode
     if stat.S_ISREG(mode):
         return None
@@ -77,8 +74,7 @@ def not_a_file(path: Path) -> str | None:
 def unreadable(path: Path) -> str | None:
     """Say why a path is no file with something in it that can be opened; None if it is one."""
     try:
-        problem = not_a_file(path)
-        if problem:
+        if problem := _not_a_file(path):
             return problem
         if path.stat().st_size == 0:
             return "empty"
@@ -89,3 +85,11 @@ def unreadable(path: Path) -> str | None:
         reason = "links that lead in a circle" if circle else getattr(error, "strerror", None) or error
         return f"cannot be opened, {reason}"
     return None if os.access(path, os.R_OK) else "may not be read"
+
+
+def require_file(path: Path, option: str = "") -> None:
+    """Refuse a path that `unreadable` says is none; the message begins with the option that named it."""
+    words = {"missing": "no such file", "empty": "the file is empty"}
+    words["may not be read"] = "may not be read (permission denied)"
+    if problem := unreadable(path):
+        raise UserError(f"{option}{path}: {words.get(problem, problem)}")

@@ -49,12 +49,7 @@ class Registry(Generic[T]):
     """
 
     def __init__(self, kind: str, *sources: str) -> None:
-        """Make a registry.
-
-        Args:
-            kind: what is registered, for messages.
-            sources: `module:variable` of modules that register functions here, to be imported when one is called.
-        """
+        """Make a registry of a `kind` of things, with `module:variable` of modules that register functions here."""
         self.kind = kind
         self._sources = dict(source.split(":") for source in sources)
         self._registered: dict[str, Entry[T]] = {}
@@ -68,8 +63,7 @@ class Registry(Generic[T]):
                 raise ValueError(f"{self.kind} {name!r} is registered twice")
             parameters = inspect.signature(factory).parameters.values()
             hyper = [p for p in parameters if p.kind is not p.POSITIONAL_ONLY]
-            without = [p.name for p in hyper if p.default is p.empty]
-            if without:
+            if without := [p.name for p in hyper if p.default is p.empty]:
                 raise ValueError(f"{self.kind} {name!r}: hyperparameters without a default: {without}")
             summary = (inspect.getdoc(factory) or "").split("\n")[0]
             self._registered[name] = Entry(name, factory, {p.name: p.default for p in hyper}, summary)
@@ -80,8 +74,7 @@ class Registry(Generic[T]):
     @cached_property
     def _declared(self) -> dict[str, Entry[T]]:
         """What the sources register."""
-        found = (entry for module, variable in self._sources.items() for entry in _declared_in(module, variable))
-        return {entry.name: entry for entry in found}
+        return {entry.name: entry for source in self._sources.items() for entry in _declared_in(*source)}
 
     @property
     def _entries(self) -> dict[str, Entry[T]]:
@@ -105,16 +98,13 @@ class Registry(Generic[T]):
         if len(args) > len(entry.defaults):
             raise UserError(f"{self.kind} {call!r}: takes at most {len(entry.defaults)} arguments")
         positional = dict(zip(entry.defaults, args, strict=False))
-        unknown = [k for k in kwargs if k not in entry.defaults]
-        if unknown:
+        if unknown := [k for k in kwargs if k not in entry.defaults]:
             known = ", ".join(entry.defaults) or "none"
             raise UserError(f"{self.kind} {call!r}: unknown argument {unknown[0]!r}; known: {known}")
-        twice = [k for k in kwargs if k in positional]
-        if twice:
+        if twice := [k for k in kwargs if k in positional]:
             raise UserError(f"{self.kind} {call!r}: argument {twice[0]!r} is given twice")
-        given = {
-            k: _like(entry.defaults[k], v, f"{self.kind} {call!r}: {k}") for k, v in {**positional, **kwargs}.items()
-        }
+        where = f"{self.kind} {call!r}: "
+        given = {k: _like(entry.defaults[k], v, where + k) for k, v in {**positional, **kwargs}.items()}
         return entry, {**entry.defaults, **given}
 
     def canonical(self, call: str) -> str:
@@ -131,22 +121,16 @@ class Registry(Generic[T]):
 
 
 def _declared_in(module: str, variable: str) -> Iterator[Entry[Any]]:
-    """Yield what a module registers by `@variable.register(name)` above its functions, without importing it.
-
-    Raises:
-        ValueError: a default is no plain value.
-    """
+    """Yield what a module registers by `@variable.register(name)` above its functions, without importing it."""
     spec = find_spec(module)
     assert spec is not None
-    assert spec.origin is not None
-    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    tree = ast.parse(Path(str(spec.origin)).read_text(encoding="utf-8"))
     for function in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
         for decorator in function.decorator_list:
             match decorator:
-                case ast.Call(ast.Attribute(ast.Name(id=found), "register"), [ast.Constant(str(name))]):
-                    if found == variable:
-                        summary = (ast.get_docstring(function) or "").split("\n")[0]
-                        yield Entry(name, _imported_when_called(module, function.name), _defaults(function), summary)
+                case ast.Call(ast.Attribute(ast.Name(id=by), "register"), [ast.Constant(str(name))]) if by == variable:
+                    summary = (ast.get_docstring(function) or "").split("\n")[0]
+                    yield Entry(name, _imported_when_called(module, function.name), _defaults(function), summary)
 
 
 def _defaults(function: ast.FunctionDef) -> dict[str, Any]:
@@ -168,11 +152,7 @@ def _imported_when_called(module: str, function: str) -> Callable[..., Any]:
 
 
 def _like(default: Any, value: Any, where: str) -> Any:
-    """Return the value in its default's type: 1 and 1.0, or a list and a tuple, mean the same and spell the same.
-
-    Raises:
-        UserError: it is of another type, or not finite.
-    """
+    """Return the value in its default's type: 1 and 1.0, or a list and a tuple, mean the same and spell the same."""
     if isinstance(default, float) and type(value) is int and abs(value) < 2**53:
         value = float(value)
     if isinstance(default, tuple) and isinstance(value, list):

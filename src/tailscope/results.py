@@ -1,26 +1,26 @@
-"""Result files: written without ever losing one silently, and JSON files of anybody read without surprises."""
+"""Result files: written without ever losing one silently, JSON of anybody read without surprises, and where a result
+comes from: the command and the versions. Imports nothing that takes time.
+"""
 
 import json
 import math
+import platform
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from tailscope.errors import UserError, not_a_file
-from tailscope.store import write_json
+from tailscope.errors import UserError, require_file
 
-DEEPEST = 100
-"""Levels of a JSON file: ours have fewer than 20, and what is written or drawn from it recurses."""
-
-DIGITS = 308
-"""Digits of a whole number that every float64 can hold."""
+_DEEPEST = 100  # levels of a JSON file: ours have fewer than 20, and what is written or drawn from it recurses
 
 
 def check_free(out: Path, verb: str, spec: dict[str, Any], *, overwrite: bool) -> None:
-    """Refuse to replace a result of another spec; call it before any work.
-
-    Raises:
-        UserError: OUT holds a result of this verb from another spec, or one that cannot be read.
-    """
+    """Refuse to replace a result of another spec, or one that cannot be read; call it before any work."""
     path = out / f"{verb}.json"
     if path.is_dir():
         raise UserError(f"{path}: is a folder; use another --out")
@@ -46,6 +46,8 @@ def stored_spec(path: Path) -> dict[str, Any] | None:
 
 def write(out: Path, verb: str, result: dict[str, Any]) -> Path:
     """Write OUT/VERB.json atomically and return its path."""
+    from tailscope.store.files import write_json  # here because it imports PyTorch, which takes seconds
+
     path = out / f"{verb}.json"
     write_json(path, result)
     return path
@@ -58,10 +60,8 @@ def read_json(path: Path) -> Any:
         UserError: it is no regular file, cannot be read, is no JSON or nests too deep, or holds NaN, infinity or
             numbers beyond float64.
     """
+    require_file(path)
     try:
-        problem = not_a_file(path)
-        if problem:
-            raise UserError(f"{path}: is {problem}")
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
@@ -72,26 +72,17 @@ def read_json(path: Path) -> Any:
         depth = _depth(value)
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
-    except RecursionError:  # json's own limit is higher, and another one in every Python
-        depth = DEEPEST + 1
-    if depth > DEEPEST:
-        raise UserError(f"{path}: not valid JSON for us (it nests deeper than {DEEPEST} levels)")
+    except RecursionError:  # another depth in every Python, but a higher one
+        depth = _DEEPEST + 1
+    if depth > _DEEPEST:
+        raise UserError(f"{path}: not valid JSON for us (it nests deeper than {_DEEPEST} levels)")
     return value
 
 
 def _depth(value: Any) -> int:
-    """Return how deep a JSON value nests, however deep that is."""
-    level, depth = [value], 0
-    while level:
-        level = [
-            child
-            for node in level
-            if isinstance(node, dict | list)
-            for child in (node.values() if isinstance(node, dict) else node)
-            if isinstance(child, dict | list)
-        ]
-        depth += 1
-    return depth
+    """Return how many levels of lists and objects a JSON value has."""
+    below = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if below is None else 1 + max(map(_depth, below), default=0)
 
 
 def _refuse(constant: str) -> float:
@@ -100,14 +91,48 @@ def _refuse(constant: str) -> float:
 
 def _finite(text: str) -> float:
     value = float(text)
-    return value if math.isfinite(value) else _refuse(_short(text))
+    return value if math.isfinite(value) else _refuse(text if len(text) <= 20 else f"{text[:20]}...")
 
 
 def _whole(text: str) -> int:
-    if len(text) > DIGITS:
-        raise ValueError(f"{_short(text)} has {len(text)} digits, more than the {DIGITS} of the largest float64")
+    if len(text) > 308:  # more than any float64 can hold
+        raise ValueError(f"{text[:20]}... has {len(text)} digits, more than the 308 of the largest float64")
     return int(text)
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= 20 else f"{text[:20]}..."
+PACKAGES = ("tailscope", "torch", "torchvision", "numpy", "scikit-learn", "altair")
+_given: ContextVar[Sequence[str] | None] = ContextVar("given", default=None)
+
+
+@contextmanager
+def from_command_line(arguments: Sequence[str]) -> Iterator[None]:
+    """While this lasts, results come from the command `tailscope` with these arguments."""
+    token = _given.set(tuple(arguments))
+    try:
+        yield
+    finally:
+        _given.reset(token)
+
+
+def command() -> str:
+    """Return the command that asks for a result; of another program, whose arguments may hold anything, not a word."""
+    return "tailscope, called from Python" if (given := _given.get()) is None else command_line(given)
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """Return the command with absolute paths cut to their last part: the rest means nothing on another machine.
+
+    >>> command_line(["swap", "--data", "list:/data/a.txt,/data/b.txt", "--data-root", "/data/me", "--out=/data/here"])
+    'tailscope swap --data list:a.txt,b.txt --data-root me --out=here'
+    """
+    shown = [re.sub(r"(?<![^=:,])/[^:,]*", lambda path: Path(path[0]).name, argument) for argument in arguments]
+    return shlex.join(["tailscope", *shown])
+
+
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Return the versions of Python and of those packages that are installed; by default of all that decide results."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

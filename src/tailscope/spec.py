@@ -8,14 +8,7 @@ import hashlib
 import json
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 BnMode = Literal["frozen", "shifted"]
 Start = Literal["new", "stage1"]
@@ -26,9 +19,7 @@ FORMAT = 1
 class Frozen(BaseModel):
     """An immutable value that refuses unknown fields.
 
-    Attributes:
-        later: fields that came after results were stored. At their default they are left out of what is written and of
-            keys, so that both stay as they were.
+    Those in `later` came after results were stored: at their default they are left out of files and keys.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -72,8 +63,8 @@ class DataSpec(Frozen):
 class TrainSpec(Frozen):
     """How one stage is optimised: SGD with momentum over `epochs` or `steps` (exactly one of them is given).
 
-    `micro_batches` is how many parts a batch is cut into, each with batch statistics of its own; their gradients are
-    added up before the step. Processes that train together share the parts out.
+    A batch is cut into `micro_batches`, each with batch statistics of its own; their gradients are added up before the
+    step. Processes that train together share them out.
     """
 
     epochs: int | None = Field(default=None, ge=1)
@@ -97,10 +88,8 @@ class TrainSpec(Frozen):
     def lengths(self, images: int) -> tuple[int, int]:
         """Return (epochs, total steps) for `images` training images; the last epoch may be cut by `steps`."""
         per_epoch = -(-images // self.batch)
-        if self.steps is None:
-            assert self.epochs is not None
-            return self.epochs, self.epochs * per_epoch
-        return -(-self.steps // per_epoch), self.steps
+        steps = self.steps or (self.epochs or 0) * per_epoch
+        return self.epochs or -(-steps // per_epoch), steps
 
     def images(self, images: int) -> int:
         """Return how many images training on a set of `images` draws; an epoch's last batch may be short."""

@@ -179,11 +179,12 @@ def subset(
 
     Example: `tailscope subset --data cifar10 --data-root DIR --profile exp:100 --protocol ldam --seed 0 --out out`
     """
-    from tailscope.experiments.running import describe_subset, opened
+    from tailscope.data.sources import load
+    from tailscope.experiments.running import describe_subset
     from tailscope.results import check_free, write
     from tailscope.store import make_folder
 
-    result = describe_subset(opened(data, data_root), profile, protocol, seed)
+    result = describe_subset(load(data, data_root=data_root), profile, protocol, seed)
     if out is not None:
         check_free(make_folder(out, "--out"), "subset", result["spec"], overwrite=overwrite)
         write(out, "subset", result)
@@ -366,7 +367,7 @@ def methods() -> dict[str, Any]:
 
     Example: `tailscope methods --json`
     """
-    from tailscope.data.profiles import KNOWN
+    from tailscope.data import PROFILES
     from tailscope.training.recipes import RECIPES
 
     listed: dict[str, Any] = {
@@ -374,5 +375,5 @@ def methods() -> dict[str, Any]:
         for kind, registry in REGISTRIES.items()
     }
     listed["recipes"] = [recipe.model_dump(mode="json") for recipe in RECIPES.values()]
-    listed["profiles"] = KNOWN.split(", ")
+    listed["profiles"] = PROFILES.split(", ")
     return listed

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tailscope.origin import versions
+from tailscope.results import versions
 
 TESTS = Path(__file__).resolve().parents[1]
 RESULT = TESTS.parent / "results" / "faults.json"

@@ -103,7 +103,7 @@ def test_damaged_entries_are_noticed(kind, store, forks, amount, dice, ledger):
 
 
 def checkpoint_content(path: Path) -> object:
-    from tailscope.store import load_checkpoint
+    from tailscope.store.files import load_checkpoint
 
     read = load_checkpoint(path)
     return read.meta, {name: t.numpy().tobytes() for name, t in read.tensors.items()}
@@ -123,7 +123,7 @@ def table_content(path: Path) -> object:
 
 
 def write_checkpoint(path: Path) -> bool:
-    from tailscope.store import save_tensors
+    from tailscope.store.files import save_tensors
 
     tensors = {"model.weight": torch.randn(30, 20), "momentum.weight": torch.randn(30, 20)}
     save_tensors(path, tensors, {"epochs": 2, "losses": [2.5, 1.25], "seconds": 3.0})

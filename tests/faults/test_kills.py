@@ -42,9 +42,9 @@ def redone(ended: list[Ended], images: dict[str, int]) -> float:
 
 def every_epoch() -> None:
     """Keep every epoch. Where epochs are shorter than 20 checkpoints take to write, the product keeps only some."""
-    from tailscope.training import epochs
+    from tailscope.training import loop
 
-    epochs.SPACING = 0
+    loop.SPACING = 0
 
 
 def kill_until_done(forks, command, dice: random.Random, seconds: float, ledger, prepare) -> list[Ended]:

@@ -1,7 +1,7 @@
 """Decode images in worker processes, batch by batch, and say which of them cannot be read.
 
 Augmentation may be random: `SeedOf` then seeds it for every single image, so that neither the number of workers nor the
-batch or process that an image falls into changes what is drawn.
+batch or process that an image falls into changes the draws.
 """
 
 import os
@@ -19,16 +19,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from tailscope.data.images import ImageError, Images, ImageSet
+from tailscope.data.images import ImageError, Images, ImageSet, Rows
 from tailscope.data.sources import ImageData, cannot_be_read
 from tailscope.errors import UserError
 from tailscope.progress import Progress
 from tailscope.seeds import keyed
 from tailscope.spec import digest
 from tailscope.store import Store
-
-_TOO_FEW_FOR_WORKERS = 256
-_VERIFY_BATCH = 64
 
 SeedOf: TypeAlias = Callable[[str, int], int]
 """(the image's id, how often it was drawn before) -> seed; goes to worker processes, so it must pickle."""
@@ -85,12 +82,12 @@ def decode(
     seed_of: SeedOf | None = None,
     repeats: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[DecodedBatch]:
-    """Yield the decoded batches, in order.
+    """Yield batches of decoded and transformed images, given the rows of each, in order.
 
     Args:
-        images: what is decoded.
-        transform: turns each into a tensor; all tensors of a batch have one shape. Random only with `seed_of`.
-        batches: the rows of each batch.
+        images: of which rows are decoded.
+        transform: random only with `seed_of`.
+        batches: rows.
         workers: processes that decode; None takes one a core up to 8, none for images in memory or a handful of files.
         pin_memory: whether batches are put where a GPU can fetch them from.
         seed_of: seeds the transform, where it draws.
@@ -100,14 +97,13 @@ def decode(
         UserError: a user's transform fails, or the images of a batch come out in several sizes.
     """
     if workers is None:
-        few = sum(map(len, batches)) < _TOO_FEW_FOR_WORKERS
-        workers = 0 if few or isinstance(images, ImageSet) else min(8, _cores())
+        few = sum(map(len, batches)) < 256
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = 0 if few or isinstance(images, ImageSet) else min(8, cores)
+    repeats = [[0] * len(rows) for rows in batches] if repeats is None else repeats
     loader: DataLoader[Any] = DataLoader(
         _Decoded(images, transform, seed_of),
-        batch_sampler=[
-            list(zip(rows, [0] * len(rows) if repeats is None else repeats[i], strict=True))
-            for i, rows in enumerate(batches)
-        ],
+        batch_sampler=[list(zip(*drawn, strict=True)) for drawn in zip(batches, repeats, strict=True)],
         num_workers=workers,
         collate_fn=_Collate(images, str(getattr(transform, "label", "the transform"))),
         pin_memory=pin_memory,
@@ -116,6 +112,26 @@ def decode(
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch
+        yield batch
+
+
+def decode_drawn(
+    images: Images,
+    transform: Callable[[Image.Image], Tensor],
+    drawn: Rows,
+    parts: Sequence["Rows | slice"],
+    **options: Any,
+) -> Iterator[DecodedBatch]:
+    """Yield the parts of the drawn rows, decoded with the options of `decode`; a row drawn again is augmented anew.
+
+    Raises:
+        UserError: as `decode`; or an image has become unreadable.
+    """
+    repeats = earlier_draws(drawn)
+    batches = [drawn[part].tolist() for part in parts]
+    for batch in decode(images, transform, batches, repeats=[repeats[part].tolist() for part in parts], **options):
+        if batch.unreadable:
+            raise refuse(images, batch.unreadable)
         yield batch
 
 
@@ -162,19 +178,13 @@ def from_all_over(total: int, some: int = 16) -> list[int]:
     return sorted({i * (total - 1) // (some - 1) for i in range(some)}) if total else []
 
 
-def _cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def find_unreadable(
     images: Images, *, workers: int | None, progress: Progress, tell: Callable[[str], object] = str
 ) -> list[Unreadable]:
     """Decode every image once; tell and return those that cannot be read: all of them, in the images' order."""
-    rows = range(len(images))
-    batches = [rows[start : start + _VERIFY_BATCH] for start in range(0, len(rows), _VERIFY_BATCH)]
+    batches = [range(len(images))[start : start + 64] for start in range(0, len(images), 64)]
     found = []
-    with progress.task("verify the images", len(rows)) as advance:
+    with progress.task("verify the images", len(images)) as advance:
         for decoded, batch in zip(decode(images, _nothing, batches, workers=workers), batches, strict=True):
             found += decoded.unreadable
             advance(len(batch))
@@ -203,29 +213,19 @@ def readable(
 ) -> ImageData:
     """Decode every image in a file once and return the data set without those that cannot be read.
 
-    What was found is kept in the store, under the data set's fingerprint, and not looked for again unless `verify`.
-
-    Args:
-        data: the data set.
-        store: remembers.
-        verify: refuse instead of leaving out; decodes again whatever the store says.
-        workers: processes that decode; None decides.
-        progress: receives the work done.
-        tell: with `verify`, receives a line for every image that cannot be read.
+    What was found is kept in the store, under the data set's fingerprint, and not looked for again. With `verify` all
+    are decoded whatever the store says, and none is left out: `tell` receives a line for each that cannot be read.
 
     Raises:
         UserError: with `verify`, an image cannot be read; or a class loses all its training images.
     """
-    if data.in_memory:
-        return data
     splits = {"train": data.train, "test": data.test}
 
     def find(tell: Callable[[str], object] = str) -> dict[str, list[Unreadable]]:
         return {k: find_unreadable(v, workers=workers, progress=progress, tell=tell) for k, v in splits.items()}
 
     if verify:
-        unreadable = list(chain.from_iterable(find(tell).values()))
-        if unreadable:
+        if unreadable := list(chain.from_iterable(find(tell).values())):
             raise refuse(data.train, unreadable)
         return data
 
@@ -239,11 +239,7 @@ def readable(
     if not skipped:
         return data
     train, test = (v.take(np.setdiff1d(np.arange(len(v)), checked.tensors[k].numpy())) for k, v in splits.items())
-    lost = [
-        name
-        for name, had, has in zip(train.class_names, data.train.counts(), train.counts(), strict=True)
-        if had > has == 0
-    ]
-    if lost:
-        raise UserError(f"{data.name}: class {lost[0]} has no training image that can be read; {skipped[0]}")
+    for name, had, has in zip(train.class_names, data.train.counts(), train.counts(), strict=True):
+        if had > has == 0:
+            raise UserError(f"{data.name}: class {name} has no training image that can be read; {skipped[0]}")
     return replace(data, train=train, test=test, skipped=tuple(skipped))

@@ -1,59 +1,40 @@
 r"""Images in folders, `folder:PATH`, and named by lists, `list:TRAIN.txt[,TEST.txt]`.
 
-Image folders: `folder:PATH`, where each class is a sub-folder.
-
 Either PATH itself holds the class folders (one split, "all"), or PATH holds a folder for each split, called as `SPLITS`
 says, and those hold the class folders. Files below a class folder count at any depth; the suffix makes an image.
 Folders and files that are hidden or the system's count nowhere. What is left out is said in the splits' notes.
 
-List files: `list:TRAIN.txt` or `list:TRAIN.txt,TEST.txt`, one `path label` a line, as ImageNet-LT is published.
-
-Paths are relative to `--data-root` (by default to the list's own folder) and use `/`; labels are integers from 0. The
-label is what follows the last white space, comma or semicolon, so that paths may hold these. A header may name the
-columns, in any order and among others; labels may then be names. Empty lines are skipped, a byte-order mark, the lines'
-ends of any system and quotes around a cell are taken, and `\` between folders becomes `/`.
+A list has one `path label` a line, as ImageNet-LT is published. Paths are relative to `--data-root` (by default to the
+list's own folder) and use `/`; labels are integers from 0. The label is what follows the last white space, comma or
+semicolon, so that paths may hold these. A header may name the columns, in any order and among others; labels may then
+be names. Empty lines are skipped, a byte-order mark, line ends of any system and quotes around a cell are taken, and
+`\` between folders becomes `/`.
 """
 
 import csv
 import os
-import posixpath
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TypeAlias
+from posixpath import join, normpath
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from tailscope.data.images import ImageFiles, Rows
-from tailscope.errors import UserError, expanded, plain_name, unreadable
+from tailscope.data.images import SPLITS, ImageFiles, Rows, split_of
+from tailscope.errors import UserError, expanded, first_few, plain_name, unreadable
 from tailscope.tables.checks import MAX_CLASSES, listed
-
-SPLITS = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "dev"),
-    "test": ("test", "testing", "held", "heldout", "holdout"),
-}
-"""What the folder of a split is called: in capitals too, with `-`, `_` or spaces in between, and with `set` behind."""
 
 _SYSTEM = {
     "__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information", "thumbs.db",
     "desktop.ini", "__pycache__",
 }  # fmt: skip
-
-
-def split_of(name: str) -> str | None:
-    """Return the split that a folder's name means, or None.
-
-    >>> [split_of(name) for name in ("Train", "valid", "held-out", "test_set", "ant")]
-    ['train', 'val', 'test', 'test', None]
-    """
-    word = re.sub(r"[-_ ]", "", name.casefold()).removesuffix("set")
-    return next((split for split, names in SPLITS.items() if word in names), None)
+_KNOWN = ", ".join(name for names in SPLITS.values() for name in names)
 
 
 def load_folder(root: Path) -> dict[str, ImageFiles]:
@@ -63,9 +44,8 @@ def load_folder(root: Path) -> dict[str, ImageFiles]:
     alphabetical order. A class may lack images in the other splits; ids are paths relative to PATH.
 
     Raises:
-        UserError: the folder is not there, cannot be listed or holds no class folders; splits lie beside other folders
-            with images, or one is there twice; a class has no images to train on, or a split has a class that the
-            training split lacks.
+        UserError: the folder cannot be listed, it is not clear what its splits and classes are, a class has no images
+            to train on, or a split has a class that the training split lacks.
     """
     if not root.is_dir():
         raise UserError(f"folder:{plain_name(str(root))}: {'no folder' if root.exists() else 'no such directory'}")
@@ -89,50 +69,44 @@ def load_folder(root: Path) -> dict[str, ImageFiles]:
 
 @dataclass
 class _Tree:
-    """A folder with class folders, and what lies in them. Names are the system's; lists for messages are plain.
-
-    Attributes:
-        root: PATH.
-        start: the folder, relative to it.
-        folders: of classes, sorted.
-        beside: images in no class folder.
-        hidden: what is hidden or the system's, and links to a folder above them, at any depth.
-        images: of each class, relative to `root`.
-        kinds: of each class, how many files of what other suffixes.
-    """
+    """A folder with class folders, and what lies in them. Names are the system's; lists for messages are plain."""
 
     root: Path
     start: str
+    """The folder, relative to `root`, which is PATH."""
     folders: list[str] = field(default_factory=list)
+    """Of classes, sorted."""
     beside: list[str] = field(default_factory=list)
+    """Images in no class folder."""
     hidden: list[str] = field(default_factory=list)
+    """What is hidden or the system's, and links to a folder above them, at any depth."""
     images: dict[str, list[str]] = field(default_factory=dict)
     kinds: dict[str, Counter[str]] = field(default_factory=dict)
+    """Of each class that was walked: its images, relative to `root`, and how many files of what other suffixes."""
 
     def __post_init__(self) -> None:
-        """List the folder itself; `walk` goes deeper."""
         self.folders, files = self._list(self.start)
-        self.beside = [plain_name(_join(self.start, name)) for name in files if _is_image(name)]
+        self.beside = [plain_name(join(self.start, name)) for name in files if _is_image(name)]
 
     @property
     def path(self) -> str:
-        """The folder, for messages."""
         return f"folder:{plain_name(str(self.root / self.start))}"
 
     def walk(self, name: str) -> list[str]:
         """Return the images of a class folder, in the order that torchvision's ImageFolder has."""
         if name not in self.images:
             found, kinds = [], Counter[str]()
-            below = sorted(self._below(_join(self.start, name)), key=lambda item: item[0].replace("/", os.sep))
+            below = sorted(self._below(join(self.start, name)), key=lambda item: item[0].replace("/", os.sep))
             for folder, files in below:
-                found += [_join(folder, file) for file in files if _is_image(file)]
-                kinds.update(_suffix(file) for file in files if not _is_image(file))
+                found += [join(folder, file) for file in files if _is_image(file)]
+                others = (Path(file).suffix.lower() for file in files if not _is_image(file))
+                kinds.update(plain_name(suffix) or "without suffix" for suffix in others)
             self.images[name], self.kinds[name] = found, kinds
         return self.images[name]
 
     def inside(self, name: str) -> tuple[list[str], list[str]]:
         """Return the folders and the files directly in a class folder."""
-        return self._list(_join(self.start, name), count=False)
+        return self._list(join(self.start, name), count=False)
 
     def _below(self, start: str) -> Iterator[tuple[str, list[str]]]:
         """Yield every folder from `start` on with its files; links are followed, but not back to where they lie."""
@@ -146,17 +120,16 @@ class _Tree:
                 continue
             folders, files = self._list(folder)
             yield folder, files
-            todo += [(_join(folder, name), above | {real}) for name in folders]
+            todo += [(join(folder, name), above | {real}) for name in folders]
 
     def _list(self, folder: str, *, count: bool = True) -> tuple[list[str], list[str]]:
         """Return the names of the folders and of the files in a folder, sorted."""
-        folders: list[str] = []
-        files: list[str] = []
+        folders, files = list[str](), list[str]()
         try:
             with os.scandir(self.root / folder) as entries:
                 for entry in entries:
                     if entry.name.startswith(".") or entry.name.casefold() in _SYSTEM:
-                        self.hidden += [plain_name(_join(folder, entry.name))] * count
+                        self.hidden += [plain_name(join(folder, entry.name))] * count
                     else:
                         (folders if entry.is_dir() else files).append(entry.name)
         except OSError as error:
@@ -177,7 +150,7 @@ def _layout(top: _Tree) -> tuple[dict[str, str], list[str]]:
     if others:
         raise UserError(
             f"{top.path}: holds {listed(nested or list(named))}, by name a split, beside {listed(others)}, which is "
-            f"none; splits are called {_known()}: move one or the other away"
+            f"none; splits are called {_KNOWN}: move one or the other away"
         )
     for split in SPLITS:
         same = [name for name, meant in named.items() if meant == split]
@@ -196,12 +169,8 @@ def _looks_like_splits(top: _Tree) -> list[str]:
     return [
         f"{listed(top.folders)} taken as {'classes' if len(below) > 1 else 'the only class'}, with folders like "
         f"{listed(sorted(shared), 3)} inside; if these are the classes, give {top.path}/{plain_name(top.folders[0])}"
-        f"{f' or call the splits {_known()}' if len(below) > 1 else ''}"
+        f"{f' or call the splits {_KNOWN}' if len(below) > 1 else ''}"
     ]
-
-
-def _known() -> str:
-    return ", ".join(name for names in SPLITS.values() for name in names)
 
 
 def _split(root: Path, tree: _Tree, classes: Sequence[str], training: str) -> ImageFiles:
@@ -211,14 +180,10 @@ def _split(root: Path, tree: _Tree, classes: Sequence[str], training: str) -> Im
     unknown = [name for name in tree.folders if name not in classes and tree.walk(name)]
     if unknown:
         raise UserError(f"{tree.path}: has class {listed(unknown)}, which {plain_name(training)}/ has not")
-    names = [plain_name(name) for name in classes]
-    if len(set(names)) < len(names):
-        twice = next(name for name, times in Counter(names).items() if times > 1)
-        raise UserError(f"{tree.path}: two class folders would both be called {twice!r}; rename one of them")
     found = [tree.walk(name) if name in tree.folders else [] for name in classes]
     paths = tuple(path for of_class in found for path in of_class)
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(of_class) for of_class in found]))
-    return ImageFiles(plain_name(root.resolve().name), root, paths, labels, tuple(names))
+    return ImageFiles(plain_name(root.resolve().name), root, paths, labels, tuple(map(plain_name, classes)))
 
 
 def _refuse_empty(tree: _Tree, images: ImageFiles) -> None:
@@ -249,18 +214,9 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(IMG_EXTENSIONS)
 
 
-def _join(folder: str, name: str) -> str:
-    return f"{folder}/{name}" if folder else name
-
-
-def _suffix(name: str) -> str:
-    return plain_name(Path(name).suffix.lower()) or "without suffix"
-
-
-def _counted(kinds: Counter[str], most: int = 10) -> str:
+def _counted(kinds: Counter[str]) -> str:
     """Return how many there are of each, most first."""
-    text = ", ".join(f"{kind} {n}" for kind, n in sorted(kinds.items(), key=lambda item: (-item[1], item[0]))[:most])
-    return f"{text} and {len(kinds) - most} kinds more" if len(kinds) > most else text
+    return first_few([f"{kind} {n}" for kind, n in sorted(kinds.items(), key=lambda item: (-item[1], item[0]))], 10)
 
 
 def _many(n: int, one: str) -> str:
@@ -282,12 +238,10 @@ _Cells: TypeAlias = Callable[[str], tuple[str, ...]]
 _ENCODINGS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
 
 
-@dataclass(frozen=True)
-class _List:
+class _List(NamedTuple):
     """What a list says: a path, a label (as text, without leading zeros) and the line of each image.
 
-    Attributes:
-        numbered: whether labels are numbers; only under a header may they be names.
+    Labels are numbers, or under a header names.
     """
 
     file: Path
@@ -303,64 +257,58 @@ def load_lists(lists: str, data_root: Path | None) -> dict[str, ImageFiles]:
     Both know the same classes: "0" up to the largest label of either list, or the sorted names of the training list.
 
     Raises:
-        UserError: a list is missing or empty, or lines have no path, no label from 0 to 9,999, or a path that is
-            absolute or climbs out of the root; the message counts them and names the first lines.
+        UserError: a list cannot be read or is empty, or lines are wrong: the message counts them and names the first.
     """
     files = [expanded(text) for text in lists.split(",")]
     if len(files) > 2:
         raise UserError(f"list:{lists}: {len(files)} files; give one (train) or two (train,test)")
     if data_root is not None and not data_root.is_dir():
         raise UserError(f"--data-root {data_root}: no such directory")
-    read = [_read(file, data_root or file.parent) for file in files]
+    roots = [data_root or file.parent for file in files]
+    read = [_read(file, root) for file, root in zip(files, roots, strict=True)]
     classes = _classes(read)
     number = {name: k for k, name in enumerate(classes)}
     splits = {}
-    for split, found in zip(("train", "test"), read, strict=False):
-        labels = np.array([number[label] for label in found.labels], dtype=np.int64)
-        root, notes = data_root or found.file.parent, _notes_of_lists(read[0], found, labels)
-        splits[split] = ImageFiles(
-            found.file.stem, root, found.paths, torch.from_numpy(labels), classes, found.file, found.lines, tuple(notes)
-        )
+    for split, root, found in zip(("train", "test"), roots, read, strict=False):
+        labels, file = torch.tensor([number[label] for label in found.labels]), found.file
+        notes = tuple(_notes_of_lists(read[0], found, labels.numpy()))
+        splits[split] = ImageFiles(file.stem, root, found.paths, labels, classes, file, found.lines, notes)
     return splits
 
 
 def _classes(read: Sequence[_List]) -> tuple[str, ...]:
-    """Return the names of the classes of all lists."""
     first, last = read[0], read[-1]
     if first.numbered != last.numbered:
         words = ["numbers" if found.numbered else "names" for found in read]
         raise UserError(f"{first.file}: its labels are {words[0]}, those of {last.file} {words[1]}; write both alike")
     if first.numbered:
         return tuple(str(k) for k in range(1 + max(int(label) for found in read for label in found.labels)))
-    names = sorted(set(first.labels))
-    strange = [i for i, label in enumerate(last.labels) if label not in set(names)]
-    if strange:
-        name = last.labels[strange[0]]
-        raise UserError(f"{last.file}: line {last.lines[strange[0]]}: label {name!r}, which {first.file} has not")
+    names = {*first.labels}
+    for line, name in zip(last.lines, last.labels, strict=True):
+        if name not in names:
+            raise UserError(f"{last.file}: line {line}: label {name!r}, which {first.file} has not")
     if len(names) > MAX_CLASSES:
         raise UserError(f"{first.file}: {len(names):,} different labels; at most {MAX_CLASSES:,} classes are supported")
-    return tuple(names)
+    return tuple(sorted(names))
 
 
-def _notes_of_lists(first: _List, found: _List, labels: Rows) -> list[str]:
+def _notes_of_lists(first: _List, found: _List, labels: Rows) -> Iterator[str]:
     """Say which images a list repeats, which it shares with the first list, and which of its classes it lacks."""
     seen: dict[str, int] = {}
-    before = [seen.setdefault(posixpath.normpath(path), row) for row, path in enumerate(found.paths)]
+    before = [seen.setdefault(normpath(path), row) for row, path in enumerate(found.paths)]
     again = np.flatnonzero(np.array(before) < np.arange(len(before)))
-    notes = []
     if len(again):
         contrary = int((labels[again] != labels[np.array(before)[again]]).sum())
         also = f", {contrary} of them with another label" if contrary else ""
         line = found.lines[again[0]]
-        notes.append(f"{found.file}: lines that repeat an image: {len(again)}{also}; the first is line {line}")
+        yield f"{found.file}: lines that repeat an image: {len(again)}{also}; the first is line {line}"
     if found is not first:
-        shared = len(seen.keys() & {posixpath.normpath(path) for path in first.paths})
+        shared = len(seen.keys() & {normpath(path) for path in first.paths})
         if shared:
-            notes.append(f"{found.file}: images that stand in {first.file} too: {shared} of {len(seen)}")
+            yield f"{found.file}: images that stand in {first.file} too: {shared} of {len(seen)}"
         absent = sorted({*first.labels} - {*found.labels}, key=lambda name: (len(name) * first.numbered, name))
         if absent:
-            notes.append(f"{found.file}: no images of class {listed(absent)}")
-    return notes
+            yield f"{found.file}: no images of class {listed(absent)}"
 
 
 def _read(file: Path, root: Path) -> _List:
@@ -375,7 +323,9 @@ def _read(file: Path, root: Path) -> _List:
         if problem:
             wrong.append(f"line {number}: {problem}")
             continue
-        paths.append(_with_slashes(path, root))
+        # Written on Windows; elsewhere a file may have a backslash in its name.
+        windows = "\\" in path and (os.sep == "\\" or unreadable(root / path) is not None)
+        paths.append(path.replace("\\", "/") if windows else path)
         labels.append(str(int(label)) if numbered else label)
         lines.append(number)
     if wrong:
@@ -387,14 +337,10 @@ def _read(file: Path, root: Path) -> _List:
 
 
 def _text(file: Path) -> str:
-    """Return a list's text, its lines ended by line feeds."""
     problem = unreadable(file)
     if problem:
         raise UserError(f"list:{file}: cannot be read as text ({'lists no images' if problem == 'empty' else problem})")
-    try:
-        raw = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"list:{file}: cannot be read as text ({error.strerror})") from None
+    raw = file.read_bytes()
     encoding = next((name for mark, name in _ENCODINGS if raw.startswith(mark)), "utf-8")
     try:
         text = raw.decode(encoding)
@@ -437,9 +383,8 @@ def _column(names: Sequence[str], known: Sequence[str]) -> int | None:
 
 def _cells(delimiter: str, line: str) -> tuple[str, ...]:
     """Return a line's cells, without quotes."""
-    return tuple(
-        cell.strip() for cell in next(csv.reader([line], delimiter=delimiter, strict=True, skipinitialspace=True))
-    )
+    (cells,) = csv.reader([line], delimiter=delimiter, strict=True, skipinitialspace=True)
+    return tuple(map(str.strip, cells))
 
 
 def _pick(delimiter: str, image: int, label: int, line: str) -> tuple[str, str]:
@@ -474,13 +419,6 @@ def _is_number(label: str) -> bool:
     return label.isascii() and label.isdigit()
 
 
-def _with_slashes(path: str, root: Path) -> str:
-    r"""Return a path that was written on Windows as one of ours; elsewhere a file may have `\` in its name."""
-    if "\\" not in path or (os.sep != "\\" and unreadable(root / path) is None):
-        return path
-    return path.replace("\\", "/")
-
-
 def _problem(path: str, label: str, *, numbered: bool) -> str | None:
     """Say what is wrong with a line, if anything."""
     if not path or not label:
@@ -491,9 +429,6 @@ def _problem(path: str, label: str, *, numbered: bool) -> str | None:
         return f"path {path!r} holds a zero byte"
     if PurePosixPath(path).is_absolute() or PureWindowsPath(path).anchor:
         return f"path {path!r} is absolute; give it relative to --data-root"
-    depth = 0
-    for part in path.replace("\\", "/").split("/"):
-        depth += -1 if part == ".." else part not in ("", ".")
-        if depth < 0:
-            return f"path {path!r} climbs out of the root"
+    if normpath(path.replace("\\", "/")).split("/")[0] == "..":
+        return f"path {path!r} climbs out of the root"
     return None

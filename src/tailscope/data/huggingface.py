@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from tailscope.data.images import ImageError, Images, Indices, Rows, read_image
-from tailscope.errors import UserError, unreadable
+from tailscope.errors import UserError, message_of, unreadable
 from tailscope.tables.checks import MAX_CLASSES
-from tailscope.tables.files import message_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,10 +97,8 @@ def load(source: str) -> dict[str, HuggingFaceImages]:
     """
     named = _parse(source)
     folder = _folder(named.name)
-    if any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
-        found = _open_saved(named, folder)
-    else:
-        found = _load_by_name(named)
+    saved = any((folder / file).is_file() for file in ("state.json", "dataset_dict.json"))
+    found = _open_saved(named, folder) if saved else _load_by_name(named)
     return {split: _images(named, split, dataset) for split, dataset in found.items()}
 
 
@@ -141,26 +139,19 @@ def _images(named: _Named, split: str, dataset: Any) -> HuggingFaceImages:
 
 def _column(named: _Named, what: str, features: dict[str, Any], kind: str) -> str:
     """Return the column that was asked for, or the only one of its type."""
-    wish = named.columns.get(what)
-    if wish is not None:
-        if wish not in features:
-            raise named.wrong(f"no column {wish!r}; its columns are {', '.join(features)}")
-        return wish
-    found = [name for name, feature in features.items() if _kind(feature) == kind]
+    wish, known = named.columns.get(what), ", ".join(features)
+    if wish is not None and wish not in features:
+        raise named.wrong(f"no column {wish!r}; its columns are {known}")
+    # A feature is a class of `datasets`, or what a saved set says of it.
+    kinds = {name: f.get("_type") if isinstance(f, dict) else type(f).__name__ for name, f in features.items()}
+    found = [name for name in features if kinds[name] == kind] if wish is None else [wish]
     if not found:
-        raise named.wrong(
-            f"no column of type {kind}; its columns are {', '.join(features)}; choose one with ,{what}=COLUMN"
-        )
+        raise named.wrong(f"no column of type {kind}; its columns are {known}; choose one with ,{what}=COLUMN")
     if len(found) > 1:
         raise named.wrong(
             f"the columns {', '.join(found)} are all of type {kind}; choose one, with ,{what}={found[0]} for instance"
         )
     return found[0]
-
-
-def _kind(feature: Any) -> str:
-    """Return a feature's type: a class of `datasets`, or what a saved set says of it."""
-    return str(feature.get("_type", "")) if isinstance(feature, dict) else type(feature).__name__
 
 
 def _labels(where: str, values: Any, feature: Any) -> tuple[Tensor, tuple[str, ...]]:
@@ -196,9 +187,9 @@ def _names(where: str, feature: Any) -> list[str] | None:
         return None
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{where}: its names are no list of texts; expected one name a class")
-    twice = [name for name, times in Counter(names).items() if times > 1]
-    if twice:
-        raise UserError(f"{where}: its names have {twice[0]!r} {names.count(twice[0])} times; names must differ")
+    for name, times in Counter(names).items():
+        if times > 1:
+            raise UserError(f"{where}: its names have {name!r} {times} times; names must differ")
     return list(names)
 
 
@@ -257,8 +248,7 @@ def _read_arrow(named: _Named, files: list[Path]) -> Any:
         raise named.wrong("needs pyarrow; pip install 'tailscope[hf]'") from None
     tables = []
     for file in files:
-        problem = unreadable(file)
-        if problem:
+        if problem := unreadable(file):
             raise named.wrong(f"{file.name}: {problem}")
         try:
             with pa.ipc.open_stream(pa.memory_map(str(file))) as stream:
@@ -274,12 +264,11 @@ def _read_arrow(named: _Named, files: list[Path]) -> Any:
 
 
 def _json(named: _Named, path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if unreadable(path) is None else None
-    except (OSError, ValueError, RecursionError):
-        found = None
+    problem, found = unreadable(path), None
+    with suppress(OSError, ValueError, RecursionError):
+        found = None if problem else json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(found, dict):
-        raise named.wrong(f"{path.name}: {unreadable(path) or 'not a JSON object'}")
+        raise named.wrong(f"{path.name}: {problem or 'not a JSON object'}")
     return found
 
 

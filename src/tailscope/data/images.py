@@ -1,6 +1,4 @@
-"""Labelled images, in memory or in files, and the one decoding of them.
-
-From an image file to upright RGB pixels of 8 bits: the one decoding, whatever the images come from.
+"""Labelled images, in memory or in files, and the one decoding of them, to upright RGB pixels of 8 bits.
 
 The rules: the orientation that EXIF gives is applied. Transparency is dropped, as torchvision's ImageFolder drops it.
 Pixels of more than 8 bits are scaled to 0 ... 255 from the range of their own type: 16 bits from 65,535 (12 bits from
@@ -11,12 +9,12 @@ Of several frames the first counts.
 
 import hashlib
 import io
+import re
 import struct
 import warnings
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -33,18 +31,11 @@ from tailscope.errors import plain_name, unreadable
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "GIF")
 """What is tried on a file, whatever its name: Pillow knows fifty formats, of which some start other programs."""
 
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+_UPRIGHT = {number: Image.Transpose[turn] for number, turn in enumerate(_TURNS.split(), start=2)}
+"""What turns an image upright, by EXIF's number for its orientation."""
 _ORIENTATION, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 0x0112, 258, 262, 339
-_WHITE_IS_ZERO, _SIGNED = 0, 2
-_TWELVE_BITS = 4095
+_WHITE_IS_ZERO, _SIGNED, _TWELVE_BITS = 0, 2, 4095
 
 # What Pillow's readers raise for damaged files. It documents no list: the first three are all that 170,000 damaged ones
 # brought, the others are what Pillow itself expects of its readers.
@@ -67,18 +58,17 @@ def read_image(source: Path | bytes | Image.Image) -> Image.Image:
     Raises:
         ImageError: it is missing, no regular file, damaged, of another format, too large, or of pixels without a range.
     """
-    if isinstance(source, Path):
-        problem = unreadable(source)
-        if problem:
-            raise ImageError(problem)
-    if source == b"":
-        raise ImageError("empty")
+    problem = unreadable(source) if isinstance(source, Path) else "empty" if source == b"" else None
+    if problem:
+        raise ImageError(problem)
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
     # Pillow warns of what it gets over, page by page; what it does not get over is an exception.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with _opened(source) as image:
-                _refuse_large(image)
+            if isinstance(file, Image.Image):
+                return _to_rgb(file)
+            with Image.open(file, formats=FORMATS) as image:
                 return _to_rgb(image)
         except UnidentifiedImageError:
             raise ImageError(f"cannot be decoded, no {', '.join(FORMATS[:-1])} or {FORMATS[-1]}") from None
@@ -89,26 +79,16 @@ def read_image(source: Path | bytes | Image.Image) -> Image.Image:
             raise ImageError(f"cannot be decoded, {text or type(error).__name__}") from None
 
 
-def _opened(source: Path | bytes | Image.Image) -> AbstractContextManager[Image.Image]:
-    if isinstance(source, Image.Image):
-        return nullcontext(source)
-    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
-
-
 def _to_rgb(image: Image.Image) -> Image.Image:
-    image.load()
-    turn = _UPRIGHT.get(_orientation(image))
-    rgb = _eight_bits(image).convert("RGB")
-    if turn is not None:
-        rgb = rgb.transpose(turn)
-    rgb.info = {}  # the orientation is used up: whoever looks for it again must find none
-    return rgb
-
-
-def _refuse_large(image: Image.Image) -> None:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
         raise ImageError(f"too large, {image.width:,} x {image.height:,} pixels; at most {limit:,} are taken")
+    image.load()
+    turn = _UPRIGHT.get(_orientation(image))
+    rgb = _eight_bits(image).convert("RGB")
+    rgb = rgb if turn is None else rgb.transpose(turn)
+    rgb.info = {}  # the orientation is used up: whoever looks for it again must find none
+    return rgb
 
 
 def _orientation(image: Image.Image) -> int:
@@ -124,7 +104,10 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         return Image.fromarray(_scaled(image))
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
-        _refuse_transparent_only(image.convert("RGBA"))
+        (least, most), *colours = (band.getextrema() for band in reversed(image.convert("RGBA").split()))
+        # One plain colour without its transparency: icons and drawings are often saved so.
+        if least != most and all(low == high for low, high in colours):
+            raise ImageError("its picture is in its transparency alone, which is dropped; save it on a background")
     return image
 
 
@@ -169,11 +152,22 @@ def _tag(image: Image.Image, number: int, default: int) -> int:
     return int(found[0] if isinstance(found, tuple) else found)
 
 
-def _refuse_transparent_only(rgba: Image.Image) -> None:
-    """Refuse what would be one plain colour without its transparency: icons and drawings are often saved so."""
-    (least, most), *colours = (band.getextrema() for band in reversed(rgba.split()))
-    if least != most and all(low == high for low, high in colours):
-        raise ImageError("its picture is in its transparency alone, which is dropped; save it on a background")
+SPLITS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing", "held", "heldout", "holdout"),
+}
+"""What the folder of a split is called: in capitals too, with `-`, `_` or spaces in between, and with `set` behind."""
+
+
+def split_of(name: str) -> str | None:
+    """Return the split that a folder's name means, or None.
+
+    >>> [split_of(name) for name in ("Train", "valid", "held-out", "test_set", "ant")]
+    ['train', 'val', 'test', 'test', None]
+    """
+    word = re.sub(r"[-_ ]", "", name.casefold()).removesuffix("set")
+    return next((split for split, names in SPLITS.items() if word in names), None)
 
 
 PIL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
@@ -183,23 +177,20 @@ Indices: TypeAlias = Sequence[int] | Rows | Tensor
 
 
 class Images(ABC):
-    """N labelled images: a subset, a validation cut or a swap is an index operation on them.
-
-    Attributes:
-        name: the data set's name.
-        labels: int64 [N], 0 to C-1.
-        class_names: of the C classes, with or without images here.
-        named: whether the class names are names even where they look like 0 to C-1; else those are numbers.
-        ids: text [N], different for different images of the data set.
-        notes: what a reader of results must know of where the images come from, such as what was left out.
-    """
+    """N labelled images: a subset, a validation cut or a swap is an index operation on them."""
 
     name: str
+    """Of the data set."""
     labels: Tensor
+    """Int64 [N], 0 to C-1."""
     class_names: tuple[str, ...]
+    """Of the C classes, with or without images here."""
     named: bool
+    """Whether the class names are names even where they look like 0 to C-1; else those are numbers."""
     ids: Sequence[str]
+    """Text [N], different for different images of the data set."""
     notes: tuple[str, ...]
+    """What a reader of results must know of where the images come from, such as what was left out."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -243,22 +234,18 @@ class Images(ABC):
 
 @dataclass(frozen=True, eq=False)
 class ImageFiles(Images):
-    """Image files under one root.
-
-    Attributes:
-        root: the directory that `paths` start from.
-        paths: relative, with `/`, as the system spells them: bytes that are no UTF-8 are surrogates.
-        list_file: the list that names the images, if a list does.
-        lines: the line of each image there, counted from 1.
-    """
+    """Image files under one root."""
 
     name: str
     root: Path
     paths: tuple[str, ...]
+    """Relative, with `/`, as the system spells them: bytes that are no UTF-8 are surrogates."""
     labels: Tensor
     class_names: tuple[str, ...]
     list_file: Path | None = None
+    """The list that names the images, if a list does."""
     lines: Rows | None = None
+    """The line of each image there, counted from 1."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -290,25 +277,20 @@ class ImageFiles(Images):
     def fingerprint(self) -> str:
         """Return the SHA-256 (hex) of paths, file sizes, labels and class names; pixels are not read."""
         digest = self._digest(self.paths)
-        digest.update(np.array([self._size(path) for path in self.paths], dtype="<i8").tobytes())
+        digest.update(np.array([_size(self.root / path) for path in self.paths], dtype="<i8").tobytes())
         return digest.hexdigest()
 
-    def _size(self, path: str) -> int:
-        try:
-            return (self.root / path).stat().st_size
-        except (OSError, ValueError):
-            return -1
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except (OSError, ValueError):
+        return -1
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet(Images):
-    """Images with a label each, as tensors.
-
-    Attributes:
-        images: uint8 [N, H, W, C], 0 to 255.
-        labels: int64 [N], 0 to num_classes - 1.
-        class_names: one name a class.
-        name, ids: where a data set's source names them.
+    """Images with a label each, as tensors: uint8 [N, H, W, C] and int64 [N].
 
     >>> digits = ImageSet(torch.zeros(3, 8, 8, 1, dtype=torch.uint8), torch.tensor([0, 1, 1]), ("zero", "one"))
     >>> len(digits), digits.num_classes, digits.counts(), digits.take([2]).labels.tolist()

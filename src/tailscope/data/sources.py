@@ -1,8 +1,6 @@
 """Open what `--data` names, in memory or in files: one way for every verb.
 
 `digits`, `cifar10`, `cifar100`, `PATH.npz`, `folder:PATH`, `list:TRAIN.txt[,TEST.txt]`, `hf:NAME[:SPLIT]`.
-
-Read an image `.npz` and check every field: what is wrong is said in one line, and nothing is ever unpickled.
 """
 
 import hashlib
@@ -20,16 +18,14 @@ from sklearn.datasets import load_digits
 
 from tailscope import seeds
 from tailscope.data import folders, huggingface, subsets
-from tailscope.data.images import Images, ImageSet
+from tailscope.data.images import Images, ImageSet, split_of
 from tailscope.errors import UserError, expanded
 from tailscope.tables import files
 from tailscope.tables.checks import Labels, check_classes, listed, positions, to_labels, to_names
 
-FIELDS = ("train_images", "train_labels", "test_images", "test_labels")
-
 
 def read(path: Path) -> tuple[ImageSet, ImageSet]:
-    """Return the training and the test set of an image `.npz`.
+    """Return the training and the test set of an image `.npz`; nothing in it is ever unpickled.
 
     The file holds `train_images` and `test_images` uint8 [N,H,W,C] with C from 1 to 4 (or [N,H,W], taken as C = 1),
     `train_labels` and `test_labels` [N] or [N,1], and optionally `class_names` [C], in which the labels are positions.
@@ -38,7 +34,8 @@ def read(path: Path) -> tuple[ImageSet, ImageSet]:
     Raises:
         UserError: the file is missing, unreadable, or holds something else.
     """
-    arrays = files.read(path, FIELDS, ("class_names",)).arrays
+    fields = [f"{split}_{what}" for split in ("train", "test") for what in ("images", "labels")]
+    arrays = files.read(path, fields, ("class_names",)).arrays
     images = [_checked_images(f"{path}: {split}_images", arrays[f"{split}_images"]) for split in ("train", "test")]
     shapes = [of_split.shape[1:] for of_split in images]
     if shapes[0] != shapes[1]:
@@ -48,7 +45,9 @@ def read(path: Path) -> tuple[ImageSet, ImageSet]:
         for split, of_split in zip(("train", "test"), images, strict=True)
     )
     names, *labels = _numbered(path, train, test, arrays.get("class_names"))
-    _require_training_images(path, labels[0], names)
+    # A class without test images only has no accuracy; one without training images cannot be learnt.
+    for k in np.flatnonzero(np.bincount(labels[0], minlength=len(names)) == 0):
+        raise UserError(f"{path}: class {k} ({names[k]}) of 0 to {len(names) - 1} has no training images")
     first, second = (
         ImageSet(torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(numbers), names)
         for pixels, numbers in zip(images, labels, strict=True)
@@ -92,30 +91,11 @@ def _numbered(
     return tuple(map(str, classes)), codes.astype(np.int64), np.searchsorted(classes, test).astype(np.int64)
 
 
-def _require_training_images(path: Path, labels: npt.NDArray[np.int64], names: tuple[str, ...]) -> None:
-    # A class without test images only has no accuracy; one without training images cannot be learnt.
-    empty = np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)
-    if len(empty):
-        k = int(empty[0])
-        raise UserError(f"{path}: class {k} ({names[k]}) of 0 to {len(names) - 1} has no training images")
-
-
-SHOWN = 10
-"""How many images that cannot be read a message names."""
-DIGITS_TEST_PER_CLASS = 50
-DIGITS_SPLIT_SEED = 0
-_CIFAR = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
-
-
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """A data set that an experiment can train on.
+    """A data set that an experiment can train on: the true training distribution, and its test split.
 
-    Attributes:
-        name: of the data set.
-        train: the true training distribution.
-        test: its test split.
-        skipped: what cannot be read and was left out, as lines for people.
+    `skipped` is what cannot be read and was left out, as lines for people.
     """
 
     name: str
@@ -145,9 +125,9 @@ def cannot_be_read(images: Sequence[str], more: str = "") -> str:
     >>> cannot_be_read(["a.png (missing)"], " and took no part")
     '1 image cannot be read and took no part: a.png (missing)'
     """
-    rest = f" and {len(images) - SHOWN} more" if len(images) > SHOWN else ""
+    rest = f" and {len(images) - 10} more" if len(images) > 10 else ""
     plural = "image" if len(images) == 1 else "images"
-    return f"{len(images)} {plural} cannot be read{more}: {'; '.join(images[:SHOWN])}{rest}"
+    return f"{len(images)} {plural} cannot be read{more}: {'; '.join(images[:10])}{rest}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,25 +145,24 @@ class OpenedImages:
         return train if isinstance(train, ImageSet) else None
 
     def split(self, name: str | None) -> tuple[str, Images]:
-        """Return a split with its name, which any of `folders.SPLITS` may call; None takes the only one there is.
+        """Return a split with its name, which any of `images.SPLITS` may call; None takes the only one there is.
 
         Raises:
             UserError: there is no such split, or None does not say which.
         """
         known = ", ".join(self.splits)
-        if name is None:
-            if len(self.splits) > 1:
-                raise UserError(f"{self.source} has the splits {known}; say which with --split")
-            name = next(iter(self.splits))
-        found = name if name in self.splits else self._by_meaning.get(folders.split_of(name) or name)
+        if name is None and len(self.splits) > 1:
+            raise UserError(f"{self.source} has the splits {known}; say which with --split")
+        name = next(iter(self.splits)) if name is None else name
+        found = name if name in self.splits else self._by_meaning.get(split_of(name) or name)
         if found is None:
             raise UserError(f"--split {name}: {self.source} has {known}")
         return found, self.splits[found]
 
     @property
     def _by_meaning(self) -> dict[str, str]:
-        """The splits' names by what they mean, as `folders.SPLITS` knows it."""
-        return {folders.split_of(split) or split: split for split in self.splits}
+        """The splits' names by what they mean."""
+        return {split_of(split) or split: split for split in self.splits}
 
     def for_experiment(self) -> ImageData:
         """Return the splits to train on and to test on; without a test split `val` stands in, as of ImageNet.
@@ -218,16 +197,16 @@ def _with_common_classes(train: Images, test: Images) -> tuple[Images, Images]:
     strange = [name for k in np.unique(test.labels) if (name := test.class_names[k]) not in number]
     if strange:
         raise UserError(f"{test.name}: has class {strange[0]!r}, of which {train.name} has no image to train on")
-    return _renumbered(train, number), _renumbered(test, number)
+
+    def renumbered(images: Images) -> Images:
+        new = torch.tensor([number.get(name, -1) for name in images.class_names])
+        return replace(images, labels=new[images.labels], class_names=names)  # type: ignore[type-var]
+
+    return renumbered(train), renumbered(test)
 
 
-def _renumbered(images: Images, number: Mapping[str, int]) -> Images:
-    new = torch.tensor([number.get(name, -1) for name in images.class_names])
-    return replace(images, labels=new[images.labels], class_names=tuple(number))  # type: ignore[type-var]
-
-
-def load(source: str, *, data_root: Path | None = None) -> ImageData:
-    """Open a data set to run experiments on.
+def load(source: str | ImageData, *, data_root: Path | None = None) -> ImageData:
+    """Open a data set to run experiments on; one that is open already is returned as it is.
 
     >>> digits = load("digits")
     >>> tuple(digits.train.images.shape), min(digits.train.counts()), set(digits.test.counts())
@@ -236,15 +215,15 @@ def load(source: str, *, data_root: Path | None = None) -> ImageData:
     Raises:
         UserError: as `open_images`; or there is nothing to train on, or to test on.
     """
-    return open_images(source, data_root=data_root).for_experiment()
+    return open_images(source, data_root=data_root).for_experiment() if isinstance(source, str) else source
 
 
 def open_images(source: str, *, data_root: Path | None = None) -> OpenedImages:
     """Open a source of images.
 
     Args:
-        source: `digits`, `cifar10`, `cifar100`; `PATH.npz` (see `tailscope.data.sources.read`); `folder:PATH` (see
-            `folders`), `list:TRAIN.txt[,TEST.txt]` (see `listfiles`) or `hf:NAME[:SPLIT]` (see `huggingface`).
+        source: `digits`, `cifar10`, `cifar100`; `PATH.npz` (see `read`); `folder:PATH` or
+            `list:TRAIN.txt[,TEST.txt]` (see `folders`) or `hf:NAME[:SPLIT]` (see `huggingface`).
         data_root: where the images of lists lie, by default beside the list; for CIFAR, a directory with torchvision's
             official layout or `NAME.npz`, by default `$TAILSCOPE_DATA`, else `~/.cache/tailscope/data`. CIFAR that is
             missing is downloaded there by torchvision, checksums verified.
@@ -268,18 +247,14 @@ def open_images(source: str, *, data_root: Path | None = None) -> OpenedImages:
 
 
 def _digits(_: Path | None) -> tuple[ImageSet, ImageSet]:
-    """Return scikit-learn's 8x8 digits, 50 test images a class, the rest training, both in the original order.
-
-    Pixels 0 to 16 become 0 to 255: 255/16 times the value, rounded to the nearest, ties to even.
-    """
+    """Return scikit-learn's 8x8 digits, 50 test images a class, the rest training, both in the original order."""
     bunch = load_digits()
-    pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
+    pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]  # 0 to 16 become 0 to 255
     labels = bunch.target.astype(np.int64)
     everything = ImageSet(torch.from_numpy(pixels), torch.from_numpy(labels), tuple(str(k) for k in range(10)))
-    drawn = subsets.subset(labels, [DIGITS_TEST_PER_CLASS] * 10, seed=seeds.derive(DIGITS_SPLIT_SEED, "digits", "test"))
-    is_test = np.zeros(len(labels), dtype=bool)
-    is_test[drawn.flat] = True
-    return everything.take(np.flatnonzero(~is_test)), everything.take(np.flatnonzero(is_test))
+    drawn = subsets.subset(labels, [50] * 10, seed=seeds.derive(0, "digits", "test"))
+    test = np.sort(drawn.flat)
+    return everything.take(np.setdiff1d(np.arange(len(labels)), test)), everything.take(test)
 
 
 def _cifar(name: str, data_root: Path | None) -> tuple[ImageSet, ImageSet]:
@@ -295,7 +270,7 @@ def _official(name: str, root: Path, *, train: bool) -> ImageSet:
     """Return a split of torchvision's official CIFAR, downloaded when missing; its checksums precede any reading."""
     from torchvision import datasets  # here because it takes seconds to import, and few need it
 
-    dataset_class = getattr(datasets, _CIFAR[name])
+    dataset_class = getattr(datasets, name.upper())
     try:
         dataset = dataset_class(root, train=train, download=False)
     except RuntimeError:  # torchvision's "not found or corrupted"
@@ -313,7 +288,7 @@ def _official(name: str, root: Path, *, train: bool) -> ImageSet:
 
 _LOADERS: dict[str, Callable[[Path | None], tuple[ImageSet, ImageSet]]] = {
     "digits": _digits,
-    **{name: partial(_cifar, name) for name in _CIFAR},
+    **{name: partial(_cifar, name) for name in ("cifar10", "cifar100")},
 }
 _IN_FILES: dict[str, Callable[[str, Path | None], Mapping[str, Images]]] = {
     "folder": lambda rest, _: folders.load_folder(expanded(rest)),

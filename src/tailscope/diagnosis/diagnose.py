@@ -14,8 +14,8 @@ from tailscope.diagnosis.soundness import doubts, doubts_of_outcomes
 from tailscope.errors import UserError
 from tailscope.groups import GROUPS
 from tailscope.measures import GeometryResult, describe
-from tailscope.origin import command, versions
 from tailscope.progress import Progress
+from tailscope.results import command, versions
 from tailscope.tables.table import FeatureTable, Source, is_pair
 
 if TYPE_CHECKING:

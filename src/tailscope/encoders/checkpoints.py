@@ -1,4 +1,8 @@
-"""Find a network's weights in a checkpoint of any codebase: its backbone, and its classifier if that is linear.
+"""Read checkpoints of any codebase, and find a network's weights there: its backbone, and a linear classifier.
+
+Nothing in a file is run. PyTorch's are read with `weights_only=True`: tensors, plain values, and the harmless types
+listed here. Objects of other classes, such as a training's options, become empty placeholders: no class is imported, no
+function called. What is no checkpoint is called by its name.
 
 A checkpoint is a tree of dictionaries. The network lies where all of its backbone's names are found under one prefix:
 `model.` (Lightning), `module.` (DataParallel, averaged models), `net`/`backbone.`, `ema`, `module.encoder_q.` (MoCo),
@@ -6,37 +10,160 @@ A checkpoint is a tree of dictionaries. The network lies where all of its backbo
 criterion, a queue, a projection, is left out and said.
 """
 
+import argparse
+import pathlib
+import pickle
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+import zipfile
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tailscope.encoders.checkpoint_files import Container, State, containers
-from tailscope.errors import UserError, first_few
+from tailscope.errors import GIT_LFS, UserError, first_few, message_of, require_file
+from tailscope.store.files import load_tensors
+from tailscope.tables.arrays import NUMPY_STAND_INS, UNREADABLE, require_own_sizes
 from tailscope.tables.checks import listed
 from tailscope.tables.table import LinearLayer
 
+State = dict[str, Tensor]
+
+_PLACEHOLDER_OF = "placeholder_of"
+_DEEPEST = 8
+_MOST_CONTAINERS = 10_000
+
+# What training scripts keep beside the weights: plain values, of which unpickling runs no code of the file's choice.
+# NumPy's arrays and numbers, rebuilt without NumPy's own unpickling; paths, and argparse's options.
+_HARMLESS: list[Any] = [
+    argparse.Namespace,
+    *NUMPY_STAND_INS,
+    *((pathlib.PosixPath, f"pathlib.{module}PosixPath") for module in ("", "_local.")),
+    *((pathlib.PureWindowsPath, f"pathlib.{module}WindowsPath") for module in ("", "_local.")),
+]
+
+_SIGNATURES: list[tuple[re.Pattern[bytes], str]] = [
+    (re.compile(re.escape(GIT_LFS)), "is a Git-LFS pointer, not the weights; fetch them with `git lfs pull`"),
+    (re.compile(rb"(?i)\s*<(!doctype|html|\?xml)"), "is a web page, not the weights; download the file itself"),
+    (re.compile(rb"\x89HDF"), "is an HDF5 file, as Keras writes; a PyTorch state_dict or .safetensors is needed"),
+    (re.compile(rb"\x1f\x8b"), "is compressed with gzip; unpack it first"),
+    (re.compile(rb"BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd"), "is a compressed archive; unpack it first"),
+    (re.compile(rb"\x93NUMPY"), "is a NumPy array; a PyTorch state_dict or .safetensors is needed"),
+    (re.compile(rb"GGUF"), "is a GGUF file of quantised weights; a PyTorch state_dict or .safetensors is needed"),
+    (re.compile(rb"\s*[{\[]"), "is JSON text, an index perhaps, and holds no weights; give the file that it names"),
+    (re.compile(rb"(?s).{257}ustar"), "is a tar archive; unpack it first"),
+]
+
+
+class Container(NamedTuple):
+    """A dictionary of tensors in a checkpoint, and the keys that lead to it."""
+
+    where: tuple[str, ...]
+    state: State
+
+
+def _content(path: Path) -> Any:
+    require_file(path, "--checkpoint ")
+    try:
+        return _loaded(path)
+    except pickle.UnpicklingError as error:
+        culprit = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"holds {culprit[1]}, and only tensors are unpickled" if culprit else "is no checkpoint"
+        raise UserError(f"{path}: {what}; save the model's state_dict by itself") from None
+    except UNREADABLE as error:
+        raise UserError(f"{path}: not a readable checkpoint, or truncated ({message_of(error)[:80]})") from None
+
+
+def _loaded(path: Path) -> Any:
+    with path.open("rb") as file:
+        head = file.read(512)
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:  # whatever the suffix
+        return load_tensors(path)
+    for pattern, what in _SIGNATURES:
+        if pattern.match(head):
+            raise UserError(f"{path}: {what}")
+    if head.startswith(b"PK"):
+        _require_torch_archive(path)
+    elif path.suffix == ".safetensors":
+        return load_tensors(path)
+    return _unpickle(path)
+
+
+def _require_torch_archive(path: Path) -> None:
+    """Refuse zip archives that `torch.save` did not write."""
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        inner = {name.partition("/")[2] for name in names}
+        if "constants.pkl" in inner:
+            raise UserError(
+                f"{path}: is a TorchScript archive, which holds code; save the network's state_dict instead"
+            )
+        if "data.pkl" in inner:
+            require_own_sizes(archive)
+            return
+    kind = "NumPy's .npz" if all(n.endswith(".npy") for n in names) else f"a zip archive of {listed(names, 3)}"
+    raise UserError(f"{path}: is {kind}, not what torch.save writes; a PyTorch state_dict or .safetensors is needed")
+
+
+def _unpickle(path: Path) -> Any:
+    with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about old pickle protocols; what cannot be read is refused
+        is_zip = zipfile.is_zipfile(path)
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(str(path)) if is_zip else []
+        with torch.serialization.safe_globals([(_placeholder(name), name) for name in unknown]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    if (name := getattr(content, _PLACEHOLDER_OF, None)) is not None:
+        raise pickle.UnpicklingError(f"GLOBAL {name} at the top")
+    return content
+
+
+class _Uncallable(type):
+    """Unpickling an object of a class asks `__new__` alone; what calls it may be any function of the file's choice."""
+
+    def __call__(cls, *_: Any, **__: Any) -> Any:
+        raise pickle.UnpicklingError(f"GLOBAL {cls.__name__} would be called")
+
+
+def _placeholder(name: str) -> type:
+    """Return a class that stands for the one that a file calls `name`: its objects are empty dictionaries."""
+
+    def make(_: type, *__: Any) -> Any:
+        made: OrderedDict[Any, Any] = OrderedDict()  # which `torch.load` lets the file fill
+        setattr(made, _PLACEHOLDER_OF, name)
+        return made
+
+    return _Uncallable(name, (), {"__new__": make})
+
+
+def _walk(content: Mapping[Any, Any]) -> Iterator[Container]:
+    """Yield every dictionary that holds tensors, level by level: of any depth that people nest, and no deeper."""
+    queue: deque[tuple[tuple[str, ...], Any]] = deque([((), content)])
+    seen = 0
+    while queue and seen < _MOST_CONTAINERS:
+        where, node = queue.popleft()
+        seen += 1
+        items = list(node.items() if isinstance(node, Mapping) else enumerate(node))
+        state = {str(key): value for key, value in items if isinstance(value, Tensor)}
+        if state and isinstance(node, Mapping):
+            yield Container(where, state)
+        if len(where) < _DEEPEST:
+            queue.extend(((*where, str(k)), v) for k, v in items if isinstance(v, Mapping | list | tuple))
+
+
 _CLASSIFIER_NAMES = ("classifier", "linear", "fc", "head")
 _BOOKKEEPING = ("num_batches_tracked", "total_ops", "total_params")
-_STORED_ROWS = "rows"
-"""What our own store keeps beside the weights."""
-
 _PREFERRED = ("best", "ema", "swa", "averaged", "teacher", "encoder_q", "online")
 """Which of several networks that fit is taken: averaged weights first, as timm and DINO evaluate, and MoCo's query."""
-
-_SHOWN_BRANCHES = 4
 
 _PROJECTING = re.compile(r"(^|\.)encoder_[qk]\.$")
 """Prefixes of networks whose last layer is a projection and no classifier."""
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """What a file holds: its dictionaries of tensors, the outermost first."""
 
     path: Path
@@ -64,14 +191,6 @@ class Place:
         return {k.removeprefix(self.prefix): t for k, t in self.container.state.items() if k.startswith(self.prefix)}
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """What else a checkpoint had: a linear classifier, or None, and what the user should know."""
-
-    classifier: LinearLayer | None
-    notes: tuple[str, ...]
-
-
 def read(path: Path) -> Checkpoint:
     """Read a checkpoint.
 
@@ -79,7 +198,16 @@ def read(path: Path) -> Checkpoint:
         UserError: the file is missing, damaged or something else, holds more than tensors and plain values, or no
             tensors.
     """
-    return Checkpoint(path, tuple(containers(path)))
+    content = _content(path)
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path}: holds a {type(content).__name__}; save the model's state_dict")
+    if "state_dict_model" in content and "state_dict_block" in content:
+        raise UserError(f"{path}: MiSLAS's extra block (Places-LT) is not supported; wrap it as module:factory")
+    found = tuple(_walk(content))
+    if not found:
+        keys = listed([str(key) for key in content]) or "nothing"
+        raise UserError(f"{path}: holds no tensors; at the top it has {keys}")
+    return Checkpoint(path, found)
 
 
 def places(checkpoint: Checkpoint, names: Iterable[str]) -> list[Place]:
@@ -93,7 +221,7 @@ def places(checkpoint: Checkpoint, names: Iterable[str]) -> list[Place]:
 def require_fit(
     checkpoint: Checkpoint, own: Mapping[str, Tensor], model_name: str, classifiers: Sequence[str]
 ) -> list[Place]:
-    """Return the places whose names and shapes are the backbone's; arguments as of `choose`.
+    """Return the places whose names and shapes are those of the backbone's own tensors.
 
     Raises:
         UserError: there is none; says how the nearest differs.
@@ -104,120 +232,82 @@ def require_fit(
     return fitting
 
 
-def choose(
-    checkpoint: Checkpoint,
-    own: Mapping[str, Tensor],
-    model_name: str,
-    classifiers: Sequence[str],
-    key: str | None = None,
-) -> tuple[Place, tuple[str, ...]]:
-    """Return where the network's weights are taken from, and a note where others would fit too.
+def fit(
+    checkpoint: Checkpoint, model: nn.Module, model_name: str, classifiers: Sequence[str], key: str | None = None
+) -> tuple[LinearLayer | None, list[str]]:
+    """Load the weights into the model, whose classifier layers are replaced by some of the checkpoint's size.
 
-    Args:
-        checkpoint: the weights.
-        own: the backbone's tensors, of which names and shapes count.
-        model_name: what messages call it.
-        classifiers: names of the model's classifier layers.
-        key: part of the name of the place, where the user said which.
+    Return the checkpoint's classifier, if it is linear, and what the user should know.
 
     Raises:
-        UserError: as `require_fit`; or several fit and none is preferred.
+        UserError: as `require_fit`; several fit, and `key` is no part of a single one's name; or the weights are
+            quantised, not finite, or no values at all.
     """
+    own = backbone_of(model, classifiers)
     fitting = require_fit(checkpoint, own, model_name, classifiers)
+    place, notes = _choose(checkpoint.path, fitting, own, model_name, key)
+    others = [] if key else _other_classifiers(checkpoint, fitting, place, model, classifiers)
+    undecided = [other for other in others if _rank(other) == _rank(place)]
+    if undecided:
+        same = f"{_names([place, *undecided])} have one backbone and different classifiers"
+        notes.append(f"{same}; no classifier file; say whose with --checkpoint-key")
+    elif others:
+        taken = f"took the classifier of {_names([place])}, not of {_names(others)}, which has the same backbone"
+        notes.append(f"{taken}; --checkpoint-key takes another")
+    state = place.state()
+    _require_values(checkpoint.path, state, own)
+    sought = {name: _find_classifier(checkpoint, place, model, name) for name in classifiers}
+    strange = [each.what for each in sought.values() if each and each.pair is None]
+    linear = {name: each.pair for name, each in sought.items() if each and each.pair and not undecided}
+    for name, (weight, bias) in linear.items():
+        layer = nn.Linear(weight.shape[1], len(weight))
+        layer.load_state_dict({"weight": weight, "bias": bias})
+        model.set_submodule(name, layer)
+    model.load_state_dict({name: t for name, t in state.items() if name in own}, strict=False)
+    if strange:
+        notes.append(f"its classifier ({'; '.join(strange)}) is not known to be one linear layer; no classifier file")
+    if left_out := _left_out(place, own, {key for each in sought.values() if each for key in each.keys}):
+        notes.append(f"left out what is no part of {model_name}: {left_out}")
+    only = [LinearLayer.from_arrays(*pair, source=str(checkpoint.path)) for pair in linear.values()]
+    return only[0] if len(only) == 1 else None, [f"{checkpoint.path.name}: {note}" for note in notes]
+
+
+def _choose(
+    path: Path, fitting: list[Place], own: Mapping[str, Tensor], model_name: str, key: str | None
+) -> tuple[Place, list[str]]:
+    """Return where the network's weights are taken from, and a note where others would fit too."""
     if key is not None:
-        return _asked_for(checkpoint, fitting, key), ()
+        exact = [place for place in fitting if place.name == key]
+        found = exact or [place for place in fitting if f".{key.strip('.')}." in f".{place.name}."]
+        if len(found) == 1:
+            return found[0], []
+        what = f"fits {_names(found)}; give more of the name" if found else f"not there; what fits is {_names(fitting)}"
+        raise UserError(f"{path}: --checkpoint-key {key}: {what}")
     chosen = min(fitting, key=_rank)
     others = [place for place in fitting if place is not chosen and not _equal(place, chosen, own)]
     if any(_rank(place) == _rank(chosen) for place in others):
-        raise UserError(
-            f"{checkpoint.path}: holds several networks that fit {model_name}: {_names([chosen, *others])}; say which "
-            "with --checkpoint-key"
-        )
-    if not others:
-        return chosen, ()
-    taken = f"took the weights of {_names([chosen])}, not of {_names(others)}"
-    return chosen, (f"{checkpoint.path.name}: {taken}; --checkpoint-key takes another",)
-
-
-def fit(
-    checkpoint: Checkpoint, model: nn.Module, model_name: str, classifiers: Sequence[str], key: str | None = None
-) -> Fitted:
-    """Load the weights into the model, whose classifier layers are replaced by some of the checkpoint's size.
-
-    Args:
-        checkpoint: the weights.
-        model: changed in place.
-        model_name: what messages call it.
-        classifiers: names of the model's classifier layers; all but the backbone's names may be absent.
-        key: see `choose`.
-
-    Raises:
-        UserError: as `choose`; or the weights are quantised, not finite, or no values at all.
-    """
-    own = backbone_of(model, classifiers)
-    place, notes = choose(checkpoint, own, model_name, classifiers, key)
-    others = [] if key else _other_classifiers(checkpoint, place, model, model_name, classifiers)
-    undecided = [other for other in others if _rank(other) == _rank(place)]
-    if others:
-        notes += (_say_whose(checkpoint.path, place, undecided or others, taken=not undecided),)
-    state = place.state()
-    _require_values(checkpoint.path, state, own)
-    found, used, strange = [], set[str](), []
-    for name in classifiers:
-        sought = _find_classifier(checkpoint, place, model, name)
-        if sought is None:
-            continue
-        used |= sought.keys
-        if sought.pair is None:
-            strange.append(sought.what)
-        elif not undecided:
-            _replace(model, name, *sought.pair)
-            found.append(sought.pair)
-    model.load_state_dict({name: t for name, t in state.items() if name in own}, strict=False)
-    if strange:
-        what = "; ".join(strange)
-        notes += (
-            f"{checkpoint.path.name}: its classifier ({what}) is not known to be one linear layer; no classifier file",
-        )
-    left_out = _left_out(place, own, used)
-    if left_out:
-        notes += (f"{checkpoint.path.name}: left out what is no part of {model_name}: {left_out}",)
-    linear = LinearLayer.from_arrays(*found[0], source=str(checkpoint.path)) if len(found) == 1 else None
-    return Fitted(linear, notes)
+        several = f"holds several networks that fit {model_name}: {_names([chosen, *others])}"
+        raise UserError(f"{path}: {several}; say which with --checkpoint-key")
+    taken = f"took the weights of {_names([chosen])}, not of {_names(others)}; --checkpoint-key takes another"
+    return chosen, [taken] if others else []
 
 
 def _other_classifiers(
-    checkpoint: Checkpoint, chosen: Place, model: nn.Module, model_name: str, classifiers: Sequence[str]
+    checkpoint: Checkpoint, fitting: list[Place], chosen: Place, model: nn.Module, classifiers: Sequence[str]
 ) -> list[Place]:
     """Return the places with the chosen one's backbone and another classifier, as decoupled trainings leave them."""
     own = backbone_of(model, classifiers)
-    fitting = require_fit(checkpoint, own, model_name, classifiers)
     twins = [place for place in fitting if place is not chosen and _equal(place, chosen, own)]
 
     def differs(place: Place, name: str) -> bool:
-        pair, taken = (_find_classifier(checkpoint, each, model, name) for each in (place, chosen))
-        return pair is not None and taken is not None and not _same(pair.pair, taken.pair)
+        found, taken = (_find_classifier(checkpoint, each, model, name) for each in (place, chosen))
+        if found is None or taken is None:
+            return False
+        if found.pair is None or taken.pair is None:
+            return found.pair is not taken.pair
+        return not all(map(torch.equal, found.pair, taken.pair))
 
     return [place for place in twins if any(differs(place, name) for name in classifiers)]
-
-
-def _same(a: tuple[Tensor, Tensor] | None, b: tuple[Tensor, Tensor] | None) -> bool:
-    """Whether two classifiers are the same linear layer, or both none."""
-    if a is None or b is None:
-        return a is b
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def _say_whose(path: Path, place: Place, others: Sequence[Place], *, taken: bool) -> str:
-    if taken:
-        return (
-            f"{path.name}: took the classifier of {_names([place])}, not of {_names(others)}, which has the same "
-            "backbone; --checkpoint-key takes another"
-        )
-    return (
-        f"{path.name}: {_names([place, *others])} have one backbone and different classifiers; no classifier file; say "
-        "whose with --checkpoint-key"
-    )
 
 
 def backbone_of(model: nn.Module, classifiers: Sequence[str]) -> State:
@@ -262,19 +352,17 @@ def _misfits(state: State, own: Mapping[str, Tensor], classifiers: Sequence[str]
 
 def _is_of_classifier(name: str, own: Mapping[str, Tensor], classifiers: Sequence[str]) -> bool:
     """Whether a name lies below a classifier of the model, or below one's usual name where the backbone has nothing."""
-    if name.startswith(tuple(f"{each}." for each in classifiers)):
-        return True
     parts = name.split(".")
     stems = [".".join(parts[: i + 1]) + "." for i, part in enumerate(parts) if part in _CLASSIFIER_NAMES]
-    return any(not any(key.startswith(stem) for key in own) for stem in stems)
+    absent = [stem for stem in stems if not any(key.startswith(stem) for key in own)]
+    return bool(absent) or name.startswith(tuple(f"{each}." for each in classifiers))
 
 
 def _nearest(checkpoint: Checkpoint, own: Mapping[str, Tensor], classifiers: Sequence[str]) -> str:
     """Say how the place that has most of the names differs."""
     partly = _partly(checkpoint, set(_counted(own)))
     if not partly:
-        keys = [name for container in checkpoint.containers for name in container.state]
-        wanted = _counted(own)
+        keys, wanted = [name for container in checkpoint.containers for name in container.state], _counted(own)
         return f"keys: {len(wanted)} missing ({listed(wanted, 3)}), {len(keys)} surplus ({listed(keys, 3)})"
     place = max(partly, key=lambda each: each[1])[0]
     state = place.state()
@@ -285,15 +373,6 @@ def _nearest(checkpoint: Checkpoint, own: Mapping[str, Tensor], classifiers: Seq
     if experts:
         return f"it has several experts ({listed(experts, 6)}){where}; build one of them in a module:factory"
     return f"keys: {', '.join(_misfits(state, own, classifiers))}{where}"
-
-
-def _asked_for(checkpoint: Checkpoint, fitting: list[Place], key: str) -> Place:
-    exact = [place for place in fitting if place.name == key]
-    found = exact or [place for place in fitting if f".{key.strip('.')}." in f".{place.name}."]
-    if len(found) == 1:
-        return found[0]
-    what = f"fits {_names(found)}; give more of the name" if found else f"not there; what fits is {_names(fitting)}"
-    raise UserError(f"{checkpoint.path}: --checkpoint-key {key}: {what}")
 
 
 def _names(them: Iterable[Place]) -> str:
@@ -318,13 +397,8 @@ def _has_values(tensor: Tensor) -> bool:
 
 
 def _require_values(path: Path, state: State, own: Mapping[str, Tensor]) -> None:
-    """Refuse weights that are no numbers, or not the ones that they stand for.
-
-    Raises:
-        UserError: they are meta or sparse tensors, quantised, NaN or infinite.
-    """
-    for name in (name for name in own if name in state):
-        tensor = state[name]
+    """Refuse weights that are no numbers, or not the ones that they stand for."""
+    for name, tensor in ((name, state[name]) for name in own if name in state):
         if not _has_values(tensor):
             kind = "meta" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
             raise UserError(f"{path}: {name!r} is a {kind} tensor, without the values of weights")
@@ -350,12 +424,11 @@ def _find_classifier(checkpoint: Checkpoint, place: Place, model: nn.Module, nam
     usual = [each for each in _CLASSIFIER_NAMES if not any(k.startswith(f"{each}.") for k in model.state_dict())]
     above = [place.prefix[: match.end()] for match in re.finditer(r"\.", place.prefix)][-2::-1]
     above += [""] if place.prefix else []
-    for prefix in [f"{place.prefix}{each}." for each in (name, *usual)] + [
-        f"{p}{u}." for p in above for u in _CLASSIFIER_NAMES
-    ]:
+    beside = [f"{place.prefix}{each}." for each in (name, *usual)]
+    for prefix in [*beside, *(f"{each}{usual}." for each in above for usual in _CLASSIFIER_NAMES)]:
         below = {k.removeprefix(prefix): t for k, t in place.container.state.items() if k.startswith(prefix)}
         if below:
-            known = layer if prefix == f"{place.prefix}{name}." else None
+            known = layer if prefix == beside[0] else None
             return _judge(prefix, below, layer, known, projecting=bool(_PROJECTING.search(place.prefix)))
     return _stored_apart(checkpoint, place, layer)
 
@@ -410,21 +483,15 @@ def _judge(prefix: str, below: State, layer: nn.Module, known: nn.Module | None,
     return _Sought(keys, (weight.float(), bias.float()))
 
 
-def _replace(model: nn.Module, name: str, weight: Tensor, bias: Tensor) -> None:
-    linear = nn.Linear(weight.shape[1], len(weight))
-    linear.load_state_dict({"weight": weight, "bias": bias})
-    model.set_submodule(name, linear)
-
-
 def _left_out(place: Place, own: Mapping[str, Tensor], used: set[str]) -> str:
     """Name the other tensors of the place's dictionary, a whole branch at a time."""
     branches: Counter[str] = Counter()
-    taken = {f"{place.prefix}{name}" for name in own} | used | {_STORED_ROWS}
+    taken = {f"{place.prefix}{name}" for name in own} | used | {"rows"}  # which our own store keeps beside the weights
     for key in _counted(place.container.state):
         if key not in taken:
             parts = key.split(".")
-            pairs = zip(parts, place.prefix.split("."), strict=False)
-            shared = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+            prefix = enumerate(place.prefix.split("."))
+            shared = next((i for i, part in prefix if parts[i : i + 1] != [part]), len(parts))
             branches[".".join([*parts[: shared + 1], *["*"] * (len(parts) > shared + 1)])] += 1
     named = [f"{name} ({count})" if count > 1 else name for name, count in branches.most_common()]
-    return first_few(named, _SHOWN_BRANCHES)
+    return first_few(named, 4)

@@ -1,10 +1,16 @@
-"""From names of a network and of images to a file of features.
+"""From names of a network and of images to a file of features: resumable, and never holding them twice.
 
-Extract features of images to a file: resumable, and never holding them twice.
+Parts of an extraction lie beside the output, in `OUT.shards/`, so that a killed run continues where it stopped:
+`spec.json` says what they are parts of; each shard, named by the first of its images, of which it has as many as were
+done since the last, holds `features` [n, d] and `rows` [n], and is written whole or not at all, with a digest. Those of
+a killed run are checked before it goes on, and a damaged one is extracted again.
 """
 
+import logging
+import shutil
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
@@ -18,19 +24,111 @@ from tailscope.data.decoding import DecodedBatch, Unreadable, decode, find_unrea
 from tailscope.data.images import ImageError, Images, Rows
 from tailscope.data.sources import OpenedImages, open_images
 from tailscope.device import Runtime
-from tailscope.encoders.checkpoint_files import PREFIX, StoredBackbone, find
-from tailscope.encoders.loading import load
+from tailscope.encoders.loading import PREFIX, StoredBackbone, find_stored, load
 from tailscope.encoders.networks import Encoder
 from tailscope.encoders.preprocessing import Normalization, Wishes
-from tailscope.encoders.shards import Shards
-from tailscope.errors import UserError
+from tailscope.errors import UserError, message_of
 from tailscope.results import read_json
+from tailscope.spec import digest
+from tailscope.store import Damaged, make_folder, try_lock
+from tailscope.store.files import check_tensors, load_checkpoint, load_header, save_tensors, write_json, writing
 from tailscope.tables import files
 from tailscope.tables.checks import listed, require_finite
-from tailscope.tables.files import message_of
 from tailscope.tables.table import FeatureTable
 from tailscope.training.extract import forward
 from tailscope.training.step import Normalizer
+
+_log = logging.getLogger(__name__)
+
+
+class Shards:
+    """The shards of one extraction of `total` images."""
+
+    def __init__(self, out: Path, total: int) -> None:
+        """Create the folder beside `out`."""
+        self.folder = make_folder(out.with_name(f"{out.name}.shards"), "--out")
+        self.total = total
+
+    @property
+    def starts(self) -> list[int]:
+        """The first images of the shards that are there, ascending."""
+        return sorted(int(path.stem) for path in self.folder.glob("*.safetensors") if path.stem.isdecimal())
+
+    def missing(self) -> list[range]:
+        """Return which images no shard has, as runs, ascending."""
+        runs, end = [], 0
+        for start in self.starts:
+            meta = self._meta(start)
+            runs.append(range(end, start))
+            end = start + int(meta["readable"]) + len(meta["unreadable"])
+        return [run for run in [*runs, range(end, self.total)] if run]
+
+    def write(self, start: int, features: Tensor, rows: Tensor, unreadable: list[Unreadable]) -> None:
+        """Store a shard: features [n, d] of the images `rows` [n], and what could not be read."""
+        meta = {"readable": len(rows), "unreadable": unreadable}
+        save_tensors(self._path(start), {"features": features, "rows": rows}, meta)
+
+    def read(self, start: int) -> tuple[Tensor, Tensor]:
+        """Return features and rows; one that was damaged since it was written tells how to make it again."""
+        try:
+            tensors = load_checkpoint(self._path(start)).tensors
+        except Damaged as error:
+            raise UserError(f"{error}; run the same command again, which extracts these images again") from None
+        return tensors["features"], tensors["rows"]
+
+    def readable(self) -> int:
+        """Return how many images the shards that are there have features of."""
+        return sum(int(self._meta(start)["readable"]) for start in self.starts)
+
+    def unreadable(self) -> list[Unreadable]:
+        """Return the images that could not be read, in order."""
+        return [Unreadable(*bad) for start in self.starts for bad in self._meta(start)["unreadable"]]
+
+    @contextmanager
+    def opened(self, spec: dict[str, Any]) -> Iterator[None]:
+        """Keep other processes out, and shards of another `spec`; remove the folder on success."""
+        with writing(self.folder):
+            lock = try_lock(self.folder / ".lock", 0)
+        if lock is None:
+            raise UserError(f"{self.folder}: another process is extracting these features; wait for it")
+        try:
+            self._require_same(spec)
+            self._remove_damaged()
+            yield
+            # While the lock is held: a process that got it in between would lose its folder.
+            shutil.rmtree(self.folder, ignore_errors=True)
+        finally:
+            lock.release()
+
+    def _require_same(self, spec: dict[str, Any]) -> None:
+        path = self.folder / "spec.json"
+        if not any(self.folder.glob("*.safetensors")):
+            write_json(path, spec)
+            return
+        try:
+            found = dict(read_json(path))
+        except (UserError, ValueError, TypeError):
+            found = {}
+        found.pop("shard", None)  # they were once of a fixed number of images
+        if digest(found) != digest(spec):
+            field = next((k for k in spec if found.get(k) != spec[k]), "fields")
+            old, new = (str(s.get(field))[:60] for s in (found, spec))
+            what = f"its shards are of another extraction ({field} was {old!r}, is {new!r})"
+            raise UserError(f"{self.folder}: {what}; delete the folder or choose another --out")
+
+    def _remove_damaged(self) -> None:
+        for start in self.starts:
+            try:
+                check_tensors(self._path(start))
+            except Damaged as error:
+                _log.warning("%s; its images are extracted again", error)
+                self._path(start).unlink(missing_ok=True)
+
+    def _path(self, start: int) -> Path:
+        return self.folder / f"{start:09d}.safetensors"
+
+    def _meta(self, start: int) -> dict[str, Any]:
+        return load_header(self._path(start))
 
 
 @dataclass(frozen=True)
@@ -75,13 +173,7 @@ def extract_to_file(
 ) -> Extraction:
     """Write the features of all images to `out`, continuing where a killed run of the same stopped.
 
-    Args:
-        encoder: the network.
-        images: the images, in the order of the table's rows; their ids become the table's.
-        out: `.npz`, `.safetensors` or `.parquet`.
-        runtime: device and progress.
-        options: how.
-        provenance: what to record in the file besides the encoder.
+    The rows of the table are the images in their order, with their ids; its provenance is `provenance` and the encoder.
 
     Raises:
         UserError: `out` cannot be written; shards of another extraction lie beside it, or another process is at work
@@ -107,11 +199,7 @@ def extract_to_file(
 
 
 def _try_first(encoder: Encoder, images: Images, options: Options) -> None:
-    """Preprocess a few images from all over the data, so that what cannot work fails before the work.
-
-    Raises:
-        UserError: the user's transform fails, or images come out in several sizes.
-    """
+    """Preprocess a few images from all over the data, so that what cannot work fails before the work."""
     rows = from_all_over(len(images))
     for _ in decode(images, encoder.preprocessing, [rows] if options.batch > 1 else [[row] for row in rows], workers=0):
         pass
@@ -125,33 +213,40 @@ def _extract_missing(encoder: Encoder, images: Images, shards: Shards, runtime: 
     """
     missing = shards.missing()
     batches = [batch for run in missing for batch in _on_grid(run, options.batch)]
-    decoding = decode(
-        images,
-        encoder.preprocessing,
-        batches,
-        workers=options.workers,
-        pin_memory=runtime.device.type == "cuda",
-    )
+    pinned = runtime.device.type == "cuda"
+    decoding = decode(images, encoder.preprocessing, batches, workers=options.workers, pin_memory=pinned)
     encoder.model.to(runtime.device)
     dtype = runtime.dtype(options.precision)
+    stored = getattr(torch, options.stored)
     done = shards.total - sum(map(len, missing))
     with runtime.progress.task(f"features of {images.name}", shards.total, done) as advance:
-        part = _Part(images.name, shards, options)
-        for batch, decoded in zip(batches, decoding, strict=True):
-            if decoded.unreadable and not options.skip_unreadable:
-                raise refuse(images, decoded.unreadable)
-            if batch.start != part.end:
-                part = part.save(batch.start)
-            features = torch.empty(0, encoder.width)
-            if len(decoded.images):
-                features = forward(encoder.features, decoded.images, runtime.device, dtype).float().cpu()
-            _require_width(encoder, features, decoded, images)
-            part.add(batch, features, decoded)
-            if part.is_due():
-                part = part.save(batch.stop)
-                runtime.progress.safe_point()
-            advance(len(batch))
-        part.save(shards.total)
+        for run in missing:
+            part, start, since = [], run.start, time.monotonic()
+            for batch in _on_grid(run, options.batch):
+                decoded = next(decoding)
+                if decoded.unreadable and not options.skip_unreadable:
+                    raise refuse(images, decoded.unreadable)
+                features = torch.empty(0, encoder.width)
+                if len(decoded.images):
+                    features = forward(encoder.features, decoded.images, runtime.device, dtype).float().cpu()
+                _require_width(encoder, features, decoded, images)
+                part.append((features.to(stored), decoded.rows, decoded.unreadable))
+                late = time.monotonic() - since >= options.save_every or batch.stop - start >= options.shard
+                if late or batch.stop == run.stop:
+                    _save(part, shards, range(start, batch.stop), images.name)
+                    part, start, since = [], batch.stop, time.monotonic()
+                    runtime.progress.safe_point()
+                advance(len(batch))
+
+
+def _save(part: list[tuple[Tensor, Tensor, list[Unreadable]]], shards: Shards, images: range, name: str) -> None:
+    """Write a shard: features and rows of those `images` that are readable, and the others."""
+    features, rows, unreadable = zip(*part, strict=True)
+    block = torch.cat(features)
+    if len(block):
+        kind = str(block.dtype).removeprefix("torch.")
+        require_finite(f"{name}: {kind} features of images {images.start} to {images.stop - 1}", block)
+    shards.write(images.start, block, torch.cat(rows), list(chain.from_iterable(unreadable)))
 
 
 def _on_grid(run: range, size: int) -> list[range]:
@@ -164,47 +259,8 @@ def _on_grid(run: range, size: int) -> list[range]:
     return [range(start, stop) for start, stop in pairwise(cuts)]
 
 
-class _Part:
-    """What was done since the last saving: features, rows and unreadable images of `start` to `end`."""
-
-    def __init__(self, name: str, shards: Shards, options: Options, start: int = 0) -> None:
-        self._name, self._shards, self._options = name, shards, options
-        self.start = self.end = start
-        self._done: list[tuple[Tensor, Tensor, list[Unreadable]]] = []
-        self._since = time.monotonic()
-
-    def add(self, batch: range, features: Tensor, decoded: DecodedBatch) -> None:
-        """Keep the features of a batch in memory."""
-        self.end = batch.stop
-        self._done.append((features.to(getattr(torch, self._options.stored)), decoded.rows, decoded.unreadable))
-
-    def is_due(self) -> bool:
-        """Whether it is time to save."""
-        late = time.monotonic() - self._since >= self._options.save_every
-        return late or self.end - self.start >= self._options.shard
-
-    def save(self, start: int) -> "_Part":
-        """Write a shard of what there is; return the part that begins anew at an image.
-
-        Raises:
-            UserError: features are not finite.
-        """
-        if self._done:
-            features, rows, unreadable = zip(*self._done, strict=True)
-            block = torch.cat(features)
-            if len(block):
-                what = f"{self._name}: {self._options.stored} features of images {self.start} to {self.end - 1}"
-                require_finite(what, block)
-            self._shards.write(self.start, block, torch.cat(rows), list(chain.from_iterable(unreadable)))
-        return _Part(self._name, self._shards, self._options, start)
-
-
 def _require_width(encoder: Encoder, features: Tensor, decoded: DecodedBatch, images: Images) -> None:
-    """Check that a batch has a row of features for each image, as wide as those of the probe.
-
-    Raises:
-        UserError: it has not: the width follows the size of the images, or the model drops a dimension.
-    """
+    """Check that a batch has a row of features for each image, as wide as those of the probe."""
     if features.shape != (len(decoded.images), encoder.width):
         names = listed([images.ids[row] for row in decoded.rows.tolist()], 3)
         raise UserError(
@@ -244,17 +300,9 @@ def _table(features: Tensor, rows: Tensor, images: Images, provenance: dict[str,
 
 @dataclass(frozen=True)
 class FeaturesResult:
-    """What was written.
+    """What was written: N `rows` of `width` d, and the classifier's file where the checkpoint has one.
 
-    Attributes:
-        features: the feature file.
-        rows: N.
-        width: d.
-        classes: number of classes that the data set knows.
-        resumed: rows that were there from a killed run.
-        skipped: images that could not be read and are not in the file.
-        classifier: the file with the checkpoint's classifier, or None where there is none.
-        warnings: what the user should know.
+    `classes` is what the data set knows; `resumed` rows were there from a killed run, `skipped` images cannot be read.
     """
 
     features: Path
@@ -290,28 +338,8 @@ def run_features(
 ) -> FeaturesResult:
     """Extract features with any encoder from any images, to a file; its classifier goes beside it.
 
-    Args:
-        model: see `tailscope.encoders.load`; or `store:KEY`, a backbone of an experiment, with `store`.
-        data: see `tailscope.data.sources.open_images`.
-        out: the feature file, `.npz`, `.safetensors` or `.parquet`. A checkpoint's classifier goes to
-            `NAME.classifier.npz` beside it.
-        checkpoint: local weights.
-        checkpoint_key: which of the checkpoint's networks, such as `ema`, where several fit.
-        pretrained: take published weights of timm or torchvision.
-        split: of the data; needed where there are several.
-        subset: a `subset.json`: only those images, in its order.
-        part: `train`: only the images of `subset`, or those that the stored backbone was trained on; `unseen`: only the
-            others of the training split.
-        store: folder of trained stages.
-        data_root: where CIFAR, or the images of list files, lie.
-        normalize: `imagenet`, `cifar`, `data`, `none` or MEANS/DEVIATIONS, in place of the model's own.
-        image_size: height and width of the input, in place of the model's own.
-        resize: what the shorter side becomes before the centre is cropped, in place of the model's own; `none` leaves
-            images as they are.
-        verify: decode every image before anything else, and report all that cannot be read.
-        overwrite: replace `out`.
-        options: precision, batch, workers, what to do with unreadable images.
-        runtime: device and progress; default: automatic and silent.
+    The arguments are the options of `tailscope features`, which `tailscope.verbs.features` describes; `runtime` is
+    automatic and silent by default.
 
     Raises:
         UserError: as the functions it calls; or `out` is there already.
@@ -320,7 +348,7 @@ def run_features(
     if out.exists() and not overwrite:
         raise UserError(f"--out {out}: is there already; --overwrite replaces it")
     opened = open_images(data, data_root=data_root)
-    stored = find(store, model.removeprefix(PREFIX)) if model.startswith(PREFIX) else None
+    stored = find_stored(store, model.removeprefix(PREFIX)) if model.startswith(PREFIX) else None
     if stored is not None:
         if checkpoint is not None:
             raise UserError(f"--checkpoint: {model} has its own weights")
@@ -330,10 +358,7 @@ def run_features(
     if rows is not None:
         images = images.take(rows)
     if verify:
-        tell = runtime.progress.note
-        unreadable = find_unreadable(images, workers=options.workers, progress=runtime.progress, tell=tell)
-        if unreadable and not options.skip_unreadable:
-            raise refuse(images, unreadable)
+        _refuse_unreadable(images, options, runtime)
     wishes = Wishes(normalize, image_size, resize, _statistics(opened), _size_of(images))
     encoder = load(
         model,
@@ -348,14 +373,17 @@ def run_features(
     if not encoder.preprocessing.one_size and opened.in_memory is None and not asked_for:
         raise UserError(f"{data}: the images may differ in size, and {model} takes them as they are; give --image-size")
     warnings = [*images.notes, *encoder.notes]
-    if encoder.classifier is not None and len(encoder.classifier.weight) != len(images.class_names):
-        outputs = len(encoder.classifier.weight)
-        warnings.append(f"{model}: its classifier has {outputs} outputs, the data {len(images.class_names)} classes")
+    if (own := encoder.classifier) is not None and len(own.weight) != (classes := len(images.class_names)):
+        warnings.append(f"{model}: its classifier has {len(own.weight)} outputs, the data {classes} classes")
     for note in warnings:
         runtime.progress.note(note)
     extraction = extract_to_file(encoder, images, out, runtime, options, {"data": data, "split": split, "part": part})
     if extraction.skipped:
         warnings.append(str(refuse(images, extraction.skipped)))
+    classifier = None
+    if encoder.classifier is not None:
+        classifier = out.with_name(f"{out.stem}.classifier.npz")
+        encoder.classifier.save(classifier)
     return FeaturesResult(
         out,
         len(extraction.table),
@@ -363,9 +391,17 @@ def run_features(
         len(images.class_names),
         extraction.resumed,
         len(extraction.skipped),
-        _write_classifier(encoder, out),
+        classifier,
         tuple(warnings),
     )
+
+
+def _refuse_unreadable(images: Images, options: Options, runtime: Runtime) -> None:
+    """Decode every image, and name all that cannot be read."""
+    progress = runtime.progress
+    unreadable = find_unreadable(images, workers=options.workers, progress=progress, tell=progress.note)
+    if unreadable and not options.skip_unreadable:
+        raise refuse(images, unreadable)
 
 
 def _rows(
@@ -381,17 +417,13 @@ def _rows(
     if subset is not None:
         rows = _subset_rows(subset, len(labels))
     elif stored is not None:
-        rows = _trained_rows(stored, labels)
+        rows, counts = stored.rows, stored.counts
+        if rows.max() >= len(labels) or tuple(np.bincount(labels[rows], minlength=len(counts))) != counts:
+            name = stored.checkpoint.parent.name
+            raise UserError(f"--part: {name} was trained on other images than these; check --data")
     else:
         raise UserError(f"--part {part}: needs --subset FILE or --model {PREFIX}KEY, which know the training images")
     return np.setdiff1d(np.arange(len(labels)), rows) if part == "unseen" else rows
-
-
-def _trained_rows(stored: StoredBackbone, labels: Tensor) -> Rows:
-    rows = stored.rows
-    if rows.max() >= len(labels) or tuple(np.bincount(labels[rows], minlength=len(stored.counts))) != stored.counts:
-        raise UserError(f"--part: {stored.checkpoint.parent.name} was trained on other images than these; check --data")
-    return rows
 
 
 def _subset_rows(path: Path, images: int) -> Rows:
@@ -413,9 +445,8 @@ def _size_of(images: Images) -> tuple[int, int] | None:
     sizes = set()
     for row in from_all_over(len(images)):
         with suppress(ImageError):  # extraction tells of it, or leaves it out
-            sizes.add(images.image(row).size)
-    (width, height) = sizes.pop() if len(sizes) == 1 else (0, 0)
-    return (height, width) if width else None
+            sizes.add(images.image(row).size[::-1])
+    return sizes.pop() if len(sizes) == 1 and sizes != {(0, 0)} else None
 
 
 def _statistics(opened: OpenedImages) -> Normalization | None:
@@ -425,12 +456,3 @@ def _statistics(opened: OpenedImages) -> Normalization | None:
     measured = Normalizer.of(opened.in_memory.images)
     mean, std = (tuple(v / 255 for v in t.tolist()) for t in (measured.mean, measured.std))
     return Normalization(mean, std)
-
-
-def _write_classifier(encoder: Encoder, out: Path) -> Path | None:
-    """Write the encoder's classifier, if it has one, beside the features."""
-    if encoder.classifier is None:
-        return None
-    path = out.with_name(f"{out.stem}.classifier.npz")
-    encoder.classifier.save(path)
-    return path

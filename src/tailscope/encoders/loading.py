@@ -1,6 +1,8 @@
-"""From a model's name and a checkpoint to an `Encoder`; what `module:factory` names, the user's own module makes.
+"""From a model's name and a checkpoint to an `Encoder`: whatever the name says, a stored backbone or the user's module.
 
-Only what the user types is ever imported: a name from a store or another file never comes to `_call`.
+Only what the user types is ever imported: a name from a store or another file never comes to `_call`. A store may come
+from a stranger. What its descriptions name is looked up among the project's own networks and nowhere else, and sizes
+are bounded by the stored weights, which the network must fit.
 """
 
 import hashlib
@@ -10,40 +12,97 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from tailscope import seeds
 from tailscope.data.images import PIL_MODES
-from tailscope.encoders import checkpoints
-from tailscope.encoders.checkpoints import Checkpoint
-from tailscope.encoders.networks import (
-    Architecture,
-    Encoder,
-    FeatureFunction,
-    InputOf,
-    by_method,
-    by_timm,
-    explains,
-    from_timm,
-    from_torchvision,
-    is_decision,
-    last_linear,
-    measure,
-    parts_of,
-    probe,
-    project,
-    require_independent,
-    run,
-)
+from tailscope.encoders import checkpoints, networks
 from tailscope.encoders.preprocessing import Preprocessing, Wishes, by_data, foreign_code
 from tailscope.errors import UserError
+from tailscope.methods import for_photos
+from tailscope.methods.augmentations import size_of
 from tailscope.networks import MODELS
 from tailscope.registry import split_call
+from tailscope.store import Artifact, Store
+from tailscope.store.care import describe
+from tailscope.tables.checks import listed
 from tailscope.tables.table import LinearLayer
+
+PREFIX = "store:"
+_LARGEST = 1024
+"""Side in pixels beyond which no backbone was trained."""
+
+
+@dataclass(frozen=True, eq=False)
+class StoredBackbone:
+    """A trained backbone.
+
+    Attributes:
+        model: the call-string of its network.
+        checkpoint: its weights.
+        rows: of the true training set, which it was trained on.
+        counts: [C] of those rows.
+        image_size: side of the images that it was trained on where they were cropped from files, None elsewhere.
+    """
+
+    model: str
+    checkpoint: Path
+    rows: npt.NDArray[np.int64]
+    counts: tuple[int, ...]
+    image_size: int | None
+
+
+def find_stored(root: Path | None, key: str) -> StoredBackbone:
+    """Return the backbone whose key begins with `key`: the `key` in a result's `provenance`.
+
+    Raises:
+        UserError: no store is given, it is not there or damaged, or not exactly one backbone has such a key.
+    """
+    if root is None:
+        raise UserError(f"--model {PREFIX}{key}: give the store's folder with --store, OUT/store of the experiment")
+    if not root.is_dir():
+        raise UserError(f"--store {root}: no such folder")
+    store = Store(root)
+    keys = store.keys("stage1")
+    matching = [known for known in keys if known.startswith(key)]
+    if not key or len(matching) != 1:
+        what = "no such backbone" if not matching else f"{len(matching)} backbones"
+        have = listed([f"{known[:12]} ({describe(store.meta('stage1', known))})" for known in keys])
+        raise UserError(f"--model {PREFIX}{key}: {what}; {root} has {have if keys else 'none'}")
+    path = store.tensors_file("stage1", matching[0])
+    return _stored_backbone(store.read("stage1", matching[0]), path)
+
+
+def _stored_backbone(artifact: Artifact, path: Path) -> StoredBackbone:
+    """Return the backbone of an entry, of which only what a training of ours may have written is believed."""
+    try:
+        spec = artifact.meta["spec"]
+        model, augment = str(spec["model"]), [str(call) for call in spec["augment"]]
+        counts = tuple(int(n) for n in spec["data"]["counts"])
+        rows = artifact.tensors["rows"].numpy()
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path.parent}: is no backbone that tailscope stored ({why})") from None
+    try:
+        MODELS.parse(model)
+        size = size_of(augment) if for_photos(augment) else None
+    except UserError as error:
+        looked_up = "names in a file are only looked up, never run"
+        raise UserError(f"{path.parent / 'meta.json'}: {error}; {looked_up}") from None
+    if rows.ndim != 1 or rows.dtype.kind not in "iu" or len(rows) == 0 or rows.min() < 0:
+        raise UserError(f"{path}: its rows {list(rows.shape)} are no row numbers of training images")
+    if size is not None and not 1 <= size <= _LARGEST:
+        raise UserError(f"{path.parent / 'meta.json'}: images of {size} pixels; at most {_LARGEST} are believed")
+    return StoredBackbone(model, path, rows, counts, size)
+
 
 _UNTRAINED = {"timm": "random", "torchvision": "random", "project": "random", "user": "as the factory made them"}
 _POOLED = re.compile(r"features?|feat|pool|embed|penultimate", re.IGNORECASE)
@@ -62,15 +121,14 @@ def load(
     channels: int = 3,
     wishes: Wishes | None = None,
     classes: int | None = None,
-) -> Encoder:
+) -> networks.Encoder:
     """Build a network, load its weights, and find its penultimate features.
 
     Args:
-        model: one of the project's (`resnet32`, `resnet10`, `resnet32(width=64)`), `torchvision:NAME`, `timm:NAME` or
-            any timm name, or `module:factory` of the user's own. It may import and run what it names: never pass what
-            was read from a file without looking it up in `MODELS` (as `tailscope.encoders.checkpoint_files` does).
-        checkpoint: local weights (see `tailscope.encoders.checkpoints`). Without, weights are random, and the same in
-            every process.
+        model: one of the project's (`resnet32`, `resnet32(width=64)`), `torchvision:NAME`, `timm:NAME` or any timm
+            name, or `module:factory` of the user's own. It may import and run what it names: never pass what was read
+            from a file without looking it up in `MODELS`, as `find_stored` does.
+        checkpoint: local weights. Without, weights are random, and the same in every process.
         checkpoint_key: which of the checkpoint's networks, such as `ema`, where several fit.
         pretrained: take the weights that timm or torchvision publish, from their cache or the network.
         channels: of the images, for models without a checkpoint that do not say it themselves.
@@ -91,23 +149,30 @@ def load(
     wishes = wishes or Wishes()
     stored = None if checkpoint is None else checkpoints.read(checkpoint)
     with seeds.keyed(seeds.derive(0, "encoder")):
-        built = _build(kind, name, stored, pretrained, channels, wishes, classes)
+        match kind:
+            case "timm":
+                built = networks.from_timm(name, pretrained, wishes)
+            case "torchvision":
+                built = networks.from_torchvision(name, pretrained, wishes)
+            case "user":
+                built = _from_user(name, channels, wishes, classes)
+            case _:
+                built = networks.project(name, channels, stored, wishes)
     notes, classifier = list(built.notes), None
     if stored is not None:
-        fitted = checkpoints.fit(stored, built.model, model, built.classifiers, checkpoint_key)
-        classifier = fitted.classifier
-        notes += fitted.notes
+        classifier, said = checkpoints.fit(stored, built.model, model, built.classifiers, checkpoint_key)
+        notes += said
     elif pretrained or kind == "user":
         classifier = _own_classifier(model, built)
     else:
         notes = [f"{model}: the weights are random; give --checkpoint FILE for trained ones"]
     built.model.eval().requires_grad_(False)
-    x = probe(built.preprocessing, wishes.data_size)
-    features = measure(model, built.model, built.function, x, "" if built.preprocessing.owner else wishes.mend)
-    if classifier is not None and not explains(classifier, built.model, features, x):
+    x = networks.probe(built.preprocessing, wishes.data_size)
+    features = networks.measure(model, built.model, built.function, x, "" if built.preprocessing.owner else wishes.mend)
+    if classifier is not None and not networks.explains(classifier, built.model, features, x):
         classifier = None
         notes.append(f"{model}: its classifier is not linear in the features and was left out")
-    return Encoder(
+    return networks.Encoder(
         model,
         built.model,
         built.function,
@@ -130,25 +195,7 @@ def _kind(model: str) -> tuple[str, str]:
     return ("project" if model.partition("(")[0].strip() in own else "timm"), model
 
 
-def _build(
-    kind: str,
-    name: str,
-    stored: Checkpoint | None,
-    pretrained: bool,
-    channels: int,
-    wishes: Wishes,
-    classes: int | None,
-) -> Architecture:
-    if kind == "timm":
-        return from_timm(name, pretrained, wishes)
-    if kind == "torchvision":
-        return from_torchvision(name, pretrained, wishes)
-    if kind == "user":
-        return from_user(name, channels, wishes, classes)
-    return project(name, channels, stored, wishes)
-
-
-def _own_classifier(model: str, built: Architecture) -> LinearLayer | None:
+def _own_classifier(model: str, built: networks.Architecture) -> LinearLayer | None:
     """Return the classifier that a trained model came with."""
     layer = built.model.get_submodule(built.classifiers[0]) if len(built.classifiers) == 1 else None
     if not isinstance(layer, torch.nn.Linear):
@@ -156,21 +203,12 @@ def _own_classifier(model: str, built: Architecture) -> LinearLayer | None:
     return LinearLayer.from_arrays(layer.weight, layer.bias, source=model)
 
 
-def from_user(name: str, channels: int, wishes: Wishes, classes: int | None) -> Architecture:
+def _from_user(name: str, channels: int, wishes: Wishes, classes: int | None) -> networks.Architecture:
     """Call `module:factory`, imported as from the current directory; call-strings set the factory's arguments.
 
     The factory returns a model, or a model and its transform (image -> tensor [3, H, W]). Penultimate features are
     those of a method `features(x)`, else timm's, else the input of the last linear layer if this ends the model, else
-    the model's output, or the pooled item of it.
-
-    Args:
-        name: `module:factory`, or `module:factory(width=3)`.
-        channels: of the data's images, for models that do not begin with a convolution.
-        wishes: about the preprocessing, where the factory brings none.
-        classes: of the data, if known: an output of that width is logits.
-
-    Raises:
-        UserError: the module or the factory is not there, or fails; or the model gives no features.
+    the model's output, or the pooled item of it; of the width of `classes` that is refused, as logits.
     """
     made, source = _call(name)
     model, transform = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
@@ -181,40 +219,41 @@ def from_user(name: str, channels: int, wishes: Wishes, classes: int | None) -> 
         preprocessing, said = by_data(wishes, _channels_of(model, channels))
         if not wishes.given:
             said += "; --image-size, --resize and --normalize change that, or a transform that the factory returns"
-        notes = (*notes, f"{name}: {said}")
+        notes += (f"{name}: {said}",)
     elif not callable(transform):
         raise UserError(f"{name}: returned a {type(transform).__name__} as its transform, which cannot be called")
     elif wishes.given:
         raise UserError(f"{wishes.given[0]}: {name} brings a transform of its own; change that")
     else:
         preprocessing = Preprocessing(transform, owner=name)
-    x = probe(preprocessing, wishes.data_size)
+    x = networks.probe(preprocessing, wishes.data_size)
     mend = "" if preprocessing.owner else wishes.mend
     function, how, classifiers = _features_of(name, model, x, mend)
-    features = measure(name, model, function, x, mend)
+    features = networks.measure(name, model, function, x, mend)
     if how.startswith("output") and features.shape[1] == classes:
         raise UserError(
             f"{name}: its {how} has {classes} values, as many as the data has classes: these are logits, not features; "
             "give the model a method features(x)"
         )
-    require_independent(name, model, function, x, features)
+    networks.require_independent(name, model, function, x, features)
     if how == "output":
-        notes = (
-            *notes,
-            f"{name}: the features are the model's output; if those are logits, give it features(x)",
-        )
+        notes += (f"{name}: the features are the model's output; if those are logits, give it features(x)",)
     elif how.startswith("output["):
-        notes = (*notes, f"{name}: the features are {how} of the model")
-    return Architecture(model, function, how, classifiers, preprocessing, notes, source)
+        notes += (f"{name}: the features are {how} of the model",)
+    return networks.Architecture(model, function, how, classifiers, preprocessing, notes, source)
 
 
 def _call(name: str) -> tuple[Any, str]:
     """Return what the factory makes, and the SHA-256 of its module's source."""
     module_name, _, call = name.partition(":")
     function, args, kwargs = split_call(call, "factory")
-    with foreign_code(name), _current_directory_first():
-        module = importlib.import_module(module_name)
-        made = getattr(module, function)(*args, **kwargs)
+    with foreign_code(name):
+        sys.path.insert(0, here := str(Path.cwd()))
+        try:
+            module = importlib.import_module(module_name)
+            made = getattr(module, function)(*args, **kwargs)
+        finally:
+            sys.path.remove(here)
     try:
         source = hashlib.sha256(inspect.getsource(module).encode()).hexdigest()
     except (OSError, TypeError):  # compiled, or gone
@@ -223,18 +262,11 @@ def _call(name: str) -> tuple[Any, str]:
 
 
 def _plain(name: str, model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
-    """Return the network without what wraps it, in float32 on the CPU.
-
-    Raises:
-        UserError: it has no weights yet.
-    """
-    while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
-            model = compiled
-        else:
-            break
+    """Return the network without what wraps it, in float32 on the CPU, and a note where that changes it."""
+    wrapped: Any = model
+    while isinstance(wrapped, nn.Module):
+        parallel = isinstance(model := wrapped, nn.DataParallel | nn.parallel.DistributedDataParallel)
+        wrapped = getattr(model, "module" if parallel else "_orig_mod", None)
     empty = [key for key, tensor in model.state_dict().items() if tensor.is_meta]
     if empty:
         raise UserError(f"{name}: {empty[0]!r} lies on the meta device: the network has no weights")
@@ -251,38 +283,35 @@ def _channels_of(model: nn.Module, channels: int) -> int:
     return first.in_channels if first is not None and first.in_channels in PIL_MODES else channels
 
 
-def _features_of(name: str, model: nn.Module, x: Tensor, mend: str) -> tuple[FeatureFunction, str, tuple[str, ...]]:
+def _features_of(
+    name: str, model: nn.Module, x: Tensor, mend: str
+) -> tuple[networks.FeatureFunction, str, tuple[str, ...]]:
     """Return the features' function, that in words, and the names of linear classifiers on them."""
-    layer = last_linear(model)
+    layer = networks.last_linear(model)
     method = getattr(model, "features", None)
     if callable(method) and not isinstance(method, nn.Module):
-        return by_method, "features(x)", _unused(name, model, by_method, layer, x, mend)
+        return networks.by_method, "features(x)", _unused(name, model, networks.by_method, layer, x, mend)
     if hasattr(model, "forward_features") and hasattr(model, "forward_head"):
-        return by_timm, "forward_head(pre_logits=True)", _unused(name, model, by_timm, layer, x, mend)
+        return networks.by_timm, "forward_head(pre_logits=True)", _unused(name, model, networks.by_timm, layer, x, mend)
     with _outputs_of(model) as outputs:
-        parts = parts_of(run(name, model, _forward, x, mend))
-    if layer is not None and any(
-        _decides(made, part) for made in outputs.get(layer, ())[-1:] for part in parts.values()
-    ):
-        return InputOf(layer), f"input of {layer}", (layer,)
+        parts = networks.parts_of(networks.run(name, model, nn.Module.__call__, x, mend))
+    made = outputs.get(layer or "", ())[-1:]
+    if any(_decides(logits, part) for logits in made for part in parts.values()):
+        return networks.InputOf(layer or ""), f"input of {layer}", (str(layer),)
     part = _pooled(name, parts)
     _refuse_logits(name, model, outputs, parts[part])
     _refuse_changed_logits(name, model, outputs, parts[part])
-    return PartOfOutput(part), part, ()
+    return _PartOfOutput(part), part, ()
 
 
 def _decides(logits: Tensor, output: Tensor) -> bool:
     """Whether an output is these logits, their softmax, or either times a temperature."""
-    if is_decision(logits, output):
+    if networks.is_decision(logits, output):
         return True
-    return output.shape == logits.shape and is_decision(logits / logits.norm(), output / output.norm())
+    return output.shape == logits.shape and networks.is_decision(logits / logits.norm(), output / output.norm())
 
 
-def _forward(model: nn.Module, x: Tensor) -> Any:
-    return model(x)
-
-
-class PartOfOutput:
+class _PartOfOutput:
     """An item of a model's output, [B, d], perhaps with trailing dimensions of 1. Goes for any model."""
 
     def __init__(self, part: str) -> None:
@@ -290,7 +319,7 @@ class PartOfOutput:
 
     def __call__(self, model: nn.Module, x: Tensor) -> Tensor:
         """Run the model and return that item."""
-        part = parts_of(model(x))[self.part]
+        part = networks.parts_of(model(x))[self.part]
         return part.flatten(1) if part.ndim > 2 and part.shape[2:].numel() == 1 else part
 
 
@@ -298,40 +327,31 @@ class PartOfOutput:
 def _outputs_of(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
     """Collect, by the module's name, what every module gives."""
     outputs: dict[str, list[Tensor]] = {}
-    handles = []
-    for name, module in model.named_modules():
-        if name and not isinstance(module, torch.jit.ScriptModule):
+    names = {module: name for name, module in model.named_modules() if name}
 
-            def keep(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
-                if isinstance(output, Tensor):
-                    outputs.setdefault(name, []).append(output)
+    def keep(module: nn.Module, _: Any, output: Any) -> None:
+        if module in names and isinstance(output, Tensor):
+            outputs.setdefault(names[module], []).append(output)
 
-            handles.append(module.register_forward_hook(keep))
-    try:
+    with register_module_forward_hook(keep):
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _unused(
-    name: str, model: nn.Module, function: FeatureFunction, layer: str | None, x: Tensor, mend: str
+    name: str, model: nn.Module, function: networks.FeatureFunction, layer: str | None, x: Tensor, mend: str
 ) -> tuple[str, ...]:
     """Return the last linear layer, unless the features themselves need it: then it is no classifier."""
     with _outputs_of(model) as outputs:
-        run(name, model, function, x, mend)
+        networks.run(name, model, function, x, mend)
     return () if layer is None or layer in outputs else (layer,)
 
 
 def _refuse_logits(name: str, model: nn.Module, outputs: dict[str, list[Tensor]], output: Tensor) -> None:
     """Refuse a model that ends in a classifier which is no `nn.Linear`: its output would be written as features.
 
-    Raises:
-        UserError: it does; by the name or the type of the last layer with parameters, or of what that is part of.
+    It is known by the name or the type of the last layer with parameters, or of what that is part of.
     """
-    owners = [
-        path for path, module in model.named_modules() if path and next(module.parameters(False), None) is not None
-    ]
+    owners = [path for path, module in model.named_modules() if path and [*module.parameters(recurse=False)]]
     path = owners[-1] if owners else ""
     while path:
         module = model.get_submodule(path)
@@ -350,8 +370,7 @@ def _refuse_logits(name: str, model: nn.Module, outputs: dict[str, list[Tensor]]
 def _refuse_changed_logits(name: str, model: nn.Module, outputs: dict[str, list[Tensor]], output: Tensor) -> None:
     """Refuse logits that were scaled, shifted or squashed behind their classifier; an embedding may be normalised.
 
-    Raises:
-        UserError: the output is as wide as the last linear layer that ran, which is named like a classifier.
+    They are as wide as the last linear layer that ran, which is named like a classifier.
     """
     layers = [path for path in outputs if isinstance(model.get_submodule(path), nn.Linear)]
     if not layers or not _CLASSIFIER.search(layers[-1]):
@@ -365,11 +384,7 @@ def _refuse_changed_logits(name: str, model: nn.Module, outputs: dict[str, list[
 
 
 def _pooled(name: str, parts: dict[str, Tensor]) -> str:
-    """Return which part of the output is the features: the only one, or the one that is called so.
-
-    Raises:
-        UserError: that is not to be told.
-    """
+    """Return which part of the output is the features: the only one, or the one that is called so."""
     if list(parts) == ["output"]:
         return "output"
     flat = {key: part for key, part in parts.items() if part.ndim >= 2 and part.shape[2:].numel() == 1}
@@ -379,13 +394,3 @@ def _pooled(name: str, parts: dict[str, Tensor]) -> str:
         have = ", ".join(f"{key} {list(part.shape)}" for key, part in parts.items()) or "no tensors"
         raise UserError(f"{name}: returns {have}, and it is not clear which are features; give it a method features(x)")
     return found[0]
-
-
-@contextmanager
-def _current_directory_first() -> Iterator[None]:
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        sys.path.remove(here)

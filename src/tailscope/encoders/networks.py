@@ -3,7 +3,7 @@
 import hashlib
 import importlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,10 +26,9 @@ from tailscope.encoders.preprocessing import (
     foreign_code,
     whole_image,
 )
-from tailscope.errors import UserError
+from tailscope.errors import UserError, message_of
 from tailscope.networks import MODELS
 from tailscope.networks.resnets import CifarResNet
-from tailscope.tables.files import message_of
 from tailscope.tables.table import LinearLayer
 
 FeatureFunction = Callable[[nn.Module, Tensor], Tensor]
@@ -67,11 +66,7 @@ class Encoder:
     source: str = ""
 
     def features(self, x: Tensor) -> Tensor:
-        """Return the features [B, d] of inputs [B, C, H, W].
-
-        Raises:
-            UserError: the model fails.
-        """
+        """Return the features [B, d] of inputs [B, C, H, W]; a model that fails is one line."""
         with foreign_code(f"{self.name}: fails on an input of shape {list(x.shape)}"):
             return self.function(self.model, x)
 
@@ -135,11 +130,7 @@ def last_linear(model: nn.Module) -> str | None:
 
 
 def probe(preprocessing: Preprocessing, size: tuple[int, int] | None = None) -> Tensor:
-    """Return two preprocessed images of noise [2, C, H, W], to try a model on.
-
-    Args:
-        preprocessing: what the model wants to see.
-        size: height and width of the images, those of the data where known.
+    """Return two preprocessed images of noise [2, C, H, W], of the data's size where known, to try a model on.
 
     Raises:
         UserError: the user's own transform fails, or makes images of several sizes.
@@ -155,24 +146,13 @@ def probe(preprocessing: Preprocessing, size: tuple[int, int] | None = None) -> 
 
 
 def run(name: str, model: nn.Module, function: Callable[[nn.Module, Tensor], Any], x: Tensor, mend: str) -> Any:
-    """Return what a function of the model and the probe returns, in eval mode and without gradients.
-
-    Raises:
-        UserError: the model fails.
-    """
+    """Return what a function of the model and the probe returns, in eval mode and without gradients."""
     with torch.no_grad(), foreign_code(f"{name}: fails on an input of shape {list(x.shape)}", mend):
         return function(model.eval(), x)
 
 
 def measure(name: str, model: nn.Module, function: FeatureFunction, x: Tensor, mend: str = "") -> Tensor:
-    """Return the features [2, d] of the probe.
-
-    Args:
-        name: what messages call the model.
-        model: the network.
-        function: (model, inputs) -> features.
-        x: the probe.
-        mend: what the user may do if the model fails on an input of this size.
+    """Return the features [2, d] of the probe; `mend` is what the user may do if the model fails on its size.
 
     Raises:
         UserError: the model fails on its input, or what comes out is no matrix of finite features, one row an image.
@@ -181,20 +161,20 @@ def measure(name: str, model: nn.Module, function: FeatureFunction, x: Tensor, m
     if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(x):
         shape = list(features.shape) if isinstance(features, Tensor) else f"a {type(features).__name__}"
         raise UserError(f"{name}: its features are {shape}, not [B, d]; let a method features(x) return them pooled")
-    if features.is_meta or not features.is_floating_point() or not bool(torch.isfinite(features).all()):
-        what = "on the meta device" if features.is_meta else f"of {str(features.dtype).removeprefix('torch.')}"
-        if not features.is_meta and features.is_floating_point():
-            what = "NaN or infinite"
+    what = ""
+    if features.is_meta:
+        what = "on the meta device"
+    elif not features.is_floating_point():
+        what = f"of {str(features.dtype).removeprefix('torch.')}"
+    elif not bool(torch.isfinite(features).all()):
+        what = "NaN or infinite"
+    if what:
         raise UserError(f"{name}: its features of an image of noise are {what}; check the network and its weights")
     return features
 
 
 def require_independent(name: str, model: nn.Module, function: FeatureFunction, x: Tensor, features: Tensor) -> None:
-    """Check that an image's features do not depend on the rest of its batch, nor on chance.
-
-    Raises:
-        UserError: they do, by batch normalisation without running statistics, say, or by dropout that is always on.
-    """
+    """Refuse features that depend on the rest of their batch, or on chance."""
     among_others = measure(name, model, function, torch.cat([x[:1], x[:1]]))[:1]
     if bool((among_others - features[:1]).abs().max() > 1e-3 * features.abs().max()):
         raise UserError(
@@ -211,11 +191,9 @@ def parts_of(output: Any) -> dict[str, Tensor]:
     """
     if isinstance(output, Tensor):
         return {"output": output}
-    items: Iterable[tuple[Any, Any]] = ()
-    if isinstance(output, Mapping):
-        items = output.items()
-    elif isinstance(output, tuple | list):
-        items = enumerate(output)
+    if isinstance(output, tuple | list):
+        output = dict(enumerate(output))
+    items = output.items() if isinstance(output, Mapping) else ()
     return {f"output[{key!r}]": value for key, value in items if isinstance(value, Tensor)}
 
 
@@ -240,17 +218,7 @@ def explains(classifier: LinearLayer, model: nn.Module, features: Tensor, x: Ten
 
 @dataclass(frozen=True, eq=False)
 class Architecture:
-    """A network and what is known about it.
-
-    Attributes:
-        model: the network.
-        function: (model, inputs) -> penultimate features [B, d].
-        how: `function` in words.
-        classifiers: names of its classifier layers.
-        preprocessing: what it wants to see.
-        notes: what the user should know, about the preprocessing above all.
-        source: SHA-256 of the user's module that made the network; empty for others.
-    """
+    """A network and what is known about it: what `Encoder` says, and the names of its classifier layers."""
 
     model: nn.Module
     function: FeatureFunction
@@ -262,16 +230,10 @@ class Architecture:
 
 
 def project(call: str, channels: int, stored: Checkpoint | None, wishes: Wishes) -> Architecture:
-    """Build one of the project's own models, which takes as many channels as the checkpoint's.
+    """Build one of the project's own models, which takes as many channels as the checkpoint's, else as the images.
 
     The weights of the field's codebases, whose classifiers have other names, were trained on CIFAR normalised by its
-    usual constants.
-
-    Args:
-        call: call-string of the registry, such as "resnet32(width=64)".
-        channels: of the images, where there is no checkpoint.
-        stored: the weights to come. Nothing is allocated before they are known to fit: the file bounds the network.
-        wishes: about the preprocessing.
+    usual constants. Nothing is allocated before the checkpoint is known to fit: the file bounds the network.
 
     Raises:
         UserError: the model is unknown, cannot be built, or is not the checkpoint's.
@@ -305,11 +267,7 @@ def _made(call: str, channels: int, device: str) -> nn.Module:
 
 
 def from_timm(name: str, pretrained: bool, wishes: Wishes) -> Architecture:
-    """Build a timm model; it says itself what it wants to see.
-
-    Raises:
-        UserError: timm is not installed, does not know the name, or cannot get the weights.
-    """
+    """Build a timm model; it says itself what it wants to see."""
     timm = _timm(name)
     if not timm.is_model(name):
         raise UserError(
@@ -341,13 +299,7 @@ def from_timm(name: str, pretrained: bool, wishes: Wishes) -> Architecture:
 def from_torchvision(name: str, pretrained: bool, wishes: Wishes) -> Architecture:
     """Build a torchvision classification model, with the preprocessing of its weights.
 
-    Args:
-        name: the model's, and after a dot which of its published weights, if not the best: `resnet50.IMAGENET1K_V1`.
-        pretrained: load those weights.
-        wishes: about the preprocessing.
-
-    Raises:
-        UserError: torchvision has no such model or weights, its classifier is not linear, or the weights cannot be had.
+    A dot after the name says which of its published weights, if not the best: `resnet50.IMAGENET1K_V1`.
     """
     name, _, published = name.partition(".")
     if name not in list_models(module=torchvision.models):
@@ -372,11 +324,10 @@ def from_torchvision(name: str, pretrained: bool, wishes: Wishes) -> Architectur
     preprocessing = centre_crop(crop, resize, preset.interpolation, normalization)
     others = sorted({each.transforms().resize_size[0] for each in known} - {preset.resize_size[0]})
     notes: tuple[str, ...] = ()
-    if not pretrained and not published and wishes.resize is None and wishes.image_size is None:
+    if not (pretrained or published or wishes.resize or wishes.image_size):
         other = f"; other weights of it were made for --resize {', '.join(map(str, others))}" if others else ""
-        notes = (
-            f"torchvision:{name}: the images are resized to {resize} and cropped to {crop}, {weights.name}'s{other}",
-        )
+        sizes = f"the images are resized to {resize} and cropped to {crop}, {weights.name}'s"
+        notes = (f"torchvision:{name}: {sizes}{other}",)
     return Architecture(model, InputOf(layer), f"input of {layer}", (layer,), preprocessing, notes)
 
 

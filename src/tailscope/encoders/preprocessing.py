@@ -20,10 +20,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from tailscope.data.images import PIL_MODES
-from tailscope.errors import UserError
-from tailscope.tables.files import message_of
+from tailscope.errors import UserError, message_of
 
-_SHOWN = 200
 _LIBRARIES = (
     str(Path(__file__).resolve().parents[1]),
     *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
@@ -32,11 +30,7 @@ _LIBRARIES = (
 
 @contextmanager
 def foreign_code(what: str, mend: str = "") -> Iterator[None]:
-    """Turn whatever the code within raises into one line: `what` failed how, at which line of the user's file.
-
-    Args:
-        what: what was tried, such as "my:factory: its transform fails on an image of 40 x 32 pixels".
-        mend: what the user may do about it.
+    """Turn whatever the code within raises into one line: `what` failed how, at which line of the user's file; `mend`.
 
     Raises:
         UserError: anything was raised but KeyboardInterrupt; a `UserError` passes as it is.
@@ -47,7 +41,7 @@ def foreign_code(what: str, mend: str = "") -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:  # the documented net: a module may also call sys.exit while imported
         advice = "take a smaller --batch" if isinstance(error, torch.OutOfMemoryError) else mend
-        reason = f"{type(error).__name__}: {message_of(error)[:_SHOWN]}"
+        reason = f"{type(error).__name__}: {message_of(error)[:200]}"
         raise UserError(f"{what}: {reason}{_line_of(error)}{advice and f'; {advice}'}") from error
 
 
@@ -68,8 +62,6 @@ def _shown(filename: str) -> str:
 
 SMALL = 128
 """Up to this side, images that are all of one size are small ones, which networks for them take as they are."""
-
-_CIFAR_SIZE = (32, 32)
 
 
 @dataclass(frozen=True)
@@ -103,11 +95,7 @@ class Preprocessing:
     owner: str = ""
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Convert and transform.
-
-        Raises:
-            UserError: the user's transform fails, or gives no tensor of floats [C, H, W].
-        """
+        """Convert and transform; a user's transform that fails, or gives no tensor of floats [C, H, W], is one line."""
         mode = PIL_MODES[self.channels]
         image = image if image.mode == mode else image.convert(mode)
         if not self.owner:
@@ -128,11 +116,7 @@ class Preprocessing:
 
 
 def _as_input(owner: str, made: Any) -> Tensor:
-    """Return what a user's transform made as a plain float32 tensor [C, H, W].
-
-    Raises:
-        UserError: it is anything else.
-    """
+    """Return what a user's transform made as a plain float32 tensor [C, H, W]."""
     if not isinstance(made, Tensor):
         what = f"a {type(made).__name__}"
     elif made.ndim != 3 or 0 in made.shape or made.is_meta:
@@ -204,11 +188,7 @@ class Wishes:
         return self.image_size, round(resize / crop * self.image_size)
 
     def normalization(self, default: Normalization | str, channels: int) -> Normalization:
-        """Resolve `normalize`, or `default` where it is None.
-
-        Raises:
-            UserError: unknown, malformed, for another number of channels, or `data` without statistics.
-        """
+        """Resolve `normalize`, or `default` where it is None."""
         wish = default if self.normalize is None else self.normalize
         found = wish if isinstance(wish, Normalization) else self._named(wish, channels)
         if len(found.mean) == 1:
@@ -221,10 +201,8 @@ class Wishes:
     def _named(self, wish: str, channels: int) -> Normalization:
         if wish == "data":
             if self.statistics is None:
-                raise UserError(
-                    "--normalize: these images are not in memory, so their own mean and deviation are not known; give "
-                    "cifar, imagenet, none or MEANS/DEVIATIONS"
-                )
+                why = "these images are not in memory, so their own mean and deviation are not known"
+                raise UserError(f"--normalize: {why}; give cifar, imagenet, none or MEANS/DEVIATIONS")
             return self.statistics
         known = {"imagenet": IMAGENET, "cifar": CIFAR, "none": Normalization((0.0,) * channels, (1.0,) * channels)}
         if wish in known:
@@ -280,7 +258,7 @@ def by_data(wishes: Wishes, channels: int) -> tuple[Preprocessing, str]:
     if size is not None and max(size) <= SMALL and crop is None and resize in (None, "none"):
         default: Normalization | str = IMAGENET if wishes.statistics is None else "data"
         name = "ImageNet" if wishes.statistics is None else "the data"
-        if size == _CIFAR_SIZE and channels == 3:
+        if size == (32, 32) and channels == 3:
             default, name = CIFAR, "CIFAR"
         made = Preprocessing(v2.Compose(_to_normalised(wishes.normalization(default, channels))), channels)
         seen = f"stay {size[1]} x {size[0]} pixels, as all are,"

@@ -1,38 +1,36 @@
 """Figures 4 to 8: what long-tailed training does to each class in feature space."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from tailscope.experiments.results import Journal, Run
-from tailscope.experiments.settings import Settings
-from tailscope.experiments.stages import Backbone, Lab, TrainingSet
+from tailscope.experiments.runs import Experiment, Run, Settings
+from tailscope.experiments.stages import Backbone, Stages, TrainingSet
 from tailscope.measures import describe
+from tailscope.progress import Advance
 
 ENCODERS = {"lt": ("lt", False), "lt+mixup": ("lt", True), "true": ("true", False)}
 """Each encoder's training set and whether stage 1 mixes."""
 
 
-def geometry(lab: Lab, settings: Settings) -> dict[str, Any]:
+def geometry(stages: Stages, settings: Settings) -> dict[str, Any]:
     """Describe every class under three encoders, for every seed.
 
     The seen samples are always D_LT. `paper` takes as unseen D* without D_LT, which the true encoder has trained on;
-    `calibrated` the test images, which no encoder has trained on.
-
-    Returns:
-        The result: see the documentation of `geometry.json`.
+    `calibrated` the test images, which no encoder has trained on. Returns what `geometry.json` holds.
     """
     encoders: dict[str, dict[str, Any]] = {name: {"seeds": {}} for name in ENCODERS}
-    journal = Journal(lab, settings)
-    for run, backbone in journal.carry_out(runs):
+    experiment = Experiment(stages, settings)
+    for run, backbone in experiment.backbones(runs):
         label = f"seed {run.seed}: {run.encoder}"
-        measured = _measure(lab, settings, backbone, journal.lt_sets[-1], label)
+        measured = _measure(stages, settings, backbone, experiment.lt_sets[-1], label)
         encoders[run.encoder]["seeds"][str(run.seed)] = measured
     for encoder in encoders.values():
         encoder["mean"] = {variant: _mean_over_seeds(encoder["seeds"], variant) for variant in ("paper", "calibrated")}
-    result = journal.header("geometry")
+    result = experiment.header("geometry")
     if not settings.recipe.converged:
         result["warnings"].append("geometry not converged: within-class variance keeps shrinking in longer training")
     return {**result, "encoders": encoders}
@@ -44,37 +42,31 @@ def runs(settings: Settings, sets: Mapping[str, TrainingSet], seed: int) -> Iter
         yield Run(name, seed, name, settings.recipe.backbone(sets[data].spec, mix=mix), sets[data])
 
 
-def _measure(lab: Lab, settings: Settings, backbone: Backbone, lt: TrainingSet, label: str) -> dict[str, Any]:
+def _measure(stages: Stages, settings: Settings, backbone: Backbone, lt: TrainingSet, label: str) -> dict[str, Any]:
     """Return the `paper` and the `calibrated` description of one encoder."""
-    train, test = lab.clean_features(backbone, "train"), lab.clean_features(backbone, "test")
-    labels = lab.data.train.labels
-    seen = torch.from_numpy(lt.rows)
+    data = stages.data
+    train, test = stages.clean_features(backbone, "train"), stages.clean_features(backbone, "test")
+    labels, seen = data.train.labels, torch.from_numpy(lt.rows)
     is_unseen = torch.ones(len(labels), dtype=torch.bool)
     is_unseen[seen] = False
-    unseen = {
-        "paper": (train[is_unseen], labels[is_unseen]),
-        "calibrated": (test, lab.data.test.labels),
-    }
+    unseen = {"paper": (train[is_unseen], labels[is_unseen]), "calibrated": (test, data.test.labels)}
     described = {}
     for variant, (features, classes) in unseen.items():
-        with lab.runtime.progress.task(f"{label}, geometry ({variant})", lab.data.train.num_classes) as advance:
-            done = 0
-
-            def tick(finished: int, _: int, advance: Any = advance) -> None:
-                nonlocal done
-                advance(finished - done)
-                done = finished
-
+        with stages.runtime.progress.task(f"{label}, geometry ({variant})", data.train.num_classes) as advance:
             described[variant] = describe(
                 train[seen],
                 labels[seen],
                 features,
                 classes,
-                lab.data.train.class_names,
+                data.train.class_names,
                 permutations=settings.permutations,
-                progress=tick,
+                progress=partial(_advance_by_one, advance),
             ).to_json()
     return described
+
+
+def _advance_by_one(advance: Advance, *_: int) -> None:
+    advance(1)
 
 
 def _mean_over_seeds(runs: Mapping[str, Any], variant: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from tailscope.errors import UserError
 
 if TYPE_CHECKING:
     from tailscope.data.sources import ImageData
-    from tailscope.experiments.settings import Settings
+    from tailscope.experiments.runs import Settings
 
 Data: TypeAlias = Annotated[
     "str | ImageData",
@@ -220,7 +220,7 @@ class Reproduction(FileOptions, _OfThePaper):
 
     def settings(self) -> "Settings":
         """Return the checked part that decides results; `UserError` for an unusable recipe, seed or data set."""
-        from tailscope.experiments.settings import Settings, parse_backbones, parse_seeds
+        from tailscope.experiments.runs import Settings, parse_backbones, parse_seeds
         from tailscope.training.recipes import recipe_by_name
 
         known = paper.benchmark(self.dataset)

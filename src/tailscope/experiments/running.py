@@ -2,43 +2,36 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from tailscope.data import subsets
 from tailscope.data.decoding import readable
-from tailscope.data.profiles import canonical, resolve
 from tailscope.data.sources import ImageData, load
 from tailscope.device import Runtime
 from tailscope.errors import UserError, one_line
 from tailscope.experiments.geometry import geometry
 from tailscope.experiments.options import FileOptions, Request
-from tailscope.experiments.settings import Settings, store_root
-from tailscope.experiments.stages import Lab, check, follow
+from tailscope.experiments.runs import Settings, store_root
+from tailscope.experiments.stages import Stages, follow, require_trainable
 from tailscope.experiments.swap import ladder, swap
 from tailscope.groups import assign_groups
-from tailscope.origin import versions
 from tailscope.progress import Progress, shown_on
-from tailscope.results import check_free, write
+from tailscope.results import check_free, versions, write
 from tailscope.store import Store, make_folder
 from tailscope.training.recipes import Recipe
 from tailscope.training.team import Solo, Team, form
 
-EXPERIMENTS: dict[str, Callable[[Lab, Settings], dict[str, Any]]] = {
-    "swap": swap,
-    "ladder": ladder,
-    "geometry": geometry,
-}
+EXPERIMENTS = {"swap": swap, "ladder": ladder, "geometry": geometry}
 
 
 @dataclass(frozen=True)
-class Workplace:
-    """A runtime and a team that this process leads, for a data set."""
+class Processes:
+    """The processes that work on a data set, and this one that leads them."""
 
     data: ImageData
     runtime: Runtime
@@ -52,44 +45,43 @@ class Workplace:
             UserError: the recipe does not suit the data, or the team.
         """
         recipe = recipe.with_micro_batches(self.options.micro_batches or self.team.size)
-        check(self.data, self.team, recipe.stage1, recipe.augment)
+        require_trainable(self.data, self.team, recipe.stage1, recipe.augment)
         return recipe
 
-    def lab(self, store: Store, progress: Progress, tell: Callable[[str], object] = str) -> Lab:
-        """Return a lab that works here, on the images that can be read.
-
-        Args:
-            store: of the lab.
-            progress: receives the work done.
-            tell: receives a line for every image that cannot be read, where the options say `verify`.
+    def stages(self, store: Store, progress: Progress, tell: Callable[[str], object] = str) -> Stages:
+        """Return the stages on the images that can be read; with `verify`, `tell` gets a line for each that cannot.
 
         Raises:
             UserError: as `decoding.readable`.
         """
-        verify, workers = self.options.verify, self.options.workers
-        data = readable(self.data, store, verify=verify, workers=workers, progress=progress, tell=tell)
-        return Lab(data, store, replace(self.runtime, progress=progress), self.team, workers)
+        data, workers = self.data, self.options.workers
+        if not data.in_memory:
+            verify = self.options.verify
+            data = readable(data, store, verify=verify, workers=workers, progress=progress, tell=tell)
+        return Stages(data, store, replace(self.runtime, progress=progress), self.team, workers)
 
 
 @contextmanager
-def workplace(data: ImageData, options: FileOptions, runtime: Runtime) -> Iterator[Workplace]:
+def start_processes(data: ImageData, options: FileOptions, runtime: Runtime) -> Iterator[Processes]:
     """Start the processes that the options ask for; only their leader comes back from here, the others serve it.
 
     Raises:
         UserError: the options are for images in files and these are in memory; or as `form`.
     """
-    if data.in_memory and options != FileOptions():
-        raise UserError(
-            f"{data.name}: --devices, --num-nodes, --micro-batches, --workers and --verify are for images in files"
-            " (folder:, list: or hf:)"
-        )
-    team = Solo() if data.in_memory else form(options.devices, options.num_nodes, runtime.device.type)
-    if team.device is not None:
-        runtime = replace(runtime, device=team.device)
+    if data.in_memory:
+        if any(getattr(options, option.name) != option.default for option in fields(FileOptions)):
+            raise UserError(
+                f"{data.name}: --devices, --num-nodes, --micro-batches, --workers and --verify are for images in files"
+                " (folder:, list: or hf:)"
+            )
+        yield Processes(data, runtime, Solo(), options)
+        return
+    team = form(options.devices, options.num_nodes, runtime.device.type)
+    runtime = replace(runtime, device=team.device or runtime.device)
     if team.rank > 0:
         follow(team, runtime, options.workers)
     try:
-        yield Workplace(data, runtime, team, options)
+        yield Processes(data, runtime, team, options)
     finally:
         team.dismiss()
 
@@ -97,10 +89,7 @@ def workplace(data: ImageData, options: FileOptions, runtime: Runtime) -> Iterat
 def run(request: Request, verbs: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Run experiments that share a store, and the verb `subset`; write their results where the request names an OUT.
 
-    Everything that can be refused is refused before the first training.
-
-    Returns:
-        the results by verb.
+    Everything that can be refused is refused before the first training. Returns the results by verb.
 
     Raises:
         UserError: an option, the data or OUT is not usable.
@@ -108,31 +97,31 @@ def run(request: Request, verbs: Sequence[str]) -> dict[str, dict[str, Any]]:
     console = request.console or Console(quiet=True)
     notes = partial(Console(stderr=True, quiet=console.quiet).out, highlight=False)
     settings = Settings.of(request)
-    data = opened(request.data, request.data_root)
+    data = load(request.data, data_root=request.data_root)
     runtime = Runtime.choose(request.device, engine=request.engine)
-    with workplace(data, request.on_files, runtime) as place, shown_on(console) as progress:
-        settings = settings.model_copy(update={"recipe": place.recipe(settings.recipe)})
+    with start_processes(data, request, runtime) as processes, shown_on(console) as progress:
+        settings = settings.model_copy(update={"recipe": processes.recipe(settings.recipe)})
         for note in data.notes():
             notes(f"warning: {one_line(note)}")
         for seed in settings.seeds:
-            draw(data, settings.profile, settings.protocol, settings.subset_seed_of(seed))
+            subsets.draw(data.train, settings.profile, settings.protocol, settings.subset_seed_of(seed))
         if request.out is not None:
             make_folder(request.out, "--out")
         if data.in_memory:  # which files can be read, and so the spec, is known later
             _check_free(data, settings, request, verbs)
-        lab = place.lab(Store(store_root(request.out, request.store)), progress, notes)
-        results = _run(lab, settings, request, verbs)
-    if lab.trained == 0:
-        console.print(f"Nothing was trained: all {lab.recalled} stages were in the store.")
+        stages = processes.stages(Store(store_root(request.out, request.store)), progress, notes)
+        results = _run(stages, settings, request, verbs)
+    if stages.trained == 0:
+        console.print(f"Nothing was trained: all {stages.recalled} stages were in the store.")
     return results
 
 
-def _run(lab: Lab, settings: Settings, request: Request, verbs: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _run(stages: Stages, settings: Settings, request: Request, verbs: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Run the experiments and write their results, unless OUT holds others."""
-    drawn = _check_free(lab.data, settings, request, verbs)
+    drawn = _check_free(stages.data, settings, request, verbs)
     results: dict[str, dict[str, Any]] = {}
     for verb in verbs:
-        result = drawn if verb == "subset" else EXPERIMENTS[verb](lab, settings)
+        result = drawn if verb == "subset" else EXPERIMENTS[verb](stages, settings)
         if verb != "subset":
             results[verb] = result
         if request.out is not None:
@@ -150,31 +139,13 @@ def _check_free(data: ImageData, settings: Settings, request: Request, verbs: Se
     return drawn
 
 
-def opened(data: str | ImageData, data_root: Path | None) -> ImageData:
-    """Return a data set that is given by name or as it is.
-
-    Raises:
-        UserError: as `sources.load`.
-    """
-    return load(data, data_root=data_root) if isinstance(data, str) else data
-
-
-def draw(data: ImageData, profile: str, protocol: str, seed: int) -> subsets.Subset:
-    """Draw a long-tailed subset of a data set's training images.
-
-    Raises:
-        UserError: the profile, protocol or seed does not fit the data.
-    """
-    return subsets.subset(data.train.labels, resolve(profile, data.train.counts()), protocol=protocol, seed=seed)
-
-
 def describe_subset(data: ImageData, profile: str, protocol: str, seed: int) -> dict[str, Any]:
     """Draw a long-tailed subset and return it as `subset.json` holds it.
 
     Raises:
         UserError: the profile, protocol or seed does not fit the data.
     """
-    drawn = draw(data, profile, protocol, seed)
+    drawn = subsets.draw(data.train, profile, protocol, seed)
     groups, rule = assign_groups(drawn.counts)
     return {
         "schema": "tailscope.subset/1",
@@ -182,7 +153,7 @@ def describe_subset(data: ImageData, profile: str, protocol: str, seed: int) -> 
         "spec": {
             "data": data.name,
             "fingerprint": data.fingerprint,
-            "profile": canonical(profile),
+            "profile": subsets.canonical(profile),
             "protocol": protocol,
             "seed": seed,
         },

@@ -1,5 +1,6 @@
 """Table 1 and Figure 2, the swap of data sets between the stages; Figure 3, the ladder of augmentations."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -7,29 +8,24 @@ import numpy as np
 
 from tailscope.attribution import CELLS, attribute, summarize
 from tailscope.errors import UserError
-from tailscope.experiments.results import Journal, Run, evaluate
-from tailscope.experiments.settings import Settings
-from tailscope.experiments.stages import Lab, TrainingSet
+from tailscope.experiments.runs import Experiment, Run, Settings, evaluate
+from tailscope.experiments.stages import Stages, TrainingSet
 
 
-def swap(lab: Lab, settings: Settings) -> dict[str, Any]:
+def swap(stages: Stages, settings: Settings) -> dict[str, Any]:
     """Train every backbone and classifier pairing for every seed and attribute the gap.
 
     The 2x2 trains two backbones a seed, not four: the classifiers on a backbone share its features. Where the settings
-    name fewer backbones, only their cells are there, and nothing is attributed.
-
-    Returns:
-        The result: see the documentation of `swap.json`.
+    name fewer backbones, only their cells are there, and nothing is attributed. Returns what `swap.json` holds.
     """
-    cells: dict[str, list[Any]] = {}
-    own: dict[str, list[Any]] = {}
-    journal = Journal(lab, settings)
-    for run, backbone in journal.carry_out(swap_runs):
+    cells, own = defaultdict[str, list[Any]](list), defaultdict[str, list[Any]](list)
+    experiment = Experiment(stages, settings)
+    for run, backbone in experiment.backbones(swap_runs):
         found, name = (own, run.encoder) if run.stage2 is None else (cells, run.row)
-        found.setdefault(name, []).append(evaluate(lab, run, backbone, f"seed {run.seed}: {run.row}"))
+        found[name].append(evaluate(stages, run, backbone, f"seed {run.seed}: {run.row}"))
     outcomes = {row: np.stack(per_seed) for row, per_seed in cells.items()}
-    result = journal.header("swap")
-    labels = lab.data.test.labels.numpy()
+    result = experiment.header("swap")
+    labels = stages.data.test.labels.numpy()
     whole = all(cell in outcomes for cell in CELLS)
     if not whole:
         result["warnings"].append(
@@ -63,29 +59,26 @@ AUGMENTATIONS = {
 """What augments stage 1, beyond the crop and flip that are on everywhere."""
 
 
-def ladder(lab: Lab, settings: Settings) -> dict[str, Any]:
+def ladder(stages: Stages, settings: Settings) -> dict[str, Any]:
     """Train a long-tailed backbone per augmentation and seed, and evaluate four classifiers on each.
 
     `stage1` is the backbone's own classifier; `stage2` cRT: a new one with class-balanced resampling of D_LT;
-    `stage2_aa` the same with AutoAugment in stage 2; `bound` a new one trained on D*.
-
-    Returns:
-        The result: see the documentation of `ladder.json`.
+    `stage2_aa` the same with AutoAugment in stage 2; `bound` a new one trained on D*. Returns what `ladder.json` holds.
 
     Raises:
         UserError: AutoAugment cannot take the images.
     """
-    channels = lab.data.train.channels
+    channels = stages.data.train.channels
     if channels not in (1, 3):
-        raise UserError(f"{lab.data.name}: images have {channels} channels; the ladder's AutoAugment takes 1 or 3")
+        raise UserError(f"{stages.data.name}: images have {channels} channels; the ladder's AutoAugment takes 1 or 3")
     correct: dict[str, dict[str, list[Any]]] = {}
-    journal = Journal(lab, settings)
-    for run, backbone in journal.carry_out(ladder_runs):
+    experiment = Experiment(stages, settings)
+    for run, backbone in experiment.backbones(ladder_runs):
         name, rung = run.row.split(": ")
-        right = evaluate(lab, run, backbone, f"seed {run.seed}: {name}, {rung}")
+        right = evaluate(stages, run, backbone, f"seed {run.seed}: {name}, {rung}")
         correct.setdefault(name, {}).setdefault(rung, []).append(right)
-    result = journal.header("ladder")
-    labels = lab.data.test.labels.numpy()
+    result = experiment.header("ladder")
+    labels = stages.data.test.labels.numpy()
     return {
         **result,
         "augmentations": {

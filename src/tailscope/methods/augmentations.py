@@ -1,24 +1,14 @@
-"""Augmentations: of batches of images in memory, and of single photographs.
+"""Augmentations: of whole batches of images in memory, on their device, and of single photographs, in workers.
 
-Augmentations of whole batches of uint8 images, on the images' device.
-
-An augmentation takes (images uint8 [n, H, W, C], generator) and returns images of the same shape. It draws on the
-generator's device, in training the CPU, so that a seed means the same everywhere, and moves the draws to the images
-without waiting. Every image has draws of its own; nothing loops over images. What an image draws depends on its place
-in the call, so a run that is to be repeated must cut its data into the same calls. Normalisation is not an
+An augmentation of a batch takes (images uint8 [n, H, W, C], generator) and returns images of the same shape. It draws
+on the generator's device, in training the CPU, so that a seed means the same everywhere, and moves the draws to the
+images without waiting. Every image has draws of its own; nothing loops over images. What an image draws depends on its
+place in the call, so a run that is to be repeated must cut its data into the same calls. Normalisation is not an
 augmentation.
 
-AutoAugment (Cubuk et al. 2019) for whole batches: torchvision's policies and kernels, a draw for every image.
-
-`torchvision.transforms.v2.AutoAugment` draws once a call, so a batch would share one draw. Here every image draws its
-own sub-policy, and images with the same operation, magnitude and sign go through torchvision's kernel together. The
-pixels are those that torchvision gives each image alone.
-
-Augmentations of single photographs, as worker processes apply them: torchvision's v2 transforms by call-string.
-
-A photograph augmentation takes an RGB image of Pillow and returns one. It draws from torch's default generator, which
-`seeds.keyed` seeds for every image, so that neither the process nor the batch that an image falls into changes what it
-draws.
+An augmentation of photographs takes an RGB image of Pillow and returns one. It draws from torch's default generator,
+which `seeds.keyed` seeds for every image, so that neither the process nor the batch that an image falls into changes
+the draws.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +17,7 @@ from typing import NamedTuple, TypeAlias, cast
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.nn.functional import pad
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import AutoAugment, AutoAugmentPolicy
@@ -35,7 +25,7 @@ from torchvision.transforms.v2 import AutoAugment, AutoAugmentPolicy
 from tailscope.errors import UserError
 from tailscope.methods import AUGMENTATIONS, PHOTO_AUGMENTATIONS, for_photos
 
-Augmentation: TypeAlias = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
+Augmentation: TypeAlias = Callable[[Tensor, Generator], Tensor]
 
 
 @AUGMENTATIONS.register("crop")
@@ -51,7 +41,7 @@ def crop(padding: int = 4) -> Augmentation:
     if padding < 0:
         raise UserError(f"crop(padding={padding}): padding must be 0 or more")
 
-    def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def augment(images: Tensor, generator: Generator) -> Tensor:
         n, height, width, _ = images.shape
         offsets = torch.randint(2 * padding + 1, (2, n), generator=generator, device=generator.device)
         offsets = offsets.to(images.device, non_blocking=True)
@@ -67,7 +57,7 @@ def crop(padding: int = 4) -> Augmentation:
 def flip() -> Augmentation:
     """Horizontal flip with probability one half."""
 
-    def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def augment(images: Tensor, generator: Generator) -> Tensor:
         flipped = torch.rand(len(images), generator=generator, device=generator.device) < 0.5
         flipped = flipped.to(images.device, non_blocking=True)
         return torch.where(flipped[:, None, None, None], images.flip(2), images)
@@ -87,7 +77,7 @@ def build(calls: Sequence[str]) -> Augmentation:
     """
     steps = [AUGMENTATIONS.make(call) for call in calls]
 
-    def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def augment(images: Tensor, generator: Generator) -> Tensor:
         for step in steps:
             images = step(images, generator)
         return images
@@ -95,19 +85,16 @@ def build(calls: Sequence[str]) -> Augmentation:
     return augment
 
 
-BINS = 10  # magnitudes of an operation, as torchvision's transform has them
-
-
 class Choices(NamedTuple):
     """What happens to each of n images, in two steps one after the other."""
 
-    sub_policy: torch.Tensor  # int64 [n]
-    applied: torch.Tensor  # bool [n, 2]: is the step's operation applied
-    negative: torch.Tensor  # bool [n, 2]: is its magnitude negated, where the operation has a sign
+    sub_policy: Tensor  # int64 [n]
+    applied: Tensor  # bool [n, 2]: is the step's operation applied
+    negative: Tensor  # bool [n, 2]: is its magnitude negated, where the operation has a sign
 
 
-class Operation(NamedTuple):
-    """One kernel call's settings; the bin is None for an operation without a magnitude."""
+class _Operation(NamedTuple):
+    """One kernel call's settings; the bin, of 10 magnitudes, is None for an operation without one."""
 
     name: str
     bin: int | None
@@ -115,36 +102,40 @@ class Operation(NamedTuple):
 
 
 class BatchedAutoAugment:
-    """AutoAugment of uint8 images [n, H, W, C], C = 1 or 3, with draws of its own for every image."""
+    """AutoAugment of uint8 images [n, H, W, C], C = 1 or 3, with draws of its own for every image.
+
+    torchvision's transform draws once a call, so a batch would share one draw. Here images with the same operation,
+    magnitude and sign go through torchvision's kernel together; the pixels are those that it gives each image alone.
+    """
 
     def __init__(self, policy: AutoAugmentPolicy, excluded: frozenset[str]) -> None:
         self._reference = AutoAugment(policy)
         sub_policies = self._reference._policies
         space = self._reference._AUGMENTATION_SPACE
         self._probability = torch.tensor([[p for _, p, _ in steps] for steps in sub_policies])
-        self._operations: list[Operation] = []
+        self._operations: list[_Operation] = []
         self._index = torch.full((len(sub_policies), 2, 2), -1)  # of an operation, by sub-policy, step and sign
         for row, steps in enumerate(sub_policies):
             for step, (name, _, magnitude_bin) in enumerate(steps):
                 signed = space[name][1]
                 for negative in (0, 1) if name.lower() not in excluded else ():
-                    operation = Operation(name, magnitude_bin, bool(negative and signed))
+                    operation = _Operation(name, magnitude_bin, bool(negative and signed))
                     if operation not in self._operations:
                         self._operations.append(operation)
                     self._index[row, step, negative] = self._operations.index(operation)
 
-    def __call__(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
         """Draw and apply; the images are left as they are and a new tensor is returned."""
         return self.apply(images, self.draw(len(images), generator))
 
-    def draw(self, n: int, generator: torch.Generator) -> Choices:
+    def draw(self, n: int, generator: Generator) -> Choices:
         """Draw sub-policies, uniformly, and for both steps whether it is applied, and its sign."""
         device = generator.device
         sub_policy = torch.randint(len(self._probability), (n,), generator=generator, device=device)
         uniform = torch.rand(2, n, 2, generator=generator, device=device)
         return Choices(sub_policy, uniform[0] < self._probability.to(device)[sub_policy], uniform[1] < 0.5)
 
-    def apply(self, images: torch.Tensor, choices: Choices) -> torch.Tensor:
+    def apply(self, images: Tensor, choices: Choices) -> Tensor:
         """Return the images after both steps of their choices, which may lie on another device."""
         # The kernels are vectorised for, and their rounding is defined by, contiguous channels-first images.
         out = images.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
@@ -159,13 +150,12 @@ class BatchedAutoAugment:
                     out.index_copy_(0, members, self._transform(out.index_select(0, members), operation))
         return out.permute(0, 2, 3, 1).contiguous()
 
-    def _transform(self, images: torch.Tensor, operation: Operation) -> torch.Tensor:
+    def _transform(self, images: Tensor, operation: _Operation) -> Tensor:
         """Apply one operation to images [n, C, H, W] with torchvision's magnitudes for this size and its kernel."""
-        magnitudes = self._reference._AUGMENTATION_SPACE[operation.name][0](BINS, *images.shape[-2:])
+        magnitudes = self._reference._AUGMENTATION_SPACE[operation.name][0](10, *images.shape[-2:])
         magnitude = 0.0 if operation.bin is None else float(magnitudes[operation.bin])
-        if operation.negative:
-            magnitude = -magnitude
-        result: torch.Tensor = self._reference._apply_image_or_video_transform(
+        magnitude = -magnitude if operation.negative else magnitude
+        result: Tensor = self._reference._apply_image_or_video_transform(
             images, operation.name, magnitude, self._reference.interpolation, self._reference._fill
         )
         return result
@@ -201,9 +191,6 @@ def autoaugment(policy: str = "cifar10", exclude: Sequence[str] = ()) -> Batched
 Photo: TypeAlias = Callable[[Image.Image], Image.Image]
 ToPixels: TypeAlias = Callable[[Image.Image], Tensor]
 
-SMALLEST = 8
-"""The shortest side, in pixels, that `resized_crop` may give."""
-
 
 @PHOTO_AUGMENTATIONS.register("resized_crop")
 def resized_crop(size: int = 224) -> Photo:
@@ -212,8 +199,8 @@ def resized_crop(size: int = 224) -> Photo:
     Raises:
         UserError: `size` is below 8.
     """
-    if size < SMALLEST:
-        raise UserError(f"resized_crop(size={size}): size must be at least {SMALLEST}")
+    if size < 8:
+        raise UserError(f"resized_crop(size={size}): size must be at least 8")
     return cast(Photo, v2.RandomResizedCrop(size, antialias=True))
 
 
@@ -260,7 +247,7 @@ def training(calls: Sequence[str]) -> ToPixels:
     """
     if not for_photos(calls):
         raise UserError(f"augmentations {list(calls)}: of images in files the first must be resized_crop")
-    return cast(ToPixels, v2.Compose([v2.RGB(), *map(PHOTO_AUGMENTATIONS.make, calls), pixels]))
+    return cast(ToPixels, v2.Compose([v2.RGB(), *map(PHOTO_AUGMENTATIONS.make, calls), _pixels]))
 
 
 def evaluation(calls: Sequence[str]) -> ToPixels:
@@ -271,9 +258,8 @@ def evaluation(calls: Sequence[str]) -> ToPixels:
     """
     size = size_of(calls)
     shorter = round(size * 256 / 224)
-    return cast(ToPixels, v2.Compose([v2.RGB(), v2.Resize(shorter, antialias=True), v2.CenterCrop(size), pixels]))
+    return cast(ToPixels, v2.Compose([v2.RGB(), v2.Resize(shorter, antialias=True), v2.CenterCrop(size), _pixels]))
 
 
-def pixels(image: Image.Image) -> Tensor:
-    """RGB image -> uint8 [H, W, 3]."""
+def _pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(image).copy())

@@ -11,38 +11,35 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy as softmax_cross_entropy
 from torch.nn.functional import log_softmax
 
 from tailscope.errors import UserError
 from tailscope.methods import LOSSES
 
-Loss: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 @LOSSES.register("cross_entropy")
-def cross_entropy(counts: torch.Tensor, /) -> Loss:
+def cross_entropy(counts: Tensor, /) -> Loss:
     """Softmax cross-entropy, -log p_y."""
-
-    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return softmax_cross_entropy(logits.float(), labels, reduction="none")
-
-    return loss
+    return label_smoothing(counts, epsilon=0.0)
 
 
 @LOSSES.register("label_smoothing")
-def label_smoothing(counts: torch.Tensor, /, epsilon: float = 0.1) -> Loss:
+def label_smoothing(counts: Tensor, /, epsilon: float = 0.1) -> Loss:
     """Cross-entropy with targets (1 - epsilon) * one-hot + epsilon / C (Szegedy et al. 2016)."""
     _require(0 <= epsilon <= 1, f"label_smoothing(epsilon={epsilon}): epsilon must lie in [0, 1]")
 
-    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
         return softmax_cross_entropy(logits.float(), labels, reduction="none", label_smoothing=epsilon)
 
     return loss
 
 
 @LOSSES.register("label_aware_smoothing")
-def label_aware_smoothing(counts: torch.Tensor, /, head: float = 0.4, tail: float = 0.1) -> Loss:
+def label_aware_smoothing(counts: Tensor, /, head: float = 0.4, tail: float = 0.1) -> Loss:
     """Cross-entropy with more smoothing for frequent classes, in the concave form (Zhong et al. 2021, MiSLAS).
 
     The target of class y is 1 - e_y, that of each other class e_y / (C - 1), where e_y = tail + (head - tail) *
@@ -59,7 +56,7 @@ def label_aware_smoothing(counts: torch.Tensor, /, head: float = 0.4, tail: floa
     smoothing = tail + (head - tail) * torch.sin(0.5 * math.pi * position.float())
     others = max(len(counts) - 1, 1)
 
-    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
         negative = -log_softmax(logits.float(), 1)
         own = negative.gather(1, labels[:, None]).squeeze(1)
         share = smoothing[labels]
@@ -69,11 +66,11 @@ def label_aware_smoothing(counts: torch.Tensor, /, head: float = 0.4, tail: floa
 
 
 @LOSSES.register("focal")
-def focal(counts: torch.Tensor, /, gamma: float = 2.0) -> Loss:
+def focal(counts: Tensor, /, gamma: float = 2.0) -> Loss:
     """Focal loss on the softmax, -(1 - p_y)^gamma * log p_y (after Lin et al. 2017, who use sigmoids)."""
     _require(gamma >= 0, f"focal(gamma={gamma}): gamma must be 0 or more")
 
-    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
         log_p = log_softmax(logits.float(), 1)
         own = labels[:, None]
         # log(1 - p_y) from the other classes: 1 - p_y itself vanishes, and so would the gradient's accuracy.
@@ -84,7 +81,7 @@ def focal(counts: torch.Tensor, /, gamma: float = 2.0) -> Loss:
 
 
 @LOSSES.register("class_balanced")
-def class_balanced(counts: torch.Tensor, /, beta: float = 0.9999) -> Loss:
+def class_balanced(counts: Tensor, /, beta: float = 0.9999) -> Loss:
     """Cross-entropy weighted by the inverse effective number of images, (1 - beta) / (1 - beta^n_y) (Cui et al. 2019).
 
     The weights are scaled to a mean of 1 over the classes that have images.
@@ -94,20 +91,20 @@ def class_balanced(counts: torch.Tensor, /, beta: float = 0.9999) -> Loss:
     inverse = torch.where(counts > 0, inverse, 0.0)
     weights = (inverse * (counts > 0).sum() / inverse.sum()).float()
 
-    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
         return weights[labels] * softmax_cross_entropy(logits.float(), labels, reduction="none")
 
     return loss
 
 
 @LOSSES.register("balanced_softmax")
-def balanced_softmax(counts: torch.Tensor, /) -> Loss:
+def balanced_softmax(counts: Tensor, /) -> Loss:
     """Cross-entropy of logits + log n (Ren et al. 2020): `logit_adjustment` at tau = 1."""
     return logit_adjustment(counts, tau=1.0)
 
 
 @LOSSES.register("logit_adjustment")
-def logit_adjustment(counts: torch.Tensor, /, tau: float = 1.0) -> Loss:
+def logit_adjustment(counts: Tensor, /, tau: float = 1.0) -> Loss:
     """Cross-entropy of logits + tau * log(class share) (Menon et al. 2021, equation 10).
 
     The model is trained with the adjustment and tested without it. Classes without images are left out of the softmax.
@@ -115,14 +112,14 @@ def logit_adjustment(counts: torch.Tensor, /, tau: float = 1.0) -> Loss:
     _require(tau >= 0, f"logit_adjustment(tau={tau}): tau must be 0 or more")
     adjustment = torch.where(counts > 0, tau * (counts / counts.sum()).log(), -math.inf)
 
-    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
         return softmax_cross_entropy(logits.float() + adjustment, labels, reduction="none")
 
     return loss
 
 
 @LOSSES.register("ldam")
-def ldam(counts: torch.Tensor, /, max_margin: float = 0.5, scale: float = 30.0) -> Loss:
+def ldam(counts: Tensor, /, max_margin: float = 0.5, scale: float = 30.0) -> Loss:
     """Label-distribution-aware margin loss, margins in proportion to n^-1/4 (Cao et al. 2019).
 
     Cross-entropy of scale * logits after the margin of y is taken from the logit of y. Made for cosine logits (features
@@ -132,7 +129,7 @@ def ldam(counts: torch.Tensor, /, max_margin: float = 0.5, scale: float = 30.0) 
     _require(max_margin >= 0, f"ldam(max_margin={max_margin}): max_margin must be 0 or more")
     margins = torch.where(counts > 0, max_margin * (counts[counts > 0].min() / counts) ** 0.25, 0.0)
 
-    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
         own = labels[:, None]
         lowered = logits.float().scatter_add(1, own, -margins[own])
         return softmax_cross_entropy(scale * lowered, labels, reduction="none")
@@ -141,7 +138,7 @@ def ldam(counts: torch.Tensor, /, max_margin: float = 0.5, scale: float = 30.0) 
 
 
 @LOSSES.register("equalization")
-def equalization(counts: torch.Tensor, /, gamma: float = 0.95, threshold: float = 0.003) -> Loss:
+def equalization(counts: Tensor, /, gamma: float = 0.95, threshold: float = 0.003) -> Loss:
     """Softmax equalization loss: rare classes are spared as negatives of other classes' images (Tan et al. 2020).
 
     In the softmax's denominator a class other than y whose share of the training images is below `threshold` gets the
@@ -157,7 +154,7 @@ def equalization(counts: torch.Tensor, /, gamma: float = 0.95, threshold: float 
     _require(0 <= gamma < 1, f"equalization(gamma={gamma}): gamma must lie in [0, 1)")
     log_weight = torch.where(counts / counts.sum() < threshold, math.log1p(-gamma), 0.0)
 
-    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
         own = labels[:, None]
         weighted = logits.float() + log_weight
         weighted = weighted.scatter(1, own, logits.float().gather(1, own))

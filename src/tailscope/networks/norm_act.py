@@ -1,9 +1,8 @@
 """Batch norm, an optional shortcut and ReLU as one module; on a CPU in a kernel of our own where that is possible.
 
 The kernel passes over the activations twice in each direction, where the separate operations of PyTorch pass six times
-forward. It is registered with `torch.library`, so that `torch.compile` and fake tensors know it.
-
-Compile a C++ file of this folder when it is first needed, and keep the result in the user's cache.
+forward. It is registered with `torch.library`, so that `torch.compile` and fake tensors know it. The C++ file beside
+this one is compiled when it is first needed, and the result is kept in the user's cache.
 """
 
 import ctypes
@@ -31,8 +30,8 @@ _log = logging.getLogger(__name__)
 
 
 @functools.cache
-def library(name: str) -> ctypes.CDLL | None:
-    """Return the compiled `name`.cpp; None where that cannot be had, which costs speed and nothing else.
+def library() -> ctypes.CDLL | None:
+    """Return the compiled kernel; None where that cannot be had, which costs speed and nothing else.
 
     It takes a C++ compiler (`$CXX`, else g++) and Linux. The result is kept under `$XDG_CACHE_HOME/tailscope`, named
     by the source, the compiler and the processor, since it is built for the processor at hand. It ends with the digest
@@ -41,9 +40,9 @@ def library(name: str) -> ctypes.CDLL | None:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None or sys.platform != "linux":
         return None
-    source = Path(__file__).with_name(f"{name}.cpp")
+    source = Path(__file__).with_name("batch_norm.cpp")
     try:
-        file = cache_folder() / f"{name}-{_fingerprint(source, compiler)}.so"
+        file = cache_folder() / f"{source.stem}-{_fingerprint(source, compiler)}.so"
         if not _is_whole(file):
             _compile(compiler, source, file)
         _share_openmp()
@@ -51,11 +50,6 @@ def library(name: str) -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError) as error:
         _log.warning("%s is not used, training will be slower: %s", source.name, error)
         return None
-
-
-def pointers(*tensors: torch.Tensor | None) -> list[ctypes.c_void_p]:
-    """Return where the tensors' values lie, as a compiled function takes it; a null pointer for None."""
-    return [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
 
 
 def cache_folder() -> Path:
@@ -98,9 +92,7 @@ def _compile(compiler: str, source: Path, to: Path) -> None:
 
 def _is_whole(file: Path) -> bool:
     """Whether a compiled file is there and ends with the SHA-256 of the rest."""
-    if not file.is_file():
-        return False
-    content = file.read_bytes()
+    content = file.read_bytes() if file.is_file() else b""
     return content[-_DIGITS:] == _digest(content[:-_DIGITS])
 
 
@@ -110,9 +102,8 @@ def _digest(content: bytes) -> bytes:
 
 def _share_openmp() -> None:
     """Make PyTorch's OpenMP visible to libraries that are loaded from now on."""
-    bundled = sorted(Path(torch.__file__).parent.parent.glob("torch*/lib*/libgomp*.so*")) + sorted(
-        Path(torch.__file__).parent.parent.glob("torch.libs/libgomp*.so*")
-    )
+    packages = Path(torch.__file__).parent.parent
+    bundled = [*sorted(packages.glob("torch*/lib*/libgomp*.so*")), *sorted(packages.glob("torch.libs/libgomp*.so*"))]
     ctypes.CDLL(str(bundled[0]) if bundled else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
 
 
@@ -128,12 +119,10 @@ class NormAct(nn.BatchNorm2d):
     PyTorch's own operations take over for what the kernel does not know: other devices, types and layouts, channels
     that are no multiple of 16, single images, gradients in evaluation, compiled networks, and machines without a
     compiler.
-
-    Attributes:
-        fused: whether the kernel may be used at all.
     """
 
     fused = True
+    """Whether the kernel may be used at all."""
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """Return activations [B, C, H, W] normalised, added to the shortcut if there is one, and rectified."""
@@ -142,11 +131,15 @@ class NormAct(nn.BatchNorm2d):
             return F.relu(plain if shortcut is None else plain + shortcut)
         if shortcut is not None:
             shortcut = shortcut.contiguous(memory_format=torch.channels_last)
-        if not self.training:
-            return self._evaluate(x, shortcut)
         out: Tensor
-        out, statistics = _Fused.apply(x, shortcut, self.weight, self.bias, self.eps)
-        self._track(statistics)
+        if self.training:
+            out, statistics = _Fused.apply(x, shortcut, self.weight, self.bias, self.eps)
+            self._track(statistics)
+        else:
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            scale = self.weight * torch.rsqrt(self.running_var + self.eps)
+            out = torch.ops.tailscope.scale_shift_relu(x, shortcut, scale, self.bias - self.running_mean * scale)
         return out
 
     def _fits(self, x: Tensor, shortcut: Tensor | None) -> bool:
@@ -165,13 +158,6 @@ class NormAct(nn.BatchNorm2d):
             and not torch.compiler.is_compiling()  # the compiler fuses the plain operations itself
         )
 
-    def _evaluate(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        scale = self.weight * torch.rsqrt(self.running_var + self.eps)
-        out: Tensor = torch.ops.tailscope.scale_shift_relu(x, shortcut, scale, self.bias - self.running_mean * scale)
-        return out
-
     @torch.no_grad()
     def _track(self, statistics: Tensor) -> None:
         """Move the running statistics as `nn.BatchNorm2d` does."""
@@ -187,7 +173,7 @@ class NormAct(nn.BatchNorm2d):
 
 def available() -> bool:
     """Whether the kernel can be used on this machine; compiles it the first time."""
-    return library("batch_norm") is not None
+    return library() is not None
 
 
 def fits(network: nn.Module) -> bool:
@@ -259,8 +245,9 @@ def _call(function: str, tensors: list[Tensor | None], numbers: list[ctypes.c_fl
     assert x is not None
     channels = x.shape[1]
     sizes = (ctypes.c_int64(x.numel() // channels), ctypes.c_int64(channels))
-    compiled = getattr(library("batch_norm"), f"{function}_{_NAMES[x.dtype]}")
-    compiled(*pointers(*tensors), *sizes, *numbers, torch.get_num_threads())
+    compiled = getattr(library(), f"{function}_{_NAMES[x.dtype]}")
+    pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
+    compiled(*pointers, *sizes, *numbers, torch.get_num_threads())
 
 
 @_operator("forward", "norm_act(Tensor x, Tensor? shortcut, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)")

@@ -1,8 +1,6 @@
-"""Residual networks: for CIFAR, for 8x8 images, and for photographs.
+"""Residual networks for CIFAR with option-A shortcuts (He et al. 2016, section 4.2), for 8x8 images and photographs.
 
-CIFAR ResNets (He et al. 2016, section 4.2) with option-A shortcuts, and a tiny one for 8x8 images.
-
-ResNet-10 for 224x224 images (Liu et al. 2019): one basic block in each of the four stages of He et al. 2016.
+ResNet-10 for 224x224 images (Liu et al. 2019) has one basic block in each of the four stages of He et al. 2016.
 """
 
 import torch

@@ -21,16 +21,14 @@ from tailscope.data.sources import load
 from tailscope.device import Runtime
 from tailscope.errors import UserError, expanded
 from tailscope.experiments.options import Reproduction
-from tailscope.experiments.results import Run
 from tailscope.experiments.running import EXPERIMENTS
-from tailscope.experiments.settings import Settings, store_root
-from tailscope.experiments.stages import Lab
-from tailscope.origin import command
+from tailscope.experiments.runs import Run, Settings, store_root
+from tailscope.experiments.stages import Stages
 from tailscope.progress import Deadline, Progress, Quiet, TimeIsUp, duration
 from tailscope.reproduce import claims
 from tailscope.reproduce.reproduce import Tell, conclude, draw, fixed_part, runs
 from tailscope.reproduce.trainings import Trainings, failure
-from tailscope.results import check_free, stored_spec, write
+from tailscope.results import check_free, command, stored_spec, write
 from tailscope.store import Store, make_folder, pack, packed_bytes
 
 DATASETS = ("cifar10-lt", "cifar100-lt")
@@ -118,7 +116,7 @@ def run_queue(reproduction: Reproduction, *, tell: Tell = print, progress: Progr
 class _Part:
     """One data set of a reproduction: what is wanted of it, and once its images have come, its lab and its runs."""
 
-    lab: Lab
+    lab: Stages
     runs: Mapping[str, list[Run]]
 
     def __init__(self, reproduction: Reproduction) -> None:
@@ -135,7 +133,7 @@ class _Part:
     def take_in(self, runtime: Runtime) -> None:
         data = load(self.data, data_root=self.reproduction.data_root)
         make_folder(self.out, "--out")
-        self.lab = Lab(data, Store(store_root(self.out, self.reproduction.store)), runtime)
+        self.lab = Stages(data, Store(store_root(self.out, self.reproduction.store)), runtime)
         self.runs = {experiment: list(runs(self.lab, self.settings, experiment)) for experiment in self.wanted}
         self.open = True
 

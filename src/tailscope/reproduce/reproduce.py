@@ -22,10 +22,9 @@ from tailscope.device import Runtime, arithmetic_of
 from tailscope.errors import UserError
 from tailscope.experiments import geometry, swap
 from tailscope.experiments.options import Reproduction
-from tailscope.experiments.results import Run, evaluate, training_sets
-from tailscope.experiments.running import EXPERIMENTS, workplace
-from tailscope.experiments.settings import Settings, store_root
-from tailscope.experiments.stages import Lab
+from tailscope.experiments.running import EXPERIMENTS, start_processes
+from tailscope.experiments.runs import Run, Settings, evaluate, store_root, training_sets
+from tailscope.experiments.stages import Stages
 from tailscope.methods import LOSSES
 from tailscope.methods.augmentations import build
 from tailscope.progress import Progress, Quiet, duration
@@ -67,15 +66,15 @@ def run_reproduce(
     """
     reproduction.settings(), reproduction.wanted()
     runtime = Runtime.choose(reproduction.device, engine=reproduction.engine)
-    with workplace(reproduction.open(), reproduction.on_files, runtime) as place:
+    with start_processes(reproduction.open(), reproduction.on_files, runtime) as place:
         recipe = place.recipe(reproduction.settings().recipe)
         settings = reproduction.settings().model_copy(update={"recipe": recipe})
         make_folder(reproduction.out, "--out")
-        lab = place.lab(Store(store_root(reproduction.out, reproduction.store)), progress or Quiet(), tell)
+        lab = place.stages(Store(store_root(reproduction.out, reproduction.store)), progress or Quiet(), tell)
         return _reproduce(reproduction, lab, settings, tell)
 
 
-def _reproduce(reproduction: Reproduction, lab: Lab, settings: Settings, tell: Tell) -> dict[str, Any]:
+def _reproduce(reproduction: Reproduction, lab: Stages, settings: Settings, tell: Tell) -> dict[str, Any]:
     """Plan, run and conclude on an opened data set."""
     wanted = reproduction.wanted()
     for experiment in wanted:
@@ -113,7 +112,7 @@ def _tell_plan(tell: Tell, reproduction: Reproduction, settings: Settings, plan:
 # -- what results say -----------------------------------------------------------------------------------------------
 
 
-def conclude(lab: Lab, settings: Settings, out: Path) -> dict[str, Any]:
+def conclude(lab: Stages, settings: Settings, out: Path) -> dict[str, Any]:
     """Decide the claims and build the tables on every result in OUT of this data and recipe; write both.
 
     Their seeds, and the backbones of a swap, may differ from the settings'. Returns `results` by experiment, `claims`
@@ -147,7 +146,7 @@ def draw(out: Path, tell: Tell) -> None:
         tell(f"{missing.name} is not installed: no figures, no report.html; where it is, `tailscope report {out.name}`")
 
 
-def outcomes(lab: Lab, settings: Settings, experiment: str) -> Outcomes:
+def outcomes(lab: Stages, settings: Settings, experiment: str) -> Outcomes:
     """Return which test images each row of `swap` or `ladder` gets right; everything must have been trained."""
     quiet = with_progress(lab, Quiet())
     found: dict[str, list[Any]] = {}
@@ -157,14 +156,14 @@ def outcomes(lab: Lab, settings: Settings, experiment: str) -> Outcomes:
     return {row: np.stack(per_seed) for row, per_seed in found.items()}
 
 
-def with_progress(lab: Lab, progress: Progress) -> Lab:
+def with_progress(lab: Stages, progress: Progress) -> Stages:
     """Return the same lab, with a model of its own, that reports to another progress: for another thread, say."""
     other = copy.copy(lab)
     other.runtime = replace(lab.runtime, progress=progress)
     return other
 
 
-def _recalled(lab: Lab, settings: Settings, results: Mapping[str, Any]) -> Outcomes:
+def _recalled(lab: Stages, settings: Settings, results: Mapping[str, Any]) -> Outcomes:
     """Return the per-item outcomes of those results whose stages are all stored."""
     found: Outcomes = {}
     for experiment in [verb for verb in ("swap", "ladder") if verb in results]:
@@ -188,7 +187,7 @@ def fixed_part(spec: Mapping[str, Any]) -> dict[str, Any]:
 # -- what is to be done ---------------------------------------------------------------------------------------------
 
 
-def runs(lab: Lab, settings: Settings, experiment: str) -> Iterator[Run]:
+def runs(lab: Stages, settings: Settings, experiment: str) -> Iterator[Run]:
     """Yield the runs of `swap`, `ladder` or `geometry` over all seeds, those of a backbone together."""
     for seed in settings.seeds:
         yield from _RUNS[experiment](settings, training_sets(lab, settings, seed), seed)
@@ -209,7 +208,7 @@ class PlannedBackbone:
     images_left: int
 
     @classmethod
-    def of(cls, lab: Lab, run: Run) -> "PlannedBackbone":
+    def of(cls, lab: Stages, run: Run) -> "PlannedBackbone":
         """Look up a run's backbone in the store."""
         key, images = run.backbone_key, len(run.trained_on.rows)
         passes, steps = run.stage1.train.images(images), run.stage1.train.lengths(images)[1]
@@ -252,7 +251,7 @@ class Plan:
         return not self.to_train and not self.classifiers
 
 
-def make_plan(lab: Lab, settings: Settings, experiments: Sequence[str]) -> Plan:
+def make_plan(lab: Stages, settings: Settings, experiments: Sequence[str]) -> Plan:
     """Look up in the store every stage that the experiments need.
 
     Features that are stored are counted as work where that cannot be seen from the stages: the estimate errs high.
@@ -317,14 +316,14 @@ class Rates:
         return stored if all(known) else f"{stored}, where it knows such ones ({sum(known)}), else {measured}"
 
 
-def remembered(lab: Lab, recipe: Recipe, plan: Plan) -> dict[Augment, float]:
+def remembered(lab: Stages, recipe: Recipe, plan: Plan) -> dict[Augment, float]:
     """Return the seconds an image took in stored trainings like the plan's: the median, by augmentation.
 
     Alike are the data set, the network, the batch, the precision, the engine if one was asked for, and the hardware
     with its number of threads. Descriptions that cannot be read say nothing.
     """
     assert isinstance(lab.data.train, ImageSet)
-    with lab.runtime.threads_for(lab.data.train.images, recipe.stage1.batch):
+    with lab.runtime.threads_for(recipe.stage1.batch * lab.data.train.images.shape[1:3].numel()):
         here = lab.runtime.describe()
     precision = str(lab.runtime.dtype(recipe.stage1.precision)).removeprefix("torch.")
     alike = (
@@ -349,7 +348,7 @@ def remembered(lab: Lab, recipe: Recipe, plan: Plan) -> dict[Augment, float]:
     return {augment: statistics.median(seconds) for augment, seconds in found.items()}
 
 
-def measure(lab: Lab, recipe: Recipe, plan: Plan, seconds: float | None = None) -> Rates:
+def measure(lab: Stages, recipe: Recipe, plan: Plan, seconds: float | None = None) -> Rates:
     """Time what the plan needs on the first training images: steps, augmentation, extraction.
 
     All together it takes `seconds`, by default `SECONDS`. Steps are timed without compiling, which would take longer
@@ -381,7 +380,7 @@ def measure(lab: Lab, recipe: Recipe, plan: Plan, seconds: float | None = None) 
     )
 
 
-def _step(lab: Lab, recipe: Recipe, runtime: Runtime, seconds: float) -> float:
+def _step(lab: Stages, recipe: Recipe, runtime: Runtime, seconds: float) -> float:
     assert isinstance(lab.data.train, ImageSet)
     train, classes = recipe.stage1, lab.data.train.num_classes
     images, labels = (t[: train.batch].to(runtime.device) for t in (lab.data.train.images, lab.data.train.labels))
@@ -389,7 +388,7 @@ def _step(lab: Lab, recipe: Recipe, runtime: Runtime, seconds: float) -> float:
     loss = LOSSES.make("cross_entropy", torch.bincount(labels, minlength=classes))
     compute = loss_function(model, loss, lab.normalize.to(runtime.device), runtime.dtype(train.precision))
     stepper = Stepper(model, compute, train)
-    with runtime.threads_for(images, train.batch):
+    with runtime.threads_for(train.batch * images.shape[1:3].numel()):
         # Reading the loss waits for the device.
         return _seconds_each(lambda: stepper(images, labels, 0.01).item(), len(labels), seconds)
 

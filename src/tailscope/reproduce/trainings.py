@@ -18,8 +18,8 @@ import torch
 
 from tailscope.device import Runtime
 from tailscope.errors import UserError
-from tailscope.experiments.results import Run, evaluate
-from tailscope.experiments.stages import Lab
+from tailscope.experiments.runs import Run, evaluate
+from tailscope.experiments.stages import Stages
 from tailscope.progress import Advance, Deadline, Progress, Quiet, TimeIsUp
 from tailscope.reproduce.reproduce import Tell, with_progress
 
@@ -51,7 +51,7 @@ class _Training(Quiet):
     Its state is `waiting`, `training`, `fitting`, `done`, `unfinished` (the time was too short) or `failed`.
     """
 
-    lab: Lab
+    lab: Stages
     run: Run
     number: int
     stop: threading.Event
@@ -125,7 +125,7 @@ class Trainings:
             self._pool.shutdown()
         self.tell(f"{self._count('fitting', 'done')} of {self.total} backbones trained")
 
-    def add(self, lab: Lab, runs: Iterable[Run]) -> None:
+    def add(self, lab: Stages, runs: Iterable[Run]) -> None:
         """Take in the backbones of these runs that are not stored."""
         new: dict[str, _Training] = {}
         for run in runs:

@@ -9,12 +9,13 @@ digests, and only then does anything appear in the store. Nothing that is there 
 import hashlib
 import io
 import json
+import math
 import re
 import shutil
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -60,19 +61,10 @@ def pack(
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> list[Path]:
-    """Write entries and checkpoints to an archive, in this order, and check every byte of them on the way.
+    """Write complete entries and checkpoints, each (kind, key), to an archive in this order; return what was written.
 
-    Args:
-        store: has them.
-        to: the archive, such as `stages.tar`.
-        entries: (kind, key) of complete entries.
-        checkpoints: (kind, key) of unfinished ones; what a running training goes on to write does not disturb.
-        limit: bytes that an archive may have. What does not fit into one is cut, between entries, into
-            `stages-1.tar`, `stages-2.tar` ..., each an archive of its own.
-        progress: receives the number of entries done.
-
-    Returns:
-        The archives written.
+    Every byte is checked on the way; what a running training goes on to write does not disturb. What does not fit into
+    `limit` bytes is cut, between entries, into `stages-1.tar`, `stages-2.tar` ..., each an archive of its own.
 
     Raises:
         UserError: one is not there, damaged or larger than the limit, or the disk refuses.
@@ -91,11 +83,7 @@ def pack(
 
 
 def packed_bytes(store: Store, kind: str, key: str, *, checkpoint: bool = False) -> int:
-    """Return at most how many bytes an entry, or a checkpoint, takes of an archive.
-
-    Raises:
-        UserError: it is not there or damaged.
-    """
+    """Return at most how many bytes an entry, or a checkpoint, takes of an archive."""
     if checkpoint:
         sizes = [_checkpoint_of(store, kind, key).stat().st_size]
     else:
@@ -106,18 +94,15 @@ def packed_bytes(store: Store, kind: str, key: str, *, checkpoint: bool = False)
     return sum(size + 3 * _BLOCK for size in sizes)
 
 
-_Write = Callable[[Store, str, str, "_Archive"], None]
-
-
 def _groups(things: Sequence[Any], sizes: Sequence[int], limit: int | None) -> list[list[Any]]:
     """Cut things, in their order, into groups that fit into the limit; without one there is one group."""
-    room = None if limit is None else limit - tarfile.RECORDSIZE - 4 * _BLOCK  # what ends an archive
+    room = math.inf if limit is None else limit - tarfile.RECORDSIZE - 4 * _BLOCK  # what ends an archive
     groups: list[list[Any]] = [[]]
     filled = 0
     for thing, size in zip(things, sizes, strict=True):
-        if room is not None and size > room:
+        if size > room:
             raise UserError(f"{thing[1]} {thing[2]}: takes {size:,} bytes, more than the limit of {limit:,} allows")
-        if room is not None and filled + size > room:
+        if filled + size > room:
             groups.append([])
             filled = 0
         groups[-1].append(thing)
@@ -132,32 +117,15 @@ class _Archive:
         self._tar = tar
         self.files: dict[str, dict[str, Any]] = {}
 
-    def add(self, name: str, size: int, file: IO[bytes]) -> str:
-        """Append `size` bytes of a file; return their SHA-256."""
+    def add(self, name: str, file: io.BufferedReader | io.BytesIO) -> str:
+        """Append a file; return its SHA-256."""
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
         info = tarfile.TarInfo(name)  # of mode 644, owner 0 and 1970: the same for everybody
-        info.size = size
-        hashed = _Hashed(file)
-        self._tar.addfile(info, hashed)
-        digest = hashed.hash.hexdigest()
-        self.files[name] = {"bytes": size, "sha256": digest}
+        info.size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        self._tar.addfile(info, file)
+        self.files[name] = {"bytes": info.size, "sha256": digest}
         return digest
-
-    def add_bytes(self, name: str, data: bytes) -> str:
-        """Append a file of this content."""
-        return self.add(name, len(data), io.BytesIO(data))
-
-
-class _Hashed(io.RawIOBase):
-    """A file that is hashed while it is read."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self.hash = file, hashlib.sha256()
-
-    def read(self, size: int = -1, /) -> bytes:
-        """Read and hash."""
-        data = self._file.read(size)
-        self.hash.update(data)
-        return data
 
 
 @contextmanager
@@ -170,7 +138,8 @@ def _new_archive(path: Path) -> Iterator[_Archive]:
     ):
         archive = _Archive(tar)
         yield archive
-        archive.add_bytes(MANIFEST, json.dumps({"schema": SCHEMA, "files": archive.files}, indent=0).encode())
+        manifest = json.dumps({"schema": SCHEMA, "files": archive.files}, indent=0).encode()
+        archive.add(MANIFEST, io.BytesIO(manifest))
 
 
 def _pack_entry(store: Store, kind: str, key: str, archive: _Archive) -> None:
@@ -179,24 +148,21 @@ def _pack_entry(store: Store, kind: str, key: str, archive: _Archive) -> None:
     found: Digests = {}
     for name in (TENSORS, META):
         with reading(entry / name), (entry / name).open("rb") as file:
-            size = file.seek(0, io.SEEK_END)
-            file.seek(0)
-            found[name] = archive.add(f"{kind}/{key}/{name}", size, file)
+            found[name] = archive.add(f"{kind}/{key}/{name}", file)
         if stored is not None and found[name] != stored[name]:
             raise Damaged(f"{entry / name}: damaged (its bytes do not fit its digest)")
-    archive.add_bytes(f"{kind}/{key}/{DONE}", done_text(found).encode())
+    archive.add(f"{kind}/{key}/{DONE}", io.BytesIO(done_text(found).encode()))
 
 
 def _pack_checkpoint(store: Store, kind: str, key: str, archive: _Archive) -> None:
     path = _checkpoint_of(store, kind, key)
-    with reading(path):
-        data = path.read_bytes()  # once: a running training may replace it at any moment
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / path.name
-        with writing(copy):
-            copy.write_bytes(data)
+        with reading(path):
+            shutil.copyfile(path, copy)  # a running training may replace it at any moment
         check_checkpoint(copy)
-    archive.add_bytes(f"{SCRATCH}/{kind}-{key}/{CHECKPOINT}", data)
+        with copy.open("rb") as file:
+            archive.add(f"{SCRATCH}/{kind}-{key}/{CHECKPOINT}", file)
 
 
 def _checkpoint_of(store: Store, kind: str, key: str) -> Path:
@@ -233,11 +199,7 @@ class Added:
 def add(store: Store, *files: Path, replace: bool = False, progress: Progress | None = None) -> Added:
     """Put what archives hold into a store; all of them are checked before anything appears in it.
 
-    Args:
-        store: gets it.
-        files: archives that `pack` wrote.
-        replace: an entry of the archive replaces one of another content that is in the store.
-        progress: receives the number of files checked.
+    With `replace` an entry of an archive replaces one of another content that is in the store.
 
     Raises:
         UserError: an archive is damaged, or holds what `pack` does not write; nothing was added. Or the disk refuses.
@@ -274,12 +236,6 @@ class _Member:
             to.write(data)
             left -= len(data)
         return digest.hexdigest()
-
-    def text(self) -> bytes:
-        """Return the content of a short file."""
-        content = io.BytesIO()
-        self.copy(content)
-        return content.getvalue()
 
 
 @contextmanager
@@ -338,13 +294,10 @@ def _listed(file: Path, archive: IO[bytes]) -> dict[str, _Member]:
 
 
 def _unpack(file: Path, members: dict[str, _Member], to: Path, advance: Callable[[int], None]) -> None:
-    """Write an archive's files to a folder and check them.
-
-    Raises:
-        UserError: one is not what the manifest, or its entry's digests, say.
-    """
+    """Write an archive's files to a folder and check them."""
+    members.pop(MANIFEST).copy(text := io.BytesIO())
     try:
-        manifest = json.loads(members.pop(MANIFEST).text())
+        manifest = json.loads(text.getvalue())
         files = {name: (stated["bytes"], stated["sha256"]) for name, stated in manifest["files"].items()}
         known = manifest["schema"] == SCHEMA
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -390,10 +343,11 @@ def _place_entry(store: Store, building: Path, done: Added, replace: bool) -> No
         if not ours:
             done.busy.append(name)
             return
-        try:
-            there = _digests_there(store, kind, key)
-        except Damaged:
-            there = {}
+        there: Digests | None = {}  # what is damaged
+        with suppress(Damaged):
+            if store.has(kind, key):
+                store.check(kind, key)
+            there = store.compute_digests(kind, key) if store.has(kind, key) else None
         if there == Store(building.parent.parent).digests(kind, key):
             done.equal.append(name)
         elif there and not replace:
@@ -403,14 +357,6 @@ def _place_entry(store: Store, building: Path, done: Added, replace: bool) -> No
                 sync(building / file)
             store.put_in_place(kind, key, building)
             (done.added if there is None else done.replaced).append(name)
-
-
-def _digests_there(store: Store, kind: str, key: str) -> Digests | None:
-    """Return the digests of an entry that is in the store, every byte of which is checked; None where there is none."""
-    if not store.has(kind, key):
-        return None
-    store.check(kind, key)
-    return store.compute_digests(kind, key)
 
 
 def _place_checkpoint(store: Store, unpacked: Path, done: Added) -> None:

@@ -31,7 +31,7 @@ class Row:
         written: seconds since 1970.
         arithmetic: what computed it, as far as it says.
         state: `verified` (every byte was checked just now), `digests` (has them, and reading checks), `unverified` (was
-            written before there were digests), `damaged` or `unreadable` (by whoever asks).
+            written before there were digests), `damaged` or `unreadable` (for the caller).
         problem: what is damaged or unreadable.
     """
 
@@ -97,29 +97,22 @@ def prune(
         progress: receives the number of entries checked.
 
     Raises:
-        UserError: a kind is unknown, or the disk refuses.
+        UserError: a kind is unknown or may not be read, or the disk refuses.
     """
     unknown = sorted(set(kinds) - {*KINDS, *store.kinds()})
     if unknown:
         raise UserError(f"--kind {unknown[0]}: no such kind; known: {', '.join(KINDS)}")
     rows = verify(store, progress) if damaged else inventory(store)
-    for row in rows:
-        if row.kind in kinds and not row.key:
-            raise UserError(f"{row.problem}")
-    chosen = [
-        row
-        for row in rows
-        if (row.kind in kinds and not row.checkpoint)
-        or (scratch and row.checkpoint)
-        or (damaged and row.state == "damaged")
-    ]
+    if unread := next((row for row in rows if row.kind in kinds and not row.key), None):
+        raise UserError(f"{unread.problem}")
     done = Pruned()
-    for row in chosen:
-        if not row.key.startswith(tuple(keep)):
-            by_name = scratch if row.checkpoint else row.kind in kinds
+    for row in rows:
+        by_name = scratch if row.checkpoint else row.kind in kinds
+        if (by_name or (damaged and row.state == "damaged")) and not row.key.startswith(tuple(keep)):
             _remove(store, row, done, dry_run=dry_run, by_name=by_name)
-    if scratch and not dry_run:
-        _remove_stale(store)
+    for folder in (store.root / SCRATCH).glob("adding-*") if scratch and not dry_run else ():
+        if time.time() - folder.stat().st_mtime > _STALE:
+            shutil.rmtree(folder, ignore_errors=True)
     return done
 
 
@@ -143,20 +136,18 @@ def _places(store: Store) -> Iterator[tuple[str, str, bool]]:
 def _row(store: Store, kind: str, key: str, unfinished: bool, *, check: bool) -> Row:
     folder = store.scratch(kind, key) if unfinished else store.entry(kind, key)
     what, arithmetic, problem = "", "", None
-    state: State = "damaged"
     try:
         look = _look_at_checkpoint if unfinished else _look_at_entry
-        what, arithmetic, state = look(store, kind, key, check)
-    except Damaged as error:
-        problem = str(error)
+        what, arithmetic, digested = look(store, kind, key, check)
+        state: State = ("verified" if check else "digests") if digested else "unverified"
     except UserError as error:
-        state, problem = "unreadable", str(error)
+        state, problem = "damaged" if isinstance(error, Damaged) else "unreadable", str(error)
     size, written = _size_and_time(folder)
     return Row(kind, key, unfinished, what, size, written, arithmetic, state, problem)
 
 
-def _look_at_entry(store: Store, kind: str, key: str, check: bool) -> tuple[str, str, State]:
-    """Return what an entry is, its arithmetic and its state."""
+def _look_at_entry(store: Store, kind: str, key: str, check: bool) -> tuple[str, str, bool]:
+    """Return what an entry is, its arithmetic and whether it has digests."""
     if not key:
         raise UserError(f"{store.root / kind}: may not be read; ask its owner for the right to read it")
     digested = store.check(kind, key) if check else store.digests(kind, key) is not None
@@ -164,18 +155,16 @@ def _look_at_entry(store: Store, kind: str, key: str, check: bool) -> tuple[str,
     with opened(path) as file:  # is it cut off?
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     what = describe(meta) or "; ".join(f"{one_line(name)} {shape}" for name, shape in list(shapes.items())[:2])
-    return what, _arithmetic(meta), ("verified" if check else "digests") if digested else "unverified"
+    return what, _arithmetic(meta), digested
 
 
-def _look_at_checkpoint(store: Store, kind: str, key: str, check: bool) -> tuple[str, str, State]:
+def _look_at_checkpoint(store: Store, kind: str, key: str, _: bool) -> tuple[str, str, bool]:
     path = store.scratch(kind, key) / CHECKPOINT
     with reading(path):
-        there = path.exists()
-    if not there:
-        return "leftovers of a killed run", "", "digests"
+        if not path.exists():
+            return "leftovers of a killed run", "", True
     artifact, digested = check_checkpoint(path)  # a checkpoint is small
-    what = f"after epoch {artifact.meta['epochs']}"
-    return what, "", ("verified" if check else "digests") if digested else "unverified"
+    return f"after epoch {artifact.meta['epochs']}", "", digested
 
 
 def _size_and_time(folder: Path) -> tuple[int, float]:
@@ -251,10 +240,3 @@ def _remove(store: Store, row: Row, done: Pruned, *, dry_run: bool, by_name: boo
                     (folder / DONE).unlink(missing_ok=True)  # absent to readers before the rest goes
                     shutil.rmtree(folder)
         done.removed.append(row)
-
-
-def _remove_stale(store: Store) -> None:
-    """Remove the folders of additions that were killed."""
-    for folder in (store.root / SCRATCH).glob("adding-*"):
-        if time.time() - folder.stat().st_mtime > _STALE:
-            shutil.rmtree(folder, ignore_errors=True)

@@ -1,7 +1,7 @@
 """Content-addressed entries: trained stages and extracted features under a kind and a key.
 
 An entry is a folder `STORE/kind/key/` with `tensors.safetensors`, `meta.json` and, written last, `DONE`: the SHA-256 of
-the other two, as `sha256sum -c` takes it; empty in entries of before there were digests, which are called unverified.
+the other two, as `sha256sum -c` takes it; empty in entries older than digests, which are called unverified.
 It is built in a folder of its own and renamed into place, so a reader sees all of it or nothing. A lock per entry lets
 two runs share a store: the second waits for the first and then finds the work done. Nothing is ever pickled.
 """
@@ -19,25 +19,7 @@ from safetensors.torch import load_file
 
 from tailscope.errors import UserError
 from tailscope.progress import Progress, Quiet
-from tailscope.store.files import (
-    CHECKPOINT,
-    Artifact,
-    Damaged,
-    Meta,
-    Tensors,
-    file_digest,
-    make_folder,
-    previous_of,
-    reading,
-    ready,
-    replacing,
-    require_utf8,
-    sync,
-    to_json,
-    whole_checkpoint,
-    write_tensors,
-    writing,
-)
+from tailscope.store import files
 
 STEP = 1.0
 """Seconds between two looks whether the time is up, while another run holds an entry."""
@@ -74,18 +56,18 @@ class Store:
     def __init__(self, root: Path) -> None:
         """Open the store at `root`, and create it if it is not there. Reading it takes no right to write."""
         self.root = root
-        require_utf8(root, "--store")
-        with reading(root):
+        files.require_utf8(root, "--store")
+        with files.reading(root):
             there = root.is_dir()
         if not there:
-            make_folder(root, "--store")
+            files.make_folder(root, "--store")
 
     # -- looking ------------------------------------------------------------------------------------------------
 
     def has(self, kind: str, key: str) -> bool:
         """Whether the entry is complete."""
         done = self.entry(kind, key) / DONE
-        with reading(done):
+        with files.reading(done):
             return done.is_file()
 
     def kinds(self) -> list[str]:
@@ -124,59 +106,63 @@ class Store:
         """Return the path of an entry's tensors."""
         return self.entry(kind, key) / TENSORS
 
-    # -- reading ------------------------------------------------------------------------------------------------
+    # -- reading -----------------------------------------------------------------------------------------------------
 
-    def read(self, kind: str, key: str) -> Artifact:
+    def read(self, kind: str, key: str) -> files.Artifact:
         """Read a complete entry and check every byte of it."""
         self.check(kind, key)  # before the file is mapped into memory, from which the same pages are read
         path = self.tensors_file(kind, key)
-        with reading(path):
-            return Artifact(load_file(path), self.meta(kind, key))
+        with files.reading(path):
+            return files.Artifact(load_file(path), self.meta(kind, key))
 
     def check(self, kind: str, key: str) -> bool:
         """Check every byte of a complete entry; return whether it had digests. One without gets them now."""
         entry = self.entry(kind, key)
-        stored, stamps = self.digests(kind, key), _stamps(entry)
-        found = self.compute_digests(kind, key)
+        stored = self.digests(kind, key)
         if stored is None:
-            with reading(entry / TENSORS):
+            with files.reading(entry / TENSORS):
                 load_file(entry / TENSORS)
             self.meta(kind, key)
-            self._add_digests(kind, key, found, stamps)
+            # Where the store may be written, and nobody, the caller neither, holds the entry.
+            with suppress(UserError), self.held(kind, key) as ours:
+                if ours and self.digests(kind, key) is None:
+                    with files.replacing(entry / DONE) as partial:
+                        write_done(partial, self.compute_digests(kind, key))
             return False
+        found = self.compute_digests(kind, key)
         for name, digest in found.items():
             if digest != stored[name]:
-                raise Damaged(f"{entry / name}: damaged (its bytes do not fit its digest)")
+                raise files.Damaged(f"{entry / name}: damaged (its bytes do not fit its digest)")
         return True
 
     def compute_digests(self, kind: str, key: str) -> Digests:
         """Return the digests of an entry's files as they are now."""
-        return {name: file_digest(self.entry(kind, key) / name) for name in (TENSORS, META)}
+        return {name: files.file_digest(self.entry(kind, key) / name) for name in (TENSORS, META)}
 
     def digests(self, kind: str, key: str) -> Digests | None:
-        """Return the digests that a complete entry was written with; None of an entry of before there were any."""
+        """Return the digests that a complete entry was written with; None for an entry older than digests."""
         path = self.entry(kind, key) / DONE
-        with reading(path):
+        with files.reading(path):
             text = path.read_bytes().decode("ascii")
         if not text:
             return None
         found = {name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}
         if found.keys() != {TENSORS, META} or done_text(found) != text:
-            raise Damaged(f"{path}: damaged (it does not hold the digests of {TENSORS} and {META})")
+            raise files.Damaged(f"{path}: damaged (it does not hold the digests of {TENSORS} and {META})")
         return found
 
-    def meta(self, kind: str, key: str) -> Meta:
+    def meta(self, kind: str, key: str) -> files.Meta:
         """Read only an entry's description, and check it."""
         stored = self.digests(kind, key)
         path = self.entry(kind, key) / META
-        if stored is not None and file_digest(path) != stored[META]:
-            raise Damaged(f"{path}: damaged (its bytes do not fit its digest)")
-        with reading(path):
+        if stored is not None and files.file_digest(path) != stored[META]:
+            raise files.Damaged(f"{path}: damaged (its bytes do not fit its digest)")
+        with files.reading(path):
             return dict(json.loads(path.read_text()))
 
-    def checkpoint(self, kind: str, key: str) -> Meta | None:
+    def checkpoint(self, kind: str, key: str) -> files.Meta | None:
         """Return the description of the checkpoint that a killed run would go on from, if one is whole."""
-        whole = whole_checkpoint(self.scratch(kind, key))
+        whole = files.whole_checkpoint(self.scratch(kind, key))
         return None if whole is None else whole[1].meta
 
     # -- making -------------------------------------------------------------------------------------------------
@@ -185,48 +171,45 @@ class Store:
         self,
         kind: str,
         key: str,
-        make: Callable[[Path], tuple[Tensors, Meta]],
+        make: Callable[[Path], tuple[files.Tensors, files.Meta]],
         progress: Progress | None = None,
-    ) -> tuple[Artifact, bool]:
+    ) -> tuple[files.Artifact, bool]:
         """Return the entry and whether it was there already, computing and storing it if not.
 
         A damaged entry is named in a warning and computed again; it stays until the new one is whole. Of a damaged
         checkpoint the one before is taken.
 
-        Args:
-            kind: the folder that such entries share.
-            key: names the entry.
-            make: gets a scratch folder that outlives a killed run: a place for checkpoints, removed on success.
-            progress: may end the wait for another run that is making the entry, at a safe point every second.
+        `make` gets a scratch folder that outlives a killed run, a place for checkpoints, removed on success. At every
+        safe point of `progress`, once a second, the wait for another run that is making the entry may end.
         """
         try:
             if self.has(kind, key):
                 return self.read(kind, key), True
-        except Damaged as error:
+        except files.Damaged as error:
             _log.warning("%s; it is made again", error)
         with self._locked(kind, key, progress or Quiet()):
-            with suppress(Damaged):
+            with suppress(files.Damaged):
                 if self.has(kind, key):
                     return self.read(kind, key), True
             scratch = self.scratch(kind, key)
-            with writing(scratch):
+            with files.writing(scratch):
                 scratch.mkdir(parents=True, exist_ok=True)
                 self.mend_checkpoint(kind, key)
             tensors, meta = make(scratch)
             self._write(kind, key, scratch / "entry", tensors, meta)
             shutil.rmtree(scratch, ignore_errors=True)
-        return Artifact(tensors, meta), False
+        return files.Artifact(tensors, meta), False
 
     def put_in_place(self, kind: str, key: str, building: Path) -> None:
         """Move a whole entry into place, and what is there away; the caller holds its lock."""
         entry, replaced = self.entry(kind, key), building.with_name(f"{building.name}.replaced")
-        with writing(entry):
+        with files.writing(entry):
             entry.parent.mkdir(parents=True, exist_ok=True)
             if entry.exists():  # without DONE, damaged, or to be replaced
                 entry.rename(replaced)
             building.rename(entry)
             if kind not in CHEAP:
-                sync(entry.parent)
+                files.sync(entry.parent)
         shutil.rmtree(replaced, ignore_errors=True)
 
     @contextmanager
@@ -242,47 +225,30 @@ class Store:
     def mend_checkpoint(self, kind: str, key: str) -> None:
         """Put the newest checkpoint that is whole where training looks for it; the caller holds the entry's lock."""
         scratch = self.scratch(kind, key)
-        newest, whole = scratch / CHECKPOINT, whole_checkpoint(scratch)
+        newest, whole = scratch / files.CHECKPOINT, files.whole_checkpoint(scratch)
         if whole is None:
-            for path in (newest, previous_of(newest)):
+            for path in (newest, files.previous_of(newest)):
                 path.unlink(missing_ok=True)
         elif whole[0] != newest:
             whole[0].replace(newest)
 
-    def _write(self, kind: str, key: str, building: Path, tensors: Tensors, meta: Meta) -> None:
+    def _write(self, kind: str, key: str, building: Path, tensors: files.Tensors, meta: files.Meta) -> None:
         entry = self.entry(kind, key)
-        description = to_json(entry / META, meta)
+        description = files.to_json(entry / META, meta)
         shutil.rmtree(building, ignore_errors=True)  # left by a killed run
         shutil.rmtree(building.with_name(f"{building.name}.replaced"), ignore_errors=True)
-        with writing(entry):
+        with files.writing(entry):
             building.mkdir()
             path = building / TENSORS
-            write_tensors(path, ready(tensors))
+            files.write_tensors(path, tensors)
             (building / META).write_text(description)
             if kind not in CHEAP:
-                sync(path)
-                sync(building / META)
-            write_done(building / DONE, {name: file_digest(building / name) for name in (TENSORS, META)})
+                files.sync(path)
+                files.sync(building / META)
+            write_done(building / DONE, {name: files.file_digest(building / name) for name in (TENSORS, META)})
             if kind not in CHEAP:
-                sync(building)
+                files.sync(building)
         self.put_in_place(kind, key, building)
-
-    def _add_digests(self, kind: str, key: str, digests: Digests, stamps: list[tuple[int, int]]) -> None:
-        """Give an entry of before its digests, where the store may be written and nobody, the caller neither, holds it.
-
-        Only to the files that they were computed of: another process may have replaced them meanwhile.
-        """
-        entry = self.entry(kind, key)
-        with suppress(UserError):
-            lock = self._try_lock(kind, key, quiet=True)
-            if lock is None:
-                return
-            try:
-                if self.digests(kind, key) is None and _stamps(entry) == stamps:
-                    with replacing(entry / DONE) as partial:
-                        write_done(partial, digests)
-            finally:
-                lock.release()
 
     @contextmanager
     def _locked(self, kind: str, key: str, progress: Progress) -> Iterator[None]:
@@ -299,74 +265,46 @@ class Store:
             lock.release()
 
     def _try_lock(self, kind: str, key: str, seconds: float = 0, *, quiet: bool = False) -> BaseFileLock | None:
-        """Try for some seconds to get a lock; a look every now and then, which Ctrl-C interrupts.
-
-        On a disk without locks, a file that is there is named in a warning, unless `quiet`.
-        """
+        """Try for some seconds to get a lock; a look every now and then, which Ctrl-C interrupts."""
         path = self.root / LOCKS / f"{kind}-{key}.lock"
-        with writing(self.entry(kind, key)):
+        with files.writing(self.entry(kind, key)):
             path.parent.mkdir(exist_ok=True)
             return try_lock(path, seconds, quiet=quiet)
 
 
 def try_lock(path: Path, seconds: float, *, quiet: bool = False) -> BaseFileLock | None:
-    """Try for some seconds to get the lock of a file, or of one beside it where the file system has no locks.
+    """Return the lock of a file, held, or of one beside it where the file system has no locks.
 
-    Args:
-        path: the file that stands for the lock.
-        seconds: how long to try.
-        quiet: whether the warning of a file system without locks has been given.
-
-    Returns:
-        The lock, held; None where another process holds it.
-
-    Raises:
-        OSError: the disk refuses.
+    None where another process holds it for all the `seconds`; of a file system without locks that is warned of, unless
+    `quiet`. An OSError says that the disk refuses.
     """
-    lock: BaseFileLock = FileLock(path)
-    try:
-        lock.acquire(timeout=seconds)
-    except Timeout:
-        return None
-    except (OSError, NotImplementedError) as error:
-        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
-            raise
-        return _try_soft_lock(path.with_suffix(".softlock"), seconds, quiet)
-    return lock
+    for lock in (FileLock(path), SoftFileLock(path.with_suffix(".softlock"))):
+        soft = isinstance(lock, SoftFileLock)  # where a file has to do, which a killed run leaves behind
+        try:
+            lock.acquire(timeout=seconds)
+        except Timeout:
+            if soft and not quiet:
+                said = "this disk has no locks but such files; delete it if no run is at work"
+                _log.warning("%s: %s", path.with_suffix(".softlock"), said)
+            return None
+        except (OSError, NotImplementedError) as error:
+            if soft or getattr(error, "errno", errno.ENOSYS) not in _NO_LOCKS:
+                raise
+        else:
+            return lock
+    return None
 
 
 def _names(folder: Path) -> list[str]:
     """Return the names in a folder, sorted; of none where there is no folder. `glob` hides what may not be read."""
-    with reading(folder):
+    with files.reading(folder):
         return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
-def _try_soft_lock(path: Path, seconds: float, quiet: bool) -> BaseFileLock | None:
-    """Try the same on a file system without locks, where a file has to do, which a killed run leaves behind."""
-    lock = SoftFileLock(path)
-    try:
-        lock.acquire(timeout=seconds)
-    except Timeout:
-        if not quiet:
-            _log.warning("%s: this disk has no locks but such files; delete it if no run is at work", path)
-        return None
-    return lock
-
-
-def _stamps(entry: Path) -> list[tuple[int, int]]:
-    """Return what tells an entry's files from others of the same names."""
-    stamps = []
-    for name in (TENSORS, META):
-        with reading(entry / name):
-            stat = (entry / name).stat()
-        stamps.append((stat.st_ino, stat.st_mtime_ns))
-    return stamps
-
-
 def write_done(path: Path, digests: Digests) -> None:
-    """Write an entry's last file, and wait until the disk has it: an empty one would mean an entry of before."""
+    """Write an entry's last file, and wait until the disk has it: an empty one means an entry older than digests."""
     path.write_text(done_text(digests), encoding="ascii", newline="\n")
-    sync(path)
+    files.sync(path)
 
 
 def done_text(digests: Digests) -> str:

@@ -36,10 +36,8 @@ CHECKPOINT = "checkpoint.safetensors"
 SYNC_EVERY = 5.0
 """Seconds: a file that is replaced more often, a checkpoint after short epochs, waits for the disk only so often."""
 
-_UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 _ADVICE = {
-    errno.EACCES: "ask for the right to write there, or take another folder",
-    errno.EPERM: "ask for the right to write there, or take another folder",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "ask for the right to write there, or take another folder"),
     errno.EROFS: "take another folder",
     errno.EXDEV: "all of a store must lie on one disk",
 }
@@ -79,9 +77,8 @@ def reading(path: Path) -> Iterator[None]:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise Damaged(f"{path}: damaged ({_reason(error)})") from error
     except PermissionError as error:
-        raise UserError(
-            f"{path}: may not be read ({_reason(error)}); ask its owner for the right to read it"
-        ) from error
+        why = f"may not be read ({_reason(error)})"
+        raise UserError(f"{path}: {why}; ask its owner for the right to read it") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({_reason(error)}); see whether its disk is well") from error
     # What safetensors and json raise; a description without its fields, of another type or nested without end.
@@ -104,7 +101,7 @@ def sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in _UNSUPPORTED:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
             raise
     finally:
         os.close(descriptor)
@@ -112,11 +109,9 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """Give a path to write to: the file there replaces `path` at the end, and goes where anything fails before.
+    """Give a path to write to: the file there replaces `path` at the end, and is removed if anything fails.
 
-    Args:
-        path: is there whole, as it was before or as it is now, at every moment.
-        durable: wait until the disk has it; a file that can be made again need not.
+    At every moment `path` is whole, in its old or its new form; where `durable`, even after a power cut.
 
     Raises:
         UserError: the disk refuses.
@@ -134,22 +129,13 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 
 def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal digits.
-
-    Raises:
-        Damaged: it is missing.
-        UserError: it may not be read.
-    """
+    """Return the SHA-256 of a file, in hexadecimal digits."""
     with reading(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def to_json(path: Path, meta: Meta) -> str:
-    """Return a description as JSON, which has no NaN and no infinity.
-
-    Raises:
-        UserError: it holds one; `path` is where it would have been stored.
-    """
+    """Return the description of what is to be stored at `path` as JSON, which has no NaN and no infinity."""
     try:
         return json.dumps(meta, indent=1, allow_nan=False)
     except ValueError as error:
@@ -169,22 +155,14 @@ def _finite(value: Any) -> bool:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically; NaN and infinities are refused: undefined must be None.
-
-    Raises:
-        UserError: the disk is full, or the like.
-    """
+    """Write JSON atomically; NaN and infinities are refused: undefined must be None."""
     text = json.dumps(value, indent=1, allow_nan=False)
     with replacing(path) as partial:
         partial.write_text(text + "\n")
 
 
 def require_utf8(path: Path, option: str) -> None:
-    """Refuse a name that safetensors cannot write to.
-
-    Raises:
-        UserError: it is no UTF-8.
-    """
+    """Refuse a name that is no UTF-8: safetensors cannot write to it."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -211,17 +189,13 @@ def make_folder(path: Path, option: str) -> Path:
 # -- tensors --------------------------------------------------------------------------------------------------------
 
 
-def ready(tensors: Tensors) -> Tensors:
+def _ready(tensors: Tensors) -> Tensors:
     """Return the tensors as safetensors takes them."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def load_tensors(path: Path) -> Tensors:
-    """Read a safetensors file, anybody's.
-
-    Raises:
-        UserError: it is missing, truncated or something else.
-    """
+    """Read a safetensors file, anybody's; one that is missing, truncated or something else is a `UserError`."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -237,7 +211,7 @@ def write_tensors(path: Path, tensors: Tensors, header: dict[str, str] | None = 
     """Write a safetensors file with the mode that umask gives; safetensors alone lets only the owner read it."""
     path.touch()
     mode = path.stat().st_mode
-    save_file(tensors, path, metadata=header)
+    save_file(_ready(tensors), path, metadata=header)
     path.chmod(mode)
 
 
@@ -249,7 +223,7 @@ def save_tensors(path: Path, tensors: Tensors, meta: Meta) -> None:
     Raises:
         UserError: the disk is full, or the like; or the description holds NaN.
     """
-    tensors, text = ready(tensors), to_json(path, meta)
+    tensors, text = _ready(tensors), to_json(path, meta)
     header = {"meta": text, "sha256": _digest_of(tensors, text)}
     with replacing(path, durable=False) as partial:
         write_tensors(partial, tensors, header)
@@ -258,12 +232,7 @@ def save_tensors(path: Path, tensors: Tensors, meta: Meta) -> None:
 
 
 def check_tensors(path: Path) -> bool:
-    """Check all that a file of `save_tensors` says; return whether it has a digest: of before there are some without.
-
-    Raises:
-        Damaged: it says something else than what was written, or is missing.
-        UserError: it may not be read.
-    """
+    """Check all that a file of `save_tensors` says; return whether it has a digest, as older files do not."""
     return _checked(path)[1]
 
 
@@ -299,11 +268,7 @@ def _digest_of(tensors: Tensors, text: str) -> str:
 
 
 def load_checkpoint(path: Path) -> Artifact:
-    """Read what `save_tensors` wrote.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
+    """Read what `save_tensors` wrote; `Damaged` says what to do."""
     try:
         return _checked(path)[0]
     except Damaged as error:
@@ -313,12 +278,8 @@ def load_checkpoint(path: Path) -> Artifact:
 def check_checkpoint(path: Path, shapes: Mapping[str, torch.Size] | None = None) -> tuple[Artifact, bool]:
     """Read a training's checkpoint and check what it says; return it, and whether it has a digest.
 
-    Args:
-        path: the file.
-        shapes: of the training's tensors by name; None: they are not looked at.
-
     Raises:
-        Damaged: its digest does not fit, its description is none of a training's, or its tensors are of another shape.
+        Damaged: its digest does not fit, its description is not a training's, or its tensors are not of `shapes`.
         UserError: it may not be read.
     """
     artifact, digested = _checked(path)
@@ -356,21 +317,17 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "seconds": ("a number", _is_number),
     "engines": ("a list of names", lambda value: isinstance(value, list) and all(isinstance(n, str) for n in value)),
 }
-"""What a training's checkpoint says of itself: `tailscope.training.epochs.History`."""
+"""What a training's checkpoint says of itself: `tailscope.training.loop.History`."""
 
 
 def load_header(path: Path) -> Meta:
-    """Read the description that `save_tensors` wrote, without the tensors and without checking the digest.
-
-    Raises:
-        UserError: it is damaged.
-    """
+    """Read the description that `save_tensors` wrote, without the tensors and without checking the digest."""
     with opened(path) as file:
         return dict(json.loads(file.metadata()["meta"]))
 
 
 def whole_checkpoint(folder: Path, shapes: Mapping[str, torch.Size] | None = None) -> tuple[Path, Artifact] | None:
-    """Return the newest checkpoint in a scratch folder that is whole, and its path; None where there is none.
+    """Return the newest checkpoint in a scratch folder that is whole, and its path; None where there is no such file.
 
     A damaged one is named in a warning and left where it is; `shapes` are those of the training's tensors.
 
@@ -378,25 +335,18 @@ def whole_checkpoint(folder: Path, shapes: Mapping[str, torch.Size] | None = Non
         UserError: one may not be read.
     """
     newest = folder / CHECKPOINT
-    damaged: list[UserError] = []
-    for path in (newest, previous_of(newest)):
-        with reading(folder):
-            if not path.exists():
-                continue
+    with reading(folder):
+        there = [path for path in (newest, previous_of(newest)) if path.exists()]
+    found, damaged = None, []
+    for path in there:
         try:
-            artifact, _ = check_checkpoint(path, shapes)
+            found = path, check_checkpoint(path, shapes)[0]
+            break
         except Damaged as error:
             damaged.append(error)
-        else:
-            _warn(damaged, "the one before it is taken")
-            return path, artifact
-    _warn(damaged, "training starts again")
-    return None
-
-
-def _warn(damaged: list[UserError], what: str) -> None:
-    for error in damaged:
-        _log.warning("%s; %s", error, what)
+    for problem in damaged:
+        _log.warning("%s; %s", problem, "the one before it is taken" if found else "training starts again")
+    return found
 
 
 def _keep_previous(path: Path) -> bool:
@@ -419,11 +369,7 @@ def _keep_previous(path: Path) -> bool:
 
 
 def write(path: Path, content: str | bytes) -> Path:
-    """Write `content` to `path` atomically, making its folder; text is UTF-8 with plain newlines.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Write `content` to `path` atomically, making its folder; text is UTF-8 with plain newlines."""
     with replacing(path, durable=False) as partial:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content.encode() if isinstance(content, str) else content)

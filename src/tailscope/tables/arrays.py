@@ -1,22 +1,28 @@
-"""Named arrays in NumPy's files and in safetensors, and what all formats share.
+"""Named arrays in one file each: NumPy's `.npz` and `.npy`, safetensors, and what `torch.save` writes.
 
 What the formats share: which array is which field, what a file holds in words, whether it fits, text as JSON.
 
-`ALIASES` is the one table of the names that a field may have. The field's own name, the first, wins over the others;
-a file that holds two of the others is refused.
-
-NumPy's `.npz` and `.npy`, read without pickle, every size checked against the file before it is allocated.
+Nothing in a file is ever run. NumPy's files are read without pickle, every size checked against the file before it is
+allocated. `torch.load(weights_only=True)` reads `.pt` and `.pth`, after the archive's sizes and checksums and the names
+in its pickle were looked at: only those below may occur. NumPy's own unpickling is not used, since it trusts what it
+reads: the classes here stand for NumPy's and rebuild plain numbers and text from their bytes, and nothing else.
 """
 
+import csv
 import json
 import math
 import os
+import pickle
+import pickletools
+import re
 import struct
 import tokenize
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -25,8 +31,15 @@ import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 
-from tailscope.errors import UserError, first_few
+from tailscope.errors import UserError, first_few, plain_name
 from tailscope.store.files import write_tensors
+
+UNREADABLE: tuple[type[Exception], ...] = (
+    OSError, EOFError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError, MemoryError,
+    RuntimeError, SyntaxError, tokenize.TokenError, struct.error, csv.Error, pickle.UnpicklingError,
+    zipfile.BadZipFile, zlib.error, SafetensorError,
+)  # fmt: skip
+"""What the libraries that read files raise on damaged ones; nothing else is caught."""
 
 ALIASES: dict[str, tuple[str, ...]] = {
     "features": ("features", "feature", "embeddings", "embedding", "X"),
@@ -37,6 +50,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "weight": ("weight", "coef_", "coef"),
     "bias": ("bias", "intercept_", "intercept"),
 }
+"""The names that a field may have. The first, its own, wins over the others, of which a file may hold only one."""
+
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array]
 SINGLE = "the array"  # the name of an array that a file holds alone
@@ -56,17 +71,7 @@ class Header(NamedTuple):
 def resolve(
     where: Path | str, held: Mapping[str, Header], required: Sequence[str], optional: Sequence[str]
 ) -> dict[str, str]:
-    """Return the name in the file of each field that it holds.
-
-    Args:
-        where: the file, for messages.
-        held: everything that the file holds, by name.
-        required: fields that must be there.
-        optional: fields that may be there.
-
-    Raises:
-        UserError: a required field is not there, or a field is there under two names, neither its own.
-    """
+    """Return the name in the file of each field among all that it holds; refuse a file that lacks or doubles one."""
     found = {}
     for field in (*required, *optional):
         names = [name for name in ALIASES.get(field, (field,)) if name in held]
@@ -96,11 +101,7 @@ def unread(where: Path | str, held: Iterable[str], read: Iterable[str]) -> tuple
 
 
 def require_room(where: Path | str, name: str, shape: Sequence[int], itemsize: int) -> int:
-    """Return the bytes of an array that a file declares, before any is allocated.
-
-    Raises:
-        UserError: a dimension is negative, or the machine's memory could not hold the array.
-    """
+    """Return the bytes of an array that a file declares; refuse before it is read what no memory here could hold."""
     if any(length < 0 for length in shape):
         raise UserError(f"{where}: {name} declares the shape {list(shape)}: damaged")
     size = math.prod(shape) * max(itemsize, 1)
@@ -118,29 +119,10 @@ def _memory() -> int:
 
 
 class Contents(NamedTuple):
-    """What was read of a file.
-
-    Attributes:
-        arrays: by the name of the field.
-        notes: what was left out or guessed, one line each.
-    """
+    """What was read of a file: arrays by the name of the field, and what was left out or guessed, one line each."""
 
     arrays: Arrays
     notes: tuple[str, ...] = ()
-
-
-def message_of(error: BaseException) -> str:
-    """Return an exception's message on one line, or its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def shown(path: Path) -> str:
-    r"""Return a path as text that any terminal and any file can hold: bytes that are no UTF-8 are replaced.
-
-    >>> shown(Path("caf\udce9.npz"))
-    'caf�.npz'
-    """
-    return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def parse_json(text: str) -> Any:
@@ -152,11 +134,7 @@ def parse_json(text: str) -> Any:
 
 
 def header_to_arrays(path: Path, header: dict[str, str]) -> Arrays:
-    """Return what a file's header of texts says: `class_names`, a JSON list, and `provenance`, taken as it is.
-
-    Raises:
-        UserError: `class_names` is no list of text.
-    """
+    """Return what a header of texts says: `class_names`, a JSON list of text, and `provenance`, taken as it is."""
     arrays = {}
     if "provenance" in header:
         arrays["provenance"] = np.array(header["provenance"])
@@ -170,31 +148,21 @@ def header_to_arrays(path: Path, header: dict[str, str]) -> Arrays:
 
 def arrays_to_header(arrays: Arrays) -> dict[str, str]:
     """Return the header that `header_to_arrays` reads."""
-    header = {}
-    if "provenance" in arrays:
-        header["provenance"] = str(arrays["provenance"])
-    if "class_names" in arrays:
-        header["class_names"] = json.dumps(arrays["class_names"].tolist())
-    return header
+    names = arrays.get("class_names")
+    texts = {
+        "provenance": arrays.get("provenance"),
+        "class_names": None if names is None else json.dumps(names.tolist()),
+    }
+    return {field: str(text) for field, text in texts.items() if text is not None}
 
 
-# What zipfile, zlib, NumPy's header parser and the file system raise on damaged files.
-UNREADABLE_NPZ: tuple[type[Exception], ...] = (
-    OSError, EOFError, ValueError, TypeError, OverflowError, MemoryError, RuntimeError, SyntaxError,
-    tokenize.TokenError, struct.error, zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
 _MAGIC = b"\x93NUMPY"
 _KNOWN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _BOMB_BYTES, _BOMB_RATIO = 2**28, 100  # features hardly compress; sorted labels do, but are small
 
 
 def read_npz(path: Path, required: Sequence[str], optional: Sequence[str]) -> Contents:
-    """Return those of the fields that an `.npz` has.
-
-    Raises:
-        UserError: a field is missing, or holds Python objects.
-        Exception: one of `UNREADABLE`, where the file is damaged.
-    """
+    """Return those of the fields that an `.npz` has."""
     with path.open("rb") as file:
         if file.read(len(_MAGIC)) == _MAGIC:
             raise UserError(f"{path}: holds a single array; save the fields with np.savez, or call the file .npy")
@@ -207,12 +175,7 @@ def read_npz(path: Path, required: Sequence[str], optional: Sequence[str]) -> Co
 
 
 def read_single(path: Path, required: Sequence[str], optional: Sequence[str]) -> Contents:
-    """Return the array of an `.npy` as `SINGLE`; it has no fields.
-
-    Raises:
-        UserError: it holds Python objects.
-        Exception: one of `UNREADABLE`, where the file is damaged.
-    """
+    """Return the array of an `.npy` as `SINGLE`; it has no fields."""
     with path.open("rb") as file:
         _check(path, SINGLE, file, path.stat().st_size)
         file.seek(0)
@@ -226,13 +189,11 @@ def write_npz(path: Path, arrays: Arrays) -> None:
 
 
 def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    members: dict[str, zipfile.ZipInfo] = {}
-    for member in archive.infolist():
-        name = member.filename.removesuffix(".npy")
-        if name in members:
-            raise UserError(f"{path}: holds {name!r} twice; write it anew")
-        members[name] = member
-    return members
+    members = archive.infolist()
+    names = Counter(member.filename.removesuffix(".npy") for member in members)
+    if len(names) < len(members):
+        raise UserError(f"{path}: holds {names.most_common(1)[0][0]!r} twice; write it anew")
+    return dict(zip(names, members, strict=True))
 
 
 def _described(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Header:
@@ -279,22 +240,13 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
     return shape, dtype
 
 
-# What safetensors raises on damaged files; it checks its header against the size of the file before it reads.
-UNREADABLE_TENSORS: tuple[type[Exception], ...] = (
-    OSError, ValueError, TypeError, OverflowError, MemoryError, RuntimeError, AttributeError, SafetensorError,
-)  # fmt: skip
 _TEXT = ("ids", "groups")
 _NUMPY_FLOATS = (torch.float16, torch.float32, torch.float64)
 
 
 def read_safetensors(path: Path, required: Sequence[str], optional: Sequence[str]) -> Contents:
-    """Return those of the fields that the file has; bfloat16 and smaller floats become float32.
-
-    Raises:
-        UserError: a field is missing, or the file's name is no UTF-8.
-        Exception: one of `UNREADABLE`, where the file is damaged.
-    """
-    if shown(path) != str(path):
+    """Return those of the fields that the file has; bfloat16 and smaller floats become float32."""
+    if plain_name(str(path)) != str(path):
         raise UserError(f"{path}: safetensors opens only files whose names are UTF-8; rename it")
     with safe_open(path, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
@@ -332,3 +284,182 @@ def _to_tensor(array: Array) -> torch.Tensor:
         encoded = np.char.encode(array, "utf-8")
         array = encoded.view(np.uint8).reshape(len(array), encoded.itemsize)
     return torch.from_numpy(np.ascontiguousarray(array))
+
+
+_PLAIN = (str, bool, int, float)
+_OPERANDS = ("BINUNICODE", "GLOBAL", "BININT", "BININT1", "BININT2", "LONG1")
+_ITEM_BYTES = {
+    "ComplexDouble": 16, "ComplexFloat": 8, "Double": 8, "Long": 8, "Float": 4, "Int": 4, "QInt32": 4, "Half": 2,
+    "BFloat16": 2, "Short": 2, "Char": 1, "Byte": 1, "Bool": 1, "QInt8": 1, "QUInt8": 1, "QUInt4x2": 1, "QUInt2x4": 1,
+    "Untyped": 1,
+}  # fmt: skip
+_PLAIN_DTYPE = re.compile(r"[biufSU]\d{1,9}")
+_NAMES = re.compile(
+    r"torch\._utils\._rebuild_(tensor|tensor_v2|parameter)|torch\.(storage\.)?\w+Storage|torch\.Size|"
+    r"collections\.OrderedDict|_codecs\.encode|numpy\.(ndarray|dtype)|"
+    r"numpy\.(_core|core)\.multiarray\.(_reconstruct|scalar)"
+)
+
+
+class _Dtype:
+    """Stands for `numpy.dtype` while a file is read; without one of Python objects or records."""
+
+    dtype: np.dtype[Any] | None = None
+
+    def __init__(self, code: str, *_: object) -> None:
+        if _PLAIN_DTYPE.fullmatch(code):
+            self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        if self.dtype is not None and state[1] in ("<", ">"):
+            self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array:
+    """Stands for `numpy.ndarray` while a file is read; without an array where its values are no plain ones."""
+
+    array: Array | None = None
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, dtype, by_columns, raw = state
+        if dtype.dtype is not None:
+            self.array = np.frombuffer(raw, dtype.dtype).reshape(shape, order="F" if by_columns else "C")
+
+
+def _scalar(dtype: _Dtype, raw: bytes) -> Any:
+    return None if dtype.dtype is None else np.frombuffer(raw, dtype.dtype)[0].item()
+
+
+NUMPY_STAND_INS: list[Any] = [
+    (_Array, "numpy.ndarray"),
+    (_Dtype, "numpy.dtype"),
+    *(
+        (lambda *_: _Array(), f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")
+    ),  # NumPy 1's name, NumPy 2's
+    *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
+"""What stands for NumPy's own classes in `torch.serialization.safe_globals`: those follow pointers from the file."""
+
+
+def read_pickled(path: Path, required: Sequence[str], optional: Sequence[str]) -> Contents:
+    """Return those of the fields that the file has: a dict's, or those of a pair (features, labels)."""
+    content = _load(path)
+    if isinstance(content, list | tuple) and len(content) == 2 and all(map(_is_array, content)):
+        content = {"features": content[0], "labels": content[1]}
+    if not isinstance(content, Mapping) and (_is_array(content) or not required):
+        return Contents({SINGLE: _plain_array(path, SINGLE, content)})
+    if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
+        raise UserError(f"{path}: holds {_in_pickle(content)}; save a dict of {', '.join(required)}")
+    held = {name: _in_pickle(value) for name, value in content.items()}
+    found = resolve(path, held, required, optional)
+    arrays = {field: _plain_array(path, name, content[name]) for field, name in found.items()}
+    return Contents(arrays, unread(path, held, found.values()))
+
+
+def _load(path: Path) -> Any:
+    """Load the file after looking at everything that it declares."""
+    with path.open("rb") as file:
+        if not zipfile.is_zipfile(file):
+            raise ValueError("no archive as torch.save writes them since PyTorch 1.6; save it again")
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+                raise ValueError("compressed; torch.save does not compress")
+            if sum(member.file_size for member in members) > path.stat().st_size:
+                raise ValueError("declares more bytes than the file has")
+            if (broken := archive.testzip()) is not None:
+                raise ValueError(f"{broken} differs from its checksum")
+            _check_names(path, archive)
+            require_own_sizes(archive)
+        file.seek(0)
+        with warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY_STAND_INS):
+            warnings.simplefilter("ignore")  # of storages' old names
+            return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def require_own_sizes(archive: zipfile.ZipFile) -> None:
+    """Check that every tensor's storage is as large as its record: PyTorch reads on where it declares more."""
+    sizes = {member.filename.partition("/")[2].lower(): member.file_size for member in archive.infolist()}
+    if len(sizes) < len(archive.infolist()):
+        raise ValueError("two members have one name")
+    for member in archive.namelist():
+        if member.endswith(".pkl"):
+            for kind, key, count in _storages(archive.read(member)):
+                item = _ITEM_BYTES.get(kind.rpartition(" ")[2].removesuffix("Storage"), 0)
+                if item == 0 or sizes.get(f"data/{key}".lower()) != count * item:
+                    raise ValueError("a tensor declares another size than its bytes have")
+
+
+def _storages(pickled: bytes) -> Iterator[tuple[str, str, int]]:
+    """Yield kind, record and number of values of each storage: the persistent ids, in `torch.save`'s one form.
+
+    What is put on the stack in any other way is None here.
+    """
+    memo: dict[Any, Any] = {}
+    top: Any = None
+    run: list[Any] | None = None  # since the last mark, of plain operands alone
+    for operation, argument, _ in pickletools.genops(pickled):
+        name = operation.name
+        if name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = top
+        elif name in ("BINGET", "LONG_BINGET", *_OPERANDS):
+            top = argument if name in _OPERANDS else memo.get(argument)
+            if run is not None:
+                run.append(top)
+        elif name == "BINPERSID":
+            match top:
+                case ("storage", str(kind), str(key), str(), int(count)):
+                    yield kind, key, count
+                case _:
+                    raise ValueError("a tensor's bytes are not named as torch.save names them")
+            top, run = None, None
+        else:
+            top = tuple(run) if name == "TUPLE" and run is not None else None
+            run = [] if name == "MARK" else None
+
+
+def _check_names(path: Path, archive: zipfile.ZipFile) -> None:
+    """Refuse a pickle that names anything but tensors, arrays and plain values; nothing of it has run yet."""
+    pickles = [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
+    for operation, argument, _ in chain.from_iterable(map(pickletools.genops, pickles)):
+        if "GLOBAL" in operation.name or operation.name in ("INST", "EXT1", "EXT2", "EXT4"):
+            name = str(argument).replace(" ", ".")
+            if not _NAMES.fullmatch(name):
+                raise UserError(
+                    f"{path}: holds {name!r}, which is no tensor and is never unpickled; save a dict of tensors"
+                )
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, torch.Tensor | _Array)
+
+
+def _in_pickle(value: Any) -> Header:
+    if isinstance(value, torch.Tensor):
+        return Header(str(value.dtype).removeprefix("torch."), tuple(value.shape))
+    if isinstance(value, _Array):
+        if value.array is None:
+            return Header("a NumPy array of Python objects or records")
+        return Header(value.array.dtype.name, value.array.shape)
+    if isinstance(value, list | tuple):
+        return Header(f"{type(value).__name__} of {len(value)}")
+    return Header(f"a {type(value).__name__}")
+
+
+def _plain_array(path: Path, name: str, value: Any) -> Array:
+    """Return a tensor, an array, a text or a list of plain values as an array."""
+    if isinstance(value, torch.Tensor):
+        if value.layout != torch.strided or value.device.type != "cpu":
+            raise UserError(f"{path}: {name} is no plain tensor; save it dense and on the CPU")
+        if require_room(path, name, value.shape, value.element_size()) > value.untyped_storage().nbytes():
+            raise UserError(f"{path}: {name} declares more values than the file has; save it after .contiguous()")
+        return to_array(value).copy()
+    if isinstance(value, _Array) and value.array is not None:
+        return value.array
+    if isinstance(value, _PLAIN):
+        return np.asarray(value)
+    if isinstance(value, list | tuple):
+        kinds = {type(item) for item in value}
+        if len(kinds) == 1 and kinds <= set(_PLAIN):
+            return np.asarray(value)
+    raise UserError(f"{path}: {name} is {_in_pickle(value)}; save it as a tensor or an array")

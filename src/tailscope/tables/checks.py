@@ -12,17 +12,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tailscope.errors import UserError, first_few
+from tailscope.errors import UserError, first_few, message_of
 from tailscope.tables.arrays import to_array
-from tailscope.tables.files import message_of, parse_json
 
 MAX_CLASSES = 10_000
 _MISSING = ("", "nan", "<na>")
 _MISSING_BESIDE_NUMBERS = (*_MISSING, "na", "n/a", "none", "null")
 
 Keys = npt.NDArray[np.int64] | npt.NDArray[np.str_]
-Labels = npt.NDArray[np.int64] | npt.NDArray[np.str_]
-Floats = npt.NDArray[np.floating[Any]]
+Labels = Keys
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:
@@ -35,16 +33,7 @@ def listed(names: Sequence[str], most: int = 5) -> str:
 
 
 def to_floats(where: str, values: npt.ArrayLike | Tensor, dimensions: str) -> Tensor:
-    """Return floating-point values as a tensor in memory of its own order; bfloat16 becomes float32.
-
-    Args:
-        where: source and field, for messages.
-        values: an array or tensor.
-        dimensions: the shape expected, such as "[N, d]".
-
-    Raises:
-        UserError: another type, another number of dimensions, or no values.
-    """
+    """Return floating-point values of these dimensions, such as "[N, d]", as a tensor; bfloat16 becomes float32."""
     array = _to_array(where, values)
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
         raise UserError(f"{where} is {array.dtype}; expected float16, float32 or float64 {dimensions}")
@@ -57,11 +46,7 @@ def to_floats(where: str, values: npt.ArrayLike | Tensor, dimensions: str) -> Te
 
 
 def require_finite(where: str, rows: Tensor) -> None:
-    """Check a matrix [n, d].
-
-    Raises:
-        UserError: rows hold NaN or infinity; says how many and which is the first, counted from 0.
-    """
+    """Refuse rows [n, d] with NaN or infinity; say how many there are and which is the first, counted from 0."""
     if rows.sum().isfinite():  # a sum with NaN or infinity in it never is; looking at each takes 20 times as long
         return
     found = (~torch.isfinite(rows)).any(dim=1).nonzero().flatten()
@@ -75,12 +60,6 @@ def to_labels(where: str, values: npt.ArrayLike | Tensor, rows: int, of: str) ->
     Booleans, whole floats and integers of any size are numbers; bytes are text in UTF-8; [rows, 1] and [1, rows] are
     taken as [rows]. Of text, "", "nan" and "<NA>" are no label; nor are "NA", "N/A", "None" and "null" where all others
     are numbers.
-
-    Args:
-        where: source and field, for messages.
-        values: an array or tensor.
-        rows: how many there must be.
-        of: what messages call the rows.
 
     Raises:
         UserError: one is empty, negative, no whole number or of another type, or there are more or fewer than `rows`.
@@ -108,11 +87,7 @@ def to_labels(where: str, values: npt.ArrayLike | Tensor, rows: int, of: str) ->
 
 
 def positions(where: str, labels: Labels, names: tuple[str, ...]) -> npt.NDArray[np.int64]:
-    """Return labels as positions in a list of class names: names by name, numbers as they are.
-
-    Raises:
-        UserError: a label is not in the list.
-    """
+    """Return labels as positions in a list of class names: names by name, numbers as they are."""
     if labels.dtype.kind == "U":
         order = np.argsort(names)
         place = np.searchsorted(names, labels, sorter=order).clip(max=len(names) - 1)
@@ -127,11 +102,7 @@ def positions(where: str, labels: Labels, names: tuple[str, ...]) -> npt.NDArray
 
 
 def check_classes(source: str, classes: int) -> None:
-    """Check that there are not more classes than every table and plot has room for.
-
-    Raises:
-        UserError: there are.
-    """
+    """Refuse more classes than every table and plot has room for."""
     if classes > MAX_CLASSES:
         raise UserError(f"{source}: labels of {classes:,} classes; at most {MAX_CLASSES:,} classes are supported")
 
@@ -163,11 +134,11 @@ def _plain(where: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     kinds = np.array([_kind(value) for value in array])
     wrong = np.flatnonzero(kinds == "")
     if len(wrong):
-        row = int(wrong[0])
-        raise UserError(f"{where}: {len(wrong)} of {len(array)} rows hold no number or text, the first is row {row}")
-    found = sorted(set(kinds))
+        first = f"the first is row {wrong[0]}"
+        raise UserError(f"{where}: {len(wrong)} of {len(array)} rows hold no number or text, {first}")
+    found, rows = np.unique(kinds, return_counts=True)
     if len(found) > 1:
-        raise UserError(f"{where}: {(kinds == found[0]).sum()} rows hold a {found[0]}, the others a {found[1]}")
+        raise UserError(f"{where}: {rows[0]} rows hold a {found[0]}, the others a {found[1]}")
     plain = np.array(array.tolist())
     if plain.dtype.kind == "O":  # integers beyond 64 bits
         raise UserError(f"{where}: a number is too large; labels are below 2**63")
@@ -192,13 +163,7 @@ def _require(where: str, labels: npt.NDArray[Any], holds: npt.NDArray[np.bool_],
 
 
 def to_names(source: str, values: npt.ArrayLike, *, numbers: bool = False) -> tuple[str, ...]:
-    """Return class names as text; whole numbers, as scikit-learn's `classes_` has them, where `numbers` allows it.
-
-    Whole numbers may be floats or booleans: they are named as such labels are.
-
-    Raises:
-        UserError: they are not text [C], or two are equal.
-    """
+    """Return class names as text; with `numbers`, also whole numbers of any type, as in scikit-learn's `classes_`."""
     array = _to_array(f"{source}: class_names", values)
     if numbers and array.dtype.kind in "fb" and array.ndim == 1:  # as labels of these types are taken
         array = to_labels(f"{source}: class_names", array, len(array), "classes")
@@ -216,11 +181,7 @@ def to_names(source: str, values: npt.ArrayLike, *, numbers: bool = False) -> tu
 
 
 def to_keys(where: str, values: npt.ArrayLike, rows: int) -> Keys:
-    """Return ids or groups as int64 or text [rows].
-
-    Raises:
-        UserError: they are neither integers nor text, or not [rows].
-    """
+    """Return ids or groups as int64 or text [rows]."""
     array = _to_array(where, values)
     if array.shape != (rows,):
         raise UserError(f"{where} has shape {array.shape}; expected [N] with N = {rows}")
@@ -232,24 +193,8 @@ def to_keys(where: str, values: npt.ArrayLike, rows: int) -> Keys:
     return _decoded(array)
 
 
-def to_provenance(source: str, text: str) -> dict[str, Any]:
-    """Return a JSON object.
-
-    Raises:
-        UserError: the text is none.
-    """
-    value = parse_json(text)
-    if not isinstance(value, dict):
-        raise UserError(f"{source}: provenance is not a JSON object")
-    return value
-
-
 def match_names(source: str, names: Sequence[str], other_source: str, other: Sequence[str]) -> npt.NDArray[np.int64]:
-    """Return, for each of `names`, its position [C] in `other`.
-
-    Raises:
-        UserError: the sets differ; the message names what either side lacks.
-    """
+    """Return, for each of `names`, its position [C] in `other`; refuse lists that differ, saying what either lacks."""
     missing, surplus = sorted(set(other) - set(names)), sorted(set(names) - set(other))
     if missing or surplus:
         parts = [f"lacks {listed(missing)}"] if missing else []
@@ -266,9 +211,8 @@ def _to_array(where: str, values: npt.ArrayLike | Tensor) -> npt.NDArray[Any]:
         except (RuntimeError, TypeError) as error:  # sparse, quantised, or without values (meta)
             raise UserError(f"{where} is no plain dense tensor ({message_of(error)})") from None
     if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
-        raise UserError(
-            f"{where}: {np.ma.getmaskarray(values).sum()} values are masked; leave these rows out or fill them"
-        )
+        masked = np.ma.getmaskarray(values).sum()
+        raise UserError(f"{where}: {masked} values are masked; leave these rows out or fill them")
     try:
         return np.asarray(values)
     except (ValueError, TypeError) as error:  # lists of different lengths, or tensors on a GPU in a list

@@ -1,16 +1,10 @@
 """Features with labels, and the linear layer that turns features into logits: checked once.
 
-Features with a label each, as users hand them in: checked once, so that nothing after it has to.
-
-`load` reads every format of `tailscope.tables.files`, `save` writes `.npz`, `.safetensors` and `.parquet`, with the
-fields `features` float [N, d], `labels` [N] (whole numbers or names) and, optionally, `class_names` text [C] (then
-labels are positions in it), `ids` [N], `groups` [N] (integers or text) and `provenance` (a JSON object as text: what
-made the features). `of` takes arrays and DataFrames as well.
-
-The linear layer that turns features into logits, as a file: `weight` [C, d], `bias` [C], optional `class_names`.
-
-A single row, as scikit-learn has it for two classes, is a score for the second: it becomes two rows, minus and plus
-half of it, whose softmax gives the same probabilities.
+A feature file, in any format of `tailscope.tables.files`, has the fields `features` float [N, d], `labels` [N] (whole
+numbers or names) and, optionally, `class_names` text [C] (then labels are positions in it), `ids` [N], `groups` [N]
+(integers or text) and `provenance` (a JSON object as text: what made the features). A classifier's file has `weight`
+[C, d], `bias` [C] and, optionally, `class_names`; a single row, as scikit-learn has it for two classes, is a score for
+the second: it becomes two rows, minus and plus half of it, whose softmax gives the same probabilities.
 """
 
 import hashlib
@@ -26,22 +20,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tailscope.errors import UserError
-from tailscope.tables import columns, files
-from tailscope.tables.arrays import Header, resolve, unread
-from tailscope.tables.checks import (
-    Keys,
-    check_classes,
-    listed,
-    match_names,
-    positions,
-    require_finite,
-    to_floats,
-    to_keys,
-    to_labels,
-    to_names,
-    to_provenance,
-)
+from tailscope.errors import UserError, plain_name
+from tailscope.tables import checks, files
+from tailscope.tables.arrays import Arrays, Header, parse_json, resolve, unread
 
 _REQUIRED = ("features", "labels")
 _OPTIONAL = ("class_names", "ids", "groups", "provenance")
@@ -81,8 +62,8 @@ class FeatureTable:
     features: Tensor
     labels: Tensor
     class_names: tuple[str, ...] | None = None
-    ids: Keys | None = None
-    bursts: Keys | None = None
+    ids: checks.Keys | None = None
+    bursts: checks.Keys | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     source: str = "the table"
     named_rows: bool = False
@@ -103,36 +84,33 @@ class FeatureTable:
     ) -> "FeatureTable":
         """Check arrays or tensors and make a table of them; features are copied only where they have to be.
 
-        >>> table = FeatureTable.from_arrays([[0.0, 1.0], [1.0, 0.0]], [0, 1], class_names=["ant", "bee"])
-        >>> len(table), table.width, table.num_classes
-        (2, 2, 2)
-
         Labels that are names make up the class names, in alphabetical order.
 
-        >>> FeatureTable.from_arrays([[0.0], [1.0], [2.0]], ["cat", "ant", "cat"]).labels.tolist()
-        [1, 0, 1]
+        >>> table = FeatureTable.from_arrays([[0.0], [1.0], [2.0]], ["cat", "ant", "cat"])
+        >>> table.labels.tolist(), len(table), table.width, table.num_classes
+        ([1, 0, 1], 3, 1, 2)
 
         Raises:
             UserError: a field has the wrong type, shape or length, a feature is NaN or infinite, a label is negative,
                 there are more than 10,000 classes, or two classes share a name.
         """
-        rows = to_floats(f"{source}: features", features, "[N, d]")
-        names = None if class_names is None else to_names(source, class_names)
+        rows = checks.to_floats(f"{source}: features", features, "[N, d]")
+        names = None if class_names is None else checks.to_names(source, class_names)
         where, named_rows = f"{source}: labels", False
-        values = to_labels(where, labels, len(rows), "rows of features")
+        values = checks.to_labels(where, labels, len(rows), "rows of features")
         if names is not None:
-            values = positions(where, values, names)
+            values = checks.positions(where, values, names)
         elif values.dtype.kind == "U":
             unique, values = np.unique(values, return_inverse=True)
             names, named_rows = tuple(map(str, unique)), True
-        check_classes(source, len(np.unique(values)) if names is None else len(names))
-        require_finite(f"{source}: features", rows)
+        checks.check_classes(source, len(np.unique(values)) if names is None else len(names))
+        checks.require_finite(f"{source}: features", rows)
         return cls(
             rows,
             torch.from_numpy(values.astype(np.int64)),
             names,
-            None if ids is None else to_keys(f"{source}: ids", ids, len(rows)),
-            None if groups is None else to_keys(f"{source}: groups", groups, len(rows)),
+            None if ids is None else checks.to_keys(f"{source}: ids", ids, len(rows)),
+            None if groups is None else checks.to_keys(f"{source}: groups", groups, len(rows)),
             provenance or {},
             source,
             named_rows,
@@ -143,16 +121,11 @@ class FeatureTable:
     def of(cls, given: "Source", name: str = "the table") -> "FeatureTable":
         """Return a table of whatever holds features and labels.
 
-        Args:
-            given: a table, a file, a pair (features, labels) of arrays, tensors or lists, a mapping with the fields of
-                a file, or a DataFrame with the columns of a `.csv` or `.parquet` file.
-            name: what messages call what is no file.
+        That is a table, a file, a pair (features, labels) of arrays, tensors or lists, a mapping with the fields of a
+        file, or a DataFrame with the columns of a `.csv` or `.parquet` file. Messages call what is no file `name`.
 
         >>> FeatureTable.of(([[0.0], [1.0]], ["ant", "bee"])).class_names
         ('ant', 'bee')
-
-        Raises:
-            UserError: as `load` and `from_arrays`, or it is nothing of these.
         """
         if isinstance(given, FeatureTable):
             return given
@@ -173,32 +146,20 @@ class FeatureTable:
         """Read a feature file.
 
         Raises:
-            UserError: the file is missing, empty, truncated or of an unknown format, lacks a field or holds Python
-                objects (nothing is ever unpickled), or as `from_arrays`. The message names the file. Or it was written
-                by `save` and holds something else by now.
+            UserError: as `tailscope.tables.files.read` and `from_arrays`; or `save` wrote something else to it.
         """
         arrays, notes = files.read(path, _REQUIRED, _OPTIONAL)
-        return _of_fields(arrays, files.shown(path), notes)
+        return _of_fields(arrays, plain_name(str(path)), notes)
 
     def save(self, path: Path) -> None:
-        """Write a feature file in the format that the suffix names, whole or not at all.
-
-        Where there is a provenance, it gets the digest that `load` checks.
-
-        Raises:
-            UserError: the format is unknown or the file cannot be written.
-        """
-        arrays: files.Arrays = {}
+        """Write a feature file as `tailscope.tables.files.write`; a provenance gets the digest that `load` checks."""
+        arrays: Arrays = {}
         if self.provenance:  # first, so that a directory of files that breaks off after it is noticed
             arrays["provenance"] = np.array(json.dumps({**self.provenance, "sha256": self.digest()}))
         arrays |= {"features": self.features.cpu().numpy(), "labels": self.labels.cpu().numpy()}
-        if self.class_names is not None:
-            arrays["class_names"] = np.array(self.class_names, dtype=np.str_)
-        if self.ids is not None:
-            arrays["ids"] = self.ids
-        if self.bursts is not None:
-            arrays["groups"] = self.bursts
-        files.write(path, arrays)
+        names = None if self.class_names is None else np.array(self.class_names, dtype=np.str_)
+        others = {"class_names": names, "ids": self.ids, "groups": self.bursts}
+        files.write(path, arrays | {field: array for field, array in others.items() if array is not None})
 
     def digest(self) -> str:
         """Return the SHA-256 of all fields, whatever format a file has."""
@@ -274,10 +235,8 @@ def align(*tables: FeatureTable) -> tuple[FeatureTable, ...]:
     first = tables[0]
     for table in tables:
         if table.width != first.width:
-            raise UserError(
-                f"{table.source}: d = {table.width} features, but {first.source} has d = {first.width}; "
-                "extract both with the same encoder"
-            )
+            widths = f"d = {table.width} features, but {first.source} has d = {first.width}"
+            raise UserError(f"{table.source}: {widths}; extract both with the same encoder")
     classes = _with_names(first)
     if len(classes.class_names or ()) < 2:
         raise UserError(f"{first.source}: a single class; at least two are needed")
@@ -294,7 +253,12 @@ def _with_names(table: FeatureTable) -> FeatureTable:
 
 def _matched(table: FeatureTable, first: FeatureTable, names: tuple[str, ...]) -> FeatureTable:
     """Return the table with the first one's class names and numbers."""
-    _refuse_numbers_beside_names(table, first)
+    for bare, named in ((table, first), (first, table)):
+        # A bare number beside a list of names may be a position in that list, or one of its names.
+        listing = None if bare.class_names is not None or named.named_rows else named.class_names
+        if listing is not None and listing != tuple(map(str, range(len(listing)))):
+            has = f"no class_names, but {named.source} has them"
+            raise UserError(f"{bare.source}: {has}; give them in all files or none")
     own = _with_names(table)
     if own.class_names == names:
         return own
@@ -304,21 +268,10 @@ def _matched(table: FeatureTable, first: FeatureTable, names: tuple[str, ...]) -
     if (labels < 0).any():
         surplus = [(own.class_names or ())[k] for k in np.unique(own.labels[labels < 0].numpy())]
         raise UserError(
-            f"{table.source}: has samples of {listed(surplus)}, which {first.source} has not among its classes "
-            f"({listed(names)}); give it some or leave these out"
+            f"{table.source}: has samples of {checks.listed(surplus)}, which {first.source} has not among its classes "
+            f"({checks.listed(names)}); give it some or leave these out"
         )
     return replace(own, class_names=names, labels=labels)
-
-
-def _refuse_numbers_beside_names(table: FeatureTable, first: FeatureTable) -> None:
-    """Refuse a bare number beside a list of names: it may be a position in that list, or one of its names."""
-    for bare, named in ((table, first), (first, table)):
-        if bare.class_names is not None or named.class_names is None or named.named_rows:
-            continue
-        if named.class_names != tuple(map(str, range(len(named.class_names)))):
-            raise UserError(
-                f"{bare.source}: no class_names, but {named.source} has them; give them in all files or none"
-            )
 
 
 def _is_frame(given: Any) -> bool:
@@ -328,10 +281,11 @@ def _is_frame(given: Any) -> bool:
 def _of_fields(fields: Mapping[str, Any], source: str, notes: Sequence[str]) -> FeatureTable:
     """Return the table that the fields of a file make up, whose digest holds where one was written."""
     provenance = fields.get("provenance")
-    if provenance is not None:
-        own = isinstance(provenance, Mapping)
-        provenance = dict(provenance) if own else to_provenance(source, str(provenance))
-    table = FeatureTable.from_arrays(**{**fields, "provenance": provenance}, source=source, notes=notes)
+    if provenance is not None and not isinstance(provenance, Mapping):
+        provenance = parse_json(str(provenance))
+        if not isinstance(provenance, dict):
+            raise UserError(f"{source}: provenance is not a JSON object")
+    table = FeatureTable.from_arrays(**{**fields, "provenance": dict(provenance or {})}, source=source, notes=notes)
     written = table.provenance.pop("sha256", None)
     if written is not None and written != table.digest():
         raise UserError(
@@ -344,8 +298,7 @@ def _of_fields(fields: Mapping[str, Any], source: str, notes: Sequence[str]) -> 
 def _of_mapping(given: Mapping[str, Any], name: str) -> FeatureTable:
     held = {str(key): Header(type(value).__name__, getattr(value, "shape", None)) for key, value in given.items()}
     found = resolve(name, held, _REQUIRED, _OPTIONAL)
-    fields = {field: given[key] for field, key in found.items()}
-    return _of_fields(fields, name, unread(name, held, found.values()))
+    return _of_fields({field: given[key] for field, key in found.items()}, name, unread(name, held, found.values()))
 
 
 def _of_frame(frame: Frame, name: str) -> FeatureTable:
@@ -353,19 +306,18 @@ def _of_frame(frame: Frame, name: str) -> FeatureTable:
     own = dict(zip(names, frame.columns, strict=True))
     arrays = {} if len(own) < len(names) else {column: np.asarray(frame[key]) for column, key in own.items()}
     types = {column: str(array.dtype) for column, array in arrays.items()} or dict.fromkeys(names, "a column")
-    chosen = columns.choose(name, names, {column: columns.kind_of(array) for column, array in arrays.items()}, types)
-    picked = {}
-    for meaning, column in chosen.fields.items():
-        is_label = meaning in ("labels", "class_name")
-        array = arrays[column]
-        picked[meaning] = to_labels(f"{name}: {column}", array, len(array), "rows") if is_label else array
+    chosen = files.choose(name, names, {column: files.kind_of(array) for column, array in arrays.items()}, types)
+    picked = {meaning: arrays[column] for meaning, column in chosen.fields.items()}
+    for meaning in (meaning for meaning in ("labels", "class_name") if meaning in picked):
+        array = picked[meaning]
+        picked[meaning] = checks.to_labels(f"{name}: {chosen.fields[meaning]}", array, len(array), "rows")
     parts = [arrays[column] for column in chosen.features]
     try:
         features = np.stack(parts[0].tolist()) if chosen.lists else np.column_stack(parts)
     except (ValueError, TypeError):
         raise UserError(f"{name}: the lists in column {chosen.features[0]!r} have gaps or differ in length") from None
     features = features if features.dtype.kind == "f" or chosen.lists else features.astype(np.float64)
-    fields: dict[str, Any] = columns.to_arrays(name, features, picked)
+    fields: dict[str, Any] = files.to_arrays(name, features, picked)
     return FeatureTable.from_arrays(**fields, source=name, notes=chosen.notes)
 
 
@@ -405,32 +357,28 @@ class LinearLayer:
         Raises:
             UserError: a field has the wrong type, shape or length, or values are NaN or infinite.
         """
-        rows = to_floats(f"{source}: weight", weight, "[C, d]")
-        offsets = rows.new_zeros(len(rows)) if bias is None else to_floats(f"{source}: bias", bias, "[C]").to(rows)
-        names = None if class_names is None else to_names(source, class_names, numbers=True)
+        rows = checks.to_floats(f"{source}: weight", weight, "[C, d]")
+        given = rows.new_zeros(len(rows)) if bias is None else checks.to_floats(f"{source}: bias", bias, "[C]")
+        offsets = given.to(rows)
+        names = None if class_names is None else checks.to_names(source, class_names, numbers=True)
         if len(rows) == len(offsets) == 1:
             rows, offsets = (torch.cat([-half, half]) for half in (rows / 2, offsets / 2))
         for name, length in [("bias", len(offsets)), ("class_names", len(rows) if names is None else len(names))]:
             if length != len(rows):
                 raise UserError(f"{source}: {name} has length {length}, but weight has {len(rows)} rows")
-        require_finite(f"{source}: weight", rows)
-        require_finite(f"{source}: bias", offsets[:, None])
+        checks.require_finite(f"{source}: weight", rows)
+        checks.require_finite(f"{source}: bias", offsets[:, None])
         return cls(rows, offsets, names, source, tuple(notes))
 
     @classmethod
     def load(cls, path: Path) -> "LinearLayer":
-        """Read a classifier from a file with the fields of `from_arrays`, or scikit-learn's names for them.
-
-        Raises:
-            UserError: as `FeatureTable.load`.
-        """
+        """Read a classifier from a file with the fields of `from_arrays`, or scikit-learn's names for them."""
         arrays, notes = files.read(path, ("weight",), ("bias", "class_names"))
-        fields: dict[str, Any] = dict(arrays)
-        return cls.from_arrays(**fields, source=files.shown(path), notes=notes)
+        return cls.from_arrays(**arrays, source=plain_name(str(path)), notes=notes)
 
     def save(self, path: Path) -> None:
         """Write the classifier as `.npz` or `.safetensors`, whole or not at all."""
-        arrays: files.Arrays = {"weight": self.weight.cpu().numpy(), "bias": self.bias.cpu().numpy()}
+        arrays: Arrays = {"weight": self.weight.cpu().numpy(), "bias": self.bias.cpu().numpy()}
         if self.class_names is not None:
             arrays["class_names"] = np.array(self.class_names, dtype=np.str_)
         files.write(path, arrays)
@@ -443,21 +391,14 @@ class LinearLayer:
     def aligned(self, class_names: Sequence[str], width: int, source: str) -> "LinearLayer":
         """Return the classifier with row k for `class_names[k]`: by name where it has names, else as it is.
 
-        Args:
-            class_names: the [C] classes of the features.
-            width: their d.
-            source: what messages call the features.
-
         Raises:
-            UserError: d, the number of classes or the names differ.
+            UserError: d, the number of classes or their names are not those of the features of `source`.
         """
         if self.weight.shape[1] != width:
             raise UserError(f"{self.source}: weight takes d = {self.weight.shape[1]}, but {source} has d = {width}")
-        if len(self.weight) != len(class_names):
-            raise UserError(
-                f"{self.source}: a classifier of {len(self.weight)} classes, but {source} has {len(class_names)}"
-            )
+        if len(self.weight) != (classes := len(class_names)):
+            raise UserError(f"{self.source}: a classifier of {len(self.weight)} classes, but {source} has {classes}")
         if self.class_names is None:
             return replace(self, class_names=tuple(class_names))
-        order = torch.from_numpy(match_names(source, class_names, self.source, self.class_names))
+        order = torch.from_numpy(checks.match_names(source, class_names, self.source, self.class_names))
         return replace(self, weight=self.weight[order], bias=self.bias[order], class_names=tuple(class_names))

@@ -1,34 +1,36 @@
-"""Features of images under a frozen network: one forward pass, whatever the network and wherever the images lie."""
+"""Stage 2: features of images under a frozen network, wherever the images lie, and a linear classifier on them."""
 
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tailscope.data.decoding import decode, earlier_draws, refuse
+from tailscope.data.decoding import decode_drawn
 from tailscope.data.images import Images, ImageSet, Rows
-from tailscope.device import Runtime
-from tailscope.methods import augmentations
-from tailscope.methods.augmentations import build
-from tailscope.seeds import derive, torch_stream
-from tailscope.training.step import Normalizer
+from tailscope.device import Runtime, arithmetic
+from tailscope.methods import LOSSES, augmentations
+from tailscope.seeds import derive, keyed, torch_stream
+from tailscope.spec import StageSpec
+from tailscope.store import Meta, Tensors
+from tailscope.training.loop import Epochs
+from tailscope.training.step import Flat, Normalizer, sgd
 from tailscope.training.team import Solo, Team
 
 BATCH, FILES_BATCH = 500, 128
 """Images that a process passes through the network at once: those in memory, and those that are decoded."""
 
+View = tuple[Tensor, Tensor]
+"""Features [n, d] and labels int64 [n] of one augmented view of the training data."""
+
 
 def forward(features: Callable[[Tensor], Tensor], images: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return the features of a batch, on the device.
+    """Return the features of a batch, on the device of the network, which is in eval mode.
 
-    Args:
-        features: of a network in eval mode, on the device.
-        images: what it takes.
-        device: where it is.
-        dtype: of convolutions: with another than float32 they run under autocast.
+    With another `dtype` than float32 convolutions run under autocast.
     """
     with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         found = features(images.to(device, non_blocking=True))
@@ -40,35 +42,24 @@ def extract(
 ) -> Tensor:
     """Return the penultimate features of un-augmented or already augmented images in memory.
 
-    The model runs in eval mode: batch normalisation uses its running statistics and does not move.
-
-    Args:
-        model: the backbone.
-        images: uint8 [n, H, W, C].
-        normalize: the pixel statistics that the backbone was trained with.
-        dtype: of convolutions: float32 for geometry and test accuracy, the training's for stage 2.
-        runtime: device and progress.
-        label: what progress calls this.
-
-    Returns:
-        Features [n, d] on the CPU: float32, or bfloat16 as computed (no bits are lost).
+    The model runs in eval mode: batch normalisation uses its running statistics and does not move. `normalize` has the
+    pixel statistics that it was trained with. Images are uint8 [n, H, W, C], features [n, d] on the CPU and of the
+    `dtype` of convolutions: float32 for geometry and test accuracy, the training's for stage 2.
     """
     runtime.progress.safe_point()
-    with runtime.threads_for(images, BATCH):
+    with runtime.threads_for(BATCH * images.shape[1] * images.shape[2]):
         return _pass(model, torch.split(images, BATCH), len(images), BATCH, normalize, dtype, runtime, label, Solo())
 
 
 @dataclass(frozen=True)
 class WantedFeatures:
-    """Features that are wanted.
+    """Features that are wanted, of some rows of images in memory or in files.
 
     Attributes:
         model: the backbone: normalised images [n, C, H, W] -> `features` [n, feature_dim].
-        data: the images.
-        rows: those to extract, in the order of the features; a row that is given twice is augmented twice.
+        rows: in the order of the features; a row that is given twice is augmented twice.
         augment: call-strings of the training augmentation, whose size the centre crop of files takes too.
         draws: seed and name of the augmentation's stream; None for un-augmented images, of files their centre crop.
-        precision: of convolutions.
     """
 
     model: Any
@@ -90,47 +81,31 @@ def extract_wanted(
 ) -> Tensor:
     """Return the features [n, d] that are wanted, as `extract` does.
 
-    Images in files pass in blocks of `FILES_BATCH` a process and are never all in memory.
-
-    Args:
-        wanted: which features of which images.
-        normalize: the pixel statistics that the backbone was trained with.
-        runtime: device, precision and progress.
-        label: what progress calls this.
-        team: the processes that share the work on files; all of them must call this together, and all get the features.
-        workers: processes that decode for each of them; None decides.
+    Images in files pass in blocks of `FILES_BATCH` a process and are never all in memory. All processes of the team
+    must call this together, and all get the features; `workers` processes decode for each of them, None decides.
 
     Raises:
         UserError: an image cannot be read any more.
     """
-    dtype = runtime.dtype(wanted.precision)
+    dtype, total, draws = runtime.dtype(wanted.precision), len(wanted.rows), wanted.draws
     if isinstance(wanted.data, ImageSet):
         images = wanted.data.images[torch.from_numpy(wanted.rows)]
-        if wanted.draws is not None:
-            images = build(wanted.augment)(images, torch_stream(*wanted.draws))
+        if draws is not None:
+            images = augmentations.build(wanted.augment)(images, torch_stream(*draws))
         return extract(wanted.model, images, normalize, dtype, runtime, label)
-    decoded = _decoded(wanted, runtime, team, workers)
-    return _pass(wanted.model, decoded, len(wanted.rows), FILES_BATCH, normalize, dtype, runtime, label, team)
-
-
-def _decoded(wanted: WantedFeatures, runtime: Runtime, team: Team, workers: int | None) -> Iterator[Tensor]:
-    """Yield the batches that fall to this process."""
-    repeats = earlier_draws(wanted.rows)
-    starts = range(team.rank * FILES_BATCH, len(wanted.rows), FILES_BATCH * team.size)
-    parts = [slice(start, start + FILES_BATCH) for start in starts]
-    transform = augmentations.evaluation if wanted.draws is None else augmentations.training
-    for decoded in decode(
+    transform = augmentations.evaluation if draws is None else augmentations.training
+    starts = range(team.rank * FILES_BATCH, total, FILES_BATCH * team.size)
+    decoded = decode_drawn(
         wanted.data,
         transform(wanted.augment),
-        [wanted.rows[part].tolist() for part in parts],
+        wanted.rows,
+        [slice(start, start + FILES_BATCH) for start in starts],
         workers=workers,
         pin_memory=runtime.device.type == "cuda",
-        seed_of=None if wanted.draws is None else partial(derive, *wanted.draws),
-        repeats=[repeats[part].tolist() for part in parts],
-    ):
-        if decoded.unreadable:
-            raise refuse(wanted.data, decoded.unreadable)
-        yield decoded.images
+        seed_of=None if draws is None else partial(derive, *draws),
+    )
+    batches = (batch.images for batch in decoded)
+    return _pass(wanted.model, batches, total, FILES_BATCH, normalize, dtype, runtime, label, team)
 
 
 def _pass(
@@ -166,3 +141,65 @@ def _pass(
             blocks.append(features.cpu())
             advance(size)
     return torch.cat(blocks)
+
+
+def fit_classifier(
+    spec: StageSpec,
+    views: Sequence[View],
+    counts: Sequence[int],
+    seed: int,
+    start: tuple[Tensor, Tensor] | None = None,
+    label: str = "classifier",
+) -> tuple[Tensors, Meta]:
+    """Fit softmax regression by SGD; epoch e sees view e modulo the number of views.
+
+    With a frozen backbone in eval mode this equals training the classifier on top of it, at the cost of one extraction
+    a view instead of one an epoch and classifier.
+
+    Args:
+        spec: the stage; its sampler has been applied when the views were drawn.
+        views: the augmented views, all of n samples.
+        counts: images per class of the training data, for losses that need them.
+        seed: of initialisation and order.
+        start: weight [C, d] and bias [C] to start from; None: new random ones.
+        label: what messages call this training.
+
+    Returns:
+        `weight` float32 [C, d] and `bias` float32 [C], and a description.
+
+    Raises:
+        UserError: the training diverged.
+    """
+    started, n = time.monotonic(), len(views[0][1])
+    epochs, losses = Epochs(spec, n, label), []
+    with keyed(derive(seed, "classifier")):
+        classifier = nn.Linear(views[0][0].shape[1], len(counts))
+    if start:
+        classifier.load_state_dict(dict(zip(("weight", "bias"), start, strict=True)))
+    loss_of = LOSSES.make(spec.loss, torch.tensor(counts))
+    optimizer = sgd(classifier, spec.train, spec.train.learning_rate)
+    for epoch in range(epochs.number):
+        features, labels = views[epoch % len(views)]
+        order = torch.randperm(n, generator=torch_stream(seed, "stage2", "order", epoch))
+        features, labels, epoch_losses = features[order].float(), labels[order], []
+        batches = zip(torch.split(features, spec.train.batch), torch.split(labels, spec.train.batch), strict=True)
+        for (x, y), rate in zip(batches, epochs.multipliers(epoch), strict=False):
+            optimizer.param_groups[0]["lr"] = spec.train.learning_rate * rate
+            loss = loss_of(classifier(x), y).mean()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            epoch_losses.append(loss.detach())
+        losses.append(epochs.mean_loss(epoch, epoch_losses))
+    epochs.require_finite(epochs.number - 1, Flat(classifier.state_dict()))
+    description: Meta = {
+        "spec": spec.model_dump(mode="json"),
+        "seed": seed,
+        "epochs": epochs.number,
+        "steps": epochs.steps,
+        "losses": losses,
+        "seconds": time.monotonic() - started,
+        "bn_mode": spec.bn_mode,
+        "arithmetic": arithmetic(torch.device("cpu"), torch.float32),
+    }
+    return {"weight": classifier.weight.detach(), "bias": classifier.bias.detach()}, description

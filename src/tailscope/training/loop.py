@@ -1,49 +1,46 @@
-"""The two stages of decoupled training. The test split is never seen here; the last epoch counts.
+"""Stage 1: train a backbone end to end. The test split is never seen here; the last epoch counts.
 
-Stage 1: train a backbone end to end. The last epoch counts; the test split is never seen here.
-
-Stage 1 on images in files: decoded by worker processes, and shared out among the processes of a team.
-
-A batch is cut into the recipe's micro-batches, a function of the seed, the epoch and nothing else; process r of a team
-takes every micro-batch m with m mod size = r. Batch normalisation works within a micro-batch. A step sums what all of
-them give: the gradients, and the running statistics that each alone would lead to, whose mean is kept. So the number of
-processes, like the number of workers, changes a result by rounding at most; the number of micro-batches does change
-it, and is part of the recipe.
-
-Stage 2: a new linear classifier on features of a frozen backbone.
+A batch is cut into the recipe's micro-batches, and batch normalisation works
+within each; images in memory are one micro-batch. Images in files are decoded by worker processes, and process r of a
+team takes every micro-batch m with m mod size = r. A step sums the gradients of all of them, and keeps the mean of the
+running statistics that each alone would lead to. So the number of processes, like the number of workers, changes a
+result by rounding at most; the number of micro-batches does change it, and is part of the recipe.
 """
 
 import itertools
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tailscope import device as engines
-from tailscope.data.decoding import DecodedBatch, decode, earlier_draws, refuse
+from tailscope.data.decoding import DecodedBatch, decode_drawn
 from tailscope.data.images import Images, ImageSet, Rows
 from tailscope.device import Engine, Runtime, Work, arithmetic, named
 from tailscope.errors import UserError
 from tailscope.methods import LOSSES, MIXINGS, SAMPLERS, augmentations
-from tailscope.methods.augmentations import build
 from tailscope.networks import MODELS
 from tailscope.networks.resnets import CifarResNet, count_parameters
 from tailscope.seeds import derive, keyed, torch_stream
 from tailscope.spec import StageSpec
 from tailscope.store import Meta, Tensors
-from tailscope.training.epochs import Epochs, Flat, History, Keeper, resume, train_epochs
-from tailscope.training.step import CudaCapture, Normalizer, Stepper, capturing, loss_function, sgd
+from tailscope.store.files import CHECKPOINT, save_tensors, whole_checkpoint
+from tailscope.training import SCHEDULES
+from tailscope.training.step import CudaCapture, Flat, Normalizer, Stepper, capturing, loss_function
 from tailscope.training.team import Solo, Team
-
-TakeSteps = Callable[[Stepper, int, Sequence[float]], Iterable[Tensor | None]]
 
 CHUNK_BATCHES = 64
 """How many batches are augmented at once: vectorised, and bounded in memory."""
+
+SPACING = 20
+"""How many times longer than writing a checkpoint training goes on before the next: writing takes 5 % at most."""
 
 
 def new_model(call: str, channels: int, num_classes: int, seed: int) -> CifarResNet:
@@ -53,38 +50,156 @@ def new_model(call: str, channels: int, num_classes: int, seed: int) -> CifarRes
     return model.to(memory_format=torch.channels_last)
 
 
+class Epochs:
+    """How long a stage trains, at which rates, and whether it still has numbers to train with."""
+
+    def __init__(self, stage: StageSpec, images: int, label: str) -> None:
+        """Plan a stage on `images` training images; `label` names it in messages."""
+        self._stage, self._label = stage, label
+        self.batch = stage.train.batch
+        self.number, self.steps = stage.train.lengths(images)
+        self._per_epoch = -(-images // self.batch)
+        self._multipliers = SCHEDULES.make(stage.train.schedule, self.steps, self._per_epoch)
+
+    def images_before(self, epoch: int) -> int:
+        """Return how many images the epochs before show, in full batches."""
+        return min(self.steps, epoch * self._per_epoch) * self.batch
+
+    def multipliers(self, epoch: int) -> list[float]:
+        """Return the multiplier of the base learning rate for each step of an epoch; the last may be cut short."""
+        return self._multipliers[epoch * self._per_epoch : (epoch + 1) * self._per_epoch]
+
+    def mean_loss(self, epoch: int, losses: list[Tensor]) -> float:
+        """Return the mean of an epoch's losses; they are read here, all at once, so that no step waits for its own.
+
+        Raises:
+            UserError: one of them is not finite; the first is named.
+        """
+        together = torch.stack(losses)
+        mean = float(together.mean())
+        if math.isfinite(mean):  # then all of them are
+            return mean
+        infinite = (~together.isfinite()).nonzero().flatten().tolist()
+        step = infinite[0] if infinite else int(together.argmax())
+        loss = f"the loss is {float(together[step])}"
+        if epoch == step == 0:
+            raise UserError(
+                f"{self._label}: {loss} at the first step, before anything was learnt, so not by the learning rate;"
+                f" look at the loss {self._stage.loss} and at what it is computed from"
+            )
+        raise self._diverged(loss, epoch, step)
+
+    def require_finite(self, epoch: int, state: Flat) -> None:
+        """Refuse weights that an epoch left without numbers; the loss of its last step does not show what that did.
+
+        Raises:
+            UserError: a weight, a running statistic or a momentum is not finite.
+        """
+        if not state.finite():
+            raise self._diverged("weights are no longer finite", epoch, len(self.multipliers(epoch)) - 1)
+
+    def _diverged(self, what: str, epoch: int, step: int) -> UserError:
+        rate, multipliers = self._stage.train.learning_rate, self.multipliers(epoch)
+        how = f", as in --recipe 'NAME(learning_rate={rate / 10:g})'" if self._stage.model else " for stage 2"
+        return UserError(
+            f"{self._label}: training diverged, {what} in epoch {epoch + 1} of {self.number}, step {step + 1} of"
+            f" {len(multipliers)}, learning rate {rate * multipliers[step]:.3g}; take a lower one{how}"
+        )
+
+
+@dataclass
+class History:
+    """What grows while training, kept in checkpoints; `engines` took the steps so far, one after the other."""
+
+    epochs: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    engines: list[Engine] = field(default_factory=list)
+
+
+class Keeper:
+    """Keeps the last finished epoch: in memory, and now and then on disk.
+
+    An exception, a limit of time and Ctrl-C among them, leaves the last finished epoch on disk. What ends the process
+    at once leaves the last checkpoint. The first finished epoch is written, the last, and each that ends `SPACING`
+    times as long after the checkpoint before as writing that one took: where epochs are longer than that, a killed
+    run redoes only the epoch that was begun, else also those of that time.
+    """
+
+    def __init__(self, folder: Path | None, clock: Callable[[], float] = time.monotonic) -> None:
+        """Keep checkpoints in `folder`; None: keep nothing."""
+        self._file = None if folder is None else folder / CHECKPOINT
+        self._clock, self._written, self._took = clock, -math.inf, 0.0
+        self._unwritten: tuple[Flat, Meta] | None = None
+
+    def keep(self, state: Flat, history: History, *, last: bool) -> None:
+        """Take in a finished epoch, and write it if it is time."""
+        self._unwritten = state, asdict(history)
+        if last or self._clock() - self._written >= SPACING * self._took:
+            self._write()
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Write what is only in memory where the block ends by an exception."""
+        try:
+            yield
+        except BaseException:
+            with suppress(UserError, RuntimeError):  # a full disk, or a GPU that has failed: what came first is told
+                self._write()
+            raise
+
+    def _write(self) -> None:
+        if self._file is None or self._unwritten is None:
+            return
+        started = self._clock()
+        state, meta = self._unwritten
+        save_tensors(self._file, state.tensors(), meta)
+        self._unwritten, self._written = None, self._clock()
+        self._took = self._written - started
+
+
 @dataclass(frozen=True)
 class Training:
-    """A backbone to train, wherever its images are.
+    """A backbone to train, on images in memory or in files.
+
+    What ends a training early costs the epoch that was begun, or a little more where epochs are short and the process
+    is killed (`Keeper`); started again, it ends with the same numbers. The draws come from CPU generators on every
+    device, so that a seed means one training.
 
     Attributes:
-        spec: the stage.
         data: the training images, already the subset that `spec.data` names.
-        sides: height and width of an image as the network sees it.
         normalize: pixel statistics, those of the true training set for every backbone.
-        seed: of initialisation, order and augmentation.
-        runtime: device, precision, engine and progress.
-        scratch: folder for the checkpoint; None in followers.
+        scratch: folder for the checkpoint; None keeps none, as in followers.
         label: what progress calls this training.
-        team: the processes that share the work.
-        compiles: whether its steps can be compiled.
+        team: the processes that share the work on files, which all `run` this together.
+        workers: processes that decode files, for each of the team's; None decides.
     """
 
     spec: StageSpec
     data: Images
-    sides: tuple[int, int]
     normalize: Normalizer
     seed: int
     runtime: Runtime
     scratch: Path | None
     label: str
     team: Team = field(default_factory=Solo)
-    compiles: bool = True
+    workers: int | None = None
 
-    @property
-    def precision(self) -> torch.dtype:
-        """The type of convolutions and matrix products."""
-        return self.runtime.dtype(self.spec.train.precision)
+    def run(self) -> tuple[Tensors, Meta]:
+        """Train, or go on from the checkpoint; return the model's state on the CPU and a description.
+
+        Raises:
+            UserError: the training diverged, an image has become unreadable, or compiled steps were asked for and
+                there are none.
+        """
+        in_memory = isinstance(self.data, ImageSet)
+        capture = capturing(self.runtime.device) if in_memory else nullcontext()
+        with capture as captured, self.runtime.threads_for(math.prod(self._shape[:3])):
+            stepper = self.stepper(captured)
+            history = self._resume(stepper)
+            stepper.use(history.engines[-1])
+            self._train(stepper, history)
+            return Flat(stepper.model.state_dict()).tensors(), self._described(stepper, history)
 
     def stepper(self, capture: CudaCapture | None = None) -> Stepper:
         """Return the model, its loss and its optimiser on the runtime's device, as they begin."""
@@ -92,37 +207,14 @@ class Training:
         assert spec.model is not None
         model = new_model(spec.model, self.data.channels, self.data.num_classes, self.seed).to(device).train()
         loss = LOSSES.make(spec.loss, torch.tensor(self.data.counts(), device=device))
-        compute = loss_function(model, loss, self.normalize.to(device), self.precision)
+        compute = loss_function(model, loss, self.normalize.to(device), self._precision)
         return Stepper(model, compute, spec.train, capture=capture)
 
-    def run(self, take: TakeSteps, capture: CudaCapture | None = None) -> tuple[Tensors, Meta]:
-        """Train, or go on from the checkpoint; return the model's state on the CPU and a description.
-
-        Args:
-            take: takes an epoch's steps, given the stepper, the epoch and the multipliers of the learning rate.
-            capture: of steps.
-
-        Raises:
-            UserError: the training diverged, or compiled steps were asked for and there are none.
-        """
-        epochs, keeper = Epochs(self.spec, len(self.data), self.label or "stage 1"), Keeper(self.scratch)
-        stepper = self.stepper(capture)
-        history = resume(self.scratch, stepper, self.team)
-        if history.epochs < epochs.number or not history.engines:
-            history.go_on_with(self.team.share(self.engine(stepper, history.engines) if self.team.rank == 0 else None))
-        stepper.use(history.engines[-1])
-        task = self.runtime.progress.task(self.label, epochs.images(), epochs.images(history.epochs))
-        with keeper.saving(), task as advance:
-            train_epochs(epochs, history, stepper, keeper, advance, partial(take, stepper))
-        return Flat(stepper.model.state_dict()).tensors(), self._described(stepper, history)
-
     def engine(self, stepper: Stepper, before: Sequence[Engine] = ()) -> Engine:
-        """Return the engine that was asked for, else the last of those before if it is still there, else the fastest.
-
-        Raises:
-            UserError: compiled steps were asked for and there are none.
-        """
-        possible = engines.possible(stepper.model, self.runtime.device, compiles=self.compiles)
+        """Return the engine that was asked for, else the last one before if it is still there, else the fastest."""
+        # Micro-batches are of several sizes: they are not compiled.
+        compiles = isinstance(self.data, ImageSet)
+        possible = engines.possible(stepper.model, self.runtime.device, compiles=compiles)
         asked = self.runtime.engine
         if asked == "compiled" and asked not in possible:
             raise UserError("--engine compiled: steps on images in files are not compiled; take auto, eager or fused")
@@ -131,28 +223,76 @@ class Training:
         if before and before[-1] in possible:
             return before[-1]
         train, hardware = self.spec.train, self.runtime.describe()
-        images = (-(-train.batch // train.micro_batches), *self.sides, self.data.channels)
         alike = {
             "model": self.spec.model,
-            "images": images,
+            "images": self._shape,
             "mix": self.spec.mix is not None,
             "processor": hardware["gpu"] or hardware["cpu"],
             "threads": hardware["threads"],
-            "precision": named(self.precision),
+            "precision": named(self._precision),
             "torch": torch.__version__,
         }
-        work = Work(alike, images, train.lengths(len(self.data))[1] * train.micro_batches)
-        trial = partial(self._trial, images, stepper.capture)
-        return engines.choose(possible, work, trial, self.runtime.progress.note)
+        work = Work(alike, self._shape, train.lengths(len(self.data))[1] * train.micro_batches)
+        return engines.choose(possible, work, partial(self._trial, stepper.capture), self.runtime.progress.note)
 
-    def _trial(self, shape: Sequence[int], capture: CudaCapture | None, engine: Engine) -> Callable[[], object]:
+    @property
+    def _precision(self) -> torch.dtype:
+        return self.runtime.dtype(self.spec.train.precision)
+
+    @property
+    def _shape(self) -> tuple[int, int, int, int]:
+        """Of a micro-batch of images [B, H, W, C]."""
+        if isinstance(self.data, ImageSet):
+            height, width = self.data.images.shape[1:3]
+        else:
+            height = width = augmentations.size_of(self.spec.augment)
+        train = self.spec.train
+        return -(-train.batch // train.micro_batches), height, width, self.data.channels
+
+    def _trial(self, capture: CudaCapture | None, engine: Engine) -> Callable[[], object]:
         """Return what takes a step of a copy of the network on random images, and waits for it."""
         stepper, device = self.stepper(capture), self.runtime.device
         stepper.use(engine)
-        images = torch.randint(256, shape, dtype=torch.uint8, generator=torch_stream(0, "trial")).to(device)
+        images = torch.randint(256, self._shape, dtype=torch.uint8, generator=torch_stream(0, "trial")).to(device)
         labels = torch.arange(len(images), device=device) % self.data.num_classes
         mix = (torch.tensor(0.5, device=device), labels.argsort()) if self.spec.mix else (None, None)
         return lambda: stepper(images, labels, 1e-3, *mix).item()
+
+    def _resume(self, stepper: Stepper) -> History:
+        """Restore the leader's last checkpoint that is whole and fits, in every process, and choose the engine."""
+        whole = None if self.scratch is None else whole_checkpoint(self.scratch, stepper.shapes())
+        tensors, meta = self.team.share(None if whole is None else (whole[1].tensors, whole[1].meta)) or ({}, {})
+        if tensors:
+            stepper.restore(tensors)
+        history = History(**meta)
+        if history.epochs < self.spec.train.lengths(len(self.data))[0] or not history.engines:
+            engine = self.team.share(self.engine(stepper, history.engines) if self.team.rank == 0 else None)
+            if history.engines[-1:] != [engine]:
+                history.engines.append(engine)
+        return history
+
+    def _train(self, stepper: Stepper, history: History) -> None:
+        """Train the epochs that the history lacks."""
+        epochs, keeper = Epochs(self.spec, len(self.data), self.label or "stage 1"), Keeper(self.scratch)
+        batches = _Batches(self.spec, self.data, self.seed, self.runtime.device, self.team, self.workers)
+        done = epochs.images_before(history.epochs)
+        task = self.runtime.progress.task(self.label, epochs.images_before(epochs.number), done)
+        with keeper.saving(), task as advance:
+            for epoch in range(history.epochs, epochs.number):
+                started, losses = time.monotonic(), []
+                self.runtime.progress.safe_point()
+                multipliers = epochs.multipliers(epoch)
+                for rate, (sizes, mine) in zip(multipliers, batches.epoch(epoch, len(multipliers)), strict=True):
+                    if sizes:
+                        losses.append(_take_step(stepper, mine, sizes, rate, self.team))
+                    advance(epochs.batch)
+                state = Flat(stepper.state())  # asked for before the losses, which wait for the device
+                mean = epochs.mean_loss(epoch, losses)
+                epochs.require_finite(epoch, state)
+                history.losses.append(mean)
+                history.epochs = epoch + 1
+                history.seconds += time.monotonic() - started
+                keeper.keep(state, history, last=history.epochs == epochs.number)
 
     def _described(self, stepper: Stepper, history: History) -> Meta:
         """Return what is told of every trained backbone; its device has the threads that trained."""
@@ -164,38 +304,16 @@ class Training:
             "steps": spec.train.lengths(images)[1],
             "parameters": count_parameters(stepper.model),
             "losses": history.losses,
-            "precision": named(self.precision),
+            "precision": named(self._precision),
             "compiled": "compiled" in history.engines,
             "fused": "fused" in history.engines,
-            "arithmetic": arithmetic(self.runtime.device, self.precision, ", then ".join(history.engines)),
+            "arithmetic": arithmetic(self.runtime.device, self._precision, ", then ".join(history.engines)),
             "device": self.runtime.describe(),
             "processes": self.team.size,
             "seconds": history.seconds,
             "images_per_second": spec.train.images(images) / max(history.seconds, 1e-9),
             "selection": "last epoch",
         }
-
-
-def train_backbone(
-    spec: StageSpec, data: ImageSet, normalize: Normalizer, seed: int, runtime: Runtime, scratch: Path, label: str
-) -> tuple[Tensors, Meta]:
-    """Train a backbone on images in memory; the arguments are `Training`'s, the results those of its `run`.
-
-    What ends a training early costs the epoch that was begun, or a little more where epochs are short and the process
-    is killed (`Keeper`); started again, it ends with the same numbers. The draws come from CPU generators on every
-    device, so that a seed means one training.
-    """
-    with capturing(runtime.device) as capture, runtime.threads_for(data.images, spec.train.batch):
-        batches = _Batches(spec, data.images.to(runtime.device), data.labels, data.num_classes, seed)
-
-        def take(stepper: Stepper, epoch: int, multipliers: Sequence[float]) -> Iterator[Tensor]:
-            runtime.progress.safe_point()
-            for multiplier, batch in zip(multipliers, batches.epoch(epoch, len(multipliers)), strict=True):
-                yield stepper(batch.images, batch.labels, multiplier, batch.lam, batch.partner)
-
-        height, width = data.images.shape[1:3]
-        training = Training(spec, data, (height, width), normalize, seed, runtime, scratch, label)
-        return training.run(take, capture)
 
 
 @dataclass(frozen=True)
@@ -206,76 +324,6 @@ class Batch:
     labels: Tensor
     lam: Tensor | None
     partner: Tensor | None
-
-
-class _Batches:
-    """Draws, augments and cuts each epoch's batches, a function of (seed, epoch) alone.
-
-    What is drawn is small and drawn on the CPU, whose generators give the same numbers everywhere; it goes to the
-    images' device a chunk at a time, without waiting for it, and all work on pixels is done there.
-    """
-
-    def __init__(self, spec: StageSpec, images: Tensor, labels: Tensor, num_classes: int, seed: int) -> None:
-        self._images, self._labels = images, labels.to(images.device)
-        self._batch, self._seed = spec.train.batch, seed
-        self._sampler = SAMPLERS.make(spec.sampler, labels.cpu(), num_classes)
-        self._augment = build(spec.augment)
-        self._mixing = MIXINGS.make(spec.mix) if spec.mix else None
-        self.per_epoch = -(-len(labels) // spec.train.batch)
-
-    def epoch(self, epoch: int, steps: int) -> Iterator[Batch]:
-        """Yield the first `steps` batches of an epoch."""
-        order = self._sampler(len(self._labels), torch_stream(self._seed, "order", epoch))[: steps * self._batch]
-        augment_stream = torch_stream(self._seed, "augment", epoch)
-        mixes = self._mixes(len(order), torch_stream(self._seed, "mix", epoch))
-        for rows in torch.split(order.to(self._images.device, non_blocking=True), CHUNK_BATCHES * self._batch):
-            images, labels = self._augment(self._images[rows], augment_stream), self._labels[rows]
-            for batch in zip(torch.split(images, self._batch), torch.split(labels, self._batch), strict=True):
-                yield Batch(*batch, *next(mixes))
-
-    def _mixes(self, images: int, stream: torch.Generator) -> Iterator[tuple[Tensor | None, Tensor | None]]:
-        """Yield MixUp's weight and partners for each batch of an epoch of `images`; None without mixing."""
-        if self._mixing is None:
-            yield from itertools.repeat((None, None))
-            return
-        full, rest = divmod(images, self._batch)
-        for steps, batch in [(full, self._batch), (1, rest)] if rest else [(full, self._batch)]:
-            drawn = self._mixing.draw(steps, batch, stream)
-            yield from zip(*(t.to(self._images.device, non_blocking=True) for t in drawn), strict=True)
-
-
-def train_on_files(
-    spec: StageSpec,
-    data: Images,
-    normalize: Normalizer,
-    seed: int,
-    runtime: Runtime,
-    scratch: Path | None,
-    label: str,
-    *,
-    team: Team,
-    workers: int | None = None,
-) -> tuple[Tensors, Meta]:
-    """Train a backbone on images in files; the arguments are `Training`'s, the results those of its `run`.
-
-    All processes of the team call this together. What ends a training early costs the epoch that was begun, or a little
-    more where epochs are short and the process is killed (`Keeper`); started again, with any number of processes, it
-    goes on from there. `workers` processes decode for each of the team's; None decides.
-
-    Raises:
-        UserError: an image has become unreadable, the team does not divide the micro-batches evenly, or the training
-            diverged.
-    """
-    batches = _FileBatches(spec, data, seed, runtime, team, workers)
-
-    def take(stepper: Stepper, epoch: int, multipliers: Sequence[float]) -> Iterator[Tensor | None]:
-        step = _SharedStep(stepper, team)
-        for rate, (sizes, mine) in zip(multipliers, batches.epoch(epoch, len(multipliers)), strict=True):
-            yield step(mine, sizes, rate) if sizes else None
-
-    sides = (augmentations.size_of(spec.augment),) * 2
-    # Micro-batches are of several sizes: they are not compiled.
-    return Training(spec, data, sides, normalize, seed, runtime, scratch, label, team, compiles=False).run(take)
 
 
 def cut(rows: Rows, batch: int, micro_batches: int) -> list[Rows]:
@@ -295,156 +343,102 @@ def cut(rows: Rows, batch: int, micro_batches: int) -> list[Rows]:
     return np.array_split(rows, min(-(-len(rows) // size), len(rows) // 2))
 
 
-class _FileBatches:
-    """Draws an epoch's rows, cuts them, and decodes what falls to this process."""
+class _Batches:
+    """Draws, augments and cuts each epoch's batches, a function of (seed, epoch) alone.
+
+    What is drawn is small and drawn on the CPU, whose generators give the same numbers everywhere. All work on pixels
+    in memory is done on their device, a chunk of batches at a time; files are augmented by the workers that decode.
+    """
 
     def __init__(
-        self, spec: StageSpec, data: Images, seed: int, runtime: Runtime, team: Team, workers: int | None
+        self, spec: StageSpec, data: Images, seed: int, device: torch.device, team: Team, workers: int | None
     ) -> None:
-        self._train, self._data, self._seed, self._team = spec.train, data, seed, team
-        self._device, self._workers = runtime.device, workers
-        self._sampler = SAMPLERS.make(spec.sampler, data.labels, data.num_classes)
-        self._transform = augmentations.training(spec.augment)
+        self._spec, self._data, self._seed, self._device = spec, data, seed, device
+        self._team, self._workers, self._batch = team, workers, spec.train.batch
+        self._labels = data.labels.to(device)
+        self._images = data.images.to(device) if isinstance(data, ImageSet) else None
+        self._sampler = SAMPLERS.make(spec.sampler, data.labels.cpu(), data.num_classes)
         self._mixing = MIXINGS.make(spec.mix) if spec.mix else None
 
     def epoch(self, epoch: int, steps: int) -> Iterator[tuple[list[int], Iterator[Batch]]]:
         """Yield for each of the first `steps` batches the sizes of all its micro-batches, and this process's own."""
-        batch = self._train.batch
-        order = self._sampler(len(self._data), torch_stream(self._seed, "order", epoch)).numpy()[: steps * batch]
-        repeats = earlier_draws(order)
+        order = self._sampler(len(self._labels), torch_stream(self._seed, "order", epoch))[: steps * self._batch]
+        if self._images is None:
+            yield from self._from_files(order.numpy(), epoch)
+        else:
+            for batch in self._from_memory(self._images, order, epoch):
+                yield [len(batch.labels)], iter([batch])
+
+    def _from_memory(self, pixels: Tensor, order: Tensor, epoch: int) -> Iterator[Batch]:
+        augment = augmentations.build(self._spec.augment)
+        stream, mixes = torch_stream(self._seed, "augment", epoch), self._mixes(len(order), epoch)
+        for rows in torch.split(order.to(self._device, non_blocking=True), CHUNK_BATCHES * self._batch):
+            images, labels = augment(pixels[rows], stream), self._labels[rows]
+            for batch in zip(torch.split(images, self._batch), torch.split(labels, self._batch), strict=True):
+                yield Batch(*batch, *next(mixes))
+
+    def _mixes(self, images: int, epoch: int) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+        """Yield MixUp's weight and partners for each batch of an epoch of `images`; None without mixing."""
+        if self._mixing is None:
+            yield from itertools.repeat((None, None))
+            return
+        full, rest = divmod(images, self._batch)
+        stream = torch_stream(self._seed, "mix", epoch)
+        for steps, batch in [(full, self._batch), (1, rest)] if rest else [(full, self._batch)]:
+            drawn = self._mixing.draw(steps, batch, stream)
+            yield from zip(*(t.to(self._device, non_blocking=True) for t in drawn), strict=True)
+
+    def _from_files(self, order: Rows, epoch: int) -> Iterator[tuple[list[int], Iterator[Batch]]]:
+        rank, size, batch = self._team.rank, self._team.size, self._batch
         places = [
-            cut(np.arange(start, min(start + batch, len(order))), batch, self._train.micro_batches)
+            cut(np.arange(start, min(start + batch, len(order))), batch, self._spec.train.micro_batches)
             for start in range(0, len(order), batch)
         ]
-        mine = [part for parts in places for part in parts[self._team.rank :: self._team.size]]
-        loader = iter(
-            decode(
-                self._data,
-                self._transform,
-                [order[part].tolist() for part in mine],
-                workers=self._workers,
-                pin_memory=self._device.type == "cuda",
-                seed_of=partial(derive, self._seed, "augment", epoch),
-                repeats=[repeats[part].tolist() for part in mine],
-            )
+        decoded = decode_drawn(
+            self._data,
+            augmentations.training(self._spec.augment),
+            order,
+            [part for parts in places for part in parts[rank::size]],
+            workers=self._workers,
+            pin_memory=self._device.type == "cuda",
+            seed_of=partial(derive, self._seed, "augment", epoch),
         )
         for step, parts in enumerate(places):
-            own = range(self._team.rank, len(parts), self._team.size)
-            yield [len(part) for part in parts], (self._piece(next(loader), epoch, step, m) for m in own)
+            own = range(rank, len(parts), size)
+            yield [len(part) for part in parts], (self._decoded(next(decoded), epoch, step, m) for m in own)
 
-    def _piece(self, decoded: DecodedBatch, epoch: int, step: int, micro_batch: int) -> Batch:
-        if decoded.unreadable:
-            raise refuse(self._data, decoded.unreadable)
+    def _decoded(self, decoded: DecodedBatch, *place: int) -> Batch:
         lam = partner = None
         if self._mixing is not None:
-            stream = torch_stream(self._seed, "mix", epoch, step, micro_batch)
-            lams, partners = self._mixing.draw(1, len(decoded.rows), stream)
-            lam, partner = lams[0].to(self._device), partners[0].to(self._device)
-        images = decoded.images.to(self._device, non_blocking=True)
-        return Batch(images, self._data.labels[decoded.rows].to(self._device), lam, partner)
+            drawn = self._mixing.draw(1, len(decoded.rows), torch_stream(self._seed, "mix", *place))
+            lam, partner = (t[0].to(self._device) for t in drawn)
+        return Batch(decoded.images.to(self._device, non_blocking=True), self._labels[decoded.rows], lam, partner)
 
 
-class _SharedStep:
-    """One optimisation step on a batch that is cut into micro-batches, here and in other processes."""
-
-    def __init__(self, stepper: Stepper, team: Team) -> None:
-        self._stepper, self._team = stepper, team
-        self._parameters = [p for p in stepper.model.parameters() if p.requires_grad]
-        self._statistics = [b for b in stepper.model.buffers() if b.is_floating_point()]
-        self._counters = [b for b in stepper.model.buffers() if not b.is_floating_point()]
-
-    def __call__(self, mine: Iterator[Batch], sizes: Sequence[int], rate: float) -> Tensor:
-        """Take a step at `rate` times the base learning rate; return the batch's mean loss, still on the device."""
-        for p in self._parameters:
-            p.grad = torch.zeros_like(p)
-        before, steps = [b.clone() for b in self._statistics], [b + 1 for b in self._counters]
-        after = [torch.zeros_like(b) for b in self._statistics]
-        mean_loss = torch.zeros((), device=self._parameters[0].device)
-        for piece in mine:
-            _restore(self._statistics, before)
-            loss = self._stepper.compute(piece.images, piece.labels, piece.lam, piece.partner)
-            loss = loss * (len(piece.labels) / sum(sizes))
-            loss.backward()  # type: ignore[no-untyped-call]
-            mean_loss += loss.detach()
-            torch._foreach_add_(after, self._statistics)
-        self._team.sum([mean_loss, *after, *(p.grad for p in self._parameters if p.grad is not None)])
-        torch._foreach_div_(after, len(sizes))
-        _restore(self._statistics, after)
-        _restore(self._counters, steps)
-        self._stepper.set_rate(rate)
-        self._stepper.optimizer.step()
-        return mean_loss
-
-
-def _restore(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for buffer, value in zip(buffers, values, strict=True):
-        buffer.copy_(value)
-
-
-View = tuple[Tensor, Tensor]
-"""Features [n, d] and labels int64 [n] of one augmented view of the training data."""
-
-
-def fit_classifier(
-    spec: StageSpec,
-    views: Sequence[View],
-    counts: Sequence[int],
-    seed: int,
-    start: tuple[Tensor, Tensor] | None = None,
-    label: str = "classifier",
-) -> tuple[Tensors, Meta]:
-    """Fit softmax regression by SGD; epoch e sees view e modulo the number of views.
-
-    With a frozen backbone in eval mode this equals training the classifier on top of it, at the cost of one extraction
-    a view instead of one an epoch and classifier.
-
-    Args:
-        spec: the stage; its sampler has been applied when the views were drawn.
-        views: the augmented views, all of n samples.
-        counts: images per class of the training data, for losses that need them.
-        seed: of initialisation and order.
-        start: weight [C, d] and bias [C] to start from; None: new random ones.
-        label: what messages call this training.
-
-    Returns:
-        `weight` float32 [C, d] and `bias` float32 [C], and a description.
-
-    Raises:
-        UserError: the training diverged.
-    """
-    started = time.monotonic()
-    n = len(views[0][1])
-    epochs = Epochs(spec, n, label)
-    with keyed(derive(seed, "classifier")):
-        classifier = nn.Linear(views[0][0].shape[1], len(counts))
-    if start:
-        classifier.load_state_dict(dict(zip(("weight", "bias"), start, strict=True)))
-    loss_of = LOSSES.make(spec.loss, torch.tensor(counts))
-    optimizer = sgd(classifier, spec.train, spec.train.learning_rate)
-    losses = []
-    for epoch in range(epochs.number):
-        features, labels = views[epoch % len(views)]
-        order = torch.randperm(n, generator=torch_stream(seed, "stage2", "order", epoch))
-        features, labels = features[order].float(), labels[order]
-        epoch_losses = []
-        batches = zip(torch.split(features, spec.train.batch), torch.split(labels, spec.train.batch), strict=True)
-        for (x, y), rate in zip(batches, epochs.multipliers(epoch), strict=False):
-            optimizer.param_groups[0]["lr"] = spec.train.learning_rate * rate
-            loss = loss_of(classifier(x), y).mean()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            epoch_losses.append(loss.detach())
-        losses.append(epochs.mean_loss(epoch, epoch_losses))
-    epochs.require_finite(epochs.number - 1, Flat(classifier.state_dict()))
-    meta: Meta = {
-        "spec": spec.model_dump(mode="json"),
-        "seed": seed,
-        "epochs": epochs.number,
-        "steps": epochs.steps,
-        "losses": losses,
-        "seconds": time.monotonic() - started,
-        "bn_mode": spec.bn_mode,
-        "arithmetic": arithmetic(torch.device("cpu"), torch.float32),
-    }
-    return {"weight": classifier.weight.detach(), "bias": classifier.bias.detach()}, meta
+def _take_step(stepper: Stepper, mine: Iterator[Batch], sizes: Sequence[int], rate: float, team: Team) -> Tensor:
+    """Take a step on all micro-batches of a batch, here and in other processes; return its mean loss, on the device."""
+    if len(sizes) == team.size == 1:
+        batch = next(mine)
+        return stepper(batch.images, batch.labels, rate, batch.lam, batch.partner)
+    parameters = [p for p in stepper.model.parameters() if p.requires_grad]
+    statistics = [b for b in stepper.model.buffers() if b.is_floating_point()]
+    counters = [b for b in stepper.model.buffers() if not b.is_floating_point()]
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    before, steps = [b.clone() for b in statistics], [b + 1 for b in counters]
+    after = [torch.zeros_like(b) for b in statistics]
+    mean_loss = torch.zeros((), device=parameters[0].device)
+    for batch in mine:
+        torch._foreach_copy_(statistics, before)
+        loss = stepper.compute(batch.images, batch.labels, batch.lam, batch.partner) * (len(batch.labels) / sum(sizes))
+        loss.backward()  # type: ignore[no-untyped-call]
+        mean_loss += loss.detach()
+        torch._foreach_add_(after, statistics)
+    team.sum([mean_loss, *after, *(p.grad for p in parameters if p.grad is not None)])
+    torch._foreach_div_(after, len(sizes))
+    torch._foreach_copy_(statistics, after)
+    torch._foreach_copy_(counters, steps)
+    stepper.set_rate(rate)
+    stepper.optimizer.step()
+    stepper.optimizer.zero_grad(set_to_none=True)
+    return mean_loss

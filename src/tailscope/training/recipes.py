@@ -1,6 +1,6 @@
 """Recipes as data: how a backbone and a classifier are trained, under a name that a command line can say.
 
-Learning-rate schedules: one multiplier of the base rate for every step, known before the first.
+A learning-rate schedule is one multiplier of the base rate for every step, known before the first.
 """
 
 import math
@@ -27,11 +27,8 @@ def multistep(
     steps: int, steps_per_epoch: int, /, warmup: int = 5, drops: tuple[int, ...] = (160, 180), factor: float = 0.01
 ) -> list[float]:
     """Constant within an epoch: (e+1)/warmup in the first `warmup` epochs, times `factor` at each epoch in `drops`."""
-
-    def multiplier(epoch: int) -> float:
-        return min(1.0, (epoch + 1) / max(1, warmup)) * factor ** sum(epoch >= drop for drop in drops)
-
-    return [multiplier(step // steps_per_epoch) for step in range(steps)]
+    epochs = [step // steps_per_epoch for step in range(steps)]
+    return [min(1.0, (e + 1) / max(1, warmup)) * factor ** sum(e >= drop for drop in drops) for e in epochs]
 
 
 @SCHEDULES.register("onecycle")
@@ -46,22 +43,16 @@ def onecycle(steps: int, steps_per_epoch: int, /, peak: float = 0.25, start: flo
     if not 0 < peak < 1:
         raise UserError(f"schedule onecycle: peak={peak} must lie strictly between 0 and 1")
     top = peak * steps
-
-    def multiplier(step: int) -> float:
-        return start + (1 - start) * step / top if step < top else (steps - step) / (steps - top)
-
-    return [multiplier(step) for step in range(steps)]
+    up = [start + (1 - start) * step / top for step in range(math.ceil(top))]
+    return [*up, *((steps - step) / (steps - top) for step in range(len(up), steps))]
 
 
 class Recipe(Frozen):
     """Everything about an experiment but its data and seeds.
 
     Attributes:
-        name: as the command line says it.
         card: what a reader should know about it.
         converged: whether geometry measured after it may decide a claim of the paper.
-        model: the backbone's call-string.
-        stage1, stage2: how the two stages are optimised.
         views: how many augmented views stage 2 sees.
         augment: the augmentations that are on everywhere.
         autoaugment: what "AutoAugment" adds to them.
@@ -131,10 +122,7 @@ class Recipe(Frozen):
 
     def with_bn_mode(self, mode: BnMode) -> "Recipe":
         """Return this recipe with another batch-norm mode of stage 2, which its card then names."""
-        if mode == self.bn_mode:
-            return self
-        card = f"{self.card} Stage 2 with {mode} batch normalisation."
-        return self.model_copy(update={"bn_mode": mode, "card": card})
+        return self._with(f"Stage 2 with {mode} batch normalisation.", bn_mode=mode)
 
     def with_backbone(self, model: str | None, loss: str | None) -> "Recipe":
         """Return this recipe with another network or another loss of stage 1, which its card then names.
@@ -144,23 +132,27 @@ class Recipe(Frozen):
         """
         changes = {"model": model and MODELS.canonical(model), "loss": loss and LOSSES.canonical(loss)}
         changes = {field: call for field, call in changes.items() if call and call != getattr(self, field)}
-        if not changes:
-            return self
         said = " and ".join(f"the {field} {call}" for field, call in changes.items())
-        return self.model_copy(update={**changes, "card": f"{self.card} Stage 1 has {said}."})
+        return self._with(f"Stage 1 has {said}.", **changes)
 
     def with_micro_batches(self, parts: int) -> "Recipe":
         """Return this recipe with stage 1's batches cut into `parts` (see `TrainSpec`), which its card then says."""
-        if parts == self.stage1.micro_batches:
+        said = f"Stage 1's batches are cut into {parts}, each with batch statistics of its own."
+        return self._with(said, stage1=self.stage1.model_copy(update={"micro_batches": parts}))
+
+    def _with(self, said: str, **changes: Any) -> "Recipe":
+        """Return this recipe, or where something changes another whose card says so."""
+        if all(getattr(self, field) == value for field, value in changes.items()):
             return self
-        card = f"{self.card} Stage 1's batches are cut into {parts}, each with batch statistics of its own."
-        return self.model_copy(update={"stage1": self.stage1.model_copy(update={"micro_batches": parts}), "card": card})
+        return self.model_copy(update={**changes, "card": f"{self.card} {said}"})
 
     def _augment(self, autoaugment: bool) -> tuple[str, ...]:
         return (*self.augment, self.autoaugment) if autoaugment else self.augment
 
 
 _STAGE2 = TrainSpec(epochs=10, batch=512, learning_rate=0.05, weight_decay=2e-4)
+_SHORT_STAGE2 = _STAGE2.model_copy(update={"epochs": None, "steps": 4_000})
+_ONE_CYCLE = TrainSpec(steps=3_000, batch=128, learning_rate=0.2, nesterov=True, weight_decay=5e-4, schedule="onecycle")
 _PAPER_STAGE1 = TrainSpec(epochs=200, batch=128, learning_rate=0.1, weight_decay=2e-4, schedule="multistep")
 
 RECIPES = {
@@ -173,15 +165,7 @@ RECIPES = {
             " Shortened: geometry is not converged.",
             converged=False,
             model="resnet8",
-            stage1=TrainSpec(
-                steps=400,
-                batch=64,
-                learning_rate=0.1,
-                nesterov=True,
-                weight_decay=5e-4,
-                schedule="onecycle",
-                precision="fp32",
-            ),
+            stage1=_ONE_CYCLE.model_copy(update={"steps": 400, "batch": 64, "learning_rate": 0.1, "precision": "fp32"}),
             stage2=TrainSpec(steps=500, batch=64, learning_rate=0.1, weight_decay=2e-4, precision="fp32"),
             views=4,
             augment=("crop(padding=1)",),
@@ -193,10 +177,8 @@ RECIPES = {
             " in stage 2. Shows orderings, not the paper's shares: geometry is not converged.",
             converged=False,
             model="resnet32",
-            stage1=TrainSpec(
-                steps=3_000, batch=128, learning_rate=0.2, nesterov=True, weight_decay=5e-4, schedule="onecycle"
-            ),
-            stage2=_STAGE2.model_copy(update={"epochs": None, "steps": 4_000}),
+            stage1=_ONE_CYCLE,
+            stage2=_SHORT_STAGE2,
             views=2,
         ),
         Recipe(
@@ -319,8 +301,8 @@ RECIPES["imagenet-fast"] = Recipe(
     " views in stage 2. Shows orderings, not the paper's shares: geometry is not converged.",
     converged=False,
     model="resnet10",
-    stage1=TrainSpec(steps=10_000, batch=256, learning_rate=0.2, nesterov=True, weight_decay=1e-4, schedule="onecycle"),
-    stage2=_STAGE2.model_copy(update={"epochs": None, "steps": 4_000}),
+    stage1=_ONE_CYCLE.model_copy(update={"steps": 10_000, "batch": 256, "weight_decay": 1e-4}),
+    stage2=_SHORT_STAGE2,
     views=2,
     augment=("resized_crop(size=128)", "flip"),
     autoaugment="autoaugment_imagenet",
@@ -338,13 +320,12 @@ def recipe_by_name(name: str) -> Recipe:
     called = split_call(name, "recipe")[0] if "(" in name else name
     if called not in [entry.name for entry in PARAMETRISED]:
         raise UserError(f"--recipe {name}: unknown; known: {', '.join(RECIPES)}")
-    _, values = PARAMETRISED.parse(name)
-    default = PARAMETRISED.parse(called)[1]
+    values, default = (PARAMETRISED.parse(call)[1] for call in (name, called))
     changed = ", ".join(f"{k}={v!r}" for k, v in values.items() if v != default[k])
+    if not changed:
+        return RECIPES[called]
     try:
         recipe = PARAMETRISED.make(name)
     except ValidationError as error:
         raise UserError(f"--recipe {name}: {error.errors()[0]['msg']}") from None
-    if not changed:
-        return RECIPES[called]
     return recipe.model_copy(update={"name": f"{called}({changed})", "card": f"{recipe.card} With {changed}."})

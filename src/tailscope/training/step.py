@@ -1,22 +1,20 @@
-"""One optimisation step: uint8 images in, a loss out, parameters moved.
+"""One optimisation step: uint8 images in, a loss out, parameters moved; on a GPU captured as a CUDA graph.
 
-Whole training steps as CUDA graphs.
-
-A small network spends its time on launching kernels; a graph launches all of a step's at once.
-
-A graph goes on using the memory that it found: its own, and the workspaces that cuBLAS keeps for a stream. Where two
-graphs were captured on one stream they share these, and in some versions of PyTorch the end of one graph frees them for
-both. So every training has a stream that no other training has at the same time: all of its work runs there, before,
-during and after a capture, and its graphs end together, when the last of them has been replayed.
+A small network spends its time on launching kernels; a graph launches all of a step's at once. It goes on using the
+memory that it found: its own, and the workspaces that cuBLAS keeps for a stream. Two graphs of one stream share these,
+and in some versions of PyTorch the end of one frees them for both. So every training has a stream that no other has at
+the same time: all of its work runs there, and its graphs end together, when the last of them has been replayed.
 """
 
 import logging
+import math
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +25,7 @@ from tailscope.networks import norm_act
 from tailscope.networks.resnets import CifarResNet
 from tailscope.seeds import alone
 from tailscope.spec import TrainSpec
+from tailscope.store import Tensors
 
 WARM_UP = 3
 """Steps before the capture: they compile, choose algorithms and create what the optimiser remembers."""
@@ -35,7 +34,6 @@ _log = logging.getLogger(__name__)
 
 Step = Callable[..., Tensor]
 Replay = Callable[[], None]
-
 
 _PREPARING = threading.Lock()
 """Compiling, capturing and dealing out streams are done for one thread at a time; replaying is not."""
@@ -68,10 +66,7 @@ def capturing(device: torch.device) -> Iterator["CudaCapture | None"]:
 
 
 class CudaCapture:
-    """How steps run before a capture, and how one is captured: as PyTorch's notes on CUDA graphs ask for.
-
-    The stream is the current one already.
-    """
+    """How steps run before a capture, and how one is captured, on the current stream: as PyTorch's notes ask for."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._stream = stream
@@ -99,7 +94,7 @@ class CudaCapture:
 
 
 class GraphedStep:
-    """A step of fixed shapes that is captured once and replayed: (tensors) -> loss.
+    """A step that is captured once and replayed; the tensors' shapes, and which are None, are the same every time.
 
     A graph reads and writes fixed places in memory: what is given is copied to them, and the loss from them. All that
     changes from step to step has to come in a tensor, the learning rate too. Where the capture fails, steps go on as
@@ -107,14 +102,13 @@ class GraphedStep:
     """
 
     def __init__(self, step: Step, capture: CudaCapture) -> None:
-        self._step, self._capture = step, capture
-        self._calls = 0
+        self._step, self._capture, self._calls = step, capture, 0
         self._replay: Replay | None = None
         self._inputs: tuple[Tensor | None, ...] = ()
         self._loss = torch.empty(0)
 
     def __call__(self, *given: Tensor | None) -> Tensor:
-        """Take a step; the arguments' shapes, and which are None, are the same every time."""
+        """Take a step; return its loss."""
         self._calls += 1
         if self._calls <= WARM_UP:
             return self._capture.warm_up(self._step, *given)
@@ -152,9 +146,8 @@ class Normalizer:
         """Measure uint8 images [N, H, W, C]; constant channels get a standard deviation of 1."""
         # A histogram is exact and needs no floating copy of the data set.
         values = torch.arange(256, dtype=torch.float64)
-        channels = [torch.bincount(c.reshape(-1).cpu(), minlength=256).double() for c in images.unbind(-1)]
-        mean = torch.stack([(h @ values) / h.sum() for h in channels])
-        square = torch.stack([(h @ values**2) / h.sum() for h in channels])
+        counts = torch.stack([torch.bincount(c.reshape(-1).cpu(), minlength=256) for c in images.unbind(-1)]).double()
+        mean, square = (counts @ values**power / counts.sum(1) for power in (1, 2))
         std = (square - mean**2).clamp(min=0).sqrt()
         return cls(mean.float(), torch.where(std > 0, std, 1.0).float())
 
@@ -193,17 +186,10 @@ def loss_function(model: CifarResNet, loss: Loss, normalize: Normalizer, dtype: 
     return compute
 
 
-def _step(
-    optimizer: torch.optim.Optimizer,
-    compute: LossFunction,
-    images: Tensor,
-    labels: Tensor,
-    lam: Tensor | None,
-    partner: Tensor | None,
-) -> Tensor:
+def _step(optimizer: torch.optim.Optimizer, compute: LossFunction, *batch: Any) -> Tensor:
     """Move the parameters once; return the detached loss."""
     try:
-        loss = compute(images, labels, lam, partner)
+        loss = compute(*batch)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     finally:
@@ -235,19 +221,41 @@ def _compiling(step: Step) -> Step:
     return take
 
 
+class Flat:
+    """A copy of named tensors, as one buffer a type: copied by one operation, moved to the CPU by one transfer."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        """Copy the tensors, on their device."""
+        self._layout = {name: (t.dtype, t.shape) for name, t in tensors.items()}
+        types = dict.fromkeys(t.dtype for t in tensors.values())
+        self._buffers = {
+            kind: torch.cat([t.detach().reshape(-1) for t in tensors.values() if t.dtype == kind]) for kind in types
+        }
+
+    def finite(self) -> bool:
+        """Whether there is neither a NaN nor an infinity."""
+        # One NaN or infinity makes the sum one, and it takes a single pass.
+        return all(math.isfinite(buffer.sum(dtype=torch.float64)) for buffer in self._buffers.values())
+
+    def tensors(self) -> Tensors:
+        """Return the tensors, on the CPU."""
+        parts = {
+            kind: iter(torch.split(buffer.cpu(), [shape.numel() for t, shape in self._layout.values() if t == kind]))
+            for kind, buffer in self._buffers.items()
+        }
+        return {name: next(parts[kind]).view(shape) for name, (kind, shape) in self._layout.items()}
+
+
 class Stepper:
     """Runs steps of a model; the short last batch of an epoch is not compiled, and captured by itself."""
 
     def __init__(
         self, model: CifarResNet, compute: LossFunction, train: TrainSpec, *, capture: CudaCapture | None = None
     ) -> None:
-        """Prepare the optimiser, and steps with the engine `fused`.
+        """Prepare the optimiser of a model in training mode, and steps with the engine `fused`.
 
-        Args:
-            model: in training mode, on its device.
-            compute: the mean loss of a batch.
-            train: batch size and optimiser.
-            capture: what captures the steps, of full and of short batches; None: they are launched kernel by kernel.
+        `compute` returns the mean loss of a batch. `capture` captures the steps, of full and of short batches; without,
+        they are launched kernel by kernel.
         """
         self.model, self.compute, self.capture = model, compute, capture
         self._batch = train.batch
@@ -277,11 +285,9 @@ class Stepper:
         lam: Tensor | None = None,
         partner: Tensor | None = None,
     ) -> Tensor:
-        """Take one step at `multiplier` times the base learning rate; return the detached loss, still on the device.
-
-        Batches that are not full are all of one size: an epoch's last one.
-        """
+        """Take one step at `multiplier` times the base learning rate; return the detached loss, still on the device."""
         self.set_rate(multiplier)
+        # Batches that are not full are all of one size: an epoch's last one.
         step = self._full if len(labels) == self._batch else self._short
         return step(images, labels, lam, partner)
 
@@ -293,7 +299,7 @@ class Stepper:
         else:
             group["lr"] = value
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> Tensors:
         """Return parameters, buffers and momentum as named tensors."""
         momentum = {
             f"momentum.{name}": self.optimizer.state[p]["momentum_buffer"]
@@ -310,10 +316,9 @@ class Stepper:
             **{f"momentum.{name}": p.shape for name, p in self.model.named_parameters() if momentum},
         }
 
-    def restore(self, state: dict[str, Tensor]) -> None:
+    def restore(self, state: Tensors) -> None:
         """Continue from what `state` returned."""
-        model = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
-        self.model.load_state_dict(model)
+        self.model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
         for name, p in self.model.named_parameters():
             if f"momentum.{name}" in state:  # there is none without momentum
                 # The fused optimiser pairs elements by their place in memory: the layout must be the parameter's.

@@ -5,7 +5,6 @@ announces an order, all carry it out, and sum what they found. Lightning Fabric 
 `torchrun`), gives each its device and connects them (gloo on CPUs, NCCL on GPUs).
 """
 
-import copy
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -18,22 +17,18 @@ from torch import Tensor
 
 from tailscope.errors import UserError, one_line
 
-PATIENCE = timedelta(days=7)
+_PATIENCE = timedelta(days=7)
 """How long followers wait for the leader, who may fit classifiers and measure geometry for hours in between."""
 
 
 class Team:
-    """The processes that work on one command; by itself a team of one, with nothing to send and nothing to sum.
-
-    Attributes:
-        rank: number of the process; 0 leads.
-        size: number of processes.
-        device: of the process; None leaves the choice to the runtime.
-    """
+    """The processes that work on one command; by itself a team of one, with nothing to send and nothing to sum."""
 
     rank: int = 0
+    """Number of this process; 0 leads."""
     size: int = 1
     device: torch.device | None = None
+    """Of this process; None leaves the choice to the runtime."""
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over the processes; all must call it with the same shapes."""
@@ -57,7 +52,7 @@ class Team:
 Solo = Team
 
 
-class FabricTeam(Team):
+class _FabricTeam(Team):
     """Several processes, started and connected by Lightning Fabric."""
 
     def __init__(self, fabric: Any) -> None:
@@ -66,35 +61,30 @@ class FabricTeam(Team):
         self.rank, self.size, self.device = fabric.global_rank, fabric.world_size, fabric.device
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
-        """Sum all tensors over the processes, in float32, in one message."""
-        flat = torch.cat([t.reshape(-1).float() for t in tensors])
+        flat = torch.cat([t.reshape(-1).float() for t in tensors])  # one message, in float32
         with _connected():
             flat = self._fabric.all_reduce(flat, reduce_op="sum")
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view(tensor.shape))
 
     def share(self, value: Any) -> Any:
-        """Send the leader's value to every process."""
         with _connected():
             return self._fabric.broadcast(value, src=0)
 
     @contextmanager
     def lead(self, order: Any) -> Iterator[None]:
-        """Give the followers an order; after an exception in the block they no longer listen."""
         self.share(order)
-        self._listening = False
+        self._listening = False  # after an exception in the block they no longer do
         yield
         self._listening = True
 
     def orders(self) -> Iterator[Any]:
-        """Yield the leader's orders until it has no more."""
         while (order := self.share(None)) is not None:
             yield order
         torch.distributed.destroy_process_group()
 
     def dismiss(self) -> None:
-        """Let the followers go; those left in the middle of an order end when the connection does."""
-        if self._listening:
+        if self._listening:  # those left in the middle of an order end when the connection does
             self.share(None)
             torch.distributed.destroy_process_group()
 
@@ -111,12 +101,8 @@ def _connected() -> Iterator[None]:
 def form(devices: int | None, num_nodes: int, accelerator: str) -> Team:
     """Start the processes and return this one's place among them.
 
-    Without Fabric's own environment this starts `devices` - 1 more processes, which run the same command up to here.
-
-    Args:
-        devices: processes on each machine, one GPU each; None: as many as `torchrun` started, else 1.
-        num_nodes: machines.
-        accelerator: cpu or cuda.
+    There are `devices` on each of the machines, one GPU each; None: as many as `torchrun` started, else 1. Without
+    Fabric's own environment this starts `devices` - 1 more processes, which run the same command up to here.
 
     Raises:
         UserError: Lightning is not installed, or there are fewer GPUs than `devices`.
@@ -140,14 +126,9 @@ def form(devices: int | None, num_nodes: int, accelerator: str) -> Team:
         logging.getLogger(name).setLevel(logging.ERROR)
     threads = torch.get_num_threads()
     fabric = Fabric(
-        accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=DDPStrategy(timeout=PATIENCE)
+        accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=DDPStrategy(timeout=_PATIENCE)
     )
     fabric.launch()
     if accelerator == "cpu":
         torch.set_num_threads(max(1, threads // devices))
-    return FabricTeam(fabric)
-
-
-def portable(model: torch.nn.Module) -> torch.nn.Module:
-    """Return a model as an order carries it: on the CPU."""
-    return model if next(model.parameters()).device.type == "cpu" else copy.deepcopy(model).cpu()
+    return _FabricTeam(fabric)
