@@ -57,7 +57,8 @@ def run(name: str, options: Options, folder: Path, hardware: dict[str, Any]) -> 
 
 def benchmark(name: str) -> Callable[[Options], Record]:
     """Return the function that measures what is asked for."""
-    module, function = ("train", "augment") if name == "augment" else (name, "run")
+    module = {"augment": "train", "concurrent": "train", "breakdown": "scaling"}.get(name, name)
+    function = "run" if module == name else name
     found: Callable[[Options], Record] = getattr(importlib.import_module(f"benchmarks.{module}"), function)
     return found
 

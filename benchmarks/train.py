@@ -161,3 +161,41 @@ def augment(options: Options) -> Record:
         note = joined([f"{workers} workers", f"measured on {rival.items:,} images", options.images_note])
         record.rows.append(Row(f"textbook loop, {title}", rival.rate, "images/s", ratio, "ours / this", note=note))
     return record
+
+
+# -- several trainings at a time ------------------------------------------------------------------------------------
+
+JOBS = {"cpu": (1, 2), "cuda": (1, 2, 4, 8)}
+JOBS_GOALS = {"cpu": 1.1, "cuda": 2.5}
+"""Of the most trainings at a time."""
+
+
+def concurrent(options: Options) -> Record:
+    """Measure what several trainings at a time are worth, against one alone on the whole machine."""
+    size, device = SIZES[options.size], options.device.split(":")[0]
+    arms = {str(jobs): _together(jobs, size, options) for jobs in JOBS[device]}
+    rounds = max(1, size.rounds // 2)
+    measured = interleave(arms, rounds=rounds, seconds=2 * size.seconds, inline=options.inline)
+    record = Record("concurrent", options)
+    record.raw = {name: m.raw() for name, m in measured.items()}
+    alone = measured["1"]
+    note = joined([f"engine {alone.info['engine']}", options.images_note])
+    record.rows.append(Row("one training alone", alone.rate, "images/s", note=note))
+    how = "a stream of the GPU each" if device == "cuda" else "a share of the cores each"
+    for jobs in JOBS[device][1:]:
+        several = measured[str(jobs)]
+        ratio = paired(alone.per_item, several.per_item)
+        seen = f"measured on {several.items:,} images"
+        note = joined([f"engine {several.info['engine']}", how, seen, options.images_note])
+        goal = JOBS_GOALS[device] if jobs == max(JOBS[device]) else None
+        name = f"{jobs} trainings at a time, together"
+        record.rows.append(Row(name, several.rate, "images/s", ratio, "this / one alone", goal, note=note))
+    return record
+
+
+def _together(jobs: int, size: Size, options: Options) -> Arm:
+    """Return so many trainings as an arm; they wait for one another after every chunk."""
+    if jobs == 1:  # as it runs without --jobs, in the main thread
+        return ours(size, options)
+    given = {**settings(size, options), "jobs": jobs, "stretch": size.chunk}
+    return Arm("benchmarks.arms.ours:train_together", given, warm_up=1)

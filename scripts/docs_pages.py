@@ -29,8 +29,7 @@ from tailscope.measures.fields import FIELDS, SHOWN
 from tailscope.progress import duration
 from tailscope.registry import Registry
 from tailscope.report.rows import load
-from tailscope.report.tables import Column, Table, to_markdown
-from tailscope.report.text import DASH, listed, plural, significant, with_interval
+from tailscope.report.text import DASH, Column, Table, listed, plural, significant, to_markdown, with_interval
 from tailscope.reproduce import claims
 from tailscope.reproduce.claims import label
 from tailscope.reproduce.evidence import Evidence

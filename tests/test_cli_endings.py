@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from tailscope import cli, verbs
-from tailscope.cli_output import Output
+from tailscope.cli import Output
 from tailscope.errors import UserError, expanded
 from tailscope.progress import Bars, Lines, shown_on
 

@@ -167,7 +167,7 @@ LAYERS = [
     ["encoders"],
     ["verbs"],
     ["reproduce"],
-    ["cli", "cli_output", "cli_paper", "cli_store", "__main__"],
+    ["cli", "cli_store", "__main__"],
 ]
 """The rooms from the foundations to the command line: none knows anything of those further down, not even in functions.
 

@@ -8,7 +8,7 @@ from sklearn.decomposition import PCA
 
 from tailscope.measures import FIELDS, describe
 from tailscope.measures.fields import EXCESSES, MEASURES, NUMBERS, SHOWN
-from tailscope.report.tables import WRITERS
+from tailscope.report.text import WRITERS
 from tailscope.seeds import numpy_stream
 
 

@@ -17,8 +17,8 @@ from diagnosis_cases import scattered
 from tailscope import paper, report
 from tailscope.errors import UserError
 from tailscope.groups import GROUPS
-from tailscope.report import charts, marks, rows, schema, story, tables, text
-from tailscope.report.tables import Column, Table
+from tailscope.report import charts, marks, rows, schema, story, text
+from tailscope.report.text import Column, Table
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 NASTY = ["<script>alert(1)</script>", "a, b", "=SUM(A1)", '50 % "_&#', "na\nme", "{x}", "|pipe|", "[y]", "ü–→", "\\z"]
@@ -165,7 +165,8 @@ def test_numbers_have_one_form_on_pages_in_tables_in_the_terminal_and_in_documen
     told = tailscope_("diagnose", *given, "--out", tmp_path / "diagnosed").out
     texts = {
         "terminal": told,
-        "story": "\n".join([*story.sentences(results), *dict(story.summary_rows(results)).values()]),
+        "story": "\n".join([*story.findings(results), *story.caveats(results)]),
+        "summary": "\n".join(dict(story.summary_rows(results)).values()),
     }
     for path in [*tmp_path.glob("*/*.html"), *tmp_path.glob("*/tables/*.md")]:
         visible = re.sub(r"<(style|script|pre).*?</\1>", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -197,7 +198,7 @@ def test_verdict_names_share_gap_and_intervals(digits):
     assert f"The representation accounts for {round(100 * part['share'])} % [{low}, {high}] of the gap" in sentence
     assert f"{100 * swap['attribution']['gap']:.1f} points [{gap_low}, {gap_high}]" in sentence
     assert f"{100 * swap['cells']['lt->lt']['mean']:.1f} %" in sentence
-    assert story.sentences(digits)[0] == sentence
+    assert story.findings(digits)[0] == sentence
 
 
 @pytest.mark.parametrize(
@@ -239,7 +240,8 @@ def test_split_of_recalls_agrees_with_the_attribution(digits):
 def test_order_matters_as_the_attribution_says():
     for representation in (0.2, 0.5, 0.9):
         swap = factory.swap(representation=representation, classifier=0.5)
-        assert story.order_matters(swap["attribution"]) == swap["attribution"]["order_matters"]
+        told = any(line.startswith("Order matters") for line in story.caveats({"swap": swap}))
+        assert told == swap["attribution"]["order_matters"]
 
 
 def test_matched_rows_split_the_parts_again():
@@ -259,7 +261,7 @@ def test_geometry_counts_the_classes_that_most_seeds_flag(digits):
             flagged = [entry["spread_gap_q"] is not None and entry["spread_gap_q"] <= 0.05 for entry in entries]
             gap = [entry["spread_gap_deg"] for entry in entries]
             expected += sum(flagged) * 2 > len(flagged) and all(g is not None for g in gap) and sum(gap) > 0
-        assert f"{encoder} {expected} of " in story.sentences(digits)[-3] + story.sentences(digits)[-2]
+        assert f"{encoder} {expected} of " in " ".join(story.findings(digits))
 
 
 @pytest.mark.parametrize("verbs", [["swap"], ["ladder"], ["geometry"], ["swap", "ladder", "geometry", "claims"]])
@@ -306,9 +308,9 @@ def test_any_class_name_survives_csv_and_stays_text(names):
     table = Table(
         "t", "t", [Column("name", "class"), Column("x", "x", "share")], [{"name": n, "x": 0.5} for n in names]
     )
-    back = list(csv.DictReader(io.StringIO(tables.to_csv(table), newline="")))
+    back = list(csv.DictReader(io.StringIO(text.to_csv(table), newline="")))
     for name, row in zip(names, back, strict=True):
-        assert row["name"] == (f"'{name}" if name.startswith(tables.FORMULA) else name)
+        assert row["name"] == (f"'{name}" if name.startswith(text.FORMULA) else name)
         assert not row["name"].startswith(("=", "+", "-", "@"))
 
 
@@ -317,13 +319,13 @@ def test_markdown_and_latex_keep_one_row_a_line(names):
     table = Table(
         "t", "t", [Column("name", "class"), Column("x", "x", "points")], [{"name": n, "x": None} for n in names]
     )
-    markdown = tables.to_markdown(table).splitlines()
+    markdown = text.to_markdown(table).splitlines()
     assert len(markdown) == 4 + len(names)
     for line in markdown[4:]:
         assert len(re.findall(r"(?<!\\)\|", line)) == 3
         assert "<" not in line
         assert line.endswith("– |")
-    body = tables.to_latex(table).split("\\midrule\n")[1].splitlines()[: len(names)]
+    body = text.to_latex(table).split("\\midrule\n")[1].splitlines()[: len(names)]
     for line in body:
         assert len(re.findall(r"(?<!\\)&", line)) == 1
         assert line.endswith(r"& -- \\")

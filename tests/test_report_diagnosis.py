@@ -18,7 +18,7 @@ from diagnosis_cases import CLASSES, FEW, head_biased, scattered, separable, tab
 from tailscope import cli, report
 from tailscope.errors import UserError
 from tailscope.measures import FIELDS
-from tailscope.report import diagnosis
+from tailscope.report import charts, diagnosis
 from tailscope.results import write
 from tailscope.tables.table import FeatureTable
 
@@ -198,5 +198,5 @@ def test_a_measure_that_a_result_does_not_hold_is_undefined():
     result = tailscope.diagnose(*(table(*part) for part in separable()), verdict=False, **FEW)
     for entry in result["classes"]:
         del entry["nearest_center_true_deg"]
-    assert {row["nearest_center_true_deg"] for row in diagnosis.data(result)["by_count"]} == {None}
-    assert diagnosis.figures(result)
+    assert {row["nearest_center_true_deg"] for row in charts.diagnosis_data(result)["by_count"]} == {None}
+    assert charts.diagnosis_figures(result)

@@ -20,7 +20,7 @@ import tailscope
 from diagnosis_cases import head_biased, scattered, separable, table
 from tailscope import report
 from tailscope.errors import UserError
-from tailscope.report import charts, diagnosis, rows, story, tables
+from tailscope.report import charts, diagnosis, rows, story, text
 from tailscope.report.marks import panel_specs
 from tailscope.report.rows import load
 from tailscope.report.schema import read
@@ -136,19 +136,20 @@ def written(folder: Path, verb: str, result: Any) -> Path:
 def say(folder: Path, verb: str, *, charted: bool = True) -> None:
     """Put everything that a file says into rows, charts, tables and sentences, without drawing."""
     if verb == "diagnosis":
-        result = diagnosis.load(folder / "diagnosis.json")
-        figures, found = diagnosis.figures, diagnosis.tables(result)
-        said = [diagnosis.data(result), diagnosis.headline(result), diagnosis.findings(result)]
+        result = read(folder / "diagnosis.json", "diagnosis")
+        figures, found = charts.diagnosis_figures, diagnosis.tables(result)
+        said = [charts.diagnosis_data(result), diagnosis.headline(result), diagnosis.findings(result)]
         said += [diagnosis.caveats(result), diagnosis.accuracy_rows(result)]
     else:
         result = load(folder)
         figures, found = charts.figures, rows.tables(result)
-        said = [charts.data(result), story.sentences(result), story.summary_rows(result), rows.warnings(result)]
+        said = [charts.data(result), story.findings(result), story.caveats(result)]
+        said += [story.summary_rows(result), rows.warnings(result)]
     for figure in figures(result) if charted else ():
         panel_specs(figure)
     json.dumps(said, allow_nan=False)
     for one in found:
-        for writer in (tables.to_csv, tables.to_markdown, tables.to_latex):
+        for writer in (text.to_csv, text.to_markdown, text.to_latex):
             assert writer(one)
 
 

@@ -22,9 +22,18 @@ from tailscope.experiments import runs as results
 from tailscope.experiments.stages import Stages
 from tailscope.intervals import paired
 from tailscope.report import page
-from tailscope.reproduce import plan as planning
-from tailscope.reproduce.plan import Rates, make_plan, measure, other_work, remembered
-from tailscope.reproduce.reproduce import EXPERIMENTS, Reproduction, outcomes, run_reproduce
+from tailscope.reproduce import reproduce as planning
+from tailscope.reproduce.reproduce import (
+    EXPERIMENTS,
+    Rates,
+    Reproduction,
+    make_plan,
+    measure,
+    other_work,
+    outcomes,
+    remembered,
+    run_reproduce,
+)
 from tailscope.store import Store
 from tailscope.store.files import CHECKPOINT, save_tensors
 from tailscope.training.recipes import RECIPES, Recipe
@@ -61,7 +70,7 @@ def _known():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(RECIPES, "tiny", TINY)
         patch.setitem(paper.BENCHMARKS, "digits-lt", BENCHMARK)
-        patch.setattr("tailscope.reproduce.plan.SECONDS", 0.05)
+        patch.setattr("tailscope.reproduce.reproduce.SECONDS", 0.05)
         yield
 
 
@@ -202,7 +211,7 @@ def test_an_estimate_says_that_others_work_here(monkeypatch, tmp_path, load, cor
     monkeypatch.setattr(planning.os, "cpu_count", lambda: cores)
     assert (f"load {load:.1f} on {cores} cores" in other_work()) == told
     said = []
-    run_reproduce(reproduction_of(tmp_path), tell=said.append, plan_only=True)
+    run_reproduce(reproduction_of(tmp_path, plan=True), tell=said.append)
     line = next(line for line in said if "estimated time here" in line)
     assert ("other work is running here" in line) == told
     assert "measured on single steps" in line
@@ -229,7 +238,7 @@ def test_the_plan_knows_what_a_killed_run_has_saved(tmp_path, digits, caplog):
 
 
 def test_only_the_plan_trains_nothing(tmp_path):
-    done = run_reproduce(reproduction_of(tmp_path, "all"), tell=lambda text: None, plan_only=True)
+    done = run_reproduce(reproduction_of(tmp_path, "all", plan=True), tell=lambda text: None)
     assert len(done["plan"]["backbones"]) == 5
     assert done["estimated_seconds"] > 0
     assert not (tmp_path / "store" / "stage1").exists()
@@ -266,7 +275,7 @@ def test_stages_of_two_processors_are_not_pooled_without_a_word(tmp_path, digits
         monkeypatch.setattr(training_runtime, "cpu_name", lambda: processor)
         lab = Stages(digits, store, Runtime.choose("cpu", **changes))
         result = EXPERIMENTS["swap"](lab, settings.model_copy(update={"seeds": seeds}))
-        cards = page.provenance("swap", result)
+        cards = page._provenance("swap", result)
         return [w for w in result["warnings"] if "arithmetic" in w], result["provenance"], cards
 
     alone, rows, cards = run((0,), "processor A")

@@ -19,9 +19,8 @@ from tailscope.errors import UserError
 from tailscope.experiments.stages import Stages
 from tailscope.progress import Deadline, Quiet, TimeIsUp
 from tailscope.reproduce import queue
-from tailscope.reproduce.plan import runs
 from tailscope.reproduce.queue import Piece, order, parse_duration, run_queue
-from tailscope.reproduce.reproduce import Reproduction, run_reproduce
+from tailscope.reproduce.reproduce import Reproduction, run_reproduce, runs
 from tailscope.reproduce.trainings import Trainings
 from tailscope.store import Store, add, packed_bytes
 from tailscope.store.files import save_tensors
@@ -49,7 +48,7 @@ def _known():
             known = paper.Benchmark("digits", profile, "nested", SHOWN[name])
             patch.setitem(paper.BENCHMARKS, name, known)
         patch.setattr(queue, "DATASETS", tuple(SHOWN))
-        patch.setattr("tailscope.reproduce.plan.SECONDS", 0.05)
+        patch.setattr("tailscope.reproduce.reproduce.SECONDS", 0.05)
         patch.setattr("tailscope.report.build", lambda out: out / "report.html")
         yield
 

@@ -11,7 +11,7 @@ import result_factory as factory
 from scripts.docs_pages import generate, main, measures, methods
 from tailscope import paper
 from tailscope.errors import UserError
-from tailscope.report.tables import to_csv, to_markdown
+from tailscope.report.text import to_csv, to_markdown
 from tailscope.reproduce.claims import build, write
 from tailscope.reproduce.evidence import Evidence
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from tailscope.cli_store import parse_size
+from tailscope.cli_store import _parse_size
 from tailscope.errors import UserError
 from tailscope.store import KINDS, Store, inventory, prune, verify
 from tailscope.store.files import CHECKPOINT, save_tensors
@@ -285,4 +285,4 @@ def test_pruning_what_is_damaged_keeps_the_checkpoint_before(store):
 @pytest.mark.parametrize("text", ["", "MB", "0", "-1MB", "1.5MB", "1 XB", "9" * 5 + "M"])
 def test_sizes_that_are_none(text):
     with pytest.raises(UserError, match="no size"):
-        parse_size(text)
+        _parse_size(text)

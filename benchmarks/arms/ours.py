@@ -337,12 +337,7 @@ def save_features(pace: Pace, *, folder: str, rows: int, dimension: int, classes
 # The first kind that fits: a compiled kernel's name lists what was fused, a backward kernel's holds the forward's.
 KINDS = {
     "convolutions, backward": ("convolution_backward",),
-    "convolutions, forward": (
-        "mkldnn_convolution",
-        "cudnn_convolution",
-        "thnn_conv2d",
-        "_convolution_pointwise",
-    ),
+    "convolutions, forward": ("mkldnn_convolution", "cudnn_convolution", "thnn_conv2d", "_convolution_pointwise"),
     "our batch norm, shortcut and ReLU": ("tailscope::",),
     "compiled kernels between convolutions": ("compiled", "cpp_fused", "triton"),
     "batch norm": ("batch_norm",),

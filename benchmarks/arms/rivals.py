@@ -137,15 +137,7 @@ def batches(
 
 
 def tuned(
-    pace: Pace,
-    *,
-    data: str | None,
-    images: int,
-    batch: int,
-    model: str,
-    compile: bool,
-    keep_memory: bool,
-    device: str,
+    pace: Pace, *, data: str | None, images: int, batch: int, model: str, compile: bool, keep_memory: bool, device: str
 ) -> None:
     """Train the network; `keep_memory` adds the allocator setting that our engine uses."""
     if keep_memory:

@@ -8,28 +8,34 @@
 | 128 + n | ended by signal n: 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP; 141: nobody reads standard output any more |
 """
 
+import errno
+import inspect
 import io
+import json
 import os
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast, get_args
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
+from typer.models import ParameterInfo
 
 import tailscope
-from tailscope import cli_paper, verbs
-from tailscope.cli_output import Options, Output, add_command, open_closed_streams
-from tailscope.cli_store import store_app
+from tailscope import cli_store, verbs
+from tailscope.cli_store import Options
 from tailscope.errors import UserError, one_line, printable
+from tailscope.experiments.options import NEGATED, Reproduction
+from tailscope.progress import shown_on
 from tailscope.results import from_command_line
 
 if TYPE_CHECKING:
@@ -55,7 +61,11 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line; the entry point."""
-    open_closed_streams()
+    for number in range(3):  # a closed stream gets a file, lest the next file opened gets its number and the output
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a console without Unicode shows "?" instead of failing
             stream.reconfigure(errors="replace")
@@ -151,6 +161,174 @@ def options(
     """Options of the command itself."""
 
 
+class Output:
+    """A standard stream that may be full, closed or without a reader: results are written all the same.
+
+    The first failure is kept for `exit_code`; what comes after it goes nowhere.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream or io.StringIO()  # none where the process was started with it closed
+        self._failure: OSError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write text, if anybody reads it."""
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._fail(error)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, if anybody reads it."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._fail(error)
+
+    def exit_code(self, beside: "Output") -> int:
+        """Return 0, or the exit code of a failed standard output, and say on the stream `beside` it what happened."""
+        self.flush()
+        if self._failure is None:
+            return 0
+        if self._failure.errno == errno.EPIPE:  # `| head -1`: its reader has seen enough
+            return 128 + getattr(signal, "SIGPIPE", 13)
+        beside.write(f"error: standard output cannot be written ({self._failure.strerror}); files are complete\n")
+        beside.flush()
+        return 1
+
+    def _fail(self, error: OSError) -> None:
+        """Lead the stream nowhere: what it still holds must not fail once more when Python ends."""
+        self._failure = self._failure or error
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, self._stream.fileno())
+        except OSError:  # not a stream of the system's
+            return
+        finally:
+            os.close(nowhere)
+
+
+# -- from functions to commands -------------------------------------------------------------------------------------
+
+_Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a summary.")]
+
+
+def _add_command(
+    verb: Callable[..., Any],
+    show: Callable[[Any, Options], Iterator[RenderableType]],
+    *,
+    to: typer.Typer = app,
+    end: Callable[[Any], object] = bool,
+    name: str | None = None,
+    with_json: bool = True,
+    **defaults: Any,
+) -> None:
+    """Give a function a command, whose options are the parameters that `typer.Option` annotates.
+
+    A parameter `console` gets the screen that notes and progress go to. `show` yields what people see of the result,
+    and `end`, called last, may raise `typer.Exit` or `UserError`. `defaults` are those that differ from Python's.
+    """
+    parameters = [
+        parameter.replace(annotation=verb.__annotations__[name], default=defaults.get(name, parameter.default))
+        for name, parameter in inspect.signature(verb).parameters.items()
+    ]
+    negated = {one.name for one in parameters if NEGATED in get_args(one.annotation)}
+    options = [option for one in parameters if (option := _option(one)) is not None]
+    if with_json:
+        options.append(inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_Json))
+
+    def run(as_json: bool = False, **given: Any) -> None:
+        console = Console(stderr=as_json)  # standard output carries JSON alone
+        values = {option: not value if option in negated else value for option, value in given.items()}
+        result = verb(**values, **({"console": console} if "console" in verb.__annotations__ else {}))
+        if as_json:
+            plain = asdict(result) if is_dataclass(result) and not isinstance(result, type) else result
+            typer.echo(json.dumps(plain, indent=1, default=os.fspath, allow_nan=False))
+        else:
+            for shown in show(result, values):
+                if isinstance(shown, str):  # as it is, however long
+                    console.out(printable(shown), highlight=False)
+                else:
+                    console.print(shown)
+        end(result)
+
+    run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    run.__annotations__ = {option.name: option.annotation for option in options}
+    run.__name__, run.__doc__ = verb.__name__, (verb.__doc__ or "").partition("\n\nArgs:")[0]
+    to.command(name or verb.__name__)(run)
+
+
+def _option(parameter: inspect.Parameter) -> inspect.Parameter | None:
+    """Return a parameter as typer wants it; None where it is no option."""
+    kind, *said = get_args(parameter.annotation) or [None]
+    info = next((one for one in said if isinstance(one, ParameterInfo)), None)
+    if info is None:
+        return None
+    return parameter.replace(
+        kind=inspect.Parameter.KEYWORD_ONLY,
+        default=not parameter.default if NEGATED in said else parameter.default,
+        annotation=Annotated[next((one for one in said if one not in (info, NEGATED)), kind), info],
+    )
+
+
+# -- the paper ------------------------------------------------------------------------------------------------------
+
+
+@verbs.taking(Reproduction)
+def reproduce(request: Reproduction) -> dict[str, Any]:
+    """Reproduce the paper's tables and figures, beside its printed numbers, and check its claims.
+
+    Says first what will be trained, what is stored already and about how long it takes. Interrupted at any point, the
+    same command continues. With a time limit it stops in time, says what is left (`finished` in OUT/reproduce.json) and
+    exits with 0. Writes swap.json, ladder.json and geometry.json, claims.json, tables/paper-* and the report.
+
+    Examples: `tailscope reproduce table1 --dataset cifar10-lt --data-root DIR --quick --seeds 1`;
+    `tailscope reproduce all --dataset cifar10-lt --data-root DIR --plan`;
+    `tailscope reproduce everything --data-root DIR --time-limit 9m --out results`;
+    `tailscope reproduce table1 --dataset imagenet-lt --data list:TRAIN.txt,TEST.txt --data-root DIR --devices 4`
+    """
+    request.check()
+    from tailscope.reproduce.queue import run_queue
+    from tailscope.reproduce.reproduce import draw, run_reproduce
+
+    console = request.console or Console(quiet=True)
+
+    def tell(text: str) -> None:
+        console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
+
+    with shown_on(console) as progress:
+        if request.queued:
+            return run_queue(request, tell=tell, progress=progress)
+        done = run_reproduce(request, tell=tell, progress=progress)
+    if not request.plan:
+        draw(request.out, tell)
+    return {name: value for name, value in done.items() if name != "results"}
+
+
+def _show_reproduction(done: dict[str, Any], options: Options) -> Iterator[RenderableType]:
+    if "claims" not in done:
+        return
+    from tailscope.reproduce.claims import tally
+
+    for name in ("table1", "fig3"):
+        if name in done["tables"]:
+            table = Table("", "paper", "ours, %: mean ± sd (seeds)", "difference, points", box=None)
+            for row in done["tables"][name]:
+                table.add_row(row["label"], row["paper_written"], row["written"], row["difference_written"])
+            yield table
+    yield f"claims: {tally(done['claims'])}; {done['label']}"
+    yield f"report: {options['out'] / 'report.html'}, tables: {options['out'] / 'tables'}"
+
+
+def _end_reproduction(done: dict[str, Any]) -> None:
+    if done.get("failed"):
+        raise typer.Exit(1)
+
+
 # -- what people see of results -------------------------------------------------------------------------------------
 
 
@@ -159,93 +337,80 @@ def _plain(text: str) -> Text:
     return Text(one_line(text))
 
 
-def _tell(console: Console, *lines: str) -> None:
-    """Print lines as they are, however long."""
-    for line in lines:
-        console.out(printable(line), highlight=False)
-
-
-def _show_story(_: object, options: Options, console: Console) -> None:
-    """Print the story in ten lines and name the report."""
+def _show_story(_: object, options: Options) -> Iterator[RenderableType]:
     from tailscope.report import load, story
 
     table = Table(show_header=False, box=None)
     for name, value in story.summary_rows(load(options["out"])):
         table.add_row(_plain(name), _plain(value))
-    console.print(table)
-    _tell(console, f"report: {options['out'] / 'report.html'}")
+    yield table
+    yield f"report: {options['out'] / 'report.html'}"
 
 
-def _show_subset(result: dict[str, Any], options: Options, console: Console) -> None:
-    """Print a subset's counts as a bar chart, and its fingerprint."""
+def _show_subset(result: dict[str, Any], options: Options) -> Iterator[RenderableType]:
     counts = result["counts"]
-    _tell(console, *(f"warning: {one_line(warning)}" for warning in result["warnings"]))
-    _tell(console, f"{sum(counts):,} images, counts {' '.join(map(str, counts))}", f"sha256 {result['sha256']}")
+    yield from (f"warning: {one_line(warning)}" for warning in result["warnings"])
+    yield f"{sum(counts):,} images, counts {' '.join(map(str, counts))}"
+    yield f"sha256 {result['sha256']}"
     table = Table("class", "group", "images", "", box=None)
     for name, group, n in zip(result["dataset"]["class_names"], result["groups"], counts, strict=True):
         table.add_row(_plain(name), group or "-", str(n), "█" * max(1, round(40 * n / max(counts))))
     if len(counts) <= 100:
-        console.print(table)
+        yield table
     if options["out"] is not None:
-        _tell(console, f"written: {options['out'] / 'subset.json'}")
+        yield f"written: {options['out'] / 'subset.json'}"
 
 
-def _show_methods(listed: dict[str, Any], _: Options, console: Console) -> None:
-    """Print every registry as a table, then the recipes and profiles."""
+def _show_methods(listed: dict[str, Any], _: Options) -> Iterator[RenderableType]:
     for kind, registry in verbs.REGISTRIES.items():
         table = Table("call", "what it is", title=kind, title_justify="left")
         for entry in registry:
             table.add_row(_plain(registry.canonical(entry.name)), _plain(entry.summary))
-        console.print(table)
+        yield table
     table = Table("recipe", "what it does", title="recipes", title_justify="left")
     for recipe in listed["recipes"]:
         table.add_row(recipe["name"], _plain(recipe["card"]))
-    console.print(table)
-    console.print(f"profiles: {', '.join(listed['profiles'])}", highlight=False)
+    yield table
+    yield f"profiles: {', '.join(listed['profiles'])}"
 
 
-def _show_features(written: "FeaturesResult", _: Options, console: Console) -> None:
-    """Say what was written, and what to mind."""
-    _tell(console, *(f"warning: {one_line(warning)}" for warning in written.warnings))
-    _tell(
-        console,
+def _show_features(written: "FeaturesResult", _: Options) -> Iterator[RenderableType]:
+    yield from (f"warning: {one_line(warning)}" for warning in written.warnings)
+    yield (
         f"{written.features}: {written.rows:,} rows of {written.width} features, {written.classes} classes"
-        f" ({written.resumed:,} rows were there, {written.skipped:,} images skipped)",
+        f" ({written.resumed:,} rows were there, {written.skipped:,} images skipped)"
     )
     if written.classifier is not None:
-        _tell(console, f"{written.classifier}: the checkpoint's classifier")
+        yield f"{written.classifier}: the checkpoint's classifier"
 
 
-def _show_diagnosis(result: "Diagnosis", options: Options, console: Console) -> None:
-    """Print the verdict, the accuracies behind it, and the advice."""
+def _show_diagnosis(result: "Diagnosis", options: Options) -> Iterator[RenderableType]:
     from tailscope.report import diagnosis as story
 
-    _tell(console, one_line(story.headline(result)))
+    yield one_line(story.headline(result))
     if result["accuracy"] is not None:
         table = Table("", "accuracy", "head", "body", "tail", box=None)
         for row in story.accuracy_rows(result):
             table.add_row(*row)
-        console.print(table)
+        yield table
     shown = story.findings(result)[0 if result["verdict"] is None else 1 :]  # the table says the first
-    _tell(console, *(f"- {one_line(text)}" for text in [*shown, *(piece["text"] for piece in result["advice"])]))
+    yield from (f"- {one_line(text)}" for text in [*shown, *(piece["text"] for piece in result["advice"])])
     if result["warnings"]:
-        _tell(console, f"{len(result['warnings'])} warnings, the first: {one_line(result['warnings'][0])}")
-    _tell(console, f"written: {options['out'] / 'diagnosis.json'}")
+        yield f"{len(result['warnings'])} warnings, the first: {one_line(result['warnings'][0])}"
+    yield f"written: {options['out'] / 'diagnosis.json'}"
     if options["report"]:
-        _tell(console, f"report: {options['out'] / 'report.html'}")
+        yield f"report: {options['out'] / 'report.html'}"
 
 
-def _show_path(path: Path, _: Options, console: Console) -> None:
-    typer.echo(path)
-
-
-add_command(app, verbs.demo, _show_story, out=Path("demo"))
+_add_command(verbs.demo, _show_story, out=Path("demo"))
 for _experiment in (verbs.swap, verbs.ladder, verbs.geometry):
-    add_command(app, _experiment, _show_story, out=Path("out"))
-add_command(app, verbs.subset, _show_subset)
-add_command(app, verbs.report, _show_path, with_json=False)
-add_command(app, verbs.methods, _show_methods)
-add_command(app, verbs.diagnose, _show_diagnosis, out=Path("out"))
-add_command(app, verbs.features, _show_features)
-add_command(app, cli_paper.reproduce, cli_paper.show, end=cli_paper.end)
-app.add_typer(store_app)
+    _add_command(_experiment, _show_story, out=Path("out"))
+_add_command(verbs.subset, _show_subset)
+_add_command(verbs.report, lambda path, _: iter([str(path)]), with_json=False)
+_add_command(verbs.methods, _show_methods)
+_add_command(verbs.diagnose, _show_diagnosis, out=Path("out"))
+_add_command(verbs.features, _show_features)
+_add_command(reproduce, _show_reproduction, end=_end_reproduction)
+for _verb, _show, _end in cli_store.COMMANDS:
+    _add_command(_verb, _show, to=cli_store.app, end=_end, name=_verb.__name__.strip("_"))
+app.add_typer(cli_store.app)

@@ -2,35 +2,34 @@
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.filesize import decimal
 from typer import Argument, Option
 
-from tailscope.cli_output import Options, add_command
-from tailscope.errors import UserError, printable
+from tailscope.errors import UserError
 from tailscope.experiments.options import StoreRoot
 from tailscope.progress import shown_on
 
 if TYPE_CHECKING:
     from tailscope.store import Row, Store
 
-SOME_DAMAGED = 1
-"""The exit code of `verify` where something is damaged or may not be read."""
+Options = dict[str, Any]
+"""A verb's options as they were given, by the names of its parameters."""
 
-_SHOWN = 12
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
-store_app = typer.Typer(
+app = typer.Typer(
     name="store", help="What is trained and stored: list, check, thin out, and move it between machines as one archive."
 )
 
 
-@store_app.callback(invoke_without_command=True)
+@app.callback(invoke_without_command=True)
 def options(context: typer.Context) -> None:
     """Show the help where no command is given."""
     if context.invoked_subcommand is None:
@@ -86,11 +85,11 @@ def pack(
     from tailscope.store import pack as pack_
 
     opened = _open(store)
-    limit = None if max_size is None else parse_size(max_size)
+    limit = None if max_size is None else _parse_size(max_size)
     kinds = kind.split(",")
-    unknown = [name for name in kinds if name not in KINDS]
-    if unknown:
-        raise UserError(f"--kind {unknown[0]}: no such kind; known: {', '.join(KINDS)}")
+    for name in kinds:
+        if name not in KINDS:
+            raise UserError(f"--kind {name}: no such kind; known: {', '.join(KINDS)}")
     entries, unfinished = _chosen(opened, keys or [], kinds, checkpoints)
     with shown_on(console) as progress:
         files = pack_(opened, out, entries, unfinished, limit, progress)
@@ -113,11 +112,10 @@ def add(
 
     Example: `tailscope store add stages.tar --store out/store`
     """
-    from tailscope.store import Store
     from tailscope.store import add as add_
 
     with shown_on(console) as progress:
-        return asdict(add_(Store(_root(store)), *files, replace=replace, progress=progress))
+        return asdict(add_(_open(store, new=True), *files, replace=replace, progress=progress))
 
 
 def prune(
@@ -144,67 +142,49 @@ def prune(
     opened = _open(store)
     if not (kind or scratch or damaged):
         raise UserError(f"say what may go: --kind, --scratch or --damaged; {opened.root} holds {_summary(opened)}")
+    options = {"scratch": scratch, "damaged": damaged, "dry_run": dry_run}
     with shown_on(console) as progress:
-        done = prune_(
-            opened,
-            kinds=kind.split(",") if kind else (),
-            scratch=scratch,
-            damaged=damaged,
-            keep=keep or (),
-            dry_run=dry_run,
-            progress=progress,
-        )
+        done = prune_(opened, kinds=kind.split(",") if kind else (), keep=keep or (), progress=progress, **options)
     return {"removed": [asdict(row) for row in done.removed], "busy": done.busy, "dry_run": dry_run}
 
 
 # -- helpers --------------------------------------------------------------------------------------------------------
 
 
-def parse_size(text: str) -> int:
+def _parse_size(text: str) -> int:
     """Return a number of bytes.
 
-    >>> parse_size("15MiB"), parse_size("16 MB"), parse_size("1000")
+    >>> _parse_size("15MiB"), _parse_size("16 MB"), _parse_size("1000")
     (15728640, 16000000, 1000)
-
-    Raises:
-        UserError: it is none.
     """
-    found = re.fullmatch(r"(\d+)\s*([A-Za-z]*)", text.strip())
-    if found is None or found[2].upper() not in _UNITS or int(found[1]) == 0:
+    found = re.fullmatch(r"(\d+)\s*([KMG]I?B)?", text.strip().upper())
+    if found is None or int(found[1]) == 0:
         raise UserError(f"--max-size {text}: no size; give one like 15MiB, 16MB or 16000000")
-    return int(found[1]) * _UNITS[found[2].upper()]
+    return int(found[1]) * _UNITS[found[2] or ""]
 
 
-def _root(root: Path | str | None) -> Path:
-    if root is None:
-        raise UserError("which store? give its folder with --store, OUT/store of an experiment, or as $TAILSCOPE_STORE")
-    return Path(root)
-
-
-def _open(root: Path | str | None) -> "Store":
-    """Open a store that is there."""
+def _open(root: Path | str | None, *, new: bool = False) -> "Store":
+    """Open a store, which may be `new` or has to be there."""
     from tailscope.store import Store
 
-    if not _root(root).is_dir():
+    if root is None:
+        raise UserError("which store? give its folder with --store, OUT/store of an experiment, or as $TAILSCOPE_STORE")
+    if not new and not Path(root).is_dir():
         raise UserError(f"--store {root}: no such folder")
-    return Store(_root(root))
+    return Store(Path(root))
 
 
 def _chosen(
     store: "Store", beginnings: list[str], kinds: list[str], checkpoints: bool
 ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Return kind and key of the entries and of the checkpoints that are asked for.
-
-    Raises:
-        UserError: one of the keys names nothing, or there is nothing at all.
-    """
+    """Return kind and key of the entries and of the checkpoints that are asked for."""
     from tailscope.store import inventory
 
     rows = [row for row in inventory(store) if row.kind in kinds and (checkpoints or not row.checkpoint)]
     for beginning in beginnings:
         if not any(row.key.startswith(beginning) for row in rows):
             raise UserError(f"{beginning}: no such key among {', '.join(kinds)}; {store.root} holds {_summary(store)}")
-    rows = [row for row in rows if not beginnings or row.key.startswith(tuple(beginnings))]
+    rows = [row for row in rows if row.key.startswith(tuple(beginnings or [""]))]
     if not rows:
         raise UserError(f"{store.root}: nothing to pack; it holds {_summary(store)}")
     rows.sort(key=lambda row: (kinds.index(row.kind), row.key))
@@ -212,13 +192,12 @@ def _chosen(
 
 
 def _summary(store: "Store") -> str:
-    """Return what a store holds, in a few words."""
     from tailscope.store import inventory
 
     sizes: dict[str, list[int]] = {}
     for row in inventory(store):
         sizes.setdefault("checkpoints" if row.checkpoint else row.kind, []).append(row.bytes)
-    return ", ".join(f"{len(of)} {kind} ({_size(sum(of))})" for kind, of in sizes.items()) or "nothing"
+    return ", ".join(f"{len(of)} {kind} ({decimal(sum(of))})" for kind, of in sizes.items()) or "nothing"
 
 
 def _listed(rows: "Sequence[Row]") -> dict[str, Any]:
@@ -228,15 +207,14 @@ def _listed(rows: "Sequence[Row]") -> dict[str, Any]:
 # -- what people see ------------------------------------------------------------------------------------------------
 
 
-def _show_rows(rows: list[dict[str, Any]], console: Console) -> None:
-    """Print a line for each entry, in columns."""
-    now = time.time()
+def _show_entries(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield a line for each entry, in columns."""
     lines = [
         (
             row["kind"] + (" checkpoint" if row["checkpoint"] else ""),
-            row["key"][:_SHOWN],
-            _size(row["bytes"]),
-            _age(now - row["written"]),
+            row["key"][:12],
+            decimal(row["bytes"]),
+            _age(time.time() - row["written"]),
             row["state"],
             "; ".join(filter(None, (row["what"] or row["problem"], row["arithmetic"]))),
         )
@@ -244,45 +222,37 @@ def _show_rows(rows: list[dict[str, Any]], console: Console) -> None:
     ]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
-        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        console.out(printable("  ".join(cells).rstrip()), highlight=False)
-
-
-def _show_list(listed: dict[str, Any], _: Options, console: Console) -> None:
-    _show_rows(listed["entries"], console)
+        yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
 
 
 def _bad(listed: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for row in listed["entries"] if row["problem"] is not None]
 
 
-def _show_verified(listed: dict[str, Any], _: Options, console: Console) -> None:
+def _show_verified(listed: dict[str, Any], _: Options) -> Iterator[str]:
     from tailscope.store import Row
 
     bad = _bad(listed)
-    for row in bad:
-        console.out(printable(f"{row['state']}: {Row(**row).name}: {row['problem']}"), highlight=False)
+    yield from (f"{row['state']}: {Row(**row).name}: {row['problem']}" for row in bad)
     unverified = sum(row["state"] == "unverified" for row in listed["entries"])
     whole = len(listed["entries"]) - len(bad) - unverified
-    console.out(f"{whole} whole, {unverified} readable without digests, {len(bad)} damaged or unreadable")
+    yield f"{whole} whole, {unverified} readable without digests, {len(bad)} damaged or unreadable"
 
 
 def _end_verified(listed: dict[str, Any]) -> None:
     if _bad(listed):
-        raise typer.Exit(SOME_DAMAGED)
+        raise typer.Exit(1)
 
 
-def _show_packed(packed: dict[str, Any], _: Options, console: Console) -> None:
-    for file in packed["files"]:
-        console.out(f"{file}: {_size(file.stat().st_size)}", highlight=False)
+def _show_packed(packed: dict[str, Any], _: Options) -> Iterator[str]:
+    yield from (f"{file}: {decimal(file.stat().st_size)}" for file in packed["files"])
     counts = f"{packed['entries']} entries, {packed['checkpoints']} checkpoints"
-    console.out(f"{counts}; `tailscope store add` puts them into another store", highlight=False)
+    yield f"{counts}; `tailscope store add` puts them into another store"
 
 
-def _show_added(added: dict[str, list[str]], _: Options, console: Console) -> None:
+def _show_added(added: dict[str, list[str]], _: Options) -> Iterator[str]:
     words = {"added": "added", "replaced": "replaced", "equal": "there already", "unneeded": "not needed"}
-    counts = [f"{len(added[field])} {word}" for field, word in words.items() if added[field]]
-    console.out(", ".join(counts) or "nothing to add", highlight=False)
+    yield ", ".join(f"{len(added[field])} {word}" for field, word in words.items() if added[field]) or "nothing to add"
 
 
 def _end_added(added: dict[str, list[str]]) -> None:
@@ -295,24 +265,10 @@ def _end_added(added: dict[str, list[str]]) -> None:
             raise UserError(f"{', '.join(names[:3])}{' ...' if names[3:] else ''}: {why}")
 
 
-def _show_pruned(done: dict[str, Any], _: Options, console: Console) -> None:
-    removed = done["removed"]
-    _show_rows(removed, console)
-    freed, word = _size(sum(row["bytes"] for row in removed)), "would go" if done["dry_run"] else "removed"
-    console.out(f"{len(removed)} {word}, {freed}; {len(done['busy'])} in use stayed", highlight=False)
-
-
-def _size(count: float) -> str:
-    """Return a number of bytes as people read it.
-
-    >>> _size(1_981_368), _size(20)
-    ('2.0 MB', '20 B')
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
+def _show_pruned(done: dict[str, Any], _: Options) -> Iterator[str]:
+    removed, word = done["removed"], "would go" if done["dry_run"] else "removed"
+    yield from _show_entries(removed)
+    yield f"{len(removed)} {word}, {decimal(sum(row['bytes'] for row in removed))}; {len(done['busy'])} in use stayed"
 
 
 def _age(seconds: float) -> str:
@@ -327,8 +283,12 @@ def _age(seconds: float) -> str:
     return "now"
 
 
-add_command(store_app, list_, _show_list, name="list")
-add_command(store_app, verify, _show_verified, end=_end_verified)
-add_command(store_app, pack, _show_packed)
-add_command(store_app, add, _show_added, end=_end_added)
-add_command(store_app, prune, _show_pruned)
+Command = tuple[Callable[..., Any], Callable[[Any, Options], Iterator[str]], Callable[[Any], object]]
+COMMANDS: list[Command] = [
+    (list_, lambda listed, _: _show_entries(listed["entries"]), bool),
+    (verify, _show_verified, _end_verified),
+    (pack, _show_packed, bool),
+    (add, _show_added, _end_added),
+    (prune, _show_pruned, bool),
+]
+"""Each verb, what it shows, and how it ends."""

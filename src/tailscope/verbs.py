@@ -6,7 +6,7 @@ progress and notes; without one a verb is silent. PyTorch takes seconds to impor
 
 import inspect
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ForwardRef, ParamSpec, TypeVar, get_args
@@ -101,11 +101,7 @@ def taking(request: Callable[P, Q], *, leave_out: Collection[str] = ()) -> Calla
 
 
 def load(source: str, *, data_root: Path | None = None) -> "ImageData":
-    """Load a data set that an experiment can train on: what `--data` takes.
-
-    Raises:
-        UserError: there is none, or it is not usable.
-    """
+    """Load a data set that an experiment can train on: what `--data` takes; `UserError` where it is not usable."""
     from tailscope.data import sources
 
     return sources.load(source, data_root=data_root)
@@ -190,8 +186,7 @@ def subset(
 
     result = describe_subset(load(data, data_root=data_root), profile, protocol, seed)
     if out is not None:
-        make_folder(out, "--out")
-        check_free(out, "subset", result["spec"], overwrite=overwrite)
+        check_free(make_folder(out, "--out"), "subset", result["spec"], overwrite=overwrite)
         write(out, "subset", result)
     return result
 
@@ -199,49 +194,60 @@ def subset(
 # -- features that the user brings ----------------------------------------------------------------------------------
 
 
-@_verb
-def features(
+@dataclass(frozen=True)
+class _EncoderAndImages:
+    """The network and the images, as given."""
+
     model: Annotated[
         str, Option(help="timm:NAME, torchvision:NAME, resnet32 and its like, store:KEY, or your own module:factory.")
-    ],
-    data: Annotated[str, Option(help="digits, cifar10, cifar100, PATH.npz, folder:PATH, list:FILES or hf:NAME.")],
-    out: Annotated[Path, Option(help="Feature file to write: .npz, .safetensors or .parquet.")],
+    ]
+    data: Annotated[str, Option(help="digits, cifar10, cifar100, PATH.npz, folder:PATH, list:FILES or hf:NAME.")]
+    out: Annotated[Path, Option(help="Feature file to write: .npz, .safetensors or .parquet.")]
     checkpoint: Annotated[
         Path | None, Option(help="Local weights: .safetensors or PyTorch's, wherever in the file the network lies.")
-    ] = None,
+    ] = None
     checkpoint_key: Annotated[
         str | None, Option(help="Which of the checkpoint's networks, such as ema, where several fit.")
-    ] = None,
-    pretrained: Annotated[bool, Option("--pretrained", help="Published weights of timm or torchvision.")] = False,
-    split: Annotated[str | None, Option(help="Split of the data; needed where there are several.")] = None,
-    subset: Annotated[Path | None, Option(help="A subset.json: only those images, in its order.")] = None,
+    ] = None
+    pretrained: Annotated[bool, Option("--pretrained", help="Published weights of timm or torchvision.")] = False
+    split: Annotated[str | None, Option(help="Split of the data; needed where there are several.")] = None
+    subset: Annotated[Path | None, Option(help="A subset.json: only those images, in its order.")] = None
     part: Annotated[
         str | None,
         Option(help="Of the training split: train, the images of --subset or of store:KEY's training; or unseen."),
-    ] = None,
-    store: Annotated[
-        Path | None, Option(envvar="TAILSCOPE_STORE", help="Folder of trained stages, for store:KEY.")
-    ] = None,
-    data_root: DataRoot = None,
-    normalize: Annotated[str | None, Option(help="imagenet, cifar, data, none or MEANS/DEVIATIONS.")] = None,
-    image_size: Annotated[int | None, Option(min=1, help="Height and width of the input.")] = None,
+    ] = None
+    store: Annotated[Path | None, Option(envvar="TAILSCOPE_STORE", help="Folder of trained stages, for store:KEY.")] = (
+        None
+    )
+    data_root: DataRoot = None
+    normalize: Annotated[str | None, Option(help="imagenet, cifar, data, none or MEANS/DEVIATIONS.")] = None
+    image_size: Annotated[int | None, Option(min=1, help="Height and width of the input.")] = None
     resize: Annotated[
         str | None, Option(help="Pixels of the shorter side before the centre is cropped, or none for no resizing.")
-    ] = None,
-    verify: Annotated[
-        bool, Option("--verify", help="Decode every image first and report all that cannot be read.")
-    ] = False,
+    ] = None
+    verify: Annotated[bool, Option("--verify", help="Decode every image first and report all that cannot be read.")] = (
+        False
+    )
+
+
+@dataclass(frozen=True)
+class _FeaturesRequest(_EncoderAndImages):
+    """The options of `features`, as given."""
+
     skip_unreadable: Annotated[
         bool, Option("--skip-unreadable", help="Leave out images that cannot be read, with a count.")
-    ] = False,
-    mixed: Annotated[bool, Option("--mixed", help="bfloat16 where the device has it; geometry wants fp32.")] = False,
-    half: Annotated[bool, Option("--half", help="Store float16: half the size, three significant digits.")] = False,
-    batch: Annotated[int, Option(min=1, help="Images at a time.")] = 64,
-    workers: Annotated[int | None, Option(min=0, help="Processes that decode images.")] = None,
-    device: Device = "auto",
-    overwrite: Overwrite = False,
-    console: Console | None = None,
-) -> "FeaturesResult":
+    ] = False
+    mixed: Annotated[bool, Option("--mixed", help="bfloat16 where the device has it; geometry wants fp32.")] = False
+    half: Annotated[bool, Option("--half", help="Store float16: half the size, three significant digits.")] = False
+    batch: Annotated[int, Option(min=1, help="Images at a time.")] = 64
+    workers: Annotated[int | None, Option(min=0, help="Processes that decode images.")] = None
+    device: Device = "auto"
+    overwrite: Overwrite = False
+    console: Console | None = None
+
+
+@taking(_FeaturesRequest)
+def features(request: _FeaturesRequest) -> "FeaturesResult":
     """Extract features with any encoder from any images. Interrupted, the same command continues.
 
     A checkpoint's classifier is written beside the features, for `diagnose --classifier`.
@@ -254,33 +260,16 @@ def features(
     from tailscope.encoders.extract import Options, run_features
 
     options = Options(
-        precision="auto" if mixed else "fp32",
-        stored="float16" if half else "float32",
-        batch=batch,
-        workers=workers,
-        skip_unreadable=skip_unreadable,
+        precision="auto" if request.mixed else "fp32",
+        stored="float16" if request.half else "float32",
+        batch=request.batch,
+        workers=request.workers,
+        skip_unreadable=request.skip_unreadable,
     )
-    with shown_on(console) as progress:
-        return run_features(
-            model,
-            data,
-            out,
-            checkpoint=checkpoint,
-            checkpoint_key=checkpoint_key,
-            pretrained=pretrained,
-            split=split,
-            subset=subset,
-            part=part,
-            store=store,
-            data_root=data_root,
-            normalize=normalize,
-            image_size=image_size,
-            resize=resize,
-            verify=verify,
-            overwrite=overwrite,
-            options=options,
-            runtime=Runtime.choose(device, progress=progress),
-        )
+    given = {one.name: getattr(request, one.name) for one in fields(_EncoderAndImages)}
+    with shown_on(request.console) as progress:
+        runtime = Runtime.choose(request.device, progress=progress)
+        return run_features(**given, overwrite=request.overwrite, options=options, runtime=runtime)
 
 
 @_verb
@@ -333,6 +322,7 @@ def diagnose(
     """
     from tailscope.device import Runtime
     from tailscope.diagnosis.diagnose import DiagnosisSettings, prepare, run, spec
+    from tailscope.report import build
     from tailscope.results import check_free, write
     from tailscope.store import make_folder
 
@@ -340,23 +330,18 @@ def diagnose(
     runtime = Runtime.choose(device, keep_memory=False)
     inputs = prepare(train, unseen, test, classifier, settings)
     if out is not None:
-        make_folder(out, "--out")
-        check_free(out, "diagnosis", spec(inputs, settings), overwrite=overwrite)
+        check_free(make_folder(out, "--out"), "diagnosis", spec(inputs, settings), overwrite=overwrite)
     with shown_on(console) as progress:
         result = run(inputs, settings, replace(runtime, progress=progress))
     if out is not None:
         check_free(out, "diagnosis", result["spec"], overwrite=overwrite)  # another process may have been faster
         write(out, "diagnosis", result)
         if report:
-            _report_of_diagnosis(out)
+            try:
+                build(out)
+            except UserError as error:
+                raise UserError(f"{error} - the diagnosis itself is in {out / 'diagnosis.json'}") from None
     return result
-
-
-def _report_of_diagnosis(out: Path) -> None:
-    try:
-        report(out)
-    except UserError as error:
-        raise UserError(f"{error} - the diagnosis itself is in {out / 'diagnosis.json'}") from None
 
 
 # -- the rest -------------------------------------------------------------------------------------------------------

@@ -4,15 +4,19 @@ A type that is named beside `typer.Option` is the one that a command line has, w
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 from rich.console import Console
-from typer import Option
+from typer import Argument, Option
+
+from tailscope import paper
+from tailscope.errors import UserError
 
 if TYPE_CHECKING:
     from tailscope.data.sources import ImageData
+    from tailscope.experiments.runs import Settings
 
 Data: TypeAlias = Annotated[
     "str | ImageData",
@@ -113,3 +117,120 @@ class Request(FileOptions, _Training):
     overwrite: Overwrite = False
     console: Console | None = None
     """Where progress and notes are shown, if anywhere."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OfThePaper:
+    """What of the paper is reproduced."""
+
+    what: Annotated[
+        str, Argument(metavar="WHAT", help="table1, fig2, fig3, ... fig8, all, or everything: both CIFAR data sets.")
+    ] = field(kw_only=False)
+    dataset: Annotated[str, Option(help="cifar10-lt, cifar100-lt or imagenet-lt.")] = field(
+        default="cifar10-lt", kw_only=False
+    )
+    out: Annotated[Path, Option(help="Folder for results.")] = field(default=Path("reproduction"), kw_only=False)
+    seeds: Seeds = 3
+    quick: Annotated[
+        bool, Option("--quick", help="A shortened run, recipe fast or imagenet-fast: no reproduction.")
+    ] = False
+    plan: Annotated[bool, Option("--plan", help="Only say what would be trained and how long it would take.")] = False
+    time_limit: Annotated[
+        str | None,
+        Option(help="Stop in time, such as 9m or 1h30m, one finished piece after the other; the same command goes on."),
+    ] = None
+    jobs: Annotated[
+        int, Option(min=1, help="With a time limit or everything: backbones trained at a time; 4 may suit a GPU.")
+    ] = 1
+    wait_for_data: Annotated[
+        bool,
+        Option("--wait-for-data", help="With a time limit or everything: train as soon as NAME.npz is in DATA_ROOT."),
+    ] = False
+    bundle: Annotated[
+        Path | None,
+        Option(
+            help="With a time limit or everything: folder for results and trained stages as a few archives, to carry"
+            " home."
+        ),
+    ] = None
+    backbones: Annotated[
+        str | None, Option(help="Of table1 or fig2: backbones to train, such as lt. [default: all]")
+    ] = None
+    recipe: Annotated[str | None, Option(help="Another recipe than the paper's. [default: paper]")] = None
+    data: Annotated[
+        str | None, Option(help="Of imagenet-lt: all of ImageNet, list:TRAIN.txt,TEST.txt or folder:DIR.")
+    ] = None
+    data_root: DataRoot = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reproduction(FileOptions, _OfThePaper):
+    """The options of `reproduce`, as given."""
+
+    store: StoreRoot = None
+    device: Device = "auto"
+    engine: Engine = "auto"
+    overwrite: Overwrite = False
+    console: Console | None = None
+
+    @property
+    def queued(self) -> bool:
+        """Whether the work is done piece by piece, under a time limit or on all data sets."""
+        return self.time_limit is not None or self.what == "everything"
+
+    def check(self) -> None:
+        """Refuse options that do not go together, with a `UserError`."""
+        if self.queued and (self.data is not None or self.dataset == "imagenet-lt"):
+            raise UserError(
+                "--time-limit: only for the CIFAR data sets; a training on files goes on where it was stopped"
+            )
+        alone = {"--jobs": self.jobs > 1, "--wait-for-data": self.wait_for_data, "--bundle": self.bundle is not None}
+        for option in [] if self.queued else [option for option, given in alone.items() if given]:
+            raise UserError(f"{option}: only with --time-limit or `everything`")
+        if self.wait_for_data and self.data_root is None:
+            raise UserError(
+                "--wait-for-data: give --data-root, the folder where cifar10.npz or cifar100.npz will appear"
+            )
+        if self.queued and self.plan:
+            raise UserError("--plan: leave out --time-limit, and take `all` of one data set instead of `everything`")
+
+    def open(self) -> "ImageData":
+        """Return the data set; `UserError` where imagenet-lt comes without `data`, or another with it."""
+        from tailscope.data.sources import load
+
+        known = paper.benchmark(self.dataset)
+        if known.in_files and self.data is None:
+            raise UserError(
+                f"--dataset {self.dataset}: give all of ImageNet with --data list:TRAIN.txt,TEST.txt (and"
+                " --data-root) or --data folder:DIR"
+            )
+        if not known.in_files and self.data is not None:
+            raise UserError(f"--data {self.data}: only imagenet-lt takes it; --data-root says where {known.data} lies")
+        data = load(self.data or known.data, data_root=self.data_root)
+        if known.in_files and data.in_memory:
+            raise UserError(f"--data {self.data}: imagenet-lt is read from image files; give list: or folder:")
+        return replace(data, name=known.data)
+
+    def wanted(self) -> list[str]:
+        """Return the needed experiments; `UserError` for unknown figures and backbones that they cannot do without."""
+        wanted = paper.experiments(self.what, self.dataset)
+        if self.backbones is not None and wanted != ["swap"]:
+            raise UserError(f"--backbones {self.backbones}: only table1 and fig2 can do without a backbone")
+        return wanted
+
+    def settings(self) -> "Settings":
+        """Return the checked part that decides results; `UserError` for an unusable recipe, seed or data set."""
+        from tailscope.experiments.runs import Settings, parse_backbones, parse_seeds
+        from tailscope.training.recipes import recipe_by_name
+
+        known = paper.benchmark(self.dataset)
+        if self.quick and self.recipe not in (None, known.quick):
+            raise UserError(f"--quick means --recipe {known.quick}; leave out --recipe {self.recipe} or --quick")
+        return Settings(
+            profile=known.profile,
+            protocol=known.protocol,
+            recipe=recipe_by_name(self.recipe or (known.quick if self.quick else known.recipe)),
+            seeds=parse_seeds(self.seeds),
+            subset_seed=paper.SUBSET_SEED,
+            backbones=parse_backbones(self.backbones),
+        )

@@ -2,44 +2,15 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import altair as alt
 
 from tailscope.measures.fields import SHOWN
-from tailscope.report import rows, story
-from tailscope.report.marks import (
-    BACKBONE_KEYS,
-    ENCODER_KEYS,
-    FORMATS,
-    GROUP_KEYS,
-    MANY,
-    OTHER,
-    PAPER_KEY,
-    PART_KEYS,
-    Chart,
-    Figure,
-    Key,
-    Panel,
-    Series,
-    Span,
-    bars,
-    class_tooltip,
-    colour_scale,
-    css,
-    group_bounds,
-    lines,
-    numbers,
-    quoted,
-    rank_axis,
-    reference,
-    rows_of,
-    shape_scale,
-    span,
-    waterfall,
-)
+from tailscope.report import diagnosis, marks, rows, story
+from tailscope.report.marks import Chart, Figure, Key, Panel, Series, colour_scale, css, rows_of
 from tailscope.report.rows import Row, first
-from tailscope.report.schema import VARIANTS, Results, Swap
+from tailscope.report.schema import VARIANTS, Diagnosis, Results, Swap
 from tailscope.report.text import arrow, number, percent, points, with_interval
 
 
@@ -61,13 +32,14 @@ def data(results: Results) -> dict[str, list[Row]]:
     """Return the rows of all charts by name."""
     found = {"profile": rows.profile(results)}
     if "swap" in results:
-        classes = rows.classes(results)
+        swap, classes, cells = results["swap"], rows.classes(results), _labelled(rows.cells(results))
         found["attribution"] = _waterfall(rows.attribution(results))
-        found["cells"] = [
-            row | {"label": arrow(row["cell"]), "key": _backbone(row["backbone"])}
-            for row in _labelled(rows.cells(results))
+        found["cells"] = [row | {"label": arrow(row["cell"]), "key": _backbone(row["backbone"])} for row in cells]
+        found["cell_seeds"] = [
+            {"cell": name, "seed": seed, "accuracy": value, "label": arrow(name)}
+            for name in rows.ordered_cells(swap)
+            for seed, value in zip(swap["seeds"], swap["cells"][name]["accuracy"], strict=True)
         ]
-        found["cell_seeds"] = [row | {"label": arrow(row["cell"])} for row in rows.cell_seeds(results)]
         found["recalls"] = [row | {one.field: row.get(cell) for cell, one in CELL_SERIES.items()} for row in classes]
         found["losses"] = _losses(classes)
     if "ladder" in results:
@@ -97,14 +69,8 @@ def _attribution(results: Results) -> Figure:
     scale = alt.Scale(domain=[low, high + (high - low) * 0.6], nice=False)  # room for the numbers on the right
     ticks = [tick for tick in range(-100, 101, 5 if high - low < 30 else 10) if low <= tick <= high]
     axis = alt.Axis(title="percentage points of accuracy", values=ticks, labelSeparation=8)
-    return Figure(
-        "attribution",
-        "Where the gap comes from",
-        "The gap between training on the long-tailed set and on the full one, then its two parts laid end to end."
-        f"{_whiskers(results['swap'])}",
-        "",
-        [Panel("", waterfall("attribution", steps, [Key("gap", "muted"), *PART_KEYS.values()], scale, axis))],
-    )
+    chart = marks.waterfall("attribution", steps, [Key("gap", "muted"), *marks.PART_KEYS.values()], scale, axis)
+    return Figure("attribution", [Panel("", chart)], _whiskers(results["swap"]))
 
 
 def _figure2(results: Results) -> Figure:
@@ -112,30 +78,24 @@ def _figure2(results: Results) -> Figure:
     swap, stored = results["swap"], rows.cells(results)
     present = {row["backbone"] for row in stored}
     printed, several = any(row["paper"] is not None for row in stored), len(swap["seeds"]) > 1
-    keys = [Key(_backbone(name), key.colour, "bar") for name, key in BACKBONE_KEYS.items() if name in present]
-    keys += [PAPER_KEY] if printed else []
+    keys = [Key(_backbone(name), key.colour, "bar") for name, key in marks.BACKBONE_KEYS.items() if name in present]
+    keys += [marks.PAPER_KEY] if printed else []
     order = [arrow(row["cell"]) for row in stored]
     y = alt.Y("label:N", sort=order, title="backbone → classifier", axis=alt.Axis(labelFontSize=13, ticks=False))
     base = rows_of("cells").encode(y=y)
     pair = alt.Tooltip("label:N", title="backbone → classifier")
     colour = alt.Color("key:N", scale=colour_scale(keys))
     tooltip = [pair, alt.Tooltip("text:N", title="accuracy")]
-    layers = bars(base, _unit, ("mean", None), ("ci_low", "ci_high"), colour, tooltip, 12)
+    layers = marks.bars(base, _unit, ("mean", None), ("ci_low", "ci_high"), colour, tooltip, 12)
     if printed:
         layers.append(_paper_ticks(base, keys, 30).encode(x=_unit("paper")))
     if several:
         seeds = rows_of("cell_seeds").mark_point(filled=True, size=16, opacity=1, color=css("ink"))
         tooltip = [pair, alt.Tooltip("seed:N"), alt.Tooltip("accuracy:Q", format=".2%")]
         layers.append(seeds.encode(y=y, x=_unit("accuracy"), tooltip=tooltip))
-    return Figure(
-        "fig2",
-        "Figure 2. Swap the data set between the two stages",
-        "Accuracy when the backbone is trained on one set and the classifier on the other. If replacing the backbone "
-        "(true → lt) helps more than replacing the classifier (lt → true), the features are the bottleneck."
-        f"{_whiskers(swap)}{' Dots are single seeds.' if several else ''}{PRINTED if printed else ''}",
-        story.swap_reading(swap),
-        [Panel("", alt.layer(*layers).properties(height=34 * len(stored)), keys)],
-    )
+    panel = Panel("", alt.layer(*layers).properties(height=34 * len(stored)), keys)
+    note = f"{_whiskers(swap)}{' Dots are single seeds.' if several else ''}{PRINTED if printed else ''}"
+    return Figure("fig2", [panel], note, story.swap_reading(swap))
 
 
 def _figure3(results: Results) -> Figure:
@@ -143,44 +103,30 @@ def _figure3(results: Results) -> Figure:
     stored = rows.ladder(results)
     rungs = [key for key in RUNG_KEYS if any(row["rung_label"] == key.label for row in stored)]
     paper = [row["paper"] for row in stored if row["paper"] is not None]
-    keys = [*rungs, *([PAPER_KEY] if paper else [])]
+    keys = [*rungs, *([marks.PAPER_KEY] if paper else [])]
     lines = "split(replace(datum.label, ' + ', '|+ '), '|')"  # a narrow chart has no room for long labels
+    order = list(dict.fromkeys(row["augmentation_label"] for row in stored))
+    axis = alt.Axis(ticks=False, labelExpr=lines)
     base = rows_of("ladder").encode(
-        y=alt.Y(
-            "augmentation_label:N",
-            sort=list(dict.fromkeys(row["augmentation_label"] for row in stored)),
-            title="augmentation of stage 1",
-            axis=alt.Axis(ticks=False, labelExpr=lines),
-        ),
+        y=alt.Y("augmentation_label:N", sort=order, title="augmentation of stage 1", axis=axis),
         yOffset=alt.YOffset("rung_label:N", sort=[key.label for key in rungs]),
     )
     x = _zoomed(stored, paper)
+    tooltip = {"augmentation_label": "stage 1", "rung_label": "rung", "text": "accuracy"}
     points = base.mark_point(filled=True, opacity=1, size=80).encode(
         x=x("mean"),
         color=alt.Color("rung_label:N", scale=colour_scale(keys)),
-        shape=alt.Shape("rung_label:N", scale=shape_scale(keys)),
-        tooltip=[
-            alt.Tooltip("augmentation_label:N", title="stage 1"),
-            alt.Tooltip("rung_label:N", title="rung"),
-            alt.Tooltip("text:N", title="accuracy"),
-        ],
+        shape=alt.Shape("rung_label:N", scale=marks.shape_scale(keys)),
+        tooltip=[alt.Tooltip(f"{field}:N", title=title) for field, title in tooltip.items()],
     )
     layers: list[Chart] = [
         base.mark_rule(strokeWidth=1.4, color=css("muted")).encode(x=x("ci_low"), x2="ci_high"),
         *([_paper_ticks(base, keys, 17).encode(x=x("paper"))] if paper else []),
         points,
-        numbers(base, 11).encode(x=x("label_at")),
+        marks.numbers(base, 11).encode(x=x("label_at")),
     ]
-    return Figure(
-        "fig3",
-        "Figure 3. The augmentation ladder",
-        "Each block is one augmentation of stage 1. Stage I is the network as trained; Stage II retrains its "
-        "classifier with all classes drawn equally often; then AutoAugment joins there too. The bound fits the "
-        "classifier to the full set: what is still missing there, no classifier on these features regains."
-        f"{PRINTED if paper else ''}",
-        "",
-        [Panel("", alt.layer(*layers).properties(height=22 * len(stored)), keys)],
-    )
+    panel = Panel("", alt.layer(*layers).properties(height=22 * len(stored)), keys)
+    return Figure("fig3", [panel], PRINTED if paper else "")
 
 
 def _zoomed(stored: Sequence[Row], paper: Sequence[float]) -> Callable[[str], alt.X]:
@@ -201,12 +147,10 @@ def _unit(field: str) -> alt.X:
 def _paper_ticks(base: alt.Chart, keys: Sequence[Key], height: int) -> alt.Chart:
     """Mark the paper's number of each row that it printed, with an upright line of so many pixels."""
     printed = base.transform_filter("isValid(datum.paper)").mark_point(filled=True, opacity=1, size=height**2)
-    ticks: alt.Chart = printed.encode(
-        color=alt.ColorDatum(PAPER_KEY.label, scale=colour_scale(keys)),
-        shape=alt.ShapeDatum(PAPER_KEY.label, scale=shape_scale(keys)),
-        tooltip=[alt.Tooltip("paper:Q", title=PAPER_KEY.label, format=".2%")],
-    )
-    return ticks
+    colour = alt.ColorDatum(marks.PAPER_KEY.label, scale=colour_scale(keys))
+    shape = alt.ShapeDatum(marks.PAPER_KEY.label, scale=marks.shape_scale(keys))
+    tooltip = [alt.Tooltip("paper:Q", title=marks.PAPER_KEY.label, format=".2%")]
+    return cast(alt.Chart, printed.encode(color=colour, shape=shape, tooltip=tooltip))
 
 
 def _backbone(name: str) -> str:
@@ -220,7 +164,7 @@ def _labelled(stored: list[Row]) -> list[Row]:
     """
     found = []
     for row in stored:
-        bounds = None if row["ci_low"] is None else (row["ci_low"], row["ci_high"])
+        bounds = rows.ci95(row)
         short, paper = percent(row["mean"]), row["paper"]
         text = with_interval(short, bounds) + ("" if paper is None else f", paper {number(100 * paper, 1)}")
         end = max(row["mean"], row["highest"], *(bounds or ()), paper or 0.0)
@@ -238,12 +182,14 @@ def _waterfall(attribution: list[Row]) -> list[Row]:
     for row in attribution[:3]:
         part, end = row["part"], start + 100 * row["points"]
         low, high = (None if bound is None else start + 100 * bound for bound in (row["ci_low"], row["ci_high"]))
-        bounds = None if low is None else (row["ci_low"], row["ci_high"])
         share = "" if row["share"] is None else f"  =  {percent(row['share'], 0)}"
-        text = {"short": points(row["points"]) + share, "text": with_interval(points(row["points"]), bounds) + share}
-        label_at = max(start, end, *(() if high is None else (high,)))
-        found.append({"step": part, "part": part, "start": start, "end": end, "low": low, "high": high})
-        found[-1] |= {"label_at": label_at, **text}
+        text = {
+            "short": points(row["points"]) + share,
+            "text": with_interval(points(row["points"]), rows.ci95(row)) + share,
+        }
+        at = max(start, end, end if high is None else high)
+        bar = {"step": part, "part": part, "start": start, "end": end, "low": low, "high": high, "label_at": at}
+        found.append(bar | text)
         start = 0.0 if part == "gap" else end
     return found
 
@@ -272,78 +218,57 @@ RULES = {
 def _profile(results: Results) -> Figure:
     """Draw training images a class against frequency rank, by group."""
     classes = rows.profile(results)
-    keys = [key for name, key in GROUP_KEYS.items() if any(row["group"] == name for row in classes)]
+    keys = [key for name, key in marks.GROUP_KEYS.items() if any(row["group"] == name for row in classes)]
     half = 0.4 if len(classes) <= 100 else 0.5
-    y = alt.Y("count:Q", title="training images", scale=alt.Scale(type="symlog"), axis=_powers(classes))
+    decades = math.ceil(math.log10(max(1, *(row["count"] for row in classes))))
+    axis = alt.Axis(values=[10**k for k in range(decades + 1)], format=",d")
+    y = alt.Y("count:Q", title="training images", scale=alt.Scale(type="symlog"), axis=axis)
     bars = rows_of("profile").transform_calculate(left=f"datum.rank - {half}", right=f"datum.rank + {half}").mark_bar()
-    encoded = bars.encode(
-        x=rank_axis(classes, "left"),
-        x2="right:Q",
-        y=y,
-        y2=alt.Y2Datum(0),
-        tooltip=class_tooltip([("rank", "frequency rank", "d")]),
-    )
+    tooltip = marks.class_tooltip([("rank", "frequency rank", "d")])
+    encoded = bars.encode(x=marks.rank_axis(classes, "left"), x2="right:Q", y=y, y2=alt.Y2Datum(0), tooltip=tooltip)
     if keys:
         encoded = encoded.encode(color=alt.Color("group:N", scale=colour_scale(keys)))
     layers: list[Chart] = [encoded]
     if len(classes) <= LABELLED:
         text = rows_of("profile").mark_text(dy=-8, color=css("muted"))
-        layers.append(text.encode(x=rank_axis(classes), y=y, text=alt.Text("count:Q", format=",d")))
+        layers.append(text.encode(x=marks.rank_axis(classes), y=y, text=alt.Text("count:Q", format=",d")))
     rule = RULES.get(first(results)["groups_rule"], "") if keys else "Too few classes for head, body and tail."
-    return Figure(
-        "profile",
-        "The long-tailed training set",
-        f"Training images of each class, on a logarithmic scale. {rule}",
-        "",
-        [Panel("", alt.layer(*layers).properties(height=220), keys)],
-    )
+    return Figure("profile", [Panel("", alt.layer(*layers).properties(height=220), keys)], f" {rule}")
 
 
 def _by_class(results: Results) -> Figure:
     """Draw recall by class for the four pairs, and each class's split of the gap."""
     found = rows.profile(results)
     y = {"title": "recall", "scale": alt.Scale(domain=[0, 1]), "axis": alt.Axis(format=".0%", tickCount=6)}
-    keys = list(PART_KEYS.values())
+    keys = list(marks.PART_KEYS.values())
     tooltip = [
         alt.Tooltip("label:N", title="class"),
-        *(alt.Tooltip(f"{part}:Q", title=f"{part}, points", format=".1f") for part in ("gap", *PART_KEYS)),
+        *(alt.Tooltip(f"{part}:Q", title=f"{part}, points", format=".1f") for part in ("gap", *marks.PART_KEYS)),
     ]
     bars: list[Chart] = [
         rows_of("losses")
-        .transform_calculate(series=quoted(key.label))
+        .transform_calculate(series=marks.quoted(key.label))
         .mark_bar()
         .encode(
-            x=rank_axis(found, "left"),
+            x=marks.rank_axis(found, "left"),
             x2="right:Q",
             y=alt.Y(f"{part}_from:Q", title="points lost"),
             y2=f"{part}_to:Q",
             color=alt.Color("series:N", scale=colour_scale(keys)),
             tooltip=tooltip,
         )
-        for part, key in PART_KEYS.items()
+        for part, key in marks.PART_KEYS.items()
     ]
-    bounds = group_bounds(found)
+    bounds = marks.group_bounds(found)
     series = [one for cell, one in CELL_SERIES.items() if cell in results["swap"]["cells"]]
-    recall = alt.layer(*lines(series, found, y, ".0%"), *bounds).properties(height=260)
+    recall = alt.layer(*marks.lines(series, found, y, ".0%"), *bounds).properties(height=260)
     panels = [Panel("Recall (backbone → classifier)", recall, [one.key for one in series])]
     meaning = ""
     if results["swap"]["attribution"] is not None:
         meaning = "Its gap, between the full and the long-tailed set, splits into what the representation and what the "
         meaning += "classifier costs the class. "
         panels.append(Panel("Points lost, and to what", alt.layer(*bars, *bounds).properties(height=260), keys))
-    return Figure(
-        "classes",
-        "Which classes suffer",
-        f"Recall is the share of a class's test images that is classified correctly. {meaning}"
-        f"{story.noise_of_recall(first(results))}",
-        "",
-        panels,
-    )
-
-
-def _powers(classes: Sequence[Row]) -> alt.Axis:
-    top = max(row["count"] for row in classes)
-    return alt.Axis(values=[10**k for k in range(math.ceil(math.log10(max(top, 1))) + 1)], format=",d")
+    return Figure("classes", panels, f" {meaning}{story.noise_of_recall(first(results))}")
 
 
 def _losses(classes: Sequence[Row]) -> list[Row]:
@@ -353,7 +278,7 @@ def _losses(classes: Sequence[Row]) -> list[Row]:
     found = []
     for start in range(0, len(known), size):
         members = known[start : start + size]
-        means = {part: 100 * sum(row[part] for row in members) / len(members) for part in ("gap", *PART_KEYS)}
+        means = {part: 100 * sum(row[part] for row in members) / len(members) for part in ("gap", *marks.PART_KEYS)}
         head, tail = members[0], members[-1]
         label = head["name"] if size == 1 else f"ranks {head['rank']} to {tail['rank']}, mean"
         same_sign = means["representation"] * means["classifier"] > 0
@@ -361,8 +286,7 @@ def _losses(classes: Sequence[Row]) -> list[Row]:
         half = 0.38 if size == 1 else 0.5
         bar = {"label": label, "left": head["rank"] - half, "right": tail["rank"] + half, **means}
         bar |= {"representation_from": 0.0, "representation_to": means["representation"]}
-        bar |= {"classifier_from": base, "classifier_to": base + means["classifier"]}
-        found.append(bar)
+        found.append(bar | {"classifier_from": base, "classifier_to": base + means["classifier"]})
     return found
 
 
@@ -395,10 +319,9 @@ class _Drawing:
         self.data = f"geometry_{variant}"
         self.classes = rows.profile(results)
         self.rows = rows.geometry_classes(results, variant)
-        self.keys = {name: ENCODER_KEYS.get(name, OTHER) for name in rows.encoders(results)}
+        self.keys = {name: marks.ENCODER_KEYS.get(name, marks.OTHER) for name in rows.encoders(results)}
 
     def paper(self) -> dict[str, list[Panel]]:
-        """Return the panels of Figures 4 to 8 as the paper has them."""
         return {
             "fig4": [self.encoders("variance"), self.encoders("covariance_norm")],
             "fig5": [self.encoders("first_pc_share", zero=True)],
@@ -408,7 +331,6 @@ class _Drawing:
         }
 
     def calibrated(self) -> dict[str, list[Panel]]:
-        """Return the panels of Figures 4 to 8 in the calibrated measures."""
         gap = self.encoders("spread_gap_deg", flags="spread_gap_flags", extra=GAP_EXTRA)
         shift = self.encoders("center_shift_excess_deg", flags="center_shift_flags", extra=SHIFT_EXTRA)
         return {
@@ -422,18 +344,17 @@ class _Drawing:
     def encoders(self, field: str, *, zero: bool = False, **series: Any) -> Panel:
         """Draw one measure for every encoder, and a line where it means no difference."""
         measure = SHOWN[field]
-        null = None if isinstance(measure.null, str) else measure.null
         drawn = [Series(self.data, field, key, name, ranged=True, **series) for name, key in self.keys.items()]
-        y = self._y([field], measure.unit, zero=zero, include=null)
-        nulls = [] if null is None else [reference(null)]
-        layers = [*nulls, *lines(drawn, self.classes, y, FORMATS[measure.unit])]
+        y = self._y([field], measure.unit, zero=zero, include=measure.null)
+        layers = [*marks.reference(measure.null), *marks.lines(drawn, self.classes, y, marks.FORMATS[measure.unit])]
         return self._panel(measure.title, layers, self.keys.values())
 
     def within(self, encoder: str, fields: dict[str, Key], *, zero: bool = False) -> Panel:
-        """Draw several angles of one encoder."""
         y = self._y(fields, "degrees", zero=zero)
         drawn = [Series(self.data, field, key, encoder, ranged=True) for field, key in fields.items()]
-        return self._panel(f"encoder {encoder}", lines(drawn, self.classes, y, FORMATS["degrees"]), fields.values())
+        return self._panel(
+            f"encoder {encoder}", marks.lines(drawn, self.classes, y, marks.FORMATS["degrees"]), fields.values()
+        )
 
     def compactness(self, encoder: str) -> Panel:
         """Draw the distribution of angles to the training samples' centre, of them alone and with unseen ones."""
@@ -442,30 +363,26 @@ class _Drawing:
         layers: list[Chart] = []
         for side, key, offset in sides:
             for low, high, width, opacity in (("q05", "q95", 1.2, 0.9), ("q25", "q75", 5, 0.5)):
-                ends = (f"{side}_{low}", f"{side}_{high}")
-                one = Span(self.data, encoder, key, *ends, offset=offset, width=width, opacity=opacity)
-                layers.append(span(one, self.classes, y))
+                one = Series(self.data, f"{side}_{low}", key, encoder, offset=offset)
+                layers.append(marks.span(one, f"{side}_{high}", self.classes, y, width=width, opacity=opacity))
         drawn = [Series(self.data, f"{side}_q50", key, encoder, offset=offset) for side, key, offset in sides]
-        layers += lines(drawn, self.classes, y, FORMATS["degrees"])
+        layers += marks.lines(drawn, self.classes, y, marks.FORMATS["degrees"])
         return self._panel(f"encoder {encoder}", layers, (SEEN, ALL))
 
     def brackets(self) -> Panel:
-        """Draw the bracket of the first PC share for every encoder."""
-        ends = ("first_pc_share_low", "first_pc_share_high")
-        y = self._y(ends, "share", zero=True)
-        middle = (len(self.keys) - 1) / 2
-        spans = [
-            Span(self.data, name, key, *ends, offset=0.2 * (place - middle), width=4, opacity=0.9)
-            for place, (name, key) in enumerate(self.keys.items())
-        ]
-        layers: list[Chart] = [span(one, self.classes, y) for one in spans]
+        low, high = "first_pc_share_low", "first_pc_share_high"
+        y, middle = self._y((low, high), "share", zero=True), (len(self.keys) - 1) / 2
+        layers: list[Chart] = []
+        for place, (name, key) in enumerate(self.keys.items()):
+            one = Series(self.data, low, key, name, offset=0.2 * (place - middle))
+            layers.append(marks.span(one, high, self.classes, y, width=4, opacity=0.9))
         return self._panel("First PC share, between its brackets", layers, self.keys.values())
 
-    def _y(self, fields: Iterable[str], kind: str, *, zero: bool, include: float | None = None) -> dict[str, Any]:
+    def _y(self, fields: Iterable[str], kind: str, *, zero: bool, include: object = None) -> dict[str, Any]:
         """Return a y axis that holds the fields of all encoders with their ranges over seeds."""
         names = [f"{field}{end}" for field in fields for end in ("", "_min", "_max")]
         values = [row[name] for row in self.rows for name in names if row.get(name) is not None]
-        values += [] if include is None else [include]
+        values += [include] if isinstance(include, int | float) else []
         low, high = (min(values), max(values)) if values else (0.0, 1.0)
         low = min(low, 0.0) if zero else low
         room = 0.05 * (high - low) or 1.0
@@ -474,7 +391,7 @@ class _Drawing:
         return {"title": "degrees" if kind == "degrees" else None, "scale": scale, "axis": axis}
 
     def _panel(self, title: str, layers: Sequence[Chart], keys: Iterable[Key]) -> Panel:
-        chart = alt.layer(*group_bounds(self.classes), *layers).properties(height=HEIGHT)
+        chart = alt.layer(*marks.group_bounds(self.classes), *layers).properties(height=HEIGHT)
         return Panel(title, chart, tuple(keys))
 
 
@@ -483,13 +400,82 @@ def _geometry(results: Results, variant: str) -> list[Figure]:
     drawing = _Drawing(results, variant)
     panels = drawing.paper() if variant == "paper" else drawing.calibrated()
     readings = story.readings(results, variant)
-    ranged = len(drawing.classes) <= MANY and len(first(results)["seeds"]) > 1
+    ranged = len(drawing.classes) <= marks.MANY and len(first(results)["seeds"]) > 1
     note = " Lines join means over seeds; thin strokes at their points are the range over seeds." if ranged else ""
-    suffix, how = (
-        "" if variant == "paper" else "-calibrated",
-        {name: story.HOW[variant, name] + note for name in panels},
-    )
-    return [
-        Figure(f"{name}{suffix}", story.TITLES[name], how[name], readings[name], panels[name], variant)
-        for name in panels
+    suffix = "" if variant == "paper" else "-calibrated"
+    return [Figure(f"{name}{suffix}", drawn, note, readings[name], variant) for name, drawn in panels.items()]
+
+
+# ---- a diagnosis
+
+MOST_POINTS = 2_000  # classes drawn; each is a shape in four panels of the page and of every file
+
+SCATTERS = {
+    "center_shift_excess_deg": "Centre shift beyond chance, degrees",
+    "escape_rank": "Escape rank (½: no farther out than training samples)",
+    "nearest_center_true_deg": "Separation: nearest other centre, degrees",
+    "recall_current": "Recall, current classifier",
+}
+
+
+def diagnosis_figures(result: Diagnosis) -> list[Figure]:
+    """Return the figures in the order of the page."""
+    found = [_scatter(result)]
+    return found if result["verdict"] is None else [_steps(result), *found]
+
+
+def diagnosis_data(result: Diagnosis) -> dict[str, list[Row]]:
+    """Return the rows of the charts by name."""
+    by_rank = diagnosis.by_rank(result)
+    names = ("name", "group", "count", *SCATTERS)
+    return {
+        "by_count": [{name: row[name] for name in names} for row in by_rank[:: _every(len(by_rank))]],
+        "steps": diagnosis.steps(result),
+    }
+
+
+def _steps(result: Diagnosis) -> Figure:
+    """Draw what each step adds, from the current accuracy to the ceiling."""
+    bars = diagnosis.steps(result)
+    lowest = min(0.0, *(row[end] for row in bars for end in ("start", "end")))
+    scale = alt.Scale(domain=[lowest, 118], nice=False)  # room for the numbers on the right
+    axis = alt.Axis(title="accuracy, per cent", values=list(range(0, 101, 20)))
+    keys = (Key("total", "muted", "bar"), *marks.PART_KEYS.values())
+    return Figure("waterfall", [Panel("", marks.waterfall("steps", bars, keys, scale, axis), keys)])
+
+
+def _scatter(result: Diagnosis) -> Figure:
+    """Draw measures of every class against its number of training samples."""
+    classes = diagnosis.classes(result)
+    keys = tuple(key for name, key in marks.GROUP_KEYS.items() if any(row["group"] == name for row in classes))
+    panels = [
+        Panel(title, _by_count(field, len(classes), keys), keys)
+        for field, title in SCATTERS.items()
+        if any(row[field] is not None for row in classes)
     ]
+    every = _every(len(classes))
+    left_out = f" Of {len(classes):,} classes one in {every} by count is drawn; the table has all." if every > 1 else ""
+    return Figure("scatter", panels, left_out)
+
+
+def _by_count(field: str, classes: int, keys: Sequence[Key]) -> Chart:
+    """Draw a recall or measure of each class by its count, and a line where a measure means no difference."""
+    measure, few = SHOWN.get(field), classes <= marks.MANY
+    unit = measure.unit if measure else "share"
+    axis = alt.Axis(tickCount=6, format=".0%") if unit == "share" else alt.Axis(tickCount=6)
+    scale = alt.Scale(domain=[0, 1]) if unit == "share" else alt.Scale(zero=False, nice=True)
+    counts = alt.Axis(values=[10**k for k in range(7)], format=",d", grid=False)
+    points = rows_of("by_count").mark_point(filled=True, size=60 if few else 18, opacity=0.9 if few else 0.55)
+    drawn = points.encode(
+        x=alt.X("count:Q", title="training samples", scale=alt.Scale(type="symlog"), axis=counts),
+        y=alt.Y(f"{field}:Q", title=None, scale=scale, axis=axis),
+        tooltip=marks.class_tooltip([(field, field.replace("_", " "), marks.FORMATS[unit])]),
+        color=alt.Color("group:N", scale=colour_scale(keys)) if keys else alt.value(css("blue")),
+    )
+    chart: Chart = alt.layer(*marks.reference(measure and measure.null), drawn).properties(height=230)
+    return chart
+
+
+def _every(classes: int) -> int:
+    """Return which classes by rank are drawn where they are very many: every k-th."""
+    return -(-classes // MOST_POINTS)

@@ -1,46 +1,26 @@
-"""A stored diagnosis as rows, tables, figures and sentences: what its page and the terminal show."""
+"""A stored diagnosis as rows, tables and sentences: what its page and the terminal show."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
-
-import altair as alt
 
 from tailscope.groups import GROUPS
 from tailscope.measures.fields import SHOWN
-from tailscope.report.marks import (
-    FORMATS,
-    GROUP_KEYS,
-    MANY,
-    PART_KEYS,
-    Chart,
-    Figure,
-    Key,
-    Panel,
-    class_tooltip,
-    colour_scale,
-    css,
-    reference,
-    rows_of,
-    waterfall,
-)
 from tailscope.report.rows import CI, GROUP, GROUP_RECALLS, MEASURES, Row, ends, ranks
-from tailscope.report.schema import ACCURACIES, Diagnosis, Judged, Points, Recalls, Verdict, read
-from tailscope.report.tables import Column, Table
-from tailscope.report.text import accuracy, in_points, listed, number, percent, plural
+from tailscope.report.schema import ACCURACIES, Diagnosis, Judged, Points, Recalls, Verdict
+from tailscope.report.text import Column, Table, accuracy, in_points, listed, number, percent, plural
 
+ASPECTS = {
+    "localises": "localises unseen samples better",
+    "separates": "separates classes more",
+    "compacts": "keeps classes more compact",
+    "margin": "has the larger margin for its spread",
+}
 GAPS = ("classifier_gap", "representation_gap")
-MOST_POINTS = 2_000  # classes drawn; each is a shape in four panels of the page and of every file
-
-
-def load(path: Path) -> Diagnosis:
-    """Read diagnosis.json.
-
-    Raises:
-        UserError: it is no diagnosis.
-    """
-    result: Diagnosis = read(path, "diagnosis")
-    return result
+STEPS = {
+    "current": ("current", "total"),
+    "rebalanced": ("re-balancing", "classifier"),
+    "classifier_bound": ("classifier of the true distribution", "classifier"),
+}
 
 
 # ---- rows
@@ -58,8 +38,13 @@ def classes(result: Diagnosis) -> list[Row]:
         }
         nearest = entry["nearest_center_true_class"]
         about = {"rank": rank, "count": counts[k], "nearest": None if nearest is None else names[nearest]}
-        found.append({**_measured(entry), **about, **recalls, **_judged(part)})
+        found.append({**dict.fromkeys(SHOWN), **entry, **about, **recalls, **_judged(part)})
     return found
+
+
+def by_rank(result: Diagnosis) -> list[Row]:
+    """Return the rows of the classes, the most frequent first."""
+    return sorted(classes(result), key=lambda row: row["rank"])
 
 
 def groups(result: Diagnosis) -> list[Row]:
@@ -70,37 +55,27 @@ def groups(result: Diagnosis) -> list[Row]:
         entry = result["groups"].get(name)
         if entry is None:
             continue
-        row = {**_measured(entry), "count": entry["train_count"]}
+        row: Row = {**dict.fromkeys(SHOWN), **entry, "count": entry["train_count"]}
         if result["accuracy"]:
             row |= {f"recall_{key}": result["accuracy"][key]["groups"][name] for key in ACCURACIES}
         found.append(row | _judged(judged.get(name)))
     return found
 
 
-def accuracies(result: Diagnosis) -> list[Row]:
+def _accuracies(result: Diagnosis) -> list[Row]:
     """Return one row a classifier: what it is, accuracy with its interval, mean recall of each group."""
     return [
-        {
-            "label": ACCURACIES[name],
-            "what": cell["classifier"],
-            "mean": cell["mean"],
-            **ends("ci", cell["ci95"]),
-            **cell["groups"],
-        }
+        {"label": ACCURACIES[name], "what": cell["classifier"], "mean": cell["mean"]}
+        | ends("ci", cell["ci95"])
+        | cell["groups"]
         for name, cell in _cells(result).items()
     ]
 
 
 def steps(result: Diagnosis) -> list[Row]:
     """Return the waterfall from the current accuracy to the ceiling, in per cent: one row a bar."""
-    labels = {
-        "current": "current",
-        "rebalanced": "re-balancing",
-        "classifier_bound": "classifier of the true distribution",
-    }
     bars: list[tuple[str, str, float, Sequence[float] | None]] = [
-        (labels[name], "total" if name == "current" else "classifier", cell["mean"], cell["ci95"])
-        for name, cell in _cells(result).items()
+        (*STEPS[name], cell["mean"], cell["ci95"]) for name, cell in _cells(result).items()
     ]
     if result["verdict"] is not None:
         bars.append(("representation, at most", "representation", result["verdict"]["ceiling"], None))
@@ -109,17 +84,15 @@ def steps(result: Diagnosis) -> list[Row]:
         end = 100 * reached
         low, high = (None, None) if ci95 is None else (100 * bound for bound in ci95)
         text = percent(reached) if part == "total" else number(end - start, signed=True)
-        at = max(start, end, high or 0.0)
         row = {"step": step, "part": part, "start": start, "end": end, "low": low, "high": high}
-        found.append(row | {"text": text, "short": text, "label_at": at})
+        found.append(row | {"text": text, "short": text, "label_at": max(start, end, high or 0.0)})
         start = end
     return found
 
 
 def comparisons(result: Diagnosis) -> list[Row]:
     """Return one row an encoder, group and aspect: its difference from the reference, and which is better."""
-    stored = result.get("comparison")
-    if stored is None:
+    if (stored := result.get("comparison")) is None:
         return []
     found: list[Row] = []
     for encoder, entry in stored["encoders"].items():
@@ -137,20 +110,14 @@ def comparisons(result: Diagnosis) -> list[Row]:
 
 
 def _difference(value: float | None, ci95: Sequence[float] | None, scale: float = 1.0) -> Row:
-    low, high = ci95 or (None, None)
-    found = {"difference": value, "low": low, "high": high}
-    return {name: None if number is None else scale * number for name, number in found.items()}
+    found = zip(("difference", "low", "high"), (value, *(ci95 or (None, None))), strict=True)
+    return {name: None if number is None else scale * number for name, number in found}
 
 
 def _cells(result: Diagnosis) -> dict[str, Recalls]:
     """Return the accuracies that the verdict compares, in order; none where nothing was scored."""
     stored = result["accuracy"]
     return {} if stored is None else {name: stored[name] for name in ACCURACIES}
-
-
-def _measured(entry: Mapping[str, Any]) -> Row:
-    """Return an entry's fields; what a result does not hold is undefined in it."""
-    return {**dict.fromkeys(SHOWN), **entry}
 
 
 def _judged(part: Judged | None) -> Row:
@@ -163,6 +130,11 @@ def _judged(part: Judged | None) -> Row:
 
 
 # ---- tables
+
+
+def _gap_column(field: str, limit: str, meaning: str) -> Column:
+    return Column(field, field.replace("_", " ") + limit, "points", meaning, (f"{field}_low", f"{field}_high"))
+
 
 ACCURACY = (
     Column("label", "classifier"),
@@ -185,27 +157,15 @@ VERDICT = (
     Column("recall_rebalanced", "re-balanced", "whole", "Recall of the best remedy."),
     Column("recall_classifier_bound", "bound", "whole", "Recall of a classifier fitted to the true distribution."),
     Column("bottleneck", "bottleneck", "text", "What costs this class more, where its own samples can tell."),
-    Column(
-        "classifier_gap",
-        "classifier gap",
-        "points",
-        "Recall that a classifier fitted to the true distribution gains.",
-        ("classifier_gap_low", "classifier_gap_high"),
-    ),
-    Column(
-        "representation_gap",
-        "representation gap, at most",
-        "points",
-        "What even that classifier misses, up to the ceiling.",
-        ("representation_gap_low", "representation_gap_high"),
-    ),
+    _gap_column("classifier_gap", "", "Recall that a classifier fitted to the true distribution gains."),
+    _gap_column("representation_gap", ", at most", "What even that classifier misses, up to the ceiling."),
 )
 LOCAL = tuple(
-    Column.of(SHOWN[name])
+    Column.of(name)
     for name in ("spread_gap_deg", "spread_gap_q", "center_shift_excess_deg", "center_shift_q", "escape_rank")
 )
 NEAREST = (
-    Column.of(SHOWN["nearest_center_true_deg"], "nearest centre"),
+    Column.of("nearest_center_true_deg", "nearest centre"),
     Column("nearest", "which class", "text", "The class whose centre is nearest."),
 )
 PAIR = (
@@ -231,110 +191,19 @@ def tables(result: Diagnosis) -> list[Table]:
     verdict = VERDICT if result["accuracy"] is not None else ()
     tested = Column("spread_gap_p", "p of the spread gap", "p", "Test of the whole group.")
     of_groups = [GROUP, Column("classes", "classes", "count"), *COUNTS, *verdict, tested, *LOCAL]
-    found = classes(result)
-    by_rank = sorted(found, key=lambda row: row["rank"])
+    found, ranked = classes(result), by_rank(result)
     made = [
         Table("diagnosis-groups", "By group of classes", of_groups, groups(result)),
-        Table("diagnosis-classes", "Class by class", [*CLASS, *verdict, *LOCAL, *NEAREST], by_rank),
+        Table("diagnosis-classes", "Class by class", [*CLASS, *verdict, *LOCAL, *NEAREST], ranked),
         Table("diagnosis-pairs", "The ten closest pairs of classes", PAIR, result["pairs"]),
         Table("diagnosis-measures", "Every measure of every class", [*CLASS, *MEASURES], found),
     ]
     if result["accuracy"] is not None:
-        made.insert(0, Table("diagnosis-accuracy", "The accuracies behind the verdict", ACCURACY, accuracies(result)))
+        made.insert(0, Table("diagnosis-accuracy", "The accuracies behind the verdict", ACCURACY, _accuracies(result)))
     if (stored := result.get("comparison")) is not None:
         title = f"Encoders against {stored['reference']}"
         made.append(Table("diagnosis-comparison", title, COMPARISON, comparisons(result)))
     return made
-
-
-# ---- figures
-
-SCATTERS = {
-    "center_shift_excess_deg": "Centre shift beyond chance, degrees",
-    "escape_rank": "Escape rank (½: no farther out than training samples)",
-    "nearest_center_true_deg": "Separation: nearest other centre, degrees",
-    "recall_current": "Recall, current classifier",
-}
-
-
-def figures(result: Diagnosis) -> list[Figure]:
-    """Return the figures in the order of the page."""
-    found = [_scatter(result)]
-    return found if result["verdict"] is None else [_waterfall(result), *found]
-
-
-def data(result: Diagnosis) -> dict[str, list[Row]]:
-    """Return the rows of the charts by name."""
-    by_rank = sorted(classes(result), key=lambda row: row["rank"])
-    names = ("name", "group", "count", *SCATTERS)
-    return {
-        "by_count": [{name: row[name] for name in names} for row in by_rank[:: _every(len(by_rank))]],
-        "steps": steps(result),
-    }
-
-
-def _waterfall(result: Diagnosis) -> Figure:
-    """Draw what each step adds, from the current accuracy to the ceiling."""
-    bars = steps(result)
-    lowest = min(0.0, *(row[end] for row in bars for end in ("start", "end")))
-    scale = alt.Scale(domain=[lowest, 118], nice=False)  # room for the numbers on the right
-    axis = alt.Axis(title="accuracy, per cent", values=list(range(0, 101, 20)))
-    keys = (Key("total", "muted", "bar"), *PART_KEYS.values())
-    return Figure(
-        "waterfall",
-        "From the current accuracy to the ceiling",
-        "Bars laid end to end: what the classifier in use reaches, what re-balancing adds, what a classifier fitted to "
-        "the true distribution adds, and what is left for the representation, at most. Whiskers: 95 % intervals of the "
-        "accuracy reached, over samples.",
-        "",
-        [Panel("", waterfall("steps", bars, keys, scale, axis), keys)],
-    )
-
-
-def _scatter(result: Diagnosis) -> Figure:
-    """Draw measures of every class against its number of training samples."""
-    rows = classes(result)
-    keys = tuple(key for name, key in GROUP_KEYS.items() if any(row["group"] == name for row in rows))
-    panels = [
-        Panel(title, _points(field, len(rows), keys), keys)
-        for field, title in SCATTERS.items()
-        if any(row[field] is not None for row in rows)
-    ]
-    every = _every(len(rows))
-    left_out = f" Of {len(rows):,} classes one in {every} by count is drawn; the table has all." if every > 1 else ""
-    return Figure(
-        "scatter",
-        "Every class by its number of training samples",
-        "One point a class. How far its centre turns when unseen samples join, beyond what so few training samples "
-        "explain; how far out unseen samples lie among training samples; how near the next class is; and how many of "
-        f"its samples are recognised. Lines mark no difference.{left_out}",
-        "",
-        panels,
-    )
-
-
-def _points(field: str, classes: int, keys: Sequence[Key]) -> Chart:
-    """Draw a recall or measure of each class by its count, and a line where a measure means no difference."""
-    measure, few = SHOWN.get(field), classes <= MANY
-    unit = measure.unit if measure else "share"
-    axis = alt.Axis(tickCount=6, format=".0%") if unit == "share" else alt.Axis(tickCount=6)
-    scale = alt.Scale(domain=[0, 1]) if unit == "share" else alt.Scale(zero=False, nice=True)
-    counts = alt.Axis(values=[10**k for k in range(7)], format=",d", grid=False)
-    points = rows_of("by_count").mark_point(filled=True, size=60 if few else 18, opacity=0.9 if few else 0.55)
-    drawn = points.encode(
-        x=alt.X("count:Q", title="training samples", scale=alt.Scale(type="symlog"), axis=counts),
-        y=alt.Y(f"{field}:Q", title=None, scale=scale, axis=axis),
-        tooltip=class_tooltip([(field, field.replace("_", " "), FORMATS[unit])]),
-        color=alt.Color("group:N", scale=colour_scale(keys)) if keys else alt.value(css("blue")),
-    )
-    nulls = [reference(measure.null)] if measure and isinstance(measure.null, int | float) else []
-    chart: Chart = alt.layer(*nulls, drawn).properties(height=230)
-    return chart
-
-
-def _every(classes: int) -> int:
-    """Return which classes by rank are drawn where they are very many: every k-th."""
-    return -(-classes // MOST_POINTS)
 
 
 # ---- sentences
@@ -346,11 +215,12 @@ def headline(result: Diagnosis) -> str:
     if verdict is None:
         return "Measured, without a verdict"
     if verdict["bottleneck"] == "classifier":
-        gap = _gap(verdict["classifier_gap"])
-        return f"The classifier is the bottleneck: on these features a better one gains {gap}"
+        return (
+            f"The classifier is the bottleneck: on these features a better one gains {_gap(verdict['classifier_gap'])}"
+        )
     if verdict["bottleneck"] == "representation":
-        gap = _gap(verdict["representation_gap"])
-        return f"The representation is the bottleneck: even the best classifier found misses {gap}"
+        missed = _gap(verdict["representation_gap"])
+        return f"The representation is the bottleneck: even the best classifier found misses {missed}"
     reason = verdict["reason"]
     return f"Undecided: {reason.partition(': ')[0] if verdict.get('withheld') else reason}"  # the first caveat has all
 
@@ -427,17 +297,11 @@ def _memorised(result: Diagnosis) -> str:
 
 def _encoders(result: Diagnosis) -> list[str]:
     """Return which encoder localises, separates and compacts the tail better."""
-    words = {
-        "localises": "localises unseen samples better",
-        "separates": "separates classes more",
-        "compacts": "keeps classes more compact",
-        "margin": "has the larger margin for its spread",
-    }
-    found: dict[str, dict[str, str]] = {}
+    found: dict[str, list[str]] = {}
     for row in comparisons(result):
-        if row["of"] == "tail" and row["better"]:
-            found.setdefault(row["better"], {})[row["aspect"]] = words[row["aspect"]]
-    return [f"In the tail, {encoder} is better: it {listed([*does.values()])}." for encoder, does in found.items()]
+        if row["of"] == "tail" and row["better"] and ASPECTS[row["aspect"]] not in found.get(row["better"], []):
+            found.setdefault(row["better"], []).append(ASPECTS[row["aspect"]])
+    return [f"In the tail, {encoder} is better: it {listed(does)}." for encoder, does in found.items()]
 
 
 def _gap(gap: Points) -> str:

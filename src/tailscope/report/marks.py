@@ -7,10 +7,12 @@ colour blindness keep apart; shapes and dashes repeat what they say. Charts name
 
 import json
 import re
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import altair as alt
 import vl_convert
@@ -35,49 +37,20 @@ FORMATS = {"share": ".1%", "degrees": ".2f", "plain": ".3~g", "squared": ".3~g"}
 
 # ---- theme
 
-LIGHT = {
-    "paper": "#ffffff",
-    "ink": "#1d2329",
-    "muted": "#5b6671",
-    "line": "#e3e7ea",
-    "wash": "#f4f6f8",
-    "vermilion": "#d55e00",
-    "orange": "#e69f00",
-    "green": "#009e73",
-    "blue": "#0072b2",
-    "sky": "#56b4e9",
-    "purple": "#cc79a7",
-    "head": "#b9c3cd",
-    "body": "#7f8c99",
-    "tail": "#2b3540",
-}
-DARK = LIGHT | {
-    "paper": "#14181c",
-    "ink": "#e9edf0",
-    "muted": "#a3aeb8",
-    "line": "#2e363d",
-    "wash": "#1d2328",
-    "vermilion": "#f2823a",
-    "orange": "#f0b429",
-    "green": "#2cc196",
-    "blue": "#4fa8de",
-    "sky": "#8accf2",
-    "purple": "#e09cc1",
-    "head": "#46515c",
-    "body": "#8794a1",
-    "tail": "#eef2f5",
-}
+_FIGURES: dict[str, dict[str, str]] = tomllib.loads(
+    files(__package__).joinpath("figures.toml").read_text(encoding="utf-8")
+)
+_STYLE = files(__package__).joinpath("page.css").read_text(encoding="utf-8")
+_LIGHT = dict(re.findall(r"--(\w+): (#\w+);", _STYLE.partition("@media")[0]))
+"""The colours of the style sheet by name, as charts in files have them."""
 
 
 @dataclass(frozen=True)
 class Key:
     """One entry of a legend: what is drawn how.
 
-    Attributes:
-        label: the text, also the value that the chart encodes.
-        colour: a name in `LIGHT`.
-        shape: a Vega symbol, "bar" where the colour fills bars, or "tick" for a short upright line.
-        dash: a stroke dash, empty for a solid line.
+    The colour is a name in page.css, the shape a Vega symbol, "bar" where the colour fills bars, or "tick" for a short
+    upright line; an empty dash is a solid line.
     """
 
     label: str
@@ -97,56 +70,32 @@ BACKBONE_KEYS = {
     "true": Key("true", "green", "bar"),
 }
 GROUP_KEYS = {name: Key(name, name, "bar") for name in GROUPS}
-PART_KEYS = {
-    "representation": Key("representation", "blue", "bar"),
-    "classifier": Key("classifier", "purple", "bar"),
-}
+PART_KEYS = {"representation": Key("representation", "blue", "bar"), "classifier": Key("classifier", "purple", "bar")}
 PAPER_KEY = Key("the paper's number", "ink", "tick")
 OTHER = Key("other", "purple", "diamond", (4, 4))
 
 
 def css(colour: str) -> str:
-    """Return a colour as the page's charts name it.
-
-    >>> css("ink")
-    'var(--ink)'
-    """
+    """Return a colour as the page's charts name it."""
     return f"var(--{colour})"
-
-
-def as_file(spec: Spec) -> Spec:
-    """Return a chart description with its CSS variables replaced by the light colours."""
-    light = re.sub(r"var\(--(\w+)\)", lambda name: LIGHT[name[1]], json.dumps(spec))
-    return dict(json.loads(light))
 
 
 def config(font: str, *, legend: bool) -> Spec:
     """Return the Vega-Lite configuration shared by all charts."""
     label = {"labelColor": css("muted"), "titleColor": css("muted"), "labelFontSize": 12, "titleFontSize": 12}
+    axis = {"titleFontWeight": "normal", "titlePadding": 8, "tickSize": 4, "labelPadding": 4}
+    axis |= {
+        "labelLimit": 220,
+        "titleLimit": 400,
+        **dict.fromkeys(("gridColor", "domainColor", "tickColor"), css("line")),
+    }
+    entries = {"orient": "bottom", "title": None, "labelLimit": 300, "symbolStrokeWidth": 2}
     return {
         "background": None,
         "font": font,
         "view": {"stroke": None},
-        "axis": {
-            **label,
-            "titleFontWeight": "normal",
-            "titlePadding": 8,
-            "gridColor": css("line"),
-            "domainColor": css("line"),
-            "tickColor": css("line"),
-            "tickSize": 4,
-            "labelPadding": 4,
-            "labelLimit": 220,
-            "titleLimit": 400,
-        },
-        "legend": {
-            **label,
-            "disable": not legend,
-            "orient": "bottom",
-            "title": None,
-            "labelLimit": 300,
-            "symbolStrokeWidth": 2,
-        },
+        "axis": label | axis,
+        "legend": {**label, **entries, "disable": not legend},
         "title": {"color": css("ink"), "anchor": "start", "fontSize": 13, "fontWeight": "bold", "offset": 10},
         "rule": {"color": css("ink")},
         "text": {"color": css("ink"), "fontSize": 12},
@@ -160,12 +109,9 @@ def config(font: str, *, legend: bool) -> Spec:
 
 @dataclass(frozen=True)
 class Series:
-    """One field drawn as a line with points.
+    """One field of the rows named `data`, drawn as a line with points.
 
     Attributes:
-        data: name of the rows.
-        field: the rows' field on the y axis.
-        key: its entry in the legend.
         encoder: keeps the rows of this encoder, None all.
         flags: field that counts the seeds in which a class was found significant; other points are hollow.
         extra: (field, title, format) of further tooltip lines.
@@ -183,20 +129,6 @@ class Series:
     offset: float = 0.0
 
 
-@dataclass(frozen=True)
-class Span:
-    """The range between the fields `low` and `high`; `offset`, in ranks, keeps neighbours from hiding each other."""
-
-    data: str
-    encoder: str
-    key: Key
-    low: str
-    high: str
-    offset: float
-    width: float
-    opacity: float
-
-
 def colour_scale(keys: Sequence[Key]) -> alt.Scale:
     """Return the scale from the keys' labels to their colours."""
     return alt.Scale(domain=[key.label for key in keys], range=[css(key.colour) for key in keys])
@@ -211,23 +143,19 @@ def shape_scale(keys: Sequence[Key]) -> alt.Scale:
 def rank_axis(classes: Sequence[Row], field: str = "rank") -> alt.X:
     """Return the x axis of class frequency ranks, most frequent first; few classes are named on it."""
     count = len(classes)
-    scale = alt.Scale(domain=[0.5, count + 0.5], nice=False, zero=False)
-    if count > NAMED:
-        axis = alt.Axis(title="class frequency rank, most frequent first", grid=False, format="d")
-        return alt.X(f"{field}:Q", scale=scale, axis=axis)
-    names = [row["name"] for row in sorted(classes, key=lambda row: row["rank"])]
-    array = "[" + ",".join(quoted(name) for name in names) + "]"
-    long = max(len(name) for name in names) > 3
-    axis = alt.Axis(
-        title="class, most frequent first",
-        values=list(range(1, count + 1)),
-        labelExpr=f"{array}[datum.value - 1]",
-        labelAngle=-40 if long else 0,
-        labelLimit=90,
-        labelOverlap=False,
-        grid=False,
-    )
-    return alt.X(f"{field}:Q", scale=scale, axis=axis)
+    axis = alt.Axis(title="class frequency rank, most frequent first", grid=False, format="d")
+    if count <= NAMED:
+        names = [row["name"] for row in sorted(classes, key=lambda row: row["rank"])]
+        axis = alt.Axis(
+            title="class, most frequent first",
+            values=list(range(1, count + 1)),
+            labelExpr=f"[{','.join(map(quoted, names))}][datum.value - 1]",
+            labelAngle=-40 if max(map(len, names)) > 3 else 0,
+            labelLimit=90,
+            labelOverlap=False,
+            grid=False,
+        )
+    return alt.X(f"{field}:Q", scale=alt.Scale(domain=[0.5, count + 0.5], nice=False, zero=False), axis=axis)
 
 
 def group_bounds(classes: Sequence[Row]) -> list[Chart]:
@@ -236,8 +164,7 @@ def group_bounds(classes: Sequence[Row]) -> list[Chart]:
     changes = [k for k in range(1, len(ordered)) if ordered[k] != ordered[k - 1]]
     if None in ordered or len(changes) != len(set(ordered)) - 1:
         return []
-    starts = [0, *changes]
-    labels = [{"at": start + 0.5, "group": ordered[start]} for start in starts]
+    labels = [{"at": start + 0.5, "group": ordered[start]} for start in (0, *changes)]
     base = alt.Chart(alt.InlineData(values=labels))
     text = base.mark_text(align="left", dx=4, dy=-8, fontSize=11, color=css("muted"))
     found: list[Chart] = [text.encode(x=rank_axis(classes, "at"), y=alt.value(0), text="group:N")]
@@ -247,10 +174,11 @@ def group_bounds(classes: Sequence[Row]) -> list[Chart]:
     return found
 
 
-def reference(value: float) -> Chart:
-    """Return a horizontal line at the value that means "no difference"."""
-    drawn: alt.Chart = alt.Chart(alt.InlineData(values=[{"y": value}])).mark_rule(strokeWidth=1).encode(y="y:Q")
-    return drawn
+def reference(value: object) -> list[Chart]:
+    """Return a horizontal line at the value that means "no difference"; none where it is no number."""
+    if not isinstance(value, int | float):
+        return []
+    return [alt.Chart(alt.InlineData(values=[{"y": value}])).mark_rule(strokeWidth=1).encode(y="y:Q")]
 
 
 def class_tooltip(fields: Sequence[tuple[str, str, str]]) -> list[alt.Tooltip]:
@@ -266,11 +194,7 @@ def class_tooltip(fields: Sequence[tuple[str, str, str]]) -> list[alt.Tooltip]:
 def lines(series: Sequence[Series], classes: Sequence[Row], y: dict[str, Any], style: str = ".1f") -> list[Chart]:
     """Return each series as a line with points by rank; beyond `MANY` classes as faint points and a running mean.
 
-    Args:
-        series: what to draw, in the order of the legend.
-        classes: one row a class, for the axis.
-        y: arguments of the y axis, shared by the series.
-        style: number format of the tooltip.
+    `classes` are the rows of the axis, `y` the arguments of the y axis, `style` is the tooltips' number format.
     """
     keys = list({one.key.label: one.key for one in series}.values())
     shape = alt.Shape("series:N", scale=shape_scale(keys))
@@ -279,7 +203,7 @@ def lines(series: Sequence[Series], classes: Sequence[Row], y: dict[str, Any], s
     for one in series:
         offset = one.offset if len(classes) <= MANY else 0.0
         base = rows_of(one.data, one.encoder).transform_calculate(series=quoted(one.key.label))
-        encoded = placed(base, classes, offset).encode(
+        encoded = _placed(base, classes, offset).encode(
             y=alt.Y(f"{one.field}:Q", **y), color=alt.Color("series:N", scale=colour_scale(keys))
         )
         if not offset:
@@ -297,42 +221,38 @@ def rows_of(data: str, encoder: str | None = None) -> alt.Chart:
     return base if encoder is None else base.transform_filter(alt.FieldEqualPredicate(equal=encoder, field="encoder"))
 
 
-def placed(base: alt.Chart, classes: Sequence[Row], offset: float = 0.0) -> alt.Chart:
+def _placed(base: alt.Chart, classes: Sequence[Row], offset: float) -> alt.Chart:
     """Put a chart's marks at the classes' ranks, `offset` ranks to the right so that neighbours do not hide."""
     if not offset:
         return base.encode(x=rank_axis(classes))
     return base.transform_calculate(at=f"datum.rank + {offset}").encode(x=rank_axis(classes, "at"))
 
 
-def smoothed(base: alt.Chart, classes: int, **fields: str) -> alt.Chart:
+def _smoothed(base: alt.Chart, classes: int, **fields: str) -> alt.Chart:
     """Add running means over 5 % of the classes, by rank: new name = field."""
     half = max(1, classes // 40)
     means: list[Any] = [{"op": "mean", "field": field, "as": name} for name, field in fields.items()]
     return base.transform_window(means, frame=[-half, half], sort=[alt.SortField("rank")])
 
 
-def span(one: Span, classes: Sequence[Row], y: dict[str, Any]) -> alt.Chart:
-    """Return the range between two fields: a rule a class, beyond `MANY` classes a band of running means."""
-    base = rows_of(one.data, one.encoder)
-    colour = css(one.key.colour)
-    drawn: alt.Chart
+def span(
+    one: Series, high: str, classes: Sequence[Row], y: dict[str, Any], *, width: float, opacity: float
+) -> alt.Chart:
+    """Return the range of a series up to the field `high`: a rule a class, beyond `MANY` a band of running means."""
+    base, colour = rows_of(one.data, one.encoder), css(one.key.colour)
     if len(classes) > MANY:
-        band = smoothed(base, len(classes), low=one.low, high=one.high).mark_area(opacity=0.16, color=colour)
-        drawn = band.encode(x=rank_axis(classes), y=alt.Y("low:Q", **y), y2="high:Q")
-    else:
-        rule = placed(base, classes, one.offset).mark_rule(color=colour, strokeWidth=one.width, opacity=one.opacity)
-        drawn = rule.encode(y=alt.Y(f"{one.low}:Q", **y), y2=f"{one.high}:Q")
-    return drawn
+        band = _smoothed(base, len(classes), low=one.field, high=high).mark_area(opacity=0.16, color=colour)
+        return cast(alt.Chart, band.encode(x=rank_axis(classes), y=alt.Y("low:Q", **y), y2="high:Q"))
+    rule = _placed(base, classes, one.offset).mark_rule(color=colour, strokeWidth=width, opacity=opacity)
+    return cast(alt.Chart, rule.encode(y=alt.Y(f"{one.field}:Q", **y), y2=f"{high}:Q"))
 
 
 def _trend(encoded: alt.Chart, one: Series, classes: int) -> alt.Chart:
     dash = list(one.key.dash) or [1, 0]
-    drawn: alt.Chart
     if classes <= MANY:
-        drawn = encoded.mark_line(strokeWidth=1.6, opacity=0.75, strokeDash=dash)
-    else:
-        drawn = smoothed(encoded, classes, smoothed=one.field).mark_line(strokeDash=dash).encode(y="smoothed:Q")
-    return drawn
+        return cast(alt.Chart, encoded.mark_line(strokeWidth=1.6, opacity=0.75, strokeDash=dash))
+    smooth = _smoothed(encoded, classes, smoothed=one.field).mark_line(strokeDash=dash)
+    return cast(alt.Chart, smooth.encode(y="smoothed:Q"))
 
 
 def _spots(encoded: alt.Chart, flags: str | None, classes: int) -> list[Chart]:
@@ -361,14 +281,10 @@ def bars(
     tooltip: Sequence[alt.Tooltip],
     size: int,
 ) -> list[Chart]:
-    """Return horizontal bars between two fields, or from 0 to one, with thin rules for intervals, and `numbers`.
-
-    `x` makes the axis of a field, `bounds` are the intervals' ends, `size` is the font of the numbers in pixels.
-    """
-    start, end = fields
+    """Return horizontal bars between two fields, or from 0 to one, with thin rules for intervals, and `numbers`."""
+    (start, end), (low, high) = fields, bounds
     drawn = base.mark_bar(height=alt.RelativeBandSize(0.55 if end else 0.62))
     drawn = drawn.encode(x=x(start), color=colour, tooltip=tooltip)
-    low, high = bounds
     return [
         drawn.encode(x2=end) if end else drawn,
         base.mark_rule(strokeWidth=1.6).encode(x=x(low), x2=high),
@@ -379,8 +295,7 @@ def bars(
 def numbers(base: alt.Chart, size: int) -> alt.Chart:
     """Write each row's `text` beside its mark; where the chart is narrow, its `short` one."""
     text = alt.ExprRef(f"width < {NARROW} ? datum.short : datum.text")
-    written: alt.Chart = base.mark_text(align="left", dx=8, fontSize=size, text=text)
-    return written
+    return cast(alt.Chart, base.mark_text(align="left", dx=8, fontSize=size, text=text))
 
 
 def waterfall(data: str, rows: Sequence[Row], keys: Sequence[Key], scale: alt.Scale, axis: alt.Axis) -> Chart:
@@ -396,8 +311,7 @@ def waterfall(data: str, rows: Sequence[Row], keys: Sequence[Key], scale: alt.Sc
         [alt.Tooltip("step:N"), alt.Tooltip("text:N", title="points")],
         13,
     )
-    chart: Chart = alt.layer(*layers).properties(height=44 * len(rows))
-    return chart
+    return cast(alt.LayerChart, alt.layer(*layers).properties(height=44 * len(rows)))
 
 
 # ---- figures
@@ -414,23 +328,29 @@ class Panel:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of the report.
+    """A figure of the report; its `name` is file stem and anchor, and where figures.toml describes it.
 
     Attributes:
-        name: file stem and anchor.
-        title: what it shows.
-        how: how to read it, for someone who never saw the paper.
+        note: what these results add to how it is read.
         reading: what these results show there; may be empty.
-        panels: the charts, side by side where there is room.
         variant: "paper" or "calibrated" where the figure comes in both, else None.
     """
 
     name: str
-    title: str
-    how: str
-    reading: str
     panels: Sequence[Panel]
+    note: str = ""
+    reading: str = ""
     variant: str | None = None
+
+    @property
+    def title(self) -> str:
+        """What it shows."""
+        return _FIGURES[self.name.removesuffix("-calibrated")]["title"]
+
+    @property
+    def how(self) -> str:
+        """How to read it, for someone who never saw the paper."""
+        return _FIGURES[self.name.removesuffix("-calibrated")][self.variant or "how"] + self.note
 
     @property
     def keys(self) -> list[Key]:
@@ -439,7 +359,7 @@ class Figure:
 
     @property
     def shared_keys(self) -> bool:
-        """Whether all panels have the same legend."""
+        """Whether all panels have the same legend; else each shows its own."""
         return len({tuple(panel.keys) for panel in self.panels}) == 1
 
     @property
@@ -450,12 +370,11 @@ class Figure:
 
 def panel_specs(figure: Figure) -> list[Spec]:
     """Return the panels as Vega-Lite descriptions of no width yet; rows stay references by name."""
-    found = []
-    for panel in figure.panels:
-        spec: Spec = panel.chart.to_dict(validate=False)  # takes as long as the rest; the tests validate
-        bare = {key: value for key, value in spec.items() if key not in ("$schema", "config")}
-        found.append(bare | {"description": ": ".join(text for text in (figure.title, panel.title) if text)})
-    return found
+    return [
+        {key: value for key, value in panel.chart.to_dict(validate=False).items() if key not in ("$schema", "config")}
+        | {"description": ": ".join(filter(None, (figure.title, panel.title)))}
+        for panel in figure.panels  # validating takes as long as the rest, and is left to the tests
+    ]
 
 
 def file_spec(figure: Figure, panels: Sequence[Spec], data: Mapping[str, Sequence[Row]]) -> Spec:
@@ -464,11 +383,9 @@ def file_spec(figure: Figure, panels: Sequence[Spec], data: Mapping[str, Sequenc
     shared: dict[str, Any] = {}
     charts = []
     for panel, spec in zip(figure.panels, panels, strict=True):
-        own = {name: rows for name, rows in data.items() if name in data_names(spec)}
-        shared |= spec.get("datasets", {}) | own
+        shared |= spec.get("datasets", {}) | {name: rows for name, rows in data.items() if name in data_names(spec)}
         without = {key: value for key, value in spec.items() if key != "datasets"}
         charts.append(without | {"width": WIDTH[columns], "title": panel.title})
-    # Panels with different legends each show their own.
     scales = "shared" if figure.shared_keys else "independent"
     spec = {
         "title": {"text": figure.full_title, "fontSize": 15, "offset": 18},
@@ -477,19 +394,17 @@ def file_spec(figure: Figure, panels: Sequence[Spec], data: Mapping[str, Sequenc
         "spacing": 28,
         "resolve": {"scale": dict.fromkeys(("color", "shape"), scales)},
         "datasets": shared,
-        "config": config(FILE_FONT, legend=bool(figure.keys)) | {"background": LIGHT["paper"], "padding": 12},
+        "config": config(FILE_FONT, legend=bool(figure.keys)) | {"background": _LIGHT["paper"], "padding": 12},
     }
-    return as_file(spec)
+    light = re.sub(r"var\(--(\w+)\)", lambda name: _LIGHT[name[1]], json.dumps(spec))
+    return dict(json.loads(light))
 
 
 def save(figure: Figure, panels: Sequence[Spec], data: Mapping[str, Sequence[Row]], folder: Path) -> list[Path]:
     """Write the figure as SVG, PNG and PDF into `folder`."""
     svg = vl_convert.vegalite_to_svg(file_spec(figure, panels, data))
-    contents: dict[str, str | bytes] = {
-        "svg": svg,
-        "png": vl_convert.svg_to_png(svg, scale=PNG_SCALE),
-        "pdf": vl_convert.svg_to_pdf(svg),
-    }
+    png, pdf = vl_convert.svg_to_png(svg, scale=PNG_SCALE), vl_convert.svg_to_pdf(svg)
+    contents: dict[str, str | bytes] = {"svg": svg, "png": png, "pdf": pdf}
     return [write(folder / f"{figure.name}.{suffix}", content) for suffix, content in contents.items()]
 
 

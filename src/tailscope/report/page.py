@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files as package_files
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +16,20 @@ from markupsafe import Markup
 import tailscope
 from tailscope.groups import GROUPS
 from tailscope.measures.fields import SHOWN
-from tailscope.report import charts, diagnosis, marks, rows, story
-from tailscope.report import tables as table_files
+from tailscope.report import charts, diagnosis, marks, rows, schema, story
 from tailscope.report.marks import Figure
 from tailscope.report.rows import Row
 from tailscope.report.schema import TRAINED, VARIANTS, AnyResult, Diagnosis, Results
-from tailscope.report.tables import Table
-from tailscope.report.text import DASH, arrow, number, plural, significant
+from tailscope.report.text import DASH, Table, arrow, number, plural, significant, write_tables
 from tailscope.store.files import write
 
-DIGITS = 6  # significant ones; enough for a chart, and the page stays small
 LAST_SECTIONS = (("warnings", "Warnings"), ("provenance", "How it was made"), ("words", "Words"))
 Facts = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Page:
-    """What is shown: a template with its content, figures and the rows of their charts, tables that are files too."""
+    """What is shown: a template with its content, figures and the rows of their charts, and tables."""
 
     template: str
     figures: Sequence[Figure]
@@ -46,7 +44,7 @@ def build(out: Path, *, figures: bool = True) -> Path:
     trained = any((out / f"{verb}.json").exists() for verb in TRAINED)
     if path.exists():
         name = "diagnosis.html" if trained else "report.html"
-        written = _write(out, name, _of_diagnosis(diagnosis.load(path)), figures=figures)
+        written = _write(out, name, _of_diagnosis(schema.read(path, "diagnosis")), figures=figures)
         if not trained:
             return written
     return _write(out, "report.html", _of_experiments(rows.load(out)), figures=figures)
@@ -54,23 +52,20 @@ def build(out: Path, *, figures: bool = True) -> Path:
 
 def _write(out: Path, name: str, page: Page, *, figures: bool) -> Path:
     panels = {figure.name: marks.panel_specs(figure) for figure in page.figures}
-    data = {
-        name: [{key: _rounded(value) for key, value in row.items()} for row in rows] for name, rows in page.data.items()
-    }
-    if figures:
-        for figure in page.figures:
-            marks.save(figure, panels[figure.name], data, out / "figures")
-    table_files.write(out / "tables", page.tables)
+    data = {name: [_rounded(row) for row in rows] for name, rows in page.data.items()}
+    for figure in page.figures if figures else ():
+        marks.save(figure, panels[figure.name], data, out / "figures")
+    write_tables(out / "tables", page.tables)
     context = {
         "figures": {figure.name: figure for figure in page.figures},
         "files": figures,
         "tables": {table.name: table for table in page.tables},
         "measures": list(SHOWN.values()),
         "version": tailscope.__version__,
-        "data": columns(data),
+        "data": _columns(data),
         "specs": {f"{name}-{k}": _drawn(spec) for name, specs in panels.items() for k, spec in enumerate(specs)},
         "config": marks.config(marks.PAGE_FONT, legend=False),
-        "style": Markup(_style()),
+        "style": Markup(_asset("page.css")),
         "script": Markup(_asset("page.js")),
         "vega": Markup(_vega()),
     }
@@ -78,9 +73,8 @@ def _write(out: Path, name: str, page: Page, *, figures: bool) -> Path:
 
 
 def _of_experiments(results: Results) -> Page:
-    result = rows.first(results)
+    result, figures = rows.first(results), charts.figures(results)
     counts, recipe = result["counts"], result["recipe"]
-    figures = charts.figures(results)
     named = {"swap": "Swap", "ladder": "Ladder", "geometry": "Features", "claims": "Claims"}
     content = {
         "headline": story.headline(results),
@@ -106,7 +100,7 @@ def _of_experiments(results: Results) -> Page:
         "by_measure": {v: rows.measures_table(results, v) for v in VARIANTS[::-1]} if "geometry" in results else {},
         "groups": [group for group in GROUPS if group in result["groups"]],
         "class_note": story.class_note(results),
-        "runs": [provenance(verb, results[verb]) for verb in TRAINED if verb in results],
+        "runs": [_provenance(verb, results[verb]) for verb in TRAINED if verb in results],
         "sources": ", ".join(f"{verb}.json" for verb in results),
     }
     return Page("experiments.html.j2", figures, charts.data(results), rows.tables(results), content)
@@ -149,25 +143,25 @@ def _of_diagnosis(result: Diagnosis) -> Page:
         "spec": _spec(result),
         "sources": "diagnosis.json",
     }
-    figures = diagnosis.figures(result)
-    return Page("diagnosis.html.j2", figures, diagnosis.data(result), diagnosis.tables(result), content)
+    figures = charts.diagnosis_figures(result)
+    return Page("diagnosis.html.j2", figures, charts.diagnosis_data(result), diagnosis.tables(result), content)
 
 
-def columns(data: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, list[Any]]]:
+def _columns(data: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, list[Any]]]:
     """Return the rows as columns, which repeat no names; a field that a row lacks is None.
 
-    >>> columns({"a": [{"x": 1}, {"x": 2, "y": 3}]})
+    >>> _columns({"a": [{"x": 1}, {"x": 2, "y": 3}]})
     {'a': {'x': [1, 2], 'y': [None, 3]}}
     """
-    found = {}
-    for name, entries in data.items():
-        fields = list(dict.fromkeys(field for row in entries for field in row))
-        found[name] = {field: [row.get(field) for row in entries] for field in fields}
-    return found
+    return {
+        name: {field: [row.get(field) for row in entries] for field in dict.fromkeys(chain.from_iterable(entries))}
+        for name, entries in data.items()
+    }
 
 
-def _rounded(value: Any) -> Any:
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+def _rounded(row: Row) -> Row:
+    """Return a row with six significant digits: enough for a chart, and the page stays small."""
+    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in row.items()}
 
 
 def _drawn(spec: marks.Spec) -> dict[str, Any]:
@@ -179,12 +173,10 @@ def _drawn(spec: marks.Spec) -> dict[str, Any]:
 # ---- how results were made
 
 
-def provenance(verb: str, result: Any) -> dict[str, Any]:
+def _provenance(verb: str, result: Any) -> dict[str, Any]:
     """Return what surrounds a result file: its facts, its full spec, and a card a row with its seeds side by side."""
     entries = result["provenance"]
-    by_row: dict[str, list[Row]] = {}
-    for entry in entries:
-        by_row.setdefault(entry["row"], []).append(entry)
+    by_row = {row: [entry for entry in entries if entry["row"] == row] for row in _distinct(e["row"] for e in entries)}
     facts = [
         *_facts_of_making(result),
         ("arithmetic of backbones", _arithmetics(entries, "arithmetic")),
@@ -202,11 +194,11 @@ def provenance(verb: str, result: Any) -> dict[str, Any]:
 def _facts_of_making(result: AnyResult) -> Facts:
     environment = result.get("environment", {})
     hardware = environment.get("hardware", {})
-    versions = ", ".join(f"{name} {version}" for name, version in environment.get("versions", {}).items())
+    versions = [f"{name} {version}" for name, version in environment.get("versions", {}).items()]
     return [
         ("command", result.get("command") or DASH),
         ("written", result.get("created") or DASH),
-        ("versions", versions or DASH),
+        ("versions", ", ".join(versions) or DASH),
         ("processor", f"{hardware.get('cpu') or DASH}, {hardware.get('cores') or DASH} cores"),
         ("accelerator", hardware.get("gpu") or "none"),
     ]
@@ -225,10 +217,8 @@ def _arithmetics(entries: Sequence[Row], field: str) -> str:
 def _card(row: str, members: Sequence[Row]) -> dict[str, Any]:
     """Return one row's provenance: a field's value once where seeds agree, else one value a seed."""
     names = [name for name in _distinct(name for member in members for name in member) if name not in ("row", "seed")]
-    fields = []
-    for name in names:
-        values = [_text(name, member.get(name)) for member in members]
-        fields.append((name.replace("_", " "), values if len(set(values)) > 1 else values[:1]))
+    values = {name: [_text(name, member.get(name)) for member in members] for name in names}
+    fields = [(name.replace("_", " "), v if len(set(v)) > 1 else v[:1]) for name, v in values.items()]
     seconds = [member["seconds"] for member in members if member.get("seconds") is not None]
     facts = [
         str(members[0].get("model") or DASH),
@@ -237,7 +227,7 @@ def _card(row: str, members: Sequence[Row]) -> dict[str, Any]:
         "arithmetic differs between seeds" if len({str(member.get("arithmetic")) for member in members}) > 1 else "",
     ]
     seeds = [member.get("seed") for member in members]
-    return {"title": arrow(row), "summary": ", ".join(fact for fact in facts if fact), "seeds": seeds, "fields": fields}
+    return {"title": arrow(row), "summary": ", ".join(filter(None, facts)), "seeds": seeds, "fields": fields}
 
 
 def _text(name: str, value: Any) -> str:
@@ -269,17 +259,6 @@ def _template(name: str) -> Any:
     )
     environment.filters["prose"] = lambda text: text.replace(" %", "\u00a0%").replace(" → ", "\u00a0→\u00a0")
     return environment.get_template(name)
-
-
-def _style() -> str:
-    """Return the style sheet, after the colours as CSS variables: light, dark where preferred, light on paper."""
-    light, dark = (
-        " ".join(f"--{name}: {colour};" for name, colour in colours.items()) for colours in (marks.LIGHT, marks.DARK)
-    )
-    return (
-        f":root {{ {light} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
-        f"@media print {{ :root {{ {light} }} }}\n" + _asset("page.css")
-    )
 
 
 @cache

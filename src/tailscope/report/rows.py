@@ -11,19 +11,12 @@ from tailscope import paper
 from tailscope.errors import UserError
 from tailscope.groups import GROUPS
 from tailscope.measures.fields import SHOWN
-from tailscope.report import tables as files
 from tailscope.report.schema import CELLS, PARTS, TRAINED, VARIANTS, Cell, Measured, Part, Results, Swap, Trained, read
-from tailscope.report.tables import Column, Table
-from tailscope.report.text import arrow
+from tailscope.report.text import Column, Table, arrow, write_tables
 
 Row = dict[str, Any]
 
-STAGES = {
-    "stage1": "Stage I",
-    "stage2": "Stage II",
-    "stage2_aa": "Stage II + AutoAugment",
-    "bound": "empirical bound",
-}
+STAGES = {"stage1": "Stage I", "stage2": "Stage II", "stage2_aa": "Stage II + AutoAugment", "bound": "empirical bound"}
 AUGMENTATIONS = {
     "none": "none",
     "mixup": "MixUp",
@@ -41,11 +34,7 @@ FLAGS = {"spread_gap_q": "spread_gap_flags", "center_shift_q": "center_shift_fla
 
 
 def load(out: Path | str) -> Results:
-    """Read the result files in `out`, by verb.
-
-    Raises:
-        UserError: there is none, or one is not what its verb writes; the line names file and field.
-    """
+    """Read the result files in `out`, by verb; `UserError` where there is none, or one is not what its verb writes."""
     found = {verb: Path(out) / f"{verb}.json" for verb in (*TRAINED, "claims")}
     found = {verb: path for verb, path in found.items() if path.exists()}
     if not any(verb in found for verb in TRAINED):
@@ -61,18 +50,18 @@ def first(results: Results) -> Trained:
 
 def mismatches(results: Results) -> list[str]:
     """Return a warning for each file that another data set, profile or recipe made than the first."""
-    present = [verb for verb in TRAINED if verb in results]
-    reference = _identity(results[present[0]])
+    about = {
+        verb: {"data set": one["dataset"]["name"], "counts": one["counts"], "recipe": one["recipe"]["name"]}
+        for verb in TRAINED
+        if (one := results.get(verb))
+    }
+    reference = next(iter(about))
     return [
-        f"{verb}.json and {present[0]}.json differ in their {field}: do not compare their numbers"
-        for verb in present
-        for field, value in _identity(results[verb]).items()
-        if value != reference[field]
+        f"{verb}.json and {reference}.json differ in their {field}: do not compare their numbers"
+        for verb, fields in about.items()
+        for field, value in fields.items()
+        if value != about[reference][field]
     ]
-
-
-def _identity(result: Trained) -> dict[str, Any]:
-    return {"data set": result["dataset"]["name"], "counts": result["counts"], "recipe": result["recipe"]["name"]}
 
 
 # ---- rows
@@ -88,15 +77,19 @@ def ends(name: str, bounds: Sequence[float] | None) -> Row:
     return {f"{name}_low": low, f"{name}_high": high}
 
 
+def ci95(row: Row) -> tuple[float, float] | None:
+    """Return a row's interval, if it has one."""
+    return None if row["ci_low"] is None else (row["ci_low"], row["ci_high"])
+
+
 def ranks(counts: Sequence[int]) -> list[int]:
     """Return each class's frequency rank: 1 has the most training images, ties by index.
 
     >>> ranks([5, 50, 5])
     [2, 1, 3]
     """
-    order = sorted(range(len(counts)), key=lambda k: (-counts[k], k))
-    rank = dict(zip(order, range(1, len(counts) + 1), strict=True))
-    return [rank[k] for k in range(len(counts))]
+    order = sorted(range(len(counts)), key=lambda k: -counts[k])
+    return sorted(range(1, len(counts) + 1), key=lambda rank: order[rank - 1])
 
 
 def profile(results: Results) -> list[Row]:
@@ -132,30 +125,19 @@ def cells(results: Results) -> list[Row]:
     return found
 
 
-def cell_seeds(results: Results) -> list[Row]:
-    """Return one row a swap cell and seed."""
-    swap = results["swap"]
-    return [
-        {"cell": name, "seed": seed, "accuracy": value}
-        for name in ordered_cells(swap)
-        for seed, value in zip(swap["seeds"], swap["cells"][name]["accuracy"], strict=True)
-    ]
-
-
 def attribution(results: Results) -> list[Row]:
     """Return the gap, its two parts and the interaction, with intervals; nothing where a cell is missing."""
     stored = results["swap"]["attribution"]
     if stored is None:
         return []
-    halves: dict[str, Part] = {name: stored[name] for name in PARTS}
-    parts = [
-        ("gap", stored["gap"], stored["gap_ci95"], None, None),
-        *((name, half["points"], half["ci95"], half["share"], half["share_ci95"]) for name, half in halves.items()),
-        ("interaction", stored["interaction"], stored["interaction_ci95"], None, None),
-    ]
+    whole: Part = {"points": stored["gap"], "ci95": stored["gap_ci95"], "share": None, "share_ci95": None}
+    rest: Part = whole | {"points": stored["interaction"], "ci95": stored["interaction_ci95"]}
+    parts: dict[str, Part] = {"gap": whole, **{name: stored[name] for name in PARTS}, "interaction": rest}
     return [
-        {"part": part, "points": points, **ends("ci", ci95), "share": share, **ends("share", share_ci95)}
-        for part, points, ci95, share, share_ci95 in parts
+        {"part": name, "points": part["points"], "share": part["share"]}
+        | ends("ci", part["ci95"])
+        | ends("share", part["share_ci95"])
+        for name, part in parts.items()
     ]
 
 
@@ -179,12 +161,10 @@ def groups(results: Results) -> list[Row]:
 
     `attribution.groups` weighs test items instead, which differs where classes have unequally many.
     """
-    stored = results["swap"]["cells"]
-    found = []
+    stored, found = results["swap"]["cells"], []
     for group in GROUPS:
         recalls = {cell: stored[cell]["groups"].get(group) for cell in CELLS if cell in stored}
-        parts = split(recalls)
-        if parts["gap"] is not None:
+        if (parts := split(recalls))["gap"] is not None:
             found.append({"group": group, "lt": recalls["lt->lt"], "true": recalls["true->true"], **parts})
     return found
 
@@ -253,11 +233,9 @@ def geometry_groups(results: Results, variant: str) -> list[Row]:
     found = []
     for encoder in encoders(results):
         stored = results["geometry"]["encoders"][encoder]
-        runs = [run[variant]["groups"] for run in stored["seeds"].values()]
         for group in GROUPS:
-            mean = stored["mean"][variant]["groups"].get(group)
-            if mean is not None:
-                entries = [entry for run in runs if (entry := run.get(group)) is not None]
+            if (mean := stored["mean"][variant]["groups"].get(group)) is not None:
+                entries = [one for run in stored["seeds"].values() if (one := run[variant]["groups"].get(group))]
                 found.append({"encoder": encoder, "group": group, **_measures(mean, entries)})
     return found
 
@@ -265,20 +243,15 @@ def geometry_groups(results: Results, variant: str) -> list[Row]:
 def warnings(results: Results) -> list[str]:
     """Return the warnings of all result files, each once, and those of files that do not belong together."""
     found = [text for verb in TRAINED if verb in results for text in results[verb]["warnings"]]
-    found += _geometry_warnings(results) if "geometry" in results else []
-    return list(dict.fromkeys([*found, *mismatches(results)]))
-
-
-def _geometry_warnings(results: Results) -> list[str]:
-    """Return the warnings of geometry's runs, each once, naming where it was raised."""
-    found: dict[str, list[str]] = {}
-    for encoder in encoders(results):
+    raised: dict[str, list[str]] = {}  # in which runs of geometry
+    for encoder in encoders(results) if "geometry" in results else ():
         for seed, run in results["geometry"]["encoders"][encoder]["seeds"].items():
             for variant, entry in run.items():
                 for text in entry.get("warnings", []):
-                    found.setdefault(text, []).append(f"{encoder} seed {seed} {variant}")
-    more = {text: f" and {len(places) - 1} more" if len(places) > 1 else "" for text, places in found.items()}
-    return [f"{text} ({places[0]}{more[text]})" for text, places in found.items()]
+                    raised.setdefault(text, []).append(f"{encoder} seed {seed} {variant}")
+    for text, (where, *more) in raised.items():
+        found.append(f"{text} ({where} and {len(more)} more)" if more else f"{text} ({where})")
+    return list(dict.fromkeys([*found, *mismatches(results)]))
 
 
 def flagged(row: Row, q_field: str) -> bool:
@@ -320,15 +293,16 @@ SPLIT = (
     Column("representation", "by backbone", "points", "The part of the gap that the backbone costs."),
     Column("classifier", "by classifier", "points", "The part of the gap that the classifier costs."),
 )
-MEASURES = tuple(Column.of(measure) for measure in SHOWN.values())
+MEASURES = tuple(map(Column.of, SHOWN))
 # Of geometry, the per-class table shows the calibrated measures of the long-tailed encoder; files hold the rest.
 LOCAL = (
-    Column.of(SHOWN["spread_gap_deg"]),
+    Column.of("spread_gap_deg"),
     Column("spread_gap_flags_text", "seeds with q ≤ 0.05", "text", "Seeds in which the spread gap is beyond chance."),
-    Column.of(SHOWN["center_shift_excess_deg"], "excess shift"),
+    Column.of("center_shift_excess_deg", "excess shift"),
     Column("center_shift_flags_text", "seeds with q ≤ 0.05", "text", "Seeds in which the centre shift is not chance."),
-    Column.of(SHOWN["escape_rank"]),
+    Column.of("escape_rank"),
 )
+UNSEEN = Column("unseen_count", "unseen", "count", "Unseen samples of the class.")
 VERDICTS = {"holds": "✓", "fails": "✗", "undecided": "?"}
 PROVENANCE = (
     "verb", "row", "seed", "stage1", "stage2", "model", "parameters", "epochs", "steps", "batch", "learning_rate",
@@ -339,12 +313,8 @@ PROVENANCE = (
 
 
 def write(out: Path | str, results: Results) -> list[Path]:
-    """Write every table to `out`/tables as CSV, Markdown and LaTeX, and return the paths.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
-    return files.write(Path(out) / "tables", tables(results))
+    """Write every table to `out`/tables as CSV, Markdown and LaTeX, and return the paths."""
+    return write_tables(Path(out) / "tables", tables(results))
 
 
 def tables(results: Results) -> list[Table]:
@@ -406,52 +376,41 @@ def _class_table(results: Results) -> Table:
         columns += SPLIT if results["swap"]["attribution"] is not None else ()
     if "geometry" in results and "lt" in encoders(results):
         measured = [row for row in geometry_classes(results, "calibrated") if row["encoder"] == "lt"]
-        found = [
-            row | {column.field: one[column.field] for column in LOCAL}
-            for row, one in zip(found, measured, strict=True)
-        ]
+        for row, one in zip(found, measured, strict=True):
+            row.update({column.field: one[column.field] for column in LOCAL})
         columns += LOCAL
     return Table("classes", "Class by class", columns, sorted(found, key=lambda row: row["rank"]))
 
 
 def _geometry_tables(results: Results, variant: str) -> list[Table]:
     """Return every measure of every encoder, by class and by group."""
-    encoder = Column("encoder", "encoder")
-    unseen = Column("unseen_count", "unseen", "count", "Unseen samples of the class.")
-    by = {
-        "class": ([encoder, *CLASS, unseen, *MEASURES], geometry_classes(results, variant)),
-        "group": ([encoder, GROUP, unseen, *MEASURES], geometry_groups(results, variant)),
-    }
-    plural = {"class": "classes", "group": "groups"}
+    by_class, by_group = geometry_classes(results, variant), geometry_groups(results, variant)
     return [
-        Table(f"geometry-{plural[one]}-{variant}", f"Geometry by {one}, {variant}", columns, found)
-        for one, (columns, found) in by.items()
+        Table(name, title, [Column("encoder", "encoder"), *of, UNSEEN, *MEASURES], found)
+        for name, title, of, found in (
+            (f"geometry-classes-{variant}", f"Geometry by class, {variant}", CLASS, by_class),
+            (f"geometry-groups-{variant}", f"Geometry by group, {variant}", (GROUP,), by_group),
+        )
     ]
 
 
 def measures_table(results: Results, variant: str) -> Table:
     """Return the geometry of groups for readers: one row a measure, one column an encoder and group."""
     _, table = _geometry_tables(results, variant)
-    names = {f"{row['encoder']} {row['group']}": row for row in table.rows}
-    labels = [f"{row['encoder']}, {row['group']}" for row in table.rows]
-    columns = [Column("measure", "measure"), *(Column(*column) for column in zip(names, labels, strict=True))]
+    names = {f"{row['encoder']}, {row['group']}": row for row in table.rows}
     entries = [
         {"measure": column.heading, **{name: column.written(row) for name, row in names.items()}}
         for column in table.columns[2:]
     ]
-    return Table(f"measures-{variant}", table.title, columns, entries)
+    return Table(f"measures-{variant}", table.title, [Column(name, name) for name in ("measure", *names)], entries)
 
 
 def _claims_table(results: Results) -> Table:
     """Return the paper's claims and what these results say of them."""
     columns = [Column(field, field) for field in ("claim", "figure", "statistic", "verdict")]
     columns.insert(3, Column("estimate", "estimate", "plain", "", CI))
-    found = [
-        {
-            **claim,
-            **ends("ci", claim["ci95"]),
-            "verdict": f"{VERDICTS.get(claim['verdict'], '')} {claim['verdict']}".strip(),
-        }
-        for claim in results["claims"]["claims"]
-    ]
+    found = []
+    for claim in results["claims"]["claims"]:
+        verdict = f"{VERDICTS.get(claim['verdict'], '')} {claim['verdict']}".strip()
+        found.append({**claim, **ends("ci", claim["ci95"]), "verdict": verdict})
     return Table("claims", "The paper's claims on these results", columns, found)

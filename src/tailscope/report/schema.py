@@ -71,8 +71,9 @@ class AnyResult(TypedDict):
 
 def _measures_are_numbers(entry: "Measured") -> "Measured":
     for name, value in entry.items():
-        measure = MEASURES.get(name)
-        if measure and measure.unit in NUMBERS and value is not None and not _is_number(value):
+        if value is None or name not in MEASURES or MEASURES[name].unit not in NUMBERS:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MOST:
             raise ValueError(f"field '{name}' is {_shown(value)}, no number that can be")
     return entry
 
@@ -166,11 +167,10 @@ class _Ladder(Trained):
 
 
 def _of_all_classes(result: Trained) -> None:
-    names = result["dataset"]["class_names"]
-    lengths = {"counts": len(result["counts"]), "groups": len(result["groups"]), "dataset.class_names": len(names)}
-    if len(set(lengths.values())) > 1:
-        text = ", ".join(f"{field} {length}" for field, length in lengths.items())
-        raise ValueError(f"fields of different lengths ({text})")
+    number, names = len(result["counts"]), len(result["dataset"]["class_names"])
+    if not number == len(result["groups"]) == names:
+        lengths = f"counts {number}, groups {len(result['groups'])}, dataset.class_names {names}"
+        raise ValueError(f"fields of different lengths ({lengths})")
 
 
 def _check_cells(result: Trained, cells: Mapping[str, Cell], where: str) -> None:
@@ -218,14 +218,18 @@ class _Geometry(Trained):
 
 def _check_geometry(geometry: _Geometry) -> _Geometry:
     _of_all_classes(geometry)
+    every = list(range(len(geometry["counts"])))
     for name, encoder in geometry["encoders"].items():
-        runs = {"mean": encoder["mean"], **{f"seeds.{seed}": run for seed, run in encoder["seeds"].items()}}
-        for place, run in runs.items():
+        for place, run in [
+            ("mean", encoder["mean"]),
+            *((f"seeds.{seed}", one) for seed, one in encoder["seeds"].items()),
+        ]:
             _require_fields(f"encoders.{name}.{place}", run, VARIANTS)
             for variant in VARIANTS:
-                if [entry["index"] for entry in run[variant]["classes"]] != list(range(len(geometry["counts"]))):
-                    where = f"encoders.{name}.{place}.{variant}.classes"
-                    raise ValueError(f"field '{where}' does not hold class after class")
+                if [entry["index"] for entry in run[variant]["classes"]] != every:
+                    raise ValueError(
+                        f"field 'encoders.{name}.{place}.{variant}.classes' does not hold class after class"
+                    )
     return geometry
 
 
@@ -364,18 +368,18 @@ class Diagnosis(AnyResult):
 
 
 def _check_diagnosis(result: Diagnosis) -> Diagnosis:
-    number = len(result["counts"])
+    number, verdict, accuracy = len(result["counts"]), result["verdict"], result["accuracy"]
     _require_length("dataset.class_names", result["dataset"]["class_names"], number)
     _require_length("classes", result["classes"], number)
-    if result["verdict"] is not None:
-        _require_length("verdict.classes", result["verdict"]["classes"], number)
-        if result["accuracy"] is None:
+    if verdict is not None:
+        _require_length("verdict.classes", verdict["classes"], number)
+        if accuracy is None:
             raise ValueError("field 'accuracy' is null beside a verdict")
-    if result["accuracy"] is not None:
-        _require_fields("accuracy", result["accuracy"], ACCURACIES)
+    if accuracy is not None:
+        _require_fields("accuracy", accuracy, ACCURACIES)
         for name in ACCURACIES:
-            _require_length(f"accuracy.{name}.per_class", result["accuracy"][name]["per_class"], number)
-            _require_fields(f"accuracy.{name}.groups", result["accuracy"][name]["groups"], GROUPS)
+            _require_length(f"accuracy.{name}.per_class", accuracy[name]["per_class"], number)
+            _require_fields(f"accuracy.{name}.groups", accuracy[name]["groups"], GROUPS)
     for k, entry in enumerate(result["classes"]):
         if (entry["nearest_center_true_class"] or 0) >= number:
             raise ValueError(f"field 'classes.{k}.nearest_center_true_class' is no class")
@@ -398,17 +402,15 @@ def read(path: Path, verb: str) -> Any:
     """Read a result file of a verb, whoever wrote it: a value of the type that is declared above.
 
     Raises:
-        UserError: it cannot be read, is of another schema, or lacks a field or holds something that cannot be; the
-            line names file and field.
+        UserError: it cannot be read, or a field is missing or cannot be so; the line names file and field.
     """
     try:
         result = writable(read_json(path))
     except UserError as error:
         raise UserError(f"{error}; {AGAIN}") from None
-    schema = f"tailscope.{verb}/1"
     found = result.get("schema") if isinstance(result, dict) else type(result).__name__
-    if found != schema:
-        raise UserError(f"{path}: field 'schema' is {_shown(found)}, expected {schema!r}; {AGAIN}")
+    if found != f"tailscope.{verb}/1":
+        raise UserError(f"{path}: field 'schema' is {_shown(found)}, expected 'tailscope.{verb}/1'; {AGAIN}")
     try:
         KINDS[verb].validate_python(result)
     except ValidationError as error:
@@ -436,10 +438,6 @@ def _require_fields(where: str, values: Collection[str], names: Iterable[str]) -
     for name in names:
         if name not in values:
             raise ValueError(f"field '{where}.{name}' is missing")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MOST
 
 
 def _shown(value: object) -> str:

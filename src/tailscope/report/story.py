@@ -4,7 +4,6 @@ Only stored numbers are put into words. What may not be concluded is said too: n
 interval from two seeds, no general claim from one.
 """
 
-import math
 from collections.abc import Callable
 
 from tailscope.report import rows
@@ -24,11 +23,6 @@ from tailscope.report.text import (
 )
 
 
-def sentences(results: Results) -> list[str]:
-    """Return the findings, most important first, then what limits them."""
-    return [*findings(results), *caveats(results)]
-
-
 def headline(results: Results) -> str:
     """Return the verdict in a few words."""
     if "swap" not in results:
@@ -40,19 +34,20 @@ def headline(results: Results) -> str:
     if attribution["gap_ci95"] is None:
         if attribution["gap"] <= 0:
             return "No long-tail gap, without an interval to back it"
-        larger = _larger_points(attribution)
+        points = {part: attribution[part]["points"] for part in PARTS}
+        larger = max(points, key=points.__getitem__)
         return f"The {larger} looks like the larger bottleneck, without an interval to back it"
     low, high = attribution["gap_ci95"]
     if high < 0:
         return f"No long-tail gap{scope}: the long-tailed set does better"
     if low <= 0:
         return f"No clear long-tail gap{scope}"
-    if order_matters(attribution):
+    if attribution["order_matters"]:
         return f"Both halves cost accuracy{scope}; which costs more depends on the order"
-    larger_clearly = clearly_larger(attribution)
-    if larger_clearly is None:
+    share = attribution["representation"]["share_ci95"]
+    if share is None or share[0] <= 0.5 <= share[1]:
         return f"Representation and classifier: too close to call{scope}"
-    return f"The {larger_clearly} is the larger bottleneck{scope}"
+    return f"The {'representation' if share[0] > 0.5 else 'classifier'} is the larger bottleneck{scope}"
 
 
 def findings(results: Results) -> list[str]:
@@ -101,11 +96,6 @@ def _missing(swap: Swap) -> str:
     return listed([words for name, words in sets.items() if f"{name}->{name}" not in swap["cells"]])
 
 
-def order_matters(attribution: Attribution | None) -> bool:
-    """Return whether the order of replacement decides which part is larger; not where there is no attribution."""
-    return attribution is not None and bool(attribution["order_matters"])
-
-
 def _both_orders(swap: Swap) -> str:
     """Return what each part gains when it is replaced first and when it is replaced second."""
     ll, lt, tl, tt = (swap["cells"][name]["mean"] for name in CELLS)
@@ -116,23 +106,14 @@ def _both_orders(swap: Swap) -> str:
     )
 
 
-def clearly_larger(attribution: Attribution) -> str | None:
-    """Return the part whose share is more than half with its whole interval, None where that cannot be said."""
-    bounds = attribution["representation"]["share_ci95"]
-    if bounds is None or bounds[0] <= 0.5 <= bounds[1]:
-        return None
-    return "representation" if bounds[0] > 0.5 else "classifier"
-
-
 def caveats(results: Results) -> list[str]:
     """Return what limits the findings: seeds, order, recipe, files that do not belong together."""
     found = []
-    if "swap" in results and order_matters(results["swap"]["attribution"]):
+    if "swap" in results and (attribution := results["swap"]["attribution"]) and attribution["order_matters"]:
         found.append(_both_orders(results["swap"]))
-    seeds = len(first(results)["seeds"])
-    if seeds == 1:
+    if len(first(results)["seeds"]) == 1:
         found.append("One seed: this pair of trainings only. Intervals cover new test images, not new trainings.")
-    if seeds == 2:
+    if len(first(results)["seeds"]) == 2:
         found.append("Two seeds: points only, no intervals. Three or more give intervals.")
     by_verb = {verb: len(results[verb]["seeds"]) for verb in TRAINED if verb in results}
     if len(set(by_verb.values())) > 1:
@@ -183,16 +164,13 @@ def ladder_findings(results: Results) -> list[str]:
 def summary_rows(results: Results) -> list[tuple[str, str]]:
     """Return the story as at most ten rows of label and text."""
     result = first(results)
-    data = result["dataset"]
-    found = [
-        (
-            "Data",
-            f"{data['name']}, {plural(len(result['counts']), 'class')}, {max(result['counts']):,} to "
-            f"{min(result['counts']):,} images a class, {plural(sum(result['counts']), 'image')}; "
-            f"{plural(len(result['seeds']), 'seed')}; recipe {result['recipe']['name']}",
-        ),
-        ("Verdict", headline(results)),
-    ]
+    counts = result["counts"]
+    data = (
+        f"{result['dataset']['name']}, {plural(len(counts), 'class')}, {max(counts):,} to {min(counts):,} images a "
+        f"class, {plural(sum(counts), 'image')}; {plural(len(result['seeds']), 'seed')}; recipe "
+        f"{result['recipe']['name']}"
+    )
+    found = [("Data", data), ("Verdict", headline(results))]
     if "swap" in results:
         found += _swap_rows(results)
     if "ladder" in results:
@@ -204,15 +182,12 @@ def summary_rows(results: Results) -> list[tuple[str, str]]:
 
 
 def _swap_rows(results: Results) -> list[tuple[str, str]]:
-    attribution = results["swap"]["attribution"]
-    stored = results["swap"]["cells"]
+    attribution, stored = results["swap"]["attribution"], results["swap"]["cells"]
     cells = [f"{arrow(name)} {percent(stored[name]['mean'])}" for name in CELLS if name in stored]
+    found = [("Accuracy", ", ".join(cells))]
     if attribution is None:
-        return [("Accuracy", ", ".join(cells))]
-    found = [
-        ("Accuracy", ", ".join(cells)),
-        ("Gap", in_points(attribution["gap"], attribution["gap_ci95"])),
-    ]
+        return found
+    found.append(("Gap", in_points(attribution["gap"], attribution["gap_ci95"])))
     for name in PARTS:
         part = attribution[name]
         share = f" = {_share(part)} of the gap" if part["share"] is not None else ""
@@ -225,15 +200,13 @@ def _swap_findings(results: Results) -> list[str]:
     attribution = results["swap"]["attribution"]
     if attribution is None:
         return []
-    found = []
-    classifier = attribution["classifier"]
+    found, classifier = [], attribution["classifier"]
     if classifier["share"] is not None:
         found.append(
             f"That is {_size(attribution['representation'])}; the classifier accounts for {_share(classifier)}, "
             f"{_size(classifier)}."
         )
-    worst = _worst_group(results)
-    if worst:
+    if worst := _worst_group(results):
         found.append(f"Hardest hit: {worst}.")
     losses = [row for row in rows.classes(results) if row["gap"] is not None]
     if losses and not _gap_unclear(attribution):
@@ -242,13 +215,15 @@ def _swap_findings(results: Results) -> list[str]:
             f"The class that loses most is “{row['name']}” ({plural(row['count'], 'training image')}): recall "
             f"{percent(row['true->true'], 0)} with the full set, {percent(row['lt->lt'], 0)} with the long-tailed one."
         )
-    return found + _matched_findings(attribution)
+    for part, steps in (attribution.get("matched") or {}).items():  # the matched set is balanced, and as small as lt
+        imbalance, size = _size(steps["imbalance"]), _size(steps["sample_count"])
+        found.append(f"Of the {part}'s part, {imbalance} come with imbalance and {size} with having fewer images.")
+    return found
 
 
 def _worst_group(results: Results) -> str | None:
     """Return the group that loses most; None where there is no clear gap, for then it is only noise's favourite."""
-    split = rows.groups(results)
-    attribution = results["swap"]["attribution"]
+    split, attribution = rows.groups(results), results["swap"]["attribution"]
     if not split or attribution is None or _gap_unclear(attribution):
         return None
     worst = max(split, key=lambda r: r["gap"])
@@ -263,17 +238,8 @@ def _gap_unclear(attribution: Attribution) -> bool:
     return bool(lowest <= 0)
 
 
-def _matched_findings(attribution: Attribution) -> list[str]:
-    """Return how the matched set, balanced and as small as lt, splits each part again."""
-    found = []
-    for part, steps in (attribution.get("matched") or {}).items():
-        imbalance, size = _size(steps["imbalance"]), _size(steps["sample_count"])
-        found.append(f"Of the {part}'s part, {imbalance} come with imbalance and {size} with having fewer images.")
-    return found
-
-
 def _reached(row: rows.Row) -> str:
-    return accuracy(row["mean"], None if row["ci_low"] is None else (row["ci_low"], row["ci_high"]))
+    return accuracy(row["mean"], rows.ci95(row))
 
 
 def _share(part: Part) -> str:
@@ -284,21 +250,14 @@ def _size(part: Points) -> str:
     return in_points(part["points"], part["ci95"])
 
 
-def _larger_points(attribution: Attribution) -> str:
-    first_larger = attribution["representation"]["points"] >= attribution["classifier"]["points"]
-    return "representation" if first_larger else "classifier"
-
-
 def swap_reading(swap: Swap) -> str:
     """Return what replacing either half alone changes."""
     if swap["attribution"] is None:
         return ""
-    means = {name: swap["cells"][name]["mean"] for name in CELLS}
-    backbone = 100 * (means["true->lt"] - means["lt->lt"])
-    classifier = 100 * (means["lt->true"] - means["lt->lt"])
+    ll, lt, tl, _ = (swap["cells"][name]["mean"] for name in CELLS)
     return (
-        f"Here, replacing only the backbone changes accuracy by {number(backbone)} points, replacing only the "
-        f"classifier by {number(classifier)}."
+        f"Here, replacing only the backbone changes accuracy by {points(tl - ll)} points, replacing only the "
+        f"classifier by {points(lt - ll)}."
     )
 
 
@@ -308,7 +267,7 @@ def noise_of_recall(result: Trained) -> str:
     if not images:
         return ""
     each = images / len(result["counts"])
-    half = 1.96 * math.sqrt(0.25 / each)
+    half = 1.96 * (0.25 / each) ** 0.5
     return f"With {number(each, 0)} test images a class, chance moves a single recall by up to {points(half)} points."
 
 
@@ -317,10 +276,9 @@ def noise_of_recall(result: Trained) -> str:
 
 def memorised(results: Results) -> str:
     """Return in how many classes unseen samples are farther from the centre than training samples, by encoder."""
-    found = []
+    found, entries = [], rows.geometry_classes(results, "calibrated")
     for encoder in rows.encoders(results):
-        entries = [row for row in rows.geometry_classes(results, "calibrated") if row["encoder"] == encoder]
-        tested = [row for row in entries if row["spread_gap_q"] is not None]
+        tested = [row for row in entries if row["encoder"] == encoder and row["spread_gap_q"] is not None]
         hits = [row for row in tested if rows.flagged(row, "spread_gap_q") and row["spread_gap_deg"] > 0]
         largest = max(hits, key=lambda row: row["spread_gap_deg"], default=None)
         most = "" if largest is None else f", most for “{largest['name']}” ({number(largest['spread_gap_deg'])}°)"
@@ -340,12 +298,10 @@ class _Geometry:
         self.groups = rows.geometry_groups(results, variant)
 
     def mean(self, encoder: str, field: str) -> float | None:
-        """Return a measure's mean over the classes where it is defined."""
         values = [row[field] for row in self.classes if row["encoder"] == encoder and row[field] is not None]
         return sum(values) / len(values) if values else None
 
     def group(self, encoder: str, field: str, group: str = "tail") -> float | None:
-        """Return a measure of a group."""
         found = (row[field] for row in self.groups if (row["encoder"], row["group"]) == (encoder, group))
         return next(found, None)
 
@@ -355,6 +311,10 @@ class _Geometry:
             f"{phrase(*known)} for {encoder}" for encoder in self.encoders if None not in (known := values(encoder))
         ]
         return f"{opening} {listed(found)}." if found else ""
+
+    def means(self, opening: str, field: str, written: Callable[[float], str]) -> str:
+        """Return a measure's mean over the classes where it is defined."""
+        return self.each(opening, lambda encoder: (self.mean(encoder, field),), written)
 
     def tail_to_head(self, opening: str, field: str) -> str:
         """Return how large a measure is in the tail, relative to the head."""
@@ -377,18 +337,14 @@ def readings(results: Results, variant: str) -> dict[str, str]:
     if variant == "calibrated":
         return {
             "fig4": seen.tail_to_head("Covariance of tail relative to head classes:", "covariance_norm_unbiased"),
-            "fig5": seen.each(
-                "A class uses about as many directions, on average, as:",
-                lambda one: (seen.mean(one, "effective_rank"),),
-                significant,
-            ),
+            "fig5": seen.means("A class uses about as many directions, on average, as:", "effective_rank", significant),
             "fig6": f"{memorised(results)}.",
             "fig7": narrowing,
             "fig8": _shift(results),
         }
     return {
         "fig4": seen.tail_to_head("Scatter of tail classes relative to head classes:", "variance"),
-        "fig5": seen.each("Mean first PC share:", lambda one: (seen.mean(one, "first_pc_share"),), percent),
+        "fig5": seen.means("Mean first PC share:", "first_pc_share", percent),
         "fig6": seen.each(
             "Unseen tail samples beyond the edge that training saw:",
             lambda one: (seen.group(one, "escape_rate"),),
@@ -405,65 +361,9 @@ def readings(results: Results, variant: str) -> dict[str, str]:
 
 def _shift(results: Results) -> str:
     """Return how far the centres of tail classes shift, and how much of that is chance."""
-    seen = _Geometry(results, "calibrated")
-    found = []
+    seen, found = _Geometry(results, "calibrated"), []
     for encoder in seen.encoders:
         raw, chance = seen.group(encoder, "center_shift_deg"), seen.group(encoder, "center_shift_null_deg")
         if raw is not None and chance is not None:
             found.append(f"{number(raw)}° for {encoder}, of which chance alone explains {number(chance)}°")
     return f"Centres of tail classes shift by {'; '.join(found)}." if found else ""
-
-
-# ---- how to read Figures 4 to 8, for someone who never saw the paper
-
-TITLES = {
-    "fig4": "Figure 4. How widely each class scatters",
-    "fig5": "Figure 5. Is a class a ball or a needle?",
-    "fig6": "Figure 6. Compactness: do unseen samples stay inside?",
-    "fig7": "Figure 7. Separation: how near is the nearest wrong class?",
-    "fig8": "Figure 8. Localisation: is the class where training put it?",
-}
-HOW = {
-    ("paper", "fig4"): (
-        "Variance (left) and covariance norm (right) of each class's features over all its samples. A line that rises "
-        "to the right means that rare classes are spread more widely."
-    ),
-    ("paper", "fig5"): (
-        "Share of a class's scatter along its single most important direction. Higher: the class is stretched into a "
-        "needle, which a linear classifier separates less easily."
-    ),
-    ("paper", "fig6"): (
-        "Angles to the centre of the class's training samples: thin lines hold 90 % of the samples, thick ones half, "
-        "points are medians. Escape rate: unseen samples farther out than every training sample."
-    ),
-    ("paper", "fig7"): (
-        "Angle to the closest centre of another class, once with centres of training samples, once with unseen samples "
-        "added. The drop between the two is separation that existed only in training."
-    ),
-    ("paper", "fig8"): (
-        "How far each centre turns when unseen samples join, next to the mean angle of the class's samples. A shift as "
-        "large as the spread means that the class lies somewhere else than training suggested."
-    ),
-    ("calibrated", "fig4"): (
-        "Left: covariance norm, corrected for the number of samples. Right: scatter of training samples over that of "
-        "unseen ones; below 1 (the line), training pulled them together."
-    ),
-    ("calibrated", "fig5"): (
-        "Left: the first PC share lies between a cross-validated low and a raw high estimate. Right: about how many "
-        "directions a class uses; fewer is more needle-like."
-    ),
-    ("calibrated", "fig6"): (
-        "Left: how much farther out unseen samples lie than training samples that are left out of their own centre. "
-        "Right: share of training samples nearer to the centre than an unseen one. Dark lines mean no difference; "
-        "points are filled where q ≤ 0.05 in most seeds."
-    ),
-    ("calibrated", "fig7"): (
-        "Angle to the closest centre of another class, once with centres of training samples, once with test images "
-        "added. The drop between the two is separation that existed only in training."
-    ),
-    ("calibrated", "fig8"): (
-        "Left: centre shift beyond what so few samples explain. Right: distance between seen and unseen centres in "
-        "units of the cloud's radius, sampling noise removed. Dark lines mean no difference; points on the left are "
-        "filled where q ≤ 0.05 in most seeds."
-    ),
-}

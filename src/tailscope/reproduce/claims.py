@@ -1,22 +1,18 @@
 """The paper's claims as checked statements, and its tables and figures beside ours.
 
-Every claim of the paper as a checked statement: orderings of accuracies, and the geometry of the features.
+Claims are orderings of accuracies, and the geometry of the features, measured as the paper has it: unseen samples are
+D* without D_LT. Calibrated twins (`...-beyond-chance`) stand beside the claims that sampling alone would let hold: raw
+escape rates and centre shifts grow towards rare classes even where training changed nothing, because few samples place
+a centre badly. The twins are measured against test images, which no encoder has trained on.
 
-Geometry is measured as the paper has it: unseen samples are D* without D_LT. Calibrated twins (`...-beyond-chance`)
-stand beside the claims that sampling alone would let hold: raw escape rates and centre shifts grow towards rare classes
-even where training changed nothing, because few samples place a centre badly. The twins are measured against test
-images, which no encoder has trained on.
-
-The tables and figures of the paper beside ours: paper | ours (mean ± sd over seeds, n) | difference.
-
-Accuracies stand beside the paper's printed ones. Figures 4 to 8 are plots without printed values, so their tables
-hold ours alone, by group of classes.
+Accuracies stand beside the paper's printed ones: paper | ours (mean ± sd over seeds, n) | difference. Figures 4 to 8
+are plots without printed values, so their tables hold ours alone, by group of classes.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +20,8 @@ import numpy as np
 
 from tailscope import paper
 from tailscope.groups import GROUPS
-from tailscope.report.tables import Column, Table, to_csv, to_latex, to_markdown
-from tailscope.report.text import DASH, number, percent
+from tailscope.report import rows
+from tailscope.report.text import DASH, Column, Table, number, percent, to_csv, to_latex, to_markdown
 from tailscope.reproduce.evidence import (
     NEARLY_EQUAL,
     NO_TREND,
@@ -41,37 +37,17 @@ from tailscope.reproduce.evidence import (
 )
 from tailscope.store.files import write as write_file
 
-AUGMENTATIONS = {
-    "none": "no augmentation",
-    "mixup": "MixUp",
-    "autoaugment": "AutoAugment",
-    "autoaugment+mixup": "AutoAugment + MixUp",
-}
-RUNGS = {
-    "stage1": "Stage I",
-    "stage2": "Stage II",
-    "stage2_aa": "Stage II + AA",
-    "bound": "Empirical bound",
-}
-TABLE1 = (
-    (
+AUGMENTATIONS = rows.AUGMENTATIONS | {"none": "no augmentation"}
+RUNGS = {"stage1": "Stage I", "stage2": "Stage II", "stage2_aa": "Stage II + AA", "bound": "Empirical bound"}
+_BEATS = "a classifier trained on D* beats one trained on D_LT"
+TABLE1 = {
+    ("true->lt", "lt->true"): (
         "representation-is-the-bottleneck",
         "true→lt beats lt→true: the representation is a larger bottleneck than the classifier",
-        ("true->lt", "lt->true"),
     ),
-    (
-        "better-classifier-helps",
-        "On the long-tailed backbone, a classifier trained on D* beats one trained on D_LT",
-        ("lt->true", "lt->lt"),
-    ),
-    (
-        "true-true-is-best",
-        "On the true backbone, a classifier trained on D* beats one trained on D_LT",
-        ("true->true", "true->lt"),
-    ),
-)
-FIGURE4 = {"variance": "variance", "covariance_norm": "covariance norm"}
-FIGURE7 = {"center": "centre", "sample": "sample"}
+    ("lt->true", "lt->lt"): ("better-classifier-helps", f"On the long-tailed backbone, {_BEATS}"),
+    ("true->true", "true->lt"): ("true-true-is-best", f"On the true backbone, {_BEATS}"),
+}
 WITH_RARITY = "rank correlation with class rarity of"
 
 
@@ -100,8 +76,8 @@ def tally(claims: Sequence[Mapping[str, Any]]) -> str:
     '2 hold, 1 fails, 0 undecided'
     """
     n = Counter(claim["verdict"] for claim in claims)
-    holds, fails = ("holds" if n["holds"] == 1 else "hold"), ("fails" if n["fails"] == 1 else "fail")
-    return f"{n['holds']} {holds}, {n['fails']} {fails}, {n['undecided']} undecided"
+    words = [f"{n[verdict]} {verdict if n[verdict] == 1 else verdict[:-1]}" for verdict in ("holds", "fails")]
+    return ", ".join([*words, f"{n['undecided']} undecided"])
 
 
 def label(row: str) -> str:
@@ -124,8 +100,8 @@ def label(row: str) -> str:
 def _table1(evidence: Evidence) -> Iterator[Claim]:
     """Yield the orderings of Table 1; those with a backbone that was not trained are undecided."""
     printed = paper.table1(evidence.dataset)
-    for name, sentence, rows in TABLE1 if "swap" in evidence.results else ():
-        yield _ordering(evidence, Claim(f"table1/{name}", sentence, "Table 1, Figure 2", ""), rows, printed)
+    for pair, (name, sentence) in TABLE1.items() if "swap" in evidence.results else ():
+        yield _ordering(evidence, Claim(f"table1/{name}", sentence, "Table 1, Figure 2", ""), pair, printed)
 
 
 def _figure3(evidence: Evidence) -> Iterator[Claim]:
@@ -133,9 +109,9 @@ def _figure3(evidence: Evidence) -> Iterator[Claim]:
 
     Neighbours imply the rest. Nothing is yielded for data that the paper has no Figure 3 of.
     """
-    rows, printed = evidence.accuracies(), paper.figure3(evidence.dataset)
+    known, printed = evidence.accuracies().keys(), paper.figure3(evidence.dataset)
     for name, sentence, pair in _figure3_orderings(printed) if printed else ():
-        if rows.keys() >= set(pair):
+        if known >= set(pair):
             yield _ordering(evidence, Claim(f"fig3/{name}", sentence, "Figure 3", ""), pair, printed)
 
 
@@ -151,16 +127,16 @@ def _figure3_orderings(printed: Mapping[str, float]) -> Iterator[tuple[str, str,
             yield f"{rung}/{high}-above-{low}", sentence, (f"{high}: {rung}", f"{low}: {rung}")
 
 
-def _ordering(evidence: Evidence, claim: Claim, rows: tuple[str, str], printed: Mapping[str, float]) -> Claim:
+def _ordering(evidence: Evidence, claim: Claim, pair: tuple[str, str], printed: Mapping[str, float]) -> Claim:
     """Decide that the first of two rows has the higher accuracy."""
-    higher, lower = rows
+    higher, lower = pair
     claim = replace(
         claim,
         statistic=f"accuracy of {label(higher)} − accuracy of {label(lower)}",
         published=round(printed[higher] - printed[lower], 6) if printed else None,
     )
     known = evidence.accuracies()
-    if missing := [label(row) for row in rows if row not in known]:
+    if missing := [label(row) for row in pair if row not in known]:
         return claim.undecided(f"not run: {', '.join(missing)}")
     decided = positive(claim.measured(evidence.difference(higher, lower), len(known[higher])))
     if decided.verdict == "undecided" or evidence.recipe["converged"]:
@@ -184,8 +160,8 @@ def _figures4to8(evidence: Evidence) -> Iterator[Claim]:
 
 
 def _figure4(geometry: Geometry) -> Iterator[Claim]:
-    for field, title in FIGURE4.items():
-        lt, true = (geometry.values(encoder, field) for encoder in ("lt", "true"))
+    for field in ("variance", "covariance_norm"):
+        title, lt, true = field.replace("_", " "), geometry.values("lt", field), geometry.values("true", field)
         yield _grows(geometry, f"fig4/{field}-grows", f"{title} under the lt encoder", lt)
         flat = Claim(
             f"fig4/{field}-flat-under-true",
@@ -245,9 +221,8 @@ def _figure6(geometry: Geometry) -> Iterator[Claim]:
 
 
 def _figure7(geometry: Geometry) -> Iterator[Claim]:
-    for kind, word in FIGURE7.items():
+    for kind, word, stem in (("center", "centre", "nearest_center"), ("sample", "sample", "nearest_center_sample")):
         title = f"{word} to nearest wrong centre"
-        stem = "nearest_center" if kind == "center" else "nearest_center_sample"
         lost = {
             e: means(geometry.values(e, f"{stem}_train_deg") - geometry.values(e, f"{stem}_true_deg"))
             for e in ("lt", "lt+mixup", "true")
@@ -310,44 +285,29 @@ def _figure(name: str) -> str:
     return f"Figure {name.removeprefix('fig').split('/')[0]}"
 
 
-Row = dict[str, Any]
-LT_TRUE = ("lt", "true")
-ALL = ("lt", "lt+mixup", "true")
-FIGURES: Mapping[str, tuple[str, Sequence[str], Mapping[str, str]]] = {
-    "fig4": (
-        "Figure 4: second moments over D*",
-        LT_TRUE,
-        {"variance": "variance (trace)", "covariance_norm": "covariance (Frobenius norm)"},
-    ),
-    "fig5": ("Figure 5: first principal component over D*", LT_TRUE, {"first_pc_share": "share of variance"}),
-    "fig6": (
-        "Figure 6: intra-class compactness",
-        ALL,
-        {
-            "spread_train_deg": "mean angle to the centre, D_LT, °",
-            "spread_true_deg": "mean angle to the centre, D*, °",
-            "escape_rate": "escape rate of unseen samples",
-        },
-    ),
-    "fig7": (
-        "Figure 7: inter-class separation",
-        ALL,
-        {
-            "nearest_center_train_deg": "centre to nearest wrong centre, D_LT, °",
-            "nearest_center_true_deg": "centre to nearest wrong centre, D*, °",
-            "nearest_center_sample_train_deg": "sample to nearest wrong centre, D_LT, °",
-            "nearest_center_sample_true_deg": "sample to nearest wrong centre, D*, °",
-        },
-    ),
-    "fig8": (
-        "Figure 8: localisation of the centres",
-        ALL,
-        {
-            "center_shift_deg": "centre shift, °",
-            "spread_train_deg": "mean angle to the centre, D_LT, °",
-            "spread_true_deg": "mean angle to the centre, D*, °",
-        },
-    ),
+# -- tables ---------------------------------------------------------------------------------------------------------
+
+LT_TRUE, ALL = ("lt", "true"), ("lt", "lt+mixup", "true")
+MEASURES = {
+    "variance": "variance (trace)",
+    "covariance_norm": "covariance (Frobenius norm)",
+    "first_pc_share": "share of variance",
+    "spread_train_deg": "mean angle to the centre, D_LT, °",
+    "spread_true_deg": "mean angle to the centre, D*, °",
+    "escape_rate": "escape rate of unseen samples",
+    "nearest_center_train_deg": "centre to nearest wrong centre, D_LT, °",
+    "nearest_center_true_deg": "centre to nearest wrong centre, D*, °",
+    "nearest_center_sample_train_deg": "sample to nearest wrong centre, D_LT, °",
+    "nearest_center_sample_true_deg": "sample to nearest wrong centre, D*, °",
+    "center_shift_deg": "centre shift, °",
+}
+SPREADS = ("spread_train_deg", "spread_true_deg")
+FIGURES: Mapping[str, tuple[str, Sequence[str], Sequence[str]]] = {
+    "fig4": ("Figure 4: second moments over D*", LT_TRUE, ("variance", "covariance_norm")),
+    "fig5": ("Figure 5: first principal component over D*", LT_TRUE, ("first_pc_share",)),
+    "fig6": ("Figure 6: intra-class compactness", ALL, (*SPREADS, "escape_rate")),
+    "fig7": ("Figure 7: inter-class separation", ALL, [name for name in MEASURES if name.startswith("nearest")]),
+    "fig8": ("Figure 8: localisation of the centres", ALL, ("center_shift_deg", *SPREADS)),
 }
 """Of each plot: its caption, the encoders and the measures in it."""
 
@@ -357,9 +317,9 @@ PRINTED = {"table1": ("Table 1: swapping the data set", 0.015), "fig3": ("Figure
 
 def build(evidence: Evidence) -> Iterator[tuple[Table, Table]]:
     """Yield every table that the results give, as (numbers for CSV, the same for readers)."""
-    rows, dataset, made_by = evidence.accuracies(), evidence.dataset, label_of(evidence.recipe)
+    dataset, made_by = evidence.dataset, label_of(evidence.recipe)
     for name, printed in (("table1", paper.table1(dataset)), ("fig3", paper.figure3(dataset))):
-        ours = {row: accuracy for row, accuracy in rows.items() if (": " in row) == (name == "fig3")}
+        ours = {row: accuracy for row, accuracy in evidence.accuracies().items() if (": " in row) == (name == "fig3")}
         own = [row for row in ours if row.endswith(" stage1")] if name == "table1" else []
         beside = printed | (paper.stage1(dataset) if own else {})
         if ours:
@@ -408,27 +368,17 @@ def _accuracies(
     name: str, made_by: str, ours: Mapping[str, Sequence[float]], printed: Mapping[str, float]
 ) -> tuple[Table, Table]:
     caption, tolerance = PRINTED[name]
-    title = f"{caption} ({made_by})"
-    rows = []
+    title, found = f"{caption} ({made_by})", []
     for cell, values in ours.items():
         mean, sd = spread(values)
-        paper = printed.get(cell)
-        difference = None if paper is None or mean is None else mean - paper
-        rows.append(
-            {
-                "cell": cell,
-                "label": label(cell),
-                "paper": paper,
-                "ours": mean,
-                "ours_sd": sd,
-                "seeds": len(values),
-                "difference": difference,
-                "written": f"{in_percent(values)} ({len(values)})" if values else "not run",
-                "paper_written": percent(paper, 2),
-                "difference_written": DASH if difference is None else number(100 * difference, 2),
-                "close": None if difference is None else "yes" if abs(difference) <= tolerance else "no",
-            }
-        )
+        theirs = printed.get(cell)
+        difference = None if theirs is None or mean is None else mean - theirs
+        row = {"cell": cell, "paper": theirs, "ours": mean, "ours_sd": sd, "seeds": len(values)}
+        row |= {"label": label(cell), "paper_written": percent(theirs, 2), "difference": difference}
+        row["written"] = f"{in_percent(values)} ({len(values)})" if values else "not run"
+        row["difference_written"] = DASH if difference is None else number(100 * difference, 2)
+        row["close"] = None if difference is None else "yes" if abs(difference) <= tolerance else "no"
+        found.append(row)
     numbers = [Column(field, field) for field in ("cell", "paper", "ours", "ours_sd", "seeds", "difference", "close")]
     written = [
         Column("label", "backbone → classifier" if name == "table1" else "rung (augmentation of stage 1)"),
@@ -437,23 +387,21 @@ def _accuracies(
         Column("difference_written", "difference, points"),
         Column("close", f"within {100 * tolerance:g} points"),
     ]
-    return Table(name, title, numbers, rows), Table(name, title, written, rows)
+    return Table(name, title, numbers, found), Table(name, title, written, found)
 
 
 def _figure_table(name: str, made_by: str, geometry: Mapping[str, Any]) -> tuple[Table, Table]:
     caption, encoders, measures = FIGURES[name]
     title = f"{caption} ({made_by})"
-    rows: list[Row] = []
-    for field, words in measures.items():
-        for encoder in encoders:
-            runs = [run["paper"]["groups"] for run in geometry["encoders"][encoder]["seeds"].values()]
-            row: Row = {"measure": field, "words": words, "encoder": encoder, "seeds": len(runs)}
-            for group in GROUPS:
-                values = [run[group][field] for run in runs if run.get(group) and run[group][field] is not None]
-                complete = bool(values) and len(values) == len(runs)
-                row[group], row[f"{group}_sd"] = spread(values) if complete else (None, None)
-                row[f"{group}_written"] = _mean_sd(row[group], row[f"{group}_sd"], 3 if "°" not in words else 1)
-            rows.append(row)
+    found = []
+    for field, encoder in product(measures, encoders):
+        runs = [run["paper"]["groups"] for run in geometry["encoders"][encoder]["seeds"].values()]
+        row = {"measure": field, "words": MEASURES[field], "encoder": encoder, "seeds": len(runs)}
+        for group in GROUPS:
+            values = [run[group][field] for run in runs if run.get(group) and run[group][field] is not None]
+            mean, sd = spread(values if len(values) == len(runs) else [])
+            row |= {group: mean, f"{group}_sd": sd, f"{group}_written": _mean_sd(mean, sd, 1 if "deg" in field else 3)}
+        found.append(row)
     fields = ["measure", "encoder", "seeds", *(f"{group}{end}" for group in GROUPS for end in ("", "_sd"))]
     written = [
         Column("words", "measure"),
@@ -461,7 +409,7 @@ def _figure_table(name: str, made_by: str, geometry: Mapping[str, Any]) -> tuple
         *(Column(f"{group}_written", f"{group}: mean ± sd") for group in GROUPS),
         Column("seeds", "seeds", "count"),
     ]
-    return Table(name, title, [Column(f, f) for f in fields], rows), Table(name, title, written, rows)
+    return Table(name, title, [Column(f, f) for f in fields], found), Table(name, title, written, found)
 
 
 def _mean_sd(mean: float | None, sd: float | None, digits: int) -> str:

@@ -41,11 +41,9 @@ NO_TREND = 0.5
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """Results of one data set, recipe and list of seeds.
+    """Results of one data set and recipe by experiment, and which test images are right.
 
-    Attributes:
-        results: by experiment: the contents of swap.json, ladder.json and geometry.json, as far as there are any.
-        outcomes: which test images are right. Without them, intervals of accuracies are over seeds alone.
+    Without `outcomes`, intervals of accuracies are over seeds alone.
     """
 
     results: Mapping[str, Mapping[str, Any]]
@@ -62,10 +60,9 @@ class Evidence:
         return dataset_of(self.first)
 
     @property
-    def recipe(self) -> Mapping[str, Any]:
+    def recipe(self) -> dict[str, Any]:
         """Name, card and convergence of the recipe that made the results."""
-        recipe: Mapping[str, Any] = self.first["recipe"]
-        return recipe
+        return dict(self.first["recipe"])
 
     def accuracies(self) -> dict[str, list[float]]:
         """Return accuracy per seed of every row: `lt->lt` ..., `lt stage1` ... and `none: stage1` ..."""
@@ -73,7 +70,7 @@ class Evidence:
         cells = dict(swap.get("cells", {}))
         cells |= {f"{backbone} stage1": cell for backbone, cell in swap.get("stage1", {}).items()}
         for name, rungs in self.results.get("ladder", {}).get("augmentations", {}).items():
-            cells |= {f"{name}: {rung}": cell for rung, cell in rungs.items()}
+            cells |= {f"{name}: {rung}": cell for rung, cell in rungs.items() if cell}
         return {row: list(cell["accuracy"]) for row, cell in cells.items()}
 
     def difference(self, higher: str, lower: str) -> Interval:
@@ -97,8 +94,7 @@ class Geometry:
 
     def rarity(self) -> FloatArray:
         """Return each class's rank [C] from the most frequent (1) to the rarest; ties share their mean rank."""
-        ranks: FloatArray = stats.rankdata(-np.asarray(self.result["counts"], dtype=np.float64))
-        return ranks
+        return np.asarray(stats.rankdata(-np.asarray(self.result["counts"])), dtype=np.float64)
 
     def values(self, encoder: str, measure: str, variant: str = "paper") -> FloatArray:
         """Return a measure [S, C] of an encoder, NaN where it is undefined."""
@@ -127,24 +123,12 @@ def means(values: FloatArray) -> FloatArray:
 
 
 def over_seeds(values: Sequence[float] | FloatArray) -> Interval | None:
-    """Return the mean over seeds with its t interval; None where a seed has no value.
-
-    >>> over_seeds([1.0, 2.0, 3.0]).estimate, over_seeds([1.0, np.nan]) is None
-    (2.0, True)
-    """
+    """Return the mean over seeds with its t interval; None where a seed has no value."""
     return paired([[float(v)] for v in values]) if len(values) and np.isfinite(values).all() else None
 
 
 def rank_correlation(rarity: FloatArray, values: FloatArray) -> float | None:
-    """Return Spearman's correlation over the classes where `values` is defined; None where it has no meaning.
-
-    Args:
-        rarity: [C], larger for rarer classes.
-        values: [C], NaN where undefined.
-
-    >>> rank_correlation(np.array([1.0, 2.0, 3.0]), np.array([5.0, np.nan, 9.0])) is None
-    True
-    """
+    """Return Spearman's correlation of values [C] over the classes where they are defined; None without a meaning."""
     known = np.isfinite(values)
     if known.sum() < 3 or np.ptp(values[known]) == 0 or np.ptp(rarity[known]) == 0:
         return None
@@ -155,12 +139,7 @@ def permutation_p(rarity: FloatArray, values: FloatArray, *, two_sided: bool = F
     """Return the p-value of Spearman's correlation when classes and values are paired at random.
 
     p = (1 + #{permutations at least as extreme}) / (B + 1) with B = 9,999 (Phipson & Smyth 2010); one-sided p is
-    for growth towards rare classes.
-
-    Args:
-        rarity: [C], larger for rarer classes.
-        values: [C], NaN where undefined.
-        two_sided: whether falling counts as well.
+    for growth towards rare classes. `values` [C] are NaN where undefined.
     """
     known = np.isfinite(values)
     if rank_correlation(rarity, values) is None:
@@ -181,19 +160,12 @@ class Claim:
     """A sentence of the paper, what decides it, and what these results say.
 
     Attributes:
-        id: a stable name.
-        claim: the sentence.
-        figure: the table or figure that it is about.
-        statistic: the number that decides it, in words.
-        estimate: the number, mean over seeds; None where it cannot be measured here.
-        ci95: its 95 % interval.
+        statistic: the number that decides it, in words; `estimate` is its mean over seeds, None if not measured.
         ci95_kind: "mover" (new seeds and test images), "seeds" (new seeds, these images), "item" (this training, new
             images).
         p: permutation p-value over the classes, where the statistic is a rank correlation.
         published: the same number from the paper's own tables, where it printed them.
-        seeds: how many there are.
         as_claimed: whether the estimate alone is on the claimed side.
-        verdict: holds, fails or undecided.
         reason: why it is undecided, or what to keep in mind.
     """
 
@@ -215,10 +187,8 @@ class Claim:
         """Return the claim with its number if any: the interval for new test images, else the one over seeds."""
         if interval is None:
             return replace(self, seeds=seeds)
-        kind = interval.kind or ("seeds" if interval.ci95_seeds else None)
-        bounds = interval.ci95 or interval.ci95_seeds
-        ci95 = None if bounds is None else list(bounds)
-        return replace(self, estimate=interval.estimate, ci95=ci95, ci95_kind=kind, seeds=seeds, p=p)
+        kind, bounds = interval.kind or ("seeds" if interval.ci95_seeds else None), interval.ci95 or interval.ci95_seeds
+        return replace(self, estimate=interval.estimate, ci95=bounds and list(bounds), ci95_kind=kind, seeds=seeds, p=p)
 
     def undecided(self, reason: str) -> "Claim":
         """Return the claim as undecided, for a reason."""
@@ -235,8 +205,6 @@ def positive(claim: Claim) -> Claim:
 
     >>> positive(Claim("a", "", "", "", 0.2, [0.1, 0.3], seeds=3)).verdict
     'holds'
-    >>> positive(Claim("a", "", "", "", 0.2, [0.1, 0.3], p=0.3, seeds=3)).verdict
-    'undecided'
     """
     claim = _decided(claim, 0.0, np.inf, "the interval contains 0")
     if claim.verdict == "holds" and claim.p is not None and claim.p > ALPHA:
@@ -245,13 +213,7 @@ def positive(claim: Claim) -> Claim:
 
 
 def within(claim: Claim, low: float, high: float) -> Claim:
-    """Decide a claim that its statistic lies between two conventional limits; a p at most 5 % refutes it.
-
-    >>> within(Claim("a", "", "", "", 1.0, [0.9, 1.1], seeds=3), 0.8, 1.25).verdict
-    'holds'
-    >>> within(Claim("a", "", "", "", 0.5, [0.4, 0.6], seeds=3), 0.8, 1.25).verdict
-    'fails'
-    """
+    """Decide a claim that its statistic lies between two conventional limits; a p at most 5 % refutes it."""
     claim = _decided(claim, low, high, f"the interval is neither within [{low:g}, {high:g}] nor outside")
     if claim.enough and claim.p is not None and claim.p <= ALPHA:
         return replace(claim, verdict="fails", reason=f"unlikely by chance over the classes: p = {claim.p:.2g}")

@@ -20,17 +20,17 @@ from tailscope import paper
 from tailscope.data.sources import load
 from tailscope.device import Runtime
 from tailscope.errors import UserError, expanded
+from tailscope.experiments.options import Reproduction
+from tailscope.experiments.running import EXPERIMENTS
 from tailscope.experiments.runs import Run, Settings, store_root
 from tailscope.experiments.stages import Stages
 from tailscope.progress import Deadline, Progress, Quiet, TimeIsUp, duration
 from tailscope.reproduce import claims
-from tailscope.reproduce.plan import runs
-from tailscope.reproduce.reproduce import EXPERIMENTS, Reproduction, Tell, conclude, draw, fixed_part
+from tailscope.reproduce.reproduce import Tell, conclude, draw, fixed_part, runs
 from tailscope.reproduce.trainings import Trainings, failure
 from tailscope.results import check_free, command, stored_spec, write
 from tailscope.store import Store, make_folder, pack, packed_bytes
 
-EVERYTHING = "everything"
 DATASETS = ("cifar10-lt", "cifar100-lt")
 """What `everything` is: the CIFAR half of the paper."""
 LAST = 60.0
@@ -54,23 +54,12 @@ class Piece:
     seeds: tuple[int, ...]
 
     def __str__(self) -> str:
-        """Return the piece as people read it."""
-        plural = "s" if len(self.seeds) > 1 else ""
-        return f"{self.experiment} of {self.dataset}, seed{plural} {' '.join(map(str, self.seeds))}"
+        seeds = "seeds" if len(self.seeds) > 1 else "seed"
+        return f"{self.experiment} of {self.dataset}, {seeds} {' '.join(map(str, self.seeds))}"
 
 
 def order(wanted: Mapping[str, Sequence[str]], seeds: Sequence[int]) -> list[Piece]:
-    """Return the pieces, most valuable first: everything with one seed before anything with two.
-
-    Args:
-        wanted: the experiments of each data set, both in the order of their value.
-        seeds: in the order in which they are added.
-
-    >>> [str(piece) for piece in order({"cifar10-lt": ["swap", "ladder"], "cifar100-lt": ["swap"]}, [0, 1])]
-    ... # doctest: +NORMALIZE_WHITESPACE
-    ['swap of cifar10-lt, seed 0', 'ladder of cifar10-lt, seed 0', 'swap of cifar100-lt, seed 0',
-     'swap of cifar10-lt, seeds 0 1', 'ladder of cifar10-lt, seeds 0 1', 'swap of cifar100-lt, seeds 0 1']
-    """
+    """Return the pieces, most valuable first: everything with one seed before anything with two."""
     return [
         Piece(dataset, experiment, tuple(seeds[:n]))
         for n in range(1, len(seeds) + 1)
@@ -84,9 +73,6 @@ def parse_duration(text: str) -> float:
 
     >>> parse_duration("9m"), parse_duration("1h30m"), parse_duration("90s"), parse_duration("2.5")
     (540.0, 5400.0, 90.0, 150.0)
-
-    Raises:
-        UserError: it is no time, or none at all.
     """
     number = r"(\d+(?:\.\d+)?)"
     parts = re.fullmatch(rf"(?:{number}h)?(?:{number}(?:m|$))?(?:{number}s)?", text.strip().lower())
@@ -101,19 +87,8 @@ def run_queue(reproduction: Reproduction, *, tell: Tell = print, progress: Progr
 
     `everything` takes both CIFAR data sets, each in a folder of its own such as OUT/cifar10-paper, and keeps trained
     stages beside OUT (in OUT-store, unless told otherwise), so that OUT holds no weights. Other reproductions use OUT
-    itself. The reports are built once, at the end; an interrupt leaves everything but them.
-
-    Args:
-        reproduction: what to do; its `time_limit` counts from now.
-        tell: receives lines for people.
-        progress: receives the work done.
-
-    Returns:
-        What reproduce.json holds.
-
-    Raises:
-        UserError: something about the reproduction, the data or OUT is not usable; before any training, unless the
-            data came later.
+    itself. The reports are built once, at the end; an interrupt leaves everything but them. Returns what reproduce.json
+    holds; `UserError` for what is not usable comes before any training, unless the data came later.
     """
     limit = None if reproduction.time_limit is None else parse_duration(reproduction.time_limit)
     deadline = Deadline(progress or Quiet(), float("inf") if limit is None else limit)
@@ -151,12 +126,11 @@ class _Part:
         self.open, self.changed = False, False
 
     def has_come(self) -> bool:
-        """Return whether the images are there: whoever waits for them waits for NAME.npz."""
+        """Whether the images are there: whoever waits for them waits for NAME.npz."""
         root = self.reproduction.data_root
         return not self.reproduction.wait_for_data or root is None or (expanded(root) / f"{self.data}.npz").is_file()
 
     def take_in(self, runtime: Runtime) -> None:
-        """Open the images."""
         data = load(self.data, data_root=self.reproduction.data_root)
         make_folder(self.out, "--out")
         self.lab = Stages(data, Store(store_root(self.out, self.reproduction.store)), runtime)
@@ -164,15 +138,10 @@ class _Part:
         self.open = True
 
     def settings_of(self, piece: Piece) -> Settings:
-        """Return what decides the piece's result."""
         return self.settings.model_copy(update={"seeds": piece.seeds})
 
     def is_done(self, piece: Piece) -> bool:
-        """Return whether the piece's file holds its seeds, and perhaps more.
-
-        Raises:
-            UserError: it holds a result that this piece may not replace.
-        """
+        """Return whether the piece's file holds its seeds, and perhaps more; refuse to replace another result."""
         own = self.settings_of(piece).spec(self.lab.data)
         stored = stored_spec(self.out / f"{piece.experiment}.json")
         if stored is not None and fixed_part(stored) == fixed_part(own):
@@ -185,7 +154,6 @@ class _Part:
         return False
 
     def backbones(self, piece: Piece) -> list[str]:
-        """Return the keys of the backbones that the piece needs."""
         return list(dict.fromkeys(r.backbone_key for r in self.runs[piece.experiment] if r.seed in piece.seeds))
 
     def write(self, piece: Piece) -> None:
@@ -293,12 +261,7 @@ class _Queue:
         ]
 
     def _document(self) -> dict[str, Any]:
-        out = self._reproduction.out
-        folders = {name: "." if part.out == out else part.out.name for name, part in self._parts.items()}
-        about = [
-            {**asdict(p), "seeds": list(p.seeds), "folder": folders[p.dataset], "done": p in self._done}
-            for p in self._pieces
-        ]
+        folders = {name: part.out.relative_to(self._reproduction.out).as_posix() for name, part in self._parts.items()}
         return {
             "schema": "tailscope.reproduce/1",
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -306,7 +269,15 @@ class _Queue:
             "finished": not self._left(),
             "seconds": time.monotonic() - self._started,
             "time_limit_seconds": self._limit,
-            "pieces": about,
+            "pieces": [
+                {
+                    **asdict(piece),
+                    "seeds": list(piece.seeds),
+                    "folder": folders[piece.dataset],
+                    "done": piece in self._done,
+                }
+                for piece in self._pieces
+            ],
             "left": [str(piece) for piece in self._left()],
             "failed": self._trainings.failed + [str(piece) for piece in self._pieces if piece in self._broken],
         }
@@ -314,7 +285,7 @@ class _Queue:
 
 def _by_dataset(reproduction: Reproduction) -> dict[str, Reproduction]:
     """Return a reproduction for each data set, each with the folder of its results."""
-    if reproduction.what != EVERYTHING:
+    if reproduction.what != "everything":
         return {reproduction.dataset: reproduction}
     store = reproduction.store or reproduction.out.with_name(f"{reproduction.out.name}-store")
     parts = {name: replace(reproduction, what="all", dataset=name, store=store) for name in DATASETS}
@@ -326,7 +297,6 @@ def _by_dataset(reproduction: Reproduction) -> dict[str, Reproduction]:
 
 
 def _summary(document: Mapping[str, Any]) -> str:
-    """Return one line on what is done and what is left."""
     done, total = sum(piece["done"] for piece in document["pieces"]), len(document["pieces"])
     spent = f"{done} of {total} pieces done, {duration(document['seconds'])} this time"
     if document["failed"]:
@@ -340,7 +310,7 @@ def _summary(document: Mapping[str, Any]) -> str:
 
 
 def _bundle(to: Path, out: Path, parts: Sequence[_Part], tell: Tell) -> None:
-    """Write results, then classifiers and backbones, then checkpoints of unfinished ones, as far as there is room."""
+    """Write results, then classifiers and backbones, then unfinished ones' checkpoints, as far as there is room."""
     for old in (*to.glob("stages*.tar"), *to.glob("checkpoints*.tar")):
         old.unlink()
     results = to / "results.tar.gz"

@@ -1,166 +1,80 @@
-"""From one request to the paper's tables: plan, train or recall, decide the claims, write everything side by side."""
+"""From one request to the paper's tables: plan, train or recall, decide the claims, write everything side by side.
+
+The plan says what will be trained, what is stored already, and how long the rest takes on this machine. Times come from
+what the store remembers of trainings here, else from a measurement of a few seconds.
+"""
 
 import copy
-from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, asdict, dataclass, field, replace
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from tailscope import paper
-from tailscope.data.sources import ImageData, load
-from tailscope.device import Runtime
+from tailscope.data.images import ImageSet
+from tailscope.device import Runtime, arithmetic_of
 from tailscope.errors import UserError
-from tailscope.experiments.geometry import geometry
-from tailscope.experiments.options import FileOptions
-from tailscope.experiments.running import start_processes
-from tailscope.experiments.runs import Settings, evaluate, parse_backbones, parse_seeds, store_root
+from tailscope.experiments import geometry, swap
+from tailscope.experiments.options import Reproduction
+from tailscope.experiments.running import EXPERIMENTS, start_processes
+from tailscope.experiments.runs import Run, Settings, evaluate, store_root, training_sets
 from tailscope.experiments.stages import Stages
-from tailscope.experiments.swap import ladder, swap
+from tailscope.methods import LOSSES
+from tailscope.methods.augmentations import build
 from tailscope.progress import Progress, Quiet, duration
 from tailscope.report.rows import load as load_results
 from tailscope.reproduce import claims
 from tailscope.reproduce.evidence import Evidence, Outcomes
-from tailscope.reproduce.plan import Plan, make_plan, measure, other_work, runs
 from tailscope.results import check_free, write
+from tailscope.seeds import torch_stream
+from tailscope.spec import StageSpec
 from tailscope.store import Store, make_folder
-from tailscope.training.recipes import recipe_by_name
+from tailscope.training.extract import extract
+from tailscope.training.loop import new_model
+from tailscope.training.recipes import Recipe
+from tailscope.training.step import Stepper, loss_function
 
-Experiment = Callable[[Stages, Settings], dict[str, Any]]
-EXPERIMENTS: dict[str, Experiment] = {"swap": swap, "ladder": ladder, "geometry": geometry}
+SECONDS = 8.0
+"""How long `measure` takes, unless single operations take longer than their share of it."""
+FEWEST = 5
+"""How often each operation is timed at least: on a busy machine a single time may be anything."""
+AUGMENTED, EXTRACTED = 1_024, 256
+"""How many images the measurement augments at once, and extracts features of."""
+
+Augment = tuple[str, ...]
 Tell = Callable[[str], object]
-
-
-@dataclass(frozen=True)
-class Reproduction:
-    """What is to be reproduced, and how.
-
-    Attributes:
-        what: table1, fig2 ... fig8, or all.
-        dataset: cifar10-lt, cifar100-lt or imagenet-lt.
-        out: folder for results.
-        seeds: N or a list; the subset's seed is always 0.
-        recipe: name of a recipe; by default the paper's.
-        quick: a shortened run with the recipe `fast` or `imagenet-fast`, which is no reproduction.
-        data_root, store, device, overwrite: as for every experiment.
-        backbones: those that Table 1 trains, such as `lt`; by default all.
-        time_limit: such as `9m`; see `tailscope.reproduce.queue`.
-        jobs: backbones that are trained at a time under a time limit or by `everything`.
-        compile: whether training steps are compiled; by default where it pays.
-        wait_for_data: take a data set in when its NAME.npz appears in `data_root`, under a time limit or by
-            `everything`.
-        bundle: folder that gets results and trained stages as archives, for another machine; likewise.
-        data: of imagenet-lt: the whole of ImageNet as `list:TRAIN.txt,TEST.txt` or `folder:PATH`.
-        files: of imagenet-lt: devices, workers and what to do with images that cannot be read.
-    """
-
-    what: str
-    dataset: str
-    out: Path
-    _: KW_ONLY
-    seeds: str = "3"
-    recipe: str | None = None
-    quick: bool = False
-    data_root: Path | None = None
-    store: Path | None = None
-    device: str = "auto"
-    overwrite: bool = False
-    backbones: str | None = None
-    time_limit: str | None = None
-    data: str | None = None
-    files: FileOptions = field(default_factory=FileOptions)
-    jobs: int = 1
-    engine: str = "auto"
-    wait_for_data: bool = False
-    bundle: Path | None = None
-
-    def open(self) -> ImageData:
-        """Return the data set.
-
-        Raises:
-            UserError: imagenet-lt without `data`, or another with it; or as `sources.load`.
-        """
-        known = paper.benchmark(self.dataset)
-        if known.in_files != (self.data is not None):
-            if known.in_files:
-                raise UserError(
-                    f"--dataset {self.dataset}: give all of ImageNet with --data list:TRAIN.txt,TEST.txt (and"
-                    " --data-root) or --data folder:DIR"
-                )
-            raise UserError(f"--data {self.data}: only imagenet-lt takes it; --data-root says where {known.data} lies")
-        data = load(self.data or known.data, data_root=self.data_root)
-        if known.in_files and data.in_memory:
-            raise UserError(f"--data {self.data}: imagenet-lt is read from image files; give list: or folder:")
-        return replace(data, name=known.data)
-
-    def wanted(self) -> list[str]:
-        """Return the experiments that the reproduction needs.
-
-        Raises:
-            UserError: the table or figure is unknown, or needs backbones that were not asked for.
-        """
-        wanted = paper.experiments(self.what, self.dataset)
-        if self.backbones is not None and wanted != ["swap"]:
-            raise UserError(f"--backbones {self.backbones}: only table1 and fig2 can do without a backbone")
-        return wanted
-
-    def settings(self) -> Settings:
-        """Return the checked part that decides results.
-
-        Raises:
-            UserError: the recipe, the seeds or the data set is not usable.
-        """
-        known = paper.benchmark(self.dataset)
-        if self.quick and self.recipe not in (None, known.quick):
-            raise UserError(f"--quick means --recipe {known.quick}; leave out --recipe {self.recipe} or --quick")
-        return Settings(
-            profile=known.profile,
-            protocol=known.protocol,
-            recipe=recipe_by_name(self.recipe or (known.quick if self.quick else known.recipe)),
-            seeds=parse_seeds(self.seeds),
-            subset_seed=paper.SUBSET_SEED,
-            backbones=parse_backbones(self.backbones),
-        )
+_RUNS = {"swap": swap.swap_runs, "ladder": swap.ladder_runs, "geometry": geometry.runs}
 
 
 def run_reproduce(
-    reproduction: Reproduction, *, tell: Tell = print, progress: Progress | None = None, plan_only: bool = False
+    reproduction: Reproduction, *, tell: Tell = print, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Say what will be trained and how long it takes; train it; write results, claims and tables to OUT.
 
-    OUT gets swap.json, ladder.json and geometry.json as far as they are asked for, claims.json and
-    tables/paper-*.{csv,md,tex}. Results of the same spec that OUT already holds join the claims and the tables.
-    A killed run continues where it stopped when it is started again: every finished stage is in the store, and an
-    unfinished one has a checkpoint after every epoch.
-
-    Args:
-        reproduction: what to do.
-        tell: receives lines for people.
-        progress: receives the work done.
-        plan_only: stop after the plan.
-
-    Returns:
-        `label` (what the results may be called), `plan`, and unless `plan_only`: `results`, `claims` and `tables`
-        (rows by table).
+    OUT gets the experiments' results, claims.json and tables/paper-*.{csv,md,tex}. Results of the same spec that OUT
+    already holds join the claims and the tables. A killed run continues where it stopped when it is started again.
+    Returns `label` (what the results may be called), `plan`, and unless only that is wanted what `conclude` returns.
 
     Raises:
         UserError: something about the reproduction, the data or OUT is not usable; before any training.
     """
     reproduction.settings(), reproduction.wanted()
     runtime = Runtime.choose(reproduction.device, engine=reproduction.engine)
-    with start_processes(reproduction.open(), reproduction.files, runtime) as place:
+    with start_processes(reproduction.open(), reproduction.on_files, runtime) as place:
         recipe = place.recipe(reproduction.settings().recipe)
         settings = reproduction.settings().model_copy(update={"recipe": recipe})
         make_folder(reproduction.out, "--out")
         lab = place.stages(Store(store_root(reproduction.out, reproduction.store)), progress or Quiet(), tell)
-        return _reproduce(reproduction, lab, settings, tell, plan_only)
+        return _reproduce(reproduction, lab, settings, tell)
 
 
-def _reproduce(
-    reproduction: Reproduction, lab: Stages, settings: Settings, tell: Tell, plan_only: bool
-) -> dict[str, Any]:
+def _reproduce(reproduction: Reproduction, lab: Stages, settings: Settings, tell: Tell) -> dict[str, Any]:
     """Plan, run and conclude on an opened data set."""
     wanted = reproduction.wanted()
     for experiment in wanted:
@@ -177,23 +91,35 @@ def _reproduce(
         done["estimated_seconds"] = seconds = rates.estimate(plan)
         by = f"; rates {rates.sources(plan)}" if plan.to_train else ""
         tell(f"estimated time here: {duration(seconds)}{by}; geometry's tests come on top{busy and f'; {busy}'}")
-    if plan_only:
+    if reproduction.plan:
         return done
     for experiment in wanted:
         write(reproduction.out, experiment, EXPERIMENTS[experiment](lab, settings))
     return {**done, **conclude(lab, settings, reproduction.out)}
 
 
+def _tell_plan(tell: Tell, reproduction: Reproduction, settings: Settings, plan: "Plan", label: str) -> None:
+    seeds = " ".join(map(str, settings.seeds))
+    tell(f"{reproduction.what} of {reproduction.dataset}, seeds {seeds}, subset seed {settings.subset_seed}; {label}")
+    for backbone in plan.backbones:
+        tell(f"  seed {backbone.seed}, backbone {backbone.encoder}: {backbone.describe()}")
+    if plan.classifiers or plan.classifiers_stored:
+        tell(f"  classifiers: {plan.classifiers} to fit, {plan.classifiers_stored} stored")
+    if plan.complete:
+        tell("  nothing to train: every stage is stored")
+
+
+# -- what results say -----------------------------------------------------------------------------------------------
+
+
 def conclude(lab: Stages, settings: Settings, out: Path) -> dict[str, Any]:
     """Decide the claims and build the tables on every result in OUT of this data and recipe; write both.
 
-    Their seeds, and the backbones of a swap, may differ from the settings'.
-
-    Returns:
-        `results` by experiment, `claims` as claims.json has them, `tables`: rows by name.
+    Their seeds, and the backbones of a swap, may differ from the settings'. Returns `results` by experiment, `claims`
+    as claims.json has them, and `tables`: rows by name.
     """
     spec = fixed_part(settings.spec(lab.data))
-    found: dict[str, Any] = {verb: result for verb, result in load_results(out).items() if verb in EXPERIMENTS}
+    found: dict[str, Any] = {verb: result for verb, result in load_results(out).items() if verb in _RUNS}
     results = {verb: result for verb, result in found.items() if fixed_part(result["spec"]) == spec}
     evidence = Evidence(results, _recalled(lab, settings, results))
     document = claims.document(evidence, claims.check(evidence), datetime.now(UTC).isoformat(timespec="seconds"))
@@ -231,7 +157,7 @@ def outcomes(lab: Stages, settings: Settings, experiment: str) -> Outcomes:
 
 
 def with_progress(lab: Stages, progress: Progress) -> Stages:
-    """Return the same lab with a model of its own, which reports to another progress: for another thread, say."""
+    """Return the same lab, with a model of its own, that reports to another progress: for another thread, say."""
     other = copy.copy(lab)
     other.runtime = replace(lab.runtime, progress=progress)
     return other
@@ -240,13 +166,12 @@ def with_progress(lab: Stages, progress: Progress) -> Stages:
 def _recalled(lab: Stages, settings: Settings, results: Mapping[str, Any]) -> Outcomes:
     """Return the per-item outcomes of those results whose stages are all stored."""
     found: Outcomes = {}
-    for experiment in ("swap", "ladder"):
-        if experiment in results:
-            spec = results[experiment]["spec"]
-            grown = {"seeds": tuple(spec["seeds"]), "backbones": tuple(spec.get("backbones") or ()) or None}
-            own = settings.model_copy(update=grown)
-            if make_plan(lab, own, [experiment]).complete:
-                found |= outcomes(lab, own, experiment)
+    for experiment in [verb for verb in ("swap", "ladder") if verb in results]:
+        spec = results[experiment]["spec"]
+        grown = {"seeds": tuple(spec["seeds"]), "backbones": tuple(spec.get("backbones") or ()) or None}
+        own = settings.model_copy(update=grown)
+        if make_plan(lab, own, [experiment]).complete:
+            found |= outcomes(lab, own, experiment)
     return found
 
 
@@ -259,12 +184,232 @@ def fixed_part(spec: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in spec.items() if name not in ("seeds", "backbones")}
 
 
-def _tell_plan(tell: Tell, reproduction: Reproduction, settings: Settings, plan: Plan, label: str) -> None:
-    seeds = " ".join(map(str, settings.seeds))
-    tell(f"{reproduction.what} of {reproduction.dataset}, seeds {seeds}, subset seed {settings.subset_seed}; {label}")
-    for backbone in plan.backbones:
-        tell(f"  seed {backbone.seed}, backbone {backbone.encoder}: {backbone.describe()}")
-    if plan.classifiers or plan.classifiers_stored:
-        tell(f"  classifiers: {plan.classifiers} to fit, {plan.classifiers_stored} stored")
-    if plan.complete:
-        tell("  nothing to train: every stage is stored")
+# -- what is to be done ---------------------------------------------------------------------------------------------
+
+
+def runs(lab: Stages, settings: Settings, experiment: str) -> Iterator[Run]:
+    """Yield the runs of `swap`, `ladder` or `geometry` over all seeds, those of a backbone together."""
+    for seed in settings.seeds:
+        yield from _RUNS[experiment](settings, training_sets(lab, settings, seed), seed)
+
+
+@dataclass(frozen=True)
+class PlannedBackbone:
+    """A backbone that the plan needs, with the image passes and the steps of its training, and what is left of them."""
+
+    seed: int
+    encoder: str
+    key: str
+    stored: bool
+    augment: Augment
+    images: int
+    steps: int
+    epochs_done: int
+    images_left: int
+
+    @classmethod
+    def of(cls, lab: Stages, run: Run) -> "PlannedBackbone":
+        """Look up a run's backbone in the store."""
+        key, images = run.backbone_key, len(run.trained_on.rows)
+        passes, steps = run.stage1.train.images(images), run.stage1.train.lengths(images)[1]
+        stored = lab.store.has("stage1", key)
+        saved = None if stored else lab.store.checkpoint("stage1", key)
+        done = saved["epochs"] if saved else 0
+        left = 0 if stored else passes - min(passes, done * images)
+        return cls(run.seed, run.encoder, key, stored, run.stage1.augment, passes, steps, done, left)
+
+    def describe(self) -> str:
+        """Return what is to be done."""
+        if self.stored:
+            return "stored"
+        saved = f"; goes on after epoch {self.epochs_done:,}" if self.epochs_done else ""
+        return f"to train: {self.steps:,} steps, {self.images:,} images{saved}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The work that is left and the work that is stored: each backbone once, in the order of training.
+
+    `views` are images of augmented views to extract for stage 2, `clean` un-augmented ones, in float32, for test
+    accuracy and geometry.
+    """
+
+    backbones: tuple[PlannedBackbone, ...]
+    classifiers: int
+    classifiers_stored: int
+    views: int
+    clean: int
+
+    @property
+    def to_train(self) -> list[PlannedBackbone]:
+        """The backbones that are not stored."""
+        return [b for b in self.backbones if not b.stored]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every stage is stored."""
+        return not self.to_train and not self.classifiers
+
+
+def make_plan(lab: Stages, settings: Settings, experiments: Sequence[str]) -> Plan:
+    """Look up in the store every stage that the experiments need.
+
+    Features that are stored are counted as work where that cannot be seen from the stages: the estimate errs high.
+    """
+    backbones: dict[str, PlannedBackbone] = {}
+    classifiers: dict[str, bool] = {}
+    views: dict[tuple[str, ...], int] = {}
+    clean: dict[tuple[str, str], int] = {}
+    for experiment in experiments:
+        for run in runs(lab, settings, experiment):
+            key = run.backbone_key
+            if key not in backbones:
+                backbones[key] = PlannedBackbone.of(lab, run)
+            if not backbones[key].stored:
+                clean[key, "test"] = len(lab.data.test)
+            if experiment == "geometry":
+                clean[key, "train"] = len(lab.data.train)
+            if spec := run.spec():
+                classifiers[spec.key()] = stored = lab.store.has("stage2", spec.key())
+                views |= {} if stored else _views(spec.stage2, key, len(lab.data.train))
+    fitted = sum(classifiers.values())
+    unfitted = len(classifiers) - fitted
+    return Plan(tuple(backbones.values()), unfitted, fitted, sum(views.values()), sum(clean.values()))
+
+
+def _views(stage: StageSpec, backbone: str, everything: int) -> dict[tuple[str, ...], int]:
+    """Return the images of a classifier's views, by what decides whether classifiers share them."""
+    assert stage.views is not None
+    if stage.sampler == "instance":
+        return {(backbone, *stage.augment): stage.views * everything}
+    drawn = sum(stage.data.counts)
+    return {(backbone, *stage.augment, stage.sampler, stage.data.indices_sha256): stage.views * drawn}
+
+
+# -- how long it takes ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds that an image takes on this machine: in stage 1, by what augments it, and in extracting features.
+
+    Those `remembered` come from stored trainings, the others from single steps.
+    """
+
+    training: dict[Augment, float]
+    view: float
+    clean: float
+    remembered: frozenset[Augment] = frozenset()
+
+    def estimate(self, plan: Plan) -> float:
+        """Return the seconds that the plan's training and extraction take; geometry's permutations come on top."""
+        training = sum(b.images_left * self.training[b.augment] for b in plan.to_train)
+        return training + plan.views * self.view + plan.clean * self.clean
+
+    def sources(self, plan: Plan) -> str:
+        """Return where the rates of the plan's trainings come from, in words."""
+        known = [b.augment in self.remembered for b in plan.to_train]
+        measured = "measured on single steps, not compiled"
+        if not any(known):
+            return measured
+        stored = "by trainings that the store remembers from this machine"
+        return stored if all(known) else f"{stored}, where it knows such ones ({sum(known)}), else {measured}"
+
+
+def remembered(lab: Stages, recipe: Recipe, plan: Plan) -> dict[Augment, float]:
+    """Return the seconds an image took in stored trainings like the plan's: the median, by augmentation.
+
+    Alike are the data set, the network, the batch, the precision, the engine if one was asked for, and the hardware
+    with its number of threads. Descriptions that cannot be read say nothing.
+    """
+    assert isinstance(lab.data.train, ImageSet)
+    with lab.runtime.threads_for(recipe.stage1.batch * lab.data.train.images.shape[1:3].numel()):
+        here = lab.runtime.describe()
+    precision = str(lab.runtime.dtype(recipe.stage1.precision)).removeprefix("torch.")
+    alike = (
+        (lab.data.fingerprint, recipe.model, recipe.stage1.batch, precision),
+        (here["gpu"], here["cpu"], here["threads"]),
+    )
+    wanted, asked = {b.augment for b in plan.to_train}, lab.runtime.engine
+    found: dict[Augment, list[float]] = {}
+    for key in lab.store.keys("stage1"):
+        try:
+            meta = lab.store.meta("stage1", key)
+            spec, device = meta["spec"], meta["device"]
+            augment = tuple(spec["augment"])
+            trained = (spec["data"]["fingerprint"], spec["model"], spec["train"]["batch"], meta["precision"])
+            hardware = (device["gpu"], device["cpu"], device["threads"])
+            engine = arithmetic_of(meta)["engine"]
+            rate = float(meta["images_per_second"])
+        except (UserError, KeyError, TypeError, ValueError):
+            continue
+        if augment in wanted and (trained, hardware) == alike and asked in (None, engine) and rate > 0:
+            found.setdefault(augment, []).append(1 / rate)
+    return {augment: statistics.median(seconds) for augment, seconds in found.items()}
+
+
+def measure(lab: Stages, recipe: Recipe, plan: Plan, seconds: float | None = None) -> Rates:
+    """Time what the plan needs on the first training images: steps, augmentation, extraction.
+
+    All together it takes `seconds`, by default `SECONDS`. Steps are timed without compiling, which would take longer
+    than the measurement may. Where long trainings compile theirs, an estimate from these rates errs high.
+    """
+    runtime = replace(lab.runtime, progress=Quiet())
+    known = remembered(lab, recipe, plan)
+    unknown = {b.augment for b in plan.to_train} - known.keys()
+    share = (SECONDS if seconds is None else seconds) / (4 + len(unknown))
+    assert isinstance(lab.data.train, ImageSet)  # files are decoded while training: their rate is not measured here
+    images, stream = lab.data.train.images, torch_stream(0, "measure", device=runtime.device)
+    model = new_model(recipe.model, images.shape[-1], lab.data.train.num_classes, seed=0).to(runtime.device)
+    augmented = images[:AUGMENTED].to(runtime.device)
+
+    def augmentation(calls: Augment) -> float:
+        augment = build(calls)
+        return _seconds_each(lambda: augment(augmented, stream).cpu(), len(augmented), share)
+
+    def extraction(dtype: torch.dtype) -> float:
+        rows = images[:EXTRACTED]
+        return _seconds_each(lambda: extract(model, rows, lab.normalize, dtype, runtime, "features"), len(rows), share)
+
+    step = _step(lab, recipe, runtime, 2 * share) if unknown else 0.0
+    return Rates(
+        training=known | {calls: step + augmentation(calls) for calls in unknown},
+        view=extraction(runtime.dtype(recipe.stage2.precision)),
+        clean=extraction(torch.float32),
+        remembered=frozenset(known),
+    )
+
+
+def _step(lab: Stages, recipe: Recipe, runtime: Runtime, seconds: float) -> float:
+    assert isinstance(lab.data.train, ImageSet)
+    train, classes = recipe.stage1, lab.data.train.num_classes
+    images, labels = (t[: train.batch].to(runtime.device) for t in (lab.data.train.images, lab.data.train.labels))
+    model = new_model(recipe.model, images.shape[-1], classes, seed=0).to(runtime.device).train()
+    loss = LOSSES.make("cross_entropy", torch.bincount(labels, minlength=classes))
+    compute = loss_function(model, loss, lab.normalize.to(runtime.device), runtime.dtype(train.precision))
+    stepper = Stepper(model, compute, train)
+    with runtime.threads_for(train.batch * images.shape[1:3].numel()):
+        # Reading the loss waits for the device.
+        return _seconds_each(lambda: stepper(images, labels, 0.01).item(), len(labels), seconds)
+
+
+def _seconds_each(work: Callable[[], object], images: int, seconds: float) -> float:
+    """Return the median of the seconds an image takes: `work` on `images`, for `seconds` and `FEWEST` times at least.
+
+    The first time warms up, or builds kernels, and does not count.
+    """
+    work()
+    begun, times = time.monotonic(), list[float]()
+    while time.monotonic() - begun < seconds or len(times) < FEWEST:
+        started = time.monotonic()
+        work()
+        times.append(time.monotonic() - started)
+    return statistics.median(times) / images
+
+
+def other_work() -> str:
+    """Return a warning where other processes keep the processor busy, else nothing."""
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    if load < max(1.0, cores / 4):
+        return ""
+    return f"other work is running here (load {load:.1f} on {cores} cores): without it this may take a fraction"

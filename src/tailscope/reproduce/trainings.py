@@ -1,9 +1,8 @@
 """The backbones of a reproduction: several trained at a time, each in a thread of its own, or one when its turn comes.
 
 Small networks do not fill a GPU: the captured steps of several trainings run side by side on it, each on a stream of
-its own, where processes would only take turns. On a CPU every training gets its share of the cores, which then do not
-wait for one another at every layer. The store is what the threads and the caller have in common: what was trained, the
-experiments recall, in the same process and while other trainings go on.
+its own, where processes would only take turns. On a CPU every training gets its share of the cores. What was trained,
+the experiments recall from the store, while other trainings go on.
 """
 
 import logging
@@ -94,14 +93,8 @@ class Trainings:
     """The backbones that are to be trained, and the threads that do it while this context lasts.
 
     Leaving it waits for what is being trained, which ends in time by itself; leaving it by an exception ends the
-    trainings at their next step, and checkpoints keep their finished epochs.
-
-    Attributes:
-        jobs: trainings at a time; with one there are no threads, and `train` trains.
-        runtime: the device, and the progress of what is trained without threads.
-        deadline: after it no epoch is begun, and shortly before it no training.
-        closing: how many seconds before the deadline that is.
-        tell: receives lines for people.
+    trainings at their next step, and checkpoints keep their finished epochs. With one job there are no threads, and
+    `train` trains. After the deadline no epoch is begun, and in the `closing` seconds before it no training.
     """
 
     jobs: int
@@ -145,11 +138,7 @@ class Trainings:
             self._pool.submit(self._train_next)
 
     def train(self, keys: Iterable[str]) -> bool:
-        """Without threads, train the first of these backbones that waits; return whether there was one, and time.
-
-        Raises:
-            TimeIsUp: the time did not suffice.
-        """
+        """Without threads, train the first of these backbones that waits; return whether there was one, and time."""
         waiting = [self._all[key] for key in keys if self._all[key].state == "waiting"]
         if self.jobs > 1 or self.too_late or not waiting:
             return False
@@ -174,7 +163,7 @@ class Trainings:
 
     @property
     def total(self) -> int:
-        """How many were taken in."""
+        """How many backbones there are."""
         return len(self._all)
 
     @property
