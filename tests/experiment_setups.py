@@ -9,10 +9,9 @@ import torch
 from tailscope.data.images import ImageSet
 from tailscope.data.sources import ImageData, load
 from tailscope.device import Runtime
-from tailscope.experiments.geometry import geometry
+from tailscope.experiments.plans import geometry, ladder, swap
 from tailscope.experiments.runs import Settings
 from tailscope.experiments.stages import Stages
-from tailscope.experiments.swap import ladder, swap
 from tailscope.spec import TrainSpec
 from tailscope.store import Store
 from tailscope.training.recipes import Recipe

@@ -9,9 +9,8 @@ import torch
 
 from experiment_setups import EXPERIMENTS, TINY, entries, lab, settings, small_digits, timeless
 from tailscope.data.subsets import resolve, subset
-from tailscope.experiments.geometry import mean_entry
+from tailscope.experiments.plans import mean_entry, swap
 from tailscope.experiments.runs import training_sets
-from tailscope.experiments.swap import swap
 from tailscope.measures import FIELDS
 from tailscope.networks import MODELS
 from tailscope.spec import RunSpec

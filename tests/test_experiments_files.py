@@ -18,15 +18,15 @@ from image_trees import photos as draw_photos
 from tailscope import paper, report
 from tailscope.data import decoding, sources
 from tailscope.data.subsets import resolve
+from tailscope.device import form
 from tailscope.errors import UserError
-from tailscope.experiments.geometry import geometry
+from tailscope.experiments.plans import geometry
 from tailscope.experiments.runs import Settings
 from tailscope.experiments.stages import IMAGENET, Stages
 from tailscope.methods import augmentations
 from tailscope.seeds import derive, keyed
 from tailscope.store import Store
 from tailscope.training.recipes import RECIPES, recipe_by_name
-from tailscope.training.team import form
 
 RECIPE = "imagenet(size=24, width=4, epochs=2, batch=32, learning_rate=0.005, views=2)"
 COUNTS, TEST_COUNTS = [30, 30, 30], [8, 8, 8]

@@ -8,9 +8,9 @@ import torch
 from experiment_setups import CPU, EXPERIMENTS, entries, lab, random_images, settings
 from tailscope.data.sources import ImageData
 from tailscope.errors import UserError
+from tailscope.experiments.plans import swap
 from tailscope.experiments.runs import parse_seeds
 from tailscope.experiments.stages import Stages
-from tailscope.experiments.swap import swap
 from tailscope.store import Store
 
 

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from image_trees import photos as draw_photos
 from tailscope.data.images import Images
 from tailscope.data.sources import ImageData, load
+from tailscope.device import Solo
 from tailscope.errors import UserError
 from tailscope.experiments.stages import IMAGENET, require_trainable
 from tailscope.methods import LOSSES, MIXINGS, augmentations
@@ -22,7 +23,6 @@ from tailscope.seeds import derive, keyed, torch_stream
 from tailscope.spec import DataSpec, StageSpec, TrainSpec
 from tailscope.training import SCHEDULES
 from tailscope.training.loop import Training, cut, new_model
-from tailscope.training.team import Solo
 from test_training_resume import Interrupting, Stopped, stop
 from training_setups import CPU, assert_same_state
 

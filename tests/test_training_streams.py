@@ -13,7 +13,7 @@ import torch
 from image_trees import photos as draw_photos
 from tailscope.data.decoding import decode
 from tailscope.data.sources import load as load_files
-from tailscope.device import Runtime
+from tailscope.device import Runtime, Solo
 from tailscope.encoders import load as load_encoder
 from tailscope.encoders.preprocessing import Wishes
 from tailscope.errors import UserError
@@ -25,7 +25,6 @@ from tailscope.spec import StageSpec, TrainSpec
 from tailscope.training.extract import extract, fit_classifier
 from tailscope.training.loop import _Batches, new_model
 from tailscope.training.step import Normalizer
-from tailscope.training.team import Solo
 from training_setups import CPU, assert_same_state, data_spec, digits, stage1_spec, train_stage1
 
 

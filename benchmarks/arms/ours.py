@@ -23,9 +23,9 @@ from benchmarks.measure import Pace
 from tailscope.data.images import ImageSet
 from tailscope.data.sources import ImageData
 from tailscope.device import Engine, Runtime
+from tailscope.experiments.plans import swap
 from tailscope.experiments.runs import Settings, training_sets
 from tailscope.experiments.stages import Stages
-from tailscope.experiments.swap import swap
 from tailscope.measures import describe
 from tailscope.methods.augmentations import build
 from tailscope.progress import Advance, Progress, Quiet

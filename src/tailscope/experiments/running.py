@@ -12,19 +12,17 @@ from rich.console import Console
 from tailscope.data import subsets
 from tailscope.data.decoding import readable
 from tailscope.data.sources import ImageData, load
-from tailscope.device import Runtime
+from tailscope.device import Runtime, Solo, Team, form
 from tailscope.errors import UserError, one_line
-from tailscope.experiments.geometry import geometry
 from tailscope.experiments.options import FileOptions, Request
+from tailscope.experiments.plans import geometry, ladder, swap
 from tailscope.experiments.runs import Settings, store_root
 from tailscope.experiments.stages import Stages, follow, require_trainable
-from tailscope.experiments.swap import ladder, swap
 from tailscope.groups import assign_groups
 from tailscope.progress import Progress, shown_on
 from tailscope.results import check_free, versions, write
 from tailscope.store import Store, make_folder
 from tailscope.training.recipes import Recipe
-from tailscope.training.team import Solo, Team, form
 
 EXPERIMENTS = {"swap": swap, "ladder": ladder, "geometry": geometry}
 

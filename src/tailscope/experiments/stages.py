@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tailscope.data import subsets
 from tailscope.data.images import ImageSet, Rows
 from tailscope.data.sources import ImageData
-from tailscope.device import Runtime
+from tailscope.device import Runtime, Solo, Team
 from tailscope.errors import UserError
 from tailscope.methods import SAMPLERS, for_photos
 from tailscope.networks.resnets import CifarResNet, ResNet10
@@ -37,7 +37,6 @@ from tailscope.store import Artifact, Meta, Store, Tensors
 from tailscope.training.extract import View, WantedFeatures, extract_wanted, fit_classifier
 from tailscope.training.loop import Training, new_model
 from tailscope.training.step import Normalizer
-from tailscope.training.team import Solo, Team
 
 IMAGENET = Normalizer(torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375]))
 """Pixel statistics that networks for ImageNet are trained with, also by the published systems that ImageNet-LT results

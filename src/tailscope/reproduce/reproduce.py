@@ -20,7 +20,7 @@ import torch
 from tailscope.data.images import ImageSet
 from tailscope.device import Runtime, arithmetic_of
 from tailscope.errors import UserError
-from tailscope.experiments import geometry, swap
+from tailscope.experiments import plans
 from tailscope.experiments.options import Reproduction
 from tailscope.experiments.running import EXPERIMENTS, start_processes
 from tailscope.experiments.runs import Run, Settings, evaluate, store_root, training_sets
@@ -49,7 +49,7 @@ AUGMENTED, EXTRACTED = 1_024, 256
 
 Augment = tuple[str, ...]
 Tell = Callable[[str], object]
-_RUNS = {"swap": swap.swap_runs, "ladder": swap.ladder_runs, "geometry": geometry.runs}
+_RUNS = {"swap": plans.swap_runs, "ladder": plans.ladder_runs, "geometry": plans.geometry_runs}
 
 
 def run_reproduce(

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from tailscope.data.decoding import decode_drawn
 from tailscope.data.images import Images, ImageSet, Rows
-from tailscope.device import Runtime, arithmetic
+from tailscope.device import Runtime, Solo, Team, arithmetic
 from tailscope.methods import LOSSES, augmentations
 from tailscope.seeds import derive, keyed, torch_stream
 from tailscope.spec import StageSpec
 from tailscope.store import Meta, Tensors
 from tailscope.training.loop import Epochs
 from tailscope.training.step import Flat, Normalizer, sgd
-from tailscope.training.team import Solo, Team
 
 BATCH, FILES_BATCH = 500, 128
 """Images that a process passes through the network at once: those in memory, and those that are decoded."""

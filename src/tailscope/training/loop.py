@@ -23,7 +23,7 @@ from torch import Tensor
 from tailscope import device as engines
 from tailscope.data.decoding import DecodedBatch, decode_drawn
 from tailscope.data.images import Images, ImageSet, Rows
-from tailscope.device import Engine, Runtime, Work, arithmetic, named
+from tailscope.device import Engine, Runtime, Solo, Team, Work, arithmetic, named
 from tailscope.errors import UserError
 from tailscope.methods import LOSSES, MIXINGS, SAMPLERS, augmentations
 from tailscope.networks import MODELS
@@ -34,7 +34,6 @@ from tailscope.store import Meta, Tensors
 from tailscope.store.files import CHECKPOINT, save_tensors, whole_checkpoint
 from tailscope.training import SCHEDULES
 from tailscope.training.step import CudaCapture, Flat, Normalizer, Stepper, capturing, loss_function
-from tailscope.training.team import Solo, Team
 
 CHUNK_BATCHES = 64
 """How many batches are augmented at once: vectorised, and bounded in memory."""

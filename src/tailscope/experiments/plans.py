@@ -1,0 +1,204 @@
+"""The experiments: each is a plan of runs that ends in a table.
+
+Table 1 and Figure 2, the swap of data sets between the stages; Figure 3, the ladder of augmentations.
+
+Figures 4 to 8: what long-tailed training does to each class in feature space.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from tailscope.attribution import CELLS, attribute, summarize
+from tailscope.errors import UserError
+from tailscope.experiments.runs import Experiment, Run, Settings, evaluate
+from tailscope.experiments.stages import Backbone, Stages, TrainingSet
+from tailscope.measures import describe
+from tailscope.progress import Advance
+
+
+def swap(stages: Stages, settings: Settings) -> dict[str, Any]:
+    """Train every backbone and classifier pairing for every seed and attribute the gap.
+
+    The 2x2 trains two backbones a seed, not four: the classifiers on a backbone share its features. Where the settings
+    name fewer backbones, only their cells are there, and nothing is attributed. Returns what `swap.json` holds.
+    """
+    cells, own = defaultdict[str, list[Any]](list), defaultdict[str, list[Any]](list)
+    experiment = Experiment(stages, settings)
+    for run, backbone in experiment.backbones(swap_runs):
+        found, name = (own, run.encoder) if run.stage2 is None else (cells, run.row)
+        found[name].append(evaluate(stages, run, backbone, f"seed {run.seed}: {run.row}"))
+    outcomes = {row: np.stack(per_seed) for row, per_seed in cells.items()}
+    result = experiment.header("swap")
+    labels = stages.data.test.labels.numpy()
+    whole = all(cell in outcomes for cell in CELLS)
+    if not whole:
+        result["warnings"].append(
+            f"only the backbones {', '.join(settings.backbones or ())} were trained: the gap and its attribution need "
+            "both lt and true"
+        )
+    return {
+        **result,
+        "cells": {row: summarize(right, labels, result["groups"]) for row, right in outcomes.items()},
+        "stage1": {name: summarize(np.stack(right), labels, result["groups"]) for name, right in own.items()},
+        "attribution": attribute(outcomes, labels, result["groups"]) if whole else None,
+    }
+
+
+def swap_runs(settings: Settings, sets: Mapping[str, TrainingSet], seed: int) -> Iterator[Run]:
+    """Yield a seed's runs: of each backbone its own classifier, then one retrained on each training set."""
+    recipe = settings.recipe
+    for b in settings.backbones or sets:
+        stage1 = recipe.backbone(sets[b].spec)
+        yield Run(f"{b} stage1", seed, b, stage1, sets[b])
+        for c in sets:
+            yield Run(f"{b}->{c}", seed, b, stage1, sets[b], recipe.classifier(sets[c].spec), sets[c])
+
+
+AUGMENTATIONS = {
+    "none": {"autoaugment": False, "mix": False},
+    "mixup": {"autoaugment": False, "mix": True},
+    "autoaugment": {"autoaugment": True, "mix": False},
+    "autoaugment+mixup": {"autoaugment": True, "mix": True},
+}
+"""What augments stage 1, beyond the crop and flip that are on everywhere."""
+
+
+def ladder(stages: Stages, settings: Settings) -> dict[str, Any]:
+    """Train a long-tailed backbone per augmentation and seed, and evaluate four classifiers on each.
+
+    `stage1` is the backbone's own classifier; `stage2` cRT: a new one with class-balanced resampling of D_LT;
+    `stage2_aa` the same with AutoAugment in stage 2; `bound` a new one trained on D*. Returns what `ladder.json` holds.
+
+    Raises:
+        UserError: AutoAugment cannot take the images.
+    """
+    channels = stages.data.train.channels
+    if channels not in (1, 3):
+        raise UserError(f"{stages.data.name}: images have {channels} channels; the ladder's AutoAugment takes 1 or 3")
+    correct: dict[str, dict[str, list[Any]]] = {}
+    experiment = Experiment(stages, settings)
+    for run, backbone in experiment.backbones(ladder_runs):
+        name, rung = run.row.split(": ")
+        right = evaluate(stages, run, backbone, f"seed {run.seed}: {name}, {rung}")
+        correct.setdefault(name, {}).setdefault(rung, []).append(right)
+    result = experiment.header("ladder")
+    labels = stages.data.test.labels.numpy()
+    return {
+        **result,
+        "augmentations": {
+            name: {rung: summarize(np.stack(right), labels, result["groups"]) for rung, right in rungs.items()}
+            for name, rungs in correct.items()
+        },
+    }
+
+
+def ladder_runs(settings: Settings, sets: Mapping[str, TrainingSet], seed: int) -> Iterator[Run]:
+    """Yield a seed's runs: the four classifiers of each augmentation's backbone."""
+    recipe, lt, true = settings.recipe, sets["lt"], sets["true"]
+    classifiers = {
+        "stage2": (recipe.classifier(lt.spec, sampler="class_balanced"), lt),
+        "stage2_aa": (recipe.classifier(lt.spec, sampler="class_balanced", autoaugment=True), lt),
+        "bound": (recipe.classifier(true.spec), true),
+    }
+    for name, augmentation in AUGMENTATIONS.items():
+        encoder = "lt" if name == "none" else f"lt+{name}"
+        stage1 = recipe.backbone(lt.spec, **augmentation)
+        yield Run(f"{name}: stage1", seed, encoder, stage1, lt)
+        for rung, (stage2, data) in classifiers.items():
+            yield Run(f"{name}: {rung}", seed, encoder, stage1, lt, stage2, data)
+
+
+ENCODERS = {"lt": ("lt", False), "lt+mixup": ("lt", True), "true": ("true", False)}
+"""Each encoder's training set and whether stage 1 mixes."""
+
+
+def geometry(stages: Stages, settings: Settings) -> dict[str, Any]:
+    """Describe every class under three encoders, for every seed.
+
+    The seen samples are always D_LT. `paper` takes as unseen D* without D_LT, which the true encoder has trained on;
+    `calibrated` the test images, which no encoder has trained on. Returns what `geometry.json` holds.
+    """
+    encoders: dict[str, dict[str, Any]] = {name: {"seeds": {}} for name in ENCODERS}
+    experiment = Experiment(stages, settings)
+    for run, backbone in experiment.backbones(geometry_runs):
+        label = f"seed {run.seed}: {run.encoder}"
+        measured = _measure(stages, settings, backbone, experiment.lt_sets[-1], label)
+        encoders[run.encoder]["seeds"][str(run.seed)] = measured
+    for encoder in encoders.values():
+        encoder["mean"] = {variant: _mean_over_seeds(encoder["seeds"], variant) for variant in ("paper", "calibrated")}
+    result = experiment.header("geometry")
+    if not settings.recipe.converged:
+        result["warnings"].append("geometry not converged: within-class variance keeps shrinking in longer training")
+    return {**result, "encoders": encoders}
+
+
+def geometry_runs(settings: Settings, sets: Mapping[str, TrainingSet], seed: int) -> Iterator[Run]:
+    """Yield a seed's runs: a backbone for each encoder, without a classifier of its own."""
+    for name, (data, mix) in ENCODERS.items():
+        yield Run(name, seed, name, settings.recipe.backbone(sets[data].spec, mix=mix), sets[data])
+
+
+def _measure(stages: Stages, settings: Settings, backbone: Backbone, lt: TrainingSet, label: str) -> dict[str, Any]:
+    """Return the `paper` and the `calibrated` description of one encoder."""
+    data = stages.data
+    train, test = stages.clean_features(backbone, "train"), stages.clean_features(backbone, "test")
+    labels, seen = data.train.labels, torch.from_numpy(lt.rows)
+    is_unseen = torch.ones(len(labels), dtype=torch.bool)
+    is_unseen[seen] = False
+    unseen = {"paper": (train[is_unseen], labels[is_unseen]), "calibrated": (test, data.test.labels)}
+    described = {}
+    for variant, (features, classes) in unseen.items():
+        with stages.runtime.progress.task(f"{label}, geometry ({variant})", data.train.num_classes) as advance:
+            described[variant] = describe(
+                train[seen],
+                labels[seen],
+                features,
+                classes,
+                data.train.class_names,
+                permutations=settings.permutations,
+                progress=partial(_advance_by_one, advance),
+            ).to_json()
+    return described
+
+
+def _advance_by_one(advance: Advance, *_: int) -> None:
+    advance(1)
+
+
+def _mean_over_seeds(runs: Mapping[str, Any], variant: str) -> dict[str, Any]:
+    """Return the mean over seeds of every number of every class and group."""
+    per_seed = [run[variant] for run in runs.values()]
+    groups = {}
+    for name in per_seed[0]["groups"]:
+        entries = [run["groups"][name] for run in per_seed if run["groups"][name] is not None]
+        groups[name] = mean_entry(entries) if entries else None
+    classes = [mean_entry(entries) for entries in zip(*(run["classes"] for run in per_seed), strict=True)]
+    return {"classes": classes, "groups": groups}
+
+
+def mean_entry(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the field-wise mean of entries; None where a field is undefined in any of them.
+
+    What is no measurement (names, counts, the number of the nearest class, flags) is kept where all agree, else None.
+    A mean of p or q values is descriptive only: it is no p or q value itself.
+
+    >>> mean_entry([{"name": "a", "nearest": 1, "x": 1.0, "y": None}, {"name": "a", "nearest": 4, "x": 3.0, "y": 1.0}])
+    {'name': 'a', 'nearest': None, 'x': 2.0, 'y': None}
+    """
+    found: dict[str, Any] = {}
+    for field, first in entries[0].items():
+        values = [entry[field] for entry in entries]
+        if any(value is None for value in values):
+            found[field] = None
+        elif isinstance(first, list):
+            found[field] = np.mean(values, axis=0).tolist()
+        elif isinstance(first, float):
+            found[field] = float(np.mean(values))
+        else:
+            found[field] = first if all(value == first for value in values) else None
+    return found
