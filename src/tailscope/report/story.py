@@ -279,7 +279,7 @@ def memorised(results: Results) -> str:
     found, entries = [], rows.geometry_classes(results, "calibrated")
     for encoder in rows.encoders(results):
         tested = [row for row in entries if row["encoder"] == encoder and row["spread_gap_q"] is not None]
-        hits = [row for row in tested if rows.flagged(row, "spread_gap_q") and row["spread_gap_deg"] > 0]
+        hits = [row for row in tested if rows.flagged(row, "spread_gap_q") and (row["spread_gap_deg"] or 0) > 0]
         largest = max(hits, key=lambda row: row["spread_gap_deg"], default=None)
         most = "" if largest is None else f", most for “{largest['name']}” ({number(largest['spread_gap_deg'])}°)"
         found.append(f"{encoder} {len(hits)} of {plural(len(tested), 'testable class')}{most}")
