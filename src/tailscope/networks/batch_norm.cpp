@@ -2,7 +2,7 @@
 //
 // Activations are [rows, channels] with rows = batch * height * width; channels is a multiple of 16. Everything is
 // computed in float32 whatever the activations' type; sums over rows are carried on in double. Compiled when first
-// needed, by tailscope/kernels/build.py, and called through ctypes.
+// needed, by tailscope/networks/norm_act.py, and called through ctypes.
 
 #include <algorithm>
 #include <cmath>
