@@ -141,7 +141,8 @@ def test_the_document_is_filled_from_the_records_and_keeps_its_prose(tmp_path: P
 
 def test_the_document_is_up_to_date_and_shows_every_benchmark() -> None:
     text = command.DOCUMENT.read_text()
-    assert {match[2] for match in record.BLOCK.finditer(text)} == set(command.NAMES)
+    shown = {match[2] for match in record.BLOCK.finditer(text)}
+    assert {name for name in shown if not name.endswith("-zen4")} == set(command.NAMES)  # others are kept from before
     assert command.fill_document(check=True) == 0
 
 
