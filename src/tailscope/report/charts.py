@@ -210,8 +210,8 @@ CELL_SERIES = {
     "true->true": Series("recalls", "true_true", Key("true → true", "green", "square")),
 }
 RULES = {
-    "counts": "Head classes have more than 100 images, body classes 20 to 100, tail classes fewer than 20.",
-    "thirds": "Head, body and tail are thirds of the classes by frequency.",
+    "counts": "Head (many-shot) classes have over 100 images, body (medium-shot) 20 to 100, tail (few-shot) below 20.",
+    "thirds": "Head, body and tail (many-, medium- and few-shot) are thirds of the classes by frequency.",
 }
 
 
