@@ -229,6 +229,23 @@ def test_every_module_has_its_layer_and_every_layer_its_modules() -> None:
         assert any(module == name or module.startswith(f"{name}.") for module in MODULES), name
 
 
+def room_of(module: str) -> str:
+    return "cli" if module.startswith("cli") else module.split(".")[0]
+
+
+def test_the_map_shows_every_room_above_those_that_it_stands_on() -> None:
+    picture = (REPOSITORY / "docs" / "images" / "house.svg").read_text(encoding="utf-8")
+    depth = {name: int(y) for y, name in re.findall(r'<text class="n" x="\d+" y="(\d+)"[^>]*>(\w+)<', picture)}
+    assert set(depth) == {room_of(module) for module in MODULES if not module.startswith("__")}
+    text = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert {name for name in depth if f"`{name}`" not in text and f"`{name}/`" not in text} == set()
+    for module, path in MODULES.items():
+        for found in imports(ast.parse(path.read_text(encoding="utf-8"))):
+            above, below = room_of(module), room_of(found.removeprefix("tailscope").removeprefix("."))
+            if above in depth and below in depth and above != below:
+                assert depth[above] < depth[below], f"{above} imports {below}"
+
+
 def test_the_house_has_few_rooms_and_no_closet() -> None:
     rooms = {path for path in SOURCES if path.name != "__init__.py"}
     assert len(rooms) <= MAX_MODULES
