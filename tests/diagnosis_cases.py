@@ -1,6 +1,7 @@
 """Planted features whose bottleneck is known, for the tests of `diagnose`."""
 
 import numpy as np
+from sklearn.datasets import load_digits
 
 from tailscope.tables.table import FeatureTable, LinearLayer
 
@@ -49,3 +50,16 @@ def noise(seed=0):
         (rng.normal(size=(sum(counts), DIMS)), np.repeat(np.arange(CLASSES), counts))
         for counts in (COUNTS, [UNSEEN] * CLASSES)
     )
+
+
+def weak():
+    """An encoder that never saw the training set and says little: digits through a random map to three numbers."""
+    digits, rng = load_digits(), np.random.default_rng(3)
+    features = np.tanh(digits.data / 16 @ rng.normal(size=(64, 3)) * 0.3)
+    labels, order = digits.target, rng.permutation(len(digits.target))
+    rank = np.empty(len(labels), int)
+    for k in range(10):
+        members = order[labels[order] == k]
+        rank[members] = np.arange(len(members))
+    counts = (100 * 0.05 ** (np.arange(10) / 9)).astype(int)
+    return tuple((features[rows], labels[rows]) for rows in (rank < counts[labels], rank >= 120))

@@ -9,14 +9,16 @@ from scipy import stats
 from sklearn.linear_model import LogisticRegression
 
 import tailscope
-from diagnosis_cases import CLASSES, COUNTS, FEW, UNSEEN, head_biased, noise, scattered, separable, table
-from tailscope.diagnosis import outcomes
+from diagnosis_cases import CLASSES, COUNTS, FEW, UNSEEN, head_biased, noise, scattered, separable, table, weak
+from tailscope.diagnosis import learning_curve, outcomes
 from tailscope.diagnosis.compare import closest, confusable_pairs, linear_cka
 from tailscope.diagnosis.outcomes import select_nested
 from tailscope.diagnosis.verdict import decide
 from tailscope.errors import UserError
 from tailscope.intervals import Interval
 from tailscope.measures import FIELDS, describe
+from tailscope.report import diagnosis
+from tailscope.results import write
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def test_a_classifier_biased_to_the_head_is_the_bottleneck(biased):
 
 def test_scattered_tail_samples_are_the_representations_fault(lost):
     verdict = lost["verdict"]
-    assert verdict["bottleneck"] == "representation"
+    assert (verdict["bottleneck"], verdict["kind"]) == ("representation", "memorised")
     assert verdict["group_tested"] in ("body", "tail")
     assert lost["groups"][verdict["group_tested"]]["spread_gap_flagged"]
     assert verdict["groups"]["tail"]["bottleneck"] == "representation"
@@ -57,19 +59,22 @@ def test_scattered_tail_samples_are_the_representations_fault(lost):
     assert lost["advice"][0]["gain"] == {k: verdict["representation_gap"][k] for k in ("points", "ci95")}
 
 
-def test_without_permutations_the_representation_is_never_blamed():
-    train, unseen = scattered()
-    found = tailscope.diagnose(table(*train), table(*unseen), permutations=0)
-    assert found["verdict"]["bottleneck"] == "undecided"
-    assert "not tested" in found["verdict"]["reason"]
-    assert all(entry["spread_gap_p"] is None for entry in found["classes"])
+def test_weak_features_are_the_representations_fault_of_another_kind():
+    found = tailscope.diagnose(*(table(*one) for one in weak()), **FEW)
+    assert (found["verdict"]["bottleneck"], found["verdict"]["kind"]) == ("representation", "weak features")
+    advice = found["advice"][0]
+    assert (advice["about"], advice["remedy"]) == ("representation", "another or a fine-tuned encoder")
+    assert advice["gain"] == {k: found["verdict"]["representation_gap"][k] for k in ("points", "ci95")}
+    assert diagnosis.headline(found).startswith("The representation is the bottleneck, whose features are too weak")
 
 
-def test_too_few_permutations_for_a_group_are_no_evidence_against_the_representation():
-    found = tailscope.diagnose(*(table(*one) for one in scattered()), permutations=9)
-    assert found["verdict"]["bottleneck"] == "undecided"
-    assert "not tested" in found["verdict"]["reason"]
-    assert found["warnings"][0] == "9 permutations cannot flag a group at 0.05; give 19 or more"
+@pytest.mark.parametrize("permutations", [0, 9])
+def test_without_a_test_of_spread_the_kind_is_not_told(permutations):
+    found = tailscope.diagnose(*(table(*one) for one in scattered()), permutations=permutations)
+    assert (found["verdict"]["bottleneck"], found["verdict"]["kind"]) == ("representation", None)
+    assert found["verdict"]["reason"].endswith("not tested")
+    if permutations:
+        assert found["warnings"][0] == "9 permutations cannot flag a group at 0.05; give 19 or more"
 
 
 def test_pure_noise_says_so():
@@ -92,10 +97,12 @@ def test_numbers_are_what_they_are_defined_as(biased):
     assert accuracy["current"]["per_class"] == pytest.approx(recall)
     assert accuracy["current"]["groups"]["tail"] == pytest.approx(np.mean(recall[6:]))
     means = {name: cell["mean"] for name, cell in accuracy.items()}
-    assert verdict["classifier_gap"]["points"] == pytest.approx(means["classifier_bound"] - means["current"])
+    bound = verdict["classifier_bound"]
+    assert bound >= means["classifier_bound"]
+    assert verdict["classifier_gap"]["points"] == pytest.approx(bound - means["current"])
     assert verdict["rebalancing_gap"]["points"] == pytest.approx(means["rebalanced"] - means["current"])
-    assert verdict["representation_gap"]["points"] == pytest.approx(1 - means["classifier_bound"])
-    assert verdict["difference"]["points"] == pytest.approx(2 * means["classifier_bound"] - means["current"] - 1)
+    assert verdict["representation_gap"]["points"] == pytest.approx(1 - bound)
+    assert verdict["difference"]["points"] == pytest.approx(2 * bound - means["current"] - 1)
     tail = [k for k in range(CLASSES) if biased["classes"][k]["group"] == "tail"]
     here = np.isin(labels, tail)
     assert verdict["groups"]["tail"]["current"] == pytest.approx((predicted[here] == labels[here]).mean())
@@ -118,7 +125,10 @@ def test_fields_of_a_diagnosis(lost):
     assert set(lost["accuracy"]["rebalanced"]["remedies"]) >= {"ncm", "crt"}
     assert len(lost["accuracy"]["rebalanced"]["chosen"]) == 5
     assert lost["verdict"]["intervals"].startswith("item")
-    assert "not an upper bound" in lost["accuracy"]["classifier_bound"]["notes"]
+    bound = lost["accuracy"]["classifier_bound"]
+    assert bound["attained"] == {"mean": bound["mean"], "ci95": bound["ci95"]}
+    assert bound["extrapolated"]["bound_at"] == max(COUNTS)
+    assert bound["reason"] is None
 
 
 def test_the_same_seed_gives_the_same_diagnosis(biased):
@@ -177,23 +187,78 @@ def test_large_problems_are_solved_less_exactly_to_the_same_end(monkeypatch):
     train, unseen = separable()
     found = tailscope.diagnose(table(*train), table(*unseen), classifier=head_biased(), permutations=0)
     assert found["accuracy"]["classifier_bound"]["mean"] == pytest.approx(1, abs=0.01)
-    assert "cross-fitted in 5 folds" in found["accuracy"]["classifier_bound"]["notes"]
 
 
 @pytest.mark.parametrize(
-    ("bounds", "memorised", "expected"),
+    ("bounds", "memorised", "expected", "kind"),
     [
-        ((0.1, 0.2), None, "classifier"),
-        ((0.1, 0.2), True, "classifier"),
-        ((-0.1, 0.2), True, "undecided"),
-        ((-0.2, -0.1), True, "representation"),
-        ((-0.2, -0.1), False, "undecided"),
-        ((-0.2, -0.1), None, "undecided"),
-        (None, True, "undecided"),
+        ((0.1, 0.2), None, "classifier", None),
+        ((0.1, 0.2), True, "classifier", None),
+        ((-0.1, 0.2), True, "undecided", None),
+        ((-0.2, -0.1), True, "representation", "memorised"),
+        ((-0.2, -0.1), False, "representation", "weak features"),
+        ((-0.2, -0.1), None, "representation", None),
+        (None, True, "undecided", None),
     ],
 )
-def test_the_rule(bounds, memorised, expected):
-    assert decide(Interval(0.0, bounds, None, "item"), memorised)[0] == expected
+def test_the_rule(bounds, memorised, expected, kind):
+    assert decide(Interval(0.0, bounds, None, "item"), memorised)[:2] == (expected, kind)
+
+
+def test_another_encoders_bound_as_the_ceiling(lost, tmp_path):
+    train, unseen = separable(4)
+    good = tailscope.diagnose(table(*train), table(*unseen), permutations=0)
+    stored = write(tmp_path, "diagnosis", good)
+    ceiling = good["accuracy"]["classifier_bound"]["extrapolated"]
+    given = [table(*one) for one in scattered()]
+    found = tailscope.diagnose(*given, ceiling_from=stored, permutations=0)
+    assert found["verdict"]["ceiling"] == ceiling["mean"]
+    assert found["verdict"]["bottleneck"] == "representation"
+    assert found["spec"]["ceiling_from"] == {
+        "source": "diagnosis.json",
+        "mean": ceiling["mean"],
+        "ci95": ceiling["ci95"],
+    }
+    width, before = (one["verdict"]["representation_gap"]["ci95"] for one in (found, lost))
+    assert width[1] - width[0] >= before[1] - before[0]
+    for options, message in (
+        ({"ceiling": 0.9}, "--ceiling and --ceiling-from: give one"),
+        ({"bound_at": 20}, "its bound is at 200 samples a class"),
+    ):
+        with pytest.raises(UserError, match=message):
+            tailscope.diagnose(*given, ceiling_from=stored, permutations=0, **options)
+    with pytest.raises(UserError, match="of the same images"):
+        tailscope.diagnose(given[0].take(np.arange(1, len(given[0]))), given[1], ceiling_from=stored, permutations=0)
+    good["accuracy"]["classifier_bound"]["extrapolated"] = None
+    with pytest.raises(UserError, match="only a lower limit is known"):
+        tailscope.diagnose(*given, ceiling_from=write(tmp_path, "diagnosis", good), permutations=0)
+
+
+def test_the_bound_may_be_at_another_number_of_samples():
+    given = [table(*one) for one in weak()]
+    few, many = (tailscope.diagnose(*given, bound_at=n, permutations=0) for n in (30, 5000))
+    bounds = [one["accuracy"]["classifier_bound"]["extrapolated"] for one in (few, many)]
+    assert [bound["bound_at"] for bound in bounds] == [30, 5000]
+    assert bounds[0]["mean"] < bounds[1]["mean"]
+
+
+def test_a_bound_that_is_not_determined_is_a_lower_limit(monkeypatch):
+    """Anything up to the ceiling is possible then: a classifier may be blamed, a representation not."""
+    monkeypatch.setattr(learning_curve, "_refusal", lambda *_: "the accuracies still rise")
+    train, unseen = separable()
+    biased = tailscope.diagnose(table(*train), table(*unseen), classifier=head_biased(), permutations=0)
+    assert biased["verdict"]["bottleneck"] == "classifier"
+    lost = tailscope.diagnose(*(table(*one) for one in scattered()), permutations=0)
+    said = "the classifier bound is known as a lower limit only: the accuracies still rise"
+    assert (lost["verdict"]["bottleneck"], lost["verdict"]["reason"]) == ("undecided", said)
+    assert said in lost["warnings"]
+    assert any("the accuracies still rise" in piece["text"] for piece in lost["advice"])
+    for found in (biased, lost):
+        bound, verdict = found["accuracy"]["classifier_bound"], found["verdict"]
+        assert (bound["extrapolated"], bound["reason"]) == (None, "the accuracies still rise")
+        assert verdict["classifier_bound"] == pytest.approx(bound["mean"])
+        assert verdict["representation_gap"]["ci95"][0] <= 1e-9
+        assert verdict["difference"]["ci95"][1] >= 1 - verdict["current"] - 1e-9
 
 
 def test_pairs_are_the_smallest_angles_of_all():

@@ -309,8 +309,10 @@ def test_scored_samples_of_one_class_are_refused():
 
 def test_too_few_bursts_are_counted_as_bursts():
     train, (unseen, truth) = separable()
-    with pytest.raises(UserError, match="cannot cut 2 bursts into 5 folds"):
-        tailscope.diagnose(table(*train), table(unseen, truth, groups=np.arange(len(truth)) % 2), permutations=0)
+    given = [table(unseen, truth, groups=np.arange(len(truth)) % bursts) for bursts in (1, 2)]
+    with pytest.raises(UserError, match="too few samples for a verdict"):
+        tailscope.diagnose(table(*train), given[0], permutations=0)
+    assert tailscope.diagnose(table(*train), given[1], permutations=0)["verdict"]["scored"] == len(truth)
 
 
 def test_test_samples_among_the_unseen_ones_flatter():

@@ -300,6 +300,13 @@ def diagnose(
     ] = None,
     out: Out = None,
     ceiling: Annotated[float, Option(help="The accuracy that would be perfect, where labels allow no more.")] = 1.0,
+    ceiling_from: Annotated[
+        Path | None, Option(help="diagnosis.json of another encoder of the same images: its bound is the ceiling.")
+    ] = None,
+    bound_at: Annotated[
+        int | None,
+        Option(min=1, help="Samples of every class for the classifier bound. [default: as the most frequent one has]"),
+    ] = None,
     permutations: Permutations = 999,
     alpha: Annotated[float, Option(help="False discovery rate at which classes are flagged.")] = 0.05,
     verdict: Annotated[bool, Option("--no-verdict", help="Measure only; fit no classifiers."), NEGATED] = True,
@@ -321,14 +328,17 @@ def diagnose(
     `tailscope diagnose --train a.npz --unseen a-u.npz --train b.npz --unseen b-u.npz --out compared`
     """
     from tailscope.device import Runtime
-    from tailscope.diagnosis.diagnose import DiagnosisSettings, prepare, run, spec
+    from tailscope.diagnosis.diagnose import DiagnosisSettings, OtherBound, prepare, run, spec
     from tailscope.report import build
     from tailscope.results import check_free, write
     from tailscope.store import make_folder
 
-    settings = DiagnosisSettings(ceiling, permutations, alpha, verdict, drop_duplicates, seed)
+    settings = DiagnosisSettings(ceiling, permutations, alpha, verdict, drop_duplicates, seed, bound_at)
     runtime = Runtime.choose(device, keep_memory=False)
     inputs = prepare(train, unseen, test, classifier, settings)
+    if ceiling_from is not None:
+        other = OtherBound.of(Path(ceiling_from), next(iter(inputs.values())), bound_at)
+        settings = replace(settings, ceiling_from=other)
     if out is not None:
         check_free(make_folder(out, "--out"), "diagnosis", spec(inputs, settings), overwrite=overwrite)
     with shown_on(console) as progress:

@@ -200,15 +200,18 @@ def _accuracies(reference: "Outcomes | None", other: "Outcomes | None") -> dict[
         return None
     from tailscope.intervals import paired  # here because SciPy takes time to import, for one encoder in vain
 
+    _, first, second = np.intersect1d(reference.rows, other.rows, return_indices=True)
     rows = {
         "current": (reference.current, other.current),
         "rebalanced": (reference.rebalanced.correct, other.rebalanced.correct),
-        "classifier_bound": (reference.bound.correct, other.bound.correct),
+        "classifier_bound": (reference.bound.attained.correct, other.bound.attained.correct),
     }
     found = {}
     for name, (before, after) in rows.items():
         factor = 1.0 if name == "current" else max(reference.inflation, other.inflation)
-        found[name] = paired(after.astype(float)[None] - before.astype(float)[None]).widened(factor).gap()
+        found[name] = (
+            paired(after[second].astype(float)[None] - before[first].astype(float)[None]).widened(factor).gap()
+        )
     return found
 
 

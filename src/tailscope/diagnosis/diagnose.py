@@ -28,6 +28,36 @@ MOST_PERMUTATIONS = 10**6
 
 
 @dataclass(frozen=True)
+class OtherBound:
+    """The classifier bound of another encoder of the same images, as its diagnosis `source` has it."""
+
+    source: str
+    mean: float
+    ci95: list[float]
+
+    @classmethod
+    def of(cls, path: Path, inputs: Inputs, bound_at: int | None) -> "OtherBound":
+        """Take it from a diagnosis.json.
+
+        Raises:
+            UserError: it cannot be read, is of other images or at another number of samples, or has only a lower limit.
+        """
+        from tailscope.report.schema import read as read_result  # here because pydantic takes time to import
+
+        stored, counts = read_result(path, "diagnosis"), inputs.train.counts()
+        theirs = stored["dataset"]["class_names"], stored["counts"], stored["dataset"]["unseen_images"]
+        if theirs != (list(inputs.names), counts, len(inputs.unseen)):
+            raise UserError(f"{path}: --ceiling-from takes a diagnosis of the same images as {inputs.train.source}")
+        found = ((stored["accuracy"] or {}).get("classifier_bound") or {}).get("extrapolated") or {}
+        if "bound_at" not in found:
+            why = "field 'accuracy.classifier_bound.extrapolated' has no bound, only a lower limit is known"
+            raise UserError(f"{path}: {why}; give an accuracy by --ceiling instead")
+        if found["bound_at"] != (bound_at or max(counts)):
+            raise UserError(f"{path}: its bound is at {found['bound_at']} samples a class; give that as --bound-at")
+        return cls(path.name, found["mean"], found["ci95"])
+
+
+@dataclass(frozen=True)
 class DiagnosisSettings:
     """What a diagnosis depends on besides its inputs; what each means, `diagnose` says.
 
@@ -41,10 +71,16 @@ class DiagnosisSettings:
     verdict: bool
     drop_duplicates: bool
     seed: int
+    bound_at: int | None = None
+    ceiling_from: OtherBound | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.ceiling <= 1:
             raise UserError(f"--ceiling {self.ceiling}: expected an accuracy above 0 and at most 1")
+        if self.ceiling_from is not None and self.ceiling != 1:
+            raise UserError("--ceiling and --ceiling-from: give one of them")
+        if self.bound_at is not None and self.bound_at < 1:
+            raise UserError(f"--bound-at {self.bound_at}: expected a whole number of at least 1")
         if not LEAST_ALPHA <= self.alpha < 1:
             raise UserError(f"--alpha {self.alpha}: expected a number from {LEAST_ALPHA} to below 1")
         if not 0 <= self.permutations <= MOST_PERMUTATIONS:
@@ -150,7 +186,8 @@ def _one(
         warnings = [few, *warnings]
     outcomes = None
     if settings.verdict:
-        judged, outcomes, reasons, caveats = _judge(inputs, geometry, reasons, settings, runtime.progress)
+        bound_at = settings.bound_at or max(counts)
+        judged, outcomes, reasons, caveats = _judge(inputs, geometry, reasons, bound_at, settings, runtime.progress)
         warnings += caveats
     else:
         pairs = confusable_pairs(geometry.centers, names)
@@ -167,17 +204,26 @@ def _one(
 
 
 def _judge(
-    inputs: Inputs, geometry: GeometryResult, reasons: list[str], settings: DiagnosisSettings, progress: Progress
+    inputs: Inputs,
+    geometry: GeometryResult,
+    reasons: list[str],
+    bound_at: int,
+    settings: DiagnosisSettings,
+    progress: Progress,
 ) -> "tuple[dict[str, Any], Outcomes, list[str], list[str]]":
     """Return the fields that rest on fitted classifiers, what these get right, why the verdict is withheld, caveats."""
     from tailscope.diagnosis.outcomes import score  # here because scikit-learn takes seconds to import
     from tailscope.diagnosis.verdict import accuracies, advise, judge, withhold
+    from tailscope.intervals import Interval
 
-    outcomes = score(inputs, settings.seed, progress)
+    outcomes = score(inputs, bound_at, settings.seed, progress)
     pairs = confusable_pairs(geometry.centers, inputs.names, outcomes.labels, outcomes.predicted)
     accuracy = accuracies(outcomes, [entry["group"] for entry in geometry.classes])
     pooled = dict.fromkeys(GROUPS) if settings.too_few_permutations else geometry.groups
-    verdict, caveats = judge(outcomes, geometry.classes, pooled, settings.ceiling)
+    ceiling, other = Interval(settings.ceiling, None, None, None), settings.ceiling_from
+    if other is not None:
+        ceiling = Interval(other.mean, (other.ci95[0], other.ci95[1]), None, "item")
+    verdict, caveats = judge(outcomes, geometry.classes, pooled, ceiling)
     reasons = reasons or doubts_of_outcomes(inputs, outcomes)
     advice = withhold(verdict, reasons) if reasons else advise(accuracy, verdict, geometry.classes, pairs)
     return {"accuracy": accuracy, "verdict": verdict, "advice": advice, "pairs": pairs}, outcomes, reasons, caveats

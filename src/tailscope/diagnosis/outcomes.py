@@ -1,23 +1,22 @@
 """Who gets which sample right: the classifier in use, the best remedy, and a classifier of the true distribution.
 
-Two questions that a user without the full true training set can still answer. How well does a classifier do that was
-fitted to the true distribution (`cross_fitted`, or `held_out` where there is a test set)? And how well does the best
-of several re-balanced classifiers do, when it is not chosen on the samples that score it (`select_nested`)? Both
-return outcomes per item, so that any two classifiers can be compared by a paired interval (`difference`).
+Two questions that a user without the full true training set can still answer. How well would a classifier do that was
+fitted to the true distribution (`learning_curve`)? And how well does the best of several re-balanced classifiers do,
+when it is not chosen on the samples that score it (`select_nested`)? Both return outcomes per item, so that any two
+classifiers can be compared by a paired interval (`difference`).
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.frozen import FrozenEstimator
 
 from tailscope.classifiers import (
-    CLASSIFIERS,
     LinearClassifier,
     LogitAdjustment,
     NearestClassMean,
@@ -26,49 +25,19 @@ from tailscope.classifiers import (
 )
 from tailscope.classifiers.base import Diverged, FeatureClassifier, Floats, IntArray, Stopping, fit_softmax
 from tailscope.classifiers.estimators import balanced_weights
+from tailscope.diagnosis.curve_fits import FOLDS, BoolArray, Rows, assign_folds
 from tailscope.diagnosis.inputs import Inputs, bursts
+from tailscope.diagnosis.learning_curve import ClassifierBound, learning_curve
 from tailscope.errors import UserError
-from tailscope.intervals import FloatArray, Interval, paired, proportion
+from tailscope.intervals import Interval, paired, proportion
 from tailscope.measures.rows import exponent, scaled
 from tailscope.progress import Progress
-from tailscope.report.text import percent
-from tailscope.seeds import derive, numpy_stream
 from tailscope.tables.table import FeatureTable
 
-BoolArray = NDArray[np.bool_]
-Samples = tuple[Floats, IntArray]
-# Accuracies of cross-fitted classifiers vary more than independent items do, because folds share training samples: up
-# to 1.35 times as much in simulations with Gaussian and CIFAR features.
-INFLATION = 1.3
-PARTS = (0.25, 0.5)
-FOLDS = 5
 TOL = 1e-4
 LARGE_TOL, LARGE = 1e-3, 10**10  # beyond so many rows * features * classes, tolerance gives way to time
 TAUS = (0.5, 1.0, 1.5)
 MAX_ITER = 500
-
-
-@dataclass(frozen=True)
-class Bound:
-    """The accuracy of a classifier fitted to the true distribution, on samples that it was not fitted to.
-
-    It says that so much is within reach on these features. It is no upper bound: more samples, or a classifier that is
-    not linear, may reach more.
-
-    Attributes:
-        correct: [m] of bool, per scored item; `accuracy` is its mean.
-        extrapolated: the accuracy that infinitely many samples would give, by a line in 1/m, the mean of
-            `extrapolated_items` [m]; None where there are fewer than 3 d samples a class. It may exceed 1.
-        notes: what a reader must know.
-        remedy: the re-balanced classifier that took the fitted one's place, or None.
-    """
-
-    correct: BoolArray
-    accuracy: Interval
-    extrapolated: Interval | None
-    extrapolated_items: FloatArray | None
-    notes: tuple[str, ...]
-    remedy: str | None = None
 
 
 @dataclass(frozen=True)
@@ -88,46 +57,6 @@ class Selection:
     best: str
 
 
-def cross_fitted(
-    features: Floats,
-    labels: IntArray,
-    *,
-    classifier: str | None = None,
-    folds: int = FOLDS,
-    bursts: ArrayLike | None = None,
-    seed: int = 0,
-) -> Bound:
-    """Fit a classifier to the unseen samples outside each fold and score it on the fold.
-
-    Whatever the classifier chooses, its penalty by default, it chooses inside the training folds. Where there are 3 d
-    samples a class it is also fitted to m/4 and m/2 of them, from which the accuracy is extrapolated. `features`
-    [m, d] are of samples that the encoder was not trained on; related ones, with one id in `bursts` [m], share a fold.
-
-    Raises:
-        ValueError: fewer than two folds, or fewer samples or bursts than folds.
-    """
-    units, kind = (len(labels), "samples") if bursts is None else (len(np.unique(np.asarray(bursts))), "bursts")
-    if not 2 <= folds <= units:
-        raise ValueError(f"cannot cut {units} {kind} into {folds} folds")
-    fold_of = assign_folds(labels, folds, bursts, seed)
-    parts = *_parts(features, labels), 1 - 1 / folds
-    correct = np.zeros((len(parts), len(labels)), dtype=bool)
-    for k in range(folds):
-        training, test = fold_of != k, fold_of == k
-        shares = [part / parts[-1] for part in parts]
-        predicted = _predict(classifier, features[training], labels[training], features[test], shares, seed)
-        correct[:, test] = predicted == labels[test]
-    notes = [*_notes(features, labels), f"cross-fitted in {folds} folds"]
-    return _bound(correct, parts, INFLATION, notes)
-
-
-def held_out(unseen: Samples, test: Samples, *, classifier: str | None = None, seed: int = 0) -> Bound:
-    """Fit a classifier to all unseen samples and score it on a separate test set; else as `cross_fitted`."""
-    parts = *_parts(*unseen), 1.0
-    correct = _predict(classifier, *unseen, test[0], parts, seed) == test[1]
-    return _bound(correct, parts, 1.0, _notes(*unseen))
-
-
 def select_nested(
     correct: Mapping[str, BoolArray],
     labels: IntArray,
@@ -138,7 +67,7 @@ def select_nested(
     """Choose the most accurate of several fitted classifiers on all folds but one, score it on that one.
 
     `correct` holds [m] of bool for each classifier, on unseen samples that it was not fitted to, simplest first: ties
-    go to the first. Folds are made as by `cross_fitted`.
+    go to the first. Folds are made as by `assign_folds`.
 
     >>> outcomes = {"a": np.array([True, False] * 4), "b": np.array([True, True] * 4)}
     >>> select_nested(outcomes, np.zeros(8, dtype=int), folds=2).chosen
@@ -152,87 +81,10 @@ def select_nested(
     return Selection(scored, proportion(scored[None]), tuple(names[k] for k in chosen), best)
 
 
-def difference(a: ArrayLike, b: ArrayLike, inflation: float = INFLATION) -> Interval:
+def difference(a: ArrayLike, b: ArrayLike, inflation: float) -> Interval:
     """Return the mean of a - b over the same items [m], with a paired interval on inflated standard errors."""
     items = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
     return paired(items[None]).widened(inflation)
-
-
-def at_least(bound: Bound, remedy: Selection, inflation: float = INFLATION) -> Bound:
-    """Return the bound, or the remedy in its place where the paired interval says that it gets more right.
-
-    What a re-balanced classifier reaches is within reach. A classifier fitted to few or uneven unseen samples may
-    reach less, and would make the representation look worse than it is.
-    """
-    gain = difference(remedy.correct, bound.correct, inflation)
-    if gain.ci95 is None or gain.ci95[0] <= 0:
-        return bound
-    reached = f"{remedy.best} reaches {percent(gain.estimate)} more than a fit to the unseen samples"
-    notes = (*bound.notes, f"{reached}: they are few or uneven")
-    return Bound(remedy.correct, remedy.accuracy, None, None, notes, remedy.best)
-
-
-def assign_folds(labels: IntArray, folds: int, bursts: ArrayLike | None, seed: int) -> IntArray:
-    """Return each sample's fold [m], at random, classes spread evenly; a burst is placed whole, by its first label."""
-    if bursts is not None:
-        _, first, burst_of = np.unique(np.asarray(bursts), return_index=True, return_inverse=True)
-        return assign_folds(labels[first], folds, None, seed)[burst_of]
-    order = numpy_stream(seed, "bounds", "folds").permutation(len(labels))
-    by_class = order[np.argsort(labels[order], kind="stable")]
-    fold_of = np.empty(len(labels), dtype=np.int64)
-    fold_of[by_class] = np.arange(len(labels)) % folds
-    return fold_of
-
-
-def extrapolation_weights(sizes: Sequence[float]) -> FloatArray:
-    """Return the weights that turn accuracies at these training sizes into the intercept of their line in 1/size.
-
-    >>> (extrapolation_weights([1, 2, 4]) @ np.array([0.5, 0.7, 0.8])).round(6)  # 0.9 - 0.4 / size
-    np.float64(0.9)
-    """
-    weights: FloatArray = np.linalg.pinv(np.vander(1 / np.asarray(sizes), 2))[1]
-    return weights
-
-
-def _parts(features: Floats, labels: IntArray) -> tuple[float, ...]:
-    """Return which parts to extrapolate from: below 3 d samples a class, the deficit does not yet fall like 1/m."""
-    return PARTS if len(labels) >= 3 * features.shape[1] * len(np.unique(labels)) else ()
-
-
-def _predict(
-    classifier: str | None, features: Floats, labels: IntArray, test: Floats, shares: Sequence[float], seed: int
-) -> IntArray:
-    """Return predictions [len(shares), len(test)] after training on nested, stratified shares of the samples."""
-    order = numpy_stream(seed, "bounds", "parts").permutation(len(labels))
-    by_class = order[np.argsort(labels[order], kind="stable")]
-    present, start, count = np.unique(labels[by_class], return_index=True, return_counts=True)
-    classifier = classifier or f"softmax(choose_l2=True, tol={_tolerance(features, len(present))})"
-    position = np.arange(len(labels)) - np.repeat(start, count)
-    predicted = np.empty((len(shares), len(test)), dtype=np.int64)
-    for row, share in zip(predicted, shares, strict=True):
-        part = by_class[position < np.ceil(share * np.repeat(count, count))]
-        model = CLASSIFIERS.make(classifier)
-        if "random_state" in model.get_params():
-            model.set_params(random_state=derive(seed, "bounds", "classifier"))
-        row[:] = model.fit(features[part], labels[part]).predict(test)
-    return predicted
-
-
-def _bound(correct: BoolArray, parts: Sequence[float], inflation: float, notes: Sequence[str]) -> Bound:
-    items = extrapolation_weights(parts) @ correct if len(parts) > 1 else None
-    extrapolated = None if items is None else paired(items[None]).widened(inflation)
-    return Bound(correct[-1], paired(correct[-1:]).widened(inflation), extrapolated, items, tuple(notes))
-
-
-def _notes(features: Floats, labels: IntArray) -> list[str]:
-    counts = np.unique(labels, return_counts=True)[1]
-    notes = ["not an upper bound"]
-    if not _parts(features, labels):
-        samples, dims = f"{counts.mean():.0f}", features.shape[1]
-        notes.append(f"{samples} unseen samples a class are too few to extrapolate from in {dims} dimensions")
-    if counts.min() < 2:
-        notes.append(f"{int((counts < 2).sum())} classes have a single unseen sample")
-    return notes
 
 
 @dataclass(frozen=True)
@@ -240,29 +92,35 @@ class Outcomes:
     """What each classifier gets right among the same m scored samples, of the classes `labels` [m].
 
     Attributes:
+        rows: [m] which samples of the scored file they are; all but those that took no part in the bound.
         predicted: [m], by the classifier in use; `predicted_train` [n] of the training samples, by the same.
         current: [m] of bool, whether `predicted` is right.
         current_name: the file of the classifier in use, or how it was fitted.
         rebalanced: the best remedy, chosen on samples that it is not scored on.
         remedies: accuracy of every remedy on all unseen samples.
-        bound: a classifier fitted to the true distribution, or the best remedy where that reaches more.
-        inflation: by which intervals of differences to the bound are widened.
+        bound: of a classifier fitted to the true distribution; the best remedy counts as attained where it gets more
+            right than whatever was fitted for the bound, and so does the classifier in use.
     """
 
     labels: IntArray
+    rows: IntArray
     predicted: IntArray
     predicted_train: IntArray
     current: BoolArray
     current_name: str
     rebalanced: Selection
     remedies: dict[str, float]
-    bound: Bound
-    inflation: float
+    bound: ClassifierBound
     notes: tuple[str, ...]
 
+    @property
+    def inflation(self) -> float:
+        """By which factor intervals of differences between fitted classifiers are widened."""
+        return self.bound.attained.inflation
 
-def score(inputs: Inputs, seed: int, progress: Progress) -> Outcomes:
-    """Fit and score every classifier that a verdict compares.
+
+def score(inputs: Inputs, bound_at: int, seed: int, progress: Progress) -> Outcomes:
+    """Fit and score every classifier that a verdict compares; `bound_at` is that of `learning_curve`.
 
     Raises:
         UserError: the unseen samples are too few to fit or to choose a classifier on; a loss or logit is not finite.
@@ -277,27 +135,23 @@ def score(inputs: Inputs, seed: int, progress: Progress) -> Outcomes:
     notes: list[str] = []
     with progress.task("classifiers", 3) as advance, _told_of_solvers(inputs, notes):
         current, name = _current(inputs, *train, power)
-        predicted = current.predict(scored[0])
+        predicted, predicted_train = current.predict(scored[0]), current.predict(train[0])
         advance(1)
         fitted = _remedies(current, *train)
         right = {text: remedy.predict(unseen[0]) == unseen[1] for text, remedy in fitted.items()}
         rebalanced = _rebalanced(inputs, fitted, right, scored, seed)
         advance(1)
-        inflation = INFLATION if inputs.test is None else 1.0
-        bound = at_least(_fitted_bound(inputs, unseen, scored, seed), rebalanced, inflation)
+        bound = _bound(inputs, train, unseen, scored, bound_at, seed)
         advance(1)
-    return Outcomes(
-        scored[1],
-        predicted,
-        current.predict(train[0]),
-        predicted == scored[1],
-        name,
-        rebalanced,
-        {text: float(correct.mean()) for text, correct in right.items()},
-        bound,
-        inflation,
-        tuple(notes),
-    )
+    rows = bound.attained.rows
+    predicted, labels, correct = predicted[rows], scored[1][rows], rebalanced.correct[rows]
+    rebalanced = replace(rebalanced, correct=correct, accuracy=proportion(correct[None]))
+    for reached, by in ((correct, rebalanced.best), (predicted == labels, name)):
+        if (difference(reached, bound.attained.correct, bound.attained.inflation).ci95 or (0.0,))[0] > 0:
+            bound = bound.at_least(reached, by)
+    remedies = {text: float(correct.mean()) for text, correct in right.items()}
+    found = predicted, predicted_train, predicted == labels, name, rebalanced, remedies, bound, tuple(notes)
+    return Outcomes(labels, rows, *found)
 
 
 def _fixed(weight: Floats, bias: Floats) -> LinearClassifier:
@@ -332,10 +186,10 @@ def _tolerance(features: Floats, classes: int) -> float:
     return LARGE_TOL if features.size * classes > LARGE else TOL
 
 
-def _arrays(table: FeatureTable, power: int) -> Samples:
+def _arrays(table: FeatureTable, power: int) -> Rows:
     """Return features times 2 ** power in 32 or 64 bits, and labels."""
     features = table.features if table.features.dtype.itemsize >= 4 else table.features.float()
-    return scaled(features, power).numpy(), table.labels.numpy()
+    return Rows(scaled(features, power).numpy(), table.labels.numpy())
 
 
 def _current(inputs: Inputs, features: Floats, labels: IntArray, power: int) -> tuple[LinearClassifier, str]:
@@ -353,7 +207,7 @@ def _current(inputs: Inputs, features: Floats, labels: IntArray, power: int) -> 
 
 
 def _rebalanced(
-    inputs: Inputs, fitted: dict[str, FeatureClassifier], right: dict[str, BoolArray], scored: Samples, seed: int
+    inputs: Inputs, fitted: dict[str, FeatureClassifier], right: dict[str, BoolArray], scored: Rows, seed: int
 ) -> Selection:
     """Choose a remedy on unseen samples and score it on others: on the test set, or nested where there is none."""
     if inputs.test is None:
@@ -367,11 +221,10 @@ def _rebalanced(
     return Selection(correct, proportion(correct[None]), (best,), best)
 
 
-def _fitted_bound(inputs: Inputs, unseen: Samples, scored: Samples, seed: int) -> Bound:
+def _bound(inputs: Inputs, train: Rows, unseen: Rows, scored: Rows, bound_at: int, seed: int) -> ClassifierBound:
+    test, together = None if inputs.test is None else scored, bursts(inputs.unseen)[0]
     try:
-        if inputs.test is not None:
-            return held_out(unseen, scored, seed=seed)
-        return cross_fitted(*unseen, bursts=bursts(inputs.unseen)[0], seed=seed)
+        return learning_curve(train, unseen, test, bound_at=bound_at, bursts=together, seed=seed)
     except Diverged:
         raise
     except ValueError as error:

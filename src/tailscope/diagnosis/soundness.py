@@ -67,15 +67,14 @@ def doubts_of_outcomes(inputs: Inputs, outcomes: "Outcomes") -> list[str]:
         reasons = _classifier(inputs, outcomes.predicted_train, f"--classifier ({named(inputs.classifier.source)})")
         if reasons:
             return reasons
-    low = (outcomes.bound.accuracy.ci95 or (0.0, 1.0))[0]
-    most = np.bincount(outcomes.labels).max() / len(outcomes.labels)
-    if not (below_chance(outcomes.predicted, outcomes.labels) and low > most):
+    attained = outcomes.bound.attained
+    if not (below_chance(outcomes.predicted, outcomes.labels) and attained.above_chance):
         return []
     scored = inputs.option("unseen" if inputs.test is None else "test")
     return [
         f"the labels of {scored} and of {inputs.option('train')} seem to mean different classes: the classifier in use "
         f"gets {percent(outcomes.current.mean())} of {scored} right, fewer than guessing would, one fitted to held-out "
-        f"samples {percent(outcomes.bound.accuracy.estimate)}"
+        f"samples {percent(attained.accuracy.estimate)}"
     ]
 
 

@@ -1,34 +1,40 @@
 """The verdict, whether the classifier or the representation costs more, overall, by group and by class; and advice.
 
-With A(current), A(rebalanced) and A(bound) the accuracies on the same samples, the classifier gap is A(bound) -
-A(current), the rebalancing gap A(rebalanced) - A(current), and the representation gap ceiling - A(bound). The last is
-"at most", because it also holds irreducible error and what a classifier fitted to more samples would regain. Intervals
-are 95 % intervals over samples, for this encoder and this classifier; they do not cover other trainings. Each piece of
-advice, what to try, for which classes, and what it can gain at most, is tied to a number of the verdict.
+With A(current) and A(rebalanced) the accuracies on the same samples and b the classifier bound, what a linear
+classifier would reach with as many samples of every class as the most frequent one has, the classifier gap is
+b - A(current), the rebalancing gap A(rebalanced) - A(current), and the representation gap ceiling - b. The last is "at
+most", because it also holds irreducible error. b is drawn from what the learning curve says of it: the classifier that
+was scored on these samples, plus what more samples would gain. Intervals are 95 % intervals over samples and curves,
+for this encoder and this classifier; they do not cover other trainings. Each piece of advice, what to try, for which
+classes, and what it can gain at most, is tied to a number of the verdict.
 """
 
 from collections.abc import Sequence
-from typing import Any, TypedDict, cast
+from functools import cache
+from typing import Any, Literal, TypedDict, cast
 
 import numpy as np
 
 from tailscope.attribution import summarize
 from tailscope.diagnosis.compare import Pair
-from tailscope.diagnosis.outcomes import BoolArray, Outcomes, difference
+from tailscope.diagnosis.learning_curve import DRAWS
+from tailscope.diagnosis.outcomes import Outcomes, difference
 from tailscope.errors import first_few
 from tailscope.groups import GROUPS
-from tailscope.intervals import FloatArray, Gap, Interval, proportion
+from tailscope.intervals import FloatArray, Gap, Interval, Z, as_list
 from tailscope.measures.chance import VERDICT_SAMPLES
 from tailscope.measures.describe import FEW_UNSEEN
 from tailscope.measures.fields import Entry
 from tailscope.report.text import in_points, number, percent
+from tailscope.seeds import numpy_stream
 
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
+Kind = Literal["memorised", "weak features"]
 UNDECIDED = "undecided"
 NEGLIGIBLE = 0.01
 NO_INFORMATION = "these features carry no class information"
 NAMED = 5
-MOST_SAMPLES = 50  # times as many unseen samples: beyond, the difference is too small to care about
+MOST_SAMPLES = 50  # times as many held-out samples: beyond, the difference is too small to care about
 CONFUSED = 0.1
 
 
@@ -43,6 +49,7 @@ class Part(TypedDict, total=False):
 
     index: int
     bottleneck: str
+    kind: Kind | None
     reason: str
     scored: int
     current: float
@@ -83,15 +90,18 @@ class Advice(TypedDict):
 def accuracies(outcomes: Outcomes, groups: Sequence[str | None]) -> dict[str, Any]:
     """Return `accuracy` of a diagnosis: current, rebalanced and classifier_bound, each a cell as in `swap.json`."""
     selection, bound = outcomes.rebalanced, outcomes.bound
+    attained, found = bound.attained, bound.extrapolated
     current, rebalanced, fitted = (
         summarize(correct[None], outcomes.labels, groups)
-        for correct in (outcomes.current, selection.correct, bound.correct)
+        for correct in (outcomes.current, selection.correct, attained.correct)
     )
     chosen = {"classifier": selection.best, "chosen": list(selection.chosen), "remedies": outcomes.remedies}
     fitted |= {
-        "classifier": bound.remedy or "softmax regression on unseen samples",
-        "ci95": list(_reach(bound.correct, outcomes.inflation)),
-        "extrapolated": None if bound.extrapolated is None else bound.extrapolated.gap(),
+        "classifier": attained.classifier,
+        "ci95": as_list(attained.accuracy.ci95),
+        "attained": {"mean": attained.accuracy.estimate, "ci95": as_list(attained.accuracy.ci95)},
+        "extrapolated": found and {"mean": found.mean, "ci95": list(found.ci95), "bound_at": found.bound_at},
+        "reason": bound.reason,
         "notes": list(bound.notes),
     }
     return {
@@ -102,18 +112,19 @@ def accuracies(outcomes: Outcomes, groups: Sequence[str | None]) -> dict[str, An
 
 
 def judge(
-    outcomes: Outcomes, entries: Sequence[Entry], pooled: dict[str, Entry | None], ceiling: float
+    outcomes: Outcomes, entries: Sequence[Entry], pooled: dict[str, Entry | None], ceiling: Interval
 ) -> tuple[Verdict, list[str]]:
     """Return `verdict` of a diagnosis, and warnings.
 
-    `bottleneck` is "classifier" where the paired interval of classifier gap minus representation gap lies above 0;
-    "representation" where it lies below 0 and the permutation test of `spread_gap` rejects: of the group that loses
-    most for all samples, of the group or class itself for its own; else "undecided". Features on which the bound is not
-    above chance decide nothing. Neither does a current accuracy within a point of the ceiling, and classes with fewer
-    than 5 training or 30 scored samples have no verdict of their own.
+    `bottleneck` is "classifier" where the paired interval of classifier gap minus representation gap lies above 0,
+    "representation" where it lies below 0, else "undecided". Features on which what is attained is not above chance
+    decide nothing. Neither does a current accuracy within a point of the ceiling, and classes with fewer than 5
+    training or 30 scored samples have no verdict of their own. Of a representation, `kind` is "memorised" where the
+    permutation test of `spread_gap` rejects (of the group that loses most for all samples, of the group or class itself
+    for its own), "weak features" where it does not, None where there was none.
 
     `entries` and `pooled` are the geometry of the [C] classes and of the groups; `ceiling` is the accuracy that would
-    be perfect.
+    be perfect, with an interval where it was measured.
     """
     group_of = np.array([GROUPS.index(e["group"]) if e["group"] in GROUPS else -1 for e in entries])[outcomes.labels]
     found = {name: np.flatnonzero(group_of == i) for i, name in enumerate(GROUPS)}
@@ -124,17 +135,17 @@ def judge(
     flags = [entry["spread_gap_flagged"] for entry in entries if entry["spread_gap_flagged"] is not None]
     tested = _flag(pooled.get(losing)) if losing else any(flags) if flags else None
     overall = _part(outcomes, np.arange(len(outcomes.labels)), ceiling, tested)
-    chance = float(np.bincount(outcomes.labels).max() / len(outcomes.labels))
-    informative = _reach(outcomes.bound.correct, outcomes.inflation)[0] > chance
+    attained = outcomes.bound.attained
+    informative, chance = attained.above_chance, attained.chance
     warnings = [*outcomes.notes]
     if not informative:
         for part in (overall, *by_group.values()):
             _undecide(part, NO_INFORMATION)
-        reached = f"reaches {percent(outcomes.bound.accuracy.estimate)}, not above chance ({percent(chance)})"
+        reached = f"reaches {percent(attained.accuracy.estimate)}, not above chance ({percent(chance)})"
         warnings.append(f"{NO_INFORMATION}: a classifier fitted to the true distribution {reached}")
     verdict = {
         **overall,
-        "ceiling": ceiling,
+        "ceiling": ceiling.estimate,
         "chance": chance,
         "above_chance": informative,
         "group_tested": losing,
@@ -142,66 +153,114 @@ def judge(
         "groups": {name: by_group.get(name) for name in GROUPS},
         "classes": _classes(outcomes, entries, ceiling, informative),
     }
-    return cast(Verdict, verdict), [*warnings, *_caveats(outcomes, overall, ceiling)]
+    return cast(Verdict, verdict), [*warnings, *_caveats(outcomes)]
 
 
-def _part(outcomes: Outcomes, rows: IntArray, ceiling: float, memorised: bool | None) -> Part:
+def _part(outcomes: Outcomes, rows: IntArray, ceiling: Interval, memorised: bool | None) -> Part:
     """Return the gaps and the bottleneck among some of the scored samples."""
-    current, bound = (a[rows].astype(np.float64) for a in (outcomes.current, outcomes.bound.correct))
-    rebalanced = outcomes.rebalanced.correct[rows]
-    inflation = outcomes.inflation
-    low, high = _reach(bound, inflation)
-    contrast = difference(2 * bound - current, np.full(len(rows), ceiling), inflation)
-    bottleneck, reason = decide(contrast, memorised)
-    if ceiling - current.mean() < NEGLIGIBLE:
-        bottleneck, reason = UNDECIDED, "the current accuracy is within a point of the ceiling: nothing to gain"
+    current, rebalanced = outcomes.current[rows].astype(np.float64), outcomes.rebalanced.correct[rows]
+    contrast = _with_bound(outcomes, rows, 2, -current - ceiling.estimate, ceiling)
+    missed = _with_bound(outcomes, rows, -1, np.full(len(rows), ceiling.estimate), ceiling)
+    bottleneck, kind, reason = decide(contrast, memorised, outcomes.bound.reason)
+    if ceiling.estimate - current.mean() < NEGLIGIBLE:
+        bottleneck, kind = UNDECIDED, None
+        reason = "the current accuracy is within a point of the ceiling: nothing to gain"
     return {
         "bottleneck": bottleneck,
+        "kind": kind,
         "reason": reason,
         "scored": len(rows),
         "current": float(current.mean()),
-        "classifier_bound": float(bound.mean()),
-        "classifier_gap": difference(bound, current, inflation).gap(),
-        "rebalancing_gap": difference(rebalanced, current, inflation).gap(),
-        "representation_gap": {
-            "points": float(ceiling - bound.mean()),
-            "ci95": [ceiling - high, ceiling - low],
-            "at_most": True,
-        },
+        "classifier_bound": ceiling.estimate - missed.estimate,
+        "classifier_gap": _with_bound(outcomes, rows, 1, -current, ceiling).gap(),
+        "rebalancing_gap": difference(rebalanced, current, outcomes.inflation).gap(),
+        "representation_gap": cast(UpperGap, missed.gap() | {"at_most": True}),
         "difference": contrast.gap(),
     }
 
 
-def decide(contrast: Interval, memorised: bool | None) -> tuple[str, str]:
-    """Return the bottleneck and why, of the classifier gap minus the representation gap.
+def _with_bound(outcomes: Outcomes, rows: IntArray, times: int, others: FloatArray, ceiling: Interval) -> Interval:
+    """Return `times` the bound plus the mean of `others`, paired over some of the scored samples.
 
-    `memorised` says whether the test of `spread_gap` rejects, None where there was none.
+    The bound is what was attained on them plus a draw of what more samples would gain. Where that is not known, it is
+    anything from what was attained to the ceiling, and the point that of what was attained.
+    """
+    bound = outcomes.bound
+    attained = bound.attained.correct[rows]
+    items = times * attained + others
+    middle, number = float(items.mean()), len(rows)
+    if number < 2:
+        return Interval(middle, None, None, None)
+    # As Agresti and Coull's, with four more samples: not 0 where all are alike.
+    error = float(np.sqrt((np.square(items - middle).sum() + times**2) / (number + 4) / number))
+    apart, noise, of_ceiling = _draws()
+    if bound.extrapolated is None:
+        half, reach = Z * bound.attained.inflation * error, max(0.0, _highest(ceiling) - float(attained.mean()))
+        low, high = middle - half, middle + half
+        ends = (low, max(high, middle + times * reach)) if times > 0 else (min(low, middle + times * reach), high)
+        return Interval(middle, ends, None, "item")
+    gains = bound.extrapolated.gains
+    if number < len(outcomes.labels):  # how the gain is shared among classes is not known
+        room, of_all = (1 - float(part.mean()) for part in (attained, bound.attained.correct))
+        gains = np.minimum(room, gains * apart * (room / of_all if of_all else 0.0))
+    uncertain = 0.0 if ceiling.ci95 is None or times == 1 else (ceiling.ci95[1] - ceiling.ci95[0]) / (2 * Z)
+    draws = middle + times * gains + error * noise + uncertain * of_ceiling
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return Interval(middle + times * float(gains.mean()), (float(low), float(high)), None, "item")
 
-    >>> decide(Interval(-0.2, (-0.3, -0.1), None, "item"), True)[0]
-    'representation'
-    >>> decide(Interval(-0.2, (-0.3, -0.1), None, "item"), None)[1]
-    'the representation gap is larger, but its spread gap was not tested'
+
+@cache
+def _draws() -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Return, for each draw of the bound, a class's share of the gain, and noise of the items and of the ceiling."""
+    stream = numpy_stream(0, "verdict")
+    return stream.uniform(0, 2, DRAWS), stream.normal(size=DRAWS), stream.normal(size=DRAWS)
+
+
+def _highest(ceiling: Interval) -> float:
+    return ceiling.estimate if ceiling.ci95 is None else ceiling.ci95[1]
+
+
+def decide(contrast: Interval, memorised: bool | None, unknown: str | None = None) -> tuple[str, Kind | None, str]:
+    """Return the bottleneck, its kind and why, of the classifier gap minus the representation gap.
+
+    `memorised` says whether the test of `spread_gap` rejects, None where there was none; `unknown` why the bound is
+    known as a lower limit only.
+
+    >>> decide(Interval(-0.2, (-0.3, -0.1), None, "item"), True)[:2]
+    ('representation', 'memorised')
+    >>> decide(Interval(-0.2, (-0.3, -0.1), None, "item"), False)[:2]
+    ('representation', 'weak features')
     """
     if contrast.ci95 is None:
-        return UNDECIDED, "too few samples for an interval"
+        return UNDECIDED, None, "too few samples for an interval"
     low, high = contrast.ci95
     if low > 0:
-        return "classifier", "the classifier gap is larger than the representation gap"
-    if high >= 0:
-        return UNDECIDED, "the interval of the gaps' difference includes 0"
-    if memorised:
-        return "representation", "the representation gap is larger, and unseen samples lie farther out than by chance"
-    why = "its spread gap was not tested" if memorised is None else "unseen samples lie no farther out than by chance"
-    return UNDECIDED, f"the representation gap is larger, but {why}"
+        return "classifier", None, "the classifier gap is larger than the representation gap"
+    larger = "the representation gap is larger"
+    if high < 0 and memorised is None:
+        return "representation", None, f"{larger}; of which kind was not tested"
+    if high < 0 and memorised:
+        return (
+            "representation",
+            "memorised",
+            f"{larger}: training samples are memorised, unseen ones lie farther from their centres",
+        )
+    if high < 0:
+        why = "the features tell the classes apart too little, on training and unseen samples alike"
+        return "representation", "weak features", f"{larger}: {why}"
+    if unknown is not None:
+        return UNDECIDED, None, f"the classifier bound is known as a lower limit only: {unknown}"
+    return UNDECIDED, None, "the interval of the gaps' difference includes 0"
 
 
-def _classes(outcomes: Outcomes, entries: Sequence[Entry], ceiling: float, informative: bool) -> list[Part]:
+def _classes(outcomes: Outcomes, entries: Sequence[Entry], ceiling: Interval, informative: bool) -> list[Part]:
     order = np.argsort(outcomes.labels, kind="stable")
     ends = np.cumsum(np.bincount(outcomes.labels, minlength=len(entries)))[:-1]
     found: list[Part] = []
     for entry, rows in zip(entries, np.split(order, ends), strict=True):
         if not len(rows):
-            found.append({"index": entry["index"], "bottleneck": UNDECIDED, "reason": "no scored samples", "scored": 0})
+            empty: Part = {"bottleneck": UNDECIDED, "kind": None, "reason": "no scored samples", "scored": 0}
+            found.append({"index": entry["index"], **empty})
             continue
         part = _part(outcomes, rows, ceiling, entry["spread_gap_flagged"])
         if not informative:
@@ -215,7 +274,7 @@ def _classes(outcomes: Outcomes, entries: Sequence[Entry], ceiling: float, infor
 
 
 def _undecide(part: Part, reason: str) -> None:
-    part["bottleneck"], part["reason"] = UNDECIDED, reason
+    part["bottleneck"], part["kind"], part["reason"] = UNDECIDED, None, reason
 
 
 def withhold(verdict: Verdict, reasons: Sequence[str]) -> list[Advice]:
@@ -226,29 +285,17 @@ def withhold(verdict: Verdict, reasons: Sequence[str]) -> list[Advice]:
     return [_piece("evidence", "No remedy can be advised before the files belong together: see the first warning.")]
 
 
-def _caveats(outcomes: Outcomes, verdict: Part, ceiling: float) -> list[str]:
-    """Return what limits the verdict: above all that the bound would rise with more unseen samples."""
-    found = []
-    if few := [note for note in outcomes.bound.notes if "few" in note or "single" in note]:
-        found.append(f"the bound may be too low, the representation gap too large: {'; '.join(few)}")
-    items: FloatArray | None = outcomes.bound.extrapolated_items
-    if items is not None and verdict["bottleneck"] == "representation":
-        contrast = difference(2 * items - outcomes.current, np.full(len(items), ceiling), outcomes.inflation)
-        if contrast.ci95 is None or contrast.ci95[1] >= 0:
-            bound = "the bound extrapolated to many unseen samples (a line in 1/m)"
-            found.append(f"with {bound} the verdict would be undecided")
-    return found
+def _caveats(outcomes: Outcomes) -> list[str]:
+    """Return what limits the verdict."""
+    bound = outcomes.bound
+    if bound.extrapolated is None and bound.attained.above_chance:
+        return [f"the classifier bound is known as a lower limit only: {bound.reason}", *bound.notes]
+    return list(bound.notes)
 
 
 def _flag(entry: Entry | None) -> bool | None:
     flagged = None if entry is None else entry["spread_gap_flagged"]
     return None if flagged is None else bool(flagged)
-
-
-def _reach(correct: FloatArray | BoolArray, inflation: float) -> tuple[float, float]:
-    """Return the interval of the bound's accuracy: Wilson's, widened about the estimate, within [0, 1]."""
-    low, high = proportion(correct[None]).widened(inflation).ci95 or (0.0, 1.0)
-    return max(0.0, low), min(1.0, high)
 
 
 def advise(accuracy: dict[str, Any], verdict: Verdict, entries: Sequence[Entry], pairs: Sequence[Pair]) -> list[Advice]:
@@ -261,7 +308,7 @@ def advise(accuracy: dict[str, Any], verdict: Verdict, entries: Sequence[Entry],
         found.sort(key=lambda piece: piece["about"] != "representation")
     if verdict["bottleneck"] != "classifier":  # else the classifier confuses more than the features do
         found += _pairs(pairs)
-    return [*found, *_evidence(verdict)]
+    return [*found, *_evidence(accuracy, verdict)]
 
 
 def _classifier(accuracy: dict[str, Any], verdict: Verdict, entries: Sequence[Entry]) -> list[Advice]:
@@ -273,12 +320,12 @@ def _classifier(accuracy: dict[str, Any], verdict: Verdict, entries: Sequence[En
         most = f", most for {_names(classes)}" if classes else ""
         text = f"Re-balance the classifier: {remedy} gains {_points(gain)} on these features{most}."
         if accuracy["classifier_bound"]["classifier"] != remedy:
-            text += f" A classifier fitted to the true distribution would gain {_points(reach)}."
+            text += f" {_ideal(accuracy)} would gain {_points(reach)}."
         return [_piece("classifier", text, remedy, classes, gain)]
     if _above_zero(reach):
         text = (
-            f"No re-balancing gains clearly (the best, {remedy}: {_points(gain)}), but a classifier fitted to the true "
-            f"distribution gains {_points(reach)}: collect held-out samples of every class and fit one to them."
+            f"No re-balancing gains clearly (the best, {remedy}: {_points(gain)}). {_ideal(accuracy)} would "
+            f"gain {_points(reach)}: collect samples of every class and fit one to them."
         )
         return [_piece("classifier", text, "fit on held-out samples", [], reach)]
     neither = f"neither re-balancing ({_points(gain)}) nor a classifier fitted to the true distribution"
@@ -286,19 +333,29 @@ def _classifier(accuracy: dict[str, Any], verdict: Verdict, entries: Sequence[En
     return [_piece("classifier", text, None, [], reach)]
 
 
+def _ideal(accuracy: dict[str, Any]) -> str:
+    found = accuracy["classifier_bound"]["extrapolated"]
+    samples = f"{found['bound_at']:,} samples of every class" if found else "the true distribution"
+    return f"A classifier fitted to {samples}"
+
+
 def _representation(verdict: Verdict, entries: Sequence[Entry]) -> list[Advice]:
     gap = verdict["representation_gap"]
     material = (e for e in entries if e["spread_gap_flagged"] and e["spread_gap_material"])
     flagged = sorted(material, key=lambda e: -e["spread_gap_deg"])
-    groups = [name for name, part in verdict["groups"].items() if part and part["bottleneck"] == "representation"]
+    groups = [name for name, part in verdict["groups"].items() if part and part["kind"] == "memorised"]
     classes = [str(e["name"]) for e in flagged]
-    if not (classes or groups) or gap["points"] <= 0:
+    if gap["points"] <= 0 or not (classes or groups or verdict["bottleneck"] == "representation"):
         return []
+    most = f"can gain at most {_points(gap)} overall, less whatever error is irreducible."
+    if verdict["bottleneck"] == "representation" and verdict["kind"] != "memorised":
+        text = f"Use better features: another or a fine-tuned encoder, or larger images. They {most}"
+        return [_piece("representation", text, "another or a fine-tuned encoder", [], gap)]
+    groups = groups or [verdict["group_tested"] or "rarest"]
     where = _names(classes) if classes else f"the {' and '.join(groups)} classes"
     text = (
         f"Improve the representation of {where}: unseen samples lie farther out than training samples do, beyond "
-        "chance. More or more varied images, stronger augmentation, or pre-training can gain at most "
-        f"{_points(gap)} overall, less whatever error is irreducible."
+        f"chance. More or more varied images, stronger augmentation, or pre-training {most}"
     )
     return [_piece("representation", text, "more or more varied images", classes, gap)]
 
@@ -317,18 +374,24 @@ def _pairs(pairs: Sequence[Pair]) -> list[Advice]:
     return [_piece("pairs", text, None, [pair["first"], pair["second"]])]
 
 
-def _evidence(verdict: Verdict) -> list[Advice]:
-    """Return how many samples might decide, where the interval includes 0."""
-    difference = verdict["difference"]
+def _evidence(accuracy: dict[str, Any], verdict: Verdict) -> list[Advice]:
+    """Return what might decide, where the interval includes 0."""
+    difference, bound = verdict["difference"], accuracy["classifier_bound"]
     if verdict["bottleneck"] != "undecided" or difference["ci95"] is None or not difference["points"]:
         return []
     low, high = difference["ci95"]
     if low > 0 or high < 0:
         return []
     factor = ((high - low) / 2 / difference["points"]) ** 2
-    if not 1 < factor <= MOST_SAMPLES:
-        return [_piece("evidence", "Both gaps are about as large: expect to need both kinds of remedy.")]
-    text = f"About {factor * verdict['scored']:,.0f} scored samples would decide, if the difference stays as it is."
+    if bound["extrapolated"] is None:
+        text = f"More unseen samples of every class would decide: {bound['reason']}."
+    elif 1 < factor <= MOST_SAMPLES:
+        times = f"About {number(factor, 1)} times as many held-out samples of every class"
+        text = f"{times} would decide, if the difference stays as it is."
+    else:
+        text = "Both gaps are about as large: expect to need both kinds of remedy."
+    if verdict["ceiling"] == 1:
+        text += " So might a ceiling below 100 %: --ceiling, or the bound of a better encoder by --ceiling-from."
     return [_piece("evidence", text)]
 
 

@@ -19,7 +19,11 @@ GAPS = ("classifier_gap", "representation_gap")
 STEPS = {
     "current": ("current", "total"),
     "rebalanced": ("re-balancing", "classifier"),
-    "classifier_bound": ("classifier of the true distribution", "classifier"),
+    "classifier_bound": ("what held-out samples attain", "classifier"),
+}
+KINDS = {
+    "memorised": ", which has memorised its training samples",
+    "weak features": ", whose features are too weak",
 }
 
 
@@ -64,12 +68,26 @@ def groups(result: Diagnosis) -> list[Row]:
 
 def _accuracies(result: Diagnosis) -> list[Row]:
     """Return one row a classifier: what it is, accuracy with its interval, mean recall of each group."""
-    return [
+    found = [
         {"label": ACCURACIES[name], "what": cell["classifier"], "mean": cell["mean"]}
         | ends("ci", cell["ci95"])
         | cell["groups"]
         for name, cell in _cells(result).items()
     ]
+    if (bound := _extrapolated(result)) is not None:
+        label, mean, ci95 = bound
+        row: Row = {"label": label, "what": "softmax regression, extrapolated", "mean": mean}
+        found.append(row | ends("ci", ci95) | dict.fromkeys(GROUPS))
+    return found
+
+
+def _extrapolated(result: Diagnosis) -> tuple[str, float, Sequence[float] | None] | None:
+    """Return what the classifier bound is extrapolated to, with its name and interval; None where it is not known."""
+    cell = _cells(result).get("classifier_bound")
+    found = cell and cell.get("extrapolated")
+    if not found or "mean" not in found or "bound_at" not in found:
+        return None
+    return f"bound at {found['bound_at']:,} a class", found["mean"], found["ci95"]
 
 
 def steps(result: Diagnosis) -> list[Row]:
@@ -77,6 +95,8 @@ def steps(result: Diagnosis) -> list[Row]:
     bars: list[tuple[str, str, float, Sequence[float] | None]] = [
         (*STEPS[name], cell["mean"], cell["ci95"]) for name, cell in _cells(result).items()
     ]
+    if (bound := _extrapolated(result)) is not None:
+        bars.append((bound[0], "classifier", *bound[1:]))
     if result["verdict"] is not None:
         bars.append(("representation, at most", "representation", result["verdict"]["ceiling"], None))
     found, start = [], 0.0
@@ -155,9 +175,9 @@ CLASS = (
 VERDICT = (
     Column("recall_current", "recall now", "whole", "Recall of the classifier in use."),
     Column("recall_rebalanced", "re-balanced", "whole", "Recall of the best remedy."),
-    Column("recall_classifier_bound", "bound", "whole", "Recall of a classifier fitted to the true distribution."),
+    Column("recall_classifier_bound", "attained", "whole", "Recall of the best classifier of what is there."),
     Column("bottleneck", "bottleneck", "text", "What costs this class more, where its own samples can tell."),
-    _gap_column("classifier_gap", "", "Recall that a classifier fitted to the true distribution gains."),
+    _gap_column("classifier_gap", "", "Recall that a classifier fitted to as many samples of every class gains."),
     _gap_column("representation_gap", ", at most", "What even that classifier misses, up to the ceiling."),
 )
 LOCAL = tuple(
@@ -220,7 +240,8 @@ def headline(result: Diagnosis) -> str:
         )
     if verdict["bottleneck"] == "representation":
         missed = _gap(verdict["representation_gap"])
-        return f"The representation is the bottleneck: even the best classifier found misses {missed}"
+        kind = KINDS.get(verdict.get("kind") or "", "")
+        return f"The representation is the bottleneck{kind}: even the best classifier misses {missed}"
     reason = verdict["reason"]
     return f"Undecided: {reason.partition(': ')[0] if verdict.get('withheld') else reason}"  # the first caveat has all
 
@@ -241,7 +262,7 @@ def caveats(result: Diagnosis) -> list[str]:
     if verdict is not None:
         found.append(
             f"The representation gap is at most what is given: up to a ceiling of {percent(verdict['ceiling'], 0)} it "
-            "also holds irreducible error. The classifier bound is no upper bound: more unseen samples may raise it."
+            "also holds irreducible error, and what a classifier that is not linear would find."
         )
     if not result["spec"]["permutations"]:
         found.append("No permutations: nothing was tested against chance.")
@@ -250,10 +271,13 @@ def caveats(result: Diagnosis) -> list[str]:
 
 def accuracy_rows(result: Diagnosis) -> list[tuple[str, ...]]:
     """Return the accuracies as lines of text: name, accuracy with interval, head, body, tail."""
-    return [
+    found = [
         (ACCURACIES[name], accuracy(cell["mean"], cell["ci95"]), *(percent(cell["groups"][g], 0) for g in GROUPS))
         for name, cell in _cells(result).items()
     ]
+    if (bound := _extrapolated(result)) is not None:
+        found.append((bound[0], accuracy(*bound[1:]), *(percent(None) for _ in GROUPS)))
+    return found
 
 
 def _lead(result: Diagnosis) -> str:
@@ -261,9 +285,10 @@ def _lead(result: Diagnosis) -> str:
     now, rebalanced, bound = (accuracy(cell["mean"], cell["ci95"]) for cell in cells.values())
     remedy = cells["rebalanced"]["classifier"]
     text = f"Now: {now}. Re-balanced by {remedy}: {rebalanced}. "
-    if cells["classifier_bound"]["classifier"] == remedy:
-        return text + "A classifier fitted to the unseen samples reaches less."
-    return text + f"A classifier fitted to the true distribution: {bound}."
+    if cells["classifier_bound"]["classifier"] != remedy:
+        text += f"The best classifier of what is there: {bound}. "
+    found = _extrapolated(result)
+    return text + ("More samples may raise it." if found is None else f"The {found[0]}: {accuracy(*found[1:])}.")
 
 
 def _gaps(verdict: Verdict) -> str:

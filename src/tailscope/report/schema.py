@@ -288,20 +288,30 @@ class _DiagnosedGroup(Measured):
     classes: NotRequired[Count | None]
 
 
+class _Extrapolated(TypedDict):
+    """The classifier bound at a number of samples a class; a result from before learning curves has no mean."""
+
+    mean: NotRequired[Share]
+    ci95: Bounds | None
+    bound_at: NotRequired[Count]
+
+
 class Recalls(TypedDict):
-    """How often one classifier is right."""
+    """How often one classifier is right; of the classifier bound also what it is extrapolated to."""
 
     classifier: str
     mean: Share
     ci95: Bounds | None
     per_class: list[Share | None]
     groups: dict[str, Share | None]
+    extrapolated: NotRequired[_Extrapolated | None]
 
 
 class Judged(TypedDict):
     """What holds back a class or a group."""
 
     bottleneck: str
+    kind: NotRequired[str | None]
     reason: NotRequired[str | None]
     classifier_gap: NotRequired[Points | None]
     representation_gap: NotRequired[Points | None]
@@ -315,6 +325,7 @@ class Verdict(TypedDict):
     """What holds back the classifier in use."""
 
     bottleneck: str
+    kind: NotRequired[str | None]
     reason: str
     withheld: NotRequired[list[str] | None]
     ceiling: Share
