@@ -68,12 +68,13 @@ def test_weak_features_are_the_representations_fault_of_another_kind():
     assert diagnosis.headline(found).startswith("The representation is the bottleneck, whose features are too weak")
 
 
-@pytest.mark.parametrize("permutations", [0, 9])
-def test_without_a_test_of_spread_the_kind_is_not_told(permutations):
+@pytest.mark.parametrize("permutations", [0, 9, 19])
+def test_without_a_test_of_spread_that_can_reject_the_kind_is_not_told(permutations):
     found = tailscope.diagnose(*(table(*one) for one in scattered()), permutations=permutations)
     assert (found["verdict"]["bottleneck"], found["verdict"]["kind"]) == ("representation", None)
-    assert found["verdict"]["reason"].endswith("not tested")
-    if permutations:
+    assert found["verdict"]["reason"].endswith("is not known")
+    assert any("unlike" in note for note in found["accuracy"]["classifier_bound"]["notes"])
+    if permutations == 9:
         assert found["warnings"][0] == "9 permutations cannot flag a group at 0.05; give 19 or more"
 
 

@@ -161,7 +161,16 @@ def test_numbers_have_one_form_on_pages_in_tables_in_the_terminal_and_in_documen
     train, unseen = scattered()
     for name, (features, labels) in {"train": train, "unseen": unseen}.items():
         np.savez(tmp_path / f"{name}.npz", features=features, labels=labels)
-    given = ("--train", tmp_path / "train.npz", "--unseen", tmp_path / "unseen.npz", "--permutations", 19)
+    given = (
+        "--train",
+        tmp_path / "train.npz",
+        "--unseen",
+        tmp_path / "unseen.npz",
+        "--permutations",
+        19,
+        "--ceiling",
+        0.3,
+    )
     told = tailscope_("diagnose", *given, "--out", tmp_path / "diagnosed").out
     texts = {
         "terminal": told,

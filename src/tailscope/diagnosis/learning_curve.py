@@ -149,7 +149,7 @@ class ClassifierBound:
         points: of the curve, by samples.
         exchange: whether training samples took part in the curve.
         withheld: classes that took no part, for want of unseen samples.
-        notes: what a reader must know.
+        notes: what a reader must know: what took no part.
     """
 
     attained: Attained
@@ -209,9 +209,7 @@ def learning_curve(
         points.append(_pooled_point(task, pooled, trials[-1], points[-1].deviation))
     reason = _refusal(points, attained, task.samples.classes)
     found = None if reason else _extrapolated(points, attained, bound_at, numpy_stream(seed, "learning curve", "draws"))
-    return ClassifierBound(
-        attained, found, reason, bound_at, tuple(points), exchange, task.withheld, _notes(task, exchange)
-    )
+    return ClassifierBound(attained, found, reason, bound_at, tuple(points), exchange, task.withheld, _notes(task))
 
 
 def _exchange(task: Task, trial: Trial) -> Exchange:
@@ -377,12 +375,10 @@ def _followed(points: Sequence[CurvePoint], margin: float, bound_at: int, stream
     return followed
 
 
-def _notes(task: Task, exchange: Exchange) -> tuple[str, ...]:
+def _notes(task: Task) -> tuple[str, ...]:
     found = []
     if task.withheld:
         found.append(f"{len(task.withheld)} classes lack unseen samples and take no part in the bound")
     if task.left_out:
         found.append(f"{task.left_out} samples were left out of the bound's fits, chosen at random, for their number")
-    if not exchange.alike and len(task.seen):
-        found.append("training samples are unlike unseen ones: the curve is drawn through fits to unseen samples alone")
     return tuple(found)

@@ -33,6 +33,7 @@ Kind = Literal["memorised", "weak features"]
 UNDECIDED = "undecided"
 NEGLIGIBLE = 0.01
 NO_INFORMATION = "these features carry no class information"
+UNLIKE = "training samples are unlike unseen ones: the curve is drawn through fits to unseen samples alone"
 NAMED = 5
 MOST_SAMPLES = 50  # times as many held-out samples: beyond, the difference is too small to care about
 CONFUSED = 0.1
@@ -102,7 +103,7 @@ def accuracies(outcomes: Outcomes, groups: Sequence[str | None]) -> dict[str, An
         "attained": {"mean": attained.accuracy.estimate, "ci95": as_list(attained.accuracy.ci95)},
         "extrapolated": found and {"mean": found.mean, "ci95": list(found.ci95), "bound_at": found.bound_at},
         "reason": bound.reason,
-        "notes": list(bound.notes),
+        "notes": [*bound.notes, *([] if bound.exchange.alike else [UNLIKE])],
     }
     return {
         "current": current | {"classifier": outcomes.current_name},
@@ -121,7 +122,8 @@ def judge(
     decide nothing. Neither does a current accuracy within a point of the ceiling, and classes with fewer than 5
     training or 30 scored samples have no verdict of their own. Of a representation, `kind` is "memorised" where the
     permutation test of `spread_gap` rejects (of the group that loses most for all samples, of the group or class itself
-    for its own), "weak features" where it does not, None where there was none.
+    for its own), "weak features" where it does not, None where there was none, or where a classifier tells
+    training from unseen samples nevertheless.
 
     `entries` and `pooled` are the geometry of the [C] classes and of the groups; `ceiling` is the accuracy that would
     be perfect, with an interval where it was measured.
@@ -134,6 +136,8 @@ def judge(
     losing = min(by_group, key=lambda name: outcomes.current[found[name]].mean()) if by_group else None
     flags = [entry["spread_gap_flagged"] for entry in entries if entry["spread_gap_flagged"] is not None]
     tested = _flag(pooled.get(losing)) if losing else any(flags) if flags else None
+    if tested is False and not outcomes.bound.exchange.alike:
+        tested = None  # the test of spread lacks power, or training samples differ in another way
     overall = _part(outcomes, np.arange(len(outcomes.labels)), ceiling, tested)
     attained = outcomes.bound.attained
     informative, chance = attained.above_chance, attained.chance
@@ -238,7 +242,7 @@ def decide(contrast: Interval, memorised: bool | None, unknown: str | None = Non
         return "classifier", None, "the classifier gap is larger than the representation gap"
     larger = "the representation gap is larger"
     if high < 0 and memorised is None:
-        return "representation", None, f"{larger}; of which kind was not tested"
+        return "representation", None, f"{larger}; of which kind is not known"
     if high < 0 and memorised:
         return (
             "representation",
