@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from tailscope import cli, paper
-from tailscope.attribution import CELLS
 from tailscope.classifiers import CLASSIFIERS
 from tailscope.data import PROFILES
 from tailscope.errors import UserError
+from tailscope.intervals import CELLS
 from tailscope.measures.fields import FIELDS, SHOWN
 from tailscope.progress import duration
 from tailscope.registry import Registry

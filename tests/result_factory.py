@@ -1,6 +1,6 @@
 """Synthetic results that keep the schema's promises: the report's tests need no training.
 
-Accuracies come from simulated outcomes through `tailscope.attribution`, so intervals, shares and groups belong
+Accuracies come from simulated outcomes through `tailscope.intervals`, so intervals, shares and groups belong
 together. Geometry is drawn from simple trends over class frequency, undefined where the real one is.
 """
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tailscope.attribution import attribute, summarize
 from tailscope.groups import GROUPS, assign_groups
+from tailscope.intervals import attribute, summarize
 
 CELLS = ("lt->lt", "lt->true", "true->lt", "true->true")
 MATCHED = ("matched->lt", "matched->true", "lt->matched", "true->matched", "matched->matched")

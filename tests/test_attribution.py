@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tailscope.attribution import CELLS, attribute, summarize
 from tailscope.groups import assign_groups
+from tailscope.intervals import CELLS, attribute, summarize
 
 MATCHED = ("matched->lt", "matched->true", "lt->matched", "true->matched")
 

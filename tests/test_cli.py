@@ -19,7 +19,7 @@ from experiment_setups import CPU, TINY, timeless
 from tailscope import cli, report, verbs
 from tailscope.device import Runtime
 from tailscope.errors import UserError
-from tailscope.experiments import running
+from tailscope.experiments import plans
 from tailscope.experiments.options import Request
 from tailscope.experiments.stages import Stages
 from tailscope.training.recipes import RECIPES
@@ -116,7 +116,7 @@ def test_a_terminal_shows_bars_with_speed_and_what_is_done(monkeypatch, tmp_path
     shown = []
     for _ in range(2):
         terminal = Console(file=io.StringIO(), force_terminal=True, width=100)
-        running.run(Request("digits", recipe="demo", seeds=1, out=tmp_path, console=terminal), ["swap"])
+        plans.run(Request("digits", recipe="demo", seeds=1, out=tmp_path, console=terminal), ["swap"])
         shown.append(terminal.file.getvalue())
     assert re.search(r"seed 0: backbone on lt.*[\d,]+/s", shown[0])
     assert shown[0].count("done: seed 0") == 6

@@ -157,7 +157,7 @@ def demo(request: Request) -> dict[str, dict[str, Any]]:
 
 def _experiments(request: Request, *verbs: str) -> dict[str, dict[str, Any]]:
     """Run experiments, and build their report where they are written."""
-    from tailscope.experiments.running import run
+    from tailscope.experiments.plans import run
 
     results = run(request, verbs)
     if request.out is not None:
@@ -180,7 +180,7 @@ def subset(
     Example: `tailscope subset --data cifar10 --data-root DIR --profile exp:100 --protocol ldam --seed 0 --out out`
     """
     from tailscope.data.sources import load
-    from tailscope.experiments.running import describe_subset
+    from tailscope.experiments.plans import describe_subset
     from tailscope.results import check_free, write
     from tailscope.store import make_folder
 

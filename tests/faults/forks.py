@@ -19,11 +19,11 @@ from typing import Any
 from tailscope import cli, progress, report, verbs
 from tailscope.diagnosis import outcomes, verdict
 from tailscope.encoders import extract
-from tailscope.experiments import running
+from tailscope.experiments import plans
 from tailscope.progress import Quiet
 from tailscope.reproduce import queue
 
-IMPORTED = (outcomes, queue, extract, verdict, running)
+IMPORTED = (outcomes, queue, extract, verdict, plans)
 """What the verbs import when they are called."""
 
 PATIENCE = 300.0
@@ -150,7 +150,7 @@ def _child(folder: Path, work: Callable[[], int], prepare: Prepare) -> None:
         def shown_on(_: object) -> Iterator[Recorder]:
             yield recorder
 
-        progress.shown_on = verbs.shown_on = running.shown_on = shown_on
+        progress.shown_on = verbs.shown_on = plans.shown_on = shown_on
         report.build = lambda out, **_: Path(out)  # which takes ten times as long as all the rest
         prepare()
         code = work()

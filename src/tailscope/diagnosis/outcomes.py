@@ -16,13 +16,7 @@ from numpy.typing import ArrayLike
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.frozen import FrozenEstimator
 
-from tailscope.classifiers import (
-    LinearClassifier,
-    LogitAdjustment,
-    NearestClassMean,
-    SoftmaxRegression,
-    TauNorm,
-)
+from tailscope.classifiers import LinearClassifier, LogitAdjustment, NearestClassMean, SoftmaxRegression, TauNorm
 from tailscope.classifiers.base import Diverged, FeatureClassifier, Floats, IntArray, Stopping, fit_softmax
 from tailscope.classifiers.estimators import balanced_weights
 from tailscope.diagnosis.curve_fits import FOLDS, BoolArray, Rows, assign_folds

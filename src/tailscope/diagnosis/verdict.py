@@ -15,13 +15,12 @@ from typing import Any, Literal, TypedDict, cast
 
 import numpy as np
 
-from tailscope.attribution import summarize
 from tailscope.diagnosis.compare import Pair
 from tailscope.diagnosis.learning_curve import DRAWS
 from tailscope.diagnosis.outcomes import Outcomes, difference
 from tailscope.errors import first_few
 from tailscope.groups import GROUPS
-from tailscope.intervals import FloatArray, Gap, Interval, Z, as_list
+from tailscope.intervals import FloatArray, Gap, Interval, Z, as_list, summarize
 from tailscope.measures.chance import VERDICT_SAMPLES
 from tailscope.measures.describe import FEW_UNSEEN
 from tailscope.measures.fields import Entry

@@ -21,7 +21,7 @@ from tailscope.data.sources import load
 from tailscope.device import Runtime
 from tailscope.errors import UserError, expanded
 from tailscope.experiments.options import Reproduction
-from tailscope.experiments.running import EXPERIMENTS
+from tailscope.experiments.plans import EXPERIMENTS
 from tailscope.experiments.runs import Run, Settings, store_root
 from tailscope.experiments.stages import Stages
 from tailscope.progress import Deadline, Progress, Quiet, TimeIsUp, duration

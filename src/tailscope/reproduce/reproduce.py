@@ -22,7 +22,7 @@ from tailscope.device import Runtime, arithmetic_of
 from tailscope.errors import UserError
 from tailscope.experiments import plans
 from tailscope.experiments.options import Reproduction
-from tailscope.experiments.running import EXPERIMENTS, start_processes
+from tailscope.experiments.plans import EXPERIMENTS, start_processes
 from tailscope.experiments.runs import Run, Settings, evaluate, store_root, training_sets
 from tailscope.experiments.stages import Stages
 from tailscope.methods import LOSSES
