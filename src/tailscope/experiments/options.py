@@ -76,6 +76,18 @@ class FileOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Work(FileOptions):
+    """Where work is done, and where it is shown."""
+
+    store: StoreRoot = None
+    device: Device = "auto"
+    engine: Engine = "auto"
+    overwrite: Overwrite = False
+    console: Console | None = None
+    """Where progress and notes are shown, if anywhere."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Training:
     """What is trained, on what."""
 
@@ -108,15 +120,8 @@ class _Training:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request(FileOptions, _Training):
+class Request(_Work, _Training):
     """The options of an experiment, as given."""
-
-    store: StoreRoot = None
-    device: Device = "auto"
-    engine: Engine = "auto"
-    overwrite: Overwrite = False
-    console: Console | None = None
-    """Where progress and notes are shown, if anywhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,14 +169,8 @@ class _OfThePaper:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reproduction(FileOptions, _OfThePaper):
+class Reproduction(_Work, _OfThePaper):
     """The options of `reproduce`, as given."""
-
-    store: StoreRoot = None
-    device: Device = "auto"
-    engine: Engine = "auto"
-    overwrite: Overwrite = False
-    console: Console | None = None
 
     @property
     def queued(self) -> bool:

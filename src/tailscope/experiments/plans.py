@@ -1,12 +1,8 @@
 """The experiments, each a plan of runs that ends in a table, and how they are carried out.
 
-The experiments: each is a plan of runs that ends in a table.
-
-Table 1 and Figure 2, the swap of data sets between the stages; Figure 3, the ladder of augmentations.
-
-Figures 4 to 8: what long-tailed training does to each class in feature space.
-
-Running experiments: the device, the processes that share the work, the data that can be read, and the results.
+Table 1 and Figure 2, the swap of data sets between the stages; Figure 3, the ladder of augmentations; Figures 4 to 8,
+what long-tailed training does to each class in feature space. `run` chooses the device, the processes that share the
+work and the data that can be read, and writes the results.
 """
 
 from collections import defaultdict

@@ -129,10 +129,10 @@ class ResNet10(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
-        self.layer1 = _stage_of_resnet10(width, width, 1)
-        self.layer2 = _stage_of_resnet10(width, 2 * width, 2)
-        self.layer3 = _stage_of_resnet10(2 * width, 4 * width, 2)
-        self.layer4 = _stage_of_resnet10(4 * width, 8 * width, 2)
+        self.layer1 = _photo_stage(width, width, 1)
+        self.layer2 = _photo_stage(width, 2 * width, 2)
+        self.layer3 = _photo_stage(2 * width, 4 * width, 2)
+        self.layer4 = _photo_stage(4 * width, 8 * width, 2)
         self.classifier = nn.Linear(8 * width, num_classes)
         self.feature_dim = 8 * width
         for module in self.modules():
@@ -151,7 +151,7 @@ class ResNet10(nn.Module):
         return logits
 
 
-def _stage_of_resnet10(in_channels: int, channels: int, stride: int) -> nn.Sequential:
+def _photo_stage(in_channels: int, channels: int, stride: int) -> nn.Sequential:
     if stride == 1 and in_channels == channels:
         return nn.Sequential(BasicBlock(in_channels, channels))
     shortcut = nn.Sequential(conv1x1(in_channels, channels, stride), nn.BatchNorm2d(channels))
