@@ -212,8 +212,9 @@ def _judge(
     progress: Progress,
 ) -> "tuple[dict[str, Any], Outcomes, list[str], list[str]]":
     """Return the fields that rest on fitted classifiers, what these get right, why the verdict is withheld, caveats."""
-    from tailscope.diagnosis.outcomes import score  # here because scikit-learn takes seconds to import
-    from tailscope.diagnosis.verdict import accuracies, advise, judge, withhold
+    from tailscope.diagnosis.advice import advise, withhold  # here because scikit-learn takes seconds to import
+    from tailscope.diagnosis.outcomes import score
+    from tailscope.diagnosis.verdict import accuracies, judge
     from tailscope.intervals import Interval
 
     outcomes = score(inputs, bound_at, settings.seed, progress)

@@ -1,12 +1,11 @@
-"""The verdict, whether the classifier or the representation costs more, overall, by group and by class; and advice.
+"""The verdict, whether the classifier or the representation costs more, overall, by group and by class.
 
 With A(current) and A(rebalanced) the accuracies on the same samples and b the classifier bound, what a linear
 classifier would reach with as many samples of every class as the most frequent one has, the classifier gap is
 b - A(current), the rebalancing gap A(rebalanced) - A(current), and the representation gap ceiling - b. The last is "at
 most", because it also holds irreducible error. b is drawn from what the learning curve says of it: the classifier that
 was scored on these samples, plus what more samples would gain. Intervals are 95 % intervals over samples and curves,
-for this encoder and this classifier; they do not cover other trainings. Each piece of advice, what to try, for which
-classes, and what it can gain at most, is tied to a number of the verdict.
+for this encoder and this classifier; they do not cover other trainings.
 """
 
 from collections.abc import Sequence
@@ -15,16 +14,14 @@ from typing import Any, Literal, TypedDict, cast
 
 import numpy as np
 
-from tailscope.diagnosis.compare import Pair
 from tailscope.diagnosis.learning_curve import DRAWS
 from tailscope.diagnosis.outcomes import Outcomes, difference
-from tailscope.errors import first_few
 from tailscope.groups import GROUPS
 from tailscope.intervals import FloatArray, Gap, Interval, Z, as_list, summarize
 from tailscope.measures.chance import VERDICT_SAMPLES
 from tailscope.measures.describe import FEW_UNSEEN
 from tailscope.measures.fields import Entry
-from tailscope.report.text import in_points, number, percent
+from tailscope.report.text import percent
 from tailscope.seeds import numpy_stream
 
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
@@ -33,9 +30,6 @@ UNDECIDED = "undecided"
 NEGLIGIBLE = 0.01
 NO_INFORMATION = "these features carry no class information"
 UNLIKE = "training samples are unlike unseen ones: the curve is drawn through fits to unseen samples alone"
-NAMED = 5
-MOST_SAMPLES = 50  # times as many held-out samples: beyond, the difference is too small to care about
-CONFUSED = 0.1
 
 
 class UpperGap(Gap):
@@ -71,20 +65,6 @@ class Verdict(Part, total=False):
     groups: dict[str, Part | None]
     classes: list[Part]
     withheld: list[str]
-
-
-class Advice(TypedDict):
-    """What to try about `about` ("classifier", "representation", "pairs" or "evidence"), and for which classes.
-
-    `at_most` says whether the gain is an upper limit rather than what was measured.
-    """
-
-    about: str
-    text: str
-    remedy: str | None
-    classes: list[str]
-    gain: Gap | None
-    at_most: bool
 
 
 def accuracies(outcomes: Outcomes, groups: Sequence[str | None]) -> dict[str, Any]:
@@ -143,7 +123,7 @@ def judge(
     warnings = [*outcomes.notes]
     if not informative:
         for part in (overall, *by_group.values()):
-            _undecide(part, NO_INFORMATION)
+            undecide(part, NO_INFORMATION)
         reached = f"reaches {percent(attained.accuracy.estimate)}, not above chance ({percent(chance)})"
         warnings.append(f"{NO_INFORMATION}: a classifier fitted to the true distribution {reached}")
     verdict = {
@@ -267,25 +247,18 @@ def _classes(outcomes: Outcomes, entries: Sequence[Entry], ceiling: Interval, in
             continue
         part = _part(outcomes, rows, ceiling, entry["spread_gap_flagged"])
         if not informative:
-            _undecide(part, NO_INFORMATION)
+            undecide(part, NO_INFORMATION)
         elif entry["train_count"] < VERDICT_SAMPLES:
-            _undecide(part, f"fewer than {VERDICT_SAMPLES} training samples: see the group")
+            undecide(part, f"fewer than {VERDICT_SAMPLES} training samples: see the group")
         elif len(rows) < FEW_UNSEEN:
-            _undecide(part, f"fewer than {FEW_UNSEEN} scored samples: see the group")
+            undecide(part, f"fewer than {FEW_UNSEEN} scored samples: see the group")
         found.append({"index": entry["index"], **part})
     return found
 
 
-def _undecide(part: Part, reason: str) -> None:
+def undecide(part: Part, reason: str) -> None:
+    """Take a verdict back, in place, and say why."""
     part["bottleneck"], part["kind"], part["reason"] = UNDECIDED, None, reason
-
-
-def withhold(verdict: Verdict, reasons: Sequence[str]) -> list[Advice]:
-    """Take the verdict back, in place: overall, of groups and of classes; return the advice to mend the files."""
-    for part in (verdict, *filter(None, verdict["groups"].values()), *verdict["classes"]):
-        _undecide(part, reasons[0])
-    verdict["withheld"] = list(reasons)
-    return [_piece("evidence", "No remedy can be advised before the files belong together: see the first warning.")]
 
 
 def _caveats(outcomes: Outcomes) -> list[str]:
@@ -299,132 +272,3 @@ def _caveats(outcomes: Outcomes) -> list[str]:
 def _flag(entry: Entry | None) -> bool | None:
     flagged = None if entry is None else entry["spread_gap_flagged"]
     return None if flagged is None else bool(flagged)
-
-
-def advise(accuracy: dict[str, Any], verdict: Verdict, entries: Sequence[Entry], pairs: Sequence[Pair]) -> list[Advice]:
-    """Return pieces of advice, the one for the bottleneck first."""
-    if not verdict["above_chance"]:
-        check = "check that features and labels belong together, and that the encoder was in evaluation mode."
-        return [_piece("evidence", f"No remedy can be advised: {check}")]
-    found = [*_classifier(accuracy, verdict, entries), *_representation(verdict, entries)]
-    if verdict["bottleneck"] == "representation":
-        found.sort(key=lambda piece: piece["about"] != "representation")
-    if verdict["bottleneck"] != "classifier":  # else the classifier confuses more than the features do
-        found += _pairs(pairs)
-    return [*found, *_evidence(accuracy, verdict)]
-
-
-def _classifier(accuracy: dict[str, Any], verdict: Verdict, entries: Sequence[Entry]) -> list[Advice]:
-    remedy: str | None = accuracy["rebalanced"]["classifier"]
-    gain, reach = verdict["rebalancing_gap"], verdict["classifier_gap"]
-    classes: list[str] = []
-    if _above_zero(gain):
-        classes = _gaining(accuracy, entries)
-        most = f", most for {_names(classes)}" if classes else ""
-        text = f"Re-balance the classifier: {remedy} gains {_points(gain)} on these features{most}."
-        if accuracy["classifier_bound"]["classifier"] != remedy:
-            text += f" {_ideal(accuracy)} would gain {_points(reach)}."
-        return [_piece("classifier", text, remedy, classes, gain)]
-    if _above_zero(reach):
-        text = (
-            f"No re-balancing gains clearly (the best, {remedy}: {_points(gain)}). {_ideal(accuracy)} would "
-            f"gain {_points(reach)}: collect samples of every class and fit one to them."
-        )
-        return [_piece("classifier", text, "fit on held-out samples", [], reach)]
-    neither = f"neither re-balancing ({_points(gain)}) nor a classifier fitted to the true distribution"
-    text = f"Leave the classifier: {neither} ({_points(reach)}) gains clearly."
-    return [_piece("classifier", text, None, [], reach)]
-
-
-def _ideal(accuracy: dict[str, Any]) -> str:
-    found = accuracy["classifier_bound"]["extrapolated"]
-    samples = f"{found['bound_at']:,} samples of every class" if found else "the true distribution"
-    return f"A classifier fitted to {samples}"
-
-
-def _representation(verdict: Verdict, entries: Sequence[Entry]) -> list[Advice]:
-    gap = verdict["representation_gap"]
-    material = (e for e in entries if e["spread_gap_flagged"] and e["spread_gap_material"])
-    flagged = sorted(material, key=lambda e: -e["spread_gap_deg"])
-    groups = [name for name, part in verdict["groups"].items() if part and part["kind"] == "memorised"]
-    classes = [str(e["name"]) for e in flagged]
-    if gap["points"] <= 0 or not (classes or groups or verdict["bottleneck"] == "representation"):
-        return []
-    most = f"can gain at most {_points(gap)} overall, less whatever error is irreducible."
-    if verdict["bottleneck"] == "representation" and verdict["kind"] != "memorised":
-        text = f"Use better features: another or a fine-tuned encoder, or larger images. They {most}"
-        return [_piece("representation", text, "another or a fine-tuned encoder", [], gap)]
-    groups = groups or [verdict["group_tested"] or "rarest"]
-    where = _names(classes) if classes else f"the {' and '.join(groups)} classes"
-    text = (
-        f"Improve the representation of {where}: unseen samples lie farther out than training samples do, beyond "
-        f"chance. More or more varied images, stronger augmentation, or pre-training {most}"
-    )
-    return [_piece("representation", text, "more or more varied images", classes, gap)]
-
-
-def _pairs(pairs: Sequence[Pair]) -> list[Advice]:
-    shares = [max(pair["first_as_second"] or 0, pair["second_as_first"] or 0) for pair in pairs]
-    share = max(shares, default=0)
-    if share < CONFUSED:
-        return []
-    pair = pairs[shares.index(share)]
-    text = (
-        f"Look at images of “{pair['first']}” and “{pair['second']}”: their centres are {number(pair['angle_deg'])}° "
-        f"apart and up to {percent(share, 0)} of one are taken for the other. If labels are sound, a finer input or an "
-        "auxiliary loss between such pairs may help."
-    )
-    return [_piece("pairs", text, None, [pair["first"], pair["second"]])]
-
-
-def _evidence(accuracy: dict[str, Any], verdict: Verdict) -> list[Advice]:
-    """Return what might decide, where the interval includes 0."""
-    difference, bound = verdict["difference"], accuracy["classifier_bound"]
-    if verdict["bottleneck"] != "undecided" or difference["ci95"] is None or not difference["points"]:
-        return []
-    low, high = difference["ci95"]
-    if low > 0 or high < 0:
-        return []
-    factor = ((high - low) / 2 / difference["points"]) ** 2
-    if bound["extrapolated"] is None:
-        text = f"More unseen samples of every class would decide: {bound['reason']}."
-    elif 1 < factor <= MOST_SAMPLES:
-        times = f"About {number(factor, 1)} times as many held-out samples of every class"
-        text = f"{times} would decide, if the difference stays as it is."
-    else:
-        text = "Both gaps are about as large: expect to need both kinds of remedy."
-    if verdict["ceiling"] == 1:
-        text += " So might a ceiling below 100 %: --ceiling, or the bound of a better encoder by --ceiling-from."
-    return [_piece("evidence", text)]
-
-
-def _gaining(accuracy: dict[str, Any], entries: Sequence[Entry]) -> list[str]:
-    """Return the classes whose recall the best remedy raises most."""
-    recalls = zip(accuracy["current"]["per_class"], accuracy["rebalanced"]["per_class"], entries, strict=True)
-    gains = [(b - a, str(e["name"])) for a, b, e in recalls if a is not None and b is not None and b > a]
-    return [name for _, name in sorted(gains, key=lambda pair: -pair[0])[:NAMED]]
-
-
-def _piece(
-    about: str, text: str, remedy: str | None = None, classes: Sequence[str] = (), gain: Gap | None = None
-) -> Advice:
-    return {
-        "about": about,
-        "text": text,
-        "remedy": remedy,
-        "classes": list(classes),
-        "gain": None if gain is None else {"points": gain["points"], "ci95": gain["ci95"]},
-        "at_most": about != "classifier",
-    }
-
-
-def _above_zero(gap: Gap) -> bool:
-    return gap["ci95"] is not None and gap["ci95"][0] > 0
-
-
-def _points(gap: Gap) -> str:
-    return in_points(gap["points"], gap["ci95"], signed=True)
-
-
-def _names(names: Sequence[str]) -> str:
-    return first_few([f"“{name}”" for name in names], NAMED)

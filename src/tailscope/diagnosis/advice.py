@@ -1,0 +1,169 @@
+"""Advice: what to try for the bottleneck that a verdict names, for which classes, and what it can gain.
+
+Each piece is tied to a number of the verdict; the one for what dominates comes first.
+"""
+
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+from tailscope.diagnosis.compare import Pair
+from tailscope.diagnosis.verdict import UNDECIDED, Verdict, undecide
+from tailscope.errors import first_few
+from tailscope.intervals import Gap
+from tailscope.measures.fields import Entry
+from tailscope.report.text import in_points, number, percent
+
+NAMED = 5
+MOST_SAMPLES = 50  # times as many held-out samples: beyond, the difference is too small to care about
+CONFUSED = 0.1
+
+
+class Advice(TypedDict):
+    """What to try about `about` ("classifier", "representation", "pairs" or "evidence"), and for which classes.
+
+    `at_most` says whether the gain is an upper limit rather than what was measured.
+    """
+
+    about: str
+    text: str
+    remedy: str | None
+    classes: list[str]
+    gain: Gap | None
+    at_most: bool
+
+
+def withhold(verdict: Verdict, reasons: Sequence[str]) -> list[Advice]:
+    """Take the verdict back, in place: overall, of groups and of classes; return the advice to mend the files."""
+    for part in (verdict, *filter(None, verdict["groups"].values()), *verdict["classes"]):
+        undecide(part, reasons[0])
+    verdict["withheld"] = list(reasons)
+    return [_piece("evidence", "No remedy can be advised before the files belong together: see the first warning.")]
+
+
+def advise(accuracy: dict[str, Any], verdict: Verdict, entries: Sequence[Entry], pairs: Sequence[Pair]) -> list[Advice]:
+    """Return pieces of advice, the one for the bottleneck first."""
+    if not verdict["above_chance"]:
+        check = "check that features and labels belong together, and that the encoder was in evaluation mode."
+        return [_piece("evidence", f"No remedy can be advised: {check}")]
+    found = [*_classifier(accuracy, verdict, entries), *_representation(verdict, entries)]
+    if verdict["bottleneck"] == "representation":
+        found.sort(key=lambda piece: piece["about"] != "representation")
+    if verdict["bottleneck"] != "classifier":  # else the classifier confuses more than the features do
+        found += _pairs(pairs)
+    return [*found, *_evidence(accuracy, verdict)]
+
+
+def _classifier(accuracy: dict[str, Any], verdict: Verdict, entries: Sequence[Entry]) -> list[Advice]:
+    remedy: str | None = accuracy["rebalanced"]["classifier"]
+    gain, reach = verdict["rebalancing_gap"], verdict["classifier_gap"]
+    classes: list[str] = []
+    if _above_zero(gain):
+        classes = _gaining(accuracy, entries)
+        most = f", most for {_names(classes)}" if classes else ""
+        text = f"Re-balance the classifier: {remedy} gains {_points(gain)} on these features{most}."
+        if accuracy["classifier_bound"]["classifier"] != remedy:
+            text += f" {_ideal(accuracy)} would gain {_points(reach)}."
+        return [_piece("classifier", text, remedy, classes, gain)]
+    if _above_zero(reach):
+        text = (
+            f"No re-balancing gains clearly (the best, {remedy}: {_points(gain)}). {_ideal(accuracy)} would "
+            f"gain {_points(reach)}: collect samples of every class and fit one to them."
+        )
+        return [_piece("classifier", text, "fit on held-out samples", [], reach)]
+    neither = f"neither re-balancing ({_points(gain)}) nor a classifier fitted to the true distribution"
+    text = f"Leave the classifier: {neither} ({_points(reach)}) gains clearly."
+    return [_piece("classifier", text, None, [], reach)]
+
+
+def _ideal(accuracy: dict[str, Any]) -> str:
+    found = accuracy["classifier_bound"]["extrapolated"]
+    samples = f"{found['bound_at']:,} samples of every class" if found else "the true distribution"
+    return f"A classifier fitted to {samples}"
+
+
+def _representation(verdict: Verdict, entries: Sequence[Entry]) -> list[Advice]:
+    gap = verdict["representation_gap"]
+    material = (e for e in entries if e["spread_gap_flagged"] and e["spread_gap_material"])
+    flagged = sorted(material, key=lambda e: -e["spread_gap_deg"])
+    groups = [name for name, part in verdict["groups"].items() if part and part["kind"] == "memorised"]
+    classes = [str(e["name"]) for e in flagged]
+    if gap["points"] <= 0 or not (classes or groups or verdict["bottleneck"] == "representation"):
+        return []
+    most = f"can gain at most {_points(gap)} overall, less whatever error is irreducible."
+    if verdict["bottleneck"] == "representation" and verdict["kind"] != "memorised":
+        text = f"Use better features: another or a fine-tuned encoder, or larger images. They {most}"
+        return [_piece("representation", text, "another or a fine-tuned encoder", [], gap)]
+    groups = groups or [verdict["group_tested"] or "rarest"]
+    where = _names(classes) if classes else f"the {' and '.join(groups)} classes"
+    text = (
+        f"Improve the representation of {where}: unseen samples lie farther out than training samples do, beyond "
+        f"chance. More or more varied images, stronger augmentation, or pre-training {most}"
+    )
+    return [_piece("representation", text, "more or more varied images", classes, gap)]
+
+
+def _pairs(pairs: Sequence[Pair]) -> list[Advice]:
+    shares = [max(pair["first_as_second"] or 0, pair["second_as_first"] or 0) for pair in pairs]
+    share = max(shares, default=0)
+    if share < CONFUSED:
+        return []
+    pair = pairs[shares.index(share)]
+    text = (
+        f"Look at images of “{pair['first']}” and “{pair['second']}”: their centres are {number(pair['angle_deg'])}° "
+        f"apart and up to {percent(share, 0)} of one are taken for the other. If labels are sound, a finer input or an "
+        "auxiliary loss between such pairs may help."
+    )
+    return [_piece("pairs", text, None, [pair["first"], pair["second"]])]
+
+
+def _evidence(accuracy: dict[str, Any], verdict: Verdict) -> list[Advice]:
+    """Return what might decide, where the interval includes 0."""
+    difference, bound = verdict["difference"], accuracy["classifier_bound"]
+    if verdict["bottleneck"] != UNDECIDED or difference["ci95"] is None or not difference["points"]:
+        return []
+    low, high = difference["ci95"]
+    if low > 0 or high < 0:
+        return []
+    factor = ((high - low) / 2 / difference["points"]) ** 2
+    if bound["extrapolated"] is None:
+        text = f"More unseen samples of every class would decide: {bound['reason']}."
+    elif 1 < factor <= MOST_SAMPLES:
+        times = f"About {number(factor, 1)} times as many held-out samples of every class"
+        text = f"{times} would decide, if the difference stays as it is."
+    else:
+        text = "Both gaps are about as large: expect to need both kinds of remedy."
+    if verdict["ceiling"] == 1:
+        text += " So might a ceiling below 100 %: --ceiling, or the bound of a better encoder by --ceiling-from."
+    return [_piece("evidence", text)]
+
+
+def _gaining(accuracy: dict[str, Any], entries: Sequence[Entry]) -> list[str]:
+    """Return the classes whose recall the best remedy raises most."""
+    recalls = zip(accuracy["current"]["per_class"], accuracy["rebalanced"]["per_class"], entries, strict=True)
+    gains = [(b - a, str(e["name"])) for a, b, e in recalls if a is not None and b is not None and b > a]
+    return [name for _, name in sorted(gains, key=lambda pair: -pair[0])[:NAMED]]
+
+
+def _piece(
+    about: str, text: str, remedy: str | None = None, classes: Sequence[str] = (), gain: Gap | None = None
+) -> Advice:
+    return {
+        "about": about,
+        "text": text,
+        "remedy": remedy,
+        "classes": list(classes),
+        "gain": None if gain is None else {"points": gain["points"], "ci95": gain["ci95"]},
+        "at_most": about != "classifier",
+    }
+
+
+def _above_zero(gap: Gap) -> bool:
+    return gap["ci95"] is not None and gap["ci95"][0] > 0
+
+
+def _points(gap: Gap) -> str:
+    return in_points(gap["points"], gap["ci95"], signed=True)
+
+
+def _names(names: Sequence[str]) -> str:
+    return first_few([f"“{name}”" for name in names], NAMED)
