@@ -164,7 +164,7 @@ def test_the_papers_classifiers_may_start_from_stage_1():
 
 
 def test_an_unknown_recipe_lists_the_known():
-    with pytest.raises(UserError, match="--recipe quick: unknown; known: demo, fast, paper, paper-as-printed"):
+    with pytest.raises(UserError, match="unknown --recipe 'quick'; known: demo, fast, paper, paper-as-printed"):
         recipe_by_name("quick")
 
 

@@ -1,15 +1,35 @@
-"""tailscope: is the classifier or the representation the bottleneck of a long-tailed data set?"""
+"""tailscope: is the classifier or the representation the bottleneck of a long-tailed data set?
 
-from typing import Any
+>>> import tailscope
+>>> [name for name in ("diagnose", "swap") if name in dir(tailscope)]
+['diagnose', 'swap']
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from tailscope.errors import UserError
+
+if TYPE_CHECKING:
+    from tailscope import classifiers
+    from tailscope.tables.table import FeatureTable
+    from tailscope.verbs import diagnose, features, geometry, ladder, load, swap
 
 __version__ = "0.1.0"
-__all__ = ["diagnose", "ladder", "load", "swap"]
+__all__ = [
+    "FeatureTable", "UserError", "classifiers", "diagnose", "features", "geometry", "ladder", "load", "swap"
+]  # fmt: skip
+_LAZY = {"FeatureTable": "tailscope.tables.table", **dict.fromkeys(__all__[3:], "tailscope.verbs")}
 
 
 def __getattr__(name: str) -> Any:
-    """Return a verb, or all of them as `tailscope.api`; imported on first use, for `import tailscope` is instant."""
-    if name == "api" or name in __all__:
-        from tailscope import verbs
-
-        return verbs if name == "api" else getattr(verbs, name)
+    """Return what is imported on first use, for `import tailscope` is instant; `tailscope.api` is all the verbs."""
+    if name in ("api", "classifiers"):
+        return import_module("tailscope.verbs" if name == "api" else "tailscope.classifiers")
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'tailscope' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

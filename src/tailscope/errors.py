@@ -3,7 +3,8 @@
 import errno
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 GIT_LFS = b"version https://git-lfs"
@@ -12,7 +13,7 @@ GIT_LFS = b"version https://git-lfs"
 _KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """Bad input. The message is one line that names the file or field and the mend; the command line exits with 2."""
 
 
@@ -38,6 +39,17 @@ def first_few(texts: Sequence[str], most: int = 5) -> str:
     """
     more = f" and {len(texts) - most} more" if len(texts) > most else ""
     return ", ".join(texts[:most]) + more
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
+    """Return the error for a name that is not among the known ones: these, and the nearest.
+
+    >>> str(unknown("loss", "focl", ["ce", "focal"]))
+    "unknown loss 'focl'; did you mean 'focal'? known: ce, focal"
+    """
+    names = list(known)
+    guess = "".join(f" did you mean {near!r}?" for near in get_close_matches(name, names, 1))
+    return UserError(f"unknown {what} {name!r};{guess} known: {', '.join(names)}")
 
 
 def printable(text: str) -> str:

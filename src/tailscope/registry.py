@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from tailscope.errors import UserError
+from tailscope.errors import UserError, unknown
 
 T = TypeVar("T")
 
@@ -93,14 +93,13 @@ class Registry(Generic[T]):
         name, args, kwargs = split_call(call, self.kind)
         entries = self._entries
         if name not in entries:
-            raise UserError(f"unknown {self.kind} {name!r}; known: {', '.join(sorted(entries))}")
+            raise unknown(self.kind, name, sorted(entries))
         entry = entries[name]
         if len(args) > len(entry.defaults):
             raise UserError(f"{self.kind} {call!r}: takes at most {len(entry.defaults)} arguments")
         positional = dict(zip(entry.defaults, args, strict=False))
-        if unknown := [k for k in kwargs if k not in entry.defaults]:
-            known = ", ".join(entry.defaults) or "none"
-            raise UserError(f"{self.kind} {call!r}: unknown argument {unknown[0]!r}; known: {known}")
+        if others := [k for k in kwargs if k not in entry.defaults]:
+            raise UserError(f"{self.kind} {call!r}: {unknown('argument', others[0], entry.defaults or ['none'])}")
         if twice := [k for k in kwargs if k in positional]:
             raise UserError(f"{self.kind} {call!r}: argument {twice[0]!r} is given twice")
         where = f"{self.kind} {call!r}: "

@@ -37,6 +37,7 @@ from tailscope.training import SCHEDULES
 if TYPE_CHECKING:
     from tailscope.data.sources import ImageData
     from tailscope.encoders import FeaturesResult
+    from tailscope.report.objects import Diagnosis, Result
     from tailscope.tables.table import LinearLayer, Source
 
 __all__ = ["demo", "diagnose", "features", "geometry", "ladder", "load", "methods", "report", "subset", "swap"]
@@ -111,7 +112,7 @@ def load(source: str, *, data_root: Path | None = None) -> "ImageData":
 
 
 @taking(Request, leave_out={"permutations"})
-def swap(request: Request) -> dict[str, Any]:
+def swap(request: Request) -> "Result":
     """Swap the data set between the two stages and divide the gap (Table 1, Figure 2).
 
     Trains a backbone on the long-tailed (lt) and one on the full (true) training set, and two classifiers on each.
@@ -124,7 +125,7 @@ def swap(request: Request) -> dict[str, Any]:
 
 
 @taking(Request, leave_out={"matched", "backbones", "permutations"})
-def ladder(request: Request) -> dict[str, Any]:
+def ladder(request: Request) -> "Result":
     """See how far augmentation and class-balanced retraining close the gap (Figure 3).
 
     Example: `tailscope ladder --data digits --recipe demo --out out` (re-uses what `swap` trained there).
@@ -133,7 +134,7 @@ def ladder(request: Request) -> dict[str, Any]:
 
 
 @taking(Request, leave_out={"matched", "backbones", "bn_mode"})
-def geometry(request: Request) -> dict[str, Any]:
+def geometry(request: Request) -> "Result":
     """Measure what long-tailed training does to each class in feature space (Figures 4 to 8).
 
     Example: `tailscope geometry --data digits --recipe demo --out out` (re-uses what `swap` trained there).
@@ -145,7 +146,7 @@ _DEMO = {"out", "seeds", "store", "device", "engine", "overwrite", "console"}
 
 
 @taking(partial(Request, "digits", recipe="demo"), leave_out={option.name for option in fields(Request)} - _DEMO)
-def demo(request: Request) -> dict[str, dict[str, Any]]:
+def demo(request: Request) -> "dict[str, Result]":
     """Tell the whole story on scikit-learn's digits in about two minutes.
 
     Subset, swap, ladder, geometry and report at imbalance factor 100, with the recipe `demo`.
@@ -155,14 +156,15 @@ def demo(request: Request) -> dict[str, dict[str, Any]]:
     return _experiments(request, "subset", "swap", "ladder", "geometry")
 
 
-def _experiments(request: Request, *verbs: str) -> dict[str, dict[str, Any]]:
+def _experiments(request: Request, *verbs: str) -> "dict[str, Result]":
     """Run experiments, and build their report where they are written."""
     from tailscope.experiments.plans import run
+    from tailscope.report.objects import Result
 
     results = run(request, verbs)
     if request.out is not None:
         report(request.out)
-    return results
+    return {verb: Result(result) for verb, result in results.items()}
 
 
 @_verb
@@ -318,7 +320,7 @@ def diagnose(
     device: Annotated[str, Option(help="auto, cpu or cuda, for the geometry; classifiers fit on the CPU.")] = "cpu",
     overwrite: Overwrite = False,
     console: Console | None = None,
-) -> dict[str, Any]:
+) -> "Diagnosis":
     """Say what holds back a classifier on features that you already have: a verdict with error bars, and advice.
 
     Writes diagnosis.json and report.html. Feature files hold `features` [N, d] and `labels` [N] (numbers or names), and
@@ -330,6 +332,7 @@ def diagnose(
     from tailscope.device import Runtime
     from tailscope.diagnosis.diagnose import DiagnosisSettings, OtherBound, prepare, run, spec
     from tailscope.report import build
+    from tailscope.report.objects import Diagnosis
     from tailscope.results import check_free, write
     from tailscope.store import make_folder
 
@@ -342,7 +345,7 @@ def diagnose(
     if out is not None:
         check_free(make_folder(out, "--out"), "diagnosis", spec(inputs, settings), overwrite=overwrite)
     with shown_on(console) as progress:
-        result = run(inputs, settings, replace(runtime, progress=progress))
+        result = Diagnosis(run(inputs, settings, replace(runtime, progress=progress)))
     if out is not None:
         check_free(out, "diagnosis", result["spec"], overwrite=overwrite)  # another process may have been faster
         write(out, "diagnosis", result)

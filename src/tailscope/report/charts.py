@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import altair as alt
@@ -417,11 +418,26 @@ SCATTERS = {
     "recall_current": "Recall, current classifier",
 }
 
+PLOTS = {
+    "shift": "center_shift_excess_deg",
+    "escape": "escape_rank",
+    "separation": "nearest_center_true_deg",
+    "recall": "recall_current",
+}
+
 
 def diagnosis_figures(result: Diagnosis) -> list[Figure]:
     """Return the figures in the order of the page."""
     found = [_scatter(result)]
     return found if result["verdict"] is None else [_steps(result), *found]
+
+
+def diagnosis_plots(result: Diagnosis) -> dict[str, Figure]:
+    """Return the figures by name, and each panel that draws the classes by their counts as a figure of its own."""
+    found = {figure.name: figure for figure in diagnosis_figures(result)}
+    panels = {panel.title: panel for panel in found["scatter"].panels}
+    alone = {name: panels[SCATTERS[field]] for name, field in PLOTS.items() if SCATTERS[field] in panels}
+    return found | {name: replace(found["scatter"], panels=[panel]) for name, panel in alone.items()}
 
 
 def diagnosis_data(result: Diagnosis) -> dict[str, list[Row]]:

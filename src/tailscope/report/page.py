@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources import files as package_files
 from itertools import chain
 from pathlib import Path
@@ -37,6 +37,11 @@ class Page:
     tables: Sequence[Table]
     content: dict[str, Any]
 
+    @cached_property
+    def panels(self) -> dict[str, list[marks.Spec]]:
+        """The descriptions of each figure's panels."""
+        return {figure.name: marks.panel_specs(figure) for figure in self.figures}
+
 
 def build(out: Path, *, figures: bool = True) -> Path:
     """Do what `tailscope.report.build` says."""
@@ -44,35 +49,45 @@ def build(out: Path, *, figures: bool = True) -> Path:
     trained = any((out / f"{verb}.json").exists() for verb in TRAINED)
     if path.exists():
         name = "diagnosis.html" if trained else "report.html"
-        written = _write(out, name, _of_diagnosis(schema.read(path, "diagnosis")), figures=figures)
+        written = _write(out, name, of_diagnosis(schema.read(path, "diagnosis")), figures=figures)
         if not trained:
             return written
-    return _write(out, "report.html", _of_experiments(rows.load(out)), figures=figures)
+    return _write(out, "report.html", of_experiments(rows.load(out)), figures=figures)
+
+
+def write_alone(path: Path, page: Page) -> Path:
+    """Write a page without tables and figures beside it, and return its path."""
+    return write(path, _rendered(page, files=False))
 
 
 def _write(out: Path, name: str, page: Page, *, figures: bool) -> Path:
-    panels = {figure.name: marks.panel_specs(figure) for figure in page.figures}
-    data = {name: [_rounded(row) for row in rows] for name, rows in page.data.items()}
     for figure in page.figures if figures else ():
-        marks.save(figure, panels[figure.name], data, out / "figures")
+        marks.save(figure, page.panels[figure.name], page.data, out / "figures")
     write_tables(out / "tables", page.tables)
+    return write(out / name, _rendered(page, files=figures))
+
+
+def _rendered(page: Page, *, files: bool) -> str:
+    """Return the page as HTML, with links to its figures as files where there are such."""
     context = {
         "figures": {figure.name: figure for figure in page.figures},
-        "files": figures,
+        "files": files,
         "tables": {table.name: table for table in page.tables},
         "measures": list(SHOWN.values()),
         "version": tailscope.__version__,
-        "data": _columns(data),
-        "specs": {f"{name}-{k}": _drawn(spec) for name, specs in panels.items() for k, spec in enumerate(specs)},
+        "data": _columns({name: [_rounded(row) for row in rows] for name, rows in page.data.items()}),
+        "specs": {f"{name}-{k}": _drawn(spec) for name, specs in page.panels.items() for k, spec in enumerate(specs)},
         "config": marks.config(marks.PAGE_FONT, legend=False),
         "style": Markup(_asset("page.css")),
         "script": Markup(_asset("page.js")),
         "vega": Markup(_vega()),
     }
-    return write(out / name, _template(page.template).render(context | page.content))
+    html: str = _template(page.template).render(context | page.content)
+    return html
 
 
-def _of_experiments(results: Results) -> Page:
+def of_experiments(results: Results) -> Page:
+    """Return the page of the results of `swap`, `ladder` and `geometry`."""
     result, figures = rows.first(results), charts.figures(results)
     counts, recipe = result["counts"], result["recipe"]
     named = {"swap": "Swap", "ladder": "Ladder", "geometry": "Features", "claims": "Claims"}
@@ -106,7 +121,8 @@ def _of_experiments(results: Results) -> Page:
     return Page("experiments.html.j2", figures, charts.data(results), rows.tables(results), content)
 
 
-def _of_diagnosis(result: Diagnosis) -> Page:
+def of_diagnosis(result: Diagnosis) -> Page:
+    """Return the page of a diagnosis."""
     counts, dataset = result["counts"], result["dataset"]
     test_images = dataset.get("test_images")
     named = {"advice": ("advice", "What to try"), "comparison": ("encoders", "Encoders")}

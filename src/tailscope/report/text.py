@@ -10,6 +10,7 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any, Self
 
@@ -218,6 +219,11 @@ class Table:
     columns: Sequence[Column]
     rows: Sequence[Mapping[str, Any]]
 
+    @property
+    def fields(self) -> list[str]:
+        """The fields of raw numbers: intervals have two."""
+        return [field for column in self.columns for field in (column.field, *(column.bounds or ()))]
+
 
 def write_tables(folder: Path, tables: Sequence[Table]) -> list[Path]:
     """Write every table into the folder as NAME.csv, NAME.md and NAME.tex, and return the paths."""
@@ -230,11 +236,10 @@ def write_tables(folder: Path, tables: Sequence[Table]) -> list[Path]:
 
 def to_csv(table: Table) -> str:
     """Return a table as CSV (RFC 4180): raw numbers, intervals in columns of their own."""
-    fields = [field for column in table.columns for field in (column.field, *(column.bounds or ()))]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\r\n")
-    writer.writerow(fields)
-    writer.writerows([_plain(row.get(field)) for field in fields] for row in table.rows)
+    writer.writerow(table.fields)
+    writer.writerows([_plain(row.get(field)) for field in table.fields] for row in table.rows)
     return buffer.getvalue()
 
 
@@ -245,6 +250,14 @@ def to_markdown(table: Table) -> str:
     rows = [[_markdown(column.written(row)) for column in table.columns] for row in table.rows]
     body = "\n".join(f"| {' | '.join(line)} |" for line in (headings, rules, *rows))
     return f"**{_markdown(table.title)}**\n\n{body}\n"
+
+
+def to_html(table: Table) -> str:
+    """Return a table as plain HTML, for a notebook."""
+    headings = "".join(f"<th>{escape(column.heading)}</th>" for column in table.columns)
+    lines = ("".join(f"<td>{escape(column.written(row))}</td>" for column in table.columns) for row in table.rows)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f"<table><thead><tr>{headings}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def to_latex(table: Table) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from tailscope.errors import UserError
+from tailscope.errors import UserError, unknown
 from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, PHOTO_AUGMENTATIONS, for_photos
 from tailscope.networks import MODELS
 from tailscope.registry import Registry, split_call
@@ -319,7 +319,7 @@ def recipe_by_name(name: str) -> Recipe:
         return RECIPES[name]
     called = split_call(name, "recipe")[0] if "(" in name else name
     if called not in [entry.name for entry in PARAMETRISED]:
-        raise UserError(f"--recipe {name}: unknown; known: {', '.join(RECIPES)}")
+        raise unknown("--recipe", name, RECIPES)
     values, default = (PARAMETRISED.parse(call)[1] for call in (name, called))
     changed = ", ".join(f"{k}={v!r}" for k, v in values.items() if v != default[k])
     if not changed:
@@ -327,5 +327,6 @@ def recipe_by_name(name: str) -> Recipe:
     try:
         recipe = PARAMETRISED.make(name)
     except ValidationError as error:
-        raise UserError(f"--recipe {name}: {error.errors()[0]['msg']}") from None
+        first = error.errors()[0]
+        raise UserError(f"--recipe {name}: {first.get('ctx', {}).get('error', first['msg'])}") from None
     return recipe.model_copy(update={"name": f"{called}({changed})", "card": f"{recipe.card} With {changed}."})

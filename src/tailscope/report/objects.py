@@ -1,0 +1,195 @@
+"""Results as Python holds them: what a verb returns is today's JSON, and can show, tabulate and draw itself.
+
+A result is a `dict`, so `result["verdict"]` and `json.dumps(result)` work; beside that it has a short `repr`, a page
+for notebooks, `summary`, `to_frame`, `plot` and `report`.
+"""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from tailscope.errors import UserError, first_few, one_line, unknown
+from tailscope.report import diagnosis, rows, story
+from tailscope.report.rows import Row
+from tailscope.report.schema import Diagnosis as StoredDiagnosis
+from tailscope.report.schema import Results, Verb
+from tailscope.report.text import Table, to_csv, to_html
+from tailscope.results import write
+
+if TYPE_CHECKING:
+    import altair as alt
+    import pandas as pd
+
+    from tailscope.report.marks import Figure
+    from tailscope.report.page import Page
+
+Thing = TypeVar("Thing")
+SHORT = 280  # characters of each line of a `repr`
+
+
+class Result(dict[str, Any]):
+    """The result of an experiment: `swap`, `ladder` or `geometry`, as its JSON file has it.
+
+    >>> result = Result({"schema": "tailscope.swap/1"})
+    >>> result.verb, result["schema"]
+    ('swap', 'tailscope.swap/1')
+    """
+
+    @property
+    def verb(self) -> str:
+        """The verb that it comes from, which also names its file."""
+        schema: str = self["schema"]
+        return schema.removeprefix("tailscope.").partition("/")[0]
+
+    @property
+    def headline(self) -> str:
+        """What was found, in one sentence."""
+        return story.headline(self._results())
+
+    @property
+    def plots(self) -> list[str]:
+        """What `plot` draws."""
+        return list(self._figures())
+
+    @property
+    def tables(self) -> list[str]:
+        """What `to_frame` and `to_csv` return."""
+        return list(self._tables())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a plain dict: what the JSON file holds."""
+        return dict(self)
+
+    def summary(self) -> str:
+        """Return what was found, as the command line prints it: about ten lines."""
+        lines = story.summary_rows(self._results())
+        width = max(len(name) for name, _ in lines)
+        return "\n".join(f"{name:<{width}}  {one_line(text)}" for name, text in lines)
+
+    def to_frame(self, table: str = "classes") -> "pd.DataFrame":
+        """Return one of `tables` as a DataFrame of raw numbers: accuracies as fractions, intervals as two columns.
+
+        Raises:
+            UserError: there is no such table, or pandas is not installed.
+        """
+        chosen = self._one_of("table", self._tables(), table)
+        try:
+            import pandas as pd  # here because it is an extra
+        except ImportError:
+            raise UserError("to_frame needs pandas; pip install 'tailscope[pandas]', or take to_csv") from None
+        return pd.DataFrame([[row.get(name) for name in chosen.fields] for row in chosen.rows], columns=chosen.fields)
+
+    def to_csv(self, table: str = "classes") -> str:
+        """Return one of `tables` as CSV, as the report's folder has it; `UserError` where there is none such."""
+        return to_csv(self._one_of("table", self._tables(), table))
+
+    def plot(self, name: str) -> "alt.TopLevelMixin":
+        """Draw one of `plots` as an Altair chart, which a notebook shows and `.save("chart.svg")` writes.
+
+        Raises:
+            UserError: there is no such plot.
+        """
+        import altair as alt  # here because it takes a second
+
+        return cast("alt.TopLevelMixin", alt.Chart.from_dict(self._spec(self._one_of("plot", self._figures(), name))))
+
+    def report(self, path: Path | str) -> Path:
+        """Write the report and return its page: into a folder, with tables, figures and JSON, or as PAGE.html alone.
+
+        Raises:
+            UserError: the path cannot be written.
+        """
+        from tailscope.report import page
+        from tailscope.store import make_folder
+
+        path = Path(path)
+        if path.suffix.lower() == ".html":
+            return page.write_alone(path, self._page())
+        write(make_folder(path, "report"), self.verb, self.to_dict())
+        return page.build(path)
+
+    def __repr__(self) -> str:
+        named = f"{type(self).__name__} of {self['dataset']['name']}: {self.headline}"
+        lines = map(one_line, (named, self._offers()))
+        return "\n".join(line if len(line) <= SHORT else f"{line[: SHORT - 1]}…" for line in lines)
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: what was found, the first table and chart; no script."""
+        import vl_convert  # here because it takes time to import
+
+        table = to_html(next(iter(self._tables().values())))
+        chart = vl_convert.vegalite_to_svg(self._spec(next(iter(self._figures().values()))))
+        return f"<p><b>{escape(self.headline)}</b></p>{table}{chart}<p>{escape(self._offers())}</p>"
+
+    def _offers(self) -> str:
+        return f".summary(), .to_frame(), .plot({first_few([repr(name) for name in self.plots], 4)}), .report(path)"
+
+    def _spec(self, figure: "Figure") -> dict[str, Any]:
+        from tailscope.report import marks
+
+        return marks.file_spec(figure, marks.panel_specs(figure), self._data())
+
+    def _one_of(self, kind: str, known: Mapping[str, Thing], name: str) -> Thing:
+        if name in known:
+            return known[name]
+        raise unknown(f"{kind} of a {self.verb}", name, known)
+
+    # What differs between experiments and a diagnosis; Altair takes a second to import.
+
+    def _results(self) -> Results:
+        return cast(Results, {cast(Verb, self.verb): self})
+
+    def _tables(self) -> dict[str, Table]:
+        return {table.name: table for table in rows.tables(self._results())}
+
+    def _figures(self) -> "dict[str, Figure]":
+        from tailscope.report import charts
+
+        return {figure.name: figure for figure in charts.figures(self._results())}
+
+    def _data(self) -> Mapping[str, Sequence[Row]]:
+        from tailscope.report import charts
+
+        return charts.data(self._results())
+
+    def _page(self) -> "Page":
+        from tailscope.report import page
+
+        return page.of_experiments(self._results())
+
+
+class Diagnosis(Result):
+    """The result of `diagnose`, as diagnosis.json has it."""
+
+    @property
+    def headline(self) -> str:
+        """The verdict in one sentence."""
+        return diagnosis.headline(self._stored)
+
+    def summary(self) -> str:
+        """Return the verdict, what was found and what to do, as the command line prints it."""
+        found = [self.headline, *(f"- {text}" for text in diagnosis.findings(self._stored))]
+        return "\n".join(map(one_line, [*found, *(f"→ {piece['text']}" for piece in self["advice"])]))
+
+    @property
+    def _stored(self) -> StoredDiagnosis:
+        return cast(StoredDiagnosis, self)
+
+    def _tables(self) -> dict[str, Table]:
+        return {table.name.removeprefix("diagnosis-"): table for table in diagnosis.tables(self._stored)}
+
+    def _figures(self) -> "dict[str, Figure]":
+        from tailscope.report import charts
+
+        return charts.diagnosis_plots(self._stored)
+
+    def _data(self) -> Mapping[str, Sequence[Row]]:
+        from tailscope.report import charts
+
+        return charts.diagnosis_data(self._stored)
+
+    def _page(self) -> "Page":
+        from tailscope.report import page
+
+        return page.of_diagnosis(self._stored)
