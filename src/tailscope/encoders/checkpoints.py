@@ -1,8 +1,4 @@
-"""Read checkpoints of any codebase, and find a network's weights there: its backbone, and a linear classifier.
-
-Nothing in a file is run. PyTorch's are read with `weights_only=True`: tensors, plain values, and the harmless types
-listed here. Objects of other classes, such as a training's options, become empty placeholders: no class is imported, no
-function called. What is no checkpoint is called by its name.
+"""Find a network's weights in a checkpoint of any codebase: its backbone, and a linear classifier.
 
 A checkpoint is a tree of dictionaries. The network lies where all of its backbone's names are found under one prefix:
 `model.` (Lightning), `module.` (DataParallel, averaged models), `net`/`backbone.`, `ema`, `module.encoder_q.` (MoCo),
@@ -10,53 +6,25 @@ A checkpoint is a tree of dictionaries. The network lies where all of its backbo
 criterion, a queue, a projection, is left out and said.
 """
 
-import argparse
-import pathlib
-import pickle
 import re
-import warnings
-import zipfile
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tailscope.errors import GIT_LFS, UserError, first_few, message_of, require_file
-from tailscope.store.files import load_tensors
-from tailscope.tables.arrays import NUMPY_STAND_INS, UNREADABLE, require_own_sizes
+from tailscope.encoders.unpickling import content
+from tailscope.errors import UserError, first_few
 from tailscope.tables.checks import listed
 from tailscope.tables.table import LinearLayer
 
 State = dict[str, Tensor]
 
-_PLACEHOLDER_OF = "placeholder_of"
 _DEEPEST = 8
 _MOST_CONTAINERS = 10_000
-
-# What training scripts keep beside the weights: plain values, of which unpickling runs no code of the file's choice.
-# NumPy's arrays and numbers, rebuilt without NumPy's own unpickling; paths, and argparse's options.
-_HARMLESS: list[Any] = [
-    argparse.Namespace,
-    *NUMPY_STAND_INS,
-    *((pathlib.PosixPath, f"pathlib.{module}PosixPath") for module in ("", "_local.")),
-    *((pathlib.PureWindowsPath, f"pathlib.{module}WindowsPath") for module in ("", "_local.")),
-]
-
-_SIGNATURES: list[tuple[re.Pattern[bytes], str]] = [
-    (re.compile(re.escape(GIT_LFS)), "is a Git-LFS pointer, not the weights; fetch them with `git lfs pull`"),
-    (re.compile(rb"(?i)\s*<(!doctype|html|\?xml)"), "is a web page, not the weights; download the file itself"),
-    (re.compile(rb"\x89HDF"), "is an HDF5 file, as Keras writes; a PyTorch state_dict or .safetensors is needed"),
-    (re.compile(rb"\x1f\x8b"), "is compressed with gzip; unpack it first"),
-    (re.compile(rb"BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd"), "is a compressed archive; unpack it first"),
-    (re.compile(rb"\x93NUMPY"), "is a NumPy array; a PyTorch state_dict or .safetensors is needed"),
-    (re.compile(rb"GGUF"), "is a GGUF file of quantised weights; a PyTorch state_dict or .safetensors is needed"),
-    (re.compile(rb"\s*[{\[]"), "is JSON text, an index perhaps, and holds no weights; give the file that it names"),
-    (re.compile(rb"(?s).{257}ustar"), "is a tar archive; unpack it first"),
-]
 
 
 class Container(NamedTuple):
@@ -66,77 +34,12 @@ class Container(NamedTuple):
     state: State
 
 
-def _content(path: Path) -> Any:
-    require_file(path, "--checkpoint ")
-    try:
-        return _loaded(path)
-    except pickle.UnpicklingError as error:
-        culprit = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"holds {culprit[1]}, and only tensors are unpickled" if culprit else "is no checkpoint"
-        raise UserError(f"{path}: {what}; save the model's state_dict by itself") from None
-    except UNREADABLE as error:
-        raise UserError(f"{path}: not a readable checkpoint, or truncated ({message_of(error)[:80]})") from None
+class Layer(NamedTuple):
+    """Where a checkpoint has a linear classifier: in the dictionary at `where`, its names there; it may lack a bias."""
 
-
-def _loaded(path: Path) -> Any:
-    with path.open("rb") as file:
-        head = file.read(512)
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:  # whatever the suffix
-        return load_tensors(path)
-    for pattern, what in _SIGNATURES:
-        if pattern.match(head):
-            raise UserError(f"{path}: {what}")
-    if head.startswith(b"PK"):
-        _require_torch_archive(path)
-    elif path.suffix == ".safetensors":
-        return load_tensors(path)
-    return _unpickle(path)
-
-
-def _require_torch_archive(path: Path) -> None:
-    """Refuse zip archives that `torch.save` did not write."""
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        inner = {name.partition("/")[2] for name in names}
-        if "constants.pkl" in inner:
-            raise UserError(
-                f"{path}: is a TorchScript archive, which holds code; save the network's state_dict instead"
-            )
-        if "data.pkl" in inner:
-            require_own_sizes(archive)
-            return
-    kind = "NumPy's .npz" if all(n.endswith(".npy") for n in names) else f"a zip archive of {listed(names, 3)}"
-    raise UserError(f"{path}: is {kind}, not what torch.save writes; a PyTorch state_dict or .safetensors is needed")
-
-
-def _unpickle(path: Path) -> Any:
-    with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about old pickle protocols; what cannot be read is refused
-        is_zip = zipfile.is_zipfile(path)
-        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(str(path)) if is_zip else []
-        with torch.serialization.safe_globals([(_placeholder(name), name) for name in unknown]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    if (name := getattr(content, _PLACEHOLDER_OF, None)) is not None:
-        raise pickle.UnpicklingError(f"GLOBAL {name} at the top")
-    return content
-
-
-class _Uncallable(type):
-    """Unpickling an object of a class asks `__new__` alone; what calls it may be any function of the file's choice."""
-
-    def __call__(cls, *_: Any, **__: Any) -> Any:
-        raise pickle.UnpicklingError(f"GLOBAL {cls.__name__} would be called")
-
-
-def _placeholder(name: str) -> type:
-    """Return a class that stands for the one that a file calls `name`: its objects are empty dictionaries."""
-
-    def make(_: type, *__: Any) -> Any:
-        made: OrderedDict[Any, Any] = OrderedDict()  # which `torch.load` lets the file fill
-        setattr(made, _PLACEHOLDER_OF, name)
-        return made
-
-    return _Uncallable(name, (), {"__new__": make})
+    where: tuple[str, ...]
+    weight: str
+    bias: str | None
 
 
 def _walk(content: Mapping[Any, Any]) -> Iterator[Container]:
@@ -198,14 +101,14 @@ def read(path: Path) -> Checkpoint:
         UserError: the file is missing, damaged or something else, holds more than tensors and plain values, or no
             tensors.
     """
-    content = _content(path)
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path}: holds a {type(content).__name__}; save the model's state_dict")
-    if "state_dict_model" in content and "state_dict_block" in content:
+    held = content(path)
+    if not isinstance(held, Mapping):
+        raise UserError(f"{path}: holds a {type(held).__name__}; save the model's state_dict")
+    if "state_dict_model" in held and "state_dict_block" in held:
         raise UserError(f"{path}: MiSLAS's extra block (Places-LT) is not supported; wrap it as module:factory")
-    found = tuple(_walk(content))
+    found = tuple(_walk(held))
     if not found:
-        keys = listed([str(key) for key in content]) or "nothing"
+        keys = listed([str(key) for key in held]) or "nothing"
         raise UserError(f"{path}: holds no tensors; at the top it has {keys}")
     return Checkpoint(path, found)
 
@@ -234,10 +137,11 @@ def require_fit(
 
 def fit(
     checkpoint: Checkpoint, model: nn.Module, model_name: str, classifiers: Sequence[str], key: str | None = None
-) -> tuple[LinearLayer | None, list[str]]:
+) -> tuple[LinearLayer | None, Layer | None, list[str]]:
     """Load the weights into the model, whose classifier layers are replaced by some of the checkpoint's size.
 
-    Return the checkpoint's classifier, if it is linear, and what the user should know.
+    Return the checkpoint's classifier, if it is linear; where it is, if it is one layer there; and what the user should
+    know.
 
     Raises:
         UserError: as `require_fit`; several fit, and `key` is no part of a single one's name; or the weights are
@@ -268,8 +172,12 @@ def fit(
         notes.append(f"its classifier ({'; '.join(strange)}) is not known to be one linear layer; no classifier file")
     if left_out := _left_out(place, own, {key for each in sought.values() if each for key in each.keys}):
         notes.append(f"left out what is no part of {model_name}: {left_out}")
-    only = [LinearLayer.from_arrays(*pair, source=str(checkpoint.path)) for pair in linear.values()]
-    return only[0] if len(only) == 1 else None, [f"{checkpoint.path.name}: {note}" for note in notes]
+    notes = [f"{checkpoint.path.name}: {note}" for note in notes]
+    if len(linear) != 1:
+        return None, None, notes
+    [pair] = linear.values()
+    at = next(each.layer for each in sought.values() if each and each.pair is pair)
+    return LinearLayer.from_arrays(*pair, source=str(checkpoint.path)), at, notes
 
 
 def _choose(
@@ -411,11 +319,15 @@ def _require_values(path: Path, state: State, own: Mapping[str, Tensor]) -> None
 
 @dataclass(frozen=True)
 class _Sought:
-    """A classifier's keys in its container; weight [C, d] and bias [C] if it is linear, and what it is if not."""
+    """A classifier's keys in its container; weight [C, d] and bias [C] if it is linear, and what it is if not.
+
+    `layer` is where it is, unless it is made of several parts.
+    """
 
     keys: set[str]
     pair: tuple[Tensor, Tensor] | None
     what: str = ""
+    layer: Layer | None = None
 
 
 def _find_classifier(checkpoint: Checkpoint, place: Place, model: nn.Module, name: str) -> _Sought | None:
@@ -429,7 +341,9 @@ def _find_classifier(checkpoint: Checkpoint, place: Place, model: nn.Module, nam
         below = {k.removeprefix(prefix): t for k, t in place.container.state.items() if k.startswith(prefix)}
         if below:
             known = layer if prefix == beside[0] else None
-            return _judge(prefix, below, layer, known, projecting=bool(_PROJECTING.search(place.prefix)))
+            judged = _judge(prefix, below, layer, known, projecting=bool(_PROJECTING.search(place.prefix)))
+            bias = f"{prefix}bias" if "bias" in below else None
+            return replace(judged, layer=Layer(place.container.where, f"{prefix}weight", bias))
     return _stored_apart(checkpoint, place, layer)
 
 

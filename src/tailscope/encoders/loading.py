@@ -158,9 +158,9 @@ def load(
                 built = _from_user(name, channels, wishes, classes)
             case _:
                 built = networks.project(name, channels, stored, wishes)
-    notes, classifier = list(built.notes), None
+    notes, classifier, layer = list(built.notes), None, None
     if stored is not None:
-        classifier, said = checkpoints.fit(stored, built.model, model, built.classifiers, checkpoint_key)
+        classifier, layer, said = checkpoints.fit(stored, built.model, model, built.classifiers, checkpoint_key)
         notes += said
     elif pretrained or kind == "user":
         classifier = _own_classifier(model, built)
@@ -183,6 +183,7 @@ def load(
         classifier,
         tuple(notes),
         built.source,
+        layer,
     )
 
 

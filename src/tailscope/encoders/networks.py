@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights, list_models
 
 from tailscope.encoders import checkpoints
-from tailscope.encoders.checkpoints import Checkpoint
+from tailscope.encoders.checkpoints import Checkpoint, Layer
 from tailscope.encoders.preprocessing import (
     CIFAR,
     Normalization,
@@ -52,6 +52,7 @@ class Encoder:
         classifier: the linear layer on the features, where trained weights have one.
         notes: what the user should know.
         source: SHA-256 of the user's module that made the network; empty for others.
+        layer: where in its checkpoint the classifier is, if it is one layer there.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Encoder:
     classifier: LinearLayer | None = None
     notes: tuple[str, ...] = ()
     source: str = ""
+    layer: Layer | None = None
 
     def features(self, x: Tensor) -> Tensor:
         """Return the features [B, d] of inputs [B, C, H, W]; a model that fails is one line."""
