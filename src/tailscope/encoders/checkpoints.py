@@ -70,6 +70,8 @@ def _content(path: Path) -> Any:
     require_file(path, "--checkpoint ")
     try:
         return _loaded(path)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         culprit = re.search(r"GLOBAL (\S+)", str(error))
         what = f"holds {culprit[1]}, and only tensors are unpickled" if culprit else "is no checkpoint"
