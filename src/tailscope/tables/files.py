@@ -406,6 +406,8 @@ def _guarded(path: Path, required: Sequence[str], optional: Sequence[str]) -> Co
         if path.suffix.lower() in _BY_ROWS and "features" not in required:
             raise UserError(f"{path}: a table has one row a sample; expected {', '.join(required)} in an .npz")
         return reader(path, required, optional)
+    except UserError:
+        raise
     except PermissionError:
         raise UserError(f"{path}: may not be read (permission denied)") from None
     except UNREADABLE as error:
