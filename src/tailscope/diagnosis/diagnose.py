@@ -48,6 +48,9 @@ class OtherBound:
         theirs = stored["dataset"]["class_names"], stored["counts"], stored["dataset"]["unseen_images"]
         if theirs != (list(inputs.names), counts, len(inputs.unseen)):
             raise UserError(f"{path}: --ceiling-from takes a diagnosis of the same images as {inputs.train.source}")
+        if "encoders" in stored and next(iter(stored["spec"]["encoders"].values())) == inputs.fingerprints:
+            why = "it compares encoders, and its bound is that of the first, which is the one given here"
+            raise UserError(f"{path}: {why}; diagnose the better encoder by itself, and give that diagnosis.json")
         found = ((stored["accuracy"] or {}).get("classifier_bound") or {}).get("extrapolated") or {}
         if "bound_at" not in found:
             why = "field 'accuracy.classifier_bound.extrapolated' has no bound, only a lower limit is known"
