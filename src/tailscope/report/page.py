@@ -109,7 +109,7 @@ def _of_experiments(results: Results) -> Page:
 def _of_diagnosis(result: Diagnosis) -> Page:
     counts, dataset = result["counts"], result["dataset"]
     test_images = dataset.get("test_images")
-    named = {"advice": ("advice", "What to try"), "comparison": ("encoders", "Encoders")}
+    named = {"comparison": ("encoders", "Encoders"), "advice": ("advice", "What to try")}
     inputs = [
         (f"{encoder}, {role}", f"{one['source']} (SHA-256 {one['sha256'][:12]})")
         for encoder, given in result["spec"]["encoders"].items()
