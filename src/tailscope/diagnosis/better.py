@@ -204,13 +204,13 @@ def _decided(best: str, worse: str, found: Differences, every: str) -> str:
     if found["by"] == "extrapolated":
         there = f"{_more(attained)} more" if side(attained) else f"the difference is {_signed(attained)}"
         return (
-            f"“{best}” is the better encoder: with {every}, a linear classifier on its features would reach "
-            f"{_more(bound)} more than one on those of “{worse}”; with the samples that are there, {there}."
+            f"“{best}” is better than “{worse}”: with {every}, a linear classifier on its features would reach "
+            f"{_more(bound)} more; with the samples that are there, {there}."
         )
     open_ = f"not known: {found['reason']}" if bound is None else f"open: {_signed(bound)}"
     return (
-        f"With the samples that are there, “{best}” is the better encoder: the best classifier of them reaches "
-        f"{_more(attained)} more on its features than on those of “{worse}”. With {every} the difference is {open_}."
+        f"With the samples that are there, “{best}” is better than “{worse}”: the best classifier of them reaches "
+        f"{_more(attained)} more on its features. With {every} the difference is {open_}."
     )
 
 
@@ -299,10 +299,11 @@ def _ranked(ranking: Sequence[str], leaders: Sequence[str], best: str | None, wh
     rest = [name for name in ranking if name not in leaders]
     if not rest or not leaders:
         return f"None of the {number} encoders is clearly the best."
-    behind = f"{_names(rest)} {'is' if len(rest) == 1 else 'are'} clearly worse than another"
-    return (
-        f"None of the {number} encoders is clearly the best, but {behind}. Clearly worse than none: {_names(leaders)}."
-    )
+    first = f"{_names(leaders)} come first, with no clear difference between them"
+    if len(leaders) == 1:
+        first = f"{_names(leaders)} comes first, but is not clearly better than each of the others"
+    verb = "is" if len(rest) == 1 else "are"
+    return f"Of {number} encoders, {first}: {_names(rest)} {verb} clearly worse than at least one encoder."
 
 
 def _names(names: Sequence[str]) -> str:

@@ -224,7 +224,8 @@ def caveats(result: Diagnosis) -> list[str]:
     """Return what limits the findings."""
     verdict = result["verdict"]
     found = [f"No verdict: {reason}." for reason in (verdict and verdict.get("withheld")) or []]
-    found.append("One encoder as it is: intervals cover new samples, not new trainings.")
+    one = "Encoders as they are" if result.get("comparison") else "One encoder as it is"
+    found.append(f"{one}: intervals cover new samples, not new trainings.")
     if verdict is not None:
         found.append(
             f"The representation gap is at most what is given: up to a ceiling of {percent(verdict['ceiling'], 0)} it "

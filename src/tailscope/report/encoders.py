@@ -10,7 +10,7 @@ from typing import Any
 from tailscope.groups import GROUPS
 from tailscope.report.rows import Row, ends
 from tailscope.report.schema import Compared, Comparison, Diagnosis, Differences, Points
-from tailscope.report.text import Column, Table, in_points, listed, percent
+from tailscope.report.text import DASH, Column, Table, in_points, listed, percent
 
 ASPECTS = {
     "localises": "localises unseen samples better",
@@ -23,6 +23,7 @@ FEW = 30  # scored samples, below which a difference decides nothing
 
 STANDINGS = (
     Column("encoder", "encoder"),
+    Column("conclusion", "against the first", "text", "Whether it is clearly better or worse than the first encoder."),
     Column("current", "now", "share", "Accuracy of the classifier in use."),
     Column("rebalanced", "re-balanced", "share", "Accuracy of the best remedy."),
     Column("attained", "attained", "share", "Accuracy of the best classifier of the samples that are there."),
@@ -33,7 +34,6 @@ STANDINGS = (
         )
         for kind, label in KINDS.items()
     ),
-    Column("conclusion", "in short", "text", "Beside the first encoder."),
 )
 COMPARISON = (
     Column("encoder", "encoder"),
@@ -64,7 +64,7 @@ def standings(result: Diagnosis) -> list[Row]:
         for kind in KINDS:
             gap: Points | None = differences.get(kind)
             row |= {f"{kind}_gap": gap and gap["points"], **ends(kind, gap and gap["ci95"])}
-        found.append(row | {"conclusion": "the first" if entry is None else _in_short(entry)})
+        found.append(row | {"conclusion": None if entry is None else _in_short(entry)})
     return found
 
 
@@ -134,8 +134,8 @@ def lines(result: Diagnosis) -> list[tuple[str, ...]]:
     """Return the encoders as lines of text, under a heading: name, accuracies, and what follows."""
     if (stored := result.get("comparison")) is None or not stored.get("text"):
         return []
-    heading = ("", *KINDS.values(), f"beside {stored['reference']}")
-    found = [(r["encoder"], *(percent(r[kind]) for kind in KINDS), r["conclusion"]) for r in standings(result)]
+    heading = ("", *KINDS.values(), f"against {stored['reference']}")
+    found = [(r["encoder"], *(percent(r[kind]) for kind in KINDS), r["conclusion"] or DASH) for r in standings(result)]
     return [heading, *found]
 
 
@@ -148,7 +148,7 @@ def headline(stored: Comparison) -> str:
     >>> headline({"reference": "a", "encoders": {}, "text": "“b” is the best of 3 encoders: clearly better than “a”."})
     '“b” is the best of 3 encoders'
     """
-    text = stored.get("text", "").partition(": ")[0].partition(". ")[0].removesuffix(".")
+    text = stored.get("text", "").partition(": ")[0].removesuffix(".")
     first = next(iter(stored["encoders"].values()), None)
     if len(stored["encoders"]) == 1 and first and first.get("better"):
         text += f", by {in_points(*_oriented(first))}"
@@ -167,13 +167,24 @@ def findings(result: Diagnosis) -> list[str]:
     """Return which encoder is better, then by group, then what geometry adds."""
     if (stored := result.get("comparison")) is None:
         return []
-    reference, several, text = stored["reference"], len(stored["encoders"]) > 1, stored.get("text")
-    found = [text] if text else []
-    for name, entry in stored["encoders"].items():
-        found += [entry["text"]] if several and entry.get("text") else []
-        found += _by_group(reference, name, entry)
-        found += _geometry(reference, name, entry)
+    reference, text = stored["reference"], stored.get("text")
+    order = [name for name in stored.get("ranking", []) if name in stored["encoders"]] or list(stored["encoders"])
+    found = [_explained(text)] if text else []
+    for name in order[:1]:  # of several, the best beside the first; the table has the others
+        entry = stored["encoders"][name]
+        found += [entry["text"]] if len(stored["encoders"]) > 1 and entry.get("text") else []
+        found += [*_by_group(reference, name, entry), *_geometry(reference, name, entry)]
     return found
+
+
+def _explained(text: str) -> str:
+    """Return what follows the `headline` of a text, or all of it.
+
+    >>> _explained("No clear difference between “a” and “b”: what they reach ...")
+    'What they reach ...'
+    """
+    rest = text.partition(": ")[2]
+    return f"{rest[0].upper()}{rest[1:]}" if rest else text
 
 
 def _by_group(reference: str, name: str, entry: Compared) -> list[str]:
