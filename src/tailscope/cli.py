@@ -386,14 +386,21 @@ def _show_features(written: "FeaturesResult", _: Options) -> Iterator[Renderable
 
 def _show_diagnosis(result: "Diagnosis", options: Options) -> Iterator[RenderableType]:
     from tailscope.report import diagnosis as story
+    from tailscope.report import encoders
 
     yield one_line(story.headline(result))
-    if result["accuracy"] is not None:
+    if lines := encoders.lines(result):
+        heading, *encoded = lines
+        table = Table(*map(one_line, heading), box=None)
+        for row in encoded:
+            table.add_row(*map(_plain, row))
+        yield table
+    elif result["accuracy"] is not None:
         table = Table("", "accuracy", "head", "body", "tail", box=None)
         for row in story.accuracy_rows(result):
             table.add_row(*row)
         yield table
-    shown = story.findings(result)[0 if result["verdict"] is None else 1 :]  # the table says the first
+    shown = story.findings(result)[1 if result["verdict"] and not lines else 0 :]  # the table says the first
     yield from (f"- {one_line(text)}" for text in [*shown, *(piece["text"] for piece in result["advice"])])
     if result["warnings"]:
         yield f"{len(result['warnings'])} warnings, the first: {one_line(result['warnings'][0])}"

@@ -48,13 +48,32 @@ class OtherBound:
         theirs = stored["dataset"]["class_names"], stored["counts"], stored["dataset"]["unseen_images"]
         if theirs != (list(inputs.names), counts, len(inputs.unseen)):
             raise UserError(f"{path}: --ceiling-from takes a diagnosis of the same images as {inputs.train.source}")
-        found = ((stored["accuracy"] or {}).get("classifier_bound") or {}).get("extrapolated") or {}
+        name, one = cls._best(path, stored, inputs)
+        found = ((one["accuracy"] or {}).get("classifier_bound") or {}).get("extrapolated") or {}
         if "bound_at" not in found:
             why = "field 'accuracy.classifier_bound.extrapolated' has no bound, only a lower limit is known"
             raise UserError(f"{path}: {why}; give an accuracy by --ceiling instead")
         if found["bound_at"] != (bound_at or max(counts)):
             raise UserError(f"{path}: its bound is at {found['bound_at']} samples a class; give that as --bound-at")
-        return cls(path.name, found["mean"], found["ci95"])
+        return cls(f"{path.name}, {name}" if name else path.name, found["mean"], found["ci95"])
+
+    @staticmethod
+    def _best(path: Path, stored: dict[str, Any], inputs: Inputs) -> tuple[str | None, dict[str, Any]]:
+        """Return what a diagnosis says of its encoder; of several, of the best one, with its name.
+
+        Raises:
+            UserError: of several encoders none is best, or it is the one that `inputs` are of.
+        """
+        if "encoders" not in stored:
+            return None, stored
+        name = (stored.get("comparison") or {}).get("best")
+        if name not in stored["encoders"]:
+            alone = "diagnose one of them by itself, and give that diagnosis.json"
+            raise UserError(f"{path}: none of its encoders is clearly the best; {alone}")
+        samples = stored["spec"]["encoders"].get(name, {}).get("train")
+        if samples and samples["sha256"] == inputs.fingerprints["train"]["sha256"]:
+            raise UserError(f"{path}: the best of its encoders, {name}, is that of --train; leave out --ceiling-from")
+        return name, stored["encoders"][name]
 
 
 @dataclass(frozen=True)

@@ -176,20 +176,32 @@ def _with_bound(outcomes: Outcomes, rows: IntArray, times: int, others: FloatArr
         return Interval(middle, None, None, None)
     # As Agresti and Coull's, with four more samples: not 0 where all are alike.
     error = float(np.sqrt((np.square(items - middle).sum() + times**2) / (number + 4) / number))
-    apart, noise, of_ceiling = _draws()
-    if bound.extrapolated is None:
+    _, noise, of_ceiling = _draws()
+    gains = gains_among(outcomes, rows)
+    if gains is None:
         half, reach = Z * bound.attained.inflation * error, max(0.0, _highest(ceiling) - float(attained.mean()))
         low, high = middle - half, middle + half
         ends = (low, max(high, middle + times * reach)) if times > 0 else (min(low, middle + times * reach), high)
         return Interval(middle, ends, None, "item")
-    gains = bound.extrapolated.gains
-    if number < len(outcomes.labels):  # how the gain is shared among classes is not known
-        room, of_all = (1 - float(part.mean()) for part in (attained, bound.attained.correct))
-        gains = np.minimum(room, gains * apart * (room / of_all if of_all else 0.0))
     uncertain = 0.0 if ceiling.ci95 is None or times == 1 else (ceiling.ci95[1] - ceiling.ci95[0]) / (2 * Z)
     draws = middle + times * gains + error * noise + uncertain * of_ceiling
     low, high = np.quantile(draws, (0.025, 0.975))
     return Interval(middle + times * float(gains.mean()), (float(low), float(high)), None, "item")
+
+
+def gains_among(outcomes: Outcomes, rows: IntArray) -> FloatArray | None:
+    """Draw what more samples would gain among some of the scored samples, [D]; None where the bound is not known.
+
+    How classes share the gain is not known either: some of them get from none to twice their share of what is missed.
+    """
+    attained, found = outcomes.bound.attained.correct, outcomes.bound.extrapolated
+    if found is None:
+        return None
+    if len(rows) == len(outcomes.labels):
+        return found.gains
+    room, of_all = (1 - float(part.mean()) for part in (attained[rows], attained))
+    apart, _, _ = _draws()
+    return np.minimum(room, found.gains * apart * (room / of_all if of_all else 0.0))
 
 
 @cache

@@ -5,16 +5,11 @@ from typing import Any
 
 from tailscope.groups import GROUPS
 from tailscope.measures.fields import SHOWN
+from tailscope.report import encoders
 from tailscope.report.rows import CI, GROUP, GROUP_RECALLS, MEASURES, Row, ends, ranks
 from tailscope.report.schema import ACCURACIES, Diagnosis, Judged, Points, Recalls, Verdict
 from tailscope.report.text import Column, Table, accuracy, in_points, listed, number, percent, plural
 
-ASPECTS = {
-    "localises": "localises unseen samples better",
-    "separates": "separates classes more",
-    "compacts": "keeps classes more compact",
-    "margin": "has the larger margin for its spread",
-}
 GAPS = ("classifier_gap", "representation_gap")
 STEPS = {
     "current": ("current", "total"),
@@ -110,30 +105,6 @@ def steps(result: Diagnosis) -> list[Row]:
     return found
 
 
-def comparisons(result: Diagnosis) -> list[Row]:
-    """Return one row an encoder, group and aspect: its difference from the reference, and which is better."""
-    if (stored := result.get("comparison")) is None:
-        return []
-    found: list[Row] = []
-    for encoder, entry in stored["encoders"].items():
-        names: dict[str | None, str] = {"reference": stored["reference"], "other": encoder}
-        for kind, gap in (entry["accuracy"] or {}).items():
-            points, ci95 = (gap["points"], gap["ci95"]) if gap else (None, None)
-            better = "reference" if ci95 and ci95[1] < 0 else "other" if ci95 and ci95[0] > 0 else None
-            about = {"encoder": encoder, "of": "all", "aspect": f"accuracy, {ACCURACIES[kind]} (points)"}
-            found.append(about | _difference(points, ci95, 100) | {"better": names.get(better)})
-        for group, aspects in entry["groups"].items():
-            for aspect, one in aspects.items():
-                about = {"encoder": encoder, "of": group, "aspect": aspect}
-                found.append(about | _difference(one["difference"], one["ci95"]) | {"better": names.get(one["better"])})
-    return found
-
-
-def _difference(value: float | None, ci95: Sequence[float] | None, scale: float = 1.0) -> Row:
-    found = zip(("difference", "low", "high"), (value, *(ci95 or (None, None))), strict=True)
-    return {name: None if number is None else scale * number for name, number in found}
-
-
 def _cells(result: Diagnosis) -> dict[str, Recalls]:
     """Return the accuracies that the verdict compares, in order; none where nothing was scored."""
     stored = result["accuracy"]
@@ -195,15 +166,6 @@ PAIR = (
     Column("first_as_second", "first taken for second", "share", "By the classifier in use."),
     Column("second_as_first", "second taken for first", "share", "By the classifier in use."),
 )
-COMPARISON = (
-    Column("encoder", "encoder"),
-    Column("of", "classes"),
-    Column("aspect", "aspect"),
-    Column("difference", "difference", "plain", "From the first encoder, with its paired 95 % interval."),
-    Column("low", "from", "plain"),
-    Column("high", "to", "plain"),
-    Column("better", "better", "text", "Where the interval excludes 0."),
-)
 
 
 def tables(result: Diagnosis) -> list[Table]:
@@ -220,17 +182,19 @@ def tables(result: Diagnosis) -> list[Table]:
     ]
     if result["accuracy"] is not None:
         made.insert(0, Table("diagnosis-accuracy", "The accuracies behind the verdict", ACCURACY, _accuracies(result)))
-    if (stored := result.get("comparison")) is not None:
-        title = f"Encoders against {stored['reference']}"
-        made.append(Table("diagnosis-comparison", title, COMPARISON, comparisons(result)))
-    return made
+    return [*made, *encoders.tables(result)]
 
 
 # ---- sentences
 
 
 def headline(result: Diagnosis) -> str:
-    """Return the verdict in one sentence."""
+    """Return the verdict in one sentence; of several encoders, which is better."""
+    stored = result.get("comparison")
+    return (stored and encoders.headline(stored)) or _verdict(result)
+
+
+def _verdict(result: Diagnosis) -> str:
     verdict = result["verdict"]
     if verdict is None:
         return "Measured, without a verdict"
@@ -247,18 +211,21 @@ def headline(result: Diagnosis) -> str:
 
 
 def findings(result: Diagnosis) -> list[str]:
-    """Return what was found: accuracies, gaps, groups, classes, encoders; the first is the lead."""
-    verdict, found = result["verdict"], []
+    """Return what was found: encoders, accuracies, gaps, groups, classes; the first is the lead."""
+    verdict, found = result["verdict"], encoders.findings(result)
+    if (stored := result.get("comparison")) is not None:
+        found.append(f"“{stored['reference']}” by itself: {_verdict(result)}.")
     if verdict is not None:
         found += [_lead(result), *([] if verdict.get("withheld") else [_gaps(verdict), *_by_group(verdict)])]
-    return [*found, _memorised(result), *_encoders(result)]
+    return [*found, _memorised(result)]
 
 
 def caveats(result: Diagnosis) -> list[str]:
     """Return what limits the findings."""
     verdict = result["verdict"]
     found = [f"No verdict: {reason}." for reason in (verdict and verdict.get("withheld")) or []]
-    found.append("One encoder as it is: intervals cover new samples, not new trainings.")
+    one = "Encoders as they are" if result.get("comparison") else "One encoder as it is"
+    found.append(f"{one}: intervals cover new samples, not new trainings.")
     if verdict is not None:
         found.append(
             f"The representation gap is at most what is given: up to a ceiling of {percent(verdict['ceiling'], 0)} it "
@@ -318,15 +285,6 @@ def _memorised(result: Diagnosis) -> str:
         f"centre than chance explains, most in “{worst['name']}” ({number(worst.get('spread_gap_deg'))}°, "
         f"{plural(worst['train_count'], 'training sample')})."
     )
-
-
-def _encoders(result: Diagnosis) -> list[str]:
-    """Return which encoder localises, separates and compacts the tail better."""
-    found: dict[str, list[str]] = {}
-    for row in comparisons(result):
-        if row["of"] == "tail" and row["better"] and ASPECTS[row["aspect"]] not in found.get(row["better"], []):
-            found.setdefault(row["better"], []).append(ASPECTS[row["aspect"]])
-    return [f"In the tail, {encoder} is better: it {listed(does)}." for encoder, does in found.items()]
 
 
 def _gap(gap: Points) -> str:

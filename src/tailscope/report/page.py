@@ -16,7 +16,7 @@ from markupsafe import Markup
 import tailscope
 from tailscope.groups import GROUPS
 from tailscope.measures.fields import SHOWN
-from tailscope.report import charts, diagnosis, marks, rows, schema, story
+from tailscope.report import charts, diagnosis, encoders, marks, rows, schema, story
 from tailscope.report.marks import Figure
 from tailscope.report.rows import Row
 from tailscope.report.schema import TRAINED, VARIANTS, AnyResult, Diagnosis, Results
@@ -125,7 +125,8 @@ def of_diagnosis(result: Diagnosis) -> Page:
     """Return the page of a diagnosis."""
     counts, dataset = result["counts"], result["dataset"]
     test_images = dataset.get("test_images")
-    named = {"advice": ("advice", "What to try"), "comparison": ("encoders", "Encoders")}
+    beside = encoders.findings(result)[1:]
+    named = {"comparison": ("encoders", "Encoders"), "advice": ("advice", "What to try")}
     inputs = [
         (f"{encoder}, {role}", f"{one['source']} (SHA-256 {one['sha256'][:12]})")
         for encoder, given in result["spec"]["encoders"].items()
@@ -134,7 +135,8 @@ def of_diagnosis(result: Diagnosis) -> Page:
     ]
     content = {
         "headline": diagnosis.headline(result),
-        "findings": diagnosis.findings(result),
+        "findings": [text for text in diagnosis.findings(result) if text not in beside],
+        "beside": beside,
         "caveats": diagnosis.caveats(result),
         "warnings": result["warnings"],
         "advice": result["advice"],

@@ -352,16 +352,49 @@ class _Aspect(TypedDict):
     difference: Number | None
     ci95: Bounds | None
     better: str | None
+    note: NotRequired[str | None]
 
 
-class _Compared(TypedDict):
-    accuracy: dict[Literal["current", "rebalanced", "classifier_bound"], Points | None] | None
+Better = Literal["other", "reference"]
+
+
+class Differences(TypedDict):
+    """Accuracies of an encoder minus those of the first; a result from before two bounds has the first three only."""
+
+    current: Points | None
+    rebalanced: Points | None
+    classifier_bound: Points | None
+    attained: NotRequired[Points | None]
+    extrapolated: NotRequired[Points | None]
+    scored: NotRequired[Count]
+    reason: NotRequired[str | None]
+    better: NotRequired[Better | None]
+
+
+class Compared(TypedDict):
+    """An encoder beside the first."""
+
+    better: NotRequired[Better | None]
+    points: NotRequired[Number | None]
+    ci95: NotRequired[Bounds | None]
+    text: NotRequired[str]
+    accuracy: Differences | None
+    by_group: NotRequired[dict[Group, Differences | None]]
     groups: dict[str, dict[Literal["localises", "separates", "compacts", "margin"], _Aspect]]
 
 
-class _Comparison(TypedDict):
+class Comparison(TypedDict):
+    """Every encoder beside the first, and which is best."""
+
     reference: str
-    encoders: dict[str, _Compared]
+    ranking: NotRequired[list[str]]
+    best: NotRequired[str | None]
+    text: NotRequired[str]
+    encoders: dict[str, Compared]
+
+
+class _Diagnosed(TypedDict):
+    accuracy: dict[str, Recalls] | None
 
 
 class Diagnosis(AnyResult):
@@ -375,7 +408,8 @@ class Diagnosis(AnyResult):
     verdict: Verdict | None
     advice: list[_Advice]
     pairs: list[_Pair]
-    comparison: NotRequired[_Comparison | None]
+    encoders: NotRequired[dict[str, _Diagnosed]]
+    comparison: NotRequired[Comparison | None]
 
 
 def _check_diagnosis(result: Diagnosis) -> Diagnosis:
@@ -391,6 +425,10 @@ def _check_diagnosis(result: Diagnosis) -> Diagnosis:
         for name in ACCURACIES:
             _require_length(f"accuracy.{name}.per_class", accuracy[name]["per_class"], number)
             _require_fields(f"accuracy.{name}.groups", accuracy[name]["groups"], GROUPS)
+    for encoder, one in result.get("encoders", {}).items():
+        _require_fields(
+            f"encoders.{encoder}.accuracy", ACCURACIES if one["accuracy"] is None else one["accuracy"], ACCURACIES
+        )
     for k, entry in enumerate(result["classes"]):
         if (entry["nearest_center_true_class"] or 0) >= number:
             raise ValueError(f"field 'classes.{k}.nearest_center_true_class' is no class")
