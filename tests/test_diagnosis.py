@@ -65,7 +65,9 @@ def test_weak_features_are_the_representations_fault_of_another_kind():
     advice = found["advice"][0]
     assert (advice["about"], advice["remedy"]) == ("representation", "another or a fine-tuned encoder")
     assert advice["gain"] == {k: found["verdict"]["representation_gap"][k] for k in ("points", "ci95")}
-    assert diagnosis.headline(found).startswith("The representation is the bottleneck, whose features are too weak")
+    said = diagnosis.headline(found)
+    assert said.startswith("The representation is the bottleneck: on these features even the best linear classifier ")
+    assert diagnosis.findings(found)[0].endswith(" held-out samples.")
 
 
 @pytest.mark.parametrize("permutations", [0, 9, 19])

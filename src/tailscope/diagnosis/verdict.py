@@ -401,14 +401,15 @@ def _caveats(outcomes: Outcomes, overall: Part, ceiling: Interval) -> list[str]:
     reachable = ceiling.estimate if interval is None else ceiling.estimate + interval[1]
     if overall["bottleneck"] == "classifier":
         found += [stand_in] if stand_in else []
-        if bound.extrapolated is not None:
+        if bound.extrapolated is not None and bound.extrapolated.mean - bound.attained.accuracy.estimate > NEGLIGIBLE:
             needed = f"{bound.extrapolated.bound_at:,} samples of every class"
             reached = f"{percent(bound.attained.accuracy.estimate)} (a {bound.attained.classifier})"
             found.append(f"That takes {needed}; with the samples there are, {reached} is reached.")
     elif ceiling.ci95 is None and ceiling.estimate == 1 and overall["bottleneck"] == "representation":
         found.append(
             "This takes for granted that 100 % can be right. If labels are wrong or images cannot be told apart, so "
-            f"that no features reach {percent(reachable, 0)}, the classifier may cost as much: give that as --ceiling."
+            f"that no features get over {percent(reachable, 0)} right, the classifier may cost as much: give that"
+            " share as --ceiling."
         )
     elif ceiling.ci95 is None and ceiling.estimate == 1:
         found.append(
