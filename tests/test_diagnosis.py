@@ -65,7 +65,9 @@ def test_weak_features_are_the_representations_fault_of_another_kind():
     advice = found["advice"][0]
     assert (advice["about"], advice["remedy"]) == ("representation", "another or a fine-tuned encoder")
     assert advice["gain"] == {k: found["verdict"]["representation_gap"][k] for k in ("points", "ci95")}
-    assert diagnosis.headline(found).startswith("The representation is the bottleneck, whose features are too weak")
+    said = diagnosis.headline(found)
+    assert said.startswith("The representation is the bottleneck: on these features even the best linear classifier ")
+    assert diagnosis.findings(found)[0].endswith(" held-out samples.")
 
 
 @pytest.mark.parametrize("permutations", [0, 9, 19])
@@ -84,7 +86,10 @@ def test_pure_noise_says_so():
     assert found["verdict"]["bottleneck"] == "undecided"
     assert not found["verdict"]["above_chance"]
     assert {part["bottleneck"] for part in found["verdict"]["classes"]} == {"undecided"}
-    assert any(text.startswith("these features carry no class information") for text in found["warnings"])
+    assert any(
+        text.startswith("no classifier does better than guessing on these features: the best gets ")
+        for text in found["warnings"]
+    )
     assert found["advice"][0]["about"] == "evidence"
 
 
@@ -125,7 +130,7 @@ def test_fields_of_a_diagnosis(lost):
     assert lost["dataset"]["unseen_images"] == UNSEEN * CLASSES
     assert set(lost["accuracy"]["rebalanced"]["remedies"]) >= {"ncm", "crt"}
     assert len(lost["accuracy"]["rebalanced"]["chosen"]) == 5
-    assert lost["verdict"]["intervals"].startswith("item")
+    assert lost["verdict"]["intervals"].startswith("95 % intervals over samples")
     bound = lost["accuracy"]["classifier_bound"]
     assert bound["attained"] == {"mean": bound["mean"], "ci95": bound["ci95"]}
     assert bound["extrapolated"]["bound_at"] == max(COUNTS)
@@ -250,9 +255,12 @@ def test_a_bound_that_is_not_determined_is_a_lower_limit(monkeypatch):
     biased = tailscope.diagnose(table(*train), table(*unseen), classifier=head_biased(), permutations=0)
     assert biased["verdict"]["bottleneck"] == "classifier"
     lost = tailscope.diagnose(*(table(*one) for one in scattered()), permutations=0)
-    said = "the classifier bound is known as a lower limit only: the accuracies still rise"
-    assert (lost["verdict"]["bottleneck"], lost["verdict"]["reason"]) == ("undecided", said)
-    assert said in lost["warnings"]
+    said = "how much a better classifier would gain is known only from below"
+    reason = f"{said}, because the accuracies still rise"
+    assert (lost["verdict"]["bottleneck"], lost["verdict"]["reason"]) == ("undecided", reason)
+    caveat = f"H{said[1:]}: the accuracies still rise."
+    assert lost["verdict"]["caveats"][0] == caveat
+    assert caveat in lost["warnings"]
     assert any("the accuracies still rise" in piece["text"] for piece in lost["advice"])
     for found in (biased, lost):
         bound, verdict = found["accuracy"]["classifier_bound"], found["verdict"]

@@ -16,6 +16,7 @@ from tailscope.errors import UserError
 from tailscope.groups import GROUPS
 from tailscope.measures import GeometryResult, describe
 from tailscope.progress import Progress
+from tailscope.report.text import percent
 from tailscope.results import command, versions
 from tailscope.tables.table import FeatureTable, Source, is_pair
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from tailscope.diagnosis.outcomes import Outcomes
 
 Several = Source | Sequence[Source]
+MANY_COPIES = 0.01  # of the held-out samples: from there they may change a verdict
 LEAST_ALPHA = 0.001  # a class alone among C is flagged after C / alpha permutations
 MOST_PERMUTATIONS = 10**6
 
@@ -244,6 +246,9 @@ def _judge(
     if other is not None:
         ceiling = Interval(other.mean, (other.ci95[0], other.ci95[1]), None, "item")
     verdict, caveats = judge(outcomes, geometry.classes, pooled, ceiling)
+    if inputs.copied >= MANY_COPIES:
+        share = f"{percent(inputs.copied, 0)} of the held-out samples are training samples too"
+        verdict["caveats"].insert(0, f"{share}: they flatter the encoder. --drop-duplicates leaves them out.")
     reasons = reasons or doubts_of_outcomes(inputs, outcomes)
     advice = withhold(verdict, reasons) if reasons else advise(accuracy, verdict, geometry.classes, pairs)
     return {"accuracy": accuracy, "verdict": verdict, "advice": advice, "pairs": pairs}, outcomes, reasons, caveats

@@ -32,6 +32,7 @@ TOL = 1e-4
 LARGE_TOL, LARGE = 1e-3, 10**10  # beyond so many rows * features * classes, tolerance gives way to time
 TAUS = (0.5, 1.0, 1.5)
 MAX_ITER = 500
+OWN_CLASSIFIER = "softmax regression on the training features"
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ def _current(inputs: Inputs, features: Floats, labels: IntArray, power: int) -> 
             raise UserError(f"{given.source}: weight or bias is beyond {features.dtype}, the type of the features")
         return _fixed(weight, bias), given.source
     model = SoftmaxRegression(tol=_tolerance(features, len(inputs.names)), max_iter=MAX_ITER).fit(features, labels)
-    return _fixed(model.coef_, model.intercept_), "softmax regression on the training features"
+    return _fixed(model.coef_, model.intercept_), OWN_CLASSIFIER
 
 
 def _rebalanced(

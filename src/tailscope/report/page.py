@@ -95,6 +95,7 @@ def of_experiments(results: Results) -> Page:
         "headline": story.headline(results),
         "findings": story.findings(results),
         "caveats": story.caveats(results),
+        "advice": [],
         "warnings": rows.warnings(results),
         "dataset": result["dataset"],
         "recipe": recipe,

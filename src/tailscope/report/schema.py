@@ -33,7 +33,7 @@ PARTS: tuple[Literal["representation", "classifier"], ...] = ("representation", 
 CELLS = ("lt->lt", "lt->true", "true->lt", "true->true")
 RUNGS = ("stage1", "stage2", "stage2_aa")
 VARIANTS = ("paper", "calibrated")
-ACCURACIES = {"current": "current", "rebalanced": "re-balanced", "classifier_bound": "classifier bound"}
+ACCURACIES = {"current": "in use", "rebalanced": "re-balanced", "classifier_bound": "best fitted"}
 AGAIN = "run the verb again with --overwrite"
 
 
@@ -328,6 +328,8 @@ class Verdict(TypedDict):
     kind: NotRequired[str | None]
     reason: str
     withheld: NotRequired[list[str] | None]
+    caveats: NotRequired[list[str] | None]
+    above_chance: NotRequired[bool]
     ceiling: Share
     classifier_gap: Points
     rebalancing_gap: Points
