@@ -195,6 +195,7 @@ def test_nothing_is_concluded_without_accuracies_or_from_noise(outcomes):
     blind = dataclasses.replace(outcomes["a"], bound=dataclasses.replace(outcomes["a"].bound, attained=noise))
     found = better.which("a", "b", {"a": blind, "b": blind}, NONE)
     assert "the features of neither carry class information" in found["text"]
+    assert found["reason"] == better.NO_INFORMATION
 
 
 # -- the whole way
@@ -246,6 +247,19 @@ def test_no_sentence_favours_the_worse_encoder(looks):
         if "“tight”" in text:
             assert "is better than “tight”" in text or "which is no advantage here" in text
     assert not any("“tight” is better" in text for text in diagnosis.findings(looks))
+
+
+def test_files_that_do_not_belong_together_are_not_compared():
+    """Labels of the unseen samples in another order: geometry is measured, and nothing said of either encoder."""
+    sides = [
+        (train, (unseen, CLASSES - 1 - truth)) for train, (unseen, truth) in (planted(2.0, 0.4, k) for k in (5, 6))
+    ]
+    found = tailscope.diagnose(
+        [table(*side[0]) for side in sides], [table(*side[1]) for side in sides], permutations=19
+    )
+    assert diagnosis.headline(found).endswith("is better cannot be said")
+    assert len(encoders.findings(found)) == 1
+    assert [row["conclusion"] for row in encoders.standings(found) if row["conclusion"]] == ["cannot be said"]
 
 
 def test_the_order_of_ids_changes_nothing(looks):

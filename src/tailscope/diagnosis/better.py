@@ -51,7 +51,8 @@ class Differences(TypedDict):
 class Which(TypedDict):
     """Who of two encoders is better, by which difference, how much, and the same in words; and all differences.
 
-    `accuracy` is among all shared samples, None where nothing was scored; `by_group` among those of each group.
+    `reason` is why nothing may be said, None where it may; `accuracy` is among all shared samples, None where nothing
+    was scored, `by_group` among those of each group.
     """
 
     better: Side | None
@@ -59,6 +60,7 @@ class Which(TypedDict):
     points: float | None
     ci95: list[float] | None
     text: str
+    reason: str | None
     accuracy: Differences | None
     by_group: dict[str, Differences | None]
 
@@ -100,6 +102,7 @@ def which(
         "points": gap["points"],
         "ci95": gap["ci95"],
         "text": text,
+        "reason": why,
         "accuracy": overall,
         "by_group": by_group,
     }

@@ -80,6 +80,8 @@ def _accuracies(stored: Mapping[str, Any] | None) -> Row:
 def _in_short(entry: Compared) -> str:
     if entry["accuracy"] is None:
         return "not measured"
+    if entry.get("reason"):
+        return "cannot be said"
     return {"other": "better", "reference": "worse"}.get(entry.get("better") or "", "no clear difference")
 
 
@@ -206,6 +208,8 @@ def _by_group(reference: str, name: str, entry: Compared) -> list[str]:
 
 def _geometry(reference: str, name: str, entry: Compared) -> list[str]:
     """Return whom the geometry of the tail favours, as far as accuracies do not call that encoder the worse one."""
+    if entry.get("reason") and entry["accuracy"] is not None:
+        return []  # the files may not belong together
     favoured: dict[str, list[str]] = {name: [], reference: []}
     idle: dict[str, list[str]] = {name: [], reference: []}
     for aspect, one in entry["groups"].get(GROUPS[-1], {}).items():

@@ -380,6 +380,7 @@ class Compared(TypedDict):
     points: NotRequired[Number | None]
     ci95: NotRequired[Bounds | None]
     text: NotRequired[str]
+    reason: NotRequired[str | None]
     accuracy: Differences | None
     by_group: NotRequired[dict[Group, Differences | None]]
     groups: dict[str, dict[Literal["localises", "separates", "compacts", "margin"], _Aspect]]
