@@ -69,7 +69,7 @@ def test_names_of_classes_are_escaped_in_a_notebook(diagnosis):
 def test_summary_starts_with_the_verdict(diagnosis, swap):
     assert diagnosis.summary().startswith(diagnosis.headline)
     assert all(piece["text"] in diagnosis.summary() for piece in diagnosis["advice"])
-    assert swap.headline in swap.summary()
+    assert swap.summary().startswith(swap.headline)
 
 
 @pytest.mark.parametrize("kind", ["diagnosis", "swap"])
