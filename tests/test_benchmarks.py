@@ -195,7 +195,7 @@ def test_the_rival_measures_the_same_geometry() -> None:
         assert centers.nearest_train[k] == pytest.approx(entry["nearest_center_train_deg"], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["measure", "geometry", "swap", "record"])
+@pytest.mark.parametrize("name", ["measure", "geometry", "swap", "record", "verdicts.sources", "verdicts.summary"])
 def test_the_examples_in_docstrings_hold(name: str) -> None:
     assert doctest.testmod(importlib.import_module(f"benchmarks.{name}")).failed == 0
 

@@ -7,19 +7,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.frozen import FrozenEstimator
 from sklearn.model_selection import StratifiedKFold
 
 from benchmarks.verdicts.sources import Encoded, Floats, IntArray, Source, ranks, tail_counts
-from benchmarks.verdicts.truth import Facts, split
-from tailscope.classifiers import SoftmaxRegression
+from benchmarks.verdicts.truth import Facts
+from tailscope.classifiers import CLASSIFIERS, SoftmaxRegression
 from tailscope.classifiers.base import FeatureClassifier
 from tailscope.diagnosis import inputs as files
 from tailscope.diagnosis.inputs import Inputs
 from tailscope.diagnosis.learning_curve import INFLATION
 from tailscope.diagnosis.outcomes import Outcomes, difference, score
 from tailscope.diagnosis.soundness import doubts, doubts_of_outcomes
-from tailscope.diagnosis.verdict import judge
-from tailscope.intervals import Interval, proportion
+from tailscope.diagnosis.verdict import accuracies, judge
+from tailscope.intervals import Gap, Interval, proportion
 from tailscope.measures import GeometryResult, describe
 from tailscope.progress import Quiet
 from tailscope.seeds import numpy_stream
@@ -28,8 +29,11 @@ from tailscope.tables.table import LinearLayer
 RATIOS = (0.25, 0.5, 2.0, 4.0)  # planted representation gaps, over the true classifier gap
 LEAST_GAP = 0.03  # smaller true classifier gaps have no ceiling planted
 PERMUTATIONS = 99
+POOLED = " on training and unseen samples"  # in a remedy's name: what it is fitted to besides the training samples
+TOL = 3e-4
 FOLDS = 5
 Right = NDArray[np.bool_]
+Table = tuple[Floats, IntArray]
 
 
 @dataclass(frozen=True)
@@ -49,12 +53,12 @@ class Case:
 
 
 class Drawn(NamedTuple):
-    """A user's training set, held-out samples and test file, and untouched samples: features and labels of each."""
+    """A user's training set, held-out samples and test file, as (features, labels), and the untouched test samples."""
 
-    train: tuple[Floats, IntArray]
-    unseen: tuple[Floats, IntArray]
-    test: tuple[Floats, IntArray] | None
-    untouched: tuple[Floats, IntArray]
+    train: Table
+    unseen: Table
+    test: Table | None
+    untouched: IntArray
 
 
 def plan(sources: Iterable[Source]) -> Iterator[Case]:
@@ -68,28 +72,28 @@ def plan(sources: Iterable[Source]) -> Iterator[Case]:
 
 
 def draw(case: Case, source: Source, encoded: Encoded) -> Drawn:
-    """Draw a case: with and without a test file it has the same training and held-out samples."""
+    """Draw a case: with and without a test file it has the same training, held-out and untouched samples."""
     stream = numpy_stream(case.draw, "verdicts", case.source, case.factor, case.held_out)
-    parts, seen = split(source, encoded), encoded.seen
     everything, tests = (encoded.features, encoded.labels), (encoded.test_features, encoded.test_labels)
-    if source.reserved:
-        rows = parts.reserved
-        unseen = _taken(tests, rows[ranks(tests[1][rows], stream) < case.held_out])
-    else:
-        free = np.arange(len(everything[1])) if seen is None else np.flatnonzero(~seen)
-        rank = ranks(everything[1][free], stream)
+    place = ranks(encoded.test_labels, stream)
+    held_out = case.held_out if source.from_test else 0
+    tested = np.flatnonzero((place >= held_out) & (place < held_out + source.tested))
+    untouched = np.flatnonzero(place >= held_out + source.tested)
+    seen = np.zeros(len(encoded.labels), dtype=bool) if encoded.seen is None else encoded.seen
+    free = np.flatnonzero(~seen)
+    rank = ranks(encoded.labels[free], stream)
+    unseen = _taken(tests, np.flatnonzero(place < held_out))
+    if not source.from_test:
         unseen = _taken(everything, free[rank < case.held_out])
-    if seen is None:
-        classes = int(everything[1].max()) + 1
-        counts = stream.permutation(tail_counts(source.bound_at, case.factor, classes))
-        place = rank - case.held_out
-        train = _taken(everything, free[(place >= 0) & (place < counts[everything[1][free]])])
-    else:
-        train = _taken(everything, np.flatnonzero(seen))
-    return Drawn(train, unseen, _taken(tests, parts.tested) if case.test else None, _taken(tests, parts.untouched))
+    if encoded.seen is None:
+        counts = stream.permutation(tail_counts(source.bound_at, case.factor, int(encoded.labels.max()) + 1))
+        rank -= case.held_out
+        seen[free[(rank >= 0) & (rank < counts[encoded.labels[free]])]] = True
+    train = _taken(everything, np.flatnonzero(seen))
+    return Drawn(train, unseen, _taken(tests, tested) if case.test else None, untouched)
 
 
-def _taken(table: tuple[Floats, IntArray], rows: IntArray) -> tuple[Floats, IntArray]:
+def _taken(table: Table, rows: IntArray) -> Table:
     return table[0][rows], table[1][rows]
 
 
@@ -97,28 +101,32 @@ def examine(case: Case, source: Source, encoded: Encoded, facts: Facts) -> dict[
     """Diagnose a case and compare what is said with what is true."""
     started, drawn = time.process_time(), draw(case, source, encoded)
     weight, bias = encoded.classifier or _in_use(*drawn.train)
-    features, labels = drawn.untouched
-    current = ((features @ weight.T + bias).argmax(1) == labels).astype(np.float64)
     inputs = files.read(drawn.train, drawn.unseen, drawn.test, LinearLayer.from_arrays(weight, bias))
     geometry = _measured(inputs, case.draw)
     outcomes = score(inputs, source.bound_at, case.draw, Quiet())
     withheld = doubts({"": inputs}) or doubts_of_outcomes(inputs, outcomes)
+    said = accuracies(outcomes, [entry["group"] for entry in geometry.classes])
     seconds = time.process_time() - started
+    untouched = _taken((encoded.test_features, encoded.test_labels), drawn.untouched)
+    right = facts.right[drawn.untouched]
+    current = ((untouched[0] @ weight.T + bias).argmax(1) == untouched[1]).astype(np.float64)
     naive = naive_bound(drawn, case.draw)
-    ceilings = _ceilings(float(facts.right.mean()), float(current.mean()), facts.attribution)
+    ceilings = _ceilings(float(right.mean()), float(current.mean()), facts.attribution)
+    verdicts = [
+        {"of": of, **_verdict(outcomes, geometry, ceiling, not withheld), **_truth(right, current, ceiling)}
+        | {"naive": naive.verdict(outcomes.current, ceiling)}
+        for of, ceiling in ceilings.items()
+    ]
+    gain, *_ = (verdict.pop("rebalancing_gap") for verdict in verdicts)  # no ceiling changes it
     return {
         "case": case.key, **vars(case), "encoder": source.encoder, "classes": len(inputs.names),
-        "features": features.shape[1], "bound_at": source.bound_at, "scored": len(outcomes.labels),
-        "untouched": len(labels), "seconds": seconds, "withheld": withheld,
-        "bound": _bound(outcomes, facts.right) | {"naive": naive.interval},
-        "current": {"said": float(outcomes.current.mean()), "true": float(current.mean())},
-        "verdicts": [
-            {"of": of, **_verdict(outcomes, geometry, ceiling, not withheld), **_truth(facts.right, current, ceiling)}
-            | {"naive": naive.verdict(outcomes.current, ceiling)}
-            for of, ceiling in ceilings.items()
-        ],
+        "features": inputs.train.width, "bound_at": source.bound_at, "scored": len(outcomes.labels),
+        "untouched": len(right), "seconds": seconds, "withheld": withheld,
+        "bound": _bound(said["classifier_bound"], right) | {"naive": naive.interval},
+        "current": {"said": said["current"]["mean"], "true": float(current.mean())},
+        "verdicts": verdicts,
         "swap": facts.attribution,
-        **_remedies(inputs, outcomes, geometry, drawn.untouched, current),
+        **_remedies(said["rebalanced"], gain, drawn, (weight, bias), untouched, current),
     }  # fmt: skip
 
 
@@ -140,19 +148,19 @@ def _ceilings(bound: float, current: float, attribution: dict[str, Any] | None) 
     if bound - current >= LEAST_GAP:
         planted = {f"planted {ratio:g}": bound + ratio * (bound - current) for ratio in RATIOS}
         found |= {name: ceiling for name, ceiling in planted.items() if ceiling <= 1}
-    return found | ({"swap": attribution["true_true"]} if attribution else {})
+    return found | ({"swap": attribution["cells"]["true->true"]} if attribution else {})
 
 
-def _bound(outcomes: Outcomes, right: NDArray[np.float64]) -> dict[str, Any]:
-    attained, found = outcomes.bound.attained.accuracy, outcomes.bound.extrapolated
+def _bound(said: dict[str, Any], right: NDArray[np.float64]) -> dict[str, Any]:
+    found = said["extrapolated"]
     return {
         "true": float(right.mean()),
         "true_error": float(right.std() / len(right) ** 0.5),
-        "attained": attained.estimate,
-        "attained_ci95": list(attained.ci95 or (0.0, 1.0)),
-        "extrapolated": None if found is None else found.mean,
-        "ci95": None if found is None else list(found.ci95),
-        "reason": outcomes.bound.reason,
+        "attained": said["attained"]["mean"],
+        "attained_ci95": said["attained"]["ci95"],
+        "extrapolated": found and found["mean"],
+        "ci95": found and found["ci95"],
+        "reason": said["reason"],
     }
 
 
@@ -166,6 +174,7 @@ def _verdict(outcomes: Outcomes, geometry: GeometryResult, ceiling: float, sound
         "kind": verdict["kind"] if sound else None,
         "difference": verdict["difference"],
         "spread_rejects": None if group is None else group["spread_gap_flagged"],
+        "rebalancing_gap": verdict["rebalancing_gap"],
     }
 
 
@@ -177,33 +186,45 @@ def _truth(right: NDArray[np.float64], current: NDArray[np.float64], ceiling: fl
 
 
 def _remedies(
-    inputs: Inputs,
-    outcomes: Outcomes,
-    geometry: GeometryResult,
-    untouched: tuple[Floats, IntArray],
+    said: dict[str, Any],
+    gain: Gap,
+    drawn: Drawn,
+    in_use: tuple[Floats, Floats],
+    untouched: Table,
     current: NDArray[np.float64],
 ) -> dict[str, Any]:
-    """Return what each remedy reaches on held-out and on untouched samples, and the promised gain of the best."""
-    features, labels = untouched
-    right = {name: model.predict(features) == labels for name, model in fitted_remedies(inputs).items()}
-    best = outcomes.rebalanced.best
-    verdict, _ = judge(outcomes, geometry.classes, geometry.groups, Interval(1.0, None, None, None))
-    gain = right[best] - current
+    """Return what each remedy reaches on held-out and on untouched samples, and the promised gain of the advised."""
+    right = {}
+    for name in said["remedies"]:
+        remedy = followed(name, drawn, in_use)
+        right[name] = (remedy.predict(untouched[0]) == untouched[1]).astype(np.float64)
+    gained = right[said["classifier"]] - current
+    error = float(gained.std() / len(gained) ** 0.5)
     return {
-        "remedies": {name: [outcomes.remedies[name], float(one.mean())] for name, one in right.items()},
-        "advised": best,
-        "gain": {
-            **verdict["rebalancing_gap"], "true": float(gain.mean()), "true_error": float(gain.std() / len(gain) ** 0.5)
-        },
-    }  # fmt: skip
+        "remedies": {name: [reached, float(right[name].mean())] for name, reached in said["remedies"].items()},
+        "advised": said["classifier"],
+        "gain": {**gain, "true": float(gained.mean()), "true_error": error},
+    }
 
 
-def fitted_remedies(inputs: Inputs) -> dict[str, FeatureClassifier]:
-    """Return every remedy that a diagnosis chooses from, as it fits them."""
-    from tailscope.diagnosis import outcomes
+def followed(name: str, drawn: Drawn, in_use: tuple[Floats, Floats]) -> FeatureClassifier:
+    """Return what a user gets who follows an advice: the classifier that it names, fitted."""
+    call, pooled, _ = name.partition(POOLED)
+    model = CLASSIFIERS.make(call)
+    settings = {"base": _frozen(*in_use), "tol": TOL}
+    model.set_params(**{key: value for key, value in settings.items() if key in model.get_params(deep=False)})
+    tables = (drawn.train, drawn.unseen) if pooled else (drawn.train,)
+    features, labels = (np.concatenate(parts) for parts in zip(*tables, strict=True))
+    fitted: FeatureClassifier = model.fit(features, labels)
+    return fitted
 
-    train = outcomes._arrays(inputs.train, 0)
-    return outcomes._remedies(outcomes._current(inputs, *train, 0)[0], *train)
+
+def _frozen(weight: Floats, bias: Floats) -> FrozenEstimator:
+    """Return the classifier in use as an estimator that `fit` leaves as it is."""
+    model = SoftmaxRegression()
+    model.coef_, model.intercept_, model.classes_ = weight, bias, np.arange(len(weight))
+    model.n_features_in_ = weight.shape[1]
+    return FrozenEstimator(model)
 
 
 # -- the rule of before -----------------------------------------------------------------------------------------------
@@ -232,10 +253,10 @@ def naive_bound(drawn: Drawn, seed: int) -> Naive:
     """Fit it to all held-out samples and score it on the test file, or cross-fit it in five folds."""
     features, labels = drawn.unseen
     if drawn.test is not None:
-        model = SoftmaxRegression(choose_l2=True, random_state=seed).fit(features, labels)
+        model = SoftmaxRegression(choose_l2=True, tol=TOL, random_state=seed).fit(features, labels)
         return Naive(model.predict(drawn.test[0]) == drawn.test[1], 1.0)
     right = np.zeros(len(labels), dtype=bool)
     for fitted, held in StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(features, labels):
-        model = SoftmaxRegression(choose_l2=True, random_state=seed).fit(features[fitted], labels[fitted])
+        model = SoftmaxRegression(choose_l2=True, tol=TOL, random_state=seed).fit(features[fitted], labels[fitted])
         right[held] = model.predict(features[held]) == labels[held]
     return Naive(right, INFLATION)

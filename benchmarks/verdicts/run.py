@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -71,6 +72,8 @@ def choose(options: Options, place: Place) -> tuple[list[Source], list[dict[str,
     every = [*sources.SOURCES, *sources.stored_sources(place, REPOSITORY / "results")]
     names = {"tiny": TINY, "quick": QUICK}.get(options.size)
     every = [source for source in every if names is None or source.name in names]
+    if options.size == "tiny":
+        every = [replace(source, factors=(50,), held_out=(10,), draws=1) for source in every]
     reasons = {source.name: sources.lacking(source.name, place) for source in every}
     skipped = [{"source": name, "reason": reason} for name, reason in reasons.items() if reason]
     if place.store is None and names is None:
@@ -173,9 +176,11 @@ def _prepare(chosen: Sequence[Source], left: Sequence[Case], place: Place, kept:
         print(f"features: {name} ({seconds:.0f} s)", flush=True)
     for name, seconds in work(_find_truth, [(source.name, place) for source in needed]):
         print(f"truth: {name} ({seconds:.0f} s)", flush=True)
+    done = total - len(left)
     for record in work(_examine, [(case, place) for case in left]):
         kept.add(record)
-        print(f"{len(kept.records)}/{total} {record['case']} ({record['seconds']:.1f} s)", flush=True)
+        done += 1
+        print(f"{done}/{total} {record['case']} ({record['seconds']:.1f} s)", flush=True)
 
 
 def _make(task: tuple[str, str, Place]) -> tuple[str, float]:
@@ -211,10 +216,8 @@ def _source(name: str, place: Place) -> Source:
 def _facts(name: str, place: Place) -> truth.Facts:
     source, path = _source(name, place), place.cache / "truth" / f"{name}-{_truth_code()}.npy"
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.npy")
-        np.save(partial, truth.bound(source, sources.load(source, place)))
-        partial.replace(path)
+        with sources.replacing(path) as partial:
+            np.save(partial, truth.bound(source, sources.load(source, place)))
     return truth.Facts(np.load(path), source.attribution(place))
 
 

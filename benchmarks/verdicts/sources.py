@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -56,7 +57,8 @@ class Source:
         encoder: which kind: "frozen", or "trained" on the long-tailed set.
         bound_at: samples of the most frequent class.
         tested: test samples a class that a user's test file holds.
-        reserved: test samples a class that held-out samples are drawn from; 0: they are drawn from D*.
+        from_test: whether held-out samples are drawn from the test set, too, since the encoder saw all of a class; else
+            they come from D*.
         factors: imbalance factors; one for an encoder that was trained on its long-tailed set.
         held_out: held-out samples a class.
         draws: of each.
@@ -68,7 +70,7 @@ class Source:
     encoder: str
     bound_at: int
     tested: int
-    reserved: int
+    from_test: bool
     factors: tuple[int, ...]
     held_out: tuple[int, ...]
     draws: int
@@ -94,6 +96,15 @@ def tail_counts(most: int, factor: int, classes: int) -> IntArray:
     """
     found: IntArray = np.maximum(1, np.round(most * factor ** (-np.arange(classes) / (classes - 1)))).astype(np.int64)
     return found
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a path to write to, which then takes the place of `path`: another process sees all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{os.getpid()}-{path.name}")
+    yield partial
+    partial.replace(path)
 
 
 # -- images ---------------------------------------------------------------------------------------------------------
@@ -126,7 +137,7 @@ def _encoded(place: Place, data: str, *steps: Callable[[Floats, Floats], tuple[F
     """Return pixels between 0 and 1, through some maps of training and test rows."""
     found = images(place, data)
     first, second = (
-        found[f"{split}_images"].reshape(len(found[f"{split}_labels"]), -1).astype(np.float32) / 255
+        found[f"{split}_images"].reshape(len(found[f"{split}_labels"]), -1).astype(np.float32) / np.float32(255)
         for split in ("train", "test")
     )
     for step in steps:
@@ -192,16 +203,14 @@ def extract_lite(place: Place, block: int) -> Path:
     network = network.eval().to(memory_format=torch.channels_last)
     features = []
     with torch.inference_mode():
-        for batch in torch.from_numpy([*blocks, found["test_images"]][block]).split(LITE_BATCH):
+        for batch in torch.split(torch.from_numpy([*blocks, found["test_images"]][block]), LITE_BATCH):
             pixels = torch.nn.functional.interpolate(
                 batch.permute(0, 3, 1, 2).float(), size=LITE_PIXELS, mode="bilinear", align_corners=False
             )
             last = network.extract_features(((pixels - 127) / 128).to(memory_format=torch.channels_last))
             features.append(last.mean((2, 3)).numpy())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.npy")
-    np.save(partial, np.concatenate(features))
-    partial.replace(path)
+    with replacing(path) as partial:
+        np.save(partial, np.concatenate(features))
     return path
 
 
@@ -236,6 +245,13 @@ class Trained:
         """Name it."""
         return f"{self.data}-own-{self.recipe}-{self.factor}-{self.seed}"
 
+    @property
+    def profile(self) -> str:
+        """The long-tailed counts; of digits some are left to be held out."""
+        if self.data.startswith("digits"):
+            return "counts:" + ",".join(map(str, tail_counts(self.most, self.factor, 10)))
+        return f"exp:{self.factor}"
+
     def train(self, place: Place) -> dict[str, Any]:
         """Return the result of `swap`; what is trained, and what was, is in the cache's store."""
         out = place.cache / "swap" / self.name
@@ -244,13 +260,11 @@ class Trained:
 
             data, root = self.data, place.data
             if data.startswith("digits"):
-                data, root = str(place.cache / f"{self.data}.npz"), None
-                place.cache.mkdir(parents=True, exist_ok=True)
-                np.savez(data, **digits(int(self.data.removeprefix("digits") or 0)))
-            classes = 100 if self.data == "cifar100" else 10
+                data, root = self._written(place), None
             swap(
                 data,
-                profile="counts:" + ",".join(map(str, tail_counts(self.most, self.factor, classes))),
+                profile=self.profile,
+                protocol="nested" if self.data.startswith("digits") else "ldam",
                 out=out,
                 recipe=self.recipe,
                 model=self.model,
@@ -265,9 +279,17 @@ class Trained:
 
     def load(self, place: Place) -> Encoded:
         """Return the lt backbone's features and its own classifier."""
-        data = str(place.cache / f"{self.data}.npz") if self.data.startswith("digits") else self.data
+        data = self._written(place) if self.data.startswith("digits") else self.data
         key = next(row["key"] for row in self.train(place)["provenance"] if row["stage1"] == "lt")
         return stored(place, place.cache / "store", key, data)
+
+    def _written(self, place: Place) -> str:
+        """Return the image file of digits, which `swap` and `features` read."""
+        path = place.cache / f"{self.data}.npz"
+        if not path.is_file():
+            with replacing(path) as partial:
+                np.savez(partial, **images(place, self.data))  # type: ignore[arg-type]
+        return str(path)
 
     def attribution(self, place: Place) -> dict[str, Any] | None:
         """Return what `swap` says."""
@@ -278,7 +300,8 @@ def _attribution(swap: dict[str, Any]) -> dict[str, Any] | None:
     if not swap.get("attribution"):
         return None
     shares = {part: swap["attribution"][part]["points"] for part in ("classifier", "representation")}
-    return {**shares, "true_true": swap["cells"]["true->true"]["mean"], "lt_lt": swap["cells"]["lt->lt"]["mean"]}
+    cells = {name: swap["cells"][name]["mean"] for name in ("lt->lt", "lt->true", "true->true")}
+    return {**shares, "cells": cells, "order_matters": swap["attribution"]["order_matters"]}
 
 
 def stored(place: Place, store: Path, key: str, data: str) -> Encoded:
@@ -335,7 +358,7 @@ def _of_store(place: Place, key: str, data: dict[str, Any], mixed: bool, results
 
     return Source(
         f"{data['name']}-store-{key[:8]}{'-mixup' if mixed else ''}",
-        "trained", max(data["counts"]), 20 if few else 100, 50 if few else 500,
+        "trained", max(data["counts"]), 20 if few else 100, True,
         (round(max(data["counts"]) / min(data["counts"])),), (10, 25, 50) if few else (10, 25, 100, 500), 1,
         lambda place: stored(place, store, key, data["name"]), attribution,
     )  # fmt: skip
@@ -347,23 +370,23 @@ FACTORS = (10, 50, 100)
 TRAINED = (
     *(Trained("digits", "demo", None, 80, factor, 0) for factor in FACTORS),
     *(Trained("digits80", "demo", None, 80, factor, seed) for factor in FACTORS for seed in (0, 1)),
-    Trained("cifar10", "fast", "resnet8", 5_000, 100, 0),
-    Trained("cifar100", "fast", "resnet8", 500, 100, 0, "lt"),
+    Trained("cifar10", "fast", "resnet8(width=16)", 5_000, 100, 0),
+    Trained("cifar100", "fast", "resnet8(width=16)", 500, 100, 0, "lt"),
 )
 
 
 def _frozen(name: str, bound_at: int, held_out: Sequence[int], draws: int, load: Callable[[Place], Encoded]) -> Source:
     tested = 20 if name.startswith(("digits", "cifar100")) else 200
     factors = (100,) if name.endswith(("relu512", "1280")) else FACTORS
-    return Source(name, "frozen", bound_at, tested, 0, factors, tuple(held_out), draws, load)
+    return Source(name, "frozen", bound_at, tested, False, factors, tuple(held_out), draws, load)
 
 
 def _own(trained: Trained) -> Source:
-    tested, reserved, held_out = {
-        "cifar10": (100, 250, (10, 25, 100, 250)), "cifar100": (20, 50, (10, 25, 50))
-    }.get(trained.data, (20, 0, (10, 25)))  # fmt: skip
+    on_digits = trained.data.startswith("digits")
+    tested = 100 if trained.data == "cifar10" else 20
+    held_out = {"cifar10": (10, 25, 100, 250), "cifar100": (10, 25, 50)}.get(trained.data, (10, 25))
     return Source(
-        trained.name, "trained", trained.most, tested, reserved, (trained.factor,), held_out, 1,
+        trained.name, "trained", trained.most, tested, not on_digits, (trained.factor,), held_out, 1,
         trained.load, trained.attribution,
     )  # fmt: skip
 

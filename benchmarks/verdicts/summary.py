@@ -1,5 +1,6 @@
 """What the cases say together: each promise with its count and interval, beside the rule of before; and the page."""
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ Record = dict[str, Any]
 UNDECIDED = "undecided"
 LEAST = 0.03  # a gap below this is nobody's bottleneck: verdicts are not required there
 POINT = 0.01
-OLD_REMEDIES = ("logit_adjustment", "tau_norm", "ncm", "crt")
+OLD_REMEDIES = re.compile(r"(logit_adjustment|tau_norm)\(.*\)|ncm|crt|crt\(l2=0\.001\)")
 
 # -- one case ---------------------------------------------------------------------------------------------------------
 
@@ -38,7 +39,7 @@ def strictly(ci95: Sequence[float] | None, true: float) -> bool | None:
 
 def required(record: Record, verdict: Record) -> bool:
     """Whether a verdict is promised: the larger gap 4 times the smaller and m at least 25, or 2 times and 100."""
-    gaps = sorted((verdict["classifier_gap"], verdict["representation_gap"]))
+    gaps = sorted((float(verdict["classifier_gap"]), float(verdict["representation_gap"])))
     if gaps[1] < LEAST:
         return False
     ratio, slack = gaps[1] / max(gaps[0], 1e-9), 1e-6  # a planted ratio is exact up to rounding
@@ -47,7 +48,7 @@ def required(record: Record, verdict: Record) -> bool:
 
 def wrong(said: str, true: float) -> bool:
     """Whether a verdict was given, and for the wrong side."""
-    return said != UNDECIDED and (said == "classifier") != (true > 0)
+    return said != UNDECIDED and bool((said == "classifier") != (true > 0))
 
 
 def rule_before(verdict: Record) -> str:
@@ -59,13 +60,14 @@ def rule_before(verdict: Record) -> str:
 def advice_is_good(record: Record, chosen: str) -> bool:
     """Whether a remedy is the best on untouched samples, or within a point of it."""
     reached = {name: two[1] for name, two in record["remedies"].items()}
-    return reached[chosen] >= max(*reached.values(), record["current"]["true"]) - POINT
+    best: float = max(*reached.values(), record["current"]["true"])
+    return bool(reached[chosen] >= best - POINT)
 
 
 def advised_before(record: Record) -> str:
     """Return the best, on held-out samples, of the remedies that there were before."""
-    old = {n: two[0] for n, two in record["remedies"].items() if n.split("(")[0] in OLD_REMEDIES}
-    return max(old, key=lambda name: old[name])
+    old: dict[str, float] = {name: two[0] for name, two in record["remedies"].items() if OLD_REMEDIES.fullmatch(name)}
+    return max(old, key=old.__getitem__)
 
 
 # -- all of them ------------------------------------------------------------------------------------------------------
@@ -86,6 +88,7 @@ def summarise(records: Sequence[Record]) -> Record:
         "by_test": {
             name: _part([r for r in records if r["test"] is test])
             for name, test in (("cross-fitted", False), ("with a test file", True))
+            if any(r["test"] is test for r in records)
         },
         "kinds": kinds(records),
         "swap": agreement(records),
@@ -149,9 +152,10 @@ def _promise(
     name: str, after: Iterable[bool | None], before: Iterable[bool | None], goal: float | None = None
 ) -> Record:
     counts = [_count(outcomes) for outcomes in (after, before)]
-    share, reached = counts[0] and counts[0]["share"], None
-    if goal is not None and share is not None:
-        reached = share <= 0 if goal == 0 else share >= goal
+    reached = None
+    if goal is not None and counts[0] is not None:
+        share = counts[0]["share"]
+        reached = bool(share <= 0 if goal == 0 else share >= goal)
     return {"name": name, "goal": goal, "reached": reached, "after": counts[0], "before": counts[1]}
 
 
@@ -319,12 +323,16 @@ def _kinds(found: dict[str, dict[str, int]]) -> str:
 def _swap(found: Sequence[Record]) -> list[str]:
     if not found:
         return []
-    head = ("encoder", "gap, points", "classifier", "representation", "verdicts of the same side", "other", "undecided")
+    head = (
+        "encoder", "lt → lt", "lt → true", "true → true", "classifier", "representation", "order decides",
+        "verdicts of the same side", "other", "undecided",
+    )  # fmt: skip
     points = _scaled("{:.1f}")
     rows = (
         [
-            one["source"], points(one["true_true"] - one["lt_lt"]), points(one["classifier"]),
-            points(one["representation"]), str(one["same"]), str(one["other"]), str(one["undecided"]),
+            one["source"], *(points(one["cells"][cell]) for cell in ("lt->lt", "lt->true", "true->true")),
+            points(one["classifier"]), points(one["representation"]), "yes" if one["order_matters"] else "no",
+            str(one["same"]), str(one["other"]), str(one["undecided"]),
         ]
         for one in found
     )  # fmt: skip
@@ -356,7 +364,8 @@ def _caption(document: Record) -> str:
     machine = f"{environment['hardware']['cpu']}, {environment['hardware']['threads']} threads"
     packages = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     recalled = f" ({document['recalled']} cases were there before)" if document["recalled"] else ""
+    minutes, of_cores = (seconds[name] / 60 for name in ("this run", "cases"))
     return (
-        f"{document['created'][:10]}, {machine}, {packages}; {document['size']} size, "
-        f"{seconds['this run'] / 60:.1f} minutes{recalled}; diagnosing all cases takes {seconds['cases'] / 60:.1f} minutes of one core."
+        f"{document['created'][:10]}, {machine}, {packages}; {document['size']} size, {minutes:.1f} minutes{recalled}; "
+        f"diagnosing all cases takes {of_cores:.1f} minutes of one core."
     )

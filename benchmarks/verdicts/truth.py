@@ -19,7 +19,7 @@ class Facts(NamedTuple):
     """What is true of a source.
 
     Attributes:
-        right: for each untouched sample, how often classifiers fitted to D* get it right; the mean is the bound.
+        right: for each test sample, how often classifiers fitted to D* get it right; the mean is the bound.
         attribution: what `swap` says of the encoder, or None.
     """
 
@@ -27,43 +27,26 @@ class Facts(NamedTuple):
     attribution: dict[str, Any] | None
 
 
-class Split(NamedTuple):
-    """The rows of a test set: a user's test file, those that held-out samples are drawn from, and the untouched."""
-
-    tested: IntArray
-    reserved: IntArray
-    untouched: IntArray
-
-
-def split(source: Source, encoded: Encoded) -> Split:
-    """Divide a source's test set, the same way for all its cases."""
-    rank = ranks(encoded.test_labels, numpy_stream(0, "verdicts", source.name, "test"))
-    ends = source.tested, source.tested + source.reserved
-    parts = (rank < ends[0], (rank >= ends[0]) & (rank < ends[1]), rank >= ends[1])
-    return Split(*(np.flatnonzero(part) for part in parts))
-
-
 def bound(source: Source, encoded: Encoded) -> NDArray[np.float64]:
-    """Return, for each untouched sample, how often classifiers fitted to D* get it right.
+    """Return, for each test sample, how often classifiers fitted to D* get it right.
 
     Each is fitted to `bound_at` samples of every class. What an encoder was trained on is among them: that is what the
     bound of its diagnosis means.
     """
-    rows = split(source, encoded).untouched
     size = source.bound_at * (int(encoded.labels.max()) + 1)
     right = []
     for draw in range(max(1, min(MOST, ROWS // size))):
-        rank = ranks(encoded.labels, numpy_stream(draw, "verdicts", source.name, "truth")).astype(np.float64)
+        rank = ranks(encoded.labels, numpy_stream(draw, "verdicts", source.name, "truth"))
         if encoded.seen is not None:
             rank = ranks_with_first(encoded.labels, encoded.seen, rank)
         fitted = rank < source.bound_at
-        scored = encoded.test_features[rows], encoded.test_labels[rows]
+        scored = encoded.test_features, encoded.test_labels
         right.append(reached(encoded.features[fitted], encoded.labels[fitted], *scored))
     found: NDArray[np.float64] = np.mean(right, axis=0)
     return found
 
 
-def ranks_with_first(labels: IntArray, first: NDArray[np.bool_], order: NDArray[np.float64]) -> IntArray:
+def ranks_with_first(labels: IntArray, first: NDArray[np.bool_], order: IntArray) -> IntArray:
     """Return each row's place in its class where the rows `first` come first, and otherwise `order` decides."""
     by = np.lexsort((order, ~first, labels))
     counts = np.bincount(labels)
