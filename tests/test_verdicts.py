@@ -229,6 +229,19 @@ def test_the_rule_of_before_wants_the_test_of_spread_for_a_representation():
     assert summary.rule_before(verdict("", 0.1, naive="classifier")) == "classifier"
 
 
+def test_verdicts_are_counted_by_their_ceiling_and_by_m():
+    records = [
+        made_record(0, held_out=10, verdicts=[verdict("undecided", 0.1), verdict("classifier", 0.1, of="planted 4")]),
+        made_record(
+            1, held_out=100, verdicts=[verdict("classifier", 0.1), verdict("classifier", -0.1, of="planted 4")]
+        ),
+    ]
+    found = summary.by_ceiling(records)
+    assert found["1"] == {"m below 25": [0, 1], "25 to 99": [0, 0], "100 or more": [1, 1], "wrong": 0,
+                          "naive decided": 2, "naive wrong": 2}  # fmt: skip
+    assert (found["planted 4"]["wrong"], found["planted 4"]["naive wrong"]) == (1, 1)
+
+
 def test_the_division_by_swap_is_compared_under_its_own_ceiling():
     cells = {"lt->lt": 0.5, "lt->true": 0.6, "true->true": 0.8}
     swap = {"classifier": 0.1, "representation": 0.2, "cells": cells, "order_matters": False}

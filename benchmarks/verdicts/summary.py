@@ -90,6 +90,7 @@ def summarise(records: Sequence[Record]) -> Record:
             for name, test in (("cross-fitted", False), ("with a test file", True))
             if any(r["test"] is test for r in records)
         },
+        "by_ceiling": by_ceiling(records),
         "kinds": kinds(records),
         "swap": agreement(records),
         "mistakes": [*_mistakes(records)],
@@ -192,6 +193,26 @@ def _part(records: Sequence[Record]) -> Record:
     }
 
 
+SIZES = {"m below 25": (0, 25), "25 to 99": (25, 100), "100 or more": (100, np.inf)}
+
+
+def by_ceiling(records: Sequence[Record]) -> dict[str, Record]:
+    """Return, for each kind of ceiling, how many verdicts were given, by m, and how many of them were wrong."""
+    found = {}
+    for of in dict.fromkeys(v["of"] for r in records for v in r["verdicts"]):
+        judged = [(r["held_out"], v) for r in records for v in r["verdicts"] if v["of"] == of]
+        given: Record = {}
+        for name, (low, high) in SIZES.items():
+            some = [v["bottleneck"] != UNDECIDED for m, v in judged if low <= m < high]
+            given[name] = [sum(some), len(some)]
+        found[of] = given | {
+            "wrong": sum(wrong(v["bottleneck"], v["true"]) for _, v in judged),
+            "naive decided": sum(v["naive"] != UNDECIDED for _, v in judged),
+            "naive wrong": sum(wrong(v["naive"], v["true"]) for _, v in judged),
+        }
+    return found
+
+
 def _mean(values: Iterable[float]) -> float | None:
     found = [*values]
     return float(np.mean(found)) if found else None
@@ -265,6 +286,9 @@ def table(document: Record) -> str:
         "By held-out samples a class, and by what is scored:",
         _rows(PART_HEAD, (_part_row(f"m = {m}", part) for m, part in found["by_held_out"].items())),
         _rows(PART_HEAD, (_part_row(name, part) for name, part in found["by_test"].items())),
+        "Verdicts given, by the ceiling that was planted (its representation gap over the classifier gap) and by m; "
+        "“naive” takes the naive bound's side without the test of spread:",
+        _rows(("ceiling", *SIZES, "wrong", "naive: given", "wrong"), _ceiling_rows(found["by_ceiling"])),
         _kinds(found["kinds"]),
         *_swap(found["swap"]),
         *_missed(found["mistakes"]),
@@ -306,6 +330,14 @@ def _part_row(name: str, part: Record) -> list[str]:
         f"{part['decided']} of {part['due']}", str(part["wrong"]), str(part["gains_covered"]), str(part["advice_good"]),
         f"{part['seconds']:.1f}",
     ]  # fmt: skip
+
+
+def _ceiling_rows(found: dict[str, Record]) -> Iterable[list[str]]:
+    names = {"1": "100 %", "swap": "that of `swap`"}
+    for of, row in found.items():
+        given = [f"{row[name][0]} of {row[name][1]}" for name in SIZES]
+        rest = [str(row[name]) for name in ("wrong", "naive decided", "naive wrong")]
+        yield [names.get(of, of), *given, *rest]
 
 
 def _scaled(form: str) -> Callable[[float | None], str]:
