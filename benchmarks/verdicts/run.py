@@ -76,8 +76,9 @@ def choose(options: Options, place: Place) -> tuple[list[Source], list[dict[str,
         every = [replace(source, factors=(50,), held_out=(10,), draws=1) for source in every]
     reasons = {source.name: sources.lacking(source.name, place) for source in every}
     skipped = [{"source": name, "reason": reason} for name, reason in reasons.items() if reason]
-    if place.store is None and names is None:
-        skipped.append({"source": "stored backbones of CIFAR", "reason": "no --store"})
+    if names is None and not any("-store-" in source.name for source in every):
+        reason = "--store has no finished lt backbone" if place.store else "no --store"
+        skipped.append({"source": "stored backbones of CIFAR", "reason": reason})
     return [source for source in every if not reasons[source.name]], skipped
 
 
