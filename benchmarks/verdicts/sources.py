@@ -1,5 +1,6 @@
 """Features of all that there is of a data set, of encoders that saw none of it and of those trained on a part."""
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -254,7 +255,7 @@ class Trained:
 
     def train(self, place: Place) -> dict[str, Any]:
         """Return the result of `swap`; what is trained, and what was, is in the cache's store."""
-        out = place.cache / "swap" / self.name
+        out = place.cache / "swap" / hashlib.sha256(repr(self).encode()).hexdigest()[:12]
         if not (out / "swap.json").is_file():
             from tailscope.verbs import swap
 
