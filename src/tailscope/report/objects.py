@@ -170,7 +170,7 @@ class Diagnosis(Result):
         return diagnosis.headline(self._stored)
 
     def summary(self) -> str:
-        """Return the verdict, the caveat that matters most, what to do, and what was found, as the command line does."""
+        """Return the verdict, the main caveat, what to do, and what was found, as the command line prints them."""
         advised = [f"- {piece['text']}" for piece in self["advice"][1:]]
         found = [f"- {text}" for text in diagnosis.findings(self._stored)]
         return "\n".join(map(one_line, [*diagnosis.closing(self._stored), *found, *advised]))
