@@ -18,7 +18,9 @@ import result_factory
 import tailscope
 from diagnosis_cases import CLASSES, FEW, head_biased, noise, scattered, separable, table, weak
 from tailscope import cli, report
+from tailscope.diagnosis.verdict import decide
 from tailscope.errors import UserError
+from tailscope.intervals import Interval
 from tailscope.measures import FIELDS
 from tailscope.report import charts, diagnosis
 from tailscope.results import write
@@ -286,3 +288,12 @@ def test_the_first_screen_has_verdict_caveat_and_advice_and_a_fold(page, result)
     fold = text.split("<details")[1]
     assert f"{len(limits) - 1} other caveat" in fold
     assert all(html.escape(limit, quote=False) in fold for limit in limits[1:])
+
+
+def test_the_picture_of_the_rules_has_every_verdict():
+    picture = (REPOSITORY / "docs" / "images" / "verdict.svg").read_text(encoding="utf-8")
+    shown = set(re.findall(r'<text class="n"[^>]*>([^<?]+)</text>', picture))
+    given = [((-0.3, -0.1), True), ((-0.3, -0.1), False), ((0.1, 0.3), None), ((-0.1, 0.3), None)]
+    found = [decide(Interval(sum(ends) / 2, ends, None, "item"), memorised) for ends, memorised in given]
+    assert shown == {f"{bottleneck}: {kind}" if kind else bottleneck for bottleneck, kind, _ in found}
+    assert "images/verdict.svg" in (REPOSITORY / "docs" / "diagnose.md").read_text(encoding="utf-8")
