@@ -16,6 +16,7 @@ import numpy as np
 
 from tailscope.diagnosis.learning_curve import DRAWS
 from tailscope.diagnosis.outcomes import Outcomes, difference
+from tailscope.diagnosis.remedies import BINS, Scored
 from tailscope.groups import GROUPS
 from tailscope.intervals import FloatArray, Gap, Interval, Z, as_list, summarize
 from tailscope.measures.chance import VERDICT_SAMPLES
@@ -68,14 +69,17 @@ class Verdict(Part, total=False):
 
 
 def accuracies(outcomes: Outcomes, groups: Sequence[str | None]) -> dict[str, Any]:
-    """Return `accuracy` of a diagnosis: current, rebalanced and classifier_bound, each a cell as in `swap.json`."""
+    """Return `accuracy` of a diagnosis: current, rebalanced and classifier_bound, each a cell as in `swap.json`.
+
+    Beside them stands `calibration`, the expected calibration error of the first two.
+    """
     selection, bound = outcomes.rebalanced, outcomes.bound
     attained, found = bound.attained, bound.extrapolated
     current, rebalanced, fitted = (
         summarize(correct[None], outcomes.labels, groups)
         for correct in (outcomes.current, selection.correct, attained.correct)
     )
-    chosen = {"classifier": selection.best, "chosen": list(selection.chosen), "remedies": outcomes.remedies}
+    chosen = {"classifier": selection.best, "chosen": list(selection.chosen), "remedies": selection.tried}
     fitted |= {
         "classifier": attained.classifier,
         "ci95": as_list(attained.accuracy.ci95),
@@ -88,7 +92,17 @@ def accuracies(outcomes: Outcomes, groups: Sequence[str | None]) -> dict[str, An
         "current": current | {"classifier": outcomes.current_name},
         "rebalanced": rebalanced | chosen,
         "classifier_bound": fitted,
+        "calibration": {
+            "bins": BINS,
+            "current": _calibration(outcomes.now),
+            "rebalanced": _calibration(selection.scored),
+        },
     }
+
+
+def _calibration(scored: Scored) -> dict[str, Any]:
+    found = scored.calibration_error()
+    return {"mean": found.estimate, "ci95": as_list(found.ci95)}
 
 
 def judge(

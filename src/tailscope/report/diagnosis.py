@@ -6,7 +6,7 @@ from typing import Any
 from tailscope.groups import GROUPS
 from tailscope.measures.fields import SHOWN
 from tailscope.report.rows import CI, GROUP, GROUP_RECALLS, MEASURES, Row, ends, ranks
-from tailscope.report.schema import ACCURACIES, Diagnosis, Judged, Points, Recalls, Verdict
+from tailscope.report.schema import ACCURACIES, Accuracy, Diagnosis, Judged, Points, Recalls, Verdict
 from tailscope.report.text import Column, Table, accuracy, in_points, listed, number, percent, plural
 
 ASPECTS = {
@@ -134,7 +134,7 @@ def _difference(value: float | None, ci95: Sequence[float] | None, scale: float 
     return {name: None if number is None else scale * number for name, number in found}
 
 
-def _cells(result: Diagnosis) -> dict[str, Recalls]:
+def _cells(result: Diagnosis) -> dict[Accuracy, Recalls]:
     """Return the accuracies that the verdict compares, in order; none where nothing was scored."""
     stored = result["accuracy"]
     return {} if stored is None else {name: stored[name] for name in ACCURACIES}
