@@ -23,6 +23,7 @@ from scipy.special import stdtr
 
 from tailscope.diagnosis.learning_curve import DRAWS, KINDS
 from tailscope.diagnosis.outcomes import OWN_CLASSIFIER, Outcomes, difference
+from tailscope.diagnosis.remedies import BINS, POOLED, Scored
 from tailscope.groups import GROUPS
 from tailscope.intervals import FloatArray, Gap, Interval, Z, as_list, summarize
 from tailscope.measures.chance import VERDICT_SAMPLES, false_discovery
@@ -86,14 +87,17 @@ class Verdict(Part, total=False):
 
 
 def accuracies(outcomes: Outcomes, groups: Sequence[str | None]) -> dict[str, Any]:
-    """Return `accuracy` of a diagnosis: current, rebalanced and classifier_bound, each a cell as in `swap.json`."""
+    """Return `accuracy` of a diagnosis: current, rebalanced and classifier_bound, each a cell as in `swap.json`.
+
+    Beside them stands `calibration`, the expected calibration error of the first two.
+    """
     selection, bound = outcomes.rebalanced, outcomes.bound
     attained, found = bound.attained, bound.extrapolated
     current, rebalanced, fitted = (
         summarize(correct[None], outcomes.labels, groups)
         for correct in (outcomes.current, selection.correct, attained.correct)
     )
-    chosen = {"classifier": selection.best, "chosen": list(selection.chosen), "remedies": outcomes.remedies}
+    chosen = {"classifier": selection.best, "chosen": list(selection.chosen), "remedies": selection.tried}
     fitted |= {
         "classifier": attained.classifier,
         "ci95": as_list(attained.accuracy.ci95),
@@ -106,7 +110,17 @@ def accuracies(outcomes: Outcomes, groups: Sequence[str | None]) -> dict[str, An
         "current": current | {"classifier": outcomes.current_name},
         "rebalanced": rebalanced | chosen,
         "classifier_bound": fitted,
+        "calibration": {
+            "bins": BINS,
+            "current": _calibration(outcomes.now),
+            "rebalanced": _calibration(selection.scored),
+        },
     }
+
+
+def _calibration(scored: Scored) -> dict[str, Any]:
+    found = scored.calibration_error()
+    return {"mean": found.estimate, "ci95": as_list(found.ci95)}
 
 
 def judge(
@@ -165,7 +179,7 @@ def shares(outcomes: Outcomes, entries: Sequence[Entry]) -> FloatArray:
     bound, even = outcomes.bound, np.ones(len(entries))
     fitted = bound.attained.classifier
     trained = np.array([0 if fitted == KINDS[0] else entry["train_count"] for entry in entries])
-    held = np.array([entry["unseen_count"] if fitted in KINDS else 0 for entry in entries])
+    held = np.array([entry["unseen_count"] if fitted in KINDS or fitted.endswith(POOLED) else 0 for entry in entries])
     more = np.log(np.maximum(1.0, bound.bound_at / np.maximum(1, trained + held)))
     own = more / more.mean() if more.any() else even
     low, high = (own, own) if bound.exchange.alike else (np.minimum(own, even), np.maximum(own, even))

@@ -7,7 +7,7 @@ from tailscope.groups import GROUPS
 from tailscope.measures.fields import SHOWN
 from tailscope.report import encoders
 from tailscope.report.rows import CI, GROUP, GROUP_RECALLS, MEASURES, Row, ends, ranks
-from tailscope.report.schema import ACCURACIES, Diagnosis, Judged, Points, Recalls, Verdict
+from tailscope.report.schema import ACCURACIES, Accuracy, Diagnosis, Judged, Points, Recalls, Verdict
 from tailscope.report.text import Column, Table, accuracy, in_points, number, percent, plural, with_interval
 
 GAPS = ("classifier_gap", "representation_gap")
@@ -110,7 +110,7 @@ def steps(result: Diagnosis) -> list[Row]:
     return found
 
 
-def _cells(result: Diagnosis) -> dict[str, Recalls]:
+def _cells(result: Diagnosis) -> dict[Accuracy, Recalls]:
     """Return the accuracies that the verdict compares, in order; none where nothing was scored."""
     stored = result["accuracy"]
     return {} if stored is None else {name: stored[name] for name in ACCURACIES}

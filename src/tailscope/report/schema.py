@@ -24,6 +24,7 @@ Count = Annotated[int, Field(ge=0, le=10**15)]
 Bounds = Annotated[list[Number], Field(min_length=2, max_length=2)]
 Quantiles = Annotated[list[Number], Field(min_length=5, max_length=5)]
 Group = Literal["head", "body", "tail"]
+Accuracy = Literal["current", "rebalanced", "classifier_bound"]
 Verb = Literal["swap", "ladder", "geometry"]
 
 TRAINED: tuple[Verb, ...] = ("swap", "ladder", "geometry")
@@ -33,7 +34,7 @@ PARTS: tuple[Literal["representation", "classifier"], ...] = ("representation", 
 CELLS = ("lt->lt", "lt->true", "true->lt", "true->true")
 RUNGS = ("stage1", "stage2", "stage2_aa")
 VARIANTS = ("paper", "calibrated")
-ACCURACIES = {"current": "in use", "rebalanced": "re-balanced", "classifier_bound": "best fitted"}
+ACCURACIES: dict[Accuracy, str] = {"current": "in use", "rebalanced": "re-balanced", "classifier_bound": "best fitted"}
 AGAIN = "run the verb again with --overwrite"
 
 
@@ -307,6 +308,28 @@ class Recalls(TypedDict):
     extrapolated: NotRequired[_Extrapolated | None]
 
 
+class _Estimate(TypedDict):
+    mean: Share
+    ci95: Bounds | None
+
+
+class _Calibration(TypedDict):
+    """The expected calibration error of the classifier in use and of the best remedy, in `bins` bins of confidence."""
+
+    bins: Count
+    current: _Estimate
+    rebalanced: _Estimate
+
+
+class Accuracies(TypedDict):
+    """What was scored on the same samples; a result from before has no calibration."""
+
+    current: Recalls
+    rebalanced: Recalls
+    classifier_bound: Recalls
+    calibration: NotRequired[_Calibration]
+
+
 class Judged(TypedDict):
     """What holds back a class or a group."""
 
@@ -407,7 +430,7 @@ class Diagnosis(AnyResult):
     spec: _DiagnosisSpec
     classes: list[Annotated[_DiagnosedClass, AfterValidator(_measures_are_numbers)]]
     groups: dict[str, Annotated[_DiagnosedGroup, AfterValidator(_measures_are_numbers)] | None]
-    accuracy: dict[str, Recalls] | None
+    accuracy: Accuracies | None
     verdict: Verdict | None
     advice: list[_Advice]
     pairs: list[_Pair]
