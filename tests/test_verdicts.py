@@ -307,7 +307,7 @@ def test_the_page_shows_a_result(tmp_path: Path):
     now, before = "1 of 2: 50.0 % [9, 91]", "0 of 2: 0.0 % [0, 66]"
     assert f"| verdicts against the true sign | {now} | {before} | none | **missed** |" in shown
     assert "- case 1: verdict classifier, ceiling 1, said [-4.0, -2.0], true -3.0" in shown
-    assert "| made | 50.0 | 60.0 | 80.0 | 10.0 | 20.0 | yes | 0 | 0 | 0 |" in shown
+    assert "| made | 50.0 | 60.0 | 60.0 | 80.0 | 10.0 | 20.0 | yes | 0 | 0 | 0 |" in shown
     assert "Skipped: one: no file." in shown
     page = record.render(command.VERDICTS_PAGE.read_text(encoding="utf-8"), {"verdicts": shown})
     assert shown in page

@@ -242,6 +242,7 @@ def agreement(records: Sequence[Record]) -> list[Record]:
                 "source": name,
                 **shares,
                 "larger": larger,
+                "bound": _mean(r["bound"]["true"] for r in cases),
                 "same": said.count(larger),
                 "other": len(said) - said.count(larger) - said.count(UNDECIDED),
                 "undecided": said.count(UNDECIDED),
@@ -356,13 +357,14 @@ def _swap(found: Sequence[Record]) -> list[str]:
     if not found:
         return []
     head = (
-        "encoder", "lt → lt", "lt → true", "true → true", "classifier", "representation", "order decides",
+        "encoder", "lt → lt", "lt → true", "true bound", "true → true", "classifier", "representation", "order decides",
         "verdicts of the same side", "other", "undecided",
     )  # fmt: skip
     points = _scaled("{:.1f}")
     rows = (
         [
-            one["source"], *(points(one["cells"][cell]) for cell in ("lt->lt", "lt->true", "true->true")),
+            one["source"], *(points(one["cells"][cell]) for cell in ("lt->lt", "lt->true")), points(one["bound"]),
+            points(one["cells"]["true->true"]),
             points(one["classifier"]), points(one["representation"]), "yes" if one["order_matters"] else "no",
             str(one["same"]), str(one["other"]), str(one["undecided"]),
         ]
