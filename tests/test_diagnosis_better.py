@@ -13,6 +13,7 @@ from tailscope import report
 from tailscope.diagnosis import better
 from tailscope.diagnosis.inputs import read
 from tailscope.diagnosis.outcomes import score
+from tailscope.diagnosis.remedies import Scored
 from tailscope.errors import UserError
 from tailscope.report import diagnosis, encoders
 from tailscope.results import write
@@ -141,8 +142,8 @@ def cut(one, rows, attained=None):
     bound, number = without_bound(one, "there are too few").bound, len(rows)
     right = bound.attained.correct[rows] if attained is None else np.full(number, attained)
     kept = dataclasses.replace(bound.attained, correct=right, rows=bound.attained.rows[rows])
-    changed = {name: getattr(one, name)[rows] for name in ("labels", "rows", "predicted", "current")}
-    rebalanced = dataclasses.replace(one.rebalanced, correct=one.rebalanced.correct[rows])
+    changed = {name: getattr(one, name)[rows] for name in ("labels", "rows", "predicted")} | {"now": one.now.at(rows)}
+    rebalanced = dataclasses.replace(one.rebalanced, scored=one.rebalanced.scored.at(rows))
     bound = dataclasses.replace(bound, attained=kept)
     return dataclasses.replace(one, rebalanced=rebalanced, bound=bound, **changed)
 
@@ -164,7 +165,9 @@ def test_few_samples_decide_nothing(outcomes, number, expected):
 
 
 def test_a_classifier_in_use_makes_no_encoder_better(outcomes):
-    bad = dataclasses.replace(outcomes["c"], current=np.zeros_like(outcomes["c"].current))
+    bad = dataclasses.replace(
+        outcomes["c"], now=Scored(np.zeros_like(outcomes["c"].current), outcomes["c"].now.confidence)
+    )
     found = better.which("b", "c", {"b": outcomes["b"], "c": bad}, NONE)
     assert found["better"] is None
     assert "The classifier in use on “b” reaches" in found["text"]

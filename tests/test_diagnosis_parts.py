@@ -11,7 +11,8 @@ from diagnosis_cases import FEW, around, head_biased, separable, table
 from tailscope.diagnosis import outcomes
 from tailscope.diagnosis.inputs import read
 from tailscope.diagnosis.learning_curve import KINDS, Attained, ClassifierBound, Exchange, Extrapolated
-from tailscope.diagnosis.outcomes import OWN_CLASSIFIER, Outcomes, Selection
+from tailscope.diagnosis.outcomes import OWN_CLASSIFIER, Outcomes
+from tailscope.diagnosis.remedies import Scored, Selection
 from tailscope.diagnosis.verdict import judge, samples_needed, shares
 from tailscope.groups import GROUPS, assign_groups
 from tailscope.intervals import Interval, proportion
@@ -35,8 +36,9 @@ def made(current, attained, labels, classifier=KINDS[0], alike=True):
     fitted = Attained(proportion(attained[None]), attained, rows, classifier, 1.0, 0.0)
     found = Extrapolated(float(attained.mean()), (0.0, 1.0), 200, none + attained.mean(), none)
     bound = ClassifierBound(fitted, found, None, 200, (), Exchange(0.0, 0.0, alike), (), ())
-    selection = Selection(attained, proportion(attained[None]), ("ncm",), "ncm")
-    return Outcomes(labels, rows, labels, labels, current, OWN_CLASSIFIER, selection, {}, bound, ())
+    now, best = (Scored(correct, np.ones(len(labels))) for correct in (current, attained))
+    selection = Selection(best, proportion(attained[None]), ("ncm",), "ncm", {})
+    return Outcomes(labels, rows, labels, labels, now, OWN_CLASSIFIER, selection, bound, ())
 
 
 def test_of_many_classes_that_are_undecided_in_truth_almost_none_is_decided():

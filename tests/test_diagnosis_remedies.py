@@ -16,7 +16,7 @@ from tailscope.diagnosis.curve_fits import PENALTIES, Rows, assign_folds
 from tailscope.diagnosis.learning_curve import Fits, follow
 from tailscope.diagnosis.remedies import POOLED, Scored, choose, fitted_to_training, select_nested
 from tailscope.errors import UserError
-from tailscope.report.schema import read
+from tailscope.report.reading import read
 from tailscope.results import write
 from tailscope.tables.table import LinearLayer
 

@@ -284,7 +284,7 @@ def test_the_first_screen_has_verdict_caveat_and_advice_and_a_fold(page, result)
     text = page.read_text(encoding="utf-8").split("</header>")[0].split("<header")[1].replace("\u00a0", " ")
     limits = diagnosis.caveats(result)
     assert f"<strong>Keep in mind:</strong> {limits[0]}" in text
-    assert "<strong>What to do:</strong> Re-balance the classifier" in text
+    assert "<strong>What to do:</strong> Replace the classifier" in text
     fold = text.split("<details")[1]
     assert f"{len(limits) - 1} other caveat" in fold
     assert all(html.escape(limit, quote=False) in fold for limit in limits[1:])

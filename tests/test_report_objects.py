@@ -13,7 +13,7 @@ import tailscope
 from diagnosis_cases import FEW, separable
 from tailscope.errors import UserError
 from tailscope.report.objects import Diagnosis, Result
-from tailscope.report.schema import read
+from tailscope.report.reading import read
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ from tailscope.results import from_command_line
 
 if TYPE_CHECKING:
     from tailscope.encoders import FeaturesResult
-    from tailscope.report.schema import Diagnosis
+    from tailscope.report.diagnosis_schema import Diagnosis
 
 INTERRUPTED = 128 + signal.SIGINT
 """The exit code of a process ended by SIGINT, as shells have it."""

@@ -44,7 +44,7 @@ class OtherBound:
         Raises:
             UserError: it cannot be read, is of other images or at another number of samples, or has only a lower limit.
         """
-        from tailscope.report.schema import read as read_result  # here because pydantic takes time to import
+        from tailscope.report.reading import read as read_result  # here because pydantic takes time to import
 
         stored, counts = read_result(path, "diagnosis"), inputs.train.counts()
         theirs = stored["dataset"]["class_names"], stored["counts"], stored["dataset"]["unseen_images"]

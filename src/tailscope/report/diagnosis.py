@@ -6,8 +6,9 @@ from typing import Any
 from tailscope.groups import GROUPS
 from tailscope.measures.fields import SHOWN
 from tailscope.report import encoders
+from tailscope.report.diagnosis_schema import ACCURACIES, Accuracy, Diagnosis, Judged, Recalls, Verdict
 from tailscope.report.rows import CI, GROUP, GROUP_RECALLS, MEASURES, Row, ends, ranks
-from tailscope.report.schema import ACCURACIES, Accuracy, Diagnosis, Judged, Points, Recalls, Verdict
+from tailscope.report.schema import Points
 from tailscope.report.text import Column, Table, accuracy, in_points, number, percent, plural, with_interval
 
 GAPS = ("classifier_gap", "representation_gap")

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tailscope.groups import GROUPS
+from tailscope.report.diagnosis_schema import Compared, Comparison, Diagnosis, Differences
 from tailscope.report.rows import Row, ends
-from tailscope.report.schema import Compared, Comparison, Diagnosis, Differences, Points
+from tailscope.report.schema import Points
 from tailscope.report.text import DASH, Column, Table, in_points, listed, percent
 
 ASPECTS = {

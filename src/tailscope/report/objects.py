@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from tailscope.errors import UserError, first_few, one_line, unknown
 from tailscope.report import diagnosis, rows, story
+from tailscope.report.diagnosis_schema import Diagnosis as StoredDiagnosis
 from tailscope.report.rows import Row
-from tailscope.report.schema import Diagnosis as StoredDiagnosis
 from tailscope.report.schema import Results, Verb
 from tailscope.report.text import Table, to_csv, to_html
 from tailscope.results import write

@@ -16,10 +16,11 @@ from markupsafe import Markup
 import tailscope
 from tailscope.groups import GROUPS
 from tailscope.measures.fields import SHOWN
-from tailscope.report import charts, diagnosis, encoders, marks, rows, schema, story
+from tailscope.report import charts, diagnosis, encoders, marks, reading, rows, story
+from tailscope.report.diagnosis_schema import Diagnosis
 from tailscope.report.marks import Figure
 from tailscope.report.rows import Row
-from tailscope.report.schema import TRAINED, VARIANTS, AnyResult, Diagnosis, Results
+from tailscope.report.schema import TRAINED, VARIANTS, AnyResult, Results
 from tailscope.report.text import DASH, Table, arrow, number, plural, significant, write_tables
 from tailscope.store.files import write
 
@@ -49,7 +50,7 @@ def build(out: Path, *, figures: bool = True) -> Path:
     trained = any((out / f"{verb}.json").exists() for verb in TRAINED)
     if path.exists():
         name = "diagnosis.html" if trained else "report.html"
-        written = _write(out, name, of_diagnosis(schema.read(path, "diagnosis")), figures=figures)
+        written = _write(out, name, of_diagnosis(reading.read(path, "diagnosis")), figures=figures)
         if not trained:
             return written
     return _write(out, "report.html", of_experiments(rows.load(out)), figures=figures)
