@@ -1,10 +1,12 @@
-"""Command line: `python -m benchmarks [--quick] [--only train,swap]`, or `python -m benchmarks table` for the document.
+"""Command line: `python -m benchmarks [--quick] [--only train,swap]`, `python -m benchmarks table` for the documents.
 
-Full records go to results/bench and from there into docs/performance.md; quick ones to out/bench-quick.
+Full records go to results/bench and from there into docs/performance.md; quick ones to out/bench-quick. The verdict's
+own test (`--only verdicts`) goes to results/verdicts.json and docs/verdicts.md.
 """
 
 import argparse
 import importlib
+import json
 import os
 import sys
 import tempfile
@@ -20,6 +22,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RECORDS = REPOSITORY / "results" / "bench"
 DOCUMENT = REPOSITORY / "docs" / "performance.md"
 NAMES = ("train", "augment", "concurrent", "swap", "stage2", "geometry", "scaling", "breakdown")
+VERDICTS = "verdicts"  # no timing: it runs only where it is asked for, and has a result and a page of its own
+VERDICTS_PAGE = REPOSITORY / "docs" / "verdicts.md"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,10 +31,13 @@ def main(arguments: list[str] | None = None) -> int:
     asked = _parse(arguments)
     if asked.action == "table":
         return fill_document(check=asked.check)
-    unknown = [name for name in asked.only if name not in NAMES]
-    if unknown:
-        print(f"error: --only {unknown[0]}: known are {', '.join(NAMES)}", file=sys.stderr)
+    unknown = [name for name in asked.only if name not in (*NAMES, VERDICTS)]
+    if unknown or (VERDICTS in asked.only and len(asked.only) > 1):
+        known = f"known are {', '.join(NAMES)}, and {VERDICTS} by itself"
+        print(f"error: --only {','.join(unknown or asked.only)}: {known}", file=sys.stderr)
         return 2
+    if VERDICTS in asked.only:
+        return examine_verdicts(asked)
     options = Options("quick" if asked.quick else "full", find_images(asked.data_root), asked.device)
     folder = asked.out or (REPOSITORY / "out" / "bench-quick" if asked.quick else RECORDS)
     with tempfile.TemporaryDirectory() as cache:
@@ -42,6 +49,25 @@ def main(arguments: list[str] | None = None) -> int:
     if folder == RECORDS:
         fill_document(check=False)
     return 0
+
+
+def examine_verdicts(asked: argparse.Namespace) -> int:
+    """Run the verdict's own test; stopped, the same command goes on."""
+    from benchmarks.verdicts.run import run as examine  # here because it imports PyTorch
+    from benchmarks.verdicts.sources import Place
+
+    data = asked.data_root or Path(os.environ.get("TAILSCOPE_DATA") or user_cache() / "data")
+    place = Place(data if data.is_dir() else None, asked.cache or user_cache() / VERDICTS, asked.store)
+    folder = asked.out or (REPOSITORY / "out" / "bench-quick" if asked.quick else RECORDS.parent)
+    code = examine(Options("quick" if asked.quick else "full"), place, folder, asked.processes)
+    if folder == RECORDS.parent:
+        fill_document(check=False)
+    return code
+
+
+def user_cache() -> Path:
+    """Return the user's folder of what may be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tailscope"
 
 
 def run(name: str, options: Options, folder: Path, hardware: dict[str, Any]) -> Path:
@@ -64,19 +90,28 @@ def benchmark(name: str) -> Callable[[Options], Record]:
 
 
 def fill_document(*, check: bool) -> int:
-    """Fill the tables of docs/performance.md; with `check`, only say whether they are up to date."""
-    text = DOCUMENT.read_text()
-    filled = record.render(text, record.read(RECORDS))
-    if check:
-        print("docs/performance.md is " + ("up to date" if text == filled else "out of date"))
-        return int(text != filled)
-    DOCUMENT.write_text(filled)
-    return 0
+    """Fill the tables of docs/performance.md and verdicts.md; with `check`, only say whether they are up to date."""
+    stored = RECORDS.parent / f"{VERDICTS}.json"
+    tables = {name: record.table(found) for name, found in record.read(RECORDS).items()}
+    if stored.is_file():
+        from benchmarks.verdicts.summary import table  # here because it imports SciPy
+
+        tables[VERDICTS] = table(json.loads(stored.read_text(encoding="utf-8")))
+    old = 0
+    for page in (DOCUMENT, VERDICTS_PAGE):
+        text = page.read_text(encoding="utf-8")
+        filled = record.render(text, tables)
+        old += text != filled
+        if check:
+            print(f"docs/{page.name} is " + ("up to date" if text == filled else "out of date"))
+        else:
+            page.write_text(filled, encoding="utf-8")
+    return int(check and old > 0)
 
 
 def find_images(data_root: Path | None) -> str | None:
     """Return the path of cifar10.npz, or None: then the images are random."""
-    root = data_root or Path(os.environ.get("TAILSCOPE_DATA") or Path.home() / ".cache" / "tailscope" / "data")
+    root = data_root or Path(os.environ.get("TAILSCOPE_DATA") or user_cache() / "data")
     path = root / "cifar10.npz"
     if data_root and not path.is_file():
         raise SystemExit(f"error: --data-root {data_root}: holds no cifar10.npz")
@@ -87,8 +122,13 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("action", nargs="?", choices=("run", "table"), default="run", help="table: fill the document")
     parser.add_argument("--quick", action="store_true", help="minutes instead of the better part of an hour")
-    parser.add_argument("--only", default=(), type=lambda text: text.split(","), help=f"some of {','.join(NAMES)}")
+    parser.add_argument(
+        "--only", default=(), type=lambda text: text.split(","), help=f"some of {','.join(NAMES)}; or {VERDICTS}"
+    )
     parser.add_argument("--data-root", type=Path, help="folder with cifar10.npz [default: $TAILSCOPE_DATA]")
+    parser.add_argument("--cache", type=Path, help=f"of {VERDICTS}: features, trainings and cases that are done")
+    parser.add_argument("--store", type=Path, help=f"of {VERDICTS}: a store with more backbones of CIFAR")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help=f"of {VERDICTS}")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--out", type=Path, help="folder of the records")
     parser.add_argument("--check", action="store_true", help="with table: fail where the document is out of date")

@@ -138,19 +138,18 @@ def joined(parts: Sequence[str]) -> str:
 
 
 BLOCK = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
-MISSING = "*Not measured yet: `make bench`.*"
+MISSING = "*Not measured yet.*"
 
 
-def render(text: str, records: Mapping[str, dict[str, Any]]) -> str:
-    r"""Return the document with every block filled from the record of its name.
+def render(text: str, tables: Mapping[str, str]) -> str:
+    r"""Return the document with every block filled with the table of its name.
 
     >>> render("<!-- bench:x -->\nold\n<!-- /bench -->", {})
-    '<!-- bench:x -->\n*Not measured yet: `make bench`.*\n<!-- /bench -->'
+    '<!-- bench:x -->\n*Not measured yet.*\n<!-- /bench -->'
     """
 
     def fill(match: re.Match[str]) -> str:
-        record = records.get(match[2])
-        return f"{match[1]}{table(record) if record else MISSING}\n{match[3]}"
+        return f"{match[1]}{tables.get(match[2], MISSING)}\n{match[3]}"
 
     return BLOCK.sub(fill, text)
 

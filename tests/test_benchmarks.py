@@ -131,12 +131,13 @@ def test_the_document_is_filled_from_the_records_and_keeps_its_prose(tmp_path: P
     content = made.to_json(MACHINE, 0.5, 60.0)
     record.write(tmp_path, content)
     text = "Prose.\n<!-- bench:train -->\nold\n<!-- /bench -->\nMore.\n<!-- bench:swap -->\n<!-- /bench -->\n"
-    filled = record.render(text, record.read(tmp_path))
+    tables = {name: record.table(found) for name, found in record.read(tmp_path).items()}
+    filled = record.render(text, tables)
     assert "| a\\|b | 2.00 (1.00–3.00) s | 5.00× ours / this | ≥ 4×: reached |  |" in filled
     assert record.MISSING in filled
     assert "old" not in filled
     assert filled.startswith("Prose.\n<!-- bench:train -->\n")
-    assert record.render(filled, record.read(tmp_path)) == filled
+    assert record.render(filled, tables) == filled
 
 
 def test_the_document_is_up_to_date_and_shows_every_benchmark() -> None:
@@ -194,7 +195,7 @@ def test_the_rival_measures_the_same_geometry() -> None:
         assert centers.nearest_train[k] == pytest.approx(entry["nearest_center_train_deg"], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["measure", "geometry", "swap", "record"])
+@pytest.mark.parametrize("name", ["measure", "geometry", "swap", "record", "verdicts.sources", "verdicts.summary"])
 def test_the_examples_in_docstrings_hold(name: str) -> None:
     assert doctest.testmod(importlib.import_module(f"benchmarks.{name}")).failed == 0
 

@@ -1,13 +1,12 @@
-"""Folds, nested selection of a classifier, and paired differences."""
+"""Folds, and paired differences."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 
 from tailscope.diagnosis.curve_fits import assign_folds
-from tailscope.diagnosis.outcomes import difference, select_nested
+from tailscope.diagnosis.outcomes import difference
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(2, 5), st.integers(0, 99))
@@ -27,34 +26,6 @@ def test_bursts_share_a_fold():
     fold_of = assign_folds(labels, 5, bursts, seed=0)
     assert all(len(set(fold_of[bursts == b])) == 1 for b in bursts)
     assert np.bincount(fold_of).tolist() == [12] * 5
-
-
-def test_selection_is_scored_on_items_that_did_not_choose():
-    """Fifty classifiers that guess: the best on all items looks better than it is, the nested score does not."""
-    flattered, honest, items, repeats = [], [], 60, 60
-    for seed in range(repeats):
-        rng = np.random.default_rng(seed)
-        correct = {f"guess {k}": rng.random(items) < 0.5 for k in range(50)}
-        got = select_nested(correct, np.arange(items) % 3, seed=seed)
-        flattered.append(correct[got.best].sum())
-        honest.append(got.correct.sum())
-    assert stats.binomtest(int(sum(flattered)), items * repeats, 0.5).pvalue < 1e-6
-    assert stats.binomtest(int(sum(honest)), items * repeats, 0.5).pvalue > 0.001
-
-
-def test_selection_against_loops():
-    rng = np.random.default_rng(6)
-    labels = rng.integers(0, 4, 40)
-    correct = {name: rng.random(40) < 0.5 for name in "abc"}
-    got = select_nested(correct, labels, folds=4, seed=1)
-    fold_of = assign_folds(labels, 4, None, 1)
-    for k in range(4):
-        others = {name: c[fold_of != k].mean() for name, c in correct.items()}
-        assert others[got.chosen[k]] == max(others.values())
-        assert (got.correct[fold_of == k] == correct[got.chosen[k]][fold_of == k]).all()
-    tie = select_nested({"simple": correct["a"], "complex": correct["a"].copy()}, labels)
-    assert set(tie.chosen) == {"simple"}
-    assert tie.best == "simple"
 
 
 def test_difference_is_paired():

@@ -34,7 +34,7 @@ def assert_recorded(name: str, value: Any) -> None:
     assert value == json.loads(path.read_text())
 
 
-BY_NAME = {"augmentations", "cells", "defaults", "encoders", "groups", "per_encoder", "versions"}
+BY_NAME = {"augmentations", "cells", "defaults", "encoders", "groups", "per_encoder", "remedies", "versions"}
 """Fields whose keys are names of things that are all alike."""
 
 

@@ -280,6 +280,18 @@ def test_summary_fits_a_terminal(digits, verbs):
     assert len({label for label, _ in found}) == len(found)
 
 
+def test_a_summary_ends_with_the_verdict_and_its_numbers():
+    swap = factory.swap(representation=0.9, classifier=0.87)
+    said = story.conclusion({"swap": swap})
+    gap, parts = swap["attribution"]["gap"], [swap["attribution"][part]["points"] for part in story.PARTS]
+    assert said.startswith(f"Representation and classifier both cost accuracy: of the {100 * gap:.1f} points [")
+    assert said.endswith(
+        f"{100 * parts[0]:.1f} are due to the representation and {100 * parts[1]:.1f} to the classifier."
+    )
+    unclear = {"swap": factory.swap(representation=0.02, classifier=0.02)}
+    assert story.conclusion(unclear) == f"{story.headline(unclear)}."
+
+
 def test_files_of_different_experiments_are_called_out():
     results = {"swap": factory.swap(5), "ladder": factory.ladder(6, name="cifar10", per_class=10)}
     warnings = " ".join(story.caveats(results))

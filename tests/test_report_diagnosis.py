@@ -1,6 +1,7 @@
 """The report of a diagnosis, the page of measures, and the tutorial, which is run as it is written."""
 
 import functools
+import html
 import json
 import re
 import runpy
@@ -9,14 +10,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.main import get_command
 
 import result_factory
 import tailscope
-from diagnosis_cases import CLASSES, FEW, head_biased, scattered, separable, table
+from diagnosis_cases import CLASSES, FEW, head_biased, noise, scattered, separable, table, weak
 from tailscope import cli, report
+from tailscope.diagnosis.verdict import decide
 from tailscope.errors import UserError
+from tailscope.intervals import Interval
 from tailscope.measures import FIELDS
 from tailscope.report import charts, diagnosis
 from tailscope.results import write
@@ -189,7 +193,7 @@ def test_a_withheld_verdict_is_a_short_headline_and_its_reason_the_first_caveat(
     (train, labels), (unseen, truth) = separable()
     result = tailscope.diagnose(table(train, labels), table(unseen, CLASSES - 1 - truth), **FEW)
     headline = diagnosis.headline(result)
-    assert headline.startswith("Undecided: the labels of ")
+    assert headline.startswith("No verdict: the labels of ")
     assert headline.endswith("seem to mean different classes")
     assert diagnosis.caveats(result)[0] == f"No verdict: {result['verdict']['reason']}."
 
@@ -200,3 +204,96 @@ def test_a_measure_that_a_result_does_not_hold_is_undefined():
         del entry["nearest_center_true_deg"]
     assert {row["nearest_center_true_deg"] for row in charts.diagnosis_data(result)["by_count"]} == {None}
     assert charts.diagnosis_figures(result)
+
+
+OLD_WORDS = (
+    "farther out",
+    "chance explains",
+    "lower limit",
+    "unlike unseen",
+    "item:",
+    "gaps' difference",
+    "classifier bound is known",
+    "within-sample",
+)
+
+
+def sentences(found):
+    """Everything that a diagnosis says in words, but for its advice."""
+    verdict = found["verdict"]
+    parts = [verdict, *filter(None, verdict["groups"].values()), *verdict["classes"]]
+    said = [part["reason"] for part in parts] + [verdict["intervals"], *verdict["caveats"], *found["warnings"]]
+    said += found["accuracy"]["classifier_bound"]["notes"]
+    return [diagnosis.headline(found), *diagnosis.findings(found), *diagnosis.caveats(found), *said]
+
+
+@pytest.mark.parametrize("case", ["separable", "scattered", "noise", "weak"])
+def test_a_stranger_understands_what_is_said(case):
+    sides = {"separable": separable, "scattered": scattered, "noise": noise, "weak": weak}[case]()
+    given = {"classifier": head_biased()} if case == "separable" else {}
+    found = tailscope.diagnose(*(table(*one) for one in sides), **FEW, **given)
+    said = sentences(found)
+    assert not [text for text in said for words in OLD_WORDS if words in text]
+    expected = {
+        "separable": r"The classifier is the bottleneck: on these features a better linear classifier would reach "
+        r"about \d+(\.\d)? % \[[^]]+\]; the one in use reaches \d+(\.\d)? %",
+        "scattered": r"The representation is the bottleneck: on these features even the best linear classifier would "
+        r"reach only about \d+ % \[\d+, \d+\]; the one in use reaches \d+ %",
+        "noise": "Not decided: no classifier does better than guessing on these features",
+        "weak": r"The representation is the bottleneck: on these features even the best linear classifier would reach "
+        r"only about \d+ % \[\d+, \d+\]; the one in use reaches \d+ %",
+    }[case]
+    assert re.fullmatch(expected, said[0])
+    if case == "scattered":
+        assert found["verdict"]["caveats"][0].startswith("This takes for granted that 100 % can be right.")
+        assert "The encoder has memorised its training samples." in said[1]
+        assert any(text.startswith("Memorised training samples: in 6 of 9 tested classes held-out ") for text in said)
+    if case == "weak":
+        head = next(text for text in said if text.startswith("Head classes"))
+        assert "The classifier in use favours them: one that treats all classes alike would get " in head
+
+
+def test_an_undecided_verdict_says_what_would_decide(monkeypatch):
+    found = tailscope.diagnose(*(table(*one) for one in weak()), permutations=0, ceiling=0.55)
+    assert found["verdict"]["bottleneck"] == "undecided"
+    assert re.fullmatch(
+        r"Not decided: classifier and features may cost equally much; (about \d+(\.\d)? times as many held-out samples "
+        r"of every class would decide|more held-out samples are unlikely to decide)",
+        diagnosis.headline(found),
+    )
+
+
+def test_the_terminal_ends_with_verdict_caveat_and_what_to_do(tmp_path, monkeypatch, capsys):
+    for name, (features, labels) in zip(("train", "unseen"), weak(), strict=True):
+        np.savez(tmp_path / f"{name}.npz", features=features, labels=labels)
+    monkeypatch.chdir(tmp_path)
+    given = ["--train", "train.npz", "--unseen", "unseen.npz", "--permutations", "19"]
+    monkeypatch.setattr(sys, "argv", ["tailscope", "diagnose", *given])
+    with pytest.raises(SystemExit):
+        cli.main()
+    *_, verdict, caveat, advice, written, page = capsys.readouterr().out.splitlines()
+    found = json.loads((tmp_path / "out" / "diagnosis.json").read_text())
+    assert verdict == f"{diagnosis.headline(found)}."
+    assert caveat == f"Keep in mind: {found['verdict']['caveats'][0]}"
+    assert advice == f"What to do: {found['advice'][0]['text']}"
+    assert written.startswith(f"written: {Path('out') / 'diagnosis.json'} (with 3 other caveats")
+    assert page == f"report: {Path('out') / 'report.html'}"
+
+
+def test_the_first_screen_has_verdict_caveat_and_advice_and_a_fold(page, result):
+    text = page.read_text(encoding="utf-8").split("</header>")[0].split("<header")[1].replace("\u00a0", " ")
+    limits = diagnosis.caveats(result)
+    assert f"<strong>Keep in mind:</strong> {limits[0]}" in text
+    assert "<strong>What to do:</strong> Replace the classifier" in text
+    fold = text.split("<details")[1]
+    assert f"{len(limits) - 1} other caveat" in fold
+    assert all(html.escape(limit, quote=False) in fold for limit in limits[1:])
+
+
+def test_the_picture_of_the_rules_has_every_verdict():
+    picture = (REPOSITORY / "docs" / "images" / "verdict.svg").read_text(encoding="utf-8")
+    shown = set(re.findall(r'<text class="n"[^>]*>([^<?]+)</text>', picture))
+    given = [((-0.3, -0.1), True), ((-0.3, -0.1), False), ((0.1, 0.3), None), ((-0.1, 0.3), None)]
+    found = [decide(Interval(sum(ends) / 2, ends, None, "item"), memorised) for ends, memorised in given]
+    assert shown == {f"{bottleneck}: {kind}" if kind else bottleneck for bottleneck, kind, _ in found}
+    assert "images/verdict.svg" in (REPOSITORY / "docs" / "diagnose.md").read_text(encoding="utf-8")

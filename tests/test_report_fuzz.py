@@ -22,8 +22,8 @@ from tailscope import report
 from tailscope.errors import UserError
 from tailscope.report import charts, diagnosis, rows, story, text
 from tailscope.report.marks import panel_specs
+from tailscope.report.reading import read
 from tailscope.report.rows import load
-from tailscope.report.schema import read
 
 VERBS = ("swap", "ladder", "geometry", "claims", "diagnosis")
 CASES = int(os.environ.get("TAILSCOPE_FUZZ", "40"))

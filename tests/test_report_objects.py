@@ -13,7 +13,7 @@ import tailscope
 from diagnosis_cases import FEW, separable
 from tailscope.errors import UserError
 from tailscope.report.objects import Diagnosis, Result
-from tailscope.report.schema import read
+from tailscope.report.reading import read
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_names_of_classes_are_escaped_in_a_notebook(diagnosis):
 def test_summary_starts_with_the_verdict(diagnosis, swap):
     assert diagnosis.summary().startswith(diagnosis.headline)
     assert all(piece["text"] in diagnosis.summary() for piece in diagnosis["advice"])
-    assert swap.headline in swap.summary()
+    assert swap.summary().startswith(swap.headline)
 
 
 @pytest.mark.parametrize("kind", ["diagnosis", "swap"])

@@ -40,7 +40,7 @@ from tailscope.results import from_command_line
 
 if TYPE_CHECKING:
     from tailscope.encoders import FeaturesResult
-    from tailscope.report.schema import Diagnosis
+    from tailscope.report.diagnosis_schema import Diagnosis
 
 INTERRUPTED = 128 + signal.SIGINT
 """The exit code of a process ended by SIGINT, as shells have it."""
@@ -340,10 +340,15 @@ def _plain(text: str) -> Text:
 def _show_story(_: object, options: Options) -> Iterator[RenderableType]:
     from tailscope.report import load, story
 
+    results = load(options["out"])
     table = Table(show_header=False, box=None)
-    for name, value in story.summary_rows(load(options["out"])):
+    for name, value in story.summary_rows(results):
         table.add_row(_plain(name), _plain(value))
     yield table
+    yield ""
+    yield one_line(story.conclusion(results))
+    if limits := story.caveats(results):
+        yield f"Keep in mind: {one_line(limits[0])}"
     yield f"report: {options['out'] / 'report.html'}"
 
 
@@ -386,18 +391,28 @@ def _show_features(written: "FeaturesResult", _: Options) -> Iterator[Renderable
 
 def _show_diagnosis(result: "Diagnosis", options: Options) -> Iterator[RenderableType]:
     from tailscope.report import diagnosis as story
+    from tailscope.report import encoders
+    from tailscope.report.text import listed, plural
 
-    yield one_line(story.headline(result))
-    if result["accuracy"] is not None:
+    lines = encoders.lines(result)
+    if lines:
+        heading, *encoded = lines
+        table = Table(*map(one_line, heading), box=None)
+        for row in encoded:
+            table.add_row(*map(_plain, row))
+        yield table
+    elif result["accuracy"] is not None:
         table = Table("", "accuracy", "head", "body", "tail", box=None)
         for row in story.accuracy_rows(result):
             table.add_row(*row)
         yield table
-    shown = story.findings(result)[0 if result["verdict"] is None else 1 :]  # the table says the first
-    yield from (f"- {one_line(text)}" for text in [*shown, *(piece["text"] for piece in result["advice"])])
-    if result["warnings"]:
-        yield f"{len(result['warnings'])} warnings, the first: {one_line(result['warnings'][0])}"
-    yield f"written: {options['out'] / 'diagnosis.json'}"
+    advised = [piece["text"] for piece in result["advice"][1:]]  # the first closes
+    yield from (f"- {one_line(text)}" for text in [*story.findings(result), *advised])
+    yield ""
+    yield from map(one_line, story.closing(result))
+    more = {"other caveat": len(story.caveats(result)) - 1, "warning": len(result["warnings"])}
+    held = listed([plural(number, noun) for noun, number in more.items() if number > 0])
+    yield f"written: {options['out'] / 'diagnosis.json'}{held and f' (with {held})'}"
     if options["report"]:
         yield f"report: {options['out'] / 'report.html'}"
 

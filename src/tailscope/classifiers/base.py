@@ -28,6 +28,8 @@ from tailscope.registry import Registry
 Floats = NDArray[np.floating[Any]]
 IntArray = NDArray[np.int64]
 RowLoss = Callable[[Sequence[Tensor], slice], Tensor]
+Linear = tuple[Floats, Floats, int]
+"""Weight [C, d], bias [C], and the number of iterations that found them."""
 LOGITS_AT_ONCE = 2**22  # 16 MB in float32: stays near the processor's caches
 
 
@@ -211,7 +213,7 @@ def fit_softmax(
     offset: Floats | None = None,
     smoothing: Floats | None = None,
     start: tuple[Floats, Floats] | None = None,
-) -> tuple[Floats, Floats, int]:
+) -> Linear:
     """Fit multinomial logistic regression, with what the long-tailed variants add to it.
 
     Minimises (1/N) sum_i w[y_i] loss_i + (l2/2) v |W|^2, with v the mean feature variance, so that scaling all
@@ -235,18 +237,55 @@ def fit_softmax(
     Raises:
         Diverged: the loss or its gradient is not finite.
     """
-    features, span, origin = _row_space(shared_tensor(X))
-    labels = torch.from_numpy(y)
-    (rows, dims), classes, dtype = features.shape, len(class_weight), features.dtype
-    sample_weight = torch.tensor(class_weight, dtype=dtype)[labels] / rows
-    mean, variance, basis, inverse = _damped_whitening(features, sample_weight, l2, X.shape[1])
-    shift = torch.tensor(np.zeros(classes) if offset is None else offset, dtype=dtype)
-    smooth = None if smoothing is None else torch.tensor(smoothing, dtype=dtype)[labels] * classes / (classes - 1)
+    return softmax_path(X, y, class_weight, (l2,), stopping, offset, smoothing, start)[0]
 
-    def expand(parameters: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor]:
-        coordinates, bias = parameters
-        weight = coordinates @ basis.T
-        return (weight, bias - weight @ mean), 0.5 * l2 * variance * weight.square().sum()
+
+def softmax_path(
+    X: Floats,
+    y: IntArray,
+    class_weight: Floats,
+    penalties: Sequence[float],
+    stopping: Stopping,
+    offset: Floats | None = None,
+    smoothing: Floats | None = None,
+    start: tuple[Floats, Floats] | None = None,
+) -> list[Linear]:
+    """Do as `fit_softmax` with each of several l2; each search begins where the last one ended.
+
+    Raises:
+        Diverged: the loss or its gradient is not finite.
+    """
+    features, span, origin = _row_space(shared_tensor(X))
+    (rows, dims), classes, dtype = features.shape, len(class_weight), features.dtype
+    sample_weight = torch.tensor(class_weight, dtype=dtype)[torch.from_numpy(y)] / rows
+    mean, variance, axes = _spectrum(features, sample_weight, X.shape[1])
+    row_loss = _row_loss(features, torch.from_numpy(y), sample_weight, offset, smoothing)
+    found: list[Linear] = []
+    for l2 in penalties:
+        basis, inverse = _damped_whitening(*axes, variance, l2, dtype)
+        first = [torch.zeros(classes, dims, dtype=dtype), torch.zeros(classes, dtype=dtype)]
+        if start is not None:
+            weight, bias = (torch.tensor(value, dtype=torch.float64) for value in start)
+            bias = (bias + weight @ origin).to(dtype)
+            weight = (weight if span is None else weight @ span).to(dtype)
+            first = [weight @ inverse, bias + weight @ mean]
+        expand = _expansion(basis, mean, 0.5 * l2 * variance.to(dtype))
+        (weight, bias), iterations = minimise(first, expand, row_loss, rows, classes, stopping)
+        wide = weight.double() if span is None else weight.double() @ span.T
+        start = wide.to(dtype).numpy(), (bias.double() - wide @ origin).to(dtype).numpy()
+        found.append((*start, iterations))
+    return found
+
+
+def _row_loss(
+    features: Tensor, labels: Tensor, sample_weight: Tensor, offset: Floats | None, smoothing: Floats | None
+) -> RowLoss:
+    """Return the loss of rows as `minimise` asks for it, of weight [C, d] and bias [C]."""
+    dtype = features.dtype
+    shift = 0 if offset is None else torch.tensor(offset, dtype=dtype)
+    smooth = None
+    if smoothing is not None:
+        smooth = torch.tensor(smoothing, dtype=dtype)[labels] * len(smoothing) / (len(smoothing) - 1)
 
     def row_loss(leaves: Sequence[Tensor], block: slice) -> Tensor:
         weight, bias = leaves
@@ -257,15 +296,20 @@ def fit_softmax(
             loss = loss + smooth[block] * (logits.gather(1, target[:, None])[:, 0] - logits.mean(dim=1))
         return loss @ sample_weight[block]
 
-    first = [torch.zeros(classes, dims, dtype=dtype), torch.zeros(classes, dtype=dtype)]
-    if start is not None:
-        weight, bias = (torch.tensor(value, dtype=torch.float64) for value in start)
-        bias = (bias + weight @ origin).to(dtype)
-        weight = (weight if span is None else weight @ span).to(dtype)
-        first = [weight @ inverse, bias + weight @ mean]
-    (weight, bias), iterations = minimise(first, expand, row_loss, rows, classes, stopping)
-    wide = weight.double() if span is None else weight.double() @ span.T
-    return wide.to(dtype).numpy(), (bias.double() - wide @ origin).to(dtype).numpy(), iterations
+    return row_loss
+
+
+def _expansion(
+    basis: Tensor, mean: Tensor, strength: Tensor
+) -> Callable[[Sequence[Tensor]], tuple[Sequence[Tensor], Tensor]]:
+    """Return what makes weight, bias and the penalty of whitened coordinates."""
+
+    def expand(parameters: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor]:
+        coordinates, bias = parameters
+        weight = coordinates @ basis.T
+        return (weight, bias - weight @ mean), strength * weight.square().sum()
+
+    return expand
 
 
 def shared_tensor(X: Floats) -> Tensor:
@@ -287,13 +331,10 @@ def _row_space(features: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
     return coordinates.T.to(features.dtype).contiguous(), span, origin
 
 
-def _damped_whitening(
-    features: Tensor, sample_weight: Tensor, l2: float, width: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the weighted mean [d], the variance averaged over `width` features, and [d, d] B and A: W = z B', z = W A.
+def _spectrum(features: Tensor, sample_weight: Tensor, width: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Return the weighted mean [d], the variance averaged over `width` features, and the covariance's eigenvectors.
 
-    Half the covariance bounds the curvature of the cross-entropy (Böhning 1992). A tenth of the mean variance is added
-    to it, because full whitening also stretches directions that carry little but noise, which slows the search.
+    Variance, eigenvalues [d] and eigenvectors [d, d] are in float64.
     """
     total = sample_weight.sum()
     mean = sample_weight @ features / total
@@ -305,6 +346,16 @@ def _damped_whitening(
     variance = covariance.trace() / width
     variance = torch.where(variance > 0, variance, 1)  # of constant features any scale does
     eigenvalues, vectors = torch.linalg.eigh(covariance)
+    return mean, variance, (eigenvalues, vectors)
+
+
+def _damped_whitening(
+    eigenvalues: Tensor, vectors: Tensor, variance: Tensor, l2: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return [d, d] B and A: W = z B', z = W A.
+
+    Half the covariance bounds the curvature of the cross-entropy (Böhning 1992). A tenth of the mean variance is added
+    to it, because full whitening also stretches directions that carry little but noise, which slows the search.
+    """
     scale = (0.5 * eigenvalues.clamp(min=0) + (l2 + 0.1) * variance).rsqrt()
-    dtype = features.dtype
-    return mean, variance.to(dtype), (vectors * scale).to(dtype), (vectors / scale).to(dtype)
+    return (vectors * scale).to(dtype), (vectors / scale).to(dtype)

@@ -6,12 +6,13 @@ top of a classifier that stays fixed; logit adjustment and tau-normalisation re-
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit, logsumexp
+from sklearn.base import clone
 from torch import Tensor
 from torch.nn import functional
 
@@ -27,6 +28,7 @@ from tailscope.classifiers.base import (
     minimise,
     row_blocks,
     shared_tensor,
+    softmax_path,
     stratified_holdout,
 )
 
@@ -54,6 +56,25 @@ class _Softmax(LinearClassifier):
         self.coef_, self.intercept_, self.n_iter_ = fit_softmax(
             features, codes, l2=self.l2_, stopping=stopping, start=start, **variant
         )
+
+    def path(
+        self, X: ArrayLike, y: ArrayLike, penalties: Sequence[float], start: tuple[Floats, Floats] | None = None
+    ) -> list[Self]:
+        """Fit once with each l2 of `penalties`, and return these classifiers.
+
+        The first search begins at `start`, a weight [C, d] and bias [C], the others where the last one ended.
+        """
+        features, codes = self._training_data(X, y)
+        variant = {"class_weight": np.ones(len(self.classes_)), **self._variant(np.bincount(codes))}
+        stopping = Stopping(self.tol, self.max_iter)
+        found = softmax_path(features, codes, penalties=penalties, stopping=stopping, start=start, **variant)
+        models: list[Self] = []
+        for l2, fitted in zip(penalties, found, strict=True):
+            model = clone(self).set_params(l2=l2, choose_l2=False)
+            model.classes_, model.n_features_in_, model.l2_ = self.classes_, features.shape[1], l2
+            model.coef_, model.intercept_, model.n_iter_ = fitted
+            models.append(model)
+        return models
 
     def _choose_l2(
         self, features: Floats, codes: IntArray, variant: dict[str, Any]

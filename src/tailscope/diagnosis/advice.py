@@ -1,12 +1,16 @@
 """Advice: what to try for the bottleneck that a verdict names, for which classes, and what it can gain.
 
-Each piece is tied to a number of the verdict; the one for what dominates comes first.
+Each piece is tied to a number of the verdict; the one for what dominates comes first. Where the verdict is
+undecided the best remedy and what it was seen to gain come first, and the last piece says what would decide.
 """
 
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
+import numpy as np
+
 from tailscope.diagnosis.compare import Pair
+from tailscope.diagnosis.remedies import POOLED
 from tailscope.diagnosis.verdict import UNDECIDED, Verdict, undecide
 from tailscope.errors import first_few
 from tailscope.intervals import Gap
@@ -16,6 +20,21 @@ from tailscope.report.text import in_points, number, percent
 NAMED = 5
 MOST_SAMPLES = 50  # times as many held-out samples: beyond, the difference is too small to care about
 CONFUSED = 0.1
+IN_WORDS = {
+    "logit_adjustment": "raise the outputs of rare classes by how rare they are",
+    "tau_norm": "even out the lengths of its classes' weight vectors",
+    "ncm": "name the class whose mean training feature is nearest",
+    "lws": "scale the outputs of each class by a trained factor",
+    "disalign": "adjust its outputs by a trained calibration",
+    "crt": "train it anew with every class weighing the same",
+    "logit_adjusted_loss": "train it anew with a loss that allows for how rare a class is",
+    "label_aware_smoothing": "train it anew with every class weighing the same and labels of frequent ones smoothed",
+}
+COMPARE = "tailscope diagnose --train this.npz --train other.npz --unseen this-unseen.npz --unseen other-unseen.npz"
+CEILING = (
+    " So might a ceiling below 100 %, where labels allow no more (--ceiling 0.9), or the bound of a better encoder of "
+    "the same images (--ceiling-from with its diagnosis.json)."
+)
 
 
 class Advice(TypedDict):
@@ -50,29 +69,52 @@ def advise(accuracy: dict[str, Any], verdict: Verdict, entries: Sequence[Entry],
         found.sort(key=lambda piece: piece["about"] != "representation")
     if verdict["bottleneck"] != "classifier":  # else the classifier confuses more than the features do
         found += _pairs(pairs)
-    return [*found, *_evidence(accuracy, verdict)]
+    return [*found, *_evidence(accuracy, verdict, entries)]
 
 
 def _classifier(accuracy: dict[str, Any], verdict: Verdict, entries: Sequence[Entry]) -> list[Advice]:
-    remedy: str | None = accuracy["rebalanced"]["classifier"]
+    remedy: str = accuracy["rebalanced"]["classifier"]
     gain, reach = verdict["rebalancing_gap"], verdict["classifier_gap"]
-    classes: list[str] = []
     if _above_zero(gain):
         classes = _gaining(accuracy, entries)
         most = f", most for {_names(classes)}" if classes else ""
-        text = f"Re-balance the classifier: {remedy} gains {_points(gain)} on these features{most}."
-        if accuracy["classifier_bound"]["classifier"] != remedy:
+        text = f"Replace the classifier on these features: {_in_words(remedy)}. That gains {_points(gain)}{most}."
+        text += _calibrated(accuracy)
+        if accuracy["classifier_bound"]["extrapolated"]:
             text += f" {_ideal(accuracy)} would gain {_points(reach)}."
         return [_piece("classifier", text, remedy, classes, gain)]
     if _above_zero(reach):
         text = (
-            f"No re-balancing gains clearly (the best, {remedy}: {_points(gain)}). {_ideal(accuracy)} would "
-            f"gain {_points(reach)}: collect samples of every class and fit one to them."
+            f"Collect samples of every class and fit a classifier to them. {_ideal(accuracy)} would gain "
+            f"{_points(reach)}; without them nothing gains clearly (best: {_in_words(remedy)}: {_points(gain)})."
         )
         return [_piece("classifier", text, "fit on held-out samples", [], reach)]
-    neither = f"neither re-balancing ({_points(gain)}) nor a classifier fitted to the true distribution"
-    text = f"Leave the classifier: {neither} ({_points(reach)}) gains clearly."
+    text = (
+        f"Leave the classifier as it is: neither the best replacement ({remedy}: {_points(gain)}) nor one fitted to "
+        f"the true distribution ({_points(reach)}) gains clearly."
+    )
     return [_piece("classifier", text, None, [], reach)]
+
+
+def _in_words(remedy: str) -> str:
+    """Return what a remedy does, and its name.
+
+    >>> _in_words("crt(l2=0.1) on training and unseen samples")
+    'train it anew with every class weighing the same, on training and unseen samples together (crt(l2=0.1))'
+    """
+    pooled = remedy.endswith(POOLED)
+    call = remedy.removesuffix(POOLED)
+    where = f",{POOLED} together" if pooled else ""
+    return f"{IN_WORDS.get(call.partition('(')[0], 'use another')}{where} ({call})"
+
+
+def _calibrated(accuracy: dict[str, Any]) -> str:
+    """Return a sentence on how much truer the remedy's confidence is, where it clearly is."""
+    before, after = accuracy["calibration"]["current"], accuracy["calibration"]["rebalanced"]
+    if before["ci95"] is None or after["ci95"] is None or before["ci95"][0] <= after["ci95"][1]:
+        return ""
+    now, then = in_points(before["mean"], before["ci95"]), in_points(after["mean"], after["ci95"])
+    return f" Its confidence is then off by {then} on average, instead of {now} (expected calibration error)."
 
 
 def _ideal(accuracy: dict[str, Any]) -> str:
@@ -89,15 +131,19 @@ def _representation(verdict: Verdict, entries: Sequence[Entry]) -> list[Advice]:
     classes = [str(e["name"]) for e in flagged]
     if gap["points"] <= 0 or not (classes or groups or verdict["bottleneck"] == "representation"):
         return []
-    most = f"can gain at most {_points(gap)} overall, less whatever error is irreducible."
+    most = f"can gain at most {_points(gap)} overall; errors that no features avoid are part of that."
     if verdict["bottleneck"] == "representation" and verdict["kind"] != "memorised":
-        text = f"Use better features: another or a fine-tuned encoder, or larger images. They {most}"
+        text = (
+            f"Use better features: another or a fine-tuned encoder, or larger images. They {most} To see what another "
+            f"encoder gains, extract features of the same images with it and compare: {COMPARE}"
+        )
         return [_piece("representation", text, "another or a fine-tuned encoder", [], gap)]
     groups = groups or [verdict["group_tested"] or "rarest"]
     where = _names(classes) if classes else f"the {' and '.join(groups)} classes"
     text = (
-        f"Improve the representation of {where}: unseen samples lie farther out than training samples do, beyond "
-        f"chance. More or more varied images, stronger augmentation, or pre-training {most}"
+        f"Improve the representation of {where}: the encoder has memorised their training samples, and new samples of "
+        "these classes get features that are farther from the centre of their class. More or more varied images, "
+        f"stronger augmentation or regularisation, or pre-training {most}"
     )
     return [_piece("representation", text, "more or more varied images", classes, gap)]
 
@@ -116,7 +162,7 @@ def _pairs(pairs: Sequence[Pair]) -> list[Advice]:
     return [_piece("pairs", text, None, [pair["first"], pair["second"]])]
 
 
-def _evidence(accuracy: dict[str, Any], verdict: Verdict) -> list[Advice]:
+def _evidence(accuracy: dict[str, Any], verdict: Verdict, entries: Sequence[Entry]) -> list[Advice]:
     """Return what might decide, where the interval includes 0."""
     difference, bound = verdict["difference"], accuracy["classifier_bound"]
     if verdict["bottleneck"] != UNDECIDED or difference["ci95"] is None or not difference["points"]:
@@ -126,15 +172,15 @@ def _evidence(accuracy: dict[str, Any], verdict: Verdict) -> list[Advice]:
         return []
     factor = ((high - low) / 2 / difference["points"]) ** 2
     if bound["extrapolated"] is None:
-        text = f"More unseen samples of every class would decide: {bound['reason']}."
+        text = f"More unseen samples of every class would decide which costs more, because {bound['reason']}."
     elif 1 < factor <= MOST_SAMPLES:
-        times = f"About {number(factor, 1)} times as many held-out samples of every class"
-        text = f"{times} would decide, if the difference stays as it is."
+        now = float(np.median([entry["unseen_count"] for entry in entries if entry["unseen_count"]]))
+        tested = ", and as many times the test samples," if len(accuracy["rebalanced"]["chosen"]) == 1 else ""
+        needed = f"{float(f'{factor * now:.2g}'):,.0f} unseen samples a class instead of {number(now, 0)}{tested}"
+        text = f"About {needed} would decide which costs more, if the difference stays as it is."
     else:
-        text = "Both gaps are about as large: expect to need both kinds of remedy."
-    if verdict["ceiling"] == 1:
-        text += " So might a ceiling below 100 %: --ceiling, or the bound of a better encoder by --ceiling-from."
-    return [_piece("evidence", text)]
+        text = "Classifier and representation cost about as much: expect to need a remedy for each."
+    return [_piece("evidence", text + (CEILING if verdict["ceiling"] == 1 else ""))]
 
 
 def _gaining(accuracy: dict[str, Any], entries: Sequence[Entry]) -> list[str]:

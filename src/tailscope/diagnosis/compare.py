@@ -1,8 +1,9 @@
 """Which classes lie closest to one another; and several encoders of the same images side by side.
 
-Paired intervals tell who localises, separates and compacts better: differences of accuracies are paired over samples;
-differences of angles over the classes of a group, whose mean gets a t interval. Both are for these encoders as they
-are, not for other trainings of them.
+Accuracies tell which encoder is better (`better`), paired over samples; who localises, separates and compacts more is
+told by differences of angles, paired over the classes of a group, whose mean gets a t interval. Compact features may
+say nothing of the classes: where accuracies call an encoder worse, measures that favour it are marked. Both are for
+these encoders as they are, not for other trainings of them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,13 @@ ASPECTS = {
     "compacts": "angle of samples to their own centre",
     "margin": "angle to the nearest other centre over the spread, which does not depend on the encoder's own scale",
 }
+FAVOURED = {
+    "localises": "smaller spread gap",
+    "separates": "centres farther apart",
+    "compacts": "smaller spread",
+    "margin": "larger margin",
+}
+WORSE = "but of features that tell classes apart less"
 
 
 class Pair(TypedDict):
@@ -176,57 +184,43 @@ def compare(
 
     `outcomes` says who gets which sample right under each, None without a verdict.
     """
+    from tailscope.diagnosis.better import rank, which  # here because SciPy takes time, for one encoder in vain
+
     reference, *others = inputs
-    return {
-        "reference": reference,
-        "aspects": ASPECTS,
-        "encoders": {
-            name: {
-                "cka": {
-                    part: linear_cka(inputs[reference].tables[part].features, inputs[name].tables[part].features)
-                    for part in ("train", "unseen")
-                },
-                "accuracy": _accuracies(outcomes[reference], outcomes[name]),
-                "groups": _angles(results[reference]["classes"], results[name]["classes"]),
-            }
-            for name in others
-        },
-    }
-
-
-def _accuracies(reference: "Outcomes | None", other: "Outcomes | None") -> dict[str, Any] | None:
-    """Return the other encoder's accuracies minus the reference's, paired over samples."""
-    if reference is None or other is None:
-        return None
-    from tailscope.intervals import paired  # here because SciPy takes time to import, for one encoder in vain
-
-    _, first, second = np.intersect1d(reference.rows, other.rows, return_indices=True)
-    rows = {
-        "current": (reference.current, other.current),
-        "rebalanced": (reference.rebalanced.correct, other.rebalanced.correct),
-        "classifier_bound": (reference.bound.attained.correct, other.bound.attained.correct),
-    }
+    withheld = {name: (result["verdict"] or {}).get("withheld", []) for name, result in results.items()}
+    groups = [entry["group"] for entry in results[reference]["classes"]]
     found = {}
-    for name, (before, after) in rows.items():
-        factor = 1.0 if name == "current" else max(reference.inflation, other.inflation)
-        found[name] = (
-            paired(after[second].astype(float)[None] - before[first].astype(float)[None]).widened(factor).gap()
-        )
-    return found
+    for name in others:
+        better = which(reference, name, outcomes, withheld, groups)
+        cka = {
+            part: linear_cka(inputs[reference].tables[part].features, inputs[name].tables[part].features)
+            for part in ("train", "unseen")
+        }
+        by_group = {group: (part and part["better"]) or better["better"] for group, part in better["by_group"].items()}
+        angles = _angles(results[reference]["classes"], results[name]["classes"], {"all": better["better"], **by_group})
+        found[name] = {**better, "cka": cka, "groups": angles}
+    return {"reference": reference, "aspects": ASPECTS, **rank(outcomes, withheld), "encoders": found}
 
 
-def _angles(reference: Sequence[Entry], other: Sequence[Entry]) -> dict[str, Any]:
-    """Return, for all classes and each group, every aspect's mean difference over classes and who is better."""
+def _angles(reference: Sequence[Entry], other: Sequence[Entry], better: Mapping[str, str | None]) -> dict[str, Any]:
+    """Return, for all classes and each group, every aspect's mean difference over classes and whom it favours.
+
+    `better` says whose accuracies are clearly better there: where an aspect favours the other one, it is marked.
+    """
     both = list(zip(reference, other, strict=True))
     members = {group: [pair for pair in both if group in ("all", pair[0]["group"])] for group in ("all", *GROUPS)}
-    return {group: {aspect: _aspect(aspect, pairs) for aspect in ASPECTS} for group, pairs in members.items() if pairs}
+    return {
+        group: {aspect: _aspect(aspect, pairs, better.get(group)) for aspect in ASPECTS}
+        for group, pairs in members.items()
+        if pairs
+    }
 
 
-def _aspect(aspect: str, entries: Sequence[tuple[Entry, Entry]]) -> dict[str, Any]:
+def _aspect(aspect: str, entries: Sequence[tuple[Entry, Entry]], better: str | None) -> dict[str, Any]:
     pairs = [(_value(aspect, a), _value(aspect, b)) for a, b in entries]
     differences = np.array([b - a for a, b in pairs if a is not None and b is not None])
     number = len(differences)
-    found: dict[str, Any] = {"classes": number, "difference": None, "ci95": None, "better": None}
+    found: dict[str, Any] = {"classes": number, "difference": None, "ci95": None, "better": None, "note": None}
     if number:
         found["difference"] = float(differences.mean())
     if number > 1:
@@ -236,6 +230,8 @@ def _aspect(aspect: str, entries: Sequence[tuple[Entry, Entry]]) -> dict[str, An
         low, high = found["ci95"] = [float(differences.mean() - half), float(differences.mean() + half)]
         if low > 0 or high < 0:
             found["better"] = "other" if (high < 0) == (aspect in ("localises", "compacts")) else "reference"
+    if found["better"] and better and found["better"] != better:
+        found["note"] = f"{FAVOURED[aspect]}, {WORSE}"
     return found
 
 

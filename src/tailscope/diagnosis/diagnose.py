@@ -16,6 +16,7 @@ from tailscope.errors import UserError
 from tailscope.groups import GROUPS
 from tailscope.measures import GeometryResult, describe
 from tailscope.progress import Progress
+from tailscope.report.text import percent
 from tailscope.results import command, versions
 from tailscope.tables.table import FeatureTable, Source, is_pair
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from tailscope.diagnosis.outcomes import Outcomes
 
 Several = Source | Sequence[Source]
+MANY_COPIES = 0.01  # of the held-out samples: from there they may change a verdict
 LEAST_ALPHA = 0.001  # a class alone among C is flagged after C / alpha permutations
 MOST_PERMUTATIONS = 10**6
 
@@ -42,19 +44,38 @@ class OtherBound:
         Raises:
             UserError: it cannot be read, is of other images or at another number of samples, or has only a lower limit.
         """
-        from tailscope.report.schema import read as read_result  # here because pydantic takes time to import
+        from tailscope.report.reading import read as read_result  # here because pydantic takes time to import
 
         stored, counts = read_result(path, "diagnosis"), inputs.train.counts()
         theirs = stored["dataset"]["class_names"], stored["counts"], stored["dataset"]["unseen_images"]
         if theirs != (list(inputs.names), counts, len(inputs.unseen)):
             raise UserError(f"{path}: --ceiling-from takes a diagnosis of the same images as {inputs.train.source}")
-        found = ((stored["accuracy"] or {}).get("classifier_bound") or {}).get("extrapolated") or {}
+        name, one = cls._best(path, stored, inputs)
+        found = ((one["accuracy"] or {}).get("classifier_bound") or {}).get("extrapolated") or {}
         if "bound_at" not in found:
             why = "field 'accuracy.classifier_bound.extrapolated' has no bound, only a lower limit is known"
             raise UserError(f"{path}: {why}; give an accuracy by --ceiling instead")
         if found["bound_at"] != (bound_at or max(counts)):
             raise UserError(f"{path}: its bound is at {found['bound_at']} samples a class; give that as --bound-at")
-        return cls(path.name, found["mean"], found["ci95"])
+        return cls(f"{path.name}, {name}" if name else path.name, found["mean"], found["ci95"])
+
+    @staticmethod
+    def _best(path: Path, stored: dict[str, Any], inputs: Inputs) -> tuple[str | None, dict[str, Any]]:
+        """Return what a diagnosis says of its encoder; of several, of the best one, with its name.
+
+        Raises:
+            UserError: of several encoders none is best, or it is the one that `inputs` are of.
+        """
+        if "encoders" not in stored:
+            return None, stored
+        name = (stored.get("comparison") or {}).get("best")
+        if name not in stored["encoders"]:
+            alone = "diagnose one of them by itself, and give that diagnosis.json"
+            raise UserError(f"{path}: none of its encoders is clearly the best; {alone}")
+        samples = stored["spec"]["encoders"].get(name, {}).get("train")
+        if samples and samples["sha256"] == inputs.fingerprints["train"]["sha256"]:
+            raise UserError(f"{path}: the best of its encoders, {name}, is that of --train; leave out --ceiling-from")
+        return name, stored["encoders"][name]
 
 
 @dataclass(frozen=True)
@@ -225,6 +246,9 @@ def _judge(
     if other is not None:
         ceiling = Interval(other.mean, (other.ci95[0], other.ci95[1]), None, "item")
     verdict, caveats = judge(outcomes, geometry.classes, pooled, ceiling)
+    if inputs.copied >= MANY_COPIES:
+        share = f"{percent(inputs.copied, 0)} of the held-out samples are training samples too"
+        verdict["caveats"].insert(0, f"{share}: they flatter the encoder. --drop-duplicates leaves them out.")
     reasons = reasons or doubts_of_outcomes(inputs, outcomes)
     advice = withhold(verdict, reasons) if reasons else advise(accuracy, verdict, geometry.classes, pairs)
     return {"accuracy": accuracy, "verdict": verdict, "advice": advice, "pairs": pairs}, outcomes, reasons, caveats

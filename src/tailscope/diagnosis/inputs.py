@@ -31,6 +31,7 @@ class Inputs:
         classifier: the classifier in use, or None.
         names: [C] of the classes.
         warnings: what was found while reading.
+        copied: the share of a held-out file's samples that are training samples too; of the file that has most.
     """
 
     train: FeatureTable
@@ -39,6 +40,7 @@ class Inputs:
     classifier: LinearLayer | None
     names: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+    copied: float = 0.0
 
     @property
     def scored(self) -> FeatureTable:
@@ -133,7 +135,7 @@ def bursts(*tables: FeatureTable) -> list[torch.Tensor | None]:
 
 def _without_duplicates(inputs: Inputs, drop: bool) -> tuple[Inputs, list[str]]:
     """Return the inputs, later files without samples of earlier ones where `drop` asks for it, and warnings."""
-    warnings = []
+    warnings, copied = [], 0.0
     for i, part in enumerate(inputs.tables):
         for first in PARTS[:i]:
             earlier, later = inputs.tables[first], inputs.tables[part]
@@ -144,12 +146,14 @@ def _without_duplicates(inputs: Inputs, drop: bool) -> tuple[Inputs, list[str]]:
                 continue
             if count == len(later) and drop:
                 raise UserError(f"{later.source}: every sample is also in {earlier.source}; nothing is left to compare")
-            effect = "make unseen samples look like training" if first == "train" else "flatter what was fitted"
-            kept = "they were dropped" if drop else f"they {effect}; --drop-duplicates"
+            effect = "make held-out samples look like training ones" if first == "train" else "flatter what was fitted"
+            kept = "they were dropped" if drop else f"they {effect}; --drop-duplicates leaves them out"
             warnings.append(f"{count} of {len(later)} samples of {later.source} are also in {earlier.source}: {kept}")
             if drop:
                 inputs = inputs.keep(part, np.flatnonzero(~shared))
-    return inputs, warnings
+            elif first == "train":
+                copied = max(copied, count / len(later))
+    return replace(inputs, copied=copied), warnings
 
 
 def _comparable(*tables: FeatureTable) -> bool:

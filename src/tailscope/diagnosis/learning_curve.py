@@ -196,19 +196,45 @@ def learning_curve(
         ValueError: fewer than two classes have two unseen samples, or no test sample is of these.
         Diverged: a loss is not finite.
     """
-    task = Task.of(train, unseen, test, bursts, seed)
-    bound_at = bound_at or int(np.bincount(train.labels).max(initial=1))
-    trials = ladder(task)
-    everything = [np.concatenate([task.seen, rows]) for rows in task.fitted[: task.compared]]
-    pooled = softmax_trial(task, everything, trials[-1])
-    candidates = [trials[-1], pooled, discriminant_trial(task, everything)]
+    return follow(Fits.of(train, unseen, test, bursts, seed), bound_at or int(np.bincount(train.labels).max(initial=1)))
+
+
+@dataclass(frozen=True)
+class Fits:
+    """What the bound is read off.
+
+    Attributes:
+        task: the samples, cut into folds.
+        trials: fits to growing parts of the unseen samples.
+        pooled: fits to training and unseen samples.
+        discriminants: linear ones of the same.
+    """
+
+    task: Task
+    trials: list[Trial]
+    pooled: Trial
+    discriminants: Trial
+
+    @classmethod
+    def of(cls, train: Rows, unseen: Rows, test: Rows | None, bursts: ArrayLike | None, seed: int) -> "Fits":
+        """Fit everything; arguments and errors are those of `learning_curve`."""
+        task = Task.of(train, unseen, test, bursts, seed)
+        trials = ladder(task)
+        everything = [np.concatenate([task.seen, rows]) for rows in task.fitted[: task.compared]]
+        return cls(task, trials, softmax_trial(task, everything, trials[-1]), discriminant_trial(task, everything))
+
+
+def follow(fits: Fits, bound_at: int) -> ClassifierBound:
+    """Return what is known of the classifier bound at so many samples a class."""
+    task, trials, pooled = fits.task, fits.trials, fits.pooled
     exchange = _exchange(task, trials[-1])
-    attained = _attained(task, candidates)
+    attained = _attained(task, [trials[-1], pooled, fits.discriminants])
     points = _points(task, trials)
     if exchange.alike:
         points.append(_pooled_point(task, pooled, trials[-1], points[-1].deviation))
     reason = _refusal(points, attained, task.samples.classes)
-    found = None if reason else _extrapolated(points, attained, bound_at, numpy_stream(seed, "learning curve", "draws"))
+    stream = numpy_stream(task.seed, "learning curve", "draws")
+    found = None if reason else _extrapolated(points, attained, bound_at, stream)
     return ClassifierBound(attained, found, reason, bound_at, tuple(points), exchange, task.withheld, _notes(task))
 
 
@@ -254,7 +280,7 @@ def _attained(task: Task, candidates: Sequence[Trial]) -> Attained:
         correct, rows, labels = correct[known], task.rows[known], task.samples.labels[task.unseen[known]]
     else:
         placed, labels, rows = task.test
-        correct = predict(_final(task, kind, strength), placed) == labels
+        correct = predict(final(task, kind, strength), placed) == labels
     inflation = INFLATION if task.test is None else 1.0
     chance = float(np.bincount(labels).max() / len(labels))
     return Attained(_accuracy(correct, inflation), correct, rows, KINDS[kind], inflation, chance)
@@ -266,8 +292,8 @@ def _accuracy(correct: BoolArray, inflation: float) -> Interval:
     return Interval(float(correct.mean()), (max(0.0, low), min(1.0, high)), None, "item")
 
 
-def _final(task: Task, kind: int, strength: int) -> Tensor:
-    """Return one kind of classifier (of `KINDS`), fitted to all samples that it may be fitted to."""
+def final(task: Task, kind: int, strength: int) -> Tensor:
+    """Return one kind of classifier (of `KINDS`) [C, r + 1], fitted to all samples that it may be fitted to."""
     rows = task.unseen if kind == 0 else np.arange(len(task.samples.labels))
     if kind == 2:
         return shrinkage_lda(task.samples, rows)[strength]
@@ -296,7 +322,7 @@ def _pooled_point(task: Task, pooled: Trial, smaller: Trial, deviation: float) -
     if task.test is None:
         return CurvePoint(_harmonic(pooled.counts), float(_levels(task, pooled, [smaller]).mean()), deviation, "pooled")
     placed, labels, _ = task.test
-    classifier = _final(task, 1, pooled.choose(task.scored, [smaller]))
+    classifier = final(task, 1, pooled.choose(task.scored, [smaller]))
     counts = np.bincount(task.samples.labels).astype(np.float64)
     return CurvePoint(_harmonic(counts), float((predict(classifier, placed) == labels).mean()), deviation, "pooled")
 

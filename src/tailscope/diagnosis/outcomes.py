@@ -2,77 +2,33 @@
 
 Two questions that a user without the full true training set can still answer. How well would a classifier do that was
 fitted to the true distribution (`learning_curve`)? And how well does the best of several re-balanced classifiers do,
-when it is not chosen on the samples that score it (`select_nested`)? Both return outcomes per item, so that any two
+when it is not chosen on the samples that score it (`remedies`)? Both return outcomes per item, so that any two
 classifiers can be compared by a paired interval (`difference`).
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.frozen import FrozenEstimator
 
-from tailscope.classifiers import LinearClassifier, LogitAdjustment, NearestClassMean, SoftmaxRegression, TauNorm
-from tailscope.classifiers.base import Diverged, FeatureClassifier, Floats, IntArray, Stopping, fit_softmax
-from tailscope.classifiers.estimators import balanced_weights
-from tailscope.diagnosis.curve_fits import FOLDS, BoolArray, Rows, assign_folds
+from tailscope.classifiers import LinearClassifier, SoftmaxRegression
+from tailscope.classifiers.base import Diverged, Floats, IntArray
+from tailscope.diagnosis.curve_fits import BoolArray, Rows
 from tailscope.diagnosis.inputs import Inputs, bursts
-from tailscope.diagnosis.learning_curve import ClassifierBound, learning_curve
+from tailscope.diagnosis.learning_curve import ClassifierBound, Fits, follow
+from tailscope.diagnosis.remedies import LEFT_OUT, Scored, Selection, choose, fitted_to_training, is_large, stopping_of
 from tailscope.errors import UserError
-from tailscope.intervals import Interval, paired, proportion
+from tailscope.intervals import Interval, paired
 from tailscope.measures.rows import exponent, scaled
 from tailscope.progress import Progress
 from tailscope.tables.table import FeatureTable
 
-TOL = 1e-4
-LARGE_TOL, LARGE = 1e-3, 10**10  # beyond so many rows * features * classes, tolerance gives way to time
-TAUS = (0.5, 1.0, 1.5)
-MAX_ITER = 500
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The best of several classifiers, scored on items that had no part in choosing it.
-
-    Attributes:
-        correct: [m] of bool: each item's outcome under the classifier that the other folds chose.
-        accuracy: its mean.
-        chosen: the name that was chosen for each fold.
-        best: the name chosen on all items: the one to recommend. Its own accuracy on them would flatter it.
-    """
-
-    correct: BoolArray
-    accuracy: Interval
-    chosen: tuple[str, ...]
-    best: str
-
-
-def select_nested(
-    correct: Mapping[str, BoolArray],
-    labels: IntArray,
-    folds: int = FOLDS,
-    bursts: ArrayLike | None = None,
-    seed: int = 0,
-) -> Selection:
-    """Choose the most accurate of several fitted classifiers on all folds but one, score it on that one.
-
-    `correct` holds [m] of bool for each classifier, on unseen samples that it was not fitted to, simplest first: ties
-    go to the first. Folds are made as by `assign_folds`.
-
-    >>> outcomes = {"a": np.array([True, False] * 4), "b": np.array([True, True] * 4)}
-    >>> select_nested(outcomes, np.zeros(8, dtype=int), folds=2).chosen
-    ('b', 'b')
-    """
-    names, outcomes = list(correct), np.stack(list(correct.values()))
-    fold_of = assign_folds(labels, folds, bursts, seed)
-    chosen = [int(outcomes[:, fold_of != k].mean(axis=1).argmax()) for k in range(folds)]
-    scored = outcomes[np.array(chosen)[fold_of], np.arange(len(labels))]
-    best = names[int(outcomes.mean(axis=1).argmax())]
-    return Selection(scored, proportion(scored[None]), tuple(names[k] for k in chosen), best)
+OWN_CLASSIFIER = "softmax regression on the training features"
 
 
 def difference(a: ArrayLike, b: ArrayLike, inflation: float) -> Interval:
@@ -88,10 +44,9 @@ class Outcomes:
     Attributes:
         rows: [m] which samples of the scored file they are; all but those that took no part in the bound.
         predicted: [m], by the classifier in use; `predicted_train` [n] of the training samples, by the same.
-        current: [m] of bool, whether `predicted` is right.
+        now: whether `predicted` is right, and with which confidence.
         current_name: the file of the classifier in use, or how it was fitted.
         rebalanced: the best remedy, chosen on samples that it is not scored on.
-        remedies: accuracy of every remedy on all unseen samples.
         bound: of a classifier fitted to the true distribution; the best remedy counts as attained where it gets more
             right than whatever was fitted for the bound, and so does the classifier in use.
     """
@@ -100,12 +55,16 @@ class Outcomes:
     rows: IntArray
     predicted: IntArray
     predicted_train: IntArray
-    current: BoolArray
+    now: Scored
     current_name: str
     rebalanced: Selection
-    remedies: dict[str, float]
     bound: ClassifierBound
     notes: tuple[str, ...]
+
+    @property
+    def current(self) -> BoolArray:
+        """Which scored samples the classifier in use gets right, [m]."""
+        return self.now.correct
 
     @property
     def inflation(self) -> float:
@@ -127,25 +86,25 @@ def score(inputs: Inputs, bound_at: int, seed: int, progress: Progress) -> Outco
             only = inputs.names[int(table.labels[0])]
             raise UserError(f"{table.source}: all samples are of class {only!r}; add others, or use --no-verdict")
     notes: list[str] = []
+    test = None if inputs.test is None else scored
     with progress.task("classifiers", 3) as advance, _told_of_solvers(inputs, notes):
-        current, name = _current(inputs, *train, power)
-        predicted, predicted_train = current.predict(scored[0]), current.predict(train[0])
+        current, name = _current(inputs, train, power)
+        predicted, predicted_train = current.predict(scored.features), current.predict(train.features)
         advance(1)
-        fitted = _remedies(current, *train)
-        right = {text: remedy.predict(unseen[0]) == unseen[1] for text, remedy in fitted.items()}
-        rebalanced = _rebalanced(inputs, fitted, right, scored, seed)
+        fits = _fits(inputs, train, unseen, test, seed)
+        bound = follow(fits, bound_at)
+        rows = bound.attained.rows
         advance(1)
-        bound = _bound(inputs, train, unseen, scored, bound_at, seed)
+        rebalanced = choose(fitted_to_training(current, train), fits, unseen, test, rows)
         advance(1)
-    rows = bound.attained.rows
-    predicted, labels, correct = predicted[rows], scored[1][rows], rebalanced.correct[rows]
-    rebalanced = replace(rebalanced, correct=correct, accuracy=proportion(correct[None]))
-    for reached, by in ((correct, rebalanced.best), (predicted == labels, name)):
+    if is_large(train, len(inputs.names)):
+        notes.append(LEFT_OUT)
+    now = Scored.by(current, Rows(scored.features[rows], scored.labels[rows]))
+    for reached, by in ((rebalanced.correct, rebalanced.best), (now.correct, name)):
         if (difference(reached, bound.attained.correct, bound.attained.inflation).ci95 or (0.0,))[0] > 0:
             bound = bound.at_least(reached, by)
-    remedies = {text: float(correct.mean()) for text, correct in right.items()}
-    found = predicted, predicted_train, predicted == labels, name, rebalanced, remedies, bound, tuple(notes)
-    return Outcomes(labels, rows, *found)
+    found = scored.labels[rows], rows, predicted[rows], predicted_train
+    return Outcomes(*found, now, name, rebalanced, bound, tuple(notes))
 
 
 def _fixed(weight: Floats, bias: Floats) -> LinearClassifier:
@@ -157,68 +116,32 @@ def _fixed(weight: Floats, bias: Floats) -> LinearClassifier:
     return frozen
 
 
-def _remedies(base: LinearClassifier, features: Floats, labels: IntArray) -> dict[str, FeatureClassifier]:
-    """Return what re-balances a classifier on frozen features, fitted to training samples, simplest first.
-
-    The last, class-balanced retraining, is cRT's objective, searched from the classifier in use.
-    """
-    found: dict[str, FeatureClassifier] = {
-        **{f"logit_adjustment(tau={tau})": LogitAdjustment(base=base, tau=tau) for tau in TAUS},
-        **{f"tau_norm(tau={tau})": TauNorm(base=base, tau=tau) for tau in TAUS},
-        "ncm": NearestClassMean(),
-    }
-    for remedy in found.values():
-        remedy.fit(features, labels)
-    stopping = Stopping(_tolerance(features, len(base.classes_)), MAX_ITER)
-    balance, start = balanced_weights(np.bincount(labels)), (base.coef_, base.intercept_)
-    weight, bias, _ = fit_softmax(features, labels, balance, SoftmaxRegression().l2, stopping, start=start)
-    return found | {"crt": _fixed(weight, bias)}
-
-
-def _tolerance(features: Floats, classes: int) -> float:
-    """Return at which relative change a softmax regression stops."""
-    return LARGE_TOL if features.size * classes > LARGE else TOL
-
-
 def _arrays(table: FeatureTable, power: int) -> Rows:
     """Return features times 2 ** power in 32 or 64 bits, and labels."""
     features = table.features if table.features.dtype.itemsize >= 4 else table.features.float()
     return Rows(scaled(features, power).numpy(), table.labels.numpy())
 
 
-def _current(inputs: Inputs, features: Floats, labels: IntArray, power: int) -> tuple[LinearClassifier, str]:
+def _current(inputs: Inputs, train: Rows, power: int) -> tuple[LinearClassifier, str]:
     """Return the classifier in use, on features that were multiplied by 2 ** power, and its name."""
     given = inputs.classifier
     if given is not None:
         with np.errstate(over="ignore"):  # told below
             wide = scaled(given.weight.double(), -power), given.bias
-            weight, bias = (tensor.double().numpy().astype(features.dtype) for tensor in wide)
+            weight, bias = (tensor.double().numpy().astype(train.features.dtype) for tensor in wide)
         if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
-            raise UserError(f"{given.source}: weight or bias is beyond {features.dtype}, the type of the features")
+            raise UserError(
+                f"{given.source}: weight or bias is beyond {train.features.dtype}, the type of the features"
+            )
         return _fixed(weight, bias), given.source
-    model = SoftmaxRegression(tol=_tolerance(features, len(inputs.names)), max_iter=MAX_ITER).fit(features, labels)
-    return _fixed(model.coef_, model.intercept_), "softmax regression on the training features"
+    model = SoftmaxRegression(**stopping_of(train, len(inputs.names))).fit(*train)
+    return _fixed(model.coef_, model.intercept_), OWN_CLASSIFIER
 
 
-def _rebalanced(
-    inputs: Inputs, fitted: dict[str, FeatureClassifier], right: dict[str, BoolArray], scored: Rows, seed: int
-) -> Selection:
-    """Choose a remedy on unseen samples and score it on others: on the test set, or nested where there is none."""
-    if inputs.test is None:
-        labels, together = inputs.unseen.labels.numpy(), bursts(inputs.unseen)[0]
-        units = len(labels) if together is None else len(np.unique(together))
-        if units < 2:
-            raise UserError(f"{inputs.unseen.source}: too few samples for a verdict; give more, or use --no-verdict")
-        return select_nested(right, labels, folds=min(FOLDS, units), bursts=together, seed=seed)
-    best = max(right, key=lambda name: right[name].mean())
-    correct = fitted[best].predict(scored[0]) == scored[1]
-    return Selection(correct, proportion(correct[None]), (best,), best)
-
-
-def _bound(inputs: Inputs, train: Rows, unseen: Rows, scored: Rows, bound_at: int, seed: int) -> ClassifierBound:
-    test, together = None if inputs.test is None else scored, bursts(inputs.unseen)[0]
+def _fits(inputs: Inputs, train: Rows, unseen: Rows, test: Rows | None, seed: int) -> Fits:
+    """Fit what the bound is read off."""
     try:
-        return learning_curve(train, unseen, test, bound_at=bound_at, bursts=together, seed=seed)
+        return Fits.of(train, unseen, test, bursts(inputs.unseen)[0], seed)
     except Diverged:
         raise
     except ValueError as error:

@@ -9,9 +9,10 @@ import altair as alt
 
 from tailscope.measures.fields import SHOWN
 from tailscope.report import diagnosis, marks, rows, story
+from tailscope.report.diagnosis_schema import Diagnosis
 from tailscope.report.marks import Chart, Figure, Key, Panel, Series, colour_scale, css, rows_of
 from tailscope.report.rows import Row, first
-from tailscope.report.schema import VARIANTS, Diagnosis, Results, Swap
+from tailscope.report.schema import VARIANTS, Results, Swap
 from tailscope.report.text import arrow, number, percent, points, with_interval
 
 

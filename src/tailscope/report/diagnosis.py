@@ -5,26 +5,27 @@ from typing import Any
 
 from tailscope.groups import GROUPS
 from tailscope.measures.fields import SHOWN
+from tailscope.report import encoders
+from tailscope.report.diagnosis_schema import ACCURACIES, Accuracy, Diagnosis, Judged, Recalls, Verdict
 from tailscope.report.rows import CI, GROUP, GROUP_RECALLS, MEASURES, Row, ends, ranks
-from tailscope.report.schema import ACCURACIES, Diagnosis, Judged, Points, Recalls, Verdict
-from tailscope.report.text import Column, Table, accuracy, in_points, listed, number, percent, plural
+from tailscope.report.schema import Points
+from tailscope.report.text import Column, Table, accuracy, in_points, number, percent, plural, with_interval
 
-ASPECTS = {
-    "localises": "localises unseen samples better",
-    "separates": "separates classes more",
-    "compacts": "keeps classes more compact",
-    "margin": "has the larger margin for its spread",
-}
 GAPS = ("classifier_gap", "representation_gap")
 STEPS = {
-    "current": ("current", "total"),
+    "current": ("in use", "total"),
     "rebalanced": ("re-balancing", "classifier"),
-    "classifier_bound": ("what held-out samples attain", "classifier"),
+    "classifier_bound": ("best fitted", "classifier"),
+}
+BLAMED = {
+    "classifier": "The classifier is the bottleneck",
+    "representation": "The representation is the bottleneck",
 }
 KINDS = {
-    "memorised": ", which has memorised its training samples",
-    "weak features": ", whose features are too weak",
+    "memorised": "The encoder has memorised its training samples.",
+    "weak features": "The features are weak: they tell the classes apart too little, in training and held-out samples.",
 }
+WIDE = 0.04  # of an interval: from there a sentence needs no decimals
 
 
 # ---- rows
@@ -87,7 +88,7 @@ def _extrapolated(result: Diagnosis) -> tuple[str, float, Sequence[float] | None
     found = cell and cell.get("extrapolated")
     if not found or "mean" not in found or "bound_at" not in found:
         return None
-    return f"bound at {found['bound_at']:,} a class", found["mean"], found["ci95"]
+    return f"with {found['bound_at']:,} a class", found["mean"], found["ci95"]
 
 
 def steps(result: Diagnosis) -> list[Row]:
@@ -110,31 +111,7 @@ def steps(result: Diagnosis) -> list[Row]:
     return found
 
 
-def comparisons(result: Diagnosis) -> list[Row]:
-    """Return one row an encoder, group and aspect: its difference from the reference, and which is better."""
-    if (stored := result.get("comparison")) is None:
-        return []
-    found: list[Row] = []
-    for encoder, entry in stored["encoders"].items():
-        names: dict[str | None, str] = {"reference": stored["reference"], "other": encoder}
-        for kind, gap in (entry["accuracy"] or {}).items():
-            points, ci95 = (gap["points"], gap["ci95"]) if gap else (None, None)
-            better = "reference" if ci95 and ci95[1] < 0 else "other" if ci95 and ci95[0] > 0 else None
-            about = {"encoder": encoder, "of": "all", "aspect": f"accuracy, {ACCURACIES[kind]} (points)"}
-            found.append(about | _difference(points, ci95, 100) | {"better": names.get(better)})
-        for group, aspects in entry["groups"].items():
-            for aspect, one in aspects.items():
-                about = {"encoder": encoder, "of": group, "aspect": aspect}
-                found.append(about | _difference(one["difference"], one["ci95"]) | {"better": names.get(one["better"])})
-    return found
-
-
-def _difference(value: float | None, ci95: Sequence[float] | None, scale: float = 1.0) -> Row:
-    found = zip(("difference", "low", "high"), (value, *(ci95 or (None, None))), strict=True)
-    return {name: None if number is None else scale * number for name, number in found}
-
-
-def _cells(result: Diagnosis) -> dict[str, Recalls]:
+def _cells(result: Diagnosis) -> dict[Accuracy, Recalls]:
     """Return the accuracies that the verdict compares, in order; none where nothing was scored."""
     stored = result["accuracy"]
     return {} if stored is None else {name: stored[name] for name in ACCURACIES}
@@ -175,7 +152,7 @@ CLASS = (
 VERDICT = (
     Column("recall_current", "recall now", "whole", "Recall of the classifier in use."),
     Column("recall_rebalanced", "re-balanced", "whole", "Recall of the best remedy."),
-    Column("recall_classifier_bound", "attained", "whole", "Recall of the best classifier of what is there."),
+    Column("recall_classifier_bound", "best fitted", "whole", "Recall of the best classifier that could be fitted."),
     Column("bottleneck", "bottleneck", "text", "What costs this class more, where its own samples can tell."),
     _gap_column("classifier_gap", "", "Recall that a classifier fitted to as many samples of every class gains."),
     _gap_column("representation_gap", ", at most", "What even that classifier misses, up to the ceiling."),
@@ -195,15 +172,6 @@ PAIR = (
     Column("first_as_second", "first taken for second", "share", "By the classifier in use."),
     Column("second_as_first", "second taken for first", "share", "By the classifier in use."),
 )
-COMPARISON = (
-    Column("encoder", "encoder"),
-    Column("of", "classes"),
-    Column("aspect", "aspect"),
-    Column("difference", "difference", "plain", "From the first encoder, with its paired 95 % interval."),
-    Column("low", "from", "plain"),
-    Column("high", "to", "plain"),
-    Column("better", "better", "text", "Where the interval excludes 0."),
-)
 
 
 def tables(result: Diagnosis) -> list[Table]:
@@ -220,53 +188,69 @@ def tables(result: Diagnosis) -> list[Table]:
     ]
     if result["accuracy"] is not None:
         made.insert(0, Table("diagnosis-accuracy", "The accuracies behind the verdict", ACCURACY, _accuracies(result)))
-    if (stored := result.get("comparison")) is not None:
-        title = f"Encoders against {stored['reference']}"
-        made.append(Table("diagnosis-comparison", title, COMPARISON, comparisons(result)))
-    return made
+    return [*made, *encoders.tables(result)]
 
 
 # ---- sentences
 
 
 def headline(result: Diagnosis) -> str:
-    """Return the verdict in one sentence."""
+    """Return the verdict in one sentence, without a full stop; of several encoders, which is better."""
+    stored = result.get("comparison")
+    return (stored and encoders.headline(stored)) or verdict_of(result)
+
+
+def verdict_of(result: Diagnosis) -> str:
+    """Return the verdict in one sentence, without a full stop."""
     verdict = result["verdict"]
     if verdict is None:
         return "Measured, without a verdict"
-    if verdict["bottleneck"] == "classifier":
-        return (
-            f"The classifier is the bottleneck: on these features a better one gains {_gap(verdict['classifier_gap'])}"
-        )
-    if verdict["bottleneck"] == "representation":
-        missed = _gap(verdict["representation_gap"])
-        kind = KINDS.get(verdict.get("kind") or "", "")
-        return f"The representation is the bottleneck{kind}: even the best classifier misses {missed}"
-    reason = verdict["reason"]
-    return f"Undecided: {reason.partition(': ')[0] if verdict.get('withheld') else reason}"  # the first caveat has all
+    if verdict.get("withheld"):
+        return f"No verdict: {verdict['reason'].partition(': ')[0]}"  # the first caveat has all of it
+    if verdict["bottleneck"] not in BLAMED:
+        return f"Not decided: {verdict['reason']}"
+    opening, current = BLAMED[verdict["bottleneck"]], _cells(result)["current"]["mean"]
+    if verdict["classifier_gap"]["points"] <= 0:
+        better = f"no linear classifier on these features would do better than the {percent(current)} of the one in use"
+        return f"{opening}: {better}"
+    which, only = ("a better", "") if verdict["bottleneck"] == "classifier" else ("even the best", " only")
+    reach, digits = _reach(result)
+    would = f"on these features {which} linear classifier would reach{only} {reach}"
+    return f"{opening}: {would}; the one in use reaches {percent(current, digits)}"
 
 
 def findings(result: Diagnosis) -> list[str]:
-    """Return what was found: accuracies, gaps, groups, classes, encoders; the first is the lead."""
-    verdict, found = result["verdict"], []
-    if verdict is not None:
-        found += [_lead(result), *([] if verdict.get("withheld") else [_gaps(verdict), *_by_group(verdict)])]
-    return [*found, _memorised(result), *_encoders(result)]
+    """Return what was found: encoders, what costs how much, groups, classes; the first is the lead."""
+    verdict, found = result["verdict"], encoders.findings(result)
+    if (stored := result.get("comparison")) is not None:
+        found.append(f"“{stored['reference']}” by itself: {verdict_of(result)}.")
+    if verdict is not None and (verdict.get("withheld") or not verdict.get("above_chance", True)):
+        found.append(_measured(result))
+    elif verdict is not None:
+        found += [_costs(verdict), *_by_group(verdict)]
+    return [*found, _memorised(result)]
 
 
 def caveats(result: Diagnosis) -> list[str]:
-    """Return what limits the findings."""
-    verdict = result["verdict"]
-    found = [f"No verdict: {reason}." for reason in (verdict and verdict.get("withheld")) or []]
-    found.append("One encoder as it is: intervals cover new samples, not new trainings.")
-    if verdict is not None:
-        found.append(
-            f"The representation gap is at most what is given: up to a ceiling of {percent(verdict['ceiling'], 0)} it "
-            "also holds irreducible error, and what a classifier that is not linear would find."
-        )
+    """Return what limits the findings, first what could overturn them."""
+    verdict, found = result["verdict"], []
+    if verdict is None:
+        found.append("This holds for one encoder as it is: another training of it may differ.")
+    elif withheld := verdict.get("withheld"):
+        found += [f"No verdict: {reason}." for reason in withheld]
+    else:
+        found += verdict.get("caveats") or []
     if not result["spec"]["permutations"]:
-        found.append("No permutations: nothing was tested against chance.")
+        found.append("Without permutations nothing was tested against chance.")
     return found
+
+
+def closing(result: Diagnosis) -> list[str]:
+    """Return how the terminal ends: the verdict, what limits it most, and what to do first."""
+    limits, advice = caveats(result), result["advice"]
+    found = [f"{headline(result)}."]
+    found += [f"Keep in mind: {limits[0]}"] if limits else []
+    return found + ([f"What to do: {advice[0]['text']}"] if advice else [])
 
 
 def accuracy_rows(result: Diagnosis) -> list[tuple[str, ...]]:
@@ -280,53 +264,70 @@ def accuracy_rows(result: Diagnosis) -> list[tuple[str, ...]]:
     return found
 
 
-def _lead(result: Diagnosis) -> str:
-    cells = _cells(result)
-    now, rebalanced, bound = (accuracy(cell["mean"], cell["ci95"]) for cell in cells.values())
-    remedy = cells["rebalanced"]["classifier"]
-    text = f"Now: {now}. Re-balanced by {remedy}: {rebalanced}. "
-    if cells["classifier_bound"]["classifier"] != remedy:
-        text += f"The best classifier of what is there: {bound}. "
+def _reach(result: Diagnosis) -> tuple[str, int]:
+    """Return what a linear classifier would reach, with as many samples of every class as the most frequent one has.
+
+    With it comes the number of decimals that its interval allows.
+    """
     found = _extrapolated(result)
-    return text + ("More samples may raise it." if found is None else f"The {found[0]}: {accuracy(*found[1:])}.")
+    cell = _cells(result)["classifier_bound"]
+    mean, ci95 = (cell["mean"], cell["ci95"]) if found is None else found[1:]
+    digits = 0 if ci95 is None or ci95[1] - ci95[0] >= WIDE else 1
+    text = with_interval(percent(mean, digits), ci95, digits)
+    return (f"{text} or more" if found is None else f"about {text}"), digits
 
 
-def _gaps(verdict: Verdict) -> str:
-    return (
-        f"The classifier costs {_gap(verdict['classifier_gap'])}, of which re-balancing regains "
-        f"{_gap(verdict['rebalancing_gap'])}; the representation at most {_gap(verdict['representation_gap'])}."
-    )
+def _measured(result: Diagnosis) -> str:
+    now, rebalanced, best = (accuracy(cell["mean"], cell["ci95"]) for cell in _cells(result).values())
+    fitted = f"the best that could be fitted to the samples there are {best}"
+    return f"The classifier in use gets {now} right, re-balanced {rebalanced}, and {fitted}."
+
+
+def _costs(verdict: Verdict) -> str:
+    """Return what each half costs, and what kind of fault a representation has."""
+    gain, regained = verdict["classifier_gap"], verdict["rebalancing_gap"]
+    text = f"The classifier in use costs {_gap(gain)}" if gain["points"] > 0 else "The classifier in use costs nothing"
+    text += f", of which re-balancing regains {_gap(regained)}" if min(gain["points"], regained["points"]) > 0 else ""
+    text += f"; the representation costs at most {_gap(verdict['representation_gap'])}."
+    kind = KINDS.get(verdict.get("kind") or "")
+    return f"{text} {kind}" if kind else text
 
 
 def _by_group(verdict: Verdict) -> list[str]:
-    parts = {name: part for name, part in verdict["groups"].items() if part}
-    texts = [f"{name} {part['bottleneck']} ({percent(part['current'], 0)} correct)" for name, part in parts.items()]
-    return [f"Bottleneck by group: {listed(texts)}."] if texts else []
+    """Return a sentence a group: what holds it back, or why that is not decided."""
+    found = []
+    for name, part in verdict["groups"].items():
+        if part is None:
+            continue
+        text = f"{name.capitalize()} classes ({percent(part['current'], 0)} right): "
+        if part["bottleneck"] in BLAMED:
+            text += f"the {part['bottleneck']} is the bottleneck"
+        else:
+            text += f"not decided; {part.get('reason')}"
+        gain = part.get("classifier_gap")
+        if part["bottleneck"] in BLAMED and gain and gain["points"] < 0:
+            alike = percent(part["current"] + gain["points"], 0)
+            text += f". The classifier in use favours them: one that treats all classes alike would get {alike} right"
+        found.append(f"{text}.")
+    return found
 
 
 def _memorised(result: Diagnosis) -> str:
-    """Return which classes' unseen samples are farther from the centre than chance explains."""
+    """Return in how many classes held-out samples lie farther from the centre than training samples do."""
     tested = [entry for entry in result["classes"] if entry["spread_gap_flagged"] is not None]
     if not tested:
-        return "No class was tested against chance."
+        return "No class was tested for memorised training samples."
+    farther = "held-out samples lie clearly farther from the centre of their class than training samples do"
     flagged = [entry for entry in tested if entry["spread_gap_flagged"] and entry["spread_gap_material"]]
     if not flagged:
-        return f"Spread gap: none of {plural(len(tested), 'tested class')} is farther out than chance explains."
+        number_tested = plural(len(tested), "tested class")
+        return f"No sign of memorised training samples: in none of {number_tested} do {farther.removesuffix(' do')}."
     worst = max(flagged, key=lambda entry: entry.get("spread_gap_deg") or 0.0)
     return (
-        f"Spread gap: in {len(flagged)} of {plural(len(tested), 'tested class')} unseen samples lie farther from the "
-        f"centre than chance explains, most in “{worst['name']}” ({number(worst.get('spread_gap_deg'))}°, "
+        f"Memorised training samples: in {len(flagged)} of {plural(len(tested), 'tested class')} {farther}, most in "
+        f"“{worst['name']}” (by {number(worst.get('spread_gap_deg'))}°, with "
         f"{plural(worst['train_count'], 'training sample')})."
     )
-
-
-def _encoders(result: Diagnosis) -> list[str]:
-    """Return which encoder localises, separates and compacts the tail better."""
-    found: dict[str, list[str]] = {}
-    for row in comparisons(result):
-        if row["of"] == "tail" and row["better"] and ASPECTS[row["aspect"]] not in found.get(row["better"], []):
-            found.setdefault(row["better"], []).append(ASPECTS[row["aspect"]])
-    return [f"In the tail, {encoder} is better: it {listed(does)}." for encoder, does in found.items()]
 
 
 def _gap(gap: Points) -> str:

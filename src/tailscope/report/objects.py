@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from tailscope.errors import UserError, first_few, one_line, unknown
 from tailscope.report import diagnosis, rows, story
+from tailscope.report.diagnosis_schema import Diagnosis as StoredDiagnosis
 from tailscope.report.rows import Row
-from tailscope.report.schema import Diagnosis as StoredDiagnosis
 from tailscope.report.schema import Results, Verb
 from tailscope.report.text import Table, to_csv, to_html
 from tailscope.results import write
@@ -62,10 +62,12 @@ class Result(dict[str, Any]):
         return dict(self)
 
     def summary(self) -> str:
-        """Return what was found, as the command line prints it: about ten lines."""
-        lines = story.summary_rows(self._results())
+        """Return what was found, the main caveat, and numbers, as the command line prints them: about ten lines."""
+        lines, results = story.summary_rows(self._results()), self._results()
         width = max(len(name) for name, _ in lines)
-        return "\n".join(f"{name:<{width}}  {one_line(text)}" for name, text in lines)
+        limits = [f"Keep in mind: {text}" for text in story.caveats(results)[:1]]
+        rows = (f"{name:<{width}}  {one_line(text)}" for name, text in lines)
+        return "\n".join([*map(one_line, [story.conclusion(results), *limits]), *rows])
 
     def to_frame(self, table: str = "classes") -> "pd.DataFrame":
         """Return one of `tables` as a DataFrame of raw numbers: accuracies as fractions, intervals as two columns.
@@ -168,9 +170,10 @@ class Diagnosis(Result):
         return diagnosis.headline(self._stored)
 
     def summary(self) -> str:
-        """Return the verdict, what was found and what to do, as the command line prints it."""
-        found = [self.headline, *(f"- {text}" for text in diagnosis.findings(self._stored))]
-        return "\n".join(map(one_line, [*found, *(f"→ {piece['text']}" for piece in self["advice"])]))
+        """Return the verdict, the main caveat, what to do, and what was found, as the command line prints them."""
+        advised = [f"- {piece['text']}" for piece in self["advice"][1:]]
+        found = [f"- {text}" for text in diagnosis.findings(self._stored)]
+        return "\n".join(map(one_line, [*diagnosis.closing(self._stored), *found, *advised]))
 
     @property
     def _stored(self) -> StoredDiagnosis:

@@ -16,10 +16,11 @@ from markupsafe import Markup
 import tailscope
 from tailscope.groups import GROUPS
 from tailscope.measures.fields import SHOWN
-from tailscope.report import charts, diagnosis, marks, rows, schema, story
+from tailscope.report import charts, diagnosis, encoders, marks, reading, rows, story
+from tailscope.report.diagnosis_schema import Diagnosis
 from tailscope.report.marks import Figure
 from tailscope.report.rows import Row
-from tailscope.report.schema import TRAINED, VARIANTS, AnyResult, Diagnosis, Results
+from tailscope.report.schema import TRAINED, VARIANTS, AnyResult, Results
 from tailscope.report.text import DASH, Table, arrow, number, plural, significant, write_tables
 from tailscope.store.files import write
 
@@ -49,7 +50,7 @@ def build(out: Path, *, figures: bool = True) -> Path:
     trained = any((out / f"{verb}.json").exists() for verb in TRAINED)
     if path.exists():
         name = "diagnosis.html" if trained else "report.html"
-        written = _write(out, name, of_diagnosis(schema.read(path, "diagnosis")), figures=figures)
+        written = _write(out, name, of_diagnosis(reading.read(path, "diagnosis")), figures=figures)
         if not trained:
             return written
     return _write(out, "report.html", of_experiments(rows.load(out)), figures=figures)
@@ -95,6 +96,7 @@ def of_experiments(results: Results) -> Page:
         "headline": story.headline(results),
         "findings": story.findings(results),
         "caveats": story.caveats(results),
+        "advice": [],
         "warnings": rows.warnings(results),
         "dataset": result["dataset"],
         "recipe": recipe,
@@ -125,7 +127,8 @@ def of_diagnosis(result: Diagnosis) -> Page:
     """Return the page of a diagnosis."""
     counts, dataset = result["counts"], result["dataset"]
     test_images = dataset.get("test_images")
-    named = {"advice": ("advice", "What to try"), "comparison": ("encoders", "Encoders")}
+    beside = encoders.findings(result)[1:]
+    named = {"comparison": ("encoders", "Encoders"), "advice": ("advice", "What to try")}
     inputs = [
         (f"{encoder}, {role}", f"{one['source']} (SHA-256 {one['sha256'][:12]})")
         for encoder, given in result["spec"]["encoders"].items()
@@ -134,7 +137,8 @@ def of_diagnosis(result: Diagnosis) -> Page:
     ]
     content = {
         "headline": diagnosis.headline(result),
-        "findings": diagnosis.findings(result),
+        "findings": [text for text in diagnosis.findings(result) if text not in beside],
+        "beside": beside,
         "caveats": diagnosis.caveats(result),
         "warnings": result["warnings"],
         "advice": result["advice"],

@@ -11,7 +11,8 @@ from tailscope import paper
 from tailscope.errors import UserError
 from tailscope.groups import GROUPS
 from tailscope.measures.fields import SHOWN
-from tailscope.report.schema import CELLS, PARTS, TRAINED, VARIANTS, Cell, Measured, Part, Results, Swap, Trained, read
+from tailscope.report.reading import read
+from tailscope.report.schema import CELLS, PARTS, TRAINED, VARIANTS, Cell, Measured, Part, Results, Swap, Trained
 from tailscope.report.text import Column, Table, arrow, write_tables
 
 Row = dict[str, Any]

@@ -6,17 +6,12 @@ lies between 0 and 1.
 """
 
 from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import AfterValidator, ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
-from tailscope.errors import UserError
-from tailscope.groups import GROUPS
 from tailscope.measures.fields import MEASURES, MOST, NUMBERS
-from tailscope.report.text import writable
-from tailscope.results import read_json
 
 Number = Annotated[float, Field(ge=-MOST, le=MOST, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -33,14 +28,15 @@ PARTS: tuple[Literal["representation", "classifier"], ...] = ("representation", 
 CELLS = ("lt->lt", "lt->true", "true->lt", "true->true")
 RUNGS = ("stage1", "stage2", "stage2_aa")
 VARIANTS = ("paper", "calibrated")
-ACCURACIES = {"current": "current", "rebalanced": "re-balanced", "classifier_bound": "classifier bound"}
 AGAIN = "run the verb again with --overwrite"
 
 
 # ---- parts that several results have
 
 
-class _Dataset(TypedDict):
+class Dataset(TypedDict):
+    """What a result says of its data."""
+
     name: str
     class_names: list[str]
     test_images: NotRequired[Count | None]
@@ -69,12 +65,13 @@ class AnyResult(TypedDict):
     created: NotRequired[str | None]
 
 
-def _measures_are_numbers(entry: "Measured") -> "Measured":
+def measures_are_numbers(entry: "Measured") -> "Measured":
+    """Refuse a measure that is no number, or no moderate one."""
     for name, value in entry.items():
         if value is None or name not in MEASURES or MEASURES[name].unit not in NUMBERS:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MOST:
-            raise ValueError(f"field '{name}' is {_shown(value)}, no number that can be")
+            raise ValueError(f"field '{name}' is {shown(value)}, no number that can be")
     return entry
 
 
@@ -86,7 +83,9 @@ class Measured(TypedDict):
     unseen_count: NotRequired[Count | None]
 
 
-class _MeasuredClass(Measured):
+class MeasuredClass(Measured):
+    """A class's measures, and which class it is."""
+
     index: Count
 
 
@@ -109,7 +108,7 @@ class _Recipe(TypedDict):
 class Trained(AnyResult):
     """What results of trainings have in common."""
 
-    dataset: _Dataset
+    dataset: Dataset
     recipe: _Recipe
     groups: list[Group | None]
     groups_rule: str
@@ -162,7 +161,9 @@ class Swap(Trained):
     attribution: Attribution | None
 
 
-class _Ladder(Trained):
+class Ladder(Trained):
+    """ladder.json."""
+
     augmentations: dict[str, dict[str, Cell | None]]
 
 
@@ -175,19 +176,21 @@ def _of_all_classes(result: Trained) -> None:
 
 def _check_cells(result: Trained, cells: Mapping[str, Cell], where: str) -> None:
     for name, cell in cells.items():
-        _require_length(f"{where}.{name}.per_class", cell["per_class"], len(result["counts"]))
-        _require_length(f"{where}.{name}.accuracy", cell["accuracy"], len(result["seeds"]))
+        require_length(f"{where}.{name}.per_class", cell["per_class"], len(result["counts"]))
+        require_length(f"{where}.{name}.accuracy", cell["accuracy"], len(result["seeds"]))
 
 
-def _check_swap(swap: Swap) -> Swap:
+def check_swap(swap: Swap) -> Swap:
+    """Check what one field says of another."""
     _of_all_classes(swap)
     _check_cells(swap, swap["cells"], "cells")
     if swap["attribution"] is not None:
-        _require_fields("cells", swap["cells"], CELLS)
+        require_fields("cells", swap["cells"], CELLS)
     return swap
 
 
-def _check_ladder(ladder: _Ladder) -> _Ladder:
+def check_ladder(ladder: Ladder) -> Ladder:
+    """Check what one field says of another."""
     _of_all_classes(ladder)
     for name, rungs in ladder["augmentations"].items():
         _check_cells(ladder, {rung: cell for rung, cell in rungs.items() if cell}, f"augmentations.{name}")
@@ -202,8 +205,8 @@ def _check_ladder(ladder: _Ladder) -> _Ladder:
 class _Run(TypedDict):
     """The geometry of one encoder's features: of one seed, or the mean over seeds."""
 
-    classes: list[Annotated[_MeasuredClass, AfterValidator(_measures_are_numbers)]]
-    groups: dict[str, Annotated[Measured, AfterValidator(_measures_are_numbers)] | None]
+    classes: list[Annotated[MeasuredClass, AfterValidator(measures_are_numbers)]]
+    groups: dict[str, Annotated[Measured, AfterValidator(measures_are_numbers)] | None]
     warnings: NotRequired[list[str]]
 
 
@@ -212,11 +215,14 @@ class _Encoder(TypedDict):
     mean: dict[str, _Run]
 
 
-class _Geometry(Trained):
+class Geometry(Trained):
+    """geometry.json."""
+
     encoders: Annotated[dict[str, _Encoder], Field(min_length=1)]
 
 
-def _check_geometry(geometry: _Geometry) -> _Geometry:
+def check_geometry(geometry: Geometry) -> Geometry:
+    """Check what one field says of another."""
     _of_all_classes(geometry)
     every = list(range(len(geometry["counts"])))
     for name, encoder in geometry["encoders"].items():
@@ -224,7 +230,7 @@ def _check_geometry(geometry: _Geometry) -> _Geometry:
             ("mean", encoder["mean"]),
             *((f"seeds.{seed}", one) for seed, one in encoder["seeds"].items()),
         ]:
-            _require_fields(f"encoders.{name}.{place}", run, VARIANTS)
+            require_fields(f"encoders.{name}.{place}", run, VARIANTS)
             for variant in VARIANTS:
                 if [entry["index"] for entry in run[variant]["classes"]] != every:
                     raise ValueError(
@@ -243,7 +249,9 @@ class _Claim(TypedDict):
 
 
 @with_config(ConfigDict(strict=True, extra="allow"))
-class _Claims(TypedDict):
+class Claims(TypedDict):
+    """claims.json."""
+
     claims: list[_Claim]
 
 
@@ -251,206 +259,25 @@ class Results(TypedDict, total=False):
     """The results of one folder that a report tells together."""
 
     swap: Swap
-    ladder: _Ladder
-    geometry: _Geometry
-    claims: _Claims
+    ladder: Ladder
+    geometry: Geometry
+    claims: Claims
 
 
-# ---- diagnosis
-
-
-class _Samples(_Dataset):
-    unseen_images: Count
-
-
-class _Input(TypedDict):
-    source: str
-    sha256: str
-
-
-class _DiagnosisSpec(TypedDict):
-    permutations: Count
-    encoders: dict[str, dict[str, _Input | None]]
-
-
-class _DiagnosedClass(_MeasuredClass):
-    name: str
-    group: Group | None
-    train_count: Count
-    nearest_center_true_class: Count | None
-    spread_gap_deg: NotRequired[Number | None]
-    spread_gap_flagged: bool | None
-    spread_gap_material: bool | None
-
-
-class _DiagnosedGroup(Measured):
-    train_count: Count
-    classes: NotRequired[Count | None]
-
-
-class _Extrapolated(TypedDict):
-    """The classifier bound at a number of samples a class; a result from before learning curves has no mean."""
-
-    mean: NotRequired[Share]
-    ci95: Bounds | None
-    bound_at: NotRequired[Count]
-
-
-class Recalls(TypedDict):
-    """How often one classifier is right; of the classifier bound also what it is extrapolated to."""
-
-    classifier: str
-    mean: Share
-    ci95: Bounds | None
-    per_class: list[Share | None]
-    groups: dict[str, Share | None]
-    extrapolated: NotRequired[_Extrapolated | None]
-
-
-class Judged(TypedDict):
-    """What holds back a class or a group."""
-
-    bottleneck: str
-    kind: NotRequired[str | None]
-    reason: NotRequired[str | None]
-    classifier_gap: NotRequired[Points | None]
-    representation_gap: NotRequired[Points | None]
-
-
-class _JudgedGroup(Judged):
-    current: Share
-
-
-class Verdict(TypedDict):
-    """What holds back the classifier in use."""
-
-    bottleneck: str
-    kind: NotRequired[str | None]
-    reason: str
-    withheld: NotRequired[list[str] | None]
-    ceiling: Share
-    classifier_gap: Points
-    rebalancing_gap: Points
-    representation_gap: Points
-    groups: dict[str, _JudgedGroup | None]
-    classes: list[Judged]
-
-
-class _Advice(TypedDict):
-    text: str
-
-
-class _Pair(TypedDict):
-    first: str
-    second: str
-    angle_deg: Number | None
-    first_as_second: Share | None
-    second_as_first: Share | None
-
-
-class _Aspect(TypedDict):
-    difference: Number | None
-    ci95: Bounds | None
-    better: str | None
-
-
-class _Compared(TypedDict):
-    accuracy: dict[Literal["current", "rebalanced", "classifier_bound"], Points | None] | None
-    groups: dict[str, dict[Literal["localises", "separates", "compacts", "margin"], _Aspect]]
-
-
-class _Comparison(TypedDict):
-    reference: str
-    encoders: dict[str, _Compared]
-
-
-class Diagnosis(AnyResult):
-    """diagnosis.json."""
-
-    dataset: _Samples
-    spec: _DiagnosisSpec
-    classes: list[Annotated[_DiagnosedClass, AfterValidator(_measures_are_numbers)]]
-    groups: dict[str, Annotated[_DiagnosedGroup, AfterValidator(_measures_are_numbers)] | None]
-    accuracy: dict[str, Recalls] | None
-    verdict: Verdict | None
-    advice: list[_Advice]
-    pairs: list[_Pair]
-    comparison: NotRequired[_Comparison | None]
-
-
-def _check_diagnosis(result: Diagnosis) -> Diagnosis:
-    number, verdict, accuracy = len(result["counts"]), result["verdict"], result["accuracy"]
-    _require_length("dataset.class_names", result["dataset"]["class_names"], number)
-    _require_length("classes", result["classes"], number)
-    if verdict is not None:
-        _require_length("verdict.classes", verdict["classes"], number)
-        if accuracy is None:
-            raise ValueError("field 'accuracy' is null beside a verdict")
-    if accuracy is not None:
-        _require_fields("accuracy", accuracy, ACCURACIES)
-        for name in ACCURACIES:
-            _require_length(f"accuracy.{name}.per_class", accuracy[name]["per_class"], number)
-            _require_fields(f"accuracy.{name}.groups", accuracy[name]["groups"], GROUPS)
-    for k, entry in enumerate(result["classes"]):
-        if (entry["nearest_center_true_class"] or 0) >= number:
-            raise ValueError(f"field 'classes.{k}.nearest_center_true_class' is no class")
-    return result
-
-
-# ---- reading
-
-KINDS: dict[str, TypeAdapter[Any]] = {
-    "swap": TypeAdapter(Annotated[Swap, AfterValidator(_check_swap)]),
-    "ladder": TypeAdapter(Annotated[_Ladder, AfterValidator(_check_ladder)]),
-    "geometry": TypeAdapter(Annotated[_Geometry, AfterValidator(_check_geometry)]),
-    "claims": TypeAdapter(_Claims),
-    "diagnosis": TypeAdapter(Annotated[Diagnosis, AfterValidator(_check_diagnosis)]),
-}
-"""The results that the report knows, by the verb that writes them."""
-
-
-def read(path: Path, verb: str) -> Any:
-    """Read a result file of a verb, whoever wrote it: a value of the type that is declared above.
-
-    Raises:
-        UserError: it cannot be read, or a field is missing or cannot be so; the line names file and field.
-    """
-    try:
-        result = writable(read_json(path))
-    except UserError as error:
-        raise UserError(f"{error}; {AGAIN}") from None
-    found = result.get("schema") if isinstance(result, dict) else type(result).__name__
-    if found != f"tailscope.{verb}/1":
-        raise UserError(f"{path}: field 'schema' is {_shown(found)}, expected 'tailscope.{verb}/1'; {AGAIN}")
-    try:
-        KINDS[verb].validate_python(result)
-    except ValidationError as error:
-        raise UserError(f"{path}: {_first(error)}; {AGAIN}") from None
-    return result
-
-
-def _first(error: ValidationError) -> str:
-    """Return what is wrong with the first field that is wrong."""
-    first = error.errors(include_url=False)[0]
-    field = ".".join(str(step) for step in first["loc"])
-    if first["type"] == "value_error":  # of a check above, which names its fields
-        return f"{first['ctx']['error']}{f', in {_shown(field)}' if field else ''}"
-    if first["type"] == "missing":
-        return f"field {_shown(field)} is missing"
-    return f"field {_shown(field)} is {_shown(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
-
-
-def _require_length(field: str, values: Collection[object], length: int) -> None:
+def require_length(field: str, values: Collection[object], length: int) -> None:
+    """Refuse a list of another length."""
     if len(values) != length:
         raise ValueError(f"field '{field}' has {len(values)} entries, expected {length}")
 
 
-def _require_fields(where: str, values: Collection[str], names: Iterable[str]) -> None:
+def require_fields(where: str, values: Collection[str], names: Iterable[str]) -> None:
+    """Refuse a dictionary that lacks one of these fields."""
     for name in names:
         if name not in values:
             raise ValueError(f"field '{where}.{name}' is missing")
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """Return a value as a message shows it: not too much of it."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -43,7 +43,7 @@ def headline(results: Results) -> str:
     if low <= 0:
         return f"No clear long-tail gap{scope}"
     if attribution["order_matters"]:
-        return f"Both halves cost accuracy{scope}; which costs more depends on the order"
+        return f"Representation and classifier both cost accuracy{scope}; which costs more depends on the order"
     share = attribution["representation"]["share_ci95"]
     if share is None or share[0] <= 0.5 <= share[1]:
         return f"Representation and classifier: too close to call{scope}"
@@ -170,15 +170,30 @@ def summary_rows(results: Results) -> list[tuple[str, str]]:
         f"class, {plural(sum(counts), 'image')}; {plural(len(result['seeds']), 'seed')}; recipe "
         f"{result['recipe']['name']}"
     )
-    found = [("Data", data), ("Verdict", headline(results))]
+    found = [("Data", data)]
     if "swap" in results:
         found += _swap_rows(results)
     if "ladder" in results:
         found.append(("Ladder", ladder_findings(results)[-1]))
     if "geometry" in results:
         found.append(("Features", memorised(results)))
-    limits = [text.split(":")[0].lower() for text in caveats(results)]
-    return [*found, *([("Mind", "; ".join(limits))] if limits else [])]
+    limits = [text.split(":")[0].lower() for text in caveats(results)[1:]]  # the first closes
+    return [*found, *([("Caveats", "; ".join(limits))] if limits else [])]
+
+
+def conclusion(results: Results) -> str:
+    """Return the verdict in one sentence with its numbers: what a summary ends with."""
+    said, swap = headline(results), results.get("swap")
+    if swap is None or swap["attribution"] is None or _gap_unclear(swap["attribution"]):
+        return f"{said}."
+    attribution, cells = swap["attribution"], swap["cells"]
+    gap = in_points(attribution["gap"], attribution["gap_ci95"])
+    return (
+        f"{said.partition('; ')[0]}: of the {gap} that training on the long-tailed set costs "
+        f"({percent(cells['lt->lt']['mean'])} right instead of {percent(cells['true->true']['mean'])}), "
+        f"{points(attribution['representation']['points'])} are due to the representation and "
+        f"{points(attribution['classifier']['points'])} to the classifier."
+    )
 
 
 def _swap_rows(results: Results) -> list[tuple[str, str]]:
@@ -284,7 +299,8 @@ def memorised(results: Results) -> str:
         most = "" if largest is None else f", most for “{largest['name']}” ({number(largest['spread_gap_deg'])}°)"
         found.append(f"{encoder} {len(hits)} of {plural(len(tested), 'testable class')}{most}")
     return (
-        "Unseen samples lie farther from their class centre than training samples (q ≤ 0.05 in most seeds): "
+        "Classes whose training samples look memorised (unseen ones lie clearly farther from the class centre, in most "
+        "seeds): "
         f"{'; '.join(found)}"
     )
 

@@ -1,0 +1,228 @@
+"""What the report reads of a diagnosis, field by field, as `schema` has it for experiments."""
+
+from typing import Annotated, Literal, NotRequired
+
+from pydantic import AfterValidator
+from typing_extensions import TypedDict
+
+from tailscope.groups import GROUPS
+from tailscope.report.schema import (
+    AnyResult,
+    Bounds,
+    Count,
+    Dataset,
+    Group,
+    Measured,
+    MeasuredClass,
+    Number,
+    Points,
+    Share,
+    measures_are_numbers,
+    require_fields,
+    require_length,
+)
+
+Accuracy = Literal["current", "rebalanced", "classifier_bound"]
+ACCURACIES: dict[Accuracy, str] = {"current": "in use", "rebalanced": "re-balanced", "classifier_bound": "best fitted"}
+
+
+class _Samples(Dataset):
+    unseen_images: Count
+
+
+class _Input(TypedDict):
+    source: str
+    sha256: str
+
+
+class _DiagnosisSpec(TypedDict):
+    permutations: Count
+    encoders: dict[str, dict[str, _Input | None]]
+
+
+class _DiagnosedClass(MeasuredClass):
+    name: str
+    group: Group | None
+    train_count: Count
+    nearest_center_true_class: Count | None
+    spread_gap_deg: NotRequired[Number | None]
+    spread_gap_flagged: bool | None
+    spread_gap_material: bool | None
+
+
+class _DiagnosedGroup(Measured):
+    train_count: Count
+    classes: NotRequired[Count | None]
+
+
+class _Extrapolated(TypedDict):
+    """The classifier bound at a number of samples a class; a result from before learning curves has no mean."""
+
+    mean: NotRequired[Share]
+    ci95: Bounds | None
+    bound_at: NotRequired[Count]
+
+
+class Recalls(TypedDict):
+    """How often one classifier is right; of the classifier bound also what it is extrapolated to."""
+
+    classifier: str
+    mean: Share
+    ci95: Bounds | None
+    per_class: list[Share | None]
+    groups: dict[str, Share | None]
+    extrapolated: NotRequired[_Extrapolated | None]
+
+
+class _Estimate(TypedDict):
+    mean: Share
+    ci95: Bounds | None
+
+
+class _Calibration(TypedDict):
+    """The expected calibration error of the classifier in use and of the best remedy, in `bins` bins of confidence."""
+
+    bins: Count
+    current: _Estimate
+    rebalanced: _Estimate
+
+
+class Accuracies(TypedDict):
+    """What was scored on the same samples; a result from before has no calibration."""
+
+    current: Recalls
+    rebalanced: Recalls
+    classifier_bound: Recalls
+    calibration: NotRequired[_Calibration]
+
+
+class Judged(TypedDict):
+    """What holds back a class or a group."""
+
+    bottleneck: str
+    kind: NotRequired[str | None]
+    reason: NotRequired[str | None]
+    classifier_gap: NotRequired[Points | None]
+    representation_gap: NotRequired[Points | None]
+
+
+class _JudgedGroup(Judged):
+    current: Share
+
+
+class Verdict(TypedDict):
+    """What holds back the classifier in use."""
+
+    bottleneck: str
+    kind: NotRequired[str | None]
+    reason: str
+    withheld: NotRequired[list[str] | None]
+    caveats: NotRequired[list[str] | None]
+    above_chance: NotRequired[bool]
+    ceiling: Share
+    classifier_gap: Points
+    rebalancing_gap: Points
+    representation_gap: Points
+    groups: dict[str, _JudgedGroup | None]
+    classes: list[Judged]
+
+
+class _Advice(TypedDict):
+    text: str
+
+
+class _Pair(TypedDict):
+    first: str
+    second: str
+    angle_deg: Number | None
+    first_as_second: Share | None
+    second_as_first: Share | None
+
+
+class _Aspect(TypedDict):
+    difference: Number | None
+    ci95: Bounds | None
+    better: str | None
+    note: NotRequired[str | None]
+
+
+Better = Literal["other", "reference"]
+
+
+class Differences(TypedDict):
+    """Accuracies of an encoder minus those of the first; a result from before two bounds has the first three only."""
+
+    current: Points | None
+    rebalanced: Points | None
+    classifier_bound: Points | None
+    attained: NotRequired[Points | None]
+    extrapolated: NotRequired[Points | None]
+    scored: NotRequired[Count]
+    reason: NotRequired[str | None]
+    better: NotRequired[Better | None]
+
+
+class Compared(TypedDict):
+    """An encoder beside the first."""
+
+    better: NotRequired[Better | None]
+    points: NotRequired[Number | None]
+    ci95: NotRequired[Bounds | None]
+    text: NotRequired[str]
+    reason: NotRequired[str | None]
+    accuracy: Differences | None
+    by_group: NotRequired[dict[Group, Differences | None]]
+    groups: dict[str, dict[Literal["localises", "separates", "compacts", "margin"], _Aspect]]
+
+
+class Comparison(TypedDict):
+    """Every encoder beside the first, and which is best."""
+
+    reference: str
+    ranking: NotRequired[list[str]]
+    best: NotRequired[str | None]
+    text: NotRequired[str]
+    encoders: dict[str, Compared]
+
+
+class _Diagnosed(TypedDict):
+    accuracy: Accuracies | None
+
+
+class Diagnosis(AnyResult):
+    """diagnosis.json."""
+
+    dataset: _Samples
+    spec: _DiagnosisSpec
+    classes: list[Annotated[_DiagnosedClass, AfterValidator(measures_are_numbers)]]
+    groups: dict[str, Annotated[_DiagnosedGroup, AfterValidator(measures_are_numbers)] | None]
+    accuracy: Accuracies | None
+    verdict: Verdict | None
+    advice: list[_Advice]
+    pairs: list[_Pair]
+    encoders: NotRequired[dict[str, _Diagnosed]]
+    comparison: NotRequired[Comparison | None]
+
+
+def check_diagnosis(result: Diagnosis) -> Diagnosis:
+    """Check what one field says of another."""
+    number, verdict, accuracy = len(result["counts"]), result["verdict"], result["accuracy"]
+    require_length("dataset.class_names", result["dataset"]["class_names"], number)
+    require_length("classes", result["classes"], number)
+    if verdict is not None:
+        require_length("verdict.classes", verdict["classes"], number)
+        if accuracy is None:
+            raise ValueError("field 'accuracy' is null beside a verdict")
+    if accuracy is not None:
+        require_fields("accuracy", accuracy, ACCURACIES)
+        for name in ACCURACIES:
+            require_length(f"accuracy.{name}.per_class", accuracy[name]["per_class"], number)
+            require_fields(f"accuracy.{name}.groups", accuracy[name]["groups"], GROUPS)
+    for encoder, one in result.get("encoders", {}).items():
+        require_fields(
+            f"encoders.{encoder}.accuracy", ACCURACIES if one["accuracy"] is None else one["accuracy"], ACCURACIES
+        )
+    for k, entry in enumerate(result["classes"]):
+        if (entry["nearest_center_true_class"] or 0) >= number:
+            raise ValueError(f"field 'classes.{k}.nearest_center_true_class' is no class")
+    return result

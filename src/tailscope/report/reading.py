@@ -1,0 +1,62 @@
+"""Read result files: each is checked, field by field, as its schema says."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, TypeAdapter, ValidationError
+
+from tailscope.errors import UserError
+from tailscope.report.diagnosis_schema import Diagnosis, check_diagnosis
+from tailscope.report.schema import (
+    AGAIN,
+    Claims,
+    Geometry,
+    Ladder,
+    Swap,
+    check_geometry,
+    check_ladder,
+    check_swap,
+    shown,
+)
+from tailscope.report.text import writable
+from tailscope.results import read_json
+
+KINDS: dict[str, TypeAdapter[Any]] = {
+    "swap": TypeAdapter(Annotated[Swap, AfterValidator(check_swap)]),
+    "ladder": TypeAdapter(Annotated[Ladder, AfterValidator(check_ladder)]),
+    "geometry": TypeAdapter(Annotated[Geometry, AfterValidator(check_geometry)]),
+    "claims": TypeAdapter(Claims),
+    "diagnosis": TypeAdapter(Annotated[Diagnosis, AfterValidator(check_diagnosis)]),
+}
+"""The results that the report knows, by the verb that writes them."""
+
+
+def read(path: Path, verb: str) -> Any:
+    """Read a result file of a verb, whoever wrote it: a value of the type that is declared above.
+
+    Raises:
+        UserError: it cannot be read, or a field is missing or cannot be so; the line names file and field.
+    """
+    try:
+        result = writable(read_json(path))
+    except UserError as error:
+        raise UserError(f"{error}; {AGAIN}") from None
+    found = result.get("schema") if isinstance(result, dict) else type(result).__name__
+    if found != f"tailscope.{verb}/1":
+        raise UserError(f"{path}: field 'schema' is {shown(found)}, expected 'tailscope.{verb}/1'; {AGAIN}")
+    try:
+        KINDS[verb].validate_python(result)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_first(error)}; {AGAIN}") from None
+    return result
+
+
+def _first(error: ValidationError) -> str:
+    """Return what is wrong with the first field that is wrong."""
+    first = error.errors(include_url=False)[0]
+    field = ".".join(str(step) for step in first["loc"])
+    if first["type"] == "value_error":  # of a check above, which names its fields
+        return f"{first['ctx']['error']}{f', in {shown(field)}' if field else ''}"
+    if first["type"] == "missing":
+        return f"field {shown(field)} is missing"
+    return f"field {shown(field)} is {shown(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
