@@ -413,6 +413,8 @@ def _show_diagnosis(result: "Diagnosis", options: Options) -> Iterator[Renderabl
     more = {"other caveat": len(story.caveats(result)) - 1, "warning": len(result["warnings"])}
     held = listed([plural(number, noun) for noun, number in more.items() if number > 0])
     yield f"written: {options['out'] / 'diagnosis.json'}{held and f' (with {held})'}"
+    if (options["out"] / verbs.REBALANCED).exists():
+        yield f"classifier: {options['out'] / verbs.REBALANCED} (`tailscope rebalance` puts it into a checkpoint)"
     if options["report"]:
         yield f"report: {options['out'] / 'report.html'}"
 
@@ -425,6 +427,7 @@ _add_command(verbs.report, lambda path, _: iter([str(path)]), with_json=False)
 _add_command(verbs.methods, _show_methods)
 _add_command(verbs.diagnose, _show_diagnosis, out=Path("out"))
 _add_command(verbs.features, _show_features)
+_add_command(verbs.rebalance, lambda path, _: iter([f"written: {path}"]), with_json=False)
 _add_command(reproduce, _show_reproduction, end=_end_reproduction)
 for _verb, _show, _end in cli_store.COMMANDS:
     _add_command(_verb, _show, to=cli_store.app, end=_end, name=_verb.__name__.strip("_"))

@@ -40,7 +40,19 @@ if TYPE_CHECKING:
     from tailscope.report.objects import Diagnosis, Result
     from tailscope.tables.table import LinearLayer, Source
 
-__all__ = ["demo", "diagnose", "features", "geometry", "ladder", "load", "methods", "report", "subset", "swap"]
+__all__ = [
+    "demo",
+    "diagnose",
+    "features",
+    "geometry",
+    "ladder",
+    "load",
+    "methods",
+    "rebalance",
+    "report",
+    "subset",
+    "swap",
+]
 REGISTRIES: dict[str, Registry[Any]] = {
     "models": MODELS,
     "losses": LOSSES,
@@ -50,6 +62,9 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "mixings": MIXINGS,
     "schedules": SCHEDULES,
 }
+REBALANCED = "rebalanced.npz"
+"""The file of a diagnosis that holds the classifier that it recommends."""
+
 P = ParamSpec("P")
 Q = TypeVar("Q")
 R = TypeVar("R")
@@ -345,16 +360,49 @@ def diagnose(
     if out is not None:
         check_free(make_folder(out, "--out"), "diagnosis", spec(inputs, settings), overwrite=overwrite)
     with shown_on(console) as progress:
-        result = Diagnosis(run(inputs, settings, replace(runtime, progress=progress)))
+        result = Diagnosis(*run(inputs, settings, replace(runtime, progress=progress)))
     if out is not None:
         check_free(out, "diagnosis", result["spec"], overwrite=overwrite)  # another process may have been faster
         write(out, "diagnosis", result)
+        if result["advice"] and (accuracy := result["accuracy"]) and accuracy["rebalanced"]["layer"]:
+            result.rebalanced().layer.save(out / REBALANCED)
         if report:
             try:
                 build(out)
             except UserError as error:
                 raise UserError(f"{error} - the diagnosis itself is in {out / 'diagnosis.json'}") from None
     return result
+
+
+@_verb
+def rebalance(
+    out: Annotated[Path, Argument(metavar="DIR", help="Folder of a diagnosis, which holds rebalanced.npz.")],
+    model: Annotated[
+        str, Option(help="The network: timm:NAME, torchvision:NAME, resnet32 or your own module:factory.")
+    ],
+    checkpoint: Annotated[Path, Option(help="Its weights, .safetensors or PyTorch's; the file stays as it is.")],
+    checkpoint_key: Annotated[
+        str | None, Option(help="Which of the checkpoint's networks, such as ema, where several fit.")
+    ] = None,
+    to: Annotated[Path | None, Option(help="File to write. [default: DIR/NAME-rebalanced.SUFFIX]")] = None,
+) -> Path:
+    """Put the classifier that a diagnosis recommends into a checkpoint, in the place of its last layer.
+
+    Everything else in the file stays, to the byte. Features must have been those of this checkpoint.
+
+    Example: `tailscope rebalance out --model timm:resnet50 --checkpoint w.pth`
+    """
+    from tailscope.encoders.loading import find_layer
+    from tailscope.encoders.patching import replace_classifier
+    from tailscope.errors import require_file
+    from tailscope.tables.table import LinearLayer
+
+    require_file(out / REBALANCED)
+    new = LinearLayer.load(out / REBALANCED)
+    _, layer = find_layer(model, checkpoint, checkpoint_key)
+    written = to or out / f"{checkpoint.stem}-rebalanced{checkpoint.suffix}"
+    replace_classifier(checkpoint, layer, new, written)
+    return written
 
 
 # -- the rest -------------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from tailscope.device import Runtime
 from tailscope.diagnosis.compare import compare, confusable_pairs, paired_inputs, same_names
 from tailscope.diagnosis.inputs import Inputs, bursts, read, without_far_rows
@@ -18,7 +20,7 @@ from tailscope.measures import GeometryResult, describe
 from tailscope.progress import Progress
 from tailscope.report.text import percent
 from tailscope.results import command, versions
-from tailscope.tables.table import FeatureTable, Source, is_pair
+from tailscope.tables.table import FeatureTable, LinearLayer, Source, is_pair
 
 if TYPE_CHECKING:
     from tailscope.diagnosis.outcomes import Outcomes
@@ -147,8 +149,12 @@ def spec(inputs: dict[str, Inputs], settings: DiagnosisSettings) -> dict[str, An
     return {"encoders": {name: one.fingerprints for name, one in inputs.items()}, **asdict(settings)}
 
 
-def run(inputs: dict[str, Inputs], settings: DiagnosisSettings, runtime: Runtime) -> dict[str, Any]:
+def run(
+    inputs: dict[str, Inputs], settings: DiagnosisSettings, runtime: Runtime
+) -> tuple[dict[str, Any], LinearLayer | None]:
     """Diagnose prepared inputs; of several encoders the first is the reference, flat at the top of the result.
+
+    Beside the result is the re-balanced classifier of the first, as a linear layer; None where none can be advised.
 
     Raises:
         UserError: the unseen samples are too few for a verdict.
@@ -176,7 +182,16 @@ def run(inputs: dict[str, Inputs], settings: DiagnosisSettings, runtime: Runtime
     }
     if len(inputs) > 1:
         result |= {"encoders": results, "comparison": compare(kept, results, outcomes)}
-    return result
+    return result, _layer(result, outcomes[next(iter(inputs))], first)
+
+
+def _layer(result: dict[str, Any], outcomes: "Outcomes | None", inputs: Inputs) -> LinearLayer | None:
+    """Return the best remedy that is a linear layer; None where no remedy can be advised."""
+    verdict = result["verdict"]
+    if outcomes is None or outcomes.layer is None or verdict.get("withheld") or not verdict["above_chance"]:
+        return None
+    weight, bias = (np.asarray(values, np.float32) for values in outcomes.layer[1:])
+    return LinearLayer.from_arrays(weight, bias, class_names=inputs.names, source=outcomes.layer.name)
 
 
 def _one(

@@ -21,7 +21,16 @@ from tailscope.classifiers.base import Diverged, Floats, IntArray
 from tailscope.diagnosis.curve_fits import BoolArray, Rows
 from tailscope.diagnosis.inputs import Inputs, bursts
 from tailscope.diagnosis.learning_curve import ClassifierBound, Fits, follow
-from tailscope.diagnosis.remedies import LEFT_OUT, Scored, Selection, choose, fitted_to_training, is_large, stopping_of
+from tailscope.diagnosis.remedies import (
+    LEFT_OUT,
+    Replacement,
+    Scored,
+    Selection,
+    choose,
+    fitted_to_training,
+    is_large,
+    stopping_of,
+)
 from tailscope.errors import UserError
 from tailscope.intervals import Interval, paired
 from tailscope.measures.rows import exponent, scaled
@@ -49,6 +58,7 @@ class Outcomes:
         rebalanced: the best remedy, chosen on samples that it is not scored on.
         bound: of a classifier fitted to the true distribution; the best remedy counts as attained where it gets more
             right than whatever was fitted for the bound, and so does the classifier in use.
+        layer: the best remedy that is a linear layer.
     """
 
     labels: IntArray
@@ -60,6 +70,7 @@ class Outcomes:
     rebalanced: Selection
     bound: ClassifierBound
     notes: tuple[str, ...]
+    layer: Replacement | None = None
 
     @property
     def current(self) -> BoolArray:
@@ -95,7 +106,7 @@ def score(inputs: Inputs, bound_at: int, seed: int, progress: Progress) -> Outco
         bound = follow(fits, bound_at)
         rows = bound.attained.rows
         advance(1)
-        rebalanced = choose(fitted_to_training(current, train), fits, unseen, test, rows)
+        rebalanced, layer = choose(fitted_to_training(current, train), fits, unseen, test, rows)
         advance(1)
     if is_large(train, len(inputs.names)):
         notes.append(LEFT_OUT)
@@ -104,7 +115,8 @@ def score(inputs: Inputs, bound_at: int, seed: int, progress: Progress) -> Outco
         if (difference(reached, bound.attained.correct, bound.attained.inflation).ci95 or (0.0,))[0] > 0:
             bound = bound.at_least(reached, by)
     found = scored.labels[rows], rows, predicted[rows], predicted_train
-    return Outcomes(*found, now, name, rebalanced, bound, tuple(notes))
+    layer = layer._replace(weight=np.ldexp(layer.weight, power))  # of features as they were given
+    return Outcomes(*found, now, name, rebalanced, bound, tuple(notes), layer)
 
 
 def _fixed(weight: Floats, bias: Floats) -> LinearClassifier:

@@ -26,7 +26,7 @@ from tailscope.classifiers import (
     TauNorm,
 )
 from tailscope.classifiers.base import Diverged, FeatureClassifier, Floats, IntArray, row_blocks
-from tailscope.diagnosis.curve_fits import PENALTIES, BoolArray, Rows
+from tailscope.diagnosis.curve_fits import PENALTIES, BoolArray, Rows, Task
 from tailscope.diagnosis.learning_curve import Fits, final
 from tailscope.intervals import FloatArray, Interval, Z, proportion
 
@@ -135,6 +135,20 @@ class Selection:
         return self.scored.correct
 
 
+class Replacement(NamedTuple):
+    """The best remedy that is a linear layer: what may take the place of a network's last layer.
+
+    Attributes:
+        name: of the remedy.
+        weight: [C, d].
+        bias: [C].
+    """
+
+    name: str
+    weight: Floats
+    bias: Floats
+
+
 def select_nested(tried: Mapping[str, Scored], fold_of: IntArray) -> Selection:
     """Choose the most accurate of several fitted classifiers on all folds but one, score it on that one.
 
@@ -211,8 +225,8 @@ def stopping_of(train: Rows, classes: int) -> _Stopping:
 
 def choose(
     fitted: Mapping[str, FeatureClassifier], fits: Fits, unseen: Rows, test: Rows | None, items: IntArray
-) -> Selection:
-    """Choose a remedy on unseen samples and score it on others.
+) -> tuple[Selection, Replacement]:
+    """Choose a remedy on unseen samples and score it on others; return the best that is a linear layer, too.
 
     Args:
         fitted: to the training samples.
@@ -230,14 +244,33 @@ def choose(
     strengths = {f"crt(l2={PENALTIES[s]:.3g}){POOLED}": s for s in kept}
     tried |= {name: _cross_fitted(fits, s).at(held_out) for name, s in strengths.items()}
     nested = select_nested(tried, task.fold[held_out])
+    whole = final(task, 1, strengths[nested.best]) if nested.best in strengths else None
+    layer = _layer(nested, fitted, task, whole)
     if test is None:
-        return nested
-    if nested.best in strengths and task.test is not None:
+        return nested, layer
+    if whole is not None and task.test is not None:
         placed, labels, _ = task.test
-        scored = _placed(final(task, 1, strengths[nested.best]), placed, labels)
+        scored = _placed(whole, placed, labels)
     else:
         scored = Scored.by(fitted[nested.best], Rows(test.features[items], test.labels[items]))
-    return Selection(scored, proportion(scored.correct[None]), (nested.best,), nested.best, nested.tried)
+    best = Selection(scored, proportion(scored.correct[None]), (nested.best,), nested.best, nested.tried)
+    return best, layer
+
+
+def _layer(
+    selection: Selection, fitted: Mapping[str, FeatureClassifier], task: Task, pooled: Tensor | None
+) -> Replacement:
+    """Return the best remedy if it is a linear layer of all classes, else the best that is one.
+
+    `pooled` is the best, [C, r + 1] on placed samples, where it was fitted to training and unseen samples.
+    """
+    if pooled is not None and not task.withheld:
+        weight = pooled[:, :-1].double() @ task.samples.space.axes.T.double()
+        bias = pooled[:, -1].double() - weight @ task.samples.space.mean.double()
+        return Replacement(selection.best, weight.numpy(), bias.numpy())
+    linear = {name: one for name, one in fitted.items() if isinstance(one, LinearClassifier)}
+    name = selection.best if selection.best in linear else max(linear, key=lambda one: selection.tried[one])
+    return Replacement(name, linear[name].coef_, linear[name].intercept_)
 
 
 def _cross_fitted(fits: Fits, strength: int) -> Scored:

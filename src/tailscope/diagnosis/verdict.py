@@ -97,7 +97,12 @@ def accuracies(outcomes: Outcomes, groups: Sequence[str | None]) -> dict[str, An
         summarize(correct[None], outcomes.labels, groups)
         for correct in (outcomes.current, selection.correct, attained.correct)
     )
-    chosen = {"classifier": selection.best, "chosen": list(selection.chosen), "remedies": selection.tried}
+    chosen: dict[str, Any] = {
+        "classifier": selection.best,
+        "chosen": list(selection.chosen),
+        "remedies": selection.tried,
+    }
+    chosen["layer"] = outcomes.layer and outcomes.layer.name
     fitted |= {
         "classifier": attained.classifier,
         "ci95": as_list(attained.accuracy.ci95),

@@ -141,23 +141,14 @@ def load(
     """
     if checkpoint is not None and pretrained:
         raise UserError("--checkpoint and --pretrained: give one of them")
-    kind, name = _kind(model)
+    kind = _kind(model)[0]
     if pretrained and kind in ("project", "user"):
         raise UserError(f"--pretrained: there are no published weights of {model}; give a file with --checkpoint")
     if checkpoint_key is not None and checkpoint is None:
         raise UserError(f"--checkpoint-key {checkpoint_key}: goes with --checkpoint FILE")
     wishes = wishes or Wishes()
     stored = None if checkpoint is None else checkpoints.read(checkpoint)
-    with seeds.keyed(seeds.derive(0, "encoder")):
-        match kind:
-            case "timm":
-                built = networks.from_timm(name, pretrained, wishes)
-            case "torchvision":
-                built = networks.from_torchvision(name, pretrained, wishes)
-            case "user":
-                built = _from_user(name, channels, wishes, classes)
-            case _:
-                built = networks.project(name, channels, stored, wishes)
+    built = _built(model, channels, stored, pretrained, wishes, classes)
     notes, classifier, layer = list(built.notes), None, None
     if stored is not None:
         classifier, layer, said = checkpoints.fit(stored, built.model, model, built.classifiers, checkpoint_key)
@@ -185,6 +176,46 @@ def load(
         built.source,
         layer,
     )
+
+
+def _built(
+    model: str,
+    channels: int,
+    stored: checkpoints.Checkpoint | None,
+    pretrained: bool,
+    wishes: Wishes,
+    classes: int | None,
+) -> networks.Architecture:
+    """Build an untrained network, or one with published weights."""
+    kind, name = _kind(model)
+    with seeds.keyed(seeds.derive(0, "encoder")):
+        match kind:
+            case "timm":
+                return networks.from_timm(name, pretrained, wishes)
+            case "torchvision":
+                return networks.from_torchvision(name, pretrained, wishes)
+            case "user":
+                return _from_user(name, channels, wishes, classes)
+            case _:
+                return networks.project(name, channels, stored, wishes)
+
+
+def find_layer(
+    model: str, checkpoint: Path, checkpoint_key: str | None = None
+) -> tuple[LinearLayer, checkpoints.Layer]:
+    """Return a checkpoint's linear classifier and where in the file it is; arguments are those of `load`.
+
+    Raises:
+        UserError: as `load`; or the checkpoint has no classifier that is one linear layer.
+    """
+    stored = checkpoints.read(checkpoint)
+    wishes = Wishes(normalize="none") if _kind(model)[0] == "project" else Wishes()  # of no effect: no image is seen
+    built = _built(model, 3, stored, False, wishes, None)
+    classifier, layer, notes = checkpoints.fit(stored, built.model, model, built.classifiers, checkpoint_key)
+    if classifier is None or layer is None:
+        why = f" ({'; '.join(notes)})" if notes else ""
+        raise UserError(f"{checkpoint}: has no classifier of {model} that is one linear layer{why}")
+    return classifier, layer
 
 
 def _kind(model: str) -> tuple[str, str]:

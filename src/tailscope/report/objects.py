@@ -5,9 +5,12 @@ for notebooks, `summary`, `to_frame`, `plot` and `report`.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import numpy as np
 
 from tailscope.errors import UserError, first_few, one_line, unknown
 from tailscope.report import diagnosis, rows, story
@@ -16,11 +19,14 @@ from tailscope.report.rows import Row
 from tailscope.report.schema import Results, Verb
 from tailscope.report.text import Table, to_csv, to_html
 from tailscope.results import write
+from tailscope.tables.table import LinearLayer
 
 if TYPE_CHECKING:
     import altair as alt
     import pandas as pd
+    from numpy.typing import NDArray
 
+    from tailscope.classifiers import LinearClassifier
     from tailscope.report.marks import Figure
     from tailscope.report.page import Page
 
@@ -161,8 +167,59 @@ class Result(dict[str, Any]):
         return page.of_experiments(self._results())
 
 
+@dataclass(frozen=True)
+class Rebalanced:
+    """The classifier that a diagnosis recommends.
+
+    Attributes:
+        layer: its weight [C, d], bias [C] and class names; `layer.save(path)` writes them.
+        remedy: which it is, a call-string of `tailscope.classifiers`.
+    """
+
+    layer: LinearLayer
+    remedy: str
+
+    @property
+    def weight(self) -> "NDArray[np.float32]":
+        """[C, d]."""
+        return self.layer.weight.numpy()
+
+    @property
+    def bias(self) -> "NDArray[np.float32]":
+        """[C]."""
+        return self.layer.bias.numpy()
+
+    def estimator(self) -> "LinearClassifier":
+        """Return it as a fitted scikit-learn classifier, whose labels are the class names."""
+        from tailscope.classifiers import SoftmaxRegression  # here because scikit-learn takes seconds to import
+
+        fitted = SoftmaxRegression()
+        names = np.array(self.layer.class_names)
+        order = np.argsort(names)  # scikit-learn sorts labels
+        fitted.coef_, fitted.intercept_, fitted.classes_ = self.weight[order], self.bias[order], names[order]
+        fitted.n_features_in_ = self.weight.shape[1]
+        return fitted
+
+
 class Diagnosis(Result):
     """The result of `diagnose`, as diagnosis.json has it."""
+
+    def __init__(self, stored: Mapping[str, Any], layer: LinearLayer | None = None) -> None:
+        """Hold a result, and the re-balanced classifier that came with it."""
+        super().__init__(stored)
+        self._layer = layer
+
+    def rebalanced(self) -> Rebalanced:
+        """Return the classifier that the diagnosis recommends; `tailscope.rebalance` puts it into a checkpoint.
+
+        Raises:
+            UserError: there is none, or the diagnosis was read from a file: its folder has rebalanced.npz.
+        """
+        if self._layer is None:
+            raise UserError(
+                "this diagnosis recommends no classifier, or was read from a file; see rebalanced.npz there"
+            )
+        return Rebalanced(self._layer, self._layer.source)
 
     @property
     def headline(self) -> str:
