@@ -1,4 +1,4 @@
-"""The options of experiments, each stated once: its type, default and help, for Python and for the command line.
+"""The options that several verbs have, each stated once: its type, default and help, for Python and the command line.
 
 A type that is named beside `typer.Option` is the one that a command line has, where Python takes more.
 """
@@ -48,8 +48,47 @@ Engine: TypeAlias = Annotated[
 Overwrite: TypeAlias = Annotated[bool, Option("--overwrite", help="Replace a result of another spec in OUT.")]
 Permutations: TypeAlias = Annotated[int, Option(min=0, help="Permutations of each test; 0 leaves the tests out.")]
 
+MODEL = Option(help="timm:NAME, torchvision:NAME, resnet32 and its like, store:KEY, or your own module:factory.")
+IMAGES = Option(help="digits, cifar10, cifar100, PATH.npz, folder:PATH, list:FILES or hf:NAME.")
+
 NEGATED = object()
 """Beside `typer.Option`: the flag means the opposite of its parameter, as `--no-verdict` does of `verdict`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderOptions:
+    """Where a network's weights come from, which images of a data set it gets, and what it sees of them."""
+
+    checkpoint: Annotated[
+        Path | None, Option(help="Local weights: .safetensors or PyTorch's, wherever in the file the network lies.")
+    ] = None
+    checkpoint_key: Annotated[
+        str | None, Option(help="Which of the checkpoint's networks, such as ema, where several fit.")
+    ] = None
+    pretrained: Annotated[bool, Option("--pretrained", help="Published weights of timm or torchvision.")] = False
+    subset: Annotated[Path | None, Option(help="A subset.json: only those images, in its order.")] = None
+    store: Annotated[Path | None, Option(envvar="TAILSCOPE_STORE", help="Folder of trained stages, for store:KEY.")] = (
+        None
+    )
+    data_root: DataRoot = None
+    normalize: Annotated[str | None, Option(help="imagenet, cifar, data, none or MEANS/DEVIATIONS.")] = None
+    image_size: Annotated[int | None, Option(min=1, help="Height and width of the input.")] = None
+    resize: Annotated[
+        int | str | None,
+        Option(help="Pixels of the shorter side before the centre is cropped, or none for no resizing."),
+        str | None,
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingOptions:
+    """How images are taken to a network."""
+
+    skip_unreadable: Annotated[
+        bool, Option("--skip-unreadable", help="Leave out images that cannot be read, with a count.")
+    ] = False
+    batch: Annotated[int, Option(min=1, help="Images at a time.")] = 64
+    workers: Annotated[int | None, Option(min=0, help="Processes that decode images.")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
