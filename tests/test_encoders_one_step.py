@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -192,6 +193,44 @@ def test_a_hold_out_is_a_share_of_every_class_and_is_declared(tailscope_, here: 
     assert {*FeatureTable.load(tmp_path / "other" / "features" / "unseen.npz").ids} != {*unseen.ids}
 
 
+@pytest.mark.parametrize("kept", ["list", "numbers of names", "names of numbers, below"])
+def test_a_checkpoint_that_names_its_classes_is_matched_by_name(tailscope_, here: Path, tmp_path: Path, kept) -> None:
+    names, state = ["n02", "n00", "n01"], network(0).state_dict()
+    state |= {name: tensor[[2, 0, 1]] for name, tensor in state.items() if name.startswith("classifier.")}
+    said = {
+        "list": {"classes": names},
+        "numbers of names": {"class_to_idx": {name: k for k, name in enumerate(names)}},
+        "names of numbers, below": {"args": {"idx_to_class": dict(enumerate(names))}},
+    }[kept]
+    torch.save({"state_dict": state, **said}, tmp_path / "c.pth")
+    own = {}
+    for name, root in (("named", tmp_path), ("plain", here)):
+        given = Network(checkpoint=root / ("c.pth" if name == "named" else "a.pth"), image_size=24)
+        source, out = f"folder:{here / 'photos'}", tmp_path / name
+        found = extract_parts(NAME, source, given, Division(), out=out, options=Options(), runtime=CPU)
+        own[name] = found.classifier.aligned(found.tables["train"].class_names, 64, "photos")
+    assert torch.equal(own["named"].weight, own["plain"].weight)
+    assert torch.equal(own["named"].bias, own["plain"].bias)
+    given = ["--checkpoint", tmp_path / "c.pth", "--data", f"folder:{here / 'photos'}", "--image-size", 24]
+    assert tailscope_("features", "--model", NAME, *given, "--split", "val", "--out", tmp_path / "val.npz").code == 0
+    assert LinearLayer.load(tmp_path / "val.classifier.npz").class_names == tuple(names)
+
+
+def test_a_classifier_of_other_names_is_not_used(tailscope_, here: Path, tmp_path: Path) -> None:
+    content = {"state_dict": network(0).state_dict(), "class_names": ["n00", "n01", "cat"]}
+    torch.save(content, tmp_path / "c.pth")
+    given = Network(checkpoint=tmp_path / "c.pth", image_size=24)
+    source = f"folder:{here / 'photos'}"
+    found = extract_parts(NAME, source, given, Division(), out=tmp_path, options=Options(), runtime=CPU)
+    assert found.classifier is None
+    has = "has the classes 'n00', 'n01', 'cat' and the training images have 'n00', 'n01', 'n02', so it is not used"
+    assert has in found.tables["train"].notes[-1]
+    given = ["--checkpoint", tmp_path / "c.pth", "--data", source, "--split", "val", "--image-size", 24]
+    ended = tailscope_("features", "--model", NAME, *given, "--out", tmp_path / "val.npz")
+    assert "names its classes otherwise; they are taken in the order of the data's" in ended.out
+    assert LinearLayer.load(tmp_path / "val.classifier.npz").class_names is None
+
+
 def test_a_hold_out_of_what_a_classifier_knows_is_doubted(here: Path, tmp_path: Path) -> None:
     found = extract_parts(
         NAME,
@@ -251,6 +290,35 @@ def test_unseen_and_test_images_may_come_from_elsewhere(tailscope_, here: Path, 
     ended = tailscope_(*command(here, tmp_path / "strange", "--unseen", f"folder:{here / 'one' / 'all'}"))
     assert (ended.code, "has samples of 'n03', which" in ended.err) == (2, True)
     assert not (tmp_path / "strange" / "features").exists()  # before any work
+
+
+def test_images_that_cannot_be_read_stop_it_or_are_left_out(tailscope_, here: Path, tmp_path: Path) -> None:
+    shutil.copytree(here / "photos", tmp_path / "photos")
+    (tmp_path / "photos" / "val" / "n01" / "3.jpg").write_bytes(b"no image")
+    given = ["--checkpoint", here / "a.pth", "--data", f"folder:{tmp_path / 'photos'}", "--image-size", 24]
+    run = ["diagnose", "--model", NAME, *given, "--out", tmp_path / "out", "--no-verdict", "--no-report"]
+    ended = tailscope_(*run)
+    assert (ended.code, "1 image cannot be read: val/n01/3.jpg" in ended.err) == (2, True)
+    for _ in range(2):  # extracted, then kept
+        ended = tailscope_(*run, "--skip-unreadable", "--json")
+        assert ended.code == 0
+        result = json.loads(ended.out)  # notes go to standard error
+        assert "photos: 1 of 24 unseen images cannot be read and were left out" in result["warnings"]
+        assert result["dataset"]["unseen_images"] == 23
+
+
+def test_without_a_folder_nothing_is_kept(here: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {"checkpoint": here / "a.pth", "data": f"folder:{here / 'photos'}", "image_size": 24}
+    result = tailscope.diagnose(model=NAME, **given, verdict=False, permutations=0)
+    assert [result["spec"]["encoders"]["photos"][part]["source"] for part in COUNTS if part != "val"] == [
+        "train",
+        "test",
+    ]
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.chdir(here)
+    with pytest.raises(UserError, match="unknown data set 'photos'; did you mean folder:photos"):
+        tailscope.diagnose(model=NAME, data="photos")
 
 
 def test_the_splits_that_a_source_has() -> None:

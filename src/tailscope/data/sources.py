@@ -242,7 +242,8 @@ def open_images(source: str, *, data_root: Path | None = None) -> OpenedImages:
         path = expanded(source)
         name, pair = path.stem, read(path)
     else:
-        raise UserError(f"unknown data set {source!r}; known: {', '.join((*sorted(_LOADERS), *_KNOWN))}")
+        guess = f" did you mean folder:{source}?" if os.path.isdir(source) else ""  # noqa: PTH112 -- pathlib's raises for names that cannot be
+        raise UserError(f"unknown data set {source!r};{guess} known: {', '.join((*sorted(_LOADERS), *_KNOWN))}")
     in_memory = zip(("train", "test"), pair, strict=True)
     return OpenedImages(source, name, {split: images.of_split(name, split) for split, images in in_memory})
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tailscope.errors import GIT_LFS, UserError, first_few, message_of, require_file
 from tailscope.store.files import load_tensors
 from tailscope.tables.arrays import NUMPY_STAND_INS, UNREADABLE, require_own_sizes
-from tailscope.tables.checks import listed
+from tailscope.tables.checks import listed, names_in
 from tailscope.tables.table import LinearLayer
 
 State = dict[str, Tensor]
@@ -166,10 +166,11 @@ _PROJECTING = re.compile(r"(^|\.)encoder_[qk]\.$")
 
 
 class Checkpoint(NamedTuple):
-    """What a file holds: its dictionaries of tensors, the outermost first."""
+    """What a file holds: its dictionaries of tensors, the outermost first, and the names of its classes, if any."""
 
     path: Path
     containers: tuple[Container, ...]
+    class_names: tuple[str, ...] | None = None
 
     def at(self, *where: str) -> State:
         """Return the tensors of the dictionary at `where`, empty where there is none."""
@@ -209,7 +210,7 @@ def read(path: Path) -> Checkpoint:
     if not found:
         keys = listed([str(key) for key in content]) or "nothing"
         raise UserError(f"{path}: holds no tensors; at the top it has {keys}")
-    return Checkpoint(path, found)
+    return Checkpoint(path, found, names_in(content))
 
 
 def places(checkpoint: Checkpoint, names: Iterable[str]) -> list[Place]:

@@ -122,18 +122,23 @@ def run_features(
     if verify:
         _refuse_unreadable(images, options, runtime)
     encoder = _encoder(model, stored, network, opened, images)
-    warnings = [*images.notes, *encoder.notes]
-    if (own := encoder.classifier) is not None and len(own.weight) != (classes := len(images.class_names)):
+    own, warnings = encoder.classifier, [*images.notes, *encoder.notes]
+    if own is not None and len(own.weight) != (classes := len(images.class_names)):
         warnings.append(f"{model}: its classifier has {len(own.weight)} outputs, the data {classes} classes")
+    elif own is not None and own.class_names is not None and {*own.class_names} != {*images.class_names}:
+        own = replace(own, class_names=None)
+        warnings.append(
+            f"{model}: its classifier names its classes otherwise; they are taken in the order of the data's"
+        )
     for note in warnings:
         runtime.progress.note(note)
     extraction = extract_to_file(encoder, images, out, runtime, options, {"data": data, "split": split, "part": part})
     if extraction.skipped:
         warnings.append(str(refuse(images, extraction.skipped)))
     classifier = None
-    if encoder.classifier is not None:
+    if own is not None:
         classifier = out.with_name(f"{out.stem}.classifier.npz")
-        encoder.classifier.save(classifier)
+        own.save(classifier)
     return FeaturesResult(
         out,
         len(extraction.table),
@@ -355,16 +360,21 @@ def _classifier_in_use(
 ) -> tuple[LinearLayer | None, list[str]]:
     """Return the network's own classifier if its rows are the training samples' classes, and what is to be said.
 
-    Rows have no names: they are the classes in their order, of bare numbers those from 0 on without a gap.
+    They are the same by name where the checkpoint has names; else they are the classes in their order, of bare numbers
+    those from 0 on without a gap.
     """
     if own is None:
         return None, []
-    names = align(train)[0].class_names or ()
-    numbered = train.class_names is None and names != tuple(map(str, range(len(names))))
-    if len(own.weight) != len(names) or numbered:
+    names, misfit = align(train)[0].class_names or (), ""
+    numbered = train.class_names is None
+    own = replace(own, class_names=None) if numbered else own
+    if len(own.weight) != len(names) or (numbered and names != tuple(map(str, range(len(names))))):
         classes = f"{len(names)} classes" + (f" with numbers up to {names[-1]}" if numbered else "")
-        misfit = f"{model}: its classifier has {len(own.weight)} outputs and the training images have {classes}"
-        return None, [f"{misfit}, so it is not used; without --classifier, one is fitted to these images"]
+        misfit = f"has {len(own.weight)} outputs and the training images have {classes}"
+    elif own.class_names is not None and {*own.class_names} != {*names}:
+        misfit = f"has the classes {listed(own.class_names)} and the training images have {listed(names)}"
+    if misfit:
+        return None, [f"{model}: its classifier {misfit}, so it is not used; without --classifier, one is fitted"]
     if wanted.holdout is None:
         return own, []
     doubt = f"{model}: its classifier fits these classes, so the network may well have been trained on this data"

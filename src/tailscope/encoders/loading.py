@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +161,8 @@ def load(
     notes, classifier = list(built.notes), None
     if stored is not None:
         classifier, said = checkpoints.fit(stored, built.model, model, built.classifiers, checkpoint_key)
+        if classifier is not None and len(stored.class_names or ()) == len(classifier.weight):
+            classifier = replace(classifier, class_names=stored.class_names)
         notes += said
     elif pretrained or kind == "user":
         classifier = _own_classifier(model, built)
