@@ -307,26 +307,46 @@ def extract_parts(
     nowhere = tempfile.TemporaryDirectory() if out is None else nullcontext(make_folder(out / "features", "--out"))
     with nowhere as found:
         folder = Path(found)
-        specs = {part: spec_of(encoder, images, runtime, options) for part, images in parts.images.items()}
-        kept = {part: _kept(folder / f"{part}.npz", spec, overwrite) for part, spec in specs.items()}
-        tables = {}
-        for part, table in kept.items():
-            file, images, origin = folder / f"{part}.npz", parts.images[part], parts.origins[part]
-            if table is not None:
-                tell(f"{file}: {len(table):,} rows of features, kept from before")
-            table = table or extract_to_file(encoder, images, file, runtime, options, {**origin}).table
-            if lost := len(images) - len(table):
-                notes.append(
-                    f"{images.name}: {lost:,} of {len(images):,} {part} images cannot be read and were left out"
-                )
-            tables[part] = table if out is not None else replace(table, source=part)
+        tables = _tables(encoder, parts, folder, options, runtime, overwrite, tell)
         classifier, said = _classifier_in_use(model, encoder.classifier, tables["train"], wanted)
-        if classifier is not None:
+        if classifier is None:
+            (folder / "classifier.npz").unlink(missing_ok=True)
+        else:
             classifier.save(folder / "classifier.npz")
+    for part, images in parts.images.items():
+        if lost := len(images) - len(tables[part]):
+            said.append(f"{images.name}: {lost:,} of {len(images):,} {part} images cannot be read and were left out")
     for note in said:
         tell(note)
+    if out is None:
+        tables = {part: replace(table, source=part) for part, table in tables.items()}
     tables["train"] = replace(tables["train"], notes=(*tables["train"].notes, *notes, *said))
     return Extracted(opened.name, tables, classifier)
+
+
+def _tables(
+    encoder: Encoder,
+    parts: Parts,
+    folder: Path,
+    options: Options,
+    runtime: Runtime,
+    overwrite: bool,
+    tell: Callable[[str], object],
+) -> dict[str, FeatureTable]:
+    """Return the features of all parts, kept or made; what is of something else is refused before any work."""
+    files = {part: folder / f"{part}.npz" for part in parts.images}
+    specs = {part: spec_of(encoder, images, runtime, options) for part, images in parts.images.items()}
+    kept = {part: _kept(file, specs[part], overwrite) for part, file in files.items()}
+    tables = {}
+    for part, file in files.items():
+        table = kept[part]
+        if table is None:
+            origin: dict[str, Any] = dict(parts.origins[part])
+            table = extract_to_file(encoder, parts.images[part], file, runtime, options, origin).table
+        else:
+            tell(f"{file}: {len(table):,} rows of features, kept from before")
+        tables[part] = table
+    return tables
 
 
 def _require_one_meaning(parts: Parts) -> None:
