@@ -34,7 +34,7 @@ import tailscope
 from tailscope import cli_store, verbs
 from tailscope.cli_store import Options
 from tailscope.errors import UserError, one_line, printable
-from tailscope.experiments.options import NEGATED, Reproduction
+from tailscope.experiments.options import NEGATED, Reproduction, taking
 from tailscope.progress import shown_on
 from tailscope.results import from_command_line
 
@@ -278,7 +278,7 @@ def _option(parameter: inspect.Parameter) -> inspect.Parameter | None:
 # -- the paper ------------------------------------------------------------------------------------------------------
 
 
-@verbs.taking(Reproduction)
+@taking(Reproduction)
 def reproduce(request: Reproduction) -> dict[str, Any]:
     """Reproduce the paper's tables and figures, beside its printed numbers, and check its claims.
 

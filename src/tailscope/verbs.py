@@ -4,38 +4,46 @@ Each returns what the command line prints with `--json`. Results are written whe
 progress and notes; without one a verb is silent. PyTorch takes seconds to import, so it waits until a verb is called.
 """
 
-import inspect
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import partial, wraps
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ForwardRef, ParamSpec, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
 from typer import Argument, Option
-from typer.models import ParameterInfo
 
-from tailscope.errors import UserError
+from tailscope.errors import UserError, one_line
 from tailscope.experiments.options import (
+    IMAGES,
+    MODEL,
     NEGATED,
     Data,
     DataRoot,
+    DecodingOptions,
     Device,
+    EncoderOptions,
     Out,
     Overwrite,
     Permutations,
     Profile,
     Protocol,
     Request,
+    taking,
+    verb,
 )
 from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, PHOTO_AUGMENTATIONS, SAMPLERS
 from tailscope.networks import MODELS
-from tailscope.progress import shown_on
+from tailscope.progress import Progress, shown_on
 from tailscope.registry import Registry
 from tailscope.training import SCHEDULES
 
 if TYPE_CHECKING:
+    from torch import nn
+    from torch.utils.data import DataLoader
+
     from tailscope.data.sources import ImageData
+    from tailscope.diagnosis.diagnose import DiagnosisSettings
     from tailscope.encoders import FeaturesResult
     from tailscope.report.objects import Diagnosis, Result
     from tailscope.tables.table import LinearLayer, Source
@@ -64,56 +72,6 @@ REGISTRIES: dict[str, Registry[Any]] = {
 }
 REBALANCED = "rebalanced.npz"
 """The file of a diagnosis that holds the classifier that it recommends."""
-
-P = ParamSpec("P")
-Q = TypeVar("Q")
-R = TypeVar("R")
-
-
-def _described(function: Callable[P, R], signature: inspect.Signature) -> Callable[P, R]:
-    """Give a function a signature with plain types, and its options' help as the `Args:` of its docstring.
-
-    Its `__annotations__` have the options as the command line needs them.
-    """
-
-    def plain(annotation: Any) -> Any:
-        origin = get_args(annotation)[0] if hasattr(annotation, "__metadata__") else annotation
-        return origin.__forward_arg__ if isinstance(origin, ForwardRef) else origin
-
-    parameters = signature.parameters.values()
-    function.__annotations__ = {p.name: p.annotation for p in parameters}
-    shown = signature.replace(parameters=[p.replace(annotation=plain(p.annotation)) for p in parameters])
-    function.__signature__ = shown  # type: ignore[attr-defined]
-    lines = []
-    for p in parameters:
-        said = get_args(p.annotation)
-        helps = [one.help for one in said if isinstance(one, ParameterInfo)]
-        lines += [f"    {p.name}: {'False: ' if NEGATED in said else ''}{text}" for text in helps]
-    function.__doc__ = "\n".join([inspect.getdoc(function) or "", *(["", "Args:", *lines] if lines else [])])
-    return function
-
-
-def _verb(function: Callable[P, R]) -> Callable[P, R]:
-    """Make a verb of a function whose annotations are its options."""
-    return _described(function, inspect.signature(function))
-
-
-def taking(request: Callable[P, Q], *, leave_out: Collection[str] = ()) -> Callable[[Callable[[Q], R]], Callable[P, R]]:
-    """Make a verb of a function of a request: its options are the fields of the request, apart from some."""
-    whole = inspect.signature(request)
-    taken = [p for p in whole.parameters.values() if p.name not in leave_out]
-
-    def decorate(function: Callable[[Q], R]) -> Callable[P, R]:
-        signature = whole.replace(parameters=taken, return_annotation=inspect.signature(function).return_annotation)
-
-        @wraps(function)
-        def verb(*args: P.args, **kwargs: P.kwargs) -> R:
-            signature.bind(*args, **kwargs)
-            return function(request(*args, **kwargs))
-
-        return _described(verb, signature)
-
-    return decorate
 
 
 def load(source: str, *, data_root: Path | None = None) -> "ImageData":
@@ -182,7 +140,7 @@ def _experiments(request: Request, *verbs: str) -> "dict[str, Result]":
     return {verb: Result(result) for verb, result in results.items()}
 
 
-@_verb
+@verb
 def subset(
     data: Data,
     profile: Profile = "exp:100",
@@ -211,53 +169,23 @@ def subset(
 # -- features that the user brings ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _EncoderAndImages:
-    """The network and the images, as given."""
+@dataclass(frozen=True, kw_only=True)
+class _FeaturesRequest(DecodingOptions, EncoderOptions):
+    """The options of `features`, as given."""
 
-    model: Annotated[
-        str, Option(help="timm:NAME, torchvision:NAME, resnet32 and its like, store:KEY, or your own module:factory.")
-    ]
-    data: Annotated[str, Option(help="digits, cifar10, cifar100, PATH.npz, folder:PATH, list:FILES or hf:NAME.")]
-    out: Annotated[Path, Option(help="Feature file to write: .npz, .safetensors or .parquet.")]
-    checkpoint: Annotated[
-        Path | None, Option(help="Local weights: .safetensors or PyTorch's, wherever in the file the network lies.")
-    ] = None
-    checkpoint_key: Annotated[
-        str | None, Option(help="Which of the checkpoint's networks, such as ema, where several fit.")
-    ] = None
-    pretrained: Annotated[bool, Option("--pretrained", help="Published weights of timm or torchvision.")] = False
+    model: Annotated[str, MODEL] = field(kw_only=False)
+    data: Annotated[str, IMAGES] = field(kw_only=False)
+    out: Annotated[Path, Option(help="Feature file to write: .npz, .safetensors or .parquet.")] = field(kw_only=False)
     split: Annotated[str | None, Option(help="Split of the data; needed where there are several.")] = None
-    subset: Annotated[Path | None, Option(help="A subset.json: only those images, in its order.")] = None
     part: Annotated[
         str | None,
         Option(help="Of the training split: train, the images of --subset or of store:KEY's training; or unseen."),
     ] = None
-    store: Annotated[Path | None, Option(envvar="TAILSCOPE_STORE", help="Folder of trained stages, for store:KEY.")] = (
-        None
-    )
-    data_root: DataRoot = None
-    normalize: Annotated[str | None, Option(help="imagenet, cifar, data, none or MEANS/DEVIATIONS.")] = None
-    image_size: Annotated[int | None, Option(min=1, help="Height and width of the input.")] = None
-    resize: Annotated[
-        str | None, Option(help="Pixels of the shorter side before the centre is cropped, or none for no resizing.")
-    ] = None
     verify: Annotated[bool, Option("--verify", help="Decode every image first and report all that cannot be read.")] = (
         False
     )
-
-
-@dataclass(frozen=True)
-class _FeaturesRequest(_EncoderAndImages):
-    """The options of `features`, as given."""
-
-    skip_unreadable: Annotated[
-        bool, Option("--skip-unreadable", help="Leave out images that cannot be read, with a count.")
-    ] = False
     mixed: Annotated[bool, Option("--mixed", help="bfloat16 where the device has it; geometry wants fp32.")] = False
     half: Annotated[bool, Option("--half", help="Store float16: half the size, three significant digits.")] = False
-    batch: Annotated[int, Option(min=1, help="Images at a time.")] = 64
-    workers: Annotated[int | None, Option(min=0, help="Processes that decode images.")] = None
     device: Device = "auto"
     overwrite: Overwrite = False
     console: Console | None = None
@@ -274,99 +202,164 @@ def features(request: _FeaturesRequest) -> "FeaturesResult":
     `tailscope features --model store:892e --store out/store --data cifar10 --split train --part unseen --out u.npz`
     """
     from tailscope.device import Runtime
-    from tailscope.encoders.extract import Options, run_features
+    from tailscope.encoders.extract import Options
+    from tailscope.encoders.features import run_features
 
     options = Options(
         precision="auto" if request.mixed else "fp32",
         stored="float16" if request.half else "float32",
-        batch=request.batch,
-        workers=request.workers,
-        skip_unreadable=request.skip_unreadable,
+        **_of(DecodingOptions, request),
     )
-    given = {one.name: getattr(request, one.name) for one in fields(_EncoderAndImages)}
+    chosen = {name: getattr(request, name) for name in ("model", "data", "out", "split", "part", "verify", "overwrite")}
     with shown_on(request.console) as progress:
         runtime = Runtime.choose(request.device, progress=progress)
-        return run_features(**given, overwrite=request.overwrite, options=options, runtime=runtime)
+        return run_features(**chosen, **_of(EncoderOptions, request), options=options, runtime=runtime)
 
 
-@_verb
-def diagnose(
+def _of(options: type, request: Any) -> dict[str, Any]:
+    """Return those options of a request."""
+    return {one.name: getattr(request, one.name) for one in fields(options)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Samples:
+    """Features, or a network and images."""
+
     train: Annotated[
-        "Source | Sequence[Source]",
+        "Source | Sequence[Source] | DataLoader[Any] | None",
         Option(
             help="Features of training samples: .npz, .npy, .pt, .safetensors, .parquet, .csv. Repeat for more"
             " encoders."
         ),
-        list[Path],
-    ],
-    unseen: Annotated[
-        "Source | Sequence[Source]",
-        Option(help="Features of samples that had no part in training, one per --train."),
-        list[Path],
-    ],
-    *,
-    test: Annotated[
-        "Source | Sequence[Source] | None",
-        Option(help="Features that only score; without them, the unseen ones do, cross-fitted."),
         list[Path] | None,
-    ] = None,
+    ] = field(default=None, kw_only=False)
+    unseen: Annotated[
+        "Source | Sequence[Source] | DataLoader[Any] | None",
+        Option(
+            help="Features of samples that had no part in training, one per --train; beside --model images, as --data."
+        ),
+        list[Path] | None,
+    ] = field(default=None, kw_only=False)
+    test: Annotated[
+        "Source | Sequence[Source] | DataLoader[Any] | None",
+        Option(help="Features, or images, that only score; without them, the unseen ones do, cross-fitted."),
+        list[Path] | None,
+    ] = None
     classifier: Annotated[
         "LinearLayer | Path | str | Sequence[Path | str] | None",
-        Option(help="The linear classifier in use: weight [C, d], bias [C]. [default: one fitted to --train]"),
+        Option(
+            help="The linear classifier in use: weight [C, d], bias [C]. [default: the network's own, or one fitted to"
+            " --train]"
+        ),
         list[Path] | None,
-    ] = None,
-    out: Out = None,
-    ceiling: Annotated[float, Option(help="The accuracy that would be perfect, where labels allow no more.")] = 1.0,
+    ] = None
+    model: Annotated["nn.Module | str | None", MODEL, str | None] = None
+    data: Annotated[str | None, IMAGES] = None
+    holdout: Annotated[
+        float | None, Option(help="Of --data, the share of every class that the network was not trained on.")
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _DiagnosisRequest(DecodingOptions, EncoderOptions, _Samples):
+    """The options of `diagnose`, as given."""
+
+    out: Out = None
+    ceiling: Annotated[float, Option(help="The accuracy that would be perfect, where labels allow no more.")] = 1.0
     ceiling_from: Annotated[
         Path | None, Option(help="diagnosis.json of another encoder of the same images: its bound is the ceiling.")
-    ] = None,
+    ] = None
     bound_at: Annotated[
         int | None,
         Option(min=1, help="Samples of every class for the classifier bound. [default: as the most frequent one has]"),
-    ] = None,
-    permutations: Permutations = 999,
-    alpha: Annotated[float, Option(help="False discovery rate at which classes are flagged.")] = 0.05,
-    verdict: Annotated[bool, Option("--no-verdict", help="Measure only; fit no classifiers."), NEGATED] = True,
-    report: Annotated[bool, Option("--no-report", help="Write diagnosis.json only."), NEGATED] = True,
+    ] = None
+    permutations: Permutations = 999
+    alpha: Annotated[float, Option(help="False discovery rate at which classes are flagged.")] = 0.05
+    verdict: Annotated[bool, Option("--no-verdict", help="Measure only; fit no classifiers."), NEGATED] = True
+    report: Annotated[bool, Option("--no-report", help="Write diagnosis.json only."), NEGATED] = True
     drop_duplicates: Annotated[
         bool, Option("--drop-duplicates", help="Leave out unseen samples that are also training samples.")
-    ] = False,
-    seed: Annotated[int, Option(min=0, help="Seed of permutations and folds.")] = 0,
-    device: Annotated[str, Option(help="auto, cpu or cuda, for the geometry; classifiers fit on the CPU.")] = "cpu",
-    overwrite: Overwrite = False,
-    console: Console | None = None,
-) -> "Diagnosis":
-    """Say what holds back a classifier on features that you already have: a verdict with error bars, and advice.
+    ] = False
+    seed: Annotated[int, Option(min=0, help="Seed of permutations, folds and the hold-out.")] = 0
+    device: Annotated[
+        str | None,
+        Option(
+            help="auto, cpu or cuda. [default: auto for a --model, cpu for the geometry; classifiers fit on the CPU]"
+        ),
+    ] = None
+    overwrite: Overwrite = False
+    console: Console | None = None
 
-    Writes diagnosis.json and report.html. Feature files hold `features` [N, d] and `labels` [N] (numbers or names), and
-    may hold `class_names`, `ids` (find duplicates, pair encoders) and `groups` (related samples, permuted together).
+    @property
+    def settings(self) -> "DiagnosisSettings":
+        """What the diagnosis depends on besides its inputs."""
+        from tailscope.diagnosis.diagnose import DiagnosisSettings
+
+        flags = self.verdict, self.drop_duplicates
+        return DiagnosisSettings(self.ceiling, self.permutations, self.alpha, *flags, self.seed, self.bound_at)
+
+    def tell(self, text: str) -> None:
+        """Show a line, if anything is shown."""
+        if self.console is not None:
+            self.console.print(one_line(text), highlight=False, markup=False, soft_wrap=True)
+
+    def check(self) -> None:
+        """Refuse options that do not go together, with a `UserError`."""
+        with_model = ["data", "holdout", *(one.name for one in fields(EncoderOptions)), "skip_unreadable", "workers"]
+        given = [name for name in with_model if name != "store" and getattr(self, name) not in (None, False)]
+        if self.model is None and given:
+            raise UserError(f"--{given[0].replace('_', '-')}: goes with --model, the network that makes the features")
+        if self.model is None:
+            return
+        if not isinstance(self.model, str):
+            if self.data is not None or self.train is None or self.unseen is None:
+                raise UserError("model: with a module give its inputs as train and unseen, and no data")
+        elif _many(self.train):
+            raise UserError("--model and --train: give images for the network by --data, or features without --model")
+        elif self.data is None:
+            raise UserError(f"--model {self.model}: give the images by --data")
+
+
+@taking(_DiagnosisRequest)
+def diagnose(request: _DiagnosisRequest) -> "Diagnosis":
+    """Say what holds back a classifier: a verdict with error bars, and advice.
+
+    Takes features that you already have (`--train`, `--unseen`), or a network and images (`--model`, `--data`), whose
+    features it extracts once, to OUT/features. Writes diagnosis.json and report.html. Feature files hold `features`
+    [N, d] and `labels` [N] (numbers or names), and may hold `class_names`, `ids` (find duplicates, pair encoders) and
+    `groups` (related samples, permuted together). In Python, `model` may also be a `torch.nn.Module`; `train`, `unseen`
+    and `test` are then DataLoaders, or pairs (images [N, C, H, W], labels [N]), of inputs of that network.
 
     Examples: `tailscope diagnose --train train.npz --unseen held-out.npz --out out`;
-    `tailscope diagnose --train a.npz --unseen a-u.npz --train b.npz --unseen b-u.npz --out compared`
+    `tailscope diagnose --train a.npz --unseen a-u.npz --train b.npz --unseen b-u.npz --out compared`;
+    `tailscope diagnose --model timm:resnet50 --checkpoint w.pth --data folder:photos --out out`;
+    `tailscope diagnose --model timm:resnet50 --pretrained --data folder:photos --holdout 0.2 --out out`
     """
     from tailscope.device import Runtime
-    from tailscope.diagnosis.diagnose import DiagnosisSettings, OtherBound, prepare, run, spec
+    from tailscope.diagnosis.diagnose import OtherBound, prepare, run, spec
     from tailscope.report import build
     from tailscope.report.objects import Diagnosis
     from tailscope.results import check_free, write
     from tailscope.store import make_folder
 
-    settings = DiagnosisSettings(ceiling, permutations, alpha, verdict, drop_duplicates, seed, bound_at)
-    runtime = Runtime.choose(device, keep_memory=False)
-    inputs = prepare(train, unseen, test, classifier, settings)
-    if ceiling_from is not None:
-        other = OtherBound.of(Path(ceiling_from), next(iter(inputs.values())), bound_at)
-        settings = replace(settings, ceiling_from=other)
-    if out is not None:
-        check_free(make_folder(out, "--out"), "diagnosis", spec(inputs, settings), overwrite=overwrite)
-    with shown_on(console) as progress:
+    request.check()
+    settings, out = request.settings, request.out
+    runtime = Runtime.choose(request.device or "cpu", keep_memory=False)
+    with shown_on(request.console) as progress:
+        inputs = prepare(*_features_of(request, progress), settings)
+        if request.ceiling_from is not None:
+            other = OtherBound.of(Path(request.ceiling_from), next(iter(inputs.values())), request.bound_at)
+            settings = replace(settings, ceiling_from=other)
+        if out is not None:
+            check_free(make_folder(out, "--out"), "diagnosis", spec(inputs, settings), overwrite=request.overwrite)
         result = Diagnosis(*run(inputs, settings, replace(runtime, progress=progress)))
     if out is not None:
-        check_free(out, "diagnosis", result["spec"], overwrite=overwrite)  # another process may have been faster
+        # Another process may have been faster.
+        check_free(out, "diagnosis", result["spec"], overwrite=request.overwrite)
         write(out, "diagnosis", result)
         if result["advice"] and (accuracy := result["accuracy"]) and accuracy["rebalanced"]["layer"]:
             result.rebalanced().layer.save(out / REBALANCED)
-        if report:
+        if request.report:
             try:
                 build(out)
             except UserError as error:
@@ -374,7 +367,50 @@ def diagnose(
     return result
 
 
-@_verb
+def _features_of(request: _DiagnosisRequest, progress: Progress) -> tuple[Any, Any, Any, Any, str | None]:
+    """Return training, unseen and test features and the classifier, as given or made, and the data's name if known."""
+    if request.model is None:
+        return request.train, request.unseen, request.test, request.classifier, None
+    from tailscope.data.sources import Division
+    from tailscope.device import Runtime
+    from tailscope.encoders.extract import Options
+    from tailscope.encoders.features import Network, extract_parts, pass_batches
+
+    runtime = Runtime.choose(request.device or "auto", progress=progress)
+    if not isinstance(request.model, str):
+        named = {part: getattr(request, part) for part in ("train", "unseen", "test")}
+        given = {part: batches for part, batches in named.items() if batches is not None}
+        found = pass_batches(request.model, given, batch=request.batch, runtime=runtime, tell=request.tell)
+    else:
+        assert request.data is not None
+        found = extract_parts(
+            request.model,
+            request.data,
+            Network(**_of(EncoderOptions, request)),
+            Division(_one("--unseen", request.unseen), _one("--test", request.test), request.holdout, request.seed),
+            out=request.out,
+            options=Options(**_of(DecodingOptions, request)),
+            runtime=runtime,
+            overwrite=request.overwrite,
+            tell=request.tell,
+        )
+    test, classifier = found.tables.get("test"), request.classifier or found.classifier
+    return found.tables["train"], found.tables["unseen"], test, classifier, found.name
+
+
+def _one(option: str, given: Any) -> str | None:
+    """Return the one source of images that an option beside `--model` names."""
+    several = _many(given)
+    if len(several) > 1 or not all(isinstance(source, str | Path) for source in several):
+        raise UserError(f"{option}: beside --model give one source of images, such as folder:PATH")
+    return str(several[0]) if several else None
+
+
+def _many(given: Any) -> list[Any]:
+    return [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
+
+
+@verb
 def rebalance(
     out: Annotated[Path, Argument(metavar="DIR", help="Folder of a diagnosis, which holds rebalanced.npz.")],
     model: Annotated[
@@ -399,7 +435,9 @@ def rebalance(
 
     require_file(out / REBALANCED)
     new = LinearLayer.load(out / REBALANCED)
-    _, layer = find_layer(model, checkpoint, checkpoint_key)
+    old, layer = find_layer(model, checkpoint, checkpoint_key)
+    if old.class_names is not None:
+        new = new.aligned(old.class_names, old.weight.shape[1], str(checkpoint))
     written = to or out / f"{checkpoint.stem}-rebalanced{checkpoint.suffix}"
     replace_classifier(checkpoint, layer, new, written)
     return written
@@ -408,7 +446,7 @@ def rebalance(
 # -- the rest -------------------------------------------------------------------------------------------------------
 
 
-@_verb
+@verb
 def report(
     out: Annotated[Path, Argument(metavar="DIR", help="Folder with result files.")],
     figures: Annotated[bool, Option(help="Also write every chart as SVG, PNG and PDF.")] = True,
@@ -422,7 +460,7 @@ def report(
     return build(out, figures=figures)
 
 
-@_verb
+@verb
 def methods() -> dict[str, Any]:
     """List every loss, sampler, augmentation, mixing, model, schedule, profile and recipe with its defaults.
 

@@ -1,4 +1,4 @@
-"""Open what `--data` names, in memory or in files: one way for every verb.
+"""Open what `--data` names, in memory or in files: one way for every verb; and divide it for a diagnosis.
 
 `digits`, `cifar10`, `cifar100`, `PATH.npz`, `folder:PATH`, `list:TRAIN.txt[,TEST.txt]`, `hf:NAME[:SPLIT]`.
 """
@@ -6,7 +6,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from sklearn.datasets import load_digits
+from torch import Tensor
 
 from tailscope import seeds
 from tailscope.data import folders, huggingface, subsets
-from tailscope.data.images import Images, ImageSet, split_of
+from tailscope.data.images import Images, ImageSet, Rows, split_of
 from tailscope.errors import UserError, expanded
 from tailscope.tables import files
 from tailscope.tables.checks import Labels, check_classes, listed, positions, to_labels, to_names
@@ -154,14 +155,14 @@ class OpenedImages:
         if name is None and len(self.splits) > 1:
             raise UserError(f"{self.source} has the splits {known}; say which with --split")
         name = next(iter(self.splits)) if name is None else name
-        found = name if name in self.splits else self._by_meaning.get(split_of(name) or name)
+        found = name if name in self.splits else self.by_meaning.get(split_of(name) or name)
         if found is None:
             raise UserError(f"--split {name}: {self.source} has {known}")
         return found, self.splits[found]
 
     @property
-    def _by_meaning(self) -> dict[str, str]:
-        """The splits' names by what they mean."""
+    def by_meaning(self) -> dict[str, str]:
+        """The splits' names by what they mean: `train`, `val` and `test`, or themselves."""
         return {split_of(split) or split: split for split in self.splits}
 
     def for_experiment(self) -> ImageData:
@@ -170,7 +171,7 @@ class OpenedImages:
         Raises:
             UserError: one of them is missing, or the test split has a class without training images.
         """
-        by_meaning = {meaning: self.splits[split] for meaning, split in self._by_meaning.items()}
+        by_meaning = {meaning: self.splits[split] for meaning, split in self.by_meaning.items()}
         train, test = by_meaning.get("train"), by_meaning.get("test", by_meaning.get("val"))
         if train is None or test is None:
             has = "no splits" if "all" in by_meaning else f"only {', '.join(self.splits)}"
@@ -241,7 +242,8 @@ def open_images(source: str, *, data_root: Path | None = None) -> OpenedImages:
         path = expanded(source)
         name, pair = path.stem, read(path)
     else:
-        raise UserError(f"unknown data set {source!r}; known: {', '.join((*sorted(_LOADERS), *_KNOWN))}")
+        guess = f" did you mean folder:{source}?" if os.path.isdir(source) else ""  # noqa: PTH112 -- pathlib's raises for names that cannot be
+        raise UserError(f"unknown data set {source!r};{guess} known: {', '.join((*sorted(_LOADERS), *_KNOWN))}")
     in_memory = zip(("train", "test"), pair, strict=True)
     return OpenedImages(source, name, {split: images.of_split(name, split) for split, images in in_memory})
 
@@ -296,3 +298,123 @@ _IN_FILES: dict[str, Callable[[str, Path | None], Mapping[str, Images]]] = {
     "hf": lambda rest, _: huggingface.load(rest),
 }
 _KNOWN = ("PATH.npz", "folder:PATH", "list:TRAIN.txt[,TEST.txt]", "hf:NAME[:SPLIT]")
+
+
+# -- training, unseen and test images of a diagnosis ----------------------------------------------------------------
+
+UNSEEN = "--unseen SOURCE, or set a share of every class aside by --holdout 0.2, if the network was not trained on it"
+
+
+@dataclass(frozen=True)
+class Division:
+    """How a source's images are divided for a diagnosis.
+
+    Attributes:
+        unseen: a source of images that had no part in training; None takes what `data` has.
+        test: a source of images that only score.
+        holdout: the share of every class that is unseen, of images that the network was not trained on.
+        seed: of that draw.
+    """
+
+    unseen: str | None = None
+    test: str | None = None
+    holdout: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.holdout is not None and not 0 < self.holdout < 1:
+            raise UserError(f"--holdout {self.holdout:g}: expected a share above 0 and below 1")
+        if self.holdout is not None and self.unseen is not None:
+            raise UserError("--holdout and --unseen: give one of them")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a diagnosis takes, by name of the part: images and where they are from, then their features.
+
+    Attributes:
+        images: of `train`, `unseen` and perhaps `test`.
+        origins: the data, split and part of each.
+        notes: what a reader must know of the division.
+    """
+
+    images: dict[str, Images] = field(default_factory=dict)
+    origins: dict[str, dict[str, str | None]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, name: str, images: Images, data: str, split: str, part: str | None = None) -> None:
+        """Add a part, with where it is from."""
+        self.images[name], self.origins[name] = images, {"data": data, "split": split, "part": part}
+
+
+def divide(
+    opened: OpenedImages, trained_on: Callable[[Tensor], Rows | None], wanted: Division, data_root: Path | None = None
+) -> Parts:
+    """Divide a source into training, unseen and test images.
+
+    Unseen are, in this order: the source that `wanted` names; the training split without the images that were trained
+    on, where these are known; the split val, or test where there is one of both; the hold-out.
+
+    Raises:
+        UserError: nothing says which images are unseen, or two things do; or another source cannot be used.
+    """
+    splits, source, parts = opened.by_meaning, opened.source, Parts()
+    if "train" not in splits and len(splits) > 1:
+        raise UserError(f"{source}: has no split to train on, only {', '.join(opened.splits)}")
+    name = splits.get("train") or next(iter(opened.splits))
+    images = opened.splits[name]
+    known = trained_on(images.labels)
+    others = [splits[meaning] for meaning in ("val", "test") if splits.get(meaning, name) != name]
+    if wanted.holdout is not None and (known is not None or others):
+        has = f"has {' and '.join(others)}" if known is None else "has images that are known not to be trained on"
+        raise UserError(f"--holdout: {source} {has}; leave it out")
+    if known is None:
+        parts.add("train", images, source, name)
+    else:
+        parts.add("train", images.take(known), source, name, "train")
+    rest = np.setdiff1d(np.arange(len(images)), np.arange(len(images)) if known is None else known)
+    if wanted.unseen is not None:
+        parts.add("unseen", *_other(wanted.unseen, "--unseen", data_root))
+    elif len(rest):
+        parts.add("unseen", images.take(rest), source, name, "unseen")
+    elif wanted.holdout is not None:
+        _hold_out(parts, images, wanted, source, name)
+    elif others:
+        parts.add("unseen", opened.splits[others[0]], source, others.pop(0))
+    else:
+        raise UserError(f"{source}: nothing says which of its images are unseen; give others by {UNSEEN}")
+    if wanted.test is not None:
+        parts.add("test", *_other(wanted.test, "--test", data_root))
+    elif others:
+        parts.add("test", opened.splits[others[-1]], source, others.pop())
+    parts.notes.extend(f"{source}: its split {split} takes no part" for split in others)
+    return parts
+
+
+def _other(source: str, option: str, data_root: Path | None) -> tuple[Images, str, str]:
+    """Return the images of another source, with its name and split: its only one, or the only one held out."""
+    opened = open_images(source, data_root=data_root)
+    found = list(opened.splits)
+    if len(found) > 1:
+        found = [split for meaning, split in opened.by_meaning.items() if meaning in ("val", "test")]
+    if len(found) != 1:
+        raise UserError(f"{option} {source}: has the splits {', '.join(opened.splits)}; give one of them by itself")
+    return opened.splits[found[0]], source, found[0]
+
+
+def _hold_out(parts: Parts, images: Images, wanted: Division, source: str, split: str) -> None:
+    """Divide images into training and unseen ones: a share of every class, at least one of two or more."""
+    order, unseen = np.argsort(images.labels.numpy(), kind="stable"), []
+    for k, members in enumerate(np.split(order, np.cumsum(images.counts())[:-1])):
+        number = min(len(members) - 1, max(1, round((wanted.holdout or 0) * len(members))))
+        shuffled = seeds.numpy_stream(wanted.seed, "holdout", k).permutation(members)
+        unseen.append(shuffled[: max(0, number)])
+    rows = np.sort(np.concatenate(unseen))
+    if not len(rows):
+        raise UserError(f"--holdout: {source} has no class with two images; give unseen images by --unseen SOURCE")
+    parts.add("train", images.take(np.setdiff1d(np.arange(len(images)), rows)), source, split, "train")
+    parts.add("unseen", images.take(rows), source, split, "unseen")
+    parts.notes.append(
+        f"--holdout {wanted.holdout:g}: {len(rows):,} of {len(images):,} images of {source} count as unseen; the "
+        "verdict holds only if the network was not trained on them"
+    )

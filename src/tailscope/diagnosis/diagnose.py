@@ -118,19 +118,26 @@ class DiagnosisSettings:
 
 
 def prepare(
-    train: Several, unseen: Several, test: Several | None, classifier: Any, settings: DiagnosisSettings
+    train: Several | None,
+    unseen: Several | None,
+    test: Several | None,
+    classifier: Any,
+    name: str | None,
+    settings: DiagnosisSettings,
 ) -> dict[str, Inputs]:
     """Read and check the inputs of every encoder; of several, the samples are paired.
+
+    `name` is what results call the data; without, it is the name of the training file.
 
     Raises:
         UserError: as `read`; or the lists differ in length or samples.
     """
     trains, others = _many(train), [_many(given) for given in (unseen, test, classifier)]
+    if not trains or not others[0]:
+        raise UserError("--train and --unseen: give both, or a network and images by --model and --data")
     for given, option in zip(others, ("--unseen", "--test", "--classifier"), strict=True):
         if given and len(given) != len(trains):
             raise UserError(f"{option}: {len(given)} given for {len(trains)} --train; give one for each, in this order")
-    if not trains or not others[0]:
-        raise UserError("--train and --unseen: give both")
     filled = [given or [None] * len(trains) for given in others]
     found: dict[str, Inputs] = {}
     for first, second, third, linear in zip(trains, *filled, strict=True):
@@ -139,8 +146,8 @@ def prepare(
         if reference is not None:
             table = same_names(reference.train, table)
         inputs = read(table, second, third, linear, drop_duplicates=settings.drop_duplicates)
-        name = _free_name(Path(table.source).stem, found)
-        found[name] = inputs if reference is None else paired_inputs(reference, inputs)
+        own = _free_name(name or Path(table.source).stem, found)
+        found[own] = inputs if reference is None else paired_inputs(reference, inputs)
     return found
 
 
@@ -230,6 +237,7 @@ def _one(
         judged = {"accuracy": None, "verdict": None, "advice": [], "pairs": pairs}
     found = {
         "counts": counts,
+        "provenance": {part: table.provenance or None for part, table in inputs.tables.items()},
         "groups_rule": geometry.groups_rule,
         "classes": geometry.classes,
         "groups": geometry.groups,

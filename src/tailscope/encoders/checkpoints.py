@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tailscope.encoders.unpickling import content
 from tailscope.errors import UserError, first_few
-from tailscope.tables.checks import listed
+from tailscope.tables.checks import listed, names_in
 from tailscope.tables.table import LinearLayer
 
 State = dict[str, Tensor]
@@ -67,10 +67,11 @@ _PROJECTING = re.compile(r"(^|\.)encoder_[qk]\.$")
 
 
 class Checkpoint(NamedTuple):
-    """What a file holds: its dictionaries of tensors, the outermost first."""
+    """What a file holds: its dictionaries of tensors, the outermost first, and the names of its classes, if any."""
 
     path: Path
     containers: tuple[Container, ...]
+    class_names: tuple[str, ...] | None = None
 
     def at(self, *where: str) -> State:
         """Return the tensors of the dictionary at `where`, empty where there is none."""
@@ -110,7 +111,7 @@ def read(path: Path) -> Checkpoint:
     if not found:
         keys = listed([str(key) for key in held]) or "nothing"
         raise UserError(f"{path}: holds no tensors; at the top it has {keys}")
-    return Checkpoint(path, found)
+    return Checkpoint(path, found, names_in(held))
 
 
 def places(checkpoint: Checkpoint, names: Iterable[str]) -> list[Place]:

@@ -1,4 +1,4 @@
-"""From names of a network and of images to a file of features: resumable, and never holding them twice.
+"""From an encoder and images to features: a file of them, resumable, or a table of what a program's batches hold.
 
 Parts of an extraction lie beside the output, in `OUT.shards/`, so that a killed run continues where it stopped:
 `spec.json` says what they are parts of; each shard, named by the first of its images, of which it has as many as were
@@ -9,25 +9,27 @@ a killed run are checked before it goes on, and a damaged one is extracted again
 import logging
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, pairwise
+from operator import length_hint
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from tailscope.data.decoding import DecodedBatch, Unreadable, decode, find_unreadable, from_all_over, refuse
-from tailscope.data.images import ImageError, Images, Rows
-from tailscope.data.sources import OpenedImages, open_images
+from tailscope.data.decoding import DecodedBatch, Unreadable, decode, from_all_over, refuse
+from tailscope.data.images import Images
 from tailscope.device import Runtime
-from tailscope.encoders.loading import PREFIX, StoredBackbone, find_stored, load
 from tailscope.encoders.networks import Encoder
-from tailscope.encoders.preprocessing import Normalization, Wishes
-from tailscope.errors import UserError, message_of
+from tailscope.encoders.preprocessing import foreign_code
+from tailscope.errors import UserError
+from tailscope.progress import Progress
 from tailscope.results import read_json
 from tailscope.spec import digest
 from tailscope.store import Damaged, make_folder, try_lock
@@ -36,7 +38,6 @@ from tailscope.tables import files
 from tailscope.tables.checks import listed, require_finite
 from tailscope.tables.table import FeatureTable
 from tailscope.training.extract import forward
-from tailscope.training.step import Normalizer
 
 _log = logging.getLogger(__name__)
 
@@ -181,21 +182,26 @@ def extract_to_file(
     """
     options = options or Options()
     files.check_writable(out)
-    dtype = runtime.dtype(options.precision)
-    made_by = {**encoder.spec(), "precision": str(dtype).removeprefix("torch."), "stored": options.stored}
+    made_by = spec_of(encoder, images, runtime, options)
     _try_first(encoder, images, options)
     shards = Shards(out, len(images))
-    with shards.opened({**made_by, "images": images.fingerprint()}):
+    with shards.opened(made_by):
         resumed = shards.readable()
         _extract_missing(encoder, images, shards, runtime, options)
         skipped = shards.unreadable()
         if shards.readable() == 0:
             raise refuse(images, skipped) if skipped else UserError(f"{images.name}: no images")
         features, rows = _merge(shards)
-        table = _table(features, rows, images, {**(provenance or {}), **made_by}, out)
+        table = table_of(features, rows, images, {**(provenance or {}), **made_by}, str(out))
         runtime.progress.note(f"writing {out}: {len(table)} rows, d = {table.width}")
         table.save(out)
     return Extraction(table, resumed, skipped)
+
+
+def spec_of(encoder: Encoder, images: Images, runtime: Runtime, options: Options) -> dict[str, Any]:
+    """Return everything that decides an extraction's features, as it stands in their provenance."""
+    precision = str(runtime.dtype(options.precision)).removeprefix("torch.")
+    return {**encoder.spec(), "precision": precision, "stored": options.stored, "images": images.fingerprint()}
 
 
 def _try_first(encoder: Encoder, images: Images, options: Options) -> None:
@@ -284,7 +290,8 @@ def _merge(shards: Shards) -> tuple[Tensor, Tensor]:
     return features, rows
 
 
-def _table(features: Tensor, rows: Tensor, images: Images, provenance: dict[str, Any], out: Path) -> FeatureTable:
+def table_of(features: Tensor, rows: Tensor, images: Images, provenance: dict[str, Any], source: str) -> FeatureTable:
+    """Return the features [n, d] of the images `rows` [n] with their labels, class names and ids."""
     names = images.class_names
     numbered = not images.named and names == tuple(str(k) for k in range(len(names)))
     picked = rows.tolist()
@@ -294,165 +301,97 @@ def _table(features: Tensor, rows: Tensor, images: Images, provenance: dict[str,
         class_names=None if numbered else names,  # numbers are no names: other files may know more classes
         ids=[images.ids[row] for row in picked],
         provenance=provenance,
-        source=str(out),
+        source=source,
     )
 
 
 @dataclass(frozen=True)
-class FeaturesResult:
-    """What was written: N `rows` of `width` d, and the classifier's file where the checkpoint has one.
+class Batches:
+    """Inputs of a network with labels, batch by batch.
 
-    `classes` is what the data set knows; `resumed` rows were there from a killed run, `skipped` images cannot be read.
+    Attributes:
+        part: what messages call them.
+        batches: what yields pairs (images [b, C, H, W], labels [b]), anew each time it is gone through.
+        class_names: what the labels are positions in, where it is known.
     """
 
-    features: Path
-    rows: int
-    width: int
-    classes: int
-    resumed: int
-    skipped: int
-    classifier: Path | None
-    warnings: tuple[str, ...]
+    part: str
+    batches: Iterable[Any]
+    class_names: tuple[str, ...] | None = None
+
+    @classmethod
+    def of(cls, part: str, given: Any, size: int) -> "Batches":
+        """Return the batches of a DataLoader, or of a pair (images, labels), `size` at a time.
+
+        Raises:
+            UserError: it is neither; a pair's lengths differ; or a loader draws some images several times.
+        """
+        if isinstance(given, tuple) and len(given) == 2:
+            with foreign_code(f"{part}: no pair (images, labels)"):
+                images, labels = torch.as_tensor(given[0]), _array(given[1])
+            if len(images) != len(labels):
+                raise UserError(f"{part}: {len(images)} images and {len(labels)} labels; give one label an image")
+            starts = range(0, len(images), size)
+            return cls(part, [(images[start : start + size], labels[start : start + size]) for start in starts])
+        if not isinstance(given, DataLoader):
+            kind = type(given).__name__
+            raise UserError(f"{part}: a {kind}; beside a network, give a DataLoader or a pair (images, labels)")
+        if getattr(given.sampler, "replacement", False):
+            twice = "its sampler draws some images several times and others never"
+            raise UserError(f"{part}: {twice}; give a DataLoader that goes through the images once")
+        dataset: Any = given.dataset
+        while hasattr(dataset, "dataset"):  # of a torch.utils.data.Subset
+            dataset = dataset.dataset
+        names = getattr(dataset, "classes", ())
+        named = isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names)
+        return cls(part, given, tuple(names) if named else None)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
+        """Yield images and labels; what is no such pair, or not yet what a network takes, is one line."""
+        with foreign_code(f"{self.part}: its DataLoader fails"):
+            for item in self.batches:
+                if not isinstance(item, tuple | list) or len(item) < 2 or not isinstance(item[0], Tensor):
+                    what = f"{self.part}: gives batches of type {type(item).__name__}"
+                    raise UserError(f"{what}; each must be a pair (images [B, C, H, W], labels [B])")
+                images = item[0]
+                if images.ndim != 4 or not images.is_floating_point():
+                    has = f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
+                    raise UserError(f"{self.part}: its images are {has}; give floats [N, C, H, W] as the network takes")
+                yield images, item[1]
+
+    def first(self) -> Tensor:
+        """Return the first images, two at most."""
+        images = next((images for images, _ in self), None)
+        if images is None:
+            raise UserError(f"{self.part}: no images")
+        return images[:2]
 
 
-def run_features(
-    model: str,
-    data: str,
-    out: Path,
-    *,
-    checkpoint: Path | None = None,
-    checkpoint_key: str | None = None,
-    pretrained: bool = False,
-    split: str | None = None,
-    subset: Path | None = None,
-    part: str | None = None,
-    store: Path | None = None,
-    data_root: Path | None = None,
-    normalize: str | None = None,
-    image_size: int | None = None,
-    resize: int | str | None = None,
-    verify: bool = False,
-    overwrite: bool = False,
-    options: Options | None = None,
-    runtime: Runtime | None = None,
-) -> FeaturesResult:
-    """Extract features with any encoder from any images, to a file; its classifier goes beside it.
-
-    The arguments are the options of `tailscope features`, which `tailscope.verbs.features` describes; `runtime` is
-    automatic and silent by default.
+def pass_through(
+    encoder: Encoder, batches: Batches, class_names: tuple[str, ...] | None, progress: Progress
+) -> FeatureTable:
+    """Return the features of all batches, on the CPU; `class_names` are those of labels that are numbers.
 
     Raises:
-        UserError: as the functions it calls; or `out` is there already.
+        UserError: as `Batches`; or the network fails, or gives NaN or infinity.
     """
-    options, runtime = options or Options(), runtime or Runtime.choose()
-    if out.exists() and not overwrite:
-        raise UserError(f"--out {out}: is there already; --overwrite replaces it")
-    opened = open_images(data, data_root=data_root)
-    stored = find_stored(store, model.removeprefix(PREFIX)) if model.startswith(PREFIX) else None
-    if stored is not None:
-        if checkpoint is not None:
-            raise UserError(f"--checkpoint: {model} has its own weights")
-        model, checkpoint, image_size = stored.model, stored.checkpoint, image_size or stored.image_size
-    split, images = opened.split(split)
-    rows = _rows(part, subset, stored, split, images.labels)
-    if rows is not None:
-        images = images.take(rows)
-    if verify:
-        _refuse_unreadable(images, options, runtime)
-    wishes = Wishes(normalize, image_size, resize, _statistics(opened), _size_of(images))
-    encoder = load(
-        model,
-        checkpoint,
-        checkpoint_key=checkpoint_key,
-        pretrained=pretrained,
-        channels=images.channels,
-        wishes=wishes,
-        classes=len(images.class_names),
-    )
-    asked_for = wishes.resize == "none" and wishes.data_size is not None
-    if not encoder.preprocessing.one_size and opened.in_memory is None and not asked_for:
-        raise UserError(f"{data}: the images may differ in size, and {model} takes them as they are; give --image-size")
-    warnings = [*images.notes, *encoder.notes]
-    if (own := encoder.classifier) is not None and len(own.weight) != (classes := len(images.class_names)):
-        warnings.append(f"{model}: its classifier has {len(own.weight)} outputs, the data {classes} classes")
-    for note in warnings:
-        runtime.progress.note(note)
-    extraction = extract_to_file(encoder, images, out, runtime, options, {"data": data, "split": split, "part": part})
-    if extraction.skipped:
-        warnings.append(str(refuse(images, extraction.skipped)))
-    classifier = None
-    if encoder.classifier is not None:
-        classifier = out.with_name(f"{out.stem}.classifier.npz")
-        encoder.classifier.save(classifier)
-    return FeaturesResult(
-        out,
-        len(extraction.table),
-        encoder.width,
-        len(images.class_names),
-        extraction.resumed,
-        len(extraction.skipped),
-        classifier,
-        tuple(warnings),
+    device = next((p.device for p in encoder.model.parameters()), torch.device("cpu"))
+    features: list[Tensor] = []
+    labels: list[npt.NDArray[Any]] = []
+    with progress.task(f"features of {batches.part}", length_hint(batches.batches)) as advance:
+        for images, of_images in batches:
+            features.append(forward(encoder.features, images, device, torch.float32).float().cpu())
+            labels.append(_array(of_images))
+            advance(1)
+    if not features:
+        raise UserError(f"{batches.part}: no images")
+    together = np.concatenate(labels)
+    names = (batches.class_names or class_names) if together.dtype.kind in "iu" else None
+    provenance = {**encoder.spec(), "preprocessing": "as given"}
+    return FeatureTable.from_arrays(
+        torch.cat(features), together, class_names=names, provenance=provenance, source=batches.part
     )
 
 
-def _refuse_unreadable(images: Images, options: Options, runtime: Runtime) -> None:
-    """Decode every image, and name all that cannot be read."""
-    progress = runtime.progress
-    unreadable = find_unreadable(images, workers=options.workers, progress=progress, tell=progress.note)
-    if unreadable and not options.skip_unreadable:
-        raise refuse(images, unreadable)
-
-
-def _rows(
-    part: str | None, subset: Path | None, stored: StoredBackbone | None, split: str, labels: Tensor
-) -> Rows | None:
-    """Return which images are asked for; None for all."""
-    if part not in (None, "train", "unseen"):
-        raise UserError(f"--part {part}: known are train and unseen")
-    if part is None and subset is None:
-        return None
-    if part is not None and split != "train":
-        raise UserError(f"--part {part}: is a part of the split train, not of {split}")
-    if subset is not None:
-        rows = _subset_rows(subset, len(labels))
-    elif stored is not None:
-        rows, counts = stored.rows, stored.counts
-        if rows.max() >= len(labels) or tuple(np.bincount(labels[rows], minlength=len(counts))) != counts:
-            name = stored.checkpoint.parent.name
-            raise UserError(f"--part: {name} was trained on other images than these; check --data")
-    else:
-        raise UserError(f"--part {part}: needs --subset FILE or --model {PREFIX}KEY, which know the training images")
-    return np.setdiff1d(np.arange(len(labels)), rows) if part == "unseen" else rows
-
-
-def _subset_rows(path: Path, images: int) -> Rows:
-    """Return the rows that a `subset.json` keeps, classes ascending, in the order drawn."""
-    try:
-        by_class = read_json(path)["indices"]
-        rows = np.concatenate([np.asarray(kept, dtype=np.int64) for kept in by_class])
-    except UserError as error:
-        raise UserError(f"--subset {error}; it is no subset.json") from None
-    except (ValueError, TypeError, KeyError, OverflowError) as error:
-        raise UserError(f"--subset {path}: no subset.json with 'indices' per class ({message_of(error)})") from None
-    if len(rows) == 0 or rows.min() < 0 or rows.max() >= images:
-        raise UserError(f"--subset {path}: its indices are not rows of these {images} images; was it drawn from them?")
-    return rows
-
-
-def _size_of(images: Images) -> tuple[int, int] | None:
-    """Return height and width of the images if some from all over the data have the same, else None."""
-    sizes = set()
-    for row in from_all_over(len(images)):
-        with suppress(ImageError):  # extraction tells of it, or leaves it out
-            sizes.add(images.image(row).size[::-1])
-    return sizes.pop() if len(sizes) == 1 and sizes != {(0, 0)} else None
-
-
-def _statistics(opened: OpenedImages) -> Normalization | None:
-    """Return the pixel statistics of the training split, where it is in memory."""
-    if opened.in_memory is None:
-        return None
-    measured = Normalizer.of(opened.in_memory.images)
-    mean, std = (tuple(v / 255 for v in t.tolist()) for t in (measured.mean, measured.std))
-    return Normalization(mean, std)
+def _array(labels: Any) -> npt.NDArray[Any]:
+    return np.asarray(labels.detach().cpu() if isinstance(labels, Tensor) else labels)

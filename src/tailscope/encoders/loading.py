@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,7 @@ def load(
     notes, classifier, layer = list(built.notes), None, None
     if stored is not None:
         classifier, layer, said = checkpoints.fit(stored, built.model, model, built.classifiers, checkpoint_key)
+        classifier = classifier and _named(classifier, stored)
         notes += said
     elif pretrained or kind == "user":
         classifier = _own_classifier(model, built)
@@ -215,7 +216,13 @@ def find_layer(
     if classifier is None or layer is None:
         why = f" ({'; '.join(notes)})" if notes else ""
         raise UserError(f"{checkpoint}: has no classifier of {model} that is one linear layer{why}")
-    return classifier, layer
+    return _named(classifier, stored), layer
+
+
+def _named(classifier: LinearLayer, stored: checkpoints.Checkpoint) -> LinearLayer:
+    """Return a checkpoint's classifier with the names that the checkpoint gives its classes."""
+    fitting = len(stored.class_names or ()) == len(classifier.weight)
+    return replace(classifier, class_names=stored.class_names) if fitting else classifier
 
 
 def _kind(model: str) -> tuple[str, str]:
@@ -259,20 +266,62 @@ def _from_user(name: str, channels: int, wishes: Wishes, classes: int | None) ->
     else:
         preprocessing = Preprocessing(transform, owner=name)
     x = networks.probe(preprocessing, wishes.data_size)
-    mend = "" if preprocessing.owner else wishes.mend
+    function, how, classifiers, more = _checked_features(
+        name, model, x, classes, "" if preprocessing.owner else wishes.mend
+    )
+    return networks.Architecture(model, function, how, classifiers, preprocessing, (*notes, *more), source)
+
+
+def _checked_features(
+    name: str, model: nn.Module, x: Tensor, classes: int | None, mend: str
+) -> tuple[networks.FeatureFunction, str, tuple[str, ...], tuple[str, ...]]:
+    """Return what `_features_of` finds, which are no logits and the same in every batch, and what is to be said."""
     function, how, classifiers = _features_of(name, model, x, mend)
     features = networks.measure(name, model, function, x, mend)
-    if how.startswith("output") and features.shape[1] == classes:
+    require_no_logits(name, how, features.shape[1], classes)
+    networks.require_independent(name, model, function, x, features)
+    said = {
+        "output": f"{name}: the features are the model's output; if those are logits, give it features(x)",
+        "output[": f"{name}: the features are {how} of the model",
+    }
+    return function, how, classifiers, tuple(text for kind, text in said.items() if how[:7] == kind)
+
+
+def require_no_logits(name: str, how: str, width: int, classes: int | None) -> None:
+    """Refuse a model's output for features where it is as wide as the data have classes."""
+    if how.startswith("output") and width == classes:
         raise UserError(
             f"{name}: its {how} has {classes} values, as many as the data has classes: these are logits, not features; "
             "give the model a method features(x)"
         )
-    networks.require_independent(name, model, function, x, features)
-    if how == "output":
-        notes += (f"{name}: the features are the model's output; if those are logits, give it features(x)",)
-    elif how.startswith("output["):
-        notes += (f"{name}: the features are {how} of the model",)
-    return networks.Architecture(model, function, how, classifiers, preprocessing, notes, source)
+
+
+def of_module(model: nn.Module, images: Tensor) -> networks.Encoder:
+    """Find the features of a network that lies ready, and its classifier; it stays where and as it is.
+
+    Args:
+        model: in evaluation mode; what wraps it for parallel or compiled training is left out.
+        images: a few inputs [B, C, H, W] of it.
+
+    Raises:
+        UserError: the network fails on these images, or does not give features [B, d].
+    """
+    model = _unwrapped(model)
+    name, first = type(model).__name__, next(model.parameters(), None)
+    x = images if first is None else images.to(first.device)
+    function, how, classifiers, notes = _checked_features(name, model, x, None, "")
+    features = networks.measure(name, model, function, x)
+    architecture = networks.Architecture(model, function, how, classifiers, Preprocessing(_as_given), notes)
+    classifier = _own_classifier(name, architecture)
+    if classifier is not None and not networks.explains(classifier, model, features, x):
+        classifier, notes = None, (*notes, f"{name}: its classifier is not linear in the features and was left out")
+    preprocessing, width = architecture.preprocessing, features.shape[1]
+    return networks.Encoder(name, model, function, how, preprocessing, width, "as given", classifier, notes)
+
+
+def _as_given(image: Any) -> Any:
+    """Stand for what the user's program did to an image."""
+    return image
 
 
 def _call(name: str) -> tuple[Any, str]:
@@ -293,12 +342,18 @@ def _call(name: str) -> tuple[Any, str]:
     return made, source
 
 
-def _plain(name: str, model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
-    """Return the network without what wraps it, in float32 on the CPU, and a note where that changes it."""
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Return the network without what wraps it."""
     wrapped: Any = model
     while isinstance(wrapped, nn.Module):
         parallel = isinstance(model := wrapped, nn.DataParallel | nn.parallel.DistributedDataParallel)
         wrapped = getattr(model, "module" if parallel else "_orig_mod", None)
+    return model
+
+
+def _plain(name: str, model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return the network without what wraps it, in float32 on the CPU, and a note where that changes it."""
+    model = _unwrapped(model)
     empty = [key for key, tensor in model.state_dict().items() if tensor.is_meta]
     if empty:
         raise UserError(f"{name}: {empty[0]!r} lies on the meta device: the network has no weights")

@@ -214,8 +214,8 @@ def explains(classifier: LinearLayer, model: nn.Module, features: Tensor, x: Ten
     """Whether the model's output, or part of it, is that linear classifier on those features, on the probe."""
     with torch.no_grad():
         output = model.eval()(x)
-    logits = classifier.logits(features)
-    return any(is_decision(logits, part) for part in parts_of(output).values())
+    logits = classifier.logits(features.cpu())
+    return any(is_decision(logits, part.cpu()) for part in parts_of(output).values())
 
 
 @dataclass(frozen=True, eq=False)

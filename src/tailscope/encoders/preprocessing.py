@@ -114,6 +114,29 @@ class Preprocessing:
         text = re.sub(r" at 0x[0-9a-f]+", "", repr(self.transform))
         return f"{PIL_MODES[self.channels]}: {' '.join(text.split())}"
 
+    def in_words(self) -> str:
+        """Return the transform for people: what it does to sizes and values, other steps as they call themselves.
+
+        >>> whole_image(Wishes(image_size=32), Normalization((0.5,), (0.25,)), 1).in_words()
+        'L, size 32 x 32, mean 0.5, deviation 0.25'
+        """
+        if self.owner:
+            return f"the transform of {self.owner}"
+        steps = getattr(self.transform, "transforms", [self.transform])
+        return ", ".join([PIL_MODES[self.channels], *(said for step in steps if (said := _in_words(step)))])
+
+
+def _in_words(step: Any) -> str:
+    kind = type(step).__name__
+    if kind in ("Resize", "CenterCrop"):
+        sizes = [step.size] if isinstance(step.size, int) else list(step.size)
+        what = "centre" if kind == "CenterCrop" else "size" if len(sizes) > 1 else "shorter side"
+        return f"{what} {' x '.join(map(str, sizes))}"
+    if kind == "Normalize":
+        mean, std = (", ".join(f"{float(value):.4g}" for value in values) for values in (step.mean, step.std))
+        return f"mean {mean}, deviation {std}"
+    return "" if kind in ("ToImage", "ToDtype", "ToPureTensor", "ToTensor", "MaybeToTensor") else type(step).__name__
+
 
 def _as_input(owner: str, made: Any) -> Tensor:
     """Return what a user's transform made as a plain float32 tensor [C, H, W]."""

@@ -1,15 +1,18 @@
-"""The options of experiments, each stated once: its type, default and help, for Python and for the command line.
+"""The options that several verbs have, each stated once: its type, default and help, for Python and the command line.
 
 A type that is named beside `typer.Option` is the one that a command line has, where Python takes more.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ForwardRef, ParamSpec, TypeAlias, TypeVar, get_args
 
 from rich.console import Console
 from typer import Argument, Option
+from typer.models import ParameterInfo
 
 from tailscope import paper
 from tailscope.errors import UserError
@@ -48,8 +51,47 @@ Engine: TypeAlias = Annotated[
 Overwrite: TypeAlias = Annotated[bool, Option("--overwrite", help="Replace a result of another spec in OUT.")]
 Permutations: TypeAlias = Annotated[int, Option(min=0, help="Permutations of each test; 0 leaves the tests out.")]
 
+MODEL = Option(help="timm:NAME, torchvision:NAME, resnet32 and its like, store:KEY, or your own module:factory.")
+IMAGES = Option(help="digits, cifar10, cifar100, PATH.npz, folder:PATH, list:FILES or hf:NAME.")
+
 NEGATED = object()
 """Beside `typer.Option`: the flag means the opposite of its parameter, as `--no-verdict` does of `verdict`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderOptions:
+    """Where a network's weights come from, which images of a data set it gets, and what it sees of them."""
+
+    checkpoint: Annotated[
+        Path | None, Option(help="Local weights: .safetensors or PyTorch's, wherever in the file the network lies.")
+    ] = None
+    checkpoint_key: Annotated[
+        str | None, Option(help="Which of the checkpoint's networks, such as ema, where several fit.")
+    ] = None
+    pretrained: Annotated[bool, Option("--pretrained", help="Published weights of timm or torchvision.")] = False
+    subset: Annotated[Path | None, Option(help="A subset.json: only those images, in its order.")] = None
+    store: Annotated[Path | None, Option(envvar="TAILSCOPE_STORE", help="Folder of trained stages, for store:KEY.")] = (
+        None
+    )
+    data_root: DataRoot = None
+    normalize: Annotated[str | None, Option(help="imagenet, cifar, data, none or MEANS/DEVIATIONS.")] = None
+    image_size: Annotated[int | None, Option(min=1, help="Height and width of the input.")] = None
+    resize: Annotated[
+        int | str | None,
+        Option(help="Pixels of the shorter side before the centre is cropped, or none for no resizing."),
+        str | None,
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingOptions:
+    """How images are taken to a network."""
+
+    skip_unreadable: Annotated[
+        bool, Option("--skip-unreadable", help="Leave out images that cannot be read, with a count.")
+    ] = False
+    batch: Annotated[int, Option(min=1, help="Images at a time.")] = 64
+    workers: Annotated[int | None, Option(min=0, help="Processes that decode images.")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,3 +275,56 @@ class Reproduction(_Work, _OfThePaper):
             subset_seed=paper.SUBSET_SEED,
             backbones=parse_backbones(self.backbones),
         )
+
+
+# ---- verbs of functions and requests
+
+P = ParamSpec("P")
+Q = TypeVar("Q")
+R = TypeVar("R")
+
+
+def _described(function: Callable[P, R], signature: inspect.Signature) -> Callable[P, R]:
+    """Give a function a signature with plain types, and its options' help as the `Args:` of its docstring.
+
+    Its `__annotations__` have the options as the command line needs them.
+    """
+
+    def plain(annotation: Any) -> Any:
+        origin = get_args(annotation)[0] if hasattr(annotation, "__metadata__") else annotation
+        return origin.__forward_arg__ if isinstance(origin, ForwardRef) else origin
+
+    parameters = signature.parameters.values()
+    function.__annotations__ = {p.name: p.annotation for p in parameters}
+    shown = signature.replace(parameters=[p.replace(annotation=plain(p.annotation)) for p in parameters])
+    function.__signature__ = shown  # type: ignore[attr-defined]
+    lines = []
+    for p in parameters:
+        said = get_args(p.annotation)
+        helps = [one.help for one in said if isinstance(one, ParameterInfo)]
+        lines += [f"    {p.name}: {'False: ' if NEGATED in said else ''}{text}" for text in helps]
+    function.__doc__ = "\n".join([inspect.getdoc(function) or "", *(["", "Args:", *lines] if lines else [])])
+    return function
+
+
+def verb(function: Callable[P, R]) -> Callable[P, R]:
+    """Make a verb of a function whose annotations are its options."""
+    return _described(function, inspect.signature(function))
+
+
+def taking(request: Callable[P, Q], *, leave_out: Collection[str] = ()) -> Callable[[Callable[[Q], R]], Callable[P, R]]:
+    """Make a verb of a function of a request: its options are the fields of the request, apart from some."""
+    whole = inspect.signature(request)
+    taken = [p for p in whole.parameters.values() if p.name not in leave_out]
+
+    def decorate(function: Callable[[Q], R]) -> Callable[P, R]:
+        signature = whole.replace(parameters=taken, return_annotation=inspect.signature(function).return_annotation)
+
+        @wraps(function)
+        def made(*args: P.args, **kwargs: P.kwargs) -> R:
+            signature.bind(*args, **kwargs)
+            return function(request(*args, **kwargs))
+
+        return _described(made, signature)
+
+    return decorate

@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -191,6 +191,29 @@ def to_keys(where: str, values: npt.ArrayLike, rows: int) -> Keys:
     if array.dtype.kind not in "SUT":
         raise UserError(f"{where} is {array.dtype}; expected integers or text")
     return _decoded(array)
+
+
+def names_in(content: Mapping[Any, Any]) -> tuple[str, ...] | None:
+    """Return the class names that a training script kept beside its weights, at the top or one level below.
+
+    They are a list of texts, or a dictionary from texts to the numbers 0 to C - 1 or back. None where there are none.
+
+    >>> names_in({"epoch": 3, "class_to_idx": {"bee": 1, "ant": 0}})
+    ('ant', 'bee')
+    """
+    for held in [content, *(value for value in content.values() if isinstance(value, Mapping))]:
+        for key, value in held.items():
+            names: Any = value
+            if str(key).casefold() not in ("class_names", "classes", "class_to_idx", "idx_to_class"):
+                continue
+            if isinstance(value, Mapping):
+                turned = all(isinstance(number, int) for number in value.values())
+                by_number = {number: name for name, number in value.items()} if turned else value
+                names = [by_number.get(number) for number in range(len(value))]
+            is_list = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+            if is_list and len(set(names)) == len(names) > 1:
+                return tuple(names)
+    return None
 
 
 def match_names(source: str, names: Sequence[str], other_source: str, other: Sequence[str]) -> npt.NDArray[np.int64]:

@@ -1,0 +1,437 @@
+"""From names of a network and of images to features: one file of them, or all that a diagnosis takes.
+
+`run_features` is what `tailscope features` does. `extract_parts` is the first half of `tailscope diagnose --model`: it
+divides the images into training, unseen and test samples, extracts each part once to OUT/features/PART.npz, and says
+which classifier is in use. The files' provenance says what they were made of; files of anything else are refused.
+`pass_batches` does the same with a network and batches of a Python program, in memory.
+"""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tailscope.data.decoding import find_unreadable, from_all_over, refuse
+from tailscope.data.images import ImageError, Images, Rows
+from tailscope.data.sources import Division, OpenedImages, Parts, divide, open_images
+from tailscope.device import Runtime
+from tailscope.encoders.extract import Batches, Options, extract_to_file, pass_through, spec_of, table_of
+from tailscope.encoders.loading import PREFIX, StoredBackbone, find_stored, load, of_module, require_no_logits
+from tailscope.encoders.networks import Encoder
+from tailscope.encoders.preprocessing import Normalization, Wishes
+from tailscope.errors import UserError, message_of
+from tailscope.results import read_json
+from tailscope.store import make_folder
+from tailscope.tables.checks import listed
+from tailscope.tables.table import FeatureTable, LinearLayer, align
+from tailscope.training.step import Normalizer
+
+
+@dataclass(frozen=True)
+class Network:
+    """Where a network's weights come from, which images it was trained on, and what it sees of one.
+
+    Attributes:
+        checkpoint, checkpoint_key, pretrained: as `load` takes them.
+        subset: a `subset.json` of the training images.
+        store: the folder of trained stages, for `store:KEY`.
+        data_root: where images lie, as `open_images` takes it.
+        normalize, image_size, resize: as `Wishes` says.
+    """
+
+    checkpoint: Path | None = None
+    checkpoint_key: str | None = None
+    pretrained: bool = False
+    subset: Path | None = None
+    store: Path | None = None
+    data_root: Path | None = None
+    normalize: str | None = None
+    image_size: int | None = None
+    resize: int | str | None = None
+
+
+@dataclass(frozen=True)
+class FeaturesResult:
+    """What was written: N `rows` of `width` d, and the classifier's file where the checkpoint has one.
+
+    `classes` is what the data set knows; `resumed` rows were there from a killed run, `skipped` images cannot be read.
+    """
+
+    features: Path
+    rows: int
+    width: int
+    classes: int
+    resumed: int
+    skipped: int
+    classifier: Path | None
+    warnings: tuple[str, ...]
+
+
+def run_features(
+    model: str,
+    data: str,
+    out: Path,
+    *,
+    checkpoint: Path | None = None,
+    checkpoint_key: str | None = None,
+    pretrained: bool = False,
+    split: str | None = None,
+    subset: Path | None = None,
+    part: str | None = None,
+    store: Path | None = None,
+    data_root: Path | None = None,
+    normalize: str | None = None,
+    image_size: int | None = None,
+    resize: int | str | None = None,
+    verify: bool = False,
+    overwrite: bool = False,
+    options: Options | None = None,
+    runtime: Runtime | None = None,
+) -> FeaturesResult:
+    """Extract features with any encoder from any images, to a file; its classifier goes beside it.
+
+    The arguments are the options of `tailscope features`, which `tailscope.verbs.features` describes; `runtime` is
+    automatic and silent by default.
+
+    Raises:
+        UserError: as the functions it calls; or `out` is there already.
+    """
+    options, runtime = options or Options(), runtime or Runtime.choose()
+    if out.exists() and not overwrite:
+        raise UserError(f"--out {out}: is there already; --overwrite replaces it")
+    network = Network(
+        checkpoint=checkpoint,
+        checkpoint_key=checkpoint_key,
+        pretrained=pretrained,
+        normalize=normalize,
+        image_size=image_size,
+        resize=resize,
+    )
+    opened = open_images(data, data_root=data_root)
+    stored = _stored(model, store, checkpoint)
+    split, images = opened.split(split)
+    rows = _rows(part, subset, stored, split, images.labels)
+    if rows is not None:
+        images = images.take(rows)
+    if verify:
+        _refuse_unreadable(images, options, runtime)
+    encoder = _encoder(model, stored, network, opened, images)
+    own, warnings = encoder.classifier, [*images.notes, *encoder.notes]
+    if own is not None and len(own.weight) != (classes := len(images.class_names)):
+        warnings.append(f"{model}: its classifier has {len(own.weight)} outputs, the data {classes} classes")
+    elif own is not None and own.class_names is not None and {*own.class_names} != {*images.class_names}:
+        own = replace(own, class_names=None)
+        warnings.append(
+            f"{model}: its classifier names its classes otherwise; they are taken in the order of the data's"
+        )
+    for note in warnings:
+        runtime.progress.note(note)
+    extraction = extract_to_file(encoder, images, out, runtime, options, {"data": data, "split": split, "part": part})
+    if extraction.skipped:
+        warnings.append(str(refuse(images, extraction.skipped)))
+    classifier = None
+    if own is not None:
+        classifier = out.with_name(f"{out.stem}.classifier.npz")
+        own.save(classifier)
+    return FeaturesResult(
+        out,
+        len(extraction.table),
+        encoder.width,
+        len(images.class_names),
+        extraction.resumed,
+        len(extraction.skipped),
+        classifier,
+        tuple(warnings),
+    )
+
+
+def _stored(model: str, store: Path | None, checkpoint: Path | None) -> StoredBackbone | None:
+    """Return the backbone that `store:KEY` names; None for other models."""
+    if not model.startswith(PREFIX):
+        return None
+    stored = find_stored(store, model.removeprefix(PREFIX))
+    if checkpoint is not None:
+        raise UserError(f"--checkpoint: {model} has its own weights")
+    return stored
+
+
+def _encoder(
+    model: str, stored: StoredBackbone | None, network: Network, opened: OpenedImages, images: Images
+) -> Encoder:
+    """Load the network for these images of a source, which it must get in one size."""
+    image_size, checkpoint = network.image_size, network.checkpoint
+    if stored is not None:
+        model, checkpoint, image_size = stored.model, stored.checkpoint, image_size or stored.image_size
+    wishes = Wishes(network.normalize, image_size, network.resize, _statistics(opened), _size_of(images))
+    encoder = load(
+        model,
+        checkpoint,
+        checkpoint_key=network.checkpoint_key,
+        pretrained=network.pretrained,
+        channels=images.channels,
+        wishes=wishes,
+        classes=len(images.class_names),
+    )
+    asked_for = wishes.resize == "none" and wishes.data_size is not None
+    if not encoder.preprocessing.one_size and opened.in_memory is None and not asked_for:
+        source = opened.source
+        raise UserError(
+            f"{source}: the images may differ in size, and {model} takes them as they are; give --image-size"
+        )
+    return encoder
+
+
+def _refuse_unreadable(images: Images, options: Options, runtime: Runtime) -> None:
+    """Decode every image, and name all that cannot be read."""
+    progress = runtime.progress
+    unreadable = find_unreadable(images, workers=options.workers, progress=progress, tell=progress.note)
+    if unreadable and not options.skip_unreadable:
+        raise refuse(images, unreadable)
+
+
+def _rows(
+    part: str | None, subset: Path | None, stored: StoredBackbone | None, split: str, labels: Tensor
+) -> Rows | None:
+    """Return which images are asked for; None for all."""
+    if part not in (None, "train", "unseen"):
+        raise UserError(f"--part {part}: known are train and unseen")
+    if part is None and subset is None:
+        return None
+    if part is not None and split != "train":
+        raise UserError(f"--part {part}: is a part of the split train, not of {split}")
+    rows = _trained_on(subset, stored, labels)
+    if rows is None:
+        raise UserError(f"--part {part}: needs --subset FILE or --model {PREFIX}KEY, which know the training images")
+    return np.setdiff1d(np.arange(len(labels)), rows) if part == "unseen" else rows
+
+
+def _trained_on(subset: Path | None, stored: StoredBackbone | None, labels: Tensor) -> Rows | None:
+    """Return which images of the training split were trained on, by a subset or by what a stored backbone remembers."""
+    if subset is not None:
+        return _subset_rows(subset, len(labels))
+    if stored is None:
+        return None
+    rows, counts = stored.rows, stored.counts
+    if rows.max() >= len(labels) or tuple(np.bincount(labels[rows], minlength=len(counts))) != counts:
+        name = stored.checkpoint.parent.name
+        raise UserError(f"--model: {name} was trained on other images than these; check --data")
+    return rows
+
+
+def _subset_rows(path: Path, images: int) -> Rows:
+    """Return the rows that a `subset.json` keeps, classes ascending, in the order drawn."""
+    try:
+        by_class = read_json(path)["indices"]
+        rows = np.concatenate([np.asarray(kept, dtype=np.int64) for kept in by_class])
+    except UserError as error:
+        raise UserError(f"--subset {error}; it is no subset.json") from None
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        raise UserError(f"--subset {path}: no subset.json with 'indices' per class ({message_of(error)})") from None
+    if len(rows) == 0 or rows.min() < 0 or rows.max() >= images:
+        raise UserError(f"--subset {path}: its indices are not rows of these {images} images; was it drawn from them?")
+    return rows
+
+
+def _size_of(images: Images) -> tuple[int, int] | None:
+    """Return height and width of the images if some from all over the data have the same, else None."""
+    sizes = set()
+    for row in from_all_over(len(images)):
+        with suppress(ImageError):  # extraction tells of it, or leaves it out
+            sizes.add(images.image(row).size[::-1])
+    return sizes.pop() if len(sizes) == 1 and sizes != {(0, 0)} else None
+
+
+def _statistics(opened: OpenedImages) -> Normalization | None:
+    """Return the pixel statistics of the training split, where it is in memory."""
+    if opened.in_memory is None:
+        return None
+    measured = Normalizer.of(opened.in_memory.images)
+    mean, std = (tuple(v / 255 for v in t.tolist()) for t in (measured.mean, measured.std))
+    return Normalization(mean, std)
+
+
+# -- all parts of a diagnosis ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Extracted:
+    """Features by part, the classifier in use where there is one, and the data's name."""
+
+    name: str
+    tables: dict[str, FeatureTable]
+    classifier: LinearLayer | None = None
+
+
+def extract_parts(
+    model: str,
+    data: str,
+    network: Network,
+    wanted: Division,
+    *,
+    out: Path | None,
+    options: Options,
+    runtime: Runtime,
+    overwrite: bool = False,
+    tell: Callable[[str], object] = str,
+) -> Extracted:
+    """Extract what a diagnosis takes from a network and images, or read it where OUT/features has it.
+
+    Args:
+        model: as `load` takes it, or `store:KEY`.
+        data: a source of images.
+        network: its weights and what it sees.
+        wanted: how the images are divided.
+        out: folder in which `features/` is kept; without, nothing is.
+        options: of the extraction.
+        runtime: where it runs.
+        overwrite: whether features of another network, or of other images, are replaced.
+        tell: gets a line on the preprocessing, and on whatever else a user should know.
+
+    Raises:
+        UserError: as `divide`, `load` and `extract_to_file`; or OUT/features has something else.
+    """
+    stored = _stored(model, network.store, network.checkpoint)
+    opened = open_images(data, data_root=network.data_root)
+    parts = divide(opened, lambda labels: _trained_on(network.subset, stored, labels), wanted, network.data_root)
+    _require_one_meaning(parts)
+    encoder = _encoder(model, stored, network, opened, parts.images["train"])
+    notes = list(dict.fromkeys([*parts.notes, *(n for i in parts.images.values() for n in i.notes), *encoder.notes]))
+    for note in [*notes, f"{model} sees images as {encoder.preprocessing.in_words()}"]:
+        tell(note)
+    nowhere = tempfile.TemporaryDirectory() if out is None else nullcontext(make_folder(out / "features", "--out"))
+    with nowhere as found:
+        folder = Path(found)
+        tables = _tables(encoder, parts, folder, options, runtime, overwrite, tell)
+        classifier, said = _classifier_in_use(model, encoder.classifier, tables["train"], wanted)
+        if classifier is None:
+            (folder / "classifier.npz").unlink(missing_ok=True)
+        else:
+            classifier.save(folder / "classifier.npz")
+    for part, images in parts.images.items():
+        if lost := len(images) - len(tables[part]):
+            said.append(f"{images.name}: {lost:,} of {len(images):,} {part} images cannot be read and were left out")
+    for note in said:
+        tell(note)
+    if out is None:
+        tables = {part: replace(table, source=part) for part, table in tables.items()}
+    tables["train"] = replace(tables["train"], notes=(*tables["train"].notes, *notes, *said))
+    return Extracted(opened.name, tables, classifier)
+
+
+def _tables(
+    encoder: Encoder,
+    parts: Parts,
+    folder: Path,
+    options: Options,
+    runtime: Runtime,
+    overwrite: bool,
+    tell: Callable[[str], object],
+) -> dict[str, FeatureTable]:
+    """Return the features of all parts, kept or made; what is of something else is refused before any work."""
+    files = {part: folder / f"{part}.npz" for part in parts.images}
+    specs = {part: spec_of(encoder, images, runtime, options) for part, images in parts.images.items()}
+    kept = {part: _kept(file, specs[part], overwrite) for part, file in files.items()}
+    tables = {}
+    for part, file in files.items():
+        table = kept[part]
+        if table is None:
+            origin: dict[str, Any] = dict(parts.origins[part])
+            table = extract_to_file(encoder, parts.images[part], file, runtime, options, origin).table
+        else:
+            tell(f"{file}: {len(table):,} rows of features, kept from before")
+        tables[part] = table
+    return tables
+
+
+def _require_one_meaning(parts: Parts) -> None:
+    """Refuse, before any work, classes that the training images lack: as `align` does with the features."""
+    labelled = [
+        table_of(torch.zeros(len(images), 1), torch.arange(len(images)), images, {}, f"{parts.origins[part]['data']}")
+        for part, images in parts.images.items()
+    ]
+    align(*labelled)
+
+
+def _kept(file: Path, spec: Mapping[str, Any], overwrite: bool) -> FeatureTable | None:
+    """Return the features that a file has of this very network and these images; None where they are to be made."""
+    if not file.exists():
+        return None
+    try:
+        table = FeatureTable.load(file)
+    except UserError:
+        if overwrite:
+            return None
+        raise
+    differing = [field for field in spec if table.provenance.get(field) != spec[field]]
+    if differing and not overwrite:
+        what = f"has features of another network or of other images ({listed(differing)} differ)"
+        raise UserError(f"{file}: {what}; use another --out or --overwrite")
+    return None if differing else table
+
+
+def _classifier_in_use(
+    model: str, own: LinearLayer | None, train: FeatureTable, wanted: Division
+) -> tuple[LinearLayer | None, list[str]]:
+    """Return the network's own classifier if its rows are the training samples' classes, and what is to be said.
+
+    They are the same by name where the checkpoint has names; else they are the classes in their order, of bare numbers
+    those from 0 on without a gap.
+    """
+    if own is None:
+        return None, []
+    names, misfit = align(train)[0].class_names or (), ""
+    numbered = train.class_names is None
+    own = replace(own, class_names=None) if numbered else own
+    if len(own.weight) != len(names) or (numbered and names != tuple(map(str, range(len(names))))):
+        classes = f"{len(names)} classes" + (f" with numbers up to {names[-1]}" if numbered else "")
+        misfit = f"has {len(own.weight)} outputs and the training images have {classes}"
+    elif own.class_names is not None and {*own.class_names} != {*names}:
+        misfit = f"has the classes {listed(own.class_names)} and the training images have {listed(names)}"
+    if misfit:
+        return None, [f"{model}: its classifier {misfit}, so it is not used; without --classifier, one is fitted"]
+    if wanted.holdout is None:
+        return own, []
+    doubt = f"{model}: its classifier fits these classes, so the network may well have been trained on this data"
+    return own, [f"{doubt}; --holdout is right only if these very images were left out then"]
+
+
+# -- a network and batches of a Python program ----------------------------------------------------------------------
+
+
+def pass_batches(
+    model: nn.Module, batches: Mapping[str, Any], *, batch: int, runtime: Runtime, tell: Callable[[str], object] = str
+) -> Extracted:
+    """Pass images that are inputs of a network through it, on the device where it lies, and leave it as it was.
+
+    Args:
+        model: the network; it runs in evaluation mode.
+        batches: of `train`, `unseen` and perhaps `test`: a DataLoader, or a pair (images [N, C, H, W], labels [N]).
+        batch: images at a time, of a pair.
+        runtime: shows progress.
+        tell: gets a line on whatever a user should know.
+
+    Raises:
+        UserError: what is given holds no images and labels; or the network fails, or has no features.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        opened = {part: Batches.of(part, given, batch) for part, given in batches.items()}
+        images, names = opened["train"].first(), opened["train"].class_names
+        encoder = of_module(model.eval(), images)
+        tables = {part: pass_through(encoder, of_part, names, runtime.progress) for part, of_part in opened.items()}
+    finally:
+        for module, training in modes:
+            module.training = training
+    require_no_logits(encoder.name, encoder.how, encoder.width, tables["train"].num_classes)
+    classifier, said = _classifier_in_use(encoder.name, encoder.classifier, tables["train"], Division())
+    notes = (*encoder.notes, *said)
+    for note in notes:
+        tell(note)
+    tables["train"] = replace(tables["train"], notes=(*tables["train"].notes, *notes))
+    return Extracted(encoder.name, tables, classifier)
