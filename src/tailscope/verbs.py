@@ -96,6 +96,7 @@ def taking(request: Callable[P, Q], *, leave_out: Collection[str] = ()) -> Calla
             signature.bind(*args, **kwargs)
             return function(request(*args, **kwargs))
 
+        del verb.__wrapped__  # the signature is the verb's own
         return _described(verb, signature)
 
     return decorate
