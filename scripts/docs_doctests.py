@@ -16,16 +16,5 @@ class Doctests(griffe.Extension):
 
 
 def fenced(text: str) -> str:
-    """Return a docstring with its doctests in blocks of code.
-
-    >>> print(fenced("Add.").replace("`", "'"))
-    Add.
-    >>> print(fenced("Add.\\n\\n>>> add(1, 2)\\n3").replace("`", "'"))
-    Add.
-    <BLANKLINE>
-    '''python
-    >>> add(1, 2)
-    3
-    '''
-    """
+    """Return a docstring with its doctests in blocks of code."""
     return re.sub(r"^>>> (?:.+\n?)+", lambda found: f"```python\n{found[0].rstrip()}\n```\n", text, flags=re.M).rstrip()

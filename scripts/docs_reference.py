@@ -26,7 +26,7 @@ Every verb with all its options, as `tailscope VERB --help` shows them. This pag
 | --- | --- |
 | 0 | Done. Results are written. |
 | 1 | A bug in tailscope, or standard output could not be written; result files are there all the same. |
-| 2 | A mistake in the input, or a fault of the machine. One line names the file or the option, and the mend. |
+| 2 | A mistake in the input, or a fault of the machine. One line names the file or the option, and what to do. |
 | 128 + n | Ended by signal n: 130 is Ctrl-C, 143 a kill. The same command goes on where it was. |
 
 `tailscope store verify` also ends with 1 where something is damaged, and `tailscope reproduce` where a piece failed.
@@ -79,9 +79,19 @@ def _command(command: Any, path: str) -> Iterator[str]:
     )
     yield "\n\n".join(paragraph.strip() for paragraph in said.split("\n") if paragraph.strip()) + "\n"
     if shown := [line for line in re.findall(r"`([^`]+)`", examples) if line.startswith("tailscope ")]:
-        yield "\n".join(["```console", *(f"$ {line}" for line in shown), "```\n"])
+        yield "\n".join(["```console", *map(_typed, shown), "```\n"])
     yield "| option | default | what it does |\n| --- | --- | --- |"
     yield "\n".join(_option(option) for option in command.params) + "\n"
+
+
+def _typed(line: str) -> str:
+    """Return a command as one types it, on lines that a page has room for."""
+    lines = ["$"]
+    for word in re.split(r" (?=--)", line):
+        if len(lines[-1]) + len(word) > 84:
+            lines.append("   ")
+        lines[-1] += f" {word}"
+    return " \\\n".join(lines)
 
 
 def _option(option: Any) -> str:
