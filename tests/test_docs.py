@@ -14,6 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 from typer.main import get_command
 
 import tailscope
@@ -52,7 +55,7 @@ def samples(counts, stream):
 
 @pytest.fixture
 def space(tmp_path, monkeypatch):
-    """The names that every page may use: features and labels of four classes, two of them rare; and their files."""
+    """What every page may use: features and labels of four classes, two of them rare; their files; a network."""
     from experiment_setups import TINY
 
     monkeypatch.setitem(RECIPES, "demo", TINY)
@@ -64,19 +67,24 @@ def space(tmp_path, monkeypatch):
     for name, (features, labels) in (("train", train), ("heldout", held_out)):
         np.savez(f"{name}.npz", features=features, labels=labels)
     images = stream.integers(0, 256, (40, 8, 8), dtype=np.uint8)
+    inputs = [
+        TensorDataset(torch.from_numpy(X.astype(np.float32)).reshape(-1, 2, 2, 2), torch.from_numpy(y))
+        for X, y in (train, held_out)
+    ]
+    train_loader, heldout_loader = (DataLoader(each, batch_size=64) for each in inputs)
     return {
         **dict(zip(("X_train", "y_train", "X_held_out", "y_held_out"), (*train, *held_out), strict=True)),
         **{"a": images, "b": np.repeat([0, 1], 20), "c": images, "d": np.repeat([0, 1], 20)},
+        **{"train_loader": train_loader, "heldout_loader": heldout_loader, "test_loader": heldout_loader},
+        "net": nn.Sequential(nn.Flatten(), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)),
         "__name__": "page",
     }
 
 
-RUNNABLE = [
-    name for name, path in PAGES.items() if any(block[0] == "python" for block in blocks(path.read_text("utf-8")))
-]
+WITH_CODE = {name for name, path in PAGES.items() if "```python" in path.read_text(encoding="utf-8")}
 
 
-@pytest.mark.parametrize("name", sorted({*RUNNABLE} - RUN_ELSEWHERE))
+@pytest.mark.parametrize("name", sorted(WITH_CODE - RUN_ELSEWHERE))
 def test_the_code_of_a_page_runs_or_says_why_not(name, space):
     for language, title, code in blocks(PAGES[name].read_text(encoding="utf-8")):
         if language != "python":
@@ -196,8 +204,8 @@ def test_the_commands_of_a_page_exist(name):
     [
         ("diagnose --train a --unseen b", True, ""),
         ("diagnose --train a --unseen b --nothing", True, "no option"),
-        ("diagnose --train a", True, "issing"),
-        ("diagnose --train a", False, ""),
+        ("features --model a", True, "issing"),
+        ("features --model a", False, ""),
         ("diagnoze", True, "no verb"),
         ("store pack 2099 --out a.tar", True, ""),
         ("store unpack", False, "no verb"),
