@@ -77,6 +77,7 @@ def space(tmp_path, monkeypatch):
         **{"a": images, "b": np.repeat([0, 1], 20), "c": images, "d": np.repeat([0, 1], 20)},
         **{"train_loader": train_loader, "heldout_loader": heldout_loader, "test_loader": heldout_loader},
         "net": nn.Sequential(nn.Flatten(), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)),
+        "tailscope": tailscope,
         "__name__": "page",
     }
 
