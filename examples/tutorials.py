@@ -2,9 +2,11 @@
 
 python examples/tutorials.py page docs/tutorial-cifar100.md WORK
 python examples/tutorials.py notebook docs/tutorial-digits.md WORK examples/tutorial-digits.ipynb
+python examples/tutorials.py execute docs/tutorial-arrays.ipynb WORK
 
-Both run the page's Python and console blocks in the folder WORK, where nothing of an earlier run should be but trained
-stages. `page` writes what each block prints below it, in a block of its own. Data come from $TAILSCOPE_DATA.
+`page` and `notebook` run the page's Python and console blocks in the folder WORK, where nothing of an earlier run
+should be but trained stages. `page` writes what each block prints below it, in a block of its own. `execute` runs a
+notebook with Jupyter, which the extra `docs` brings, and keeps its outputs in it. Data come from $TAILSCOPE_DATA.
 """
 
 import contextlib
@@ -99,8 +101,29 @@ def notebook(parts: list[tuple[str, str]], printed: list[str]) -> str:
     return json.dumps({"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}, indent=1) + "\n"
 
 
+def execute(text: str, folder: Path) -> str:
+    """Run a notebook in `folder` and return it with its outputs, without times and versions.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: a cell fails.
+    """
+    import nbformat  # here because they are an extra
+    from nbclient import NotebookClient
+
+    folder.mkdir(parents=True, exist_ok=True)
+    notebook = nbformat.reads(text, as_version=4)
+    NotebookClient(notebook, resources={"metadata": {"path": str(folder)}}).execute()
+    for cell in notebook.cells:
+        cell.metadata.clear()
+    notebook.metadata.pop("language_info", None)
+    return f"{nbformat.writes(notebook)}\n"
+
+
 if __name__ == "__main__":
     what, source, work = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    if what == "execute":
+        source.write_text(execute(source.read_text(encoding="utf-8"), work), encoding="utf-8")
+        sys.exit()
     written = split(source.read_text(encoding="utf-8"))
     found = run(written, work)
     target, make = (source, page) if what == "page" else (Path(sys.argv[4]), notebook)

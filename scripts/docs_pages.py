@@ -1,8 +1,9 @@
 """Generate the pages of docs/ that say what the code and the results say: `python scripts/docs_pages.py [--check]`.
 
 `measures.md` has every field of a diagnosis with its explanation and definition, `methods.md` every verb and everything
-that is registered by name, with its defaults and where it is written. In `reproduction.md` every folder
-under `results` that holds result files has a block, between two comments that name it:
+that is registered by name, with its defaults and where it is written; `docs_reference` writes `reference-cli.md` and
+`reference-json.md`. In `reproduction.md` every folder under `results` that holds result files has a block, between two
+comments that name it:
 
     <!-- results: cifar10-fast -->
     ...
@@ -20,6 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import docs_reference
 from tailscope import cli, paper
 from tailscope.classifiers import CLASSIFIERS
 from tailscope.data import PROFILES
@@ -81,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     reproduction = options.docs / "reproduction.md"
     try:
-        pages = {options.docs / "measures.md": measures(), options.docs / "methods.md": methods()}
+        pages = {options.docs / name: written() for name, written in GENERATED.items()}
         pages[reproduction] = generate(options.results, reproduction.read_text(encoding="utf-8"))
         old = [page for page, text in pages.items() if not page.is_file() or page.read_text(encoding="utf-8") != text]
         for page in old:
@@ -167,6 +169,15 @@ def _registered(title: str, registry: Registry[Any]) -> str:
 def _listing(title: str, head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in [head, ("---",) * len(head), *rows]]
     return "\n".join([f"## {title}", "", *(f"| {line} |" for line in lines), ""])
+
+
+GENERATED = {
+    "measures.md": measures,
+    "methods.md": methods,
+    "reference-cli.md": docs_reference.command_line,
+    "reference-json.md": docs_reference.result_files,
+}
+"""The pages that are written whole, by what writes them."""
 
 
 # -- reproduction.md ------------------------------------------------------------------------------------------------

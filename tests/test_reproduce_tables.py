@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import result_factory as factory
-from scripts.docs_pages import generate, main, measures, methods
+from scripts.docs_pages import GENERATED, generate, main
 from tailscope import paper
 from tailscope.errors import UserError
 from tailscope.report.text import to_csv, to_markdown
@@ -222,8 +222,8 @@ def test_a_folder_of_two_recipes_is_refused(results):
 def test_check_tells_whether_the_pages_are_up_to_date(results, tmp_path, capsys):
     page, of_measures = tmp_path / "reproduction.md", tmp_path / "measures.md"
     page.write_text(PROSE)
-    of_measures.write_text(measures())
-    (tmp_path / "methods.md").write_text(methods())
+    for name, written in GENERATED.items():
+        (tmp_path / name).write_text(written())
     options = ["--results", str(results), "--docs", str(tmp_path)]
     assert main([*options, "--check"]) == 1
     assert page.read_text() == PROSE

@@ -325,6 +325,7 @@ def taking(request: Callable[P, Q], *, leave_out: Collection[str] = ()) -> Calla
             signature.bind(*args, **kwargs)
             return function(request(*args, **kwargs))
 
+        del made.__wrapped__  # the signature is the verb's own
         return _described(made, signature)
 
     return decorate
