@@ -10,7 +10,7 @@ from typing import Any
 from typer.main import get_command
 
 from tailscope import cli
-from tailscope.report.schema import KINDS
+from tailscope.report.reading import KINDS
 
 COMMAND_LINE = """# Command line
 
