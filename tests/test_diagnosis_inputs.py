@@ -280,7 +280,7 @@ def test_a_result_that_another_process_wrote_meanwhile_is_not_lost(run, files, t
     measured = diagnose.run
 
     def slow(inputs, settings, runtime):
-        write(out, "diagnosis", measured(inputs, replace(settings, seed=7), runtime))
+        write(out, "diagnosis", measured(inputs, replace(settings, seed=7), runtime)[0])
         return measured(inputs, settings, runtime)
 
     monkeypatch.setattr(diagnose, "run", slow)

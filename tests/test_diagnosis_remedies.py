@@ -106,7 +106,7 @@ def test_a_classifier_with_the_penalty_chosen_is_better_than_one_with_a_fixed_on
     fits = Fits.of(train, unseen, None, None, 0)
     base = FrozenEstimator(SoftmaxRegression().fit(*train))
     fitted = {k: v for k, v in fitted_to_training(base, train).items() if k.startswith("crt")}
-    got = choose(fitted, fits, unseen, None, follow(fits, 300).attained.rows)
+    got, _ = choose(fitted, fits, unseen, None, follow(fits, 300).attained.rows)
     own = {float(name[len("crt(l2=") : -1]): mean for name, mean in got.tried.items() if not name.endswith(POOLED)}
     assert right[0.1] > right[0.001] + 0.02
     assert max(own, key=own.get) == 0.1
@@ -122,7 +122,7 @@ def test_the_pooled_fit_scores_no_sample_that_it_was_fitted_to():
     labels = np.repeat(np.arange(4), 60)
     train, unseen = rows(features[::2], labels[::2]), rows(features[1::2], labels[1::2])
     fits = Fits.of(train, unseen, None, None, 0)
-    got = choose({}, fits, unseen, None, fits.task.rows)
+    got, _ = choose({}, fits, unseen, None, fits.task.rows)
     assert all(name.endswith(POOLED) for name in got.tried)
     everything = CRT(l2=1e-4).fit(features, labels)
     assert everything.score(features, labels) == 1
@@ -132,7 +132,7 @@ def test_the_pooled_fit_scores_no_sample_that_it_was_fitted_to():
 def test_the_pooled_fit_is_class_balanced_retraining_on_all_samples_but_those_of_the_fold():
     train, unseen = overlapping(4)
     fits = Fits.of(train, unseen, None, None, 0)
-    got = choose({}, fits, unseen, None, fits.task.rows)
+    got, _ = choose({}, fits, unseen, None, fits.task.rows)
     held, task = np.empty(len(unseen.labels), dtype=int), fits.task
     l2 = PENALTIES[
         max([s for s in fits.pooled.classifiers[0] if PENALTIES[s] > 1e-3], key=lambda s: fits.pooled.right[s].mean())
@@ -154,7 +154,7 @@ def test_with_a_test_file_the_pooled_fit_holds_all_unseen_samples():
     _, test = overlapping(6, scale=2.2, per_class=400)
     fits = Fits.of(train, unseen, test, None, 0)
     items = follow(fits, 300).attained.rows
-    got = choose({}, fits, unseen, test, items)
+    got, _ = choose({}, fits, unseen, test, items)
     both = (np.concatenate(pair) for pair in zip(train, unseen, strict=True))
     l2 = float(got.best.removesuffix(POOLED)[len("crt(l2=") : -1])
     assert got.chosen == (got.best,)
@@ -168,10 +168,10 @@ def test_a_test_file_is_not_looked_at_in_choosing():
     fits = Fits.of(train, unseen, test, None, 0)
     base = FrozenEstimator(SoftmaxRegression().fit(*train))
     fitted = fitted_to_training(base, train)
-    got = choose(fitted, fits, unseen, test, np.arange(len(test.labels)))
+    got, _ = choose(fitted, fits, unseen, test, np.arange(len(test.labels)))
     wrong = test._replace(labels=(test.labels + 1) % 7)
     again = Fits.of(train, unseen, wrong, None, 0)
-    other = choose(fitted, again, unseen, wrong, np.arange(len(test.labels)))
+    other, _ = choose(fitted, again, unseen, wrong, np.arange(len(test.labels)))
     assert (other.best, other.tried) == (got.best, got.tried)
     assert other.accuracy.estimate < got.accuracy.estimate
 

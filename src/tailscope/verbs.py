@@ -357,8 +357,8 @@ def diagnose(request: _DiagnosisRequest) -> "Diagnosis":
         # Another process may have been faster.
         check_free(out, "diagnosis", result["spec"], overwrite=request.overwrite)
         write(out, "diagnosis", result)
-        if result["advice"] and (accuracy := result["accuracy"]) and accuracy["rebalanced"]["layer"]:
-            result.rebalanced().layer.save(out / REBALANCED)
+        if result.layer is not None:
+            result.layer.save(out / REBALANCED)
         if request.report:
             try:
                 build(out)

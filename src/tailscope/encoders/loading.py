@@ -209,10 +209,15 @@ def find_layer(
     Raises:
         UserError: as `load`; or the checkpoint has no classifier that is one linear layer.
     """
-    stored = checkpoints.read(checkpoint)
-    wishes = Wishes(normalize="none") if _kind(model)[0] == "project" else Wishes()  # of no effect: no image is seen
-    built = _built(model, 3, stored, False, wishes, None)
-    classifier, layer, notes = checkpoints.fit(stored, built.model, model, built.classifiers, checkpoint_key)
+    stored, (kind, name) = checkpoints.read(checkpoint), _kind(model)
+    if kind == "user":  # no image is seen, so what its features are cannot be tried
+        made, _ = _call(name)
+        network, _ = _plain(name, made[0] if isinstance(made, tuple) else made)
+        classifiers = tuple(filter(None, [networks.last_linear(network)]))
+    else:
+        built = _built(model, 3, stored, False, Wishes(normalize="none") if kind == "project" else Wishes(), None)
+        network, classifiers = built.model, built.classifiers
+    classifier, layer, notes = checkpoints.fit(stored, network, model, classifiers, checkpoint_key)
     if classifier is None or layer is None:
         why = f" ({'; '.join(notes)})" if notes else ""
         raise UserError(f"{checkpoint}: has no classifier of {model} that is one linear layer{why}")

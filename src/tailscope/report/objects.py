@@ -207,7 +207,7 @@ class Diagnosis(Result):
     def __init__(self, stored: Mapping[str, Any], layer: LinearLayer | None = None) -> None:
         """Hold a result, and the re-balanced classifier that came with it."""
         super().__init__(stored)
-        self._layer = layer
+        self.layer = layer
 
     def rebalanced(self) -> Rebalanced:
         """Return the classifier that the diagnosis recommends; `tailscope.rebalance` puts it into a checkpoint.
@@ -215,11 +215,11 @@ class Diagnosis(Result):
         Raises:
             UserError: there is none, or the diagnosis was read from a file: its folder has rebalanced.npz.
         """
-        if self._layer is None:
+        if self.layer is None:
             raise UserError(
                 "this diagnosis recommends no classifier, or was read from a file; see rebalanced.npz there"
             )
-        return Rebalanced(self._layer, self._layer.source)
+        return Rebalanced(self.layer, self.layer.source)
 
     @property
     def headline(self) -> str:

@@ -1,0 +1,149 @@
+"""The classifier that a diagnosis recommends, in a user's hands: as a file, an estimator, and in the network itself."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from typer.testing import CliRunner
+
+import tailscope
+from tailscope import cli
+from tailscope.errors import UserError
+from tailscope.networks import MODELS
+
+FACTOR, MOST = 20, 100
+COUNTS = [max(5, round(MOST * FACTOR ** (-k / 9))) for k in range(10)]
+FACTORY = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32), nn.ReLU())
+        self.fc = nn.Linear(32, 10)
+
+    def features(self, x):
+        return self.body(x)
+
+    def forward(self, x):
+        return self.fc(self.body(x))
+"""
+
+
+def split():
+    """Digits: a long-tailed training set, 30 held-out samples of every class, and the rest to test on."""
+    digits = load_digits()
+    images = torch.from_numpy(digits.images.astype(np.float32) / 16)[:, None]
+    rng, parts = np.random.default_rng(0), ([], [], [])
+    for k, count in enumerate(COUNTS):
+        rows = rng.permutation(np.flatnonzero(digits.target == k))
+        for part, chosen in zip(parts, (rows[:count], rows[-60:-30], rows[-30:]), strict=True):
+            part.extend(chosen)
+    return [(images[part], torch.from_numpy(digits.target[part])) for part in parts]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A network trained on the long tail, its checkpoint, and a diagnosis of it with what that wrote."""
+    folder = tmp_path_factory.mktemp("rebalance")
+    (folder / "mine_rebalanced.py").write_text(FACTORY)
+    namespace: dict = {}
+    exec(FACTORY, namespace)
+    torch.manual_seed(0)
+    network = namespace["Net"]()
+    train, unseen, test = split()
+    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(network(train[0]), train[1]).backward()
+        optimizer.step()
+    network.eval()
+    torch.save({"model": network.state_dict(), "epoch": 150}, folder / "w.pth")
+    result = tailscope.diagnose(train, unseen, test=test, model=network, out=folder / "out", permutations=99)
+    return folder, network, result
+
+
+def accuracy(network, part):
+    with torch.no_grad():
+        return float((network(part[0]).argmax(1) == part[1]).float().mean())
+
+
+def test_the_patched_checkpoint_gains_what_was_promised(trained, monkeypatch):
+    folder, network, result = trained
+    monkeypatch.chdir(folder)
+    given = ["rebalance", "out", "--model", "mine_rebalanced:Net", "--checkpoint", "w.pth"]
+    done = CliRunner().invoke(cli.app, given)
+    assert done.exit_code == 0, done.output
+    held = torch.load(folder / "out" / "w-rebalanced.pth", weights_only=True)
+    assert held["epoch"] == 150
+    before, (_, _, test) = accuracy(network, split()[2]), split()
+    network.load_state_dict(held["model"])
+    try:
+        after = accuracy(network, test)
+    finally:
+        network.load_state_dict(torch.load(folder / "w.pth", weights_only=True)["model"])
+    gain = result["verdict"]["rebalancing_gap"]
+    assert gain["points"] > 0.02
+    assert gain["ci95"][0] <= after - before <= gain["ci95"][1]
+    assert result["accuracy"]["rebalanced"]["layer"] == result["accuracy"]["rebalanced"]["classifier"]
+    assert after == pytest.approx(result["accuracy"]["rebalanced"]["mean"], abs=1e-6)
+
+
+def test_the_estimator_and_the_file_are_the_same_classifier(trained):
+    folder, network, result = trained
+    _, _, (images, labels) = split()
+    given = result.rebalanced()
+    features = network.features(images).detach().numpy()
+    names = given.estimator().predict(features)
+    assert (names == labels.numpy().astype(str)).mean() == pytest.approx(result["accuracy"]["rebalanced"]["mean"])
+    with np.load(folder / "out" / "rebalanced.npz") as stored:
+        assert np.array_equal(stored["weight"], given.weight)
+        assert np.array_equal(stored["bias"], given.bias)
+        logits = features @ stored["weight"].T + stored["bias"]
+        assert np.array_equal(stored["class_names"][logits.argmax(1)], names)
+    again = tailscope.diagnose(
+        *[(network.features(part[0]).detach(), part[1]) for part in split()[:2]],
+        classifier=given.layer,
+        test=(features, labels),
+        permutations=0,
+    )
+    assert again["accuracy"]["current"]["mean"] == pytest.approx(result["accuracy"]["rebalanced"]["mean"])
+
+
+def test_scaled_features_get_a_classifier_of_their_own_scale():
+    """Features are computed with at a power of two that suits them; what is returned is of those that were given."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(4, 6)) * 1e-20
+
+    def draw(counts):
+        labels = np.repeat(np.arange(4), counts)
+        return centres[labels] + rng.normal(size=(len(labels), 6)) * 3e-21, labels
+
+    train, unseen, test = draw([80, 40, 10, 5]), draw(40), draw(100)
+    given = tailscope.diagnose(train, unseen, test=test, permutations=0)
+    reached = (given.rebalanced().estimator().predict(test[0].astype(np.float64)) == test[1].astype(str)).mean()
+    assert reached == pytest.approx(given["accuracy"]["rebalanced"]["mean"], abs=0.01)
+
+
+def test_where_nothing_can_be_recommended_there_is_no_classifier(tmp_path):
+    rng = np.random.default_rng(0)
+    noise = [(rng.normal(size=(n * 4, 5)), np.repeat(np.arange(4), n)) for n in (40, 30)]
+    result = tailscope.diagnose(*noise, out=tmp_path, permutations=0)
+    assert not (tmp_path / "rebalanced.npz").exists()
+    with pytest.raises(UserError, match="recommends no classifier"):
+        result.rebalanced()
+
+
+def test_mistakes_are_one_line(trained, monkeypatch, tmp_path):
+    folder, _, _ = trained
+    monkeypatch.chdir(folder)
+    with pytest.raises(UserError, match=r"rebalanced\.npz: no such file"):
+        tailscope.rebalance(tmp_path, "mine_rebalanced:Net", folder / "w.pth")
+    torch.save(MODELS.make("resnet20", 3, 7).state_dict(), tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"the new classifier's \[10, 32\]"):
+        tailscope.rebalance(folder / "out", "resnet20", tmp_path / "other.pth")
+    tailscope.rebalance(folder / "out", "mine_rebalanced:Net", folder / "w.pth", to=tmp_path / "new.pth")
+    with pytest.raises(UserError, match="is there already"):
+        tailscope.rebalance(folder / "out", "mine_rebalanced:Net", folder / "w.pth", to=tmp_path / "new.pth")
