@@ -45,6 +45,19 @@ def test_selection_is_scored_on_items_that_did_not_choose():
     assert stats.binomtest(int(sum(honest)), items * repeats, 0.5).pvalue > 0.001
 
 
+@pytest.mark.parametrize(("more", "best"), [(2, "pooled"), (20, "alone")])
+def test_a_pooled_fit_is_taken_unless_another_is_clearly_better(more, best):
+    """Of 200 samples both get 120 right, then either 20 that the other does not; so many `more` the other alone."""
+    pooled, alone = np.zeros(200, bool), np.zeros(200, bool)
+    pooled[:140], alone[:120] = True, True
+    alone[140 : 160 + more] = True
+    lead = alone.astype(float) - pooled
+    assert (lead.mean() > lead.std() / 200**0.5) == (best == "alone")
+    names = {"alone": "crt(l2=0.1)", "pooled": f"crt(l2=0.1){POOLED}"}
+    got = select_nested({names["alone"]: scored(alone), names["pooled"]: scored(pooled)}, np.arange(200) % 5)
+    assert got.best == names[best]
+
+
 def test_selection_against_loops():
     rng = np.random.default_rng(6)
     tried = {name: Scored(rng.random(40) < 0.5, rng.random(40)) for name in "abc"}

@@ -150,10 +150,12 @@ class Replacement(NamedTuple):
 
 
 def select_nested(tried: Mapping[str, Scored], fold_of: IntArray) -> Selection:
-    """Choose the most accurate of several fitted classifiers on all folds but one, score it on that one.
+    """Choose the best of several fitted classifiers on all folds but one, score it on that one.
 
-    `tried` holds what each classifier makes of m unseen samples that it was not fitted to, simplest first: ties go to
-    the first. `fold_of` [m] counts from 0.
+    `tried` holds what each classifier makes of m unseen samples that it was not fitted to, simplest first. `fold_of`
+    [m] counts from 0. The best is the most accurate, the first of equals; but the most accurate pooled fit (names end
+    in `POOLED`) is the best unless another is better by more than a standard error of their paired difference (the
+    rule of Breiman et al. 1984, section 3.4.3): it has the most samples, and more once it is fitted to all of them.
 
     >>> one, other = ([True, False] * 4, [True, True] * 4)
     >>> tried = {name: Scored(np.array(right), np.ones(8)) for name, right in (("a", one), ("b", other))}
@@ -161,14 +163,25 @@ def select_nested(tried: Mapping[str, Scored], fold_of: IntArray) -> Selection:
     ('b', 'b')
     """
     names, correct = list(tried), np.stack([one.correct for one in tried.values()])
-    chosen = [int(correct[:, fold_of != k].mean(axis=1).argmax()) for k in range(int(fold_of.max()) + 1)]
+    pooled = np.array([name.endswith(POOLED) for name in names])
+    chosen = [_best(correct[:, fold_of != k], pooled) for k in range(int(fold_of.max()) + 1)]
     of, items = np.array(chosen)[fold_of], np.arange(len(fold_of))
     confidence = np.stack([one.confidence for one in tried.values()])
     scored, means = Scored(correct[of, items], confidence[of, items]), correct.mean(axis=1)
     accuracies = dict(zip(names, means.tolist(), strict=True))
-    return Selection(
-        scored, proportion(scored.correct[None]), tuple(names[k] for k in chosen), names[means.argmax()], accuracies
-    )
+    best = names[_best(correct, pooled)]
+    return Selection(scored, proportion(scored.correct[None]), tuple(names[k] for k in chosen), best, accuracies)
+
+
+def _best(correct: BoolArray, pooled: BoolArray) -> int:
+    """Return which of some classifiers to take, by what each gets right of some samples, [K, m]."""
+    means = correct.mean(axis=1)
+    best = int(means.argmax())
+    if not pooled.any() or pooled[best]:
+        return best
+    other = int(np.where(pooled, means, -1).argmax())
+    lead = correct[best].astype(np.float64) - correct[other]
+    return best if lead.mean() > lead.std() / len(lead) ** 0.5 else other
 
 
 def fitted_to_training(current: LinearClassifier, train: Rows) -> dict[str, FeatureClassifier]:
