@@ -271,12 +271,13 @@ def test_the_terminal_ends_with_verdict_caveat_and_what_to_do(tmp_path, monkeypa
     monkeypatch.setattr(sys, "argv", ["tailscope", "diagnose", *given])
     with pytest.raises(SystemExit):
         cli.main()
-    *_, verdict, caveat, advice, written, page = capsys.readouterr().out.splitlines()
+    *_, verdict, caveat, advice, written, classifier, page = capsys.readouterr().out.splitlines()
     found = json.loads((tmp_path / "out" / "diagnosis.json").read_text())
     assert verdict == f"{diagnosis.headline(found)}."
     assert caveat == f"Keep in mind: {found['verdict']['caveats'][0]}"
     assert advice == f"What to do: {found['advice'][0]['text']}"
     assert written.startswith(f"written: {Path('out') / 'diagnosis.json'} (with 3 other caveats")
+    assert classifier.startswith(f"classifier: {Path('out') / 'rebalanced.npz'}")
     assert page == f"report: {Path('out') / 'report.html'}"
 
 
