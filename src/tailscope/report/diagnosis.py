@@ -14,7 +14,7 @@ from tailscope.report.text import Column, Table, accuracy, in_points, number, pe
 GAPS = ("classifier_gap", "representation_gap")
 STEPS = {
     "current": ("in use", "total"),
-    "rebalanced": ("re-balancing", "classifier"),
+    "rebalanced": ("re-balanced", "classifier"),
     "classifier_bound": ("best fitted", "classifier"),
 }
 BLAMED = {
@@ -151,9 +151,11 @@ CLASS = (
     *COUNTS,
 )
 VERDICT = (
-    Column("recall_current", "recall now", "whole", "Recall of the classifier in use."),
-    Column("recall_rebalanced", "re-balanced", "whole", "Recall of the best remedy."),
-    Column("recall_classifier_bound", "best fitted", "whole", "Recall of the best classifier that could be fitted."),
+    Column("recall_current", "recall, in use", "whole", "Recall of the classifier in use."),
+    Column("recall_rebalanced", "recall, re-balanced", "whole", "Recall of the best remedy."),
+    Column(
+        "recall_classifier_bound", "recall, best fitted", "whole", "Recall of the best classifier that could be fitted."
+    ),
     Column("bottleneck", "bottleneck", "text", "What costs this class more, where its own samples can tell."),
     _gap_column("classifier_gap", "", "Recall that a classifier fitted to as many samples of every class gains."),
     _gap_column("representation_gap", ", at most", "What even that classifier misses, up to the ceiling."),

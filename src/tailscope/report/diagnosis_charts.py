@@ -17,10 +17,10 @@ NAMED = 20  # classes; up to here a map names their middles
 MOST_POINTS = 2_000  # classes drawn; each is a shape in four panels of the page and of every file
 
 SCATTERS = {
-    "center_shift_excess_deg": "Centre shift beyond chance, degrees",
-    "escape_rank": "Escape rank (½: no farther out than training samples)",
+    "center_shift_excess_deg": "Centre shift, minus what so few samples explain, degrees",
+    "escape_rank": "Escape rank: ½ where unseen samples lie as near as training ones",
     "nearest_center_true_deg": "Separation: nearest other centre, degrees",
-    "recall_current": "Recall, current classifier",
+    "recall_current": "Recall of the classifier in use",
 }
 
 PLOTS = {
@@ -89,9 +89,9 @@ def _by_count(field: str, classes: int, keys: Sequence[Key]) -> Chart:
     counts = alt.Axis(values=[10**k for k in range(7)], format=",d", grid=False)
     points = rows_of("by_count").mark_point(filled=True, size=60 if few else 18, opacity=0.9 if few else 0.55)
     drawn = points.encode(
-        x=alt.X("count:Q", title="training samples", scale=alt.Scale(type="symlog"), axis=counts),
+        x=alt.X("count:Q", title="training samples", scale=alt.Scale(type="log", nice=False, padding=8), axis=counts),
         y=alt.Y(f"{field}:Q", title=None, scale=scale, axis=axis),
-        tooltip=marks.class_tooltip([(field, field.replace("_", " "), marks.FORMATS[unit])]),
+        tooltip=marks.class_tooltip([(field, measure.label if measure else "recall, in use", marks.FORMATS[unit])]),
         color=alt.Color("group:N", scale=colour_scale(keys)) if keys else alt.value(css("blue")),
     )
     chart: Chart = alt.layer(*marks.reference(measure and measure.null), drawn).properties(height=230)
