@@ -13,6 +13,7 @@ from tailscope.diagnosis.inputs import read
 from tailscope.diagnosis.learning_curve import KINDS, Attained, ClassifierBound, Exchange, Extrapolated
 from tailscope.diagnosis.outcomes import OWN_CLASSIFIER, Outcomes
 from tailscope.diagnosis.remedies import Scored, Selection
+from tailscope.diagnosis.samples import Looks
 from tailscope.diagnosis.verdict import judge, samples_needed, shares
 from tailscope.groups import GROUPS, assign_groups
 from tailscope.intervals import Interval, proportion
@@ -38,7 +39,9 @@ def made(current, attained, labels, classifier=KINDS[0], alike=True):
     bound = ClassifierBound(fitted, found, None, 200, (), Exchange(0.0, 0.0, alike), (), ())
     now, best = (Scored(correct, np.ones(len(labels))) for correct in (current, attained))
     selection = Selection(best, proportion(attained[None]), ("ncm",), "ncm", {})
-    return Outcomes(labels, rows, labels, labels, now, OWN_CLASSIFIER, selection, bound, ())
+    return Outcomes(
+        labels, rows, labels, labels, now, OWN_CLASSIFIER, selection, bound, (), Looks(none, rows, none, none)
+    )
 
 
 def test_of_many_classes_that_are_undecided_in_truth_almost_none_is_decided():

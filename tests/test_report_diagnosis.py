@@ -22,7 +22,7 @@ from tailscope.diagnosis.verdict import decide
 from tailscope.errors import UserError
 from tailscope.intervals import Interval
 from tailscope.measures import FIELDS
-from tailscope.report import charts, diagnosis
+from tailscope.report import diagnosis, diagnosis_charts
 from tailscope.results import write
 from tailscope.tables.table import FeatureTable
 
@@ -54,13 +54,35 @@ def test_the_page_says_the_verdict_first(page, result):
     assert heading.startswith("The classifier is the bottleneck")
     assert "<b>3</b>" not in text.split("<script")[0]
     assert "http://" not in text.split("<script")[0]
-    assert {path.stem for path in (page.parent / "figures").glob("*.svg")} == {"waterfall", "scatter"}
+    assert {path.stem for path in (page.parent / "figures").glob("*.svg")} == {
+        "waterfall",
+        "scatter",
+        "confusion",
+        "map",
+    }
 
 
 def test_every_measure_has_an_explanation_and_a_definition(page):
     text = page.read_text(encoding="utf-8")
     shown = re.findall(r'<dt id="measure-(\w+)">', text)
     assert {column.field for column in diagnosis.LOCAL} <= set(shown) <= set(FIELDS)
+
+
+def test_a_class_leads_to_its_samples(page, result):
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r'<td><a href="#(samples-\d+)">', text)
+    assert sorted(links) == sorted(re.findall(r'<details class="fold" id="(samples-\d+)">', text))
+    assert len(links) == CLASSES
+    lines = (page.parent / "tables" / "diagnosis-samples.csv").read_text().splitlines()
+    kinds = [kind for entry in result["drilldown"]["classes"] for kind in entry["samples"].values()]
+    assert len(lines) == 1 + sum(len(kind["first"]) for kind in kinds)
+
+
+def test_a_diagnosis_of_before_has_no_samples_and_the_page_builds(result, tmp_path):
+    write(tmp_path, "diagnosis", {key: value for key, value in result.items() if key != "drilldown"})
+    text = report.build(tmp_path, figures=False).read_text(encoding="utf-8")
+    assert 'id="samples"' not in text
+    assert "<th>F1" not in text
 
 
 def test_the_waterfall_adds_up(result):
@@ -202,8 +224,8 @@ def test_a_measure_that_a_result_does_not_hold_is_undefined():
     result = tailscope.diagnose(*(table(*part) for part in separable()), verdict=False, **FEW)
     for entry in result["classes"]:
         del entry["nearest_center_true_deg"]
-    assert {row["nearest_center_true_deg"] for row in charts.diagnosis_data(result)["by_count"]} == {None}
-    assert charts.diagnosis_figures(result)
+    assert {row["nearest_center_true_deg"] for row in diagnosis_charts.data(result)["by_count"]} == {None}
+    assert diagnosis_charts.figures(result)
 
 
 OLD_WORDS = (

@@ -20,7 +20,7 @@ import tailscope
 from diagnosis_cases import head_biased, scattered, separable, table
 from tailscope import report
 from tailscope.errors import UserError
-from tailscope.report import charts, diagnosis, rows, story, text
+from tailscope.report import charts, diagnosis, diagnosis_charts, rows, story, text
 from tailscope.report.marks import panel_specs
 from tailscope.report.reading import read
 from tailscope.report.rows import load
@@ -137,8 +137,8 @@ def say(folder: Path, verb: str, *, charted: bool = True) -> None:
     """Put everything that a file says into rows, charts, tables and sentences, without drawing."""
     if verb == "diagnosis":
         result = read(folder / "diagnosis.json", "diagnosis")
-        figures, found = charts.diagnosis_figures, diagnosis.tables(result)
-        said = [charts.diagnosis_data(result), diagnosis.headline(result), diagnosis.findings(result)]
+        figures, found = diagnosis_charts.figures, diagnosis.tables(result)
+        said = [diagnosis_charts.data(result), diagnosis.headline(result), diagnosis.findings(result)]
         said += [diagnosis.caveats(result), diagnosis.accuracy_rows(result)]
     else:
         result = load(folder)

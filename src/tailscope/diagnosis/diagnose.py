@@ -234,7 +234,7 @@ def _one(
         warnings += caveats
     else:
         pairs = confusable_pairs(geometry.centers, names)
-        judged = {"accuracy": None, "verdict": None, "advice": [], "pairs": pairs}
+        judged = {"accuracy": None, "verdict": None, "advice": [], "pairs": pairs, "drilldown": None}
     found = {
         "counts": counts,
         "provenance": {part: table.provenance or None for part, table in inputs.tables.items()},
@@ -258,6 +258,7 @@ def _judge(
     """Return the fields that rest on fitted classifiers, what these get right, why the verdict is withheld, caveats."""
     from tailscope.diagnosis.advice import advise, withhold  # here because scikit-learn takes seconds to import
     from tailscope.diagnosis.outcomes import score
+    from tailscope.diagnosis.samples import drill_down
     from tailscope.diagnosis.verdict import accuracies, judge
     from tailscope.intervals import Interval
 
@@ -274,7 +275,9 @@ def _judge(
         verdict["caveats"].insert(0, f"{share}: they flatter the encoder. --drop-duplicates leaves them out.")
     reasons = reasons or doubts_of_outcomes(inputs, outcomes)
     advice = withhold(verdict, reasons) if reasons else advise(accuracy, verdict, geometry.classes, pairs)
-    return {"accuracy": accuracy, "verdict": verdict, "advice": advice, "pairs": pairs}, outcomes, reasons, caveats
+    found = {"accuracy": accuracy, "verdict": verdict, "advice": advice, "pairs": pairs}
+    found["drilldown"] = drill_down(inputs, outcomes, geometry.centers, settings.seed)
+    return found, outcomes, reasons, caveats
 
 
 def _many(given: Any) -> list[Any]:

@@ -31,6 +31,7 @@ from tailscope.diagnosis.remedies import (
     is_large,
     stopping_of,
 )
+from tailscope.diagnosis.samples import Looks
 from tailscope.errors import UserError
 from tailscope.intervals import Interval, paired
 from tailscope.measures.rows import exponent, scaled
@@ -58,6 +59,7 @@ class Outcomes:
         rebalanced: the best remedy, chosen on samples that it is not scored on.
         bound: of a classifier fitted to the true distribution; the best remedy counts as attained where it gets more
             right than whatever was fitted for the bound, and so does the classifier in use.
+        looks: what tells which samples to look at.
         layer: the best remedy that is a linear layer.
     """
 
@@ -70,6 +72,7 @@ class Outcomes:
     rebalanced: Selection
     bound: ClassifierBound
     notes: tuple[str, ...]
+    looks: Looks
     layer: Replacement | None = None
 
     @property
@@ -115,8 +118,9 @@ def score(inputs: Inputs, bound_at: int, seed: int, progress: Progress) -> Outco
         if (difference(reached, bound.attained.correct, bound.attained.inflation).ci95 or (0.0,))[0] > 0:
             bound = bound.at_least(reached, by)
     found = scored.labels[rows], rows, predicted[rows], predicted_train
+    looks = Looks.of(current, scored, rows, fits)
     layer = layer._replace(weight=np.ldexp(layer.weight, power))  # of features as they were given
-    return Outcomes(*found, now, name, rebalanced, bound, tuple(notes), layer)
+    return Outcomes(*found, now, name, rebalanced, bound, tuple(notes), looks, layer)
 
 
 def _fixed(weight: Floats, bias: Floats) -> LinearClassifier:

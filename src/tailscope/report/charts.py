@@ -2,14 +2,12 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import altair as alt
 
 from tailscope.measures.fields import SHOWN
-from tailscope.report import diagnosis, marks, rows, story
-from tailscope.report.diagnosis_schema import Diagnosis
+from tailscope.report import marks, rows, story
 from tailscope.report.marks import Chart, Figure, Key, Panel, Series, colour_scale, css, rows_of
 from tailscope.report.rows import Row, first
 from tailscope.report.schema import VARIANTS, Results, Swap
@@ -406,93 +404,3 @@ def _geometry(results: Results, variant: str) -> list[Figure]:
     note = " Lines join means over seeds; thin strokes at their points are the range over seeds." if ranged else ""
     suffix = "" if variant == "paper" else "-calibrated"
     return [Figure(f"{name}{suffix}", drawn, note, readings[name], variant) for name, drawn in panels.items()]
-
-
-# ---- a diagnosis
-
-MOST_POINTS = 2_000  # classes drawn; each is a shape in four panels of the page and of every file
-
-SCATTERS = {
-    "center_shift_excess_deg": "Centre shift beyond chance, degrees",
-    "escape_rank": "Escape rank (½: no farther out than training samples)",
-    "nearest_center_true_deg": "Separation: nearest other centre, degrees",
-    "recall_current": "Recall, current classifier",
-}
-
-PLOTS = {
-    "shift": "center_shift_excess_deg",
-    "escape": "escape_rank",
-    "separation": "nearest_center_true_deg",
-    "recall": "recall_current",
-}
-
-
-def diagnosis_figures(result: Diagnosis) -> list[Figure]:
-    """Return the figures in the order of the page."""
-    found = [_scatter(result)]
-    return found if result["verdict"] is None else [_steps(result), *found]
-
-
-def diagnosis_plots(result: Diagnosis) -> dict[str, Figure]:
-    """Return the figures by name, and each panel that draws the classes by their counts as a figure of its own."""
-    found = {figure.name: figure for figure in diagnosis_figures(result)}
-    panels = {panel.title: panel for panel in found["scatter"].panels}
-    alone = {name: panels[SCATTERS[field]] for name, field in PLOTS.items() if SCATTERS[field] in panels}
-    return found | {name: replace(found["scatter"], panels=[panel]) for name, panel in alone.items()}
-
-
-def diagnosis_data(result: Diagnosis) -> dict[str, list[Row]]:
-    """Return the rows of the charts by name."""
-    by_rank = diagnosis.by_rank(result)
-    names = ("name", "group", "count", *SCATTERS)
-    return {
-        "by_count": [{name: row[name] for name in names} for row in by_rank[:: _every(len(by_rank))]],
-        "steps": diagnosis.steps(result),
-    }
-
-
-def _steps(result: Diagnosis) -> Figure:
-    """Draw what each step adds, from the current accuracy to the ceiling."""
-    bars = diagnosis.steps(result)
-    lowest = min(0.0, *(row[end] for row in bars for end in ("start", "end")))
-    scale = alt.Scale(domain=[lowest, 118], nice=False)  # room for the numbers on the right
-    axis = alt.Axis(title="accuracy, per cent", values=list(range(0, 101, 20)))
-    keys = (Key("total", "muted", "bar"), *marks.PART_KEYS.values())
-    return Figure("waterfall", [Panel("", marks.waterfall("steps", bars, keys, scale, axis), keys)])
-
-
-def _scatter(result: Diagnosis) -> Figure:
-    """Draw measures of every class against its number of training samples."""
-    classes = diagnosis.classes(result)
-    keys = tuple(key for name, key in marks.GROUP_KEYS.items() if any(row["group"] == name for row in classes))
-    panels = [
-        Panel(title, _by_count(field, len(classes), keys), keys)
-        for field, title in SCATTERS.items()
-        if any(row[field] is not None for row in classes)
-    ]
-    every = _every(len(classes))
-    left_out = f" Of {len(classes):,} classes one in {every} by count is drawn; the table has all." if every > 1 else ""
-    return Figure("scatter", panels, left_out)
-
-
-def _by_count(field: str, classes: int, keys: Sequence[Key]) -> Chart:
-    """Draw a recall or measure of each class by its count, and a line where a measure means no difference."""
-    measure, few = SHOWN.get(field), classes <= marks.MANY
-    unit = measure.unit if measure else "share"
-    axis = alt.Axis(tickCount=6, format=".0%") if unit == "share" else alt.Axis(tickCount=6)
-    scale = alt.Scale(domain=[0, 1]) if unit == "share" else alt.Scale(zero=False, nice=True)
-    counts = alt.Axis(values=[10**k for k in range(7)], format=",d", grid=False)
-    points = rows_of("by_count").mark_point(filled=True, size=60 if few else 18, opacity=0.9 if few else 0.55)
-    drawn = points.encode(
-        x=alt.X("count:Q", title="training samples", scale=alt.Scale(type="symlog"), axis=counts),
-        y=alt.Y(f"{field}:Q", title=None, scale=scale, axis=axis),
-        tooltip=marks.class_tooltip([(field, field.replace("_", " "), marks.FORMATS[unit])]),
-        color=alt.Color("group:N", scale=colour_scale(keys)) if keys else alt.value(css("blue")),
-    )
-    chart: Chart = alt.layer(*marks.reference(measure and measure.null), drawn).properties(height=230)
-    return chart
-
-
-def _every(classes: int) -> int:
-    """Return which classes by rank are drawn where they are very many: every k-th."""
-    return -(-classes // MOST_POINTS)

@@ -5,7 +5,7 @@ from typing import Any
 
 from tailscope.groups import GROUPS
 from tailscope.measures.fields import SHOWN
-from tailscope.report import encoders
+from tailscope.report import drilldown, encoders
 from tailscope.report.diagnosis_schema import ACCURACIES, Accuracy, Diagnosis, Judged, Recalls, Verdict
 from tailscope.report.rows import CI, GROUP, GROUP_RECALLS, MEASURES, Row, ends, ranks
 from tailscope.report.schema import Points
@@ -14,7 +14,7 @@ from tailscope.report.text import Column, Table, accuracy, in_points, number, pe
 GAPS = ("classifier_gap", "representation_gap")
 STEPS = {
     "current": ("in use", "total"),
-    "rebalanced": ("re-balancing", "classifier"),
+    "rebalanced": ("re-balanced", "classifier"),
     "classifier_bound": ("best fitted", "classifier"),
 }
 BLAMED = {
@@ -43,7 +43,8 @@ def classes(result: Diagnosis) -> list[Row]:
         }
         nearest = entry["nearest_center_true_class"]
         about = {"rank": rank, "count": counts[k], "nearest": None if nearest is None else names[nearest]}
-        found.append({**dict.fromkeys(SHOWN), **entry, **about, **recalls, **_judged(part)})
+        scores = drilldown.scores(result.get("drilldown"), k)
+        found.append({**dict.fromkeys(SHOWN), **entry, **about, **recalls, **scores, **_judged(part)})
     return found
 
 
@@ -150,12 +151,18 @@ CLASS = (
     *COUNTS,
 )
 VERDICT = (
-    Column("recall_current", "recall now", "whole", "Recall of the classifier in use."),
-    Column("recall_rebalanced", "re-balanced", "whole", "Recall of the best remedy."),
-    Column("recall_classifier_bound", "best fitted", "whole", "Recall of the best classifier that could be fitted."),
+    Column("recall_current", "recall, in use", "whole", "Recall of the classifier in use."),
+    Column("recall_rebalanced", "recall, re-balanced", "whole", "Recall of the best remedy."),
+    Column(
+        "recall_classifier_bound", "recall, best fitted", "whole", "Recall of the best classifier that could be fitted."
+    ),
     Column("bottleneck", "bottleneck", "text", "What costs this class more, where its own samples can tell."),
     _gap_column("classifier_gap", "", "Recall that a classifier fitted to as many samples of every class gains."),
     _gap_column("representation_gap", ", at most", "What even that classifier misses, up to the ceiling."),
+)
+SCORES = (
+    Column("precision", "precision", "whole", "Of the samples that the classifier in use takes for this class: right."),
+    Column("f1", "F1", "whole", "Harmonic mean of precision and recall of the classifier in use."),
 )
 LOCAL = tuple(
     Column.of(name)
@@ -177,18 +184,19 @@ PAIR = (
 def tables(result: Diagnosis) -> list[Table]:
     """Return every table, in the order of the page."""
     verdict = VERDICT if result["accuracy"] is not None else ()
+    scores = SCORES if result.get("drilldown") else ()
     tested = Column("spread_gap_p", "p of the spread gap", "p", "Test of the whole group.")
     of_groups = [GROUP, Column("classes", "classes", "count"), *COUNTS, *verdict, tested, *LOCAL]
     found, ranked = classes(result), by_rank(result)
     made = [
         Table("diagnosis-groups", "By group of classes", of_groups, groups(result)),
-        Table("diagnosis-classes", "Class by class", [*CLASS, *verdict, *LOCAL, *NEAREST], ranked),
+        Table("diagnosis-classes", "Class by class", [*CLASS, *scores, *verdict, *LOCAL, *NEAREST], ranked),
         Table("diagnosis-pairs", "The ten closest pairs of classes", PAIR, result["pairs"]),
         Table("diagnosis-measures", "Every measure of every class", [*CLASS, *MEASURES], found),
     ]
     if result["accuracy"] is not None:
         made.insert(0, Table("diagnosis-accuracy", "The accuracies behind the verdict", ACCURACY, _accuracies(result)))
-    return [*made, *encoders.tables(result)]
+    return [*made, *drilldown.tables(result), *encoders.tables(result)]
 
 
 # ---- sentences

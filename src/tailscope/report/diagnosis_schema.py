@@ -189,6 +189,75 @@ class _Diagnosed(TypedDict):
     accuracy: Accuracies | None
 
 
+Kind = Literal["nearest_misses", "farthest_out", "likely_mislabelled"]
+KINDS: dict[Kind, str] = {
+    "nearest_misses": "nearest miss",
+    "farthest_out": "farthest out",
+    "likely_mislabelled": "likely mislabelled",
+}
+
+
+class _Sample(TypedDict):
+    row: Count
+    id: str | None
+    predicted: str
+    confidence: Share
+    true_probability: Number
+    angle_deg: Number | None
+    suspected: str | None
+    suspected_probability: Share | None
+
+
+class _Listed(TypedDict):
+    """How many samples there are of a kind, and the first of them."""
+
+    count: Count
+    first: list[_Sample]
+
+
+class _SampledClass(TypedDict):
+    scored: Count
+    precision: Share | None
+    recall: Share | None
+    f1: Share | None
+    samples: dict[Kind, _Listed]
+
+
+class _Confusion(TypedDict):
+    true: str
+    predicted: str
+    count: Count
+    share: Share
+
+
+class _Confusions(TypedDict):
+    matrix: list[list[Count]] | None
+    top: list[_Confusion]
+
+
+class _Map(TypedDict):
+    """Places of samples on a plane, each within [-1, 1]."""
+
+    method: str
+    explained: list[Number] | None
+    x: list[Number]
+    y: list[Number]
+    label: list[Count]
+    predicted: list[Count]
+    sample: list[str]
+
+
+class DrillDown(TypedDict):
+    """From classes to samples."""
+
+    file: str
+    scored: Count
+    listed: Count
+    confusions: _Confusions
+    classes: list[_SampledClass]
+    map: _Map
+
+
 class Diagnosis(AnyResult):
     """diagnosis.json."""
 
@@ -202,6 +271,23 @@ class Diagnosis(AnyResult):
     pairs: list[_Pair]
     encoders: NotRequired[dict[str, _Diagnosed]]
     comparison: NotRequired[Comparison | None]
+    drilldown: NotRequired[DrillDown | None]
+
+
+def _check_drilldown(found: DrillDown, number: int) -> None:
+    require_length("drilldown.classes", found["classes"], number)
+    for k, entry in enumerate(found["classes"]):
+        require_fields(f"drilldown.classes.{k}.samples", entry["samples"], KINDS)
+    if (matrix := found["confusions"]["matrix"]) is not None:
+        require_length("drilldown.confusions.matrix", matrix, number)
+        for k, cells in enumerate(matrix):
+            require_length(f"drilldown.confusions.matrix.{k}", cells, number)
+    drawn = found["map"]
+    for name, column in drawn.items():
+        if isinstance(column, list) and name != "explained":
+            require_length(f"drilldown.map.{name}", column, len(drawn["x"]))
+    if max(drawn["label"] + drawn["predicted"], default=0) >= number:
+        raise ValueError("field 'drilldown.map' names no class")
 
 
 def check_diagnosis(result: Diagnosis) -> Diagnosis:
@@ -218,6 +304,8 @@ def check_diagnosis(result: Diagnosis) -> Diagnosis:
         for name in ACCURACIES:
             require_length(f"accuracy.{name}.per_class", accuracy[name]["per_class"], number)
             require_fields(f"accuracy.{name}.groups", accuracy[name]["groups"], GROUPS)
+    if (found := result.get("drilldown")) is not None:
+        _check_drilldown(found, number)
     for encoder, one in result.get("encoders", {}).items():
         require_fields(
             f"encoders.{encoder}.accuracy", ACCURACIES if one["accuracy"] is None else one["accuracy"], ACCURACIES

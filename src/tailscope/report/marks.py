@@ -170,7 +170,9 @@ def group_bounds(classes: Sequence[Row]) -> list[Chart]:
     found: list[Chart] = [text.encode(x=rank_axis(classes, "at"), y=alt.value(0), text="group:N")]
     if changes:
         rules = alt.Chart(alt.InlineData(values=[{"at": k + 0.5} for k in changes]))
-        found.append(rules.mark_rule(color=css("line"), strokeDash=[2, 3]).encode(x=rank_axis(classes, "at")))
+        found.append(
+            rules.mark_rule(color=css("line"), strokeDash=[2, 3], aria=False).encode(x=rank_axis(classes, "at"))
+        )
     return found
 
 

@@ -240,14 +240,14 @@ class Diagnosis(Result):
         return {table.name.removeprefix("diagnosis-"): table for table in diagnosis.tables(self._stored)}
 
     def _figures(self) -> "dict[str, Figure]":
-        from tailscope.report import charts
+        from tailscope.report import diagnosis_charts
 
-        return charts.diagnosis_plots(self._stored)
+        return diagnosis_charts.plots(self._stored)
 
     def _data(self) -> Mapping[str, Sequence[Row]]:
-        from tailscope.report import charts
+        from tailscope.report import diagnosis_charts
 
-        return charts.diagnosis_data(self._stored)
+        return diagnosis_charts.data(self._stored)
 
     def _page(self) -> "Page":
         from tailscope.report import page

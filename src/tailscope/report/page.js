@@ -97,10 +97,18 @@
   more.addEventListener("click", () => { limit += PAGE; filter(); });
   filter();
 
+  // ---- a class leads to its samples, which are folded
+  function unfold() {
+    const fold = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    if (fold && fold.matches("details.fold")) { fold.open = true; fold.scrollIntoView(); }
+  }
+  addEventListener("hashchange", unfold);
+  unfold();
+
   // ---- paper shows what a click would
   let closed = [];
   addEventListener("beforeprint", () => {
-    closed = [...document.querySelectorAll("details:not([open])")];
+    closed = [...document.querySelectorAll("details:not([open]):not(.fold)")];
     closed.forEach((entry) => { entry.open = true; });
   });
   addEventListener("afterprint", () => closed.forEach((entry) => { entry.open = false; }));

@@ -16,7 +16,7 @@ from markupsafe import Markup
 import tailscope
 from tailscope.groups import GROUPS
 from tailscope.measures.fields import SHOWN
-from tailscope.report import charts, diagnosis, encoders, marks, reading, rows, story
+from tailscope.report import charts, diagnosis, diagnosis_charts, drilldown, encoders, marks, reading, rows, story
 from tailscope.report.diagnosis_schema import Diagnosis
 from tailscope.report.marks import Figure
 from tailscope.report.rows import Row
@@ -155,16 +155,19 @@ def of_diagnosis(result: Diagnosis) -> Page:
             *(section for field, section in named.items() if result.get(field)),
             ("by-count", "By count"),
             ("classes-table", "Classes"),
+            *([("samples", "Samples")] if result.get("drilldown") else []),
             ("pairs", "Pairs"),
             *LAST_SECTIONS,
         ],
         "groups": [group for group in GROUPS if result["groups"].get(group)],
+        "folds": drilldown.folds(result),
+        "samples_note": drilldown.note(result),
         "facts_of_making": [*_facts_of_making(result), *inputs],
         "spec": _spec(result),
         "sources": "diagnosis.json",
     }
-    figures = charts.diagnosis_figures(result)
-    return Page("diagnosis.html.j2", figures, charts.diagnosis_data(result), diagnosis.tables(result), content)
+    figures = diagnosis_charts.figures(result)
+    return Page("diagnosis.html.j2", figures, diagnosis_charts.data(result), diagnosis.tables(result), content)
 
 
 def _columns(data: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, list[Any]]]:

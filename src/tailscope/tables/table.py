@@ -57,6 +57,7 @@ class FeatureTable:
         source: what messages call this table: its file.
         named_rows: whether the source's labels are themselves the names, not positions in a list of names.
         notes: what was left out or guessed in reading the source.
+        numbers: [N] each sample's row in the source, from 0, where `take` has chosen some; None: all, in order.
     """
 
     features: Tensor
@@ -68,6 +69,7 @@ class FeatureTable:
     source: str = "the table"
     named_rows: bool = False
     notes: tuple[str, ...] = ()
+    numbers: npt.NDArray[np.int64] | None = None
 
     @classmethod
     def from_arrays(
@@ -199,6 +201,7 @@ class FeatureTable:
             labels=self.labels[index],
             ids=None if self.ids is None else self.ids[picked],
             bursts=None if self.bursts is None else self.bursts[picked],
+            numbers=picked.copy() if self.numbers is None else self.numbers[picked],
         )
 
 
