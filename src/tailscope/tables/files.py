@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tailscope.errors import GIT_LFS, UserError, first_few, message_of, require_file
+from tailscope.errors import GIT_LFS, UserError, first_few, message_of, require_file, unknown
 from tailscope.store.files import replacing
 from tailscope.tables import arrays
 from tailscope.tables.arrays import (
@@ -398,7 +398,7 @@ def _guarded(path: Path, required: Sequence[str], optional: Sequence[str]) -> Co
     """Read one file: the one place where what the libraries raise becomes a line."""
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
-        raise UserError(f"{path}: unknown format {path.suffix!r}; known: {', '.join(_READERS)}")
+        raise UserError(f"{path}: {unknown('format', path.suffix, _READERS)}")
     require_file(path)
     try:
         if path.stat().st_size < _LFS_BYTES and path.read_bytes().startswith(GIT_LFS):
@@ -421,7 +421,7 @@ def check_writable(path: Path) -> None:
         UserError: the suffix is unknown, its library is not installed, or the folder is not there or not writable.
     """
     if path.suffix not in _WRITERS:
-        raise UserError(f"{path}: unknown format {path.suffix!r}; known: {', '.join(_WRITERS)}")
+        raise UserError(f"{path}: {unknown('format', path.suffix, _WRITERS)}")
     if path.suffix == ".parquet":
         _pyarrow(path)
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
