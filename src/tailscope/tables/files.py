@@ -15,6 +15,7 @@ bars part the cells. Parquet needs pyarrow; its schema's metadata may have the n
 import codecs
 import csv
 import importlib
+import logging
 import os
 import re
 from collections import Counter
@@ -45,6 +46,7 @@ from tailscope.tables.arrays import (
     unread,
 )
 
+_log = logging.getLogger(__name__)
 NUMBER, LISTS, OTHER = "number", "lists", "text"
 _ROW_FIELDS = ("labels", "ids", "groups")
 _INDEX = ("", "index", "level_0", "__index_level_0__", "Unnamed: 0")
@@ -384,6 +386,8 @@ def read(path: Path, required: Sequence[str], optional: Sequence[str]) -> Conten
         UserError: the file is missing, damaged or of an unknown format, lacks a field, or holds Python objects.
     """
     contents = _guarded(path, required, optional)
+    shapes = {name: list(array.shape) for name, array in contents.arrays.items()}
+    _log.info("read %s: %s", path, ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
     if SINGLE not in contents.arrays:
         return contents
     features = contents.arrays[SINGLE]
