@@ -130,6 +130,11 @@ METHODS = """# Verbs and methods
 What `tailscope --help` and `tailscope methods` list, and the classifiers on features. A name is a call-string: it takes
 the hyperparameters that are written behind it here with their defaults, so `focal` is `focal(gamma=2.0)`, and
 `--loss 'focal(gamma=1)'` changes it. This page is generated (`python scripts/docs_pages.py`).
+
+Every verb has `-q` (`--quiet`: errors and the path of what was written, no more) and `-v` (`--verbose`: also what is
+read, how long each part takes, and all caveats and warnings). The verdict is coloured on a terminal, unless
+`NO_COLOR` is set; off a terminal a line a minute tells how far long work is. A name that is not known is answered
+with the nearest that is.
 """
 
 

@@ -274,12 +274,15 @@ def test_the_api_says_what_the_command_line_says(tailscope_, no_report, tmp_path
     assert all(trained)
 
 
+SCREEN = {"as_json", "quiet", "verbose"}  # what only a command line needs
+
+
 def test_a_verb_in_python_takes_the_options_of_the_command_line_and_no_others(no_report, tmp_path):
     assert tailscope.api is verbs
     commands = get_command(cli.app).commands
     for name in set(verbs.__all__) - {"load"}:
         parameters = inspect.signature(getattr(verbs, name)).parameters
-        assert set(parameters) - {"console"} == {option.name for option in commands[name].params} - {"as_json"}
+        assert set(parameters) - {"console"} == {option.name for option in commands[name].params} - SCREEN
     with pytest.raises(TypeError, match="matched"):
         tailscope.ladder("digits", matched=True)
     with pytest.raises(TypeError, match="data"):

@@ -209,7 +209,7 @@ def test_a_line_a_minute_says_what_how_much_how_fast_and_how_long():
             clock.now += 10
             advance(50)
     assert told == [
-        f"[{n} min] features of \ufffd[2J\ufffdcaf\u00e9: {1000 + 300 * n:,}/4,000, 5/s, {10 - n} min left"
+        f"[{n} min] features of \ufffd[2J\ufffdcaf\u00e9: {1000 + 300 * n:,} of 4,000, 5/s, about {10 - n} min left"
         for n in range(1, 6)
     ]
     lines.note("not in a log")
@@ -231,9 +231,9 @@ def test_lines_of_slow_and_nested_work():
         clock.now += 600
         advance(1)
     assert told == [
-        "[1 min] waiting for another run: 0/1",
-        "[1 h 1 min] waiting for another run: 0/1",
-        "[1 h 11 min] slow: 1/100, 16 h 30 min left",
+        "[1 min] waiting for another run: 0 of 1",
+        "[1 h 1 min] waiting for another run: 0 of 1",
+        "[1 h 11 min] slow: 1 of 100, about 16 h 30 min left",
     ]
 
 
@@ -258,7 +258,7 @@ def test_lines_go_to_standard_error_where_there_is_no_terminal(monkeypatch):
     with shown_on(Console(file=out)) as progress, progress.task("work", 3) as advance:
         assert isinstance(progress, Lines)
         advance(1)
-    assert (out.getvalue(), err.getvalue().startswith("[1 min] work: 1/3")) == ("", True)
+    assert (out.getvalue(), err.getvalue().startswith("[1 min] work: 1 of 3")) == ("", True)
 
 
 @pytest.mark.parametrize("path", ["~no-such-user", "~no-such-user/x.npz"])

@@ -246,7 +246,7 @@ def test_truncated_and_damaged_files(tmp_path: Path, compressed: bool) -> None:
 
 def test_unknown_data_sets_list_the_known() -> None:
     known = "cifar10, cifar100, digits, PATH.npz, folder:PATH, list:TRAIN.txt[,TEST.txt], hf:NAME[:SPLIT]"
-    assert complaint("cifar") == f"unknown data set 'cifar'; known: {known}"
+    assert complaint("cifar") == f"unknown data set 'cifar'; did you mean 'cifar10'? known: {known}"
 
 
 @pytest.fixture

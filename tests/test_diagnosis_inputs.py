@@ -134,7 +134,7 @@ def test_bad_files_are_one_line_and_exit_code_2(run, files, damage, words):
         (("--alpha", "1e-9"), "--alpha 1e-09: expected a number from 0.001"),
         (("--permutations", "-1"), "permutations"),
         (("--permutations", "9" * 12), "expected 0 to 1,000,000"),
-        (("--device", "tpu"), "--device tpu: known are"),
+        (("--device", "tpu"), "unknown --device 'tpu'; did you mean 'cpu'? known:"),
         (("--train", "x.npz"), "1 given for 2 --train"),
         (("--classifier", "no.npz"), "no.npz: no such file"),
     ],

@@ -1,6 +1,8 @@
 """Encoders of every kind of name: penultimate features against hooks, preprocessing against the libraries' own."""
 
+import socket
 import sys
+import time
 from pathlib import Path
 from urllib.error import URLError
 
@@ -184,6 +186,8 @@ def test_bad_normalisations(wish: str) -> None:
     ("name", "says"),
     [
         ("resnet33", "timm:resnet33: timm .* has no such model"),
+        ("timm:resnt50", r"timm .* has no such model; did you mean 'resnet50'\? known: resnet20"),
+        ("torchvision:resnt50", r"no such classification model; did you mean 'resnet50'\?"),
         ("timm:nothing", "timm:nothing: timm"),
         ("torchvision:nothing", "has no such classification model"),
         ("torchvision:squeezenet1_1", "has no linear classifier; wrap it as module:factory"),
@@ -203,12 +207,43 @@ def test_timm_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         load("vit_tiny")
 
 
+@pytest.mark.parametrize("name", ["timm:resnet18", "torchvision:shufflenet_v2_x0_5"])
+@pytest.mark.parametrize("silent", [True, False])
+def test_a_host_that_is_not_reached_is_said_in_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, silent: bool
+) -> None:
+    def connect(*_: object) -> None:
+        time.sleep(60 * silent)  # as a name server does that drops what it is asked
+        raise OSError("no route to host")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("tailscope.encoders.networks._CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr("socket.create_connection", connect)
+    started = time.monotonic()
+    with pytest.raises(UserError, match=rf"{name}: no pretrained weights on this machine .*give a file with --check"):
+        load(name, pretrained=True)
+    assert time.monotonic() - started < 10
+
+
+def test_a_machine_that_answers_is_reached_also_through_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        here = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("no_proxy", "")
+        monkeypatch.delenv("http_proxy", raising=False)
+        assert networks._reachable(here)
+        monkeypatch.setenv("http_proxy", here)
+        assert networks._reachable("http://weights.invalid/x.pth")
+    assert not networks._reachable(here)
+
+
 def test_pretrained_weights_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_, **__):
         raise URLError("no route\nto host")
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.urlopen", offline)
+    monkeypatch.setattr("tailscope.encoders.networks._reachable", lambda _: True)
     with pytest.raises(
         UserError, match=r"no pretrained weights on this machine .*no route to host.*; give .* --checkpoint"
     ):

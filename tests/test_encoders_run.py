@@ -200,7 +200,7 @@ def test_a_stored_backbone_of_photographs_sees_the_size_that_it_was_trained_on(t
         ("store:aa", {"store": None}, "--store"),
         ("store:aa", {"store": Path("nowhere")}, "nowhere: no such folder"),
         ("store:aa", {"checkpoint": Path("c.pth")}, "has its own weights"),
-        ("store:aa", {"part": "test"}, "known are train and unseen"),
+        ("store:aa", {"part": "test"}, "unknown --part 'test'; known: train, unseen"),
         ("store:aa", {"part": "unseen", "split": "test"}, "is a part of the split train, not of test"),
         ("resnet8", {"part": "unseen"}, "needs --subset FILE or --model store:KEY"),
     ],

@@ -170,7 +170,7 @@ LAYERS = [
     ["encoders"],
     ["verbs"],
     ["reproduce"],
-    ["cli", "cli_store", "__main__"],
+    ["cli", "cli_screen", "cli_store", "__main__"],
 ]
 """The rooms from the foundations to the command line: none knows anything of those further down, not even in functions.
 

@@ -94,9 +94,9 @@ def test_excluded_operations_do_nothing_and_others_stay():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"policy": "cifar"}, "known policies: imagenet, cifar10, svhn"),
+        ({"policy": "cifar"}, "unknown policy 'cifar'; did you mean 'cifar10'\\? known: imagenet, cifar10, svhn"),
         ({"exclude": "invert"}, r"give a tuple of operations, like \('invert',\)"),
-        ({"exclude": ("hflip",)}, "unknown 'hflip'; known: shearx"),
+        ({"exclude": ("hflip",)}, "unknown operation 'hflip'; known: shearx"),
     ],
 )
 def test_mistakes_are_named(arguments, message):

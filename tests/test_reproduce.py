@@ -312,15 +312,18 @@ def test_what_a_stage_from_before_does_not_say_differs_from_nothing():
 @pytest.mark.parametrize(
     ("reproduction", "message"),
     [
-        (Reproduction("table2", "cifar10-lt", None), "reproduce table2: unknown; known: table1, fig2"),
-        (Reproduction("table1", "places-lt", None), "--dataset places-lt: cannot be reproduced here"),
+        (
+            Reproduction("table2", "cifar10-lt", None),
+            "unknown table or figure 'table2'; did you mean 'table1'? known: table1, fig2",
+        ),
+        (Reproduction("table1", "places-lt", None), "unknown --dataset 'places-lt'"),
         (Reproduction("table1", "imagenet-lt", None), "--dataset imagenet-lt: give all of ImageNet with --data list:"),
         (Reproduction("table1", "imagenet-lt", None, data="digits"), "imagenet-lt is read from image files"),
         (Reproduction("fig3", "imagenet-lt", None, data="list:a,b"), "the paper has no such figure for it"),
         (Reproduction("table1", "cifar10-lt", None, data="list:a,b"), "--data list:a,b: only imagenet-lt takes it"),
         (Reproduction("fig3", "cifar100-lt", None), "`tailscope ladder --data cifar100` runs the experiment"),
         (Reproduction("table1", "cifar10-lt", None, quick=True, recipe="paper"), "--quick means --recipe fast"),
-        (Reproduction("table1", "cifar10-lt", None, recipe="papper"), "--recipe papper: unknown"),
+        (Reproduction("table1", "cifar10-lt", None, recipe="papper"), "unknown --recipe 'papper'"),
         (Reproduction("table1", "cifar10-lt", None, seeds="0"), "--seeds 0"),
     ],
 )

@@ -179,7 +179,10 @@ def test_what_differs_is_left_and_said(run, store, tailscope_, tmp_path):
 MISTAKES = {
     "no store": (("list", "--store", "nowhere"), "--store nowhere: no such folder"),
     "no key": (("pack", "zz", "--out", "a.tar"), "zz: no such key among stage1, stage2; .* holds 1 views"),
-    "no kind": (("pack", "--kind", "stage3", "--out", "a.tar"), "--kind stage3: no such kind; known: views, "),
+    "no kind": (
+        ("pack", "--kind", "stage3", "--out", "a.tar"),
+        "unknown --kind 'stage3'; did you mean 'stage2'",
+    ),
     "no size": (("pack", "--max-size", "big", "--out", "a.tar"), "--max-size big: no size; give one like 15MiB"),
     "nothing to pack": (
         ("pack", "--kind", "checked", "--out", "a.tar"),
@@ -188,7 +191,7 @@ MISTAKES = {
     "too small": (("pack", "--max-size", "1KB", "--out", "a.tar"), "more than the limit of 1,000 allows"),
     "no archive": (("add", "none.tar"), "none.tar: no such file"),
     "nothing to prune": (("prune",), "say what may go: --kind, --scratch or --damaged; .* holds 1 views .*, 1 stage2"),
-    "no kind to prune": (("prune", "--kind", "view"), "--kind view: no such kind"),
+    "no kind to prune": (("prune", "--kind", "view"), "unknown --kind 'view'; did you mean 'views'"),
 }
 
 

@@ -8,7 +8,6 @@
 | 128 + n | ended by signal n: 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP; 141: nobody reads standard output any more |
 """
 
-import errno
 import inspect
 import io
 import json
@@ -32,6 +31,7 @@ from typer.models import ParameterInfo
 
 import tailscope
 from tailscope import cli_store, verbs
+from tailscope.cli_screen import Output, logged, show_on
 from tailscope.cli_store import Options
 from tailscope.errors import UserError, one_line, printable
 from tailscope.experiments.options import NEGATED, Reproduction, taking
@@ -161,60 +161,15 @@ def options(
     """Options of the command itself."""
 
 
-class Output:
-    """A standard stream that may be full, closed or without a reader: results are written all the same.
-
-    The first failure is kept for `exit_code`; what comes after it goes nowhere.
-    """
-
-    def __init__(self, stream: TextIO | None) -> None:
-        self._stream = stream or io.StringIO()  # none where the process was started with it closed
-        self._failure: OSError | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        """Write text, if anybody reads it."""
-        try:
-            return self._stream.write(text)
-        except OSError as error:
-            self._fail(error)
-        return len(text)
-
-    def flush(self) -> None:
-        """Flush, if anybody reads it."""
-        try:
-            self._stream.flush()
-        except OSError as error:
-            self._fail(error)
-
-    def exit_code(self, beside: "Output") -> int:
-        """Return 0, or the exit code of a failed standard output, and say on the stream `beside` it what happened."""
-        self.flush()
-        if self._failure is None:
-            return 0
-        if self._failure.errno == errno.EPIPE:  # `| head -1`: its reader has seen enough
-            return 128 + getattr(signal, "SIGPIPE", 13)
-        beside.write(f"error: standard output cannot be written ({self._failure.strerror}); files are complete\n")
-        beside.flush()
-        return 1
-
-    def _fail(self, error: OSError) -> None:
-        """Lead the stream nowhere: what it still holds must not fail once more when Python ends."""
-        self._failure = self._failure or error
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        try:
-            os.dup2(nowhere, self._stream.fileno())
-        except OSError:  # not a stream of the system's
-            return
-        finally:
-            os.close(nowhere)
-
-
 # -- from functions to commands -------------------------------------------------------------------------------------
 
 _Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a summary.")]
+_Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and the path of what was written, no more.")]
+_Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Also print what is read, how long each part takes, and all warnings.")
+]
+_SCREEN = {"quiet": _Quiet, "verbose": _Verbose}
+"""What every verb can do besides its own options."""
 
 
 def _add_command(
@@ -238,22 +193,24 @@ def _add_command(
     ]
     negated = {one.name for one in parameters if NEGATED in get_args(one.annotation)}
     options = [option for one in parameters if (option := _option(one)) is not None]
-    if with_json:
-        options.append(inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_Json))
+    further = {**({"as_json": _Json} if with_json else {}), **_SCREEN}
+    options += [
+        inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=further[n]) for n in further
+    ]
 
-    def run(as_json: bool = False, **given: Any) -> None:
-        console = Console(stderr=as_json)  # standard output carries JSON alone
+    def run(as_json: bool = False, quiet: bool = False, verbose: bool = False, **given: Any) -> None:
+        console = Console(stderr=as_json, quiet=quiet)  # standard output carries JSON alone
         values = {option: not value if option in negated else value for option, value in given.items()}
-        result = verb(**values, **({"console": console} if "console" in verb.__annotations__ else {}))
+        with logged(verbose, quiet):
+            result = verb(**values, **({"console": console} if "console" in verb.__annotations__ else {}))
         if as_json:
             plain = asdict(result) if is_dataclass(result) and not isinstance(result, type) else result
             typer.echo(json.dumps(plain, indent=1, default=os.fspath, allow_nan=False))
-        else:
-            for shown in show(result, values):
-                if isinstance(shown, str):  # as it is, however long
-                    console.out(printable(shown), highlight=False)
-                else:
-                    console.print(shown)
+        elif quiet and (path := result if isinstance(result, Path) else values.get("out")) is not None:
+            typer.echo(printable(str(path)))
+        elif not quiet:
+            for shown in show(result, {**values, "verbose": verbose}):
+                show_on(console, shown)
         end(result)
 
     run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
@@ -389,6 +346,10 @@ def _show_features(written: "FeaturesResult", _: Options) -> Iterator[Renderable
         yield f"{written.classifier}: the checkpoint's classifier"
 
 
+_COLOURS = {"classifier": "cyan", "representation": "magenta"}
+"""Of the verdict on a terminal; what is undecided is yellow."""
+
+
 def _show_diagnosis(result: "Diagnosis", options: Options) -> Iterator[RenderableType]:
     from tailscope.report import diagnosis as story
     from tailscope.report import encoders
@@ -409,7 +370,13 @@ def _show_diagnosis(result: "Diagnosis", options: Options) -> Iterator[Renderabl
     advised = [piece["text"] for piece in result["advice"][1:]]  # the first closes
     yield from (f"- {one_line(text)}" for text in [*story.findings(result), *advised])
     yield ""
-    yield from map(one_line, story.closing(result))
+    verdict, *closing = map(one_line, story.closing(result))
+    blamed = result["verdict"]["bottleneck"] if result["verdict"] else ""
+    yield Text(verdict, style=f"bold {_COLOURS.get(blamed, 'yellow')}")
+    yield from closing
+    if options["verbose"]:
+        yield from (f"caveat: {one_line(text)}" for text in story.caveats(result)[1:])
+        yield from (f"warning: {one_line(text)}" for text in result["warnings"])
     more = {"other caveat": len(story.caveats(result)) - 1, "warning": len(result["warnings"])}
     held = listed([plural(number, noun) for noun, number in more.items() if number > 0])
     yield f"written: {options['out'] / 'diagnosis.json'}{held and f' (with {held})'}"

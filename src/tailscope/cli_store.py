@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from typer import Argument, Option
 
-from tailscope.errors import UserError
+from tailscope.errors import UserError, unknown
 from tailscope.experiments.options import StoreRoot
 from tailscope.progress import shown_on
 
@@ -89,7 +89,7 @@ def pack(
     kinds = kind.split(",")
     for name in kinds:
         if name not in KINDS:
-            raise UserError(f"--kind {name}: no such kind; known: {', '.join(KINDS)}")
+            raise unknown("--kind", name, KINDS)
     entries, unfinished = _chosen(opened, keys or [], kinds, checkpoints)
     with shown_on(console) as progress:
         files = pack_(opened, out, entries, unfinished, limit, progress)

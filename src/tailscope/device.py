@@ -36,7 +36,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from tailscope.errors import UserError, one_line
+from tailscope.errors import UserError, one_line, unknown
 from tailscope.networks import norm_act
 from tailscope.networks.norm_act import cache_folder, cpu_field
 from tailscope.progress import Progress, Quiet
@@ -77,7 +77,7 @@ class Runtime:
         except RuntimeError:
             chosen = torch.device("meta")
         if chosen.type not in ("cpu", "cuda"):
-            raise UserError(f"--device {device}: known are auto, cpu, cuda and cuda:N")
+            raise unknown("--device", device, ("auto", "cpu", "cuda", "cuda:N"))
         if chosen.type == "cuda":
             if (chosen.index or 0) >= torch.cuda.device_count():
                 raise UserError(
@@ -134,7 +134,7 @@ def _asked_for(engine: str, device: torch.device) -> Engine | None:
                 return engine
             needs = "it needs Linux, a C++ compiler and Python's headers"
         case _:
-            raise UserError(f"--engine {engine}: known are auto, eager, fused and compiled")
+            raise unknown("--engine", engine, ("auto", *get_args(Engine)))
     raise UserError(f"--engine {engine}: {needs}; take auto or eager")
 
 

@@ -48,8 +48,18 @@ def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
     "unknown loss 'focl'; did you mean 'focal'? known: ce, focal"
     """
     names = list(known)
-    guess = "".join(f" did you mean {near!r}?" for near in get_close_matches(name, names, 1))
-    return UserError(f"unknown {what} {name!r};{guess} known: {', '.join(names)}")
+    return UserError(f"unknown {what} {name!r};{guess(name, names)} known: {', '.join(names)}")
+
+
+def guess(name: str, known: Iterable[str]) -> str:
+    """Return a question that names the nearest of the known names, with a space before it; nothing if none is near.
+
+    >>> guess("Resnet5O", ["resnet50", "vgg16"]), guess("tpu", ["auto", "cpu", "cuda"]), guess("xyz", ["auto"])
+    (" did you mean 'resnet50'?", " did you mean 'cpu'?", '')
+    """
+    names = {one.lower(): one for one in known}
+    near = get_close_matches(name.lower(), names, 1)
+    return f" did you mean {names[near[0]]!r}?" if near else ""
 
 
 def printable(text: str) -> str:

@@ -12,7 +12,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from tailscope.errors import UserError
+from tailscope.errors import UserError, unknown
 
 SUBSET_SEED = 0
 """The field draws its CIFAR-LT subsets with this seed and shares them between runs."""
@@ -74,7 +74,7 @@ def benchmark(dataset: str) -> Benchmark:
         UserError: there is none; the known are listed.
     """
     if dataset not in BENCHMARKS:
-        raise UserError(f"--dataset {dataset}: cannot be reproduced here; known: {', '.join(BENCHMARKS)}")
+        raise unknown("--dataset", dataset, BENCHMARKS)
     return BENCHMARKS[dataset]
 
 
@@ -100,7 +100,7 @@ def experiments(what: str, dataset: str) -> list[str]:
     if what == "all":
         return list(dict.fromkeys(EXPERIMENT[figure] for figure in known.shown))
     if what not in EXPERIMENT:
-        raise UserError(f"reproduce {what}: unknown; known: {', '.join(EXPERIMENT)}, all")
+        raise unknown("table or figure", what, [*EXPERIMENT, "all", "everything"])
     if what not in known.shown:
         source = "list:TRAIN.txt,TEST.txt" if known.in_files else known.data
         raise UserError(

@@ -1,5 +1,6 @@
 """Progress of long work: bars on a terminal, a line a minute elsewhere, and a deadline that ends the work in time."""
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 
 from tailscope.errors import one_line
+
+_log = logging.getLogger(__name__)
 
 Advance = Callable[[int], None]
 """Called with the number of items just done."""
@@ -64,6 +67,7 @@ class Bars(Progress):
 
         try:
             yield advance
+            _log_time(description, started)
         finally:
             self._bars.refresh()  # a task shorter than the time between two redraws is shown at least once
             self._bars.remove_task(bar)
@@ -94,15 +98,17 @@ class Lines(Progress):
             self.safe_point()
 
         def line(now: float) -> str:
-            text = f"{one_line(description)}: {finished:,}/{total:,}"
+            text = f"{one_line(description)}: {finished:,} of {total:,}"
             rate = (finished - done) / max(1e-9, now - started)
             if rate >= 1:
                 text += f", {rate:,.0f}/s"
-            return f"{text}, {duration((total - finished) / rate)} left" if rate else text
+            return f"{text}, about {duration((total - finished) / rate)} left" if rate else text
 
         self._open.append(line)
+        begun = time.monotonic()
         try:
             yield advance
+            _log_time(description, begun)
         finally:
             self._open.remove(line)
 
@@ -112,6 +118,11 @@ class Lines(Progress):
         if now - self._told >= self.EVERY and self._open:
             self._told = now
             self._tell(f"[{duration(now - self._started)}] {self._open[-1](now)}")
+
+
+def _log_time(description: str, started: float) -> None:
+    """Tell the log how long a task took; the command line shows it with `--verbose`."""
+    _log.info("%s: %.1f s", description, time.monotonic() - started)
 
 
 def duration(seconds: float) -> str:

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from tailscope.data.images import ImageError, Images, Indices, Rows, read_image
-from tailscope.errors import UserError, message_of, unreadable
+from tailscope.errors import UserError, guess, message_of, unreadable
 from tailscope.tables.checks import MAX_CLASSES
 
 
@@ -222,7 +222,7 @@ def _open_saved(named: _Named, folder: Path) -> dict[str, _Saved]:
         folders = {str(_json(named, folder / "state.json").get("_split") or named.split or "train"): folder}
     if named.split is not None:
         if named.split not in folders:
-            raise named.wrong(f"no split {named.split!r}; it has {', '.join(folders)}")
+            raise named.wrong(f"no split {named.split!r};{guess(named.split, folders)} it has {', '.join(folders)}")
         folders = {named.split: folders[named.split]}
     return {split: _read_saved(named, where) for split, where in folders.items()}
 

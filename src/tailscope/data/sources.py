@@ -20,7 +20,7 @@ from torch import Tensor
 from tailscope import seeds
 from tailscope.data import folders, huggingface, subsets
 from tailscope.data.images import Images, ImageSet, Rows, split_of
-from tailscope.errors import UserError, expanded
+from tailscope.errors import UserError, expanded, guess
 from tailscope.tables import files
 from tailscope.tables.checks import Labels, check_classes, listed, positions, to_labels, to_names
 
@@ -157,7 +157,7 @@ class OpenedImages:
         name = next(iter(self.splits)) if name is None else name
         found = name if name in self.splits else self.by_meaning.get(split_of(name) or name)
         if found is None:
-            raise UserError(f"--split {name}: {self.source} has {known}")
+            raise UserError(f"--split {name}: {self.source} has {known};{guess(name, self.splits)}".rstrip(";"))
         return found, self.splits[found]
 
     @property
@@ -242,10 +242,16 @@ def open_images(source: str, *, data_root: Path | None = None) -> OpenedImages:
         path = expanded(source)
         name, pair = path.stem, read(path)
     else:
-        guess = f" did you mean folder:{source}?" if os.path.isdir(source) else ""  # noqa: PTH112 -- pathlib's raises for names that cannot be
-        raise UserError(f"unknown data set {source!r};{guess} known: {', '.join((*sorted(_LOADERS), *_KNOWN))}")
+        folder = os.path.isdir(source)  # noqa: PTH112 -- pathlib's raises for names that cannot be
+        meant = f" did you mean folder:{source}?" if folder else _meant(kind, source, rest)
+        raise UserError(f"unknown data set {source!r};{meant} known: {', '.join((*sorted(_LOADERS), *_KNOWN))}")
     in_memory = zip(("train", "test"), pair, strict=True)
     return OpenedImages(source, name, {split: images.of_split(name, split) for split, images in in_memory})
+
+
+def _meant(kind: str, source: str, rest: str) -> str:
+    """Return the question for a source that is none: the nearest name, or the nearest kind of files."""
+    return guess(kind, _IN_FILES) if rest else guess(source, _LOADERS)
 
 
 def _digits(_: Path | None) -> tuple[ImageSet, ImageSet]:

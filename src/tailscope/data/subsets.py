@@ -18,7 +18,7 @@ from torch import Tensor
 from tailscope import seeds
 from tailscope.data import PROFILES
 from tailscope.data.images import Images
-from tailscope.errors import UserError, expanded
+from tailscope.errors import UserError, expanded, guess, unknown
 from tailscope.results import read_json
 
 Indices = npt.NDArray[np.int64]
@@ -102,7 +102,8 @@ def _parse(profile: str) -> tuple[str, tuple[float, ...]]:
         return kind, (factor,)
     if kind == "full" and not argument:
         return kind, ()
-    raise UserError(f"unknown profile {profile!r}; known: {PROFILES}")
+    meant = guess(kind, ("exp", "step", "balanced", "full", "counts"))
+    raise UserError(f"unknown profile {profile!r};{meant} known: {PROFILES}")
 
 
 def _number(profile: str, text: str) -> float:
@@ -189,7 +190,7 @@ def subset(
         UserError: unknown protocol, a seed out of range, or counts that the labels cannot give.
     """
     if protocol not in _PROTOCOLS:
-        raise UserError(f"unknown protocol {protocol!r}; known: {', '.join(_PROTOCOLS)}")
+        raise unknown("protocol", protocol, _PROTOCOLS)
     if seed < 0 or (protocol == "ldam" and seed >= 2**32):
         raise UserError(f"seed {seed}: protocol {protocol!r} takes 0 to {2**32 - 1}")
     by_class = _group(np.asarray(labels), len(counts))

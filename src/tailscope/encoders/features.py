@@ -25,7 +25,7 @@ from tailscope.encoders.extract import Batches, Options, extract_to_file, pass_t
 from tailscope.encoders.loading import PREFIX, StoredBackbone, find_stored, load, of_module, require_no_logits
 from tailscope.encoders.networks import Encoder
 from tailscope.encoders.preprocessing import Normalization, Wishes
-from tailscope.errors import UserError, message_of
+from tailscope.errors import UserError, message_of, unknown
 from tailscope.results import read_json
 from tailscope.store import make_folder
 from tailscope.tables.checks import listed
@@ -200,7 +200,7 @@ def _rows(
 ) -> Rows | None:
     """Return which images are asked for; None for all."""
     if part not in (None, "train", "unseen"):
-        raise UserError(f"--part {part}: known are train and unseen")
+        raise unknown("--part", part, ("train", "unseen"))
     if part is None and subset is None:
         return None
     if part is not None and split != "train":

@@ -3,10 +3,15 @@
 import hashlib
 import importlib
 import os
+import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
+from urllib.request import getproxies, proxy_bypass
 
 import torch
 import torchvision
@@ -26,13 +31,15 @@ from tailscope.encoders.preprocessing import (
     foreign_code,
     whole_image,
 )
-from tailscope.errors import UserError, message_of
+from tailscope.errors import UserError, guess, message_of
 from tailscope.networks import MODELS
 from tailscope.networks.resnets import CifarResNet
 from tailscope.tables.table import LinearLayer
 
 FeatureFunction = Callable[[nn.Module, Tensor], Tensor]
 _PROBE_PIXELS = 64
+_CONNECT_SECONDS = 4.0
+"""How long the host of published weights has to take a connection."""
 _CLASSES_OF_AN_UNTRAINED_MODEL = 10
 _PROJECTS_CLASSIFIER = "classifier"
 
@@ -272,12 +279,13 @@ def from_timm(name: str, pretrained: bool, wishes: Wishes) -> Architecture:
     """Build a timm model; it says itself what it wants to see."""
     timm = _timm(name)
     if not timm.is_model(name):
+        near = guess(name, [*timm.list_models(), *(entry.name for entry in MODELS)])
         raise UserError(
-            f"timm:{name}: timm {timm.__version__} has no such model; known: {_ours()}, torchvision:NAME, "
+            f"timm:{name}: timm {timm.__version__} has no such model;{near} known: {_ours()}, torchvision:NAME, "
             "MODULE:FACTORY and those of timm.list_models()"
         )
     try:
-        with _tensors_only():
+        with _tensors_only(), _at_hand(timm.models.get_pretrained_cfg(name)) if pretrained else nullcontext():
             model = timm.create_model(name, pretrained=pretrained)
     except Exception as error:  # hub, network and disk each have their own exceptions
         if not pretrained:
@@ -305,15 +313,21 @@ def from_torchvision(name: str, pretrained: bool, wishes: Wishes) -> Architectur
     """
     name, _, published = name.partition(".")
     if name not in list_models(module=torchvision.models):
-        raise UserError(f"torchvision:{name}: torchvision {torchvision.__version__} has no such classification model")
+        near = guess(name, list_models(module=torchvision.models))
+        raise UserError(
+            f"torchvision:{name}: torchvision {torchvision.__version__} has no such classification model;{near} known: "
+            "those of torchvision.models.list_models()"
+        )
     known = get_model_weights(name)
     if published and published not in known.__members__:
-        raise UserError(f"torchvision:{name}.{published}: no such weights; known: {', '.join(known.__members__)}")
+        members = known.__members__
+        meant = f"{guess(published, members)} known: {', '.join(members)}"
+        raise UserError(f"torchvision:{name}.{published}: no such weights;{meant}")
     weights = known[published or "DEFAULT"]
     # These two warn without it, and would take another initialisation.
     options: dict[str, Any] = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
     try:
-        with _tensors_only():
+        with _tensors_only(), _at_hand(weights) if pretrained else nullcontext():
             model = get_model(name, weights=weights) if pretrained else get_model(name, weights=None, **options)
     except OSError as error:  # URLError among them
         raise UserError(_no_weights(f"torchvision:{name}", error)) from None
@@ -341,7 +355,9 @@ def _timm(name: str) -> Any:
     try:
         return importlib.import_module("timm")
     except ImportError:
-        raise UserError(f"model {name!r}: not one of {_ours()}; for timm's, pip install 'tailscope[timm]'") from None
+        near = guess(name, [entry.name for entry in MODELS])
+        what = f"model {name!r}: not one of {_ours()};{near}"
+        raise UserError(f"{what} for timm's, pip install 'tailscope[timm]'") from None
 
 
 def _no_weights(name: str, error: Exception) -> str:
@@ -358,3 +374,46 @@ def _tensors_only() -> Iterator[None]:
         yield
     finally:
         os.environ.pop(name) if before is None else os.environ.update({name: before})
+
+
+@contextmanager
+def _at_hand(weights: Any) -> Iterator[None]:
+    """Look for published weights among those kept on this machine only, where their host is not to be reached.
+
+    `weights` are timm's configuration or torchvision's entry. Without it the Hub's client tries for a minute.
+
+    Raises:
+        OSError: they are not kept here as a file of their own, and their host is not to be reached.
+    """
+    if getattr(weights, "hf_hub_id", None):
+        from huggingface_hub import constants
+
+        before = constants.HF_HUB_OFFLINE
+        constants.HF_HUB_OFFLINE = before or not _reachable(constants.ENDPOINT)
+        try:
+            yield
+        finally:
+            constants.HF_HUB_OFFLINE = before
+        return
+    url = str(weights.url or "")
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
+    if url and not file.is_file() and not _reachable(url):
+        raise OSError(f"{urlparse(url).hostname} does not answer")
+    yield
+
+
+def _reachable(url: str) -> bool:
+    """Whether the host of a URL, or the proxy that leads there, takes a connection within a few seconds."""
+    target = urlparse(url)
+    proxy = None if proxy_bypass(target.hostname or "") else getproxies().get(target.scheme)
+    target = urlparse(proxy) if proxy else target
+    answered: list[bool] = []
+
+    def connect() -> None:
+        with suppress(OSError), socket.create_connection((target.hostname, target.port or 443), _CONNECT_SECONDS):
+            answered.append(True)
+
+    thread = threading.Thread(target=connect, daemon=True)  # a name server that keeps silent has no timeout of its own
+    thread.start()
+    thread.join(_CONNECT_SECONDS)
+    return bool(answered)

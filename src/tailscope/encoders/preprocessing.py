@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from tailscope.data.images import PIL_MODES
-from tailscope.errors import UserError, message_of
+from tailscope.errors import UserError, message_of, unknown
 
 _LIBRARIES = (
     str(Path(__file__).resolve().parents[1]),
@@ -235,7 +235,7 @@ class Wishes:
         except ValueError:
             mean, std = (), ()
         if not mean or len(mean) != len(std) or not min(std) > 0:
-            raise UserError(f"--normalize {wish}: known are data, cifar, imagenet, none and MEAN,...,MEAN/STD,...,STD")
+            raise unknown("--normalize", wish, ["data", *known, "MEAN,...,MEAN/STD,...,STD"])
         return Normalization(mean, std)
 
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from tailscope.data.sources import ImageData
 from tailscope.data.subsets import canonical
 from tailscope.device import arithmetic_of
-from tailscope.errors import UserError, expanded
+from tailscope.errors import UserError, expanded, unknown
 from tailscope.experiments.options import Request
 from tailscope.experiments.stages import Backbone, Stages, TrainingSet
 from tailscope.groups import assign_groups
@@ -50,7 +50,7 @@ class Settings(BaseModel):
     def of(cls, request: Request) -> Self:
         """Return the part of a request that decides results; raise `UserError` where an option is wrong."""
         if request.bn_mode not in get_args(BnMode):
-            raise UserError(f"--bn-mode {request.bn_mode}: expected {' or '.join(get_args(BnMode))}")
+            raise unknown("--bn-mode", request.bn_mode, get_args(BnMode))
         recipe = recipe_by_name(request.recipe).with_bn_mode(cast(BnMode, request.bn_mode))
         return cls(
             profile=canonical(request.profile),
@@ -120,8 +120,10 @@ def parse_backbones(text: str | None, *, matched: bool = False) -> tuple[str, ..
         return None
     known = ("lt", "true", "matched") if matched else ("lt", "true")
     asked = [part.strip() for part in text.split(",") if part.strip()]
-    if not asked or not set(asked) <= set(known):
+    if not asked:
         raise UserError(f"--backbones {text}: expected some of {', '.join(known)}, separated by commas")
+    if others := [name for name in asked if name not in known]:
+        raise unknown("--backbones", others[0], known)
     chosen = tuple(name for name in known if name in asked)
     return None if chosen == known else chosen
 

@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import AutoAugment, AutoAugmentPolicy
 
-from tailscope.errors import UserError
+from tailscope.errors import UserError, unknown
 from tailscope.methods import AUGMENTATIONS, PHOTO_AUGMENTATIONS, for_photos
 
 Augmentation: TypeAlias = Callable[[Tensor, Generator], Tensor]
@@ -178,13 +178,13 @@ def autoaugment(policy: str = "cifar10", exclude: Sequence[str] = ()) -> Batched
     """
     policies = {p.value: p for p in AutoAugmentPolicy}
     if policy not in policies:
-        raise UserError(f"autoaugment(policy={policy!r}): known policies: {', '.join(policies)}")
+        raise UserError(f"autoaugment(): {unknown('policy', policy, policies)}")
     known = [name.lower() for name in AutoAugment._AUGMENTATION_SPACE]
     if isinstance(exclude, str):
         raise UserError(f"autoaugment(exclude={exclude!r}): give a tuple of operations, like ('invert',)")
     for name in exclude:
         if str(name).lower() not in known:
-            raise UserError(f"autoaugment(exclude={exclude!r}): unknown {name!r}; known: {', '.join(known)}")
+            raise UserError(f"autoaugment(exclude={exclude!r}): {unknown('operation', str(name), known)}")
     return BatchedAutoAugment(policies[policy], frozenset(str(name).lower() for name in exclude))
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tailscope.errors import UserError, one_line
+from tailscope.errors import UserError, one_line, unknown
 from tailscope.progress import Progress, Quiet
 from tailscope.store.entries import DONE, KINDS, SCRATCH, Store
 from tailscope.store.files import CHECKPOINT, Damaged, Meta, check_checkpoint, opened, reading, writing
@@ -99,9 +99,8 @@ def prune(
     Raises:
         UserError: a kind is unknown or may not be read, or the disk refuses.
     """
-    unknown = sorted(set(kinds) - {*KINDS, *store.kinds()})
-    if unknown:
-        raise UserError(f"--kind {unknown[0]}: no such kind; known: {', '.join(KINDS)}")
+    if others := sorted(set(kinds) - {*KINDS, *store.kinds()}):
+        raise unknown("--kind", others[0], KINDS)
     rows = verify(store, progress) if damaged else inventory(store)
     if unread := next((row for row in rows if row.kind in kinds and not row.key), None):
         raise UserError(f"{unread.problem}")

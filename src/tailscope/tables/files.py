@@ -15,6 +15,7 @@ bars part the cells. Parquet needs pyarrow; its schema's metadata may have the n
 import codecs
 import csv
 import importlib
+import logging
 import os
 import re
 from collections import Counter
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tailscope.errors import GIT_LFS, UserError, first_few, message_of, require_file
+from tailscope.errors import GIT_LFS, UserError, first_few, message_of, require_file, unknown
 from tailscope.store.files import replacing
 from tailscope.tables import arrays
 from tailscope.tables.arrays import (
@@ -45,6 +46,7 @@ from tailscope.tables.arrays import (
     unread,
 )
 
+_log = logging.getLogger(__name__)
 NUMBER, LISTS, OTHER = "number", "lists", "text"
 _ROW_FIELDS = ("labels", "ids", "groups")
 _INDEX = ("", "index", "level_0", "__index_level_0__", "Unnamed: 0")
@@ -384,6 +386,8 @@ def read(path: Path, required: Sequence[str], optional: Sequence[str]) -> Conten
         UserError: the file is missing, damaged or of an unknown format, lacks a field, or holds Python objects.
     """
     contents = _guarded(path, required, optional)
+    shapes = {name: list(array.shape) for name, array in contents.arrays.items()}
+    _log.info("read %s: %s", path, ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
     if SINGLE not in contents.arrays:
         return contents
     features = contents.arrays[SINGLE]
@@ -398,7 +402,7 @@ def _guarded(path: Path, required: Sequence[str], optional: Sequence[str]) -> Co
     """Read one file: the one place where what the libraries raise becomes a line."""
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
-        raise UserError(f"{path}: unknown format {path.suffix!r}; known: {', '.join(_READERS)}")
+        raise UserError(f"{path}: {unknown('format', path.suffix, _READERS)}")
     require_file(path)
     try:
         if path.stat().st_size < _LFS_BYTES and path.read_bytes().startswith(GIT_LFS):
@@ -421,7 +425,7 @@ def check_writable(path: Path) -> None:
         UserError: the suffix is unknown, its library is not installed, or the folder is not there or not writable.
     """
     if path.suffix not in _WRITERS:
-        raise UserError(f"{path}: unknown format {path.suffix!r}; known: {', '.join(_WRITERS)}")
+        raise UserError(f"{path}: {unknown('format', path.suffix, _WRITERS)}")
     if path.suffix == ".parquet":
         _pyarrow(path)
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
