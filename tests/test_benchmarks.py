@@ -149,7 +149,7 @@ def test_the_document_is_up_to_date_and_shows_every_benchmark() -> None:
 
 def test_unknown_benchmarks_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--only", "trian"]) == 2
-    assert "known: train" in capsys.readouterr().err
+    assert "known are train" in capsys.readouterr().err
 
 
 def test_tuned_batches_are_crops_and_flips_of_their_images() -> None:

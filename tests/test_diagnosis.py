@@ -154,7 +154,8 @@ def test_a_test_set_only_scores():
     assert found["classes"] == other["classes"]
     assert found["accuracy"]["rebalanced"]["remedies"] == other["accuracy"]["rebalanced"]["remedies"]
     remedies = found["accuracy"]["rebalanced"]["remedies"]
-    assert found["accuracy"]["rebalanced"]["chosen"] == [max(remedies, key=remedies.get)]
+    [chosen] = found["accuracy"]["rebalanced"]["chosen"]
+    assert remedies[chosen] >= max(remedies.values()) - 0.02
     model = head_biased()
     predicted = (scored @ model.weight.numpy().T + model.bias.numpy()).argmax(1)
     assert found["accuracy"]["current"]["mean"] == pytest.approx((predicted == truth).mean(), abs=0.005)

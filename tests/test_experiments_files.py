@@ -201,7 +201,10 @@ def test_a_class_without_a_readable_image_is_refused(tailscope_, damaged, tmp_pa
         ({"--recipe": "imagenet(size=16)"}, "size must be at least 17"),
         ({"--recipe": "imagenet(width=0)"}, "size must be at least 17 and width 1"),
         ({"--recipe": "imagenet(epochs=0)"}, "--recipe imagenet(epochs=0): Input should be greater"),
-        ({"--recipe": "imagenet(depth=4)"}, "unknown argument 'depth'; known: size, width, epochs"),
+        (
+            {"--recipe": "imagenet(depth=4)"},
+            "unknown argument 'depth'; did you mean 'width'? known: size, width",
+        ),
         ({"--micro-batches": "17"}, "--micro-batches 17: must be a multiple of the 1 processes and at most half"),
         ({"--data": "digits"}, "images in memory cannot be trained with resized_crop"),
         ({"--data": "digits", "--recipe": "demo", "--devices": "2"}, "digits: --devices, --num-nodes"),

@@ -82,7 +82,7 @@ def test_backbones_are_parsed(text, matched, expected):
 
 @pytest.mark.parametrize("text", ["", ",", "tail", "lt,matched"])
 def test_unknown_backbones_are_refused(text):
-    with pytest.raises(UserError, match=r"--backbones .*expected some of lt, true"):
+    with pytest.raises(UserError, match=r"--backbones .*(expected some of|known:) lt, true"):
         parse_backbones(text)
 
 
@@ -211,7 +211,7 @@ def test_half_a_swap_from_the_command_line_reports_what_is_there(tailscope_, tmp
     for option, value in (("--backbones", "tail"), ("--bn-mode", "adaptive")):
         refused = tailscope_(*command, "--overwrite", option, value)
         assert (refused.code, refused.err.count("\n")) == (2, 1)
-        assert f"{option} {value}: expected" in refused.err
+        assert f"unknown {option} {value!r}" in refused.err
     for option, value in (("--loss", "focal(gamma=-1)"), ("--model", "resnet20(width=0)"), ("--loss", "huber")):
         refused = tailscope_(*command, "--overwrite", option, value)
         assert (refused.code, refused.err.count("\n")) == (2, 1)
