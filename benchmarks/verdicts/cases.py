@@ -18,6 +18,7 @@ from tailscope.diagnosis import inputs as files
 from tailscope.diagnosis.inputs import Inputs
 from tailscope.diagnosis.learning_curve import INFLATION
 from tailscope.diagnosis.outcomes import Outcomes, difference, score
+from tailscope.diagnosis.remedies import POOLED
 from tailscope.diagnosis.soundness import doubts, doubts_of_outcomes
 from tailscope.diagnosis.verdict import accuracies, judge
 from tailscope.intervals import Gap, Interval, proportion
@@ -29,7 +30,6 @@ from tailscope.tables.table import LinearLayer
 RATIOS = (0.25, 0.5, 2.0, 4.0)  # planted representation gaps, over the true classifier gap
 LEAST_GAP = 0.03  # smaller true classifier gaps have no ceiling planted
 PERMUTATIONS = 99
-POOLED = " on training and unseen samples"  # in a remedy's name: what it is fitted to besides the training samples
 TOL = 3e-4
 FOLDS = 5
 Right = NDArray[np.bool_]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from tailscope.errors import UserError, first_few
-from tailscope.measures.rows import FAR, ClassRows, far, group_rows, median, unseen_copies
+from tailscope.measures.rows import FAR, ClassRows, exponent, far, group_rows, median, unseen_copies
 from tailscope.tables.checks import listed
 from tailscope.tables.table import FeatureTable, LinearLayer, Source, align
 
@@ -59,6 +59,11 @@ class Inputs:
             part: group_rows(table.features, table.labels, self.names, f"{table.source}:")
             for part, table in self.tables.items()
         }
+
+    @cached_property
+    def power(self) -> int:
+        """The power of two that brings features to a size that is well computed with."""
+        return exponent(self.rows["train"].lengths, self.rows["unseen"].lengths)
 
     def option(self, part: str) -> str:
         """Return what messages call a file: its option and its name."""

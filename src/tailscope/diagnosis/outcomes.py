@@ -34,7 +34,7 @@ from tailscope.diagnosis.remedies import (
 from tailscope.diagnosis.samples import Looks
 from tailscope.errors import UserError
 from tailscope.intervals import Interval, paired
-from tailscope.measures.rows import exponent, scaled
+from tailscope.measures.rows import scaled
 from tailscope.progress import Progress
 from tailscope.tables.table import FeatureTable
 
@@ -92,7 +92,7 @@ def score(inputs: Inputs, bound_at: int, seed: int, progress: Progress) -> Outco
     Raises:
         UserError: the unseen samples are too few to fit or to choose a classifier on; a loss or logit is not finite.
     """
-    power = exponent(inputs.rows["train"].lengths, inputs.rows["unseen"].lengths)
+    power = inputs.power
     train, unseen = _arrays(inputs.train, power), _arrays(inputs.unseen, power)
     scored = unseen if inputs.test is None else _arrays(inputs.test, power)
     for table in (inputs.unseen, inputs.scored):

@@ -23,7 +23,7 @@ from tailscope.diagnosis.inputs import Inputs
 from tailscope.diagnosis.learning_curve import Fits
 from tailscope.intervals import FloatArray
 from tailscope.measures.angles import angles_to
-from tailscope.measures.rows import exponent, scaled
+from tailscope.measures.rows import scaled
 from tailscope.seeds import derive, numpy_stream
 
 if TYPE_CHECKING:
@@ -229,12 +229,13 @@ def _ratio(part: int, whole: int) -> float | None:
 def _angles(inputs: Inputs, outcomes: "Outcomes", centers: Tensor) -> FloatArray:
     """Return each scored sample's angle in degrees to the centre of its class, [m]; NaN where it has none."""
     features, found = inputs.scored.features, np.full(len(outcomes.labels), np.nan)
-    power = exponent(inputs.rows["train"].lengths, inputs.rows["unseen"].lengths)
     for k in np.unique(outcomes.labels):
         of = np.flatnonzero(outcomes.labels == k)
         rows = features[outcomes.rows[of]]
-        wide = scaled(rows if rows.dtype.itemsize >= 4 else rows.float(), power)
-        found[of] = np.where(wide.any(dim=1).numpy(), angles_to(wide, scaled(centers[k].cpu(), power)).numpy(), np.nan)
+        wide = scaled(rows if rows.dtype.itemsize >= 4 else rows.float(), inputs.power)
+        found[of] = np.where(
+            wide.any(dim=1).numpy(), angles_to(wide, scaled(centers[k].cpu(), inputs.power)).numpy(), np.nan
+        )
     return found
 
 
@@ -242,8 +243,7 @@ def _map(inputs: Inputs, outcomes: "Outcomes", seed: int) -> dict[str, Any]:
     """Return the places on a plane of scored samples, drawn at random: by UMAP where it is installed, else by PCA."""
     draw = numpy_stream(seed, "samples", "map").permutation(len(outcomes.labels))[:DRAWN]
     draw.sort()
-    power = exponent(inputs.rows["train"].lengths, inputs.rows["unseen"].lengths)
-    features = scaled(inputs.scored.features[outcomes.rows[draw]].double(), power).numpy()
+    features = scaled(inputs.scored.features[outcomes.rows[draw]].double(), inputs.power).numpy()
     explained = None
     if not np.ptp(features, axis=0).any():
         method, places, explained = "PCA", np.zeros((len(draw), 2)), []
