@@ -9,7 +9,7 @@ from scipy.stats import binomtest, chisquare
 
 from tailscope.errors import UserError
 from tailscope.methods import AUGMENTATIONS
-from tailscope.methods.augmentations import build, crop, flip
+from tailscope.methods.augmentations import build, crop, cutout, flip
 
 
 def generator(seed=0):
@@ -43,6 +43,30 @@ def test_flip_mirrors_half_of_the_images():
     assert binomtest(int(mirrored.sum()), 10_000).pvalue > 0.001
 
 
+@given(st.integers(2, 12), st.integers(2, 12), st.floats(0.05, 1), st.integers(0, 255), st.integers(0, 99))
+def test_cutout_paints_one_square_around_some_pixel(height, width, share, fill, seed):
+    images = torch.randint(256, (4, height, width, 3), dtype=torch.uint8, generator=generator(seed))
+    out = cutout(share, fill)(images, generator(seed))
+    half = max(1, int(np.round(share * min(height, width))) // 2)
+    for image, got in zip(images.numpy(), out.numpy(), strict=True):
+        possible = []
+        for y in range(height):
+            for x in range(width):
+                painted = image.copy()
+                painted[max(0, y - half) : y + half, max(0, x - half) : x + half] = fill
+                possible.append(painted)
+        assert any((got == painted).all() for painted in possible)
+
+
+def test_the_centres_of_cutout_are_uniform():
+    painted = (cutout(0.25, fill=1)(torch.zeros(50_000, 8, 8, 1, dtype=torch.uint8), generator())[..., 0] > 0).flatten(
+        1
+    )
+    # Two by two pixels before and at the centre: its last row and column tell it.
+    last = 63 - painted.flip(1).float().argmax(1)
+    assert chisquare(torch.bincount(last, minlength=64).numpy()).pvalue > 0.001
+
+
 def test_build_applies_in_order_on_one_stream():
     images = torch.randint(256, (20, 8, 8, 3), dtype=torch.uint8, generator=generator())
     stream = generator(3)
@@ -54,5 +78,7 @@ def test_build_applies_in_order_on_one_stream():
 def test_mistakes_are_named():
     with pytest.raises(UserError, match="padding must be 0 or more"):
         AUGMENTATIONS.make("crop(padding=-1)")
-    with pytest.raises(UserError, match="unknown augmentation 'cutout'; known: autoaugment, crop, flip"):
-        build(["crop", "cutout"])
+    with pytest.raises(UserError, match=r"cutout\(share=0.0, fill=0\): share must lie in \(0, 1\]"):
+        AUGMENTATIONS.make("cutout(share=0)")
+    with pytest.raises(UserError, match="unknown augmentation 'cutoff'; did you mean 'cutout'"):
+        build(["crop", "cutoff"])

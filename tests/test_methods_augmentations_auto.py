@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 from scipy.stats import chisquare
-from torchvision.transforms.v2 import AutoAugment, AutoAugmentPolicy
+from torchvision.transforms.v2 import AutoAugment, AutoAugmentPolicy, RandAugment, TrivialAugmentWide
 
 from tailscope.errors import UserError
-from tailscope.methods.augmentations import Choices, autoaugment
+from tailscope.methods.augmentations import Choices, autoaugment, autoaugment_filled, rand_augment, trivial_augment
 
 POLICIES = [policy.value for policy in AutoAugmentPolicy]
 SHAPES = [(32, 32, 3), (8, 8, 1), (13, 9, 3)]
@@ -57,6 +57,56 @@ def test_every_draw_equals_torchvision_bit_for_bit(policy, shape, monkeypatch):
     assert (out != images).flatten(1).any(1).float().mean() > 0.4  # a quarter of the draws apply nothing
 
 
+def test_a_fill_shows_where_a_shift_uncovers_pixels():
+    images = torch.full((1, 32, 32, 3), 255, dtype=torch.uint8)
+    choices = Choices(torch.tensor([21]), torch.tensor([[True, False]]), torch.tensor([[False, False]]))
+    out = autoaugment_filled(fill=77).apply(images, choices)
+    uncovered = int(150 / 331 * 32)
+    assert (out[0, :uncovered] == 77).all()
+    assert (out[0, uncovered:] == 255).all()
+
+
+CASES = {
+    "rand_augment": (rand_augment(2, 9), RandAugment(2, 9), 1),
+    "trivial_augment": (trivial_augment(), TrivialAugmentWide(), 31),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_random_operations_equal_torchvisions_on_each_image(name, shape):
+    augment, transform, bins = CASES[name]
+    space = list(transform._AUGMENTATION_SPACE.items())
+    drawn = torch.tensor(list(itertools.product(range(len(space)), range(bins), (0, 1)))).T[:, :, None]
+    stream = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (drawn.shape[1], *shape), dtype=torch.uint8, generator=stream)
+    out = augment.apply(images, drawn)
+    for i, (operation, at, negative) in enumerate(drawn[:, :, 0].T.tolist()):
+        kind, (magnitudes, signed) = space[operation]
+        values = magnitudes(31, *shape[:2])
+        magnitude = 0.0 if values is None else float(values[at if bins > 1 else 9])
+        expected = transform._apply_image_or_video_transform(
+            images[i].permute(2, 0, 1).contiguous(),
+            kind,
+            -magnitude if signed and negative else magnitude,
+            transform.interpolation,
+            transform._fill,
+        )
+        assert torch.equal(out[i], expected.permute(1, 2, 0)), (kind, magnitude)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_random_operations_are_drawn_uniformly(name):
+    augment, transform, bins = CASES[name]
+    operation, at, negative = augment.draw(20_000, torch.Generator().manual_seed(0))
+    kinds = len(transform._AUGMENTATION_SPACE)
+    cells = (operation * bins + at) * 2 + negative
+    assert chisquare(torch.bincount(cells.flatten(), minlength=kinds * bins * 2).numpy()).pvalue > 0.001
+    if operation.shape[1] == 2:  # the two steps know nothing of each other
+        pairs = operation[:, 0] * kinds + operation[:, 1]
+        assert chisquare(torch.bincount(pairs, minlength=kinds**2).numpy()).pvalue > 0.001
+
+
 def test_draws_have_the_published_probabilities():
     choices = autoaugment().draw(200_000, torch.Generator().manual_seed(0))
     assert chisquare(torch.bincount(choices.sub_policy, minlength=25).numpy()).pvalue > 0.001
@@ -102,6 +152,12 @@ def test_excluded_operations_do_nothing_and_others_stay():
 def test_mistakes_are_named(arguments, message):
     with pytest.raises(UserError, match=message):
         autoaugment(**arguments)
+
+
+@pytest.mark.parametrize("call", [lambda: rand_augment(0), lambda: rand_augment(2, 31)])
+def test_mistakes_in_rand_augment_are_named(call):
+    with pytest.raises(UserError, match=r"num_ops must be positive and magnitude lie in 0 \.\.\. 30"):
+        call()
 
 
 def test_torchvision_still_has_the_parts_we_use():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
+from tailscope.errors import UserError
 from tailscope.methods import SAMPLERS
 
 COUNTS = torch.tensor([100, 0, 25, 9, 1, 0])
@@ -24,7 +25,7 @@ def test_instance_is_successive_permutations():
     assert not torch.equal(indices[:135], indices[135:270])
 
 
-@pytest.mark.parametrize(("name", "power"), [("class_balanced", 0.0), ("square_root", 0.5)])
+@pytest.mark.parametrize(("name", "power"), [("class_balanced", 0.0), ("square_root", 0.5), ("reverse", -1.0)])
 def test_classes_and_images_have_the_promised_frequencies(name, power):
     n = 100_000
     indices = draw(name, n)
@@ -37,3 +38,24 @@ def test_classes_and_images_have_the_promised_frequencies(name, power):
         times = per_image[LABELS.eq(k)]
         assert (times > 0).all()
         assert len(times) == 1 or chisquare(times.numpy()).pvalue > 0.001
+
+
+def test_effective_numbers_weigh_each_image_by_its_class():
+    n, beta = 100_000, 0.95
+    drawn = torch.bincount(LABELS[draw(f"effective_number(beta={beta})", n)], minlength=6)[COUNTS > 0]
+    weight = torch.tensor([size * (1 - beta) / (1 - beta ** float(size)) for size in NONEMPTY.tolist()])
+    assert chisquare(drawn.numpy(), (n * weight / weight.sum()).numpy()).pvalue > 0.001
+    with pytest.raises(UserError, match=r"effective_number\(beta=1.0\): beta must lie in \[0, 1\)"):
+        draw("effective_number(beta=1)", 1)
+
+
+def test_class_aware_takes_turns():
+    indices = draw("class_aware", 4 * 27)
+    rounds = LABELS[indices].reshape(27, 4)
+    assert torch.equal(rounds.sort(1).values, torch.tensor([0, 2, 3, 4]).expand(27, 4))
+    assert len({tuple(row) for row in rounds.tolist()}) > 10  # each round in an order of its own
+    for k, size in ((0, 100), (2, 25), (3, 9), (4, 1)):
+        mine = indices[LABELS[indices] == k]
+        for start in range(0, 27, size):
+            turn = mine[start : start + size]
+            assert len(turn.unique()) == len(turn)

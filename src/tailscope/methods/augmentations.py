@@ -12,7 +12,7 @@ the draws.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Generator, Tensor
 from torch.nn.functional import pad
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import AutoAugment, AutoAugmentPolicy
+from torchvision.transforms.v2 import AutoAugment, AutoAugmentPolicy, RandAugment, TrivialAugmentWide
 
 from tailscope.errors import UserError, unknown
 from tailscope.methods import AUGMENTATIONS, PHOTO_AUGMENTATIONS, for_photos
@@ -65,6 +65,35 @@ def flip() -> Augmentation:
     return augment
 
 
+@AUGMENTATIONS.register("cutout")
+def cutout(share: float = 0.5, fill: int = 0) -> Augmentation:
+    """Paint over a square whose centre is any pixel, cut off at the borders (DeVries and Taylor 2017).
+
+    Args:
+        share: side of the square, as a share of the images' shorter side: a half is the 16 pixels that are used for
+            32 x 32 images. An odd side is one pixel shorter.
+        fill: value of the painted pixels, 0 to 255. The paper paints with the mean of all pixels; code for long-tailed
+            data that paints before the images are normalised (Ren et al. 2020) with black, which is 0.
+
+    Raises:
+        UserError: `share` is outside (0, 1], or `fill` no pixel's value.
+    """
+    if not 0 < share <= 1 or not 0 <= fill <= 255:
+        raise UserError(f"cutout(share={share}, fill={fill}): share must lie in (0, 1] and fill in 0 ... 255")
+
+    def augment(images: Tensor, generator: Generator) -> Tensor:
+        sides, half = images.shape[1:3], max(1, round(share * min(images.shape[1:3])) // 2)
+        inside = []
+        for side in sides:
+            centre = torch.randint(side, (len(images), 1), generator=generator, device=generator.device)
+            distance = torch.arange(side, device=generator.device) - centre
+            inside.append(((distance >= -half) & (distance < half)).to(images.device, non_blocking=True))
+        square = inside[0][:, :, None, None] & inside[1][:, None, :, None]
+        return images.masked_fill(square, fill)
+
+    return augment
+
+
 def build(calls: Sequence[str]) -> Augmentation:
     """Return one augmentation that applies the named ones in order; none leaves the images as they are.
 
@@ -94,35 +123,71 @@ class Choices(NamedTuple):
 
 
 class _Operation(NamedTuple):
-    """One kernel call's settings; the bin, of 10 magnitudes, is None for an operation without one."""
+    """One kernel call's settings; the bin is None for an operation without a magnitude."""
 
     name: str
     bin: int | None
     negative: bool
 
 
-class BatchedAutoAugment:
-    """AutoAugment of uint8 images [n, H, W, C], C = 1 or 3, with draws of its own for every image.
+class _Operations:
+    """Operations of one of torchvision's transforms of images, with a choice of its own for every image.
 
-    torchvision's transform draws once a call, so a batch would share one draw. Here images with the same operation,
+    torchvision's transforms draw once a call, so a batch would share one draw. Here images with the same operation,
     magnitude and sign go through torchvision's kernel together; the pixels are those that it gives each image alone.
     """
 
-    def __init__(self, policy: AutoAugmentPolicy, excluded: frozenset[str]) -> None:
-        self._reference = AutoAugment(policy)
-        sub_policies = self._reference._policies
-        space = self._reference._AUGMENTATION_SPACE
+    def __init__(self, reference: Any, bins: int) -> None:
+        """Take the operations and kernels of `reference`, whose magnitudes come in `bins`."""
+        self.reference, self._bins = reference, bins
+        self.known: list[_Operation] = []
+
+    def index(self, name: str, magnitude_bin: int | None, *, negative: bool) -> int:
+        """Return the number of an operation, which is added where it is new; a sign counts only where it has one."""
+        operation = _Operation(name, magnitude_bin, negative and self.reference._AUGMENTATION_SPACE[name][1])
+        if operation not in self.known:
+            self.known.append(operation)
+        return self.known.index(operation)
+
+    def apply(self, images: Tensor, chosen: Tensor) -> Tensor:
+        """Return images [n, H, W, C] after the operations of `chosen` [n, steps], one after the other; -1 is none.
+
+        What is chosen may lie on another device.
+        """
+        # The kernels are vectorised for, and their rounding is defined by, contiguous channels-first images.
+        out = images.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
+        for step in chosen.unbind(1):
+            sizes = torch.bincount(step + 1, minlength=len(self.known) + 1).tolist()
+            groups = torch.split(torch.argsort(step, stable=True).to(images.device, non_blocking=True), sizes)
+            for operation, members in zip(self.known, groups[1:], strict=True):
+                if len(members):
+                    out.index_copy_(0, members, self._transform(out.index_select(0, members), operation))
+        return out.permute(0, 2, 3, 1).contiguous()
+
+    def _transform(self, images: Tensor, operation: _Operation) -> Tensor:
+        """Apply one operation to images [n, C, H, W] with torchvision's magnitudes for this size and its kernel."""
+        magnitudes = self.reference._AUGMENTATION_SPACE[operation.name][0](self._bins, *images.shape[-2:])
+        magnitude = 0.0 if operation.bin is None else float(magnitudes[operation.bin])
+        magnitude = -magnitude if operation.negative else magnitude
+        result: Tensor = self.reference._apply_image_or_video_transform(
+            images, operation.name, magnitude, self.reference.interpolation, self.reference._fill
+        )
+        return result
+
+
+class BatchedAutoAugment:
+    """AutoAugment of uint8 images [n, H, W, C], C = 1 or 3, with draws of its own for every image."""
+
+    def __init__(self, policy: AutoAugmentPolicy, excluded: frozenset[str], fill: int | None = None) -> None:
+        self._operations = _Operations(AutoAugment(policy, fill=fill), bins=10)
+        sub_policies = self._operations.reference._policies
         self._probability = torch.tensor([[p for _, p, _ in steps] for steps in sub_policies])
-        self._operations: list[_Operation] = []
         self._index = torch.full((len(sub_policies), 2, 2), -1)  # of an operation, by sub-policy, step and sign
         for row, steps in enumerate(sub_policies):
             for step, (name, _, magnitude_bin) in enumerate(steps):
-                signed = space[name][1]
                 for negative in (0, 1) if name.lower() not in excluded else ():
-                    operation = _Operation(name, magnitude_bin, bool(negative and signed))
-                    if operation not in self._operations:
-                        self._operations.append(operation)
-                    self._index[row, step, negative] = self._operations.index(operation)
+                    at = self._operations.index(name, magnitude_bin, negative=bool(negative))
+                    self._index[row, step, negative] = at
 
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
         """Draw and apply; the images are left as they are and a new tensor is returned."""
@@ -137,28 +202,39 @@ class BatchedAutoAugment:
 
     def apply(self, images: Tensor, choices: Choices) -> Tensor:
         """Return the images after both steps of their choices, which may lie on another device."""
-        # The kernels are vectorised for, and their rounding is defined by, contiguous channels-first images.
-        out = images.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
         index = self._index.to(choices.sub_policy.device)
-        for step in (0, 1):
-            chosen = index[choices.sub_policy, step, choices.negative[:, step].long()]
-            chosen = torch.where(choices.applied[:, step], chosen, -1)
-            sizes = torch.bincount(chosen + 1, minlength=len(self._operations) + 1).tolist()
-            groups = torch.split(torch.argsort(chosen, stable=True).to(images.device, non_blocking=True), sizes)
-            for operation, members in zip(self._operations, groups[1:], strict=True):
-                if len(members):
-                    out.index_copy_(0, members, self._transform(out.index_select(0, members), operation))
-        return out.permute(0, 2, 3, 1).contiguous()
+        steps = torch.arange(2, device=index.device)
+        chosen = index[choices.sub_policy[:, None], steps, choices.negative.long()]
+        return self._operations.apply(images, torch.where(choices.applied, chosen, -1))
 
-    def _transform(self, images: Tensor, operation: _Operation) -> Tensor:
-        """Apply one operation to images [n, C, H, W] with torchvision's magnitudes for this size and its kernel."""
-        magnitudes = self._reference._AUGMENTATION_SPACE[operation.name][0](10, *images.shape[-2:])
-        magnitude = 0.0 if operation.bin is None else float(magnitudes[operation.bin])
-        magnitude = -magnitude if operation.negative else magnitude
-        result: Tensor = self._reference._apply_image_or_video_transform(
-            images, operation.name, magnitude, self._reference.interpolation, self._reference._fill
-        )
-        return result
+
+class BatchedRandomOperations:
+    """`steps` operations, one after the other, each drawn uniformly with a magnitude's bin and a sign."""
+
+    def __init__(self, reference: RandAugment | TrivialAugmentWide, steps: int, bins: Sequence[int]) -> None:
+        """Take the operations of `reference`, each with one of the `bins` of its magnitudes."""
+        self._operations, self._steps = _Operations(reference, reference.num_magnitude_bins), steps
+        space = reference._AUGMENTATION_SPACE
+        self._index = torch.zeros(len(space), len(bins), 2, dtype=torch.int64)  # by operation, bin and sign
+        for row, (name, (magnitudes, _)) in enumerate(space.items()):
+            graded = magnitudes(reference.num_magnitude_bins, 1, 1) is not None
+            for column, magnitude_bin in enumerate(bins):
+                for negative in (0, 1):
+                    at = self._operations.index(name, magnitude_bin if graded else None, negative=bool(negative))
+                    self._index[row, column, negative] = at
+
+    def draw(self, n: int, generator: Generator) -> Tensor:
+        """Draw an operation, a bin and a sign for each of n images and steps: their places, int64 [3, n, steps]."""
+        shape = {"size": (n, self._steps), "generator": generator, "device": generator.device}
+        return torch.stack([torch.randint(high, **shape) for high in self._index.shape])  # type: ignore[call-overload]
+
+    def apply(self, images: Tensor, drawn: Tensor) -> Tensor:
+        """Return images [n, H, W, C] after what was drawn for them."""
+        return self._operations.apply(images, self._index.to(drawn.device)[tuple(drawn)])
+
+    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
+        """Draw and apply; the images are left as they are and a new tensor is returned."""
+        return self.apply(images, self.draw(len(images), generator))
 
 
 @AUGMENTATIONS.register("autoaugment")
@@ -186,6 +262,46 @@ def autoaugment(policy: str = "cifar10", exclude: Sequence[str] = ()) -> Batched
         if str(name).lower() not in known:
             raise UserError(f"autoaugment(exclude={exclude!r}): {unknown('operation', str(name), known)}")
     return BatchedAutoAugment(policies[policy], frozenset(str(name).lower() for name in exclude))
+
+
+@AUGMENTATIONS.register("autoaugment_filled")
+def autoaugment_filled(fill: int = 128) -> BatchedAutoAugment:
+    """AutoAugment's CIFAR-10 policy where shifts and rotations uncover grey, not black.
+
+    With `cutout` after it, what the code of Balanced Softmax (Ren et al. 2020) trains long-tailed CIFAR with: it fills
+    with (128, 128, 128). Its operations are Pillow's; these are torchvision's, which round differently.
+
+    Raises:
+        UserError: `fill` is no pixel's value.
+    """
+    if not 0 <= fill <= 255:
+        raise UserError(f"autoaugment_filled(fill={fill}): must lie in 0 ... 255")
+    return BatchedAutoAugment(AutoAugmentPolicy.CIFAR10, frozenset(), fill)
+
+
+@AUGMENTATIONS.register("rand_augment")
+def rand_augment(num_ops: int = 2, magnitude: int = 9) -> BatchedRandomOperations:
+    """RandAugment with draws for every image (Cubuk et al. 2020; torchvision's operations, 31 magnitudes).
+
+    Raises:
+        UserError: `num_ops` is not positive, or `magnitude` outside 0 ... 30.
+    """
+    _check_rand_augment(num_ops, magnitude)
+    return BatchedRandomOperations(RandAugment(num_ops, magnitude), num_ops, [magnitude])
+
+
+@AUGMENTATIONS.register("trivial_augment")
+def trivial_augment() -> BatchedRandomOperations:
+    """TrivialAugment, wide: one operation of any magnitude, drawn for every image (Müller and Hutter 2021)."""
+    return BatchedRandomOperations(TrivialAugmentWide(), 1, range(31))
+
+
+def _check_rand_augment(num_ops: int, magnitude: int) -> None:
+    if num_ops < 1 or not 0 <= magnitude <= 30:
+        raise UserError(
+            f"rand_augment(num_ops={num_ops}, magnitude={magnitude}): num_ops must be positive and magnitude lie in"
+            " 0 ... 30"
+        )
 
 
 Photo: TypeAlias = Callable[[Image.Image], Image.Image]
@@ -227,6 +343,23 @@ def color_jitter(brightness: float = 0.4, contrast: float = 0.4, saturation: flo
 def autoaugment_imagenet() -> Photo:
     """AutoAugment with torchvision's ImageNet policy (Cubuk et al. 2019)."""
     return cast(Photo, v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET))
+
+
+@PHOTO_AUGMENTATIONS.register("rand_augment")
+def rand_augment_photos(num_ops: int = 2, magnitude: int = 9) -> Photo:
+    """RandAugment (Cubuk et al. 2020; torchvision's operations, 31 magnitudes).
+
+    Raises:
+        UserError: `num_ops` is not positive, or `magnitude` outside 0 ... 30.
+    """
+    _check_rand_augment(num_ops, magnitude)
+    return cast(Photo, v2.RandAugment(num_ops, magnitude))
+
+
+@PHOTO_AUGMENTATIONS.register("trivial_augment")
+def trivial_augment_photos() -> Photo:
+    """TrivialAugment, wide: one operation of any magnitude (Müller and Hutter 2021)."""
+    return cast(Photo, v2.TrivialAugmentWide())
 
 
 def size_of(calls: Sequence[str]) -> int:

@@ -46,12 +46,67 @@ def square_root(labels: Tensor, num_classes: int, /) -> Sampler:
     return _class_power(labels, num_classes, power=0.5)
 
 
+@SAMPLERS.register("reverse")
+def reverse(labels: Tensor, num_classes: int, /) -> Sampler:
+    """Classes in inverse proportion to their counts, then a uniform image, with replacement (Zhou et al. 2020, BBN)."""
+    return _class_power(labels, num_classes, power=-1.0)
+
+
+@SAMPLERS.register("effective_number")
+def effective_number(labels: Tensor, num_classes: int, /, beta: float = 0.9999) -> Sampler:
+    """Images in proportion to their class's 1 / E, E = (1 - beta^n) / (1 - beta), with replacement (Cui et al. 2019).
+
+    The effective number E grows from 1, of a class with one image, to n as beta nears 1: beta = 0 draws as `instance`
+    does, but with replacement, beta near 1 as `class_balanced`.
+
+    Raises:
+        UserError: `beta` is outside [0, 1).
+    """
+    if not 0 <= beta < 1:
+        raise UserError(f"effective_number(beta={beta}): beta must lie in [0, 1)")
+    counts = torch.bincount(labels, minlength=num_classes)
+    effective = (1 - beta ** counts.double()) / (1 - beta)
+    return _by_class(labels, counts, torch.where(counts > 0, counts / effective.clamp(min=1e-12), 0.0))
+
+
+@SAMPLERS.register("class_aware")
+def class_aware(labels: Tensor, num_classes: int, /) -> Sampler:
+    """Every class in turn, and within a class every image in turn, both in shuffled order (Shen et al. 2016).
+
+    Lists of classes and of a class's images are shuffled anew each time they are used up. So classes differ by one draw
+    at most, and so do the images of a class; `class_balanced` has the same mean, but draws each time anew.
+    """
+    counts = torch.bincount(labels, minlength=num_classes)
+    present = counts.nonzero().squeeze(1)
+    members = [(labels == k).nonzero().squeeze(1) for k in present.tolist()]
+
+    def draw(n: int, generator: Generator) -> Tensor:
+        rounds = -(-n // len(present))
+        orders = [_shuffles(members_of, rounds, generator) for members_of in members]
+        classes = [torch.randperm(len(present), generator=generator, device=labels.device) for _ in range(rounds)]
+        places = [torch.stack(orders, 1)[at, order] for at, order in enumerate(classes)] if rounds else []
+        return torch.cat([*places, labels.new_empty(0)])[:n]
+
+    return draw
+
+
+def _shuffles(values: Tensor, n: int, generator: Generator) -> Tensor:
+    """Return n of the values: shuffled, all of them before one comes again."""
+    rounds = -(-n // len(values))
+    orders = [torch.randperm(len(values), generator=generator, device=values.device) for _ in range(rounds)]
+    return values[torch.cat([*orders, values.new_empty(0)])[:n]]
+
+
 def _class_power(labels: Tensor, num_classes: int, power: float) -> Sampler:
     """Return a sampler of classes with p_k proportional to n_k ** power (Kang et al. 2020, equation 1)."""
     counts = torch.bincount(labels, minlength=num_classes)
+    return _by_class(labels, counts, torch.where(counts > 0, counts.double() ** power, 0.0))
+
+
+def _by_class(labels: Tensor, counts: Tensor, weights: Tensor) -> Sampler:
+    """Return a sampler of a class in proportion to its weight, float64 [C], then of a uniform image of it."""
     by_class = torch.argsort(labels, stable=True)
     first = counts.cumsum(0) - counts
-    weights = torch.where(counts > 0, counts.double() ** power, 0.0)
 
     def draw(n: int, generator: Generator) -> Tensor:
         if n == 0:
