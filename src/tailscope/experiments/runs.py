@@ -21,6 +21,7 @@ from tailscope.device import arithmetic_of
 from tailscope.errors import UserError, expanded, unknown
 from tailscope.experiments.options import Request
 from tailscope.experiments.stages import Backbone, Stages, TrainingSet
+from tailscope.experiments.traps import traps
 from tailscope.groups import assign_groups
 from tailscope.results import command, versions
 from tailscope.spec import BnMode, RunSpec, StageSpec, backbone_key
@@ -196,6 +197,8 @@ class Experiment:
     """The long-tailed training set of each seed so far."""
     cards: list[dict[str, Any]] = field(default_factory=list)
     """Of the runs so far."""
+    specs: list[StageSpec] = field(default_factory=list)
+    """The stages of the runs so far."""
 
     def backbones(self, runs: RunsOf) -> Iterator[tuple[Run, Backbone]]:
         """Yield each run of each seed with its backbone, trained or recalled."""
@@ -205,6 +208,7 @@ class Experiment:
             for run in runs(self.settings, sets, seed):
                 label = f"seed {seed}: backbone on {run.encoder}"
                 backbone = self.stages.backbone(run.stage1, run.trained_on.rows, seed, label)
+                self.specs += [stage for stage in (run.stage1, run.stage2) if stage is not None]
                 yield run, backbone
                 self.cards.append(_card(self.stages.store, run, backbone))
 
@@ -231,7 +235,12 @@ class Experiment:
             "groups_rule": rule,
             "seeds": list(self.settings.seeds),
             "subset_sha256": [lt.spec.indices_sha256 for lt in self.lt_sets],
-            "warnings": warnings + data.notes() + differing_arithmetic(self.cards),
+            "warnings": [
+                *warnings,
+                *data.notes(),
+                *traps(data, self.settings.profile, counts, recipe, self.specs),
+                *differing_arithmetic(self.cards),
+            ],
             "provenance": self.cards,
         }
 
