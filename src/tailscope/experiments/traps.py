@@ -46,8 +46,8 @@ def of_data(data: ImageData) -> Iterator[str]:
     shared = shared_images(data.train, data.test)
     if shared:
         yield (
-            f"{shared:,} of {len(data.test):,} test images are training images too: the test accuracy is partly that of"
-            " training; take them out of one of the two"
+            f"{shared:,} of {len(data.test):,} test images are training images too, which may move the test accuracy by"
+            f" {100 * shared / len(data.test):.2g} points; take them out of one of the two"
         )
     counts = data.test.counts()
     few = [n for n in counts if n < ENOUGH]
