@@ -175,11 +175,11 @@ def read_npz(path: Path, required: Sequence[str], optional: Sequence[str]) -> Co
 
 
 def read_single(path: Path, required: Sequence[str], optional: Sequence[str]) -> Contents:
-    """Return the array of an `.npy` as `SINGLE`; it has no fields."""
+    """Return the array of an `.npy` as `SINGLE`, mapped into memory as it is needed; it has no fields."""
     with path.open("rb") as file:
         _check(path, SINGLE, file, path.stat().st_size)
-        file.seek(0)
-        return Contents({SINGLE: np.lib.format.read_array(file, allow_pickle=False)})
+    # Copied where it is written to, which is nowhere: PyTorch wants memory that it may write to.
+    return Contents({SINGLE: np.load(path, mmap_mode="c", allow_pickle=False)})
 
 
 def write_npz(path: Path, arrays: Arrays) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tailscope.errors import UserError, plain_name
-from tailscope.tables import checks, files
+from tailscope.tables import checks, columns, files
 from tailscope.tables.arrays import Arrays, Header, parse_json, resolve, unread
 
 _REQUIRED = ("features", "labels")
@@ -309,7 +309,7 @@ def _of_frame(frame: Frame, name: str) -> FeatureTable:
     own = dict(zip(names, frame.columns, strict=True))
     arrays = {} if len(own) < len(names) else {column: np.asarray(frame[key]) for column, key in own.items()}
     types = {column: str(array.dtype) for column, array in arrays.items()} or dict.fromkeys(names, "a column")
-    chosen = files.choose(name, names, {column: files.kind_of(array) for column, array in arrays.items()}, types)
+    chosen = columns.choose(name, names, {column: columns.kind_of(array) for column, array in arrays.items()}, types)
     picked = {meaning: arrays[column] for meaning, column in chosen.fields.items()}
     for meaning in (meaning for meaning in ("labels", "class_name") if meaning in picked):
         array = picked[meaning]
@@ -320,7 +320,7 @@ def _of_frame(frame: Frame, name: str) -> FeatureTable:
     except (ValueError, TypeError):
         raise UserError(f"{name}: the lists in column {chosen.features[0]!r} have gaps or differ in length") from None
     features = features if features.dtype.kind == "f" or chosen.lists else features.astype(np.float64)
-    fields: dict[str, Any] = files.to_arrays(name, features, picked)
+    fields: dict[str, Any] = columns.to_arrays(name, features, picked)
     return FeatureTable.from_arrays(**fields, source=name, notes=chosen.notes)
 
 

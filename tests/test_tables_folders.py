@@ -1,0 +1,151 @@
+"""Folders of Parquet files: one table, sorted by class, whose features are mapped and never held whole."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tailscope.errors import UserError
+from tailscope.tables.table import FeatureTable
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("TAILSCOPE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "tables"
+
+
+def samples(rows=500, width=6, classes=7, seed=0):
+    rng = np.random.default_rng(seed)
+    features = rng.standard_normal((rows, width)).astype(np.float32)
+    return features, rng.integers(0, classes, rows), np.array([f"img/{i}.png" for i in range(rows)])
+
+
+def write(folder, features, labels, ids, *, parts=(0, 130, 131, 400)):
+    """Write rows as several tables of `FeatureTable.save`, some in folders further down."""
+    for number, start in enumerate(parts):
+        rows = slice(start, ([*parts, len(labels)])[number + 1])
+        target = folder / (f"part={number % 2}" if number else ".") / f"{number}.parquet"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        table = FeatureTable.from_arrays(
+            features[rows], labels[rows], ids=ids[rows], class_names=list("abcdefg"), provenance={"model": "m"}
+        )
+        table.save(target)
+    return sorted(folder.rglob("*.parquet"))
+
+
+def test_a_folder_is_its_files_rows_sorted_by_class(tmp_path):
+    features, labels, ids = samples()
+    files = write(tmp_path / "set", features, labels, ids)
+    table = FeatureTable.load(tmp_path / "set")
+    whole = [FeatureTable.load(file) for file in files]
+    labels = np.concatenate([one.labels for one in whole])
+    order = np.argsort(labels, kind="stable")
+    assert np.array_equal(table.features, np.concatenate([one.features for one in whole])[order])
+    assert np.array_equal(table.labels, labels[order])
+    assert np.array_equal(table.ids, np.concatenate([one.ids for one in whole])[order])
+    assert table.class_names == tuple("abcdefg")
+    assert table.provenance == {"model": "m"}
+
+
+def test_the_sorted_copy_is_made_once_and_again_where_a_file_changes(tmp_path, cache):
+    features, labels, ids = samples()
+    files = write(tmp_path / "set", features, labels, ids)
+    first = FeatureTable.load(tmp_path / "set")
+    (copy,) = cache.iterdir()
+    written = (copy / "features.npy").stat().st_mtime_ns
+    FeatureTable.load(tmp_path / "set")
+    assert (copy / "features.npy").stat().st_mtime_ns == written
+    os.utime(files[0], ns=(1, 1))
+    again = FeatureTable.load(tmp_path / "set")
+    assert len(list(cache.iterdir())) == 2
+    assert np.array_equal(first.features, again.features)
+
+
+def test_a_copy_that_was_broken_off_is_made_again(tmp_path, cache):
+    features, labels, ids = samples()
+    write(tmp_path / "set", features, labels, ids)
+    FeatureTable.load(tmp_path / "set")
+    (copy,) = cache.iterdir()
+    (copy / "fields.json").unlink()
+    (copy / "features.npy").write_bytes(b"half")
+    assert len(FeatureTable.load(tmp_path / "set")) == len(labels)
+
+
+def test_columns_of_numbers_and_names_of_rows(tmp_path):
+    for number in range(2):
+        columns = {f"f{i}": np.arange(3.0) + i + 10 * number for i in range(3)} | {"label": ["b", "a", "b"]}
+        pq.write_table(pa.table(columns), tmp_path / f"{number}.parquet")
+    table = FeatureTable.load(tmp_path)
+    assert table.class_names == ("a", "b")
+    assert table.features[:, 0].tolist() == [1, 11, 0, 2, 10, 12]
+
+
+@pytest.mark.parametrize(
+    ("second", "says"),
+    [
+        ({"features": [[1.0, 2.0]], "label": ["x"]}, "its columns, their types"),
+        ({"features": [[1.0, 2.0, 3.0]], "label": [0]}, "has rows of 3 features in float64, other files of 2"),
+        ({"f0": [1.0], "f1": [2.0], "label": [0]}, "its columns, their types"),
+        ({"features": [[1.0, None]], "label": [0]}, "have gaps or differ in length"),
+    ],
+)
+def test_files_that_are_not_parts_of_one_table(tmp_path, second, says):
+    pq.write_table(pa.table({"features": [[1.0, 2.0], [3.0, 4.0]], "label": [0, 1]}), tmp_path / "0.parquet")
+    pq.write_table(pa.table(second), tmp_path / "1.parquet")
+    with pytest.raises(UserError, match=says) as refused:
+        FeatureTable.load(tmp_path)
+    assert str(tmp_path / "1.parquet") in str(refused.value)
+
+
+def test_a_damaged_file_is_named_and_leaves_no_copy(tmp_path, cache):
+    features, labels, ids = samples()
+    files = write(tmp_path / "set", features, labels, ids)
+    content = bytearray(files[1].read_bytes())
+    files[1].write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="truncated or damaged"):
+        FeatureTable.load(tmp_path / "set")
+    assert not list(cache.rglob("fields.json"))
+
+
+def test_a_full_disk_is_told_before_it_is_written(tmp_path, monkeypatch):
+    features, labels, ids = samples()
+    write(tmp_path / "set", features, labels, ids)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
+    with pytest.raises(UserError, match="set TAILSCOPE_CACHE to a folder with more"):
+        FeatureTable.load(tmp_path / "set")
+
+
+MEASURE = """
+import re, sys
+from pathlib import Path
+from types import SimpleNamespace
+from tailscope.tables.table import FeatureTable
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+import pyarrow.parquet
+before = anonymous()
+table = FeatureTable.load(Path(sys.argv[1]))
+print(anonymous() - before, table.features.numel() * 4 / 2**20)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc to tell memory")
+def test_features_are_not_held_in_memory(tmp_path):
+    grown, sizes = [], []
+    for rows in (20_000, 120_000):
+        folder = tmp_path / str(rows)
+        write(folder, *samples(rows=rows, width=256), parts=tuple(range(0, rows, 20_000)))
+        done = subprocess.run([sys.executable, "-c", MEASURE, str(folder)], capture_output=True, text=True, check=True)
+        mib, size = map(float, done.stdout.split())
+        grown.append(mib)
+        sizes.append(size)
+    # The libraries' own buffers, and 100,000 rows' labels and ids: no features, which are 98 MiB more.
+    assert sizes[1] - sizes[0] > 97
+    assert grown[1] - grown[0] < 0.5 * (sizes[1] - sizes[0])
