@@ -4,6 +4,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
+from tailscope.errors import UserError
 from tailscope.methods import SAMPLERS
 
 COUNTS = torch.tensor([100, 0, 25, 9, 1, 0])
@@ -37,3 +38,15 @@ def test_classes_and_images_have_the_promised_frequencies(name, power):
         times = per_image[LABELS.eq(k)]
         assert (times > 0).all()
         assert len(times) == 1 or chisquare(times.numpy()).pvalue > 0.001
+
+
+def test_deferred_sampling_is_one_sampler_before_its_start_and_another_from_then_on():
+    deferred = SAMPLERS.make("drs(start=0.5, then='square_root')", LABELS, 6)
+    for progress, name in ((0.0, "instance"), (0.499, "instance"), (0.5, "square_root"), (0.9, "square_root")):
+        assert torch.equal(deferred(300, torch.Generator().manual_seed(0), progress), draw(name, 300))
+
+
+@pytest.mark.parametrize("call", ["drs(start=1)", "drs(then='drs')", "drs(then='none of them')"])
+def test_what_deferred_sampling_cannot_do_is_refused(call):
+    with pytest.raises(UserError):
+        SAMPLERS.make(call, LABELS, 6)

@@ -32,8 +32,8 @@ from tailscope.experiments.options import (
     taking,
     verb,
 )
-from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, PHOTO_AUGMENTATIONS, SAMPLERS
-from tailscope.networks import MODELS
+from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, PHOTO_AUGMENTATIONS, SAMPLERS, WEIGHTS
+from tailscope.networks import LAST_LAYERS, MODELS
 from tailscope.progress import Progress, shown_on
 from tailscope.registry import Registry
 from tailscope.training import SCHEDULES
@@ -63,7 +63,9 @@ __all__ = [
 ]
 REGISTRIES: dict[str, Registry[Any]] = {
     "models": MODELS,
+    "last layers": LAST_LAYERS,
     "losses": LOSSES,
+    "class weights": WEIGHTS,
     "samplers": SAMPLERS,
     "augmentations": AUGMENTATIONS,
     "augmentations of photographs in files": PHOTO_AUGMENTATIONS,

@@ -202,7 +202,7 @@ class Experiment:
         for seed in self.settings.seeds:
             sets = training_sets(self.stages, self.settings, seed)
             self.lt_sets.append(sets["lt"])
-            for run in runs(self.settings, sets, seed):
+            for run in list(runs(self.settings, sets, seed)):  # parts that do not fit are refused before any training
                 label = f"seed {seed}: backbone on {run.encoder}"
                 backbone = self.stages.backbone(run.stage1, run.trained_on.rows, seed, label)
                 yield run, backbone

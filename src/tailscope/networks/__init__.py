@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 from tailscope.registry import Registry
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from tailscope.networks.resnets import CifarResNet
 
-__all__ = ["MODELS"]
+__all__ = ["LAST_LAYERS", "MODELS"]
 MODELS: Registry["CifarResNet"] = Registry("model", "tailscope.networks.resnets:MODELS")
+LAST_LAYERS: Registry["nn.Module"] = Registry("last layer", "tailscope.networks.last_layers:LAST_LAYERS")
