@@ -464,7 +464,7 @@ def report(
 
 @verb
 def methods() -> dict[str, Any]:
-    """List every loss, sampler, augmentation, mixing, model, schedule, profile and recipe with its defaults.
+    """List every loss, sampler, augmentation, mixing, model, last layer, schedule and recipe with its defaults.
 
     Example: `tailscope methods --json`
     """
@@ -472,7 +472,7 @@ def methods() -> dict[str, Any]:
     from tailscope.training.recipes import RECIPES
 
     listed: dict[str, Any] = {
-        kind: [{"name": e.name, "defaults": e.defaults, "summary": e.summary} for e in registry]
+        kind: [{"name": e.name, "defaults": e.defaults, "summary": e.summary, "needs": list(e.needs)} for e in registry]
         for kind, registry in REGISTRIES.items()
     }
     listed["recipes"] = [recipe.model_dump(mode="json") for recipe in RECIPES.values()]

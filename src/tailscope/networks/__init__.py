@@ -1,4 +1,7 @@
-"""Networks: every model is `classifier(features(x))`.
+"""Networks: every model is `classifier(features(x))`, and its `features` have the width `feature_dim`.
+
+What changes activations between stages is given to `features` as `between(place, activations)`, for each of
+`hidden_places`; a model without such places leaves both out. The last layer is chosen by a name of its own.
 
 A kernel of our own for what the libraries leave slow on a CPU: what lies between two convolutions.
 """
