@@ -138,6 +138,65 @@ with the nearest that is.
 """
 
 
+AUTHORS = """## Writing your own
+
+A factory is registered under a name. What stands before the `/` the program supplies, the rest a user may set; with
+`needs=` it asks for more:
+
+- A **loss** takes the counts of the classes and returns `loss(logits, labels)`, float32 [B]; nothing is averaged. It
+  may need `features` (the factory takes their width after the counts, the loss `features=` [B, d]), `progress` (the
+  loss takes `progress=`), `cosine` (its logits are cosines) or `unmixed` (mixed images are refused).
+- **Class weights** take the counts and return `weights(progress)`, float32 [C].
+- A **sampler** takes labels and the number of classes and returns `draw(n, generator)`, n indices; with `progress` it
+  is `draw(n, generator, progress)`, in stage 1 only.
+- A **mixing** is an object with `draw(labels, size, generator)`, which returns a `Mix`. Its factory may need `counts`
+  and `hidden`, the number of places between the network's stages; it takes them in this order.
+- A **last layer** takes the network's linear layer and returns the module in its place, features [B, d] to logits [B,
+  C]. It has `as_linear()`, a weight and a bias that decide alike, and `cosines(features)` if it computes them.
+- A **model** takes the numbers of channels and classes. It has `features(images)` [B, d], `feature_dim` and
+  `classifier`, a linear layer. To be mixed inside it has `hidden_places`, and `features(images, between)` calls
+  `between(place, activations)` at each.
+
+`progress` is the share of the training that is done, in [0, 1): a tensor for losses and weights, since a GPU replays
+captured steps (so `torch.where`, not `if`), and a plain number for samplers, as it is when the epoch begins.
+
+```python
+import torch
+from torch import nn
+from tailscope.methods import LOSSES
+
+
+class Centers(nn.Module):
+    def __init__(self, classes, width, weight):
+        super().__init__()
+        self.centers = nn.Parameter(torch.randn(classes, width))
+        self.weight = weight
+
+    def forward(self, logits, labels, *, features):
+        distance = (features - self.centers[labels]).square().sum(1)
+        return nn.functional.cross_entropy(logits, labels, reduction="none") + self.weight / 2 * distance
+
+
+@LOSSES.register("centers", needs=("features",))
+def centers(counts, width, /, weight: float = 0.01):
+    \"""Cross-entropy, and the distance to a trained centre of the class.\"""
+    return Centers(len(counts), width, weight)
+```
+
+A loss that is a module makes its parameters on the CPU. They are trained with the network's, at the same rate and
+without weight decay, kept for resuming with its buffers, and left out of the result. Processes that train together sum
+the gradients of the parameters; buffers they do not share.
+
+A `Mix` says of each batch how much of an image's own stays: of its pixels (`images`, any shape that broadcasts to
+[steps, batch, C, H, W]), of its label's loss (`labels`, [steps, batch] or [steps, 1]) and of its activations
+(`hidden`, [steps, places]). The rest is its partner's (`partner`, int64 [steps, batch]). Shapes must be the same every
+time: where a batch is not mixed, a weight is 1.
+
+A classifier that computes cosines decides as a linear one with rows of length 1 and no bias does: its logits are that
+one's times a positive factor for each image. It is this linear one that stage 2 starts from, and that is evaluated.
+"""
+
+
 def methods() -> str:
     """Return the page in Markdown."""
     verbs = [
@@ -155,6 +214,7 @@ def methods() -> str:
         _listing("Recipes", ("recipe", "what it does"), recipes),
         _registered("recipes that take values", PARAMETRISED),
         f"## Profiles\n\n{PROFILES}: see [Data and subsets](data.md).\n",
+        AUTHORS,
     ]
     return "\n".join([METHODS, *parts])
 

@@ -224,7 +224,8 @@ def test_a_training_times_its_engines_once_and_its_description_names_the_fastest
     assert timed.calls == [["eager", "fused"]]
     alike = json.loads(next(cache.iterdir()).read_text())["alike"]
     assert alike == {
-        "model": QUICK, "images": [64, 8, 8, 1], "mix": True, "processor": device.cpu_name(), "threads": 1,
+        "model": QUICK, "images": [64, 8, 8, 1], "parts": ["cross_entropy", "linear", "mixup", None],
+        "processor": device.cpu_name(), "threads": 1,
         "precision": "float32", "torch": torch.__version__,
     }  # fmt: skip
 

@@ -59,6 +59,8 @@ def space(tmp_path, monkeypatch):
     from experiment_setups import TINY
 
     monkeypatch.setitem(RECIPES, "demo", TINY)
+    for registry in verbs.REGISTRIES.values():  # what a page registers ends with it
+        monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     monkeypatch.setenv("TAILSCOPE_STORE", str(tmp_path / "store"))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -1,13 +1,19 @@
 """What every registered method promises; a new entry is checked from the day it is registered."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, SAMPLERS
+from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, SAMPLERS, WEIGHTS
+from tailscope.networks import LAST_LAYERS
+from tailscope.networks.last_layers import as_linear, computes_cosines
+from test_training_resume import Interrupting, Stopped, stop
+from training_setups import CPU, assert_same_state, digits, made_loss, stage1_spec, train_stage1
 
 COUNTS = torch.tensor([40, 12, 5, 1])
 LABELS = torch.arange(4).repeat_interleave(COUNTS)
-REGISTRIES = [AUGMENTATIONS, LOSSES, MIXINGS, SAMPLERS]
+REGISTRIES = [AUGMENTATIONS, LOSSES, WEIGHTS, MIXINGS, SAMPLERS, LAST_LAYERS]
 
 
 def generator(seed=0):
@@ -57,16 +63,17 @@ def test_augmentation_depends_on_the_generator(name):
 def test_sampler(name, n):
     labels = torch.where(LABELS == 3, 4, LABELS)  # class 3 of 6 is empty, and so is 5
     draw = SAMPLERS.make(name, labels, 6)
-    indices = draw(n, generator())
-    assert (indices.dtype, indices.shape, indices.device) == (torch.int64, (n,), labels.device)
-    assert ((indices >= 0) & (indices < len(labels))).all()
-    assert torch.equal(indices, draw(n, generator()))
+    for progress in [(0.0,), (0.99,)] if "progress" in SAMPLERS.needs(name) else [()]:
+        indices = draw(n, generator(), *progress)
+        assert (indices.dtype, indices.shape, indices.device) == (torch.int64, (n,), labels.device)
+        assert ((indices >= 0) & (indices < len(labels))).all()
+        assert torch.equal(indices, draw(n, generator(), *progress))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", names(LOSSES))
 def test_loss(name, dtype):
-    loss = LOSSES.make(name, COUNTS)
+    loss = made_loss(name, COUNTS)
     logits = (20 * torch.randn(32, 4, generator=generator())).to(dtype).requires_grad_()
     labels = torch.randint(4, (32,), generator=generator())
     values = loss(logits, labels)
@@ -82,7 +89,7 @@ def test_loss(name, dtype):
 def test_loss_of_certain_predictions_is_finite(name):
     logits = torch.tensor([[1e4, -1e4, 0, 0], [-1e4, 1e4, 0, 0]]).requires_grad_()
     for labels in (torch.tensor([0, 1]), torch.tensor([1, 0])):
-        values = LOSSES.make(name, COUNTS)(logits, labels)
+        values = made_loss(name, COUNTS)(logits, labels)
         assert values.isfinite().all()
         (gradient,) = torch.autograd.grad(values.sum(), logits)
         assert gradient.isfinite().all()
@@ -92,7 +99,7 @@ def test_loss_of_certain_predictions_is_finite(name):
 def test_loss_allows_classes_without_images(name):
     logits = torch.randn(8, 6, generator=generator()).requires_grad_()
     labels = torch.arange(8) % 4
-    values = LOSSES.make(name, torch.tensor([40, 12, 5, 1, 0, 0]))(logits, labels)
+    values = made_loss(name, torch.tensor([40, 12, 5, 1, 0, 0]))(logits, labels)
     assert values.isfinite().all()
     values.sum().backward()
     assert logits.grad.isfinite().all()
@@ -100,20 +107,80 @@ def test_loss_allows_classes_without_images(name):
 
 @pytest.mark.parametrize("name", names(LOSSES))
 def test_loss_compiles_as_one_graph(name):
-    loss = LOSSES.make(name, COUNTS)
+    loss = made_loss(name, COUNTS)
     logits, labels = torch.randn(8, 4, generator=generator()), torch.arange(8) % 4
     compiled = torch.compile(loss, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(logits, labels), loss(logits, labels))
 
 
+@pytest.mark.parametrize("name", names(WEIGHTS))
+def test_class_weights(name):
+    weights = WEIGHTS.make(name, torch.tensor([40, 12, 5, 1, 0]))
+    for progress in (0.0, 0.5, 0.99):
+        found = weights(torch.tensor(progress))
+        assert (found.dtype, found.shape) == (torch.float32, (5,))
+        assert ((found >= 0) & found.isfinite()).all()
+        assert float(found[:4].mean()) == pytest.approx(1)
+        assert torch.equal(WEIGHTS.make(name, torch.full((5,), 9))(torch.tensor(progress)), torch.ones(5))
+
+
+def mixing_context(name):
+    context = {"counts": COUNTS, "hidden": 2}
+    return [value for need, value in context.items() if need in MIXINGS.needs(name)]
+
+
 @pytest.mark.parametrize("name", names(MIXINGS))
 def test_mixing(name):
-    mixing = MIXINGS.make(name)
-    lam, partner = mixing.draw(5, 32, generator())
-    assert (lam.dtype, lam.shape, partner.dtype, partner.shape) == (torch.float32, (5,), torch.int64, (5, 32))
-    assert ((lam >= 0) & (lam <= 1)).all()
-    assert torch.equal(partner.sort(1).values, torch.arange(32).expand(5, 32))
-    again = mixing.draw(5, 32, generator())
-    assert torch.equal(lam, again[0])
-    assert torch.equal(partner, again[1])
-    assert not torch.equal(lam, mixing.draw(5, 32, generator(1))[0])
+    mixing = MIXINGS.make(name, *mixing_context(name))
+    labels = torch.randint(4, (9, 32), generator=generator(2))
+    mix = mixing.draw(labels, (6, 8), generator())
+    shapes = {"images": (9, 32, 3, 6, 8), "labels": (9, 32), "partner": (9, 32), "hidden": (9, 2)}
+    for part, tensor in mix._asdict().items():
+        if tensor is not None:
+            assert tensor.dtype == (torch.int64 if part == "partner" else torch.float32)
+            assert len(tensor) == 9, "a step is the first dimension"
+            assert tensor.expand(shapes[part]).shape == shapes[part]
+            assert part == "partner" or ((tensor >= 0) & (tensor <= 1)).all()
+    assert mix.labels is not None
+    assert mix.partner.shape == (9, 32)
+    assert ((mix.partner >= 0) & (mix.partner < 32)).all()
+    again, other = (mixing.draw(labels, (6, 8), generator(seed)) for seed in (0, 1))
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(mix, again, strict=True))
+    assert not torch.equal(mix.labels, other.labels)
+    assert [None if t is None else t.shape for t in mix] == [None if t is None else t.shape for t in other]
+
+
+@pytest.mark.parametrize("name", names(LAST_LAYERS))
+def test_last_layer(name):
+    with torch.random.fork_rng():
+        made = torch.nn.Linear(6, 4)
+    layer = LAST_LAYERS.make(name, made)
+    features = 5 * torch.randn(50, 6, generator=generator())
+    logits = layer(features)
+    assert (logits.shape, logits.dtype) == ((50, 4), torch.float32)
+    weight, bias = as_linear(layer)
+    assert (weight.dtype, weight.shape, bias.shape) == (torch.float32, (4, 6), (4,))
+    assert torch.equal((features @ weight.T + bias).argmax(1), logits.argmax(1))
+    if computes_cosines(name):
+        assert layer.cosines(features).abs().max() <= 1 + 1e-6
+
+
+def everything():
+    for field, registry in {"loss": LOSSES, "weights": WEIGHTS, "mix": MIXINGS, "sampler": SAMPLERS}.items():
+        for name in names(registry):
+            cosine = registry is LOSSES and "cosine" in LOSSES.needs(name)
+            changes = {field: name, **({"last_layer": "cosine"} if cosine else {})}
+            yield pytest.param(changes, id=f"{field} {name}")
+    yield from (pytest.param({"last_layer": name}, id=f"last layer {name}") for name in names(LAST_LAYERS))
+
+
+@pytest.mark.parametrize("changes", list(everything()))
+def test_every_default_trains_and_resumes_to_the_bit(changes, tmp_path):
+    images = digits(80)  # a short batch an epoch
+    spec = stage1_spec(images, steps=4, model="resnet8(width=4)", **changes)
+    whole, meta = train_stage1(spec, images, tmp_path / "whole")
+    with pytest.raises(Stopped):
+        train_stage1(spec, images, tmp_path / "cut", runtime=replace(CPU, progress=Interrupting(3, stop)))
+    resumed, again = train_stage1(spec, images, tmp_path / "cut")
+    assert_same_state(whole, resumed)
+    assert again["losses"] == meta["losses"]

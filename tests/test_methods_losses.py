@@ -8,7 +8,8 @@ import torch
 from scipy.special import softmax
 
 from tailscope.errors import UserError
-from tailscope.methods import LOSSES
+from tailscope.methods import LOSSES, WEIGHTS
+from training_setups import made_loss
 
 COUNTS = [500, 60, 60, 7, 1]
 TOTAL = sum(COUNTS)
@@ -91,7 +92,7 @@ def test_every_loss_has_a_formula_here():
 
 @pytest.mark.parametrize("name", [entry.name for entry in LOSSES])
 def test_gradient_is_the_finite_difference(name):
-    loss = LOSSES.make(name, torch.tensor(COUNTS))
+    loss = made_loss(name, torch.tensor(COUNTS))
     logits = LOGITS[:5].clone().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(logits, LABELS[:5]).sum(), logits)
     step = 1e-2
@@ -103,7 +104,7 @@ def test_gradient_is_the_finite_difference(name):
 
 def test_bfloat16_logits_lose_nothing_but_their_own_rounding():
     for entry in LOSSES:
-        loss = LOSSES.make(entry.name, torch.tensor(COUNTS))
+        loss = made_loss(entry.name, torch.tensor(COUNTS))
         rounded = LOGITS.bfloat16()
         assert torch.equal(loss(rounded, LABELS), loss(rounded.float(), LABELS)), entry.name
 
@@ -131,3 +132,46 @@ def test_equal_counts_turn_the_counted_losses_into_cross_entropy():
 def test_hyperparameters_out_of_range_are_named(call):
     with pytest.raises(UserError, match=call.split("(")[0]):
         LOSSES.make(call, torch.tensor(COUNTS))
+
+
+def effective(beta):
+    return [(1 - beta) / (1 - beta**n) for n in COUNTS]
+
+
+@pytest.mark.parametrize(
+    ("call", "raw", "start"),
+    [
+        ("drw", effective(0.9999), 0.8),
+        ("drw(start=0.5, beta=0.9)", effective(0.9), 0.5),
+        ("effective_number(beta=0.99)", effective(0.99), 0.0),
+        ("inverse", [1 / n for n in COUNTS], 0.0),
+        ("inverse(power=0.5)", [n**-0.5 for n in COUNTS], 0.0),
+    ],
+)
+def test_class_weights_are_their_formula_from_their_start_on(call, raw, start):
+    named = call if "(" in call else f"{call}()"
+    over_classes = WEIGHTS.make(call, torch.tensor(COUNTS))
+    separator = "" if named.endswith("()") else ", "
+    over_images = WEIGHTS.make(f"{named[:-1]}{separator}mean_over='images')", torch.tensor(COUNTS))
+    per_image = sum(n * w for n, w in zip(COUNTS, raw, strict=True)) / TOTAL
+    for progress in (0.0, start - 0.001, start, 0.999):
+        at = torch.tensor(progress)
+        if progress < start:
+            assert torch.equal(over_classes(at), torch.ones(5))
+            assert torch.equal(over_images(at), torch.ones(5))
+        else:
+            np.testing.assert_allclose(over_classes(at).numpy(), np.array(raw) * 5 / sum(raw), rtol=1e-6)
+            np.testing.assert_allclose(over_images(at).numpy(), np.array(raw) / per_image, rtol=1e-6)
+
+
+def test_weights_by_the_effective_number_make_cross_entropy_the_class_balanced_loss():
+    counts = torch.tensor(COUNTS)
+    weights = WEIGHTS.make("effective_number(beta=0.99)", counts)(torch.tensor(0.0))
+    weighted = weights[LABELS] * LOSSES.make("cross_entropy", counts)(LOGITS, LABELS)
+    torch.testing.assert_close(weighted, LOSSES.make("class_balanced(beta=0.99)", counts)(LOGITS, LABELS))
+
+
+@pytest.mark.parametrize("call", ["drw(start=1)", "drw(beta=1)", "drw(mean_over='batch')", "inverse(mean_over='')"])
+def test_class_weights_without_a_meaning_are_refused(call):
+    with pytest.raises(UserError):
+        WEIGHTS.make(call, torch.tensor(COUNTS))

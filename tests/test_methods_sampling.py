@@ -59,3 +59,15 @@ def test_class_aware_takes_turns():
         for start in range(0, 27, size):
             turn = mine[start : start + size]
             assert len(turn.unique()) == len(turn)
+
+
+def test_deferred_sampling_is_one_sampler_before_its_start_and_another_from_then_on():
+    deferred = SAMPLERS.make("drs(start=0.5, then='square_root')", LABELS, 6)
+    for progress, name in ((0.0, "instance"), (0.499, "instance"), (0.5, "square_root"), (0.9, "square_root")):
+        assert torch.equal(deferred(300, torch.Generator().manual_seed(0), progress), draw(name, 300))
+
+
+@pytest.mark.parametrize("call", ["drs(start=1)", "drs(then='drs')", "drs(then='none of them')"])
+def test_what_deferred_sampling_cannot_do_is_refused(call):
+    with pytest.raises(UserError):
+        SAMPLERS.make(call, LABELS, 6)

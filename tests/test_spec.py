@@ -49,6 +49,8 @@ DECISIVE_STAGE: dict[str, Any] = {
     "views": 7,
     "bn_mode": "shifted",
     "start": "stage1",
+    "last_layer": "cosine(scale=16.0)",
+    "weights": "drw(start=0.8, beta=0.9999, mean_over='classes')",
 }
 
 

@@ -83,9 +83,8 @@ def by_hand(spec: StageSpec, data: Images) -> tuple[dict, list[float]]:
                 if spec.mix is None:
                     loss = cross_entropy(twin(x), y)
                 else:
-                    (lam,), (partner,) = MIXINGS.make(spec.mix).draw(
-                        1, len(part), torch_stream(SEED, "mix", epoch, step, m)
-                    )
+                    mix_stream = torch_stream(SEED, "mix", epoch, step, m)
+                    _, (lam,), (partner,), _ = MIXINGS.make(spec.mix).draw(y[None], x.shape[2:], mix_stream)
                     logits = twin(lam * x + (1 - lam) * x[partner])
                     loss = lam * cross_entropy(logits, y) + (1 - lam) * cross_entropy(logits, y[partner])
                 (loss * len(part) / len(rows)).backward()

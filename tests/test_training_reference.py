@@ -38,9 +38,11 @@ def textbook(spec, images: ImageSet, seed: int) -> tuple[nn.Module, list[float]]
         x = torch.from_numpy((augmented.numpy() / 255 - mean) / std).float().permute(0, 3, 1, 2).contiguous()
         y = images.labels[order]
         mix_stream = torch_stream(seed, "mix", epoch)
-        full, rest = divmod(len(images), 64)
-        mixes = list(zip(*MIXINGS.make("mixup").draw(full, 64, mix_stream), strict=True))
-        mixes += zip(*MIXINGS.make("mixup").draw(1, rest, mix_stream), strict=True) if rest else []
+        whole = len(images) // 64 * 64
+        mixes: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for labels in (y[:whole].view(-1, 64), y[None, whole:]):
+            mix = MIXINGS.make("mixup").draw(labels, (8, 8), mix_stream)
+            mixes += zip(mix.labels, mix.partner, strict=True)
         for (lam, partner), xb, yb in zip(mixes, x.split(64), y.split(64), strict=True):
             # One cycle: from a tenth of the rate up to it over the first quarter of the steps, then down to 0.
             t = len(losses) / STEPS

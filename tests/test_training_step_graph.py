@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from tailscope.device import Runtime
-from tailscope.methods import LOSSES
+from tailscope.methods.mixing import Mix
 from tailscope.spec import TrainSpec
 from tailscope.training import loop, step
 from tailscope.training.loop import new_model
+from tailscope.training.objective import Objective
 from tailscope.training.step import WARM_UP, CudaCapture, GraphedStep, Normalizer, Stepper, capturing, loss_function
 from test_training_resume import Interrupting, Stopped, stop
 from training_setups import CPU, assert_same_state, digits, stage1_spec, train_stage1
@@ -51,9 +52,9 @@ class Refuses(Again):
 def stepper_of(capture):
     images = digits()
     model = new_model("resnet8", images.images.shape[-1], images.num_classes, 0).train()
-    loss = LOSSES.make("cross_entropy", torch.tensor(images.counts()))
-    compute = loss_function(model, loss, Normalizer.of(images.images), torch.float32)
-    return Stepper(model, compute, TRAIN, capture=capture)
+    objective = Objective(stage1_spec(images), images.counts(), model.feature_dim, 0, CPU.device)
+    compute = loss_function(model, objective, Normalizer.of(images.images), torch.float32)
+    return Stepper(model, objective, compute, TRAIN, capture=capture)
 
 
 def trained(capture, mix, batches=8, tail=True):
@@ -64,9 +65,9 @@ def trained(capture, mix, batches=8, tail=True):
     stream, losses = torch.Generator().manual_seed(0), []
     for number in range(batches):
         rows = torch.randint(len(images), (5 if tail and number % 3 == 2 else 16,), generator=stream)
-        lam = torch.rand((), generator=stream) if mix else None
-        partner = torch.randperm(len(rows), generator=stream) if mix else None
-        losses.append(stepper(images.images[rows], images.labels[rows], 1 / (number + 1), lam, partner))
+        lam = torch.rand((1,), generator=stream)
+        mixed = Mix(lam.view(1, 1, 1, 1), lam, torch.randperm(len(rows), generator=stream)) if mix else Mix()
+        losses.append(stepper(images.images[rows], images.labels[rows], 1 / (number + 1), mixed))
     return torch.stack(losses), stepper.state()
 
 

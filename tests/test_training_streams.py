@@ -17,7 +17,7 @@ from tailscope.device import Runtime, Solo
 from tailscope.encoders import load as load_encoder
 from tailscope.encoders.preprocessing import Wishes
 from tailscope.errors import UserError
-from tailscope.methods import augmentations
+from tailscope.methods import MIXINGS, augmentations
 from tailscope.progress import Quiet
 from tailscope.reproduce.trainings import prepare_thread
 from tailscope.seeds import derive, keyed, numpy_stream, torch_stream
@@ -32,8 +32,10 @@ def batches(epoch=0, seed=0, steps=5, images=None, **changes):
     """Return an epoch's batches as one tensor each of images, labels, and mixing weights and partners."""
     images = images or digits()
     spec = stage1_spec(images, **changes)
-    drawn = [next(parts) for _, parts in _Batches(spec, images, seed, CPU.device, Solo(), None).epoch(epoch, steps)]
-    mixes = [(b.lam, b.partner) for b in drawn]
+    mixing = MIXINGS.make(spec.mix) if spec.mix else None
+    drawing = _Batches(spec, images, mixing, seed, CPU.device, Solo(), None).epoch(epoch, steps, 0.0)
+    drawn = [next(parts) for _, parts in drawing]
+    mixes = [(b.mix.labels, b.mix.partner) for b in drawn]
     return torch.cat([b.images for b in drawn]), torch.cat([b.labels for b in drawn]), mixes
 
 
@@ -213,11 +215,11 @@ def test_what_is_drawn_does_not_depend_on_where_the_images_are(changes, monkeypa
     spec = stage1_spec(images, augment=("crop", "flip", "autoaugment"), **changes)
     found = []
     for device in ("cpu", "meta"):
-        batches = [
-            next(parts) for _, parts in _Batches(spec, images, 0, torch.device(device), Solo(), None).epoch(0, 5)
-        ]
+        mixing = MIXINGS.make(spec.mix) if spec.mix else None
+        drawing = _Batches(spec, images, mixing, 0, torch.device(device), Solo(), None)
+        batches = [next(parts) for _, parts in drawing.epoch(0, 5, 0.0)]
         assert [len(b.images) for b in batches] == [64] * 4 + [44]
-        assert {t.device.type for b in batches for t in vars(b).values() if t is not None} == {device}
+        assert {t.device.type for b in batches for t in (b.images, b.labels, *b.mix) if t is not None} == {device}
         found.append(list(drawn))
         drawn.clear()
     assert len(found[0]) > 3

@@ -1,5 +1,6 @@
 """Tiny trainings that several test files run."""
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from tailscope.data.images import ImageSet
 from tailscope.data.sources import load
 from tailscope.device import Runtime
+from tailscope.methods import LOSSES
 from tailscope.spec import DataSpec, StageSpec, TrainSpec
 from tailscope.training.loop import Training
 from tailscope.training.step import Normalizer
@@ -28,6 +30,21 @@ def activations(
     """Random ones, channels-last."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + mean
     return x.to(dtype).to(memory_format=torch.channels_last)
+
+
+def made_loss(call: str, counts: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """Return (logits, labels) -> losses; what the loss needs besides is made up, the same for the same labels."""
+    needs, width, progress = LOSSES.needs(call), 6, torch.tensor(0.5)
+    features = torch.randn(64, width, generator=torch.Generator().manual_seed(0))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        loss = LOSSES.make(call, counts, *((width,) if "features" in needs else ()))
+
+    def losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        given = {"features": features[: len(labels)], "progress": progress}
+        return loss(logits, labels, **{name: value for name, value in given.items() if name in needs})
+
+    return losses
 
 
 def data_spec(images: ImageSet) -> DataSpec:

@@ -26,12 +26,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Entry(Generic[T]):
-    """A registered factory with its hyperparameters' defaults and the first line of its docstring."""
+    """A registered factory: its hyperparameters' defaults, the first line of its docstring, and what it asks for."""
 
     name: str
     factory: Callable[..., T]
     defaults: dict[str, Any]
     summary: str
+    needs: tuple[str, ...] = ()
 
 
 class Registry(Generic[T]):
@@ -48,14 +49,19 @@ class Registry(Generic[T]):
     'focal(gamma=2.0)'
     """
 
-    def __init__(self, kind: str, *sources: str) -> None:
-        """Make a registry of a `kind` of things, with `module:variable` of modules that register functions here."""
-        self.kind = kind
+    def __init__(self, kind: str, *sources: str, offers: tuple[str, ...] = ()) -> None:
+        """Make a registry of a `kind` of things, with `module:variable` of modules that register functions here.
+
+        `offers`: what a thing may need beyond what every one is given, as the registry's users say.
+        """
+        self.kind, self._offers = kind, offers
         self._sources = dict(source.split(":") for source in sources)
         self._registered: dict[str, Entry[T]] = {}
 
-    def register(self, name: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    def register(self, name: str, *, needs: tuple[str, ...] = ()) -> Callable[[Callable[..., T]], Callable[..., T]]:
         """Return a decorator that registers a factory under `name`; every hyperparameter needs a default."""
+        if others := [need for need in needs if need not in self._offers]:
+            raise ValueError(f"{self.kind} {name!r}: {unknown('need', others[0], self._offers or ['none'])}")
 
         def add(factory: Callable[..., T]) -> Callable[..., T]:
             known = self._registered if factory.__module__ in self._sources else self._entries
@@ -66,7 +72,7 @@ class Registry(Generic[T]):
             if without := [p.name for p in hyper if p.default is p.empty]:
                 raise ValueError(f"{self.kind} {name!r}: hyperparameters without a default: {without}")
             summary = (inspect.getdoc(factory) or "").split("\n")[0]
-            self._registered[name] = Entry(name, factory, {p.name: p.default for p in hyper}, summary)
+            self._registered[name] = Entry(name, factory, {p.name: p.default for p in hyper}, summary, needs)
             return factory
 
         return add
@@ -106,6 +112,10 @@ class Registry(Generic[T]):
         given = {k: _like(entry.defaults[k], v, where + k) for k, v in {**positional, **kwargs}.items()}
         return entry, {**entry.defaults, **given}
 
+    def needs(self, call: str) -> tuple[str, ...]:
+        """Return what the thing that a call-string names asks for, beyond what every one is given."""
+        return self.parse(call)[0].needs
+
     def canonical(self, call: str) -> str:
         """Return the call-string with every hyperparameter written out: equal meaning, equal text, equal hash."""
         entry, values = self.parse(call)
@@ -127,9 +137,12 @@ def _declared_in(module: str, variable: str) -> Iterator[Entry[Any]]:
     for function in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
         for decorator in function.decorator_list:
             match decorator:
-                case ast.Call(ast.Attribute(ast.Name(id=by), "register"), [ast.Constant(str(name))]) if by == variable:
+                case ast.Call(ast.Attribute(ast.Name(id=by), "register"), [ast.Constant(str(name))], options) if (
+                    by == variable
+                ):
                     summary = (ast.get_docstring(function) or "").split("\n")[0]
-                    yield Entry(name, _imported_when_called(module, function.name), _defaults(function), summary)
+                    needs = {option.arg: ast.literal_eval(option.value) for option in options}.get("needs", ())
+                    yield Entry(name, _imported_when_called(module, function.name), _defaults(function), summary, needs)
 
 
 def _defaults(function: ast.FunctionDef) -> dict[str, Any]:

@@ -113,6 +113,8 @@ class StageSpec(Frozen):
             statistics of stage 1; "shifted" re-estimates them on stage 2's data, weights and affine parameters fixed
             (MiSLAS: Zhong et al. 2021).
         start: stage 2 only: what the classifier starts from, new random weights or those that stage 1 trained.
+        last_layer: call-string of what turns features into logits: the classifier's form.
+        weights: call-string of the classes' weights in the loss, or None.
     """
 
     data: DataSpec
@@ -125,7 +127,9 @@ class StageSpec(Frozen):
     views: int | None = Field(default=None, ge=1)
     bn_mode: BnMode = "frozen"
     start: Start = "new"
-    later = ("bn_mode", "start")
+    last_layer: str = "linear"
+    weights: str | None = None
+    later = ("bn_mode", "start", "last_layer", "weights")
 
     def content(self) -> dict[str, Any]:
         """Return everything about this stage that changes its result."""

@@ -32,8 +32,8 @@ from tailscope.experiments.options import (
     taking,
     verb,
 )
-from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, PHOTO_AUGMENTATIONS, SAMPLERS
-from tailscope.networks import MODELS
+from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, PHOTO_AUGMENTATIONS, SAMPLERS, WEIGHTS
+from tailscope.networks import LAST_LAYERS, MODELS
 from tailscope.progress import Progress, shown_on
 from tailscope.registry import Registry
 from tailscope.training import SCHEDULES
@@ -63,7 +63,9 @@ __all__ = [
 ]
 REGISTRIES: dict[str, Registry[Any]] = {
     "models": MODELS,
+    "last layers": LAST_LAYERS,
     "losses": LOSSES,
+    "class weights": WEIGHTS,
     "samplers": SAMPLERS,
     "augmentations": AUGMENTATIONS,
     "augmentations of photographs in files": PHOTO_AUGMENTATIONS,
@@ -462,7 +464,7 @@ def report(
 
 @verb
 def methods() -> dict[str, Any]:
-    """List every loss, sampler, augmentation, mixing, model, schedule, profile and recipe with its defaults.
+    """List every loss, sampler, augmentation, mixing, model, last layer, schedule and recipe with its defaults.
 
     Example: `tailscope methods --json`
     """
@@ -470,7 +472,7 @@ def methods() -> dict[str, Any]:
     from tailscope.training.recipes import RECIPES
 
     listed: dict[str, Any] = {
-        kind: [{"name": e.name, "defaults": e.defaults, "summary": e.summary} for e in registry]
+        kind: [{"name": e.name, "defaults": e.defaults, "summary": e.summary, "needs": list(e.needs)} for e in registry]
         for kind, registry in REGISTRIES.items()
     }
     listed["recipes"] = [recipe.model_dump(mode="json") for recipe in RECIPES.values()]

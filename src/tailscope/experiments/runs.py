@@ -205,7 +205,7 @@ class Experiment:
         for seed in self.settings.seeds:
             sets = training_sets(self.stages, self.settings, seed)
             self.lt_sets.append(sets["lt"])
-            for run in runs(self.settings, sets, seed):
+            for run in list(runs(self.settings, sets, seed)):  # parts that do not fit are refused before any training
                 label = f"seed {seed}: backbone on {run.encoder}"
                 backbone = self.stages.backbone(run.stage1, run.trained_on.rows, seed, label)
                 self.specs += [stage for stage in (run.stage1, run.stage2) if stage is not None]

@@ -29,6 +29,7 @@ from tailscope.data.sources import ImageData
 from tailscope.device import Runtime, Solo, Team
 from tailscope.errors import UserError
 from tailscope.methods import SAMPLERS, for_photos
+from tailscope.networks.last_layers import as_linear
 from tailscope.networks.resnets import CifarResNet, ResNet10
 from tailscope.progress import Quiet
 from tailscope.seeds import torch_stream
@@ -98,7 +99,7 @@ class TrainingSet:
 
 @dataclass(frozen=True, eq=False)
 class Backbone:
-    """A trained, frozen encoder with where it came from, and its own classifier."""
+    """A trained, frozen encoder with where it came from, and a linear layer that decides as its own classifier does."""
 
     key: str
     stage1: StageSpec
@@ -184,12 +185,11 @@ class Stages:
 
     def _load(self, key: str, stage: StageSpec, artifact: Artifact) -> Backbone:
         assert stage.model is not None
-        model = new_model(stage.model, self.data.train.channels, self.data.train.num_classes, seed=0)
+        model = new_model(stage.model, self.data.train.channels, self.data.train.num_classes, 0, stage.last_layer)
         state = {name: t for name, t in artifact.tensors.items() if name != "rows"}
         model.load_state_dict(state)
         model = model.to(self.runtime.device).eval()
-        weight, bias = state["classifier.weight"].cpu().float(), state["classifier.bias"].cpu().float()
-        return Backbone(key, stage, model, artifact.meta, weight, bias)
+        return Backbone(key, stage, model, artifact.meta, *as_linear(model.classifier))
 
     def for_stage2(self, backbone: Backbone, stage2: StageSpec, rows: Rows, seed: int) -> Backbone:
         """Return the backbone as stage 2 on `rows` and the test images see it: itself, or with shifted statistics."""

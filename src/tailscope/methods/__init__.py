@@ -1,4 +1,4 @@
-"""Interchangeable parts of a training run, each in a registry: losses, samplers, augmentations, mixings.
+"""Interchangeable parts of a training run, each in a registry: losses, class weights, samplers, augmentations, mixings.
 
 What is registered is read from the modules' source, so that the registries can be listed without PyTorch.
 """
@@ -10,17 +10,21 @@ from tailscope.registry import Registry, split_call
 
 if TYPE_CHECKING:
     from tailscope.methods.augmentations import Augmentation, Photo
-    from tailscope.methods.losses import Loss
-    from tailscope.methods.sampling import Mixing, Sampler
+    from tailscope.methods.losses import ClassWeights, Loss
+    from tailscope.methods.mixing import Mixing
+    from tailscope.methods.sampling import Sampler
 
-__all__ = ["AUGMENTATIONS", "LOSSES", "MIXINGS", "PHOTO_AUGMENTATIONS", "SAMPLERS", "for_photos"]
-LOSSES: Registry["Loss"] = Registry("loss", "tailscope.methods.losses:LOSSES")
-SAMPLERS: Registry["Sampler"] = Registry("sampler", "tailscope.methods.sampling:SAMPLERS")
+__all__ = ["AUGMENTATIONS", "LOSSES", "MIXINGS", "PHOTO_AUGMENTATIONS", "SAMPLERS", "WEIGHTS", "for_photos"]
+LOSSES: Registry["Loss"] = Registry(
+    "loss", "tailscope.methods.losses:LOSSES", offers=("cosine", "features", "progress", "unmixed")
+)
+WEIGHTS: Registry["ClassWeights"] = Registry("class weights", "tailscope.methods.losses:WEIGHTS")
+SAMPLERS: Registry["Sampler"] = Registry("sampler", "tailscope.methods.sampling:SAMPLERS", offers=("progress",))
 AUGMENTATIONS: Registry["Augmentation"] = Registry("augmentation", "tailscope.methods.augmentations:AUGMENTATIONS")
 PHOTO_AUGMENTATIONS: Registry["Photo"] = Registry(
     "photograph augmentation", "tailscope.methods.augmentations:PHOTO_AUGMENTATIONS"
 )
-MIXINGS: Registry["Mixing"] = Registry("mixing", "tailscope.methods.sampling:MIXINGS")
+MIXINGS: Registry["Mixing"] = Registry("mixing", "tailscope.methods.mixing:MIXINGS", offers=("counts", "hidden"))
 
 
 def for_photos(calls: Sequence[str]) -> bool:

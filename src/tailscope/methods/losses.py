@@ -1,9 +1,24 @@
-"""Losses for long-tailed classification.
+"""Losses for long-tailed classification, and class weights that go with any of them.
 
 A factory takes the training counts (int64 [C], on the device of the logits) and returns `loss(logits, labels)`:
 logits [B, C] of any float type, labels int64 [B], result float32 [B]. Nothing is reduced: the mean, MixUp's weights
 and any other weighting happen in the caller. All arithmetic is in float32. Classes without training images may have
 a column in the logits; they are no one's label.
+
+A loss that asks for more says so where it is registered, `@LOSSES.register("name", needs=("features",))`:
+
+- "features": the factory takes (counts, width of the features), the loss also `features=`, float32 [B, d].
+- "progress": the loss also takes `progress=`, the share of the training that is done: float32 [], in [0, 1). A step may
+  be captured, so it is a tensor, and what depends on it is `torch.where` and not `if`.
+- "cosine": the logits are cosines, and a network whose last layer computes none is refused.
+- "unmixed": the loss means nothing for an image that is a mixture of two; mixings are refused.
+
+A loss may be an `nn.Module`. Its parameters, whose initial values the factory draws from torch's default generator on
+the CPU, are trained with the network's, at the same rate and without weight decay: what should hold them in is in the
+loss. They and its buffers are kept for resuming, and are no part of the result.
+
+Class weights are a factory that takes the counts and returns `weights(progress)`: float32 [C] from the share of the
+training that is done, float32 []. Each label's loss is multiplied by its class's weight.
 """
 
 import math
@@ -16,9 +31,10 @@ from torch.nn.functional import cross_entropy as softmax_cross_entropy
 from torch.nn.functional import log_softmax
 
 from tailscope.errors import UserError
-from tailscope.methods import LOSSES
+from tailscope.methods import LOSSES, WEIGHTS
 
-Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+Loss: TypeAlias = Callable[..., Tensor]
+ClassWeights: TypeAlias = Callable[[Tensor], Tensor]
 
 
 @LOSSES.register("cross_entropy")
@@ -118,12 +134,12 @@ def logit_adjustment(counts: Tensor, /, tau: float = 1.0) -> Loss:
     return loss
 
 
-@LOSSES.register("ldam")
+@LOSSES.register("ldam", needs=("cosine",))
 def ldam(counts: Tensor, /, max_margin: float = 0.5, scale: float = 30.0) -> Loss:
     """Label-distribution-aware margin loss, margins in proportion to n^-1/4 (Cao et al. 2019).
 
-    Cross-entropy of scale * logits after the margin of y is taken from the logit of y. Made for cosine logits (features
-    and weights normalised): `scale` and `max_margin`, the rarest class's margin, have no natural size otherwise.
+    Cross-entropy of scale * cosines after the margin of y is taken from the cosine of y; `max_margin` is the rarest
+    class's. The scale is the loss's own, whatever the last layer's is.
     """
     _require(scale > 0, f"ldam(scale={scale}): scale must be positive")
     _require(max_margin >= 0, f"ldam(max_margin={max_margin}): max_margin must be 0 or more")
@@ -161,6 +177,58 @@ def equalization(counts: Tensor, /, gamma: float = 0.95, threshold: float = 0.00
         return softmax_cross_entropy(weighted, labels, reduction="none")
 
     return loss
+
+
+@WEIGHTS.register("inverse")
+def inverse(counts: Tensor, /, power: float = 1.0, mean_over: str = "classes") -> ClassWeights:
+    """Weights in proportion to n^-power, from the first step on (Huang et al. 2016, for power = 1).
+
+    `mean_over`: what their mean is 1 over, as for `drw`.
+    """
+    return _from(0.0, counts, counts.double() ** -power, mean_over)
+
+
+@WEIGHTS.register("effective_number")
+def effective_number(counts: Tensor, /, beta: float = 0.9999, mean_over: str = "classes") -> ClassWeights:
+    """Weights by the inverse effective number of images, (1 - beta) / (1 - beta^n), from the first step on.
+
+    Cui et al. 2019, equation 4; with `mean_over` as for `drw`. On cross-entropy this is the loss `class_balanced`.
+    """
+    return drw(counts, start=0.0, beta=beta, mean_over=mean_over)
+
+
+@WEIGHTS.register("drw")
+def drw(counts: Tensor, /, start: float = 0.8, beta: float = 0.9999, mean_over: str = "classes") -> ClassWeights:
+    """Deferred re-weighting: no weights before the share `start` of the training (Cao et al. 2019, algorithm 1).
+
+    From then on they are those of Cui et al. (2019), by the inverse effective number, (1 - beta) / (1 - beta^n).
+
+    Args:
+        counts: images per class, int64 [C].
+        start: share of the training without weights; 160 of 200 epochs in the paper.
+        beta: of the effective number.
+        mean_over: "classes" scales the weights to a mean of 1 over classes with images, as the paper writes; a batch of
+            mostly frequent classes then takes a step several times shorter than before. The published code divides by
+            the weights of the batch, which takes that back; "images" does so for the mean batch: the mean over training
+            images is 1.
+    """
+    _require(0 <= start < 1, f"drw(start={start}): start must lie in [0, 1)")
+    _require(0 <= beta < 1, f"drw(beta={beta}): beta must lie in [0, 1)")
+    return _from(start, counts, (1 - beta) / (1 - beta ** counts.double()), mean_over)
+
+
+def _from(start: float, counts: Tensor, weights: Tensor, mean_over: str) -> ClassWeights:
+    """Return weights that are 1 before `start`, and then the given ones (any scale) at a mean of 1."""
+    _require(mean_over in ("classes", "images"), f"mean_over={mean_over!r}: must be 'classes' or 'images'")
+    present = counts > 0
+    shares = (present if mean_over == "classes" else counts).double()
+    raw = torch.where(present, weights, 0.0)
+    scaled = (raw * shares.sum() / (raw * shares).sum()).float()
+
+    def weights_at(progress: Tensor) -> Tensor:
+        return torch.where(progress >= start, scaled, 1.0)
+
+    return weights_at
 
 
 def _require(condition: bool, message: str) -> None:

@@ -1,24 +1,22 @@
-"""Samplers: which training images an epoch sees. Mixings: which of a batch are mixed, and how strongly.
+"""Samplers: which training images an epoch sees.
 
 A sampler's factory takes (labels int64 [N], num_classes) and returns `draw(n, generator)`, which gives n indices into
 the labels, int64 [n], on the labels' device (the generator's too). Classes without images are never drawn.
 
-A mixing draws for many batches at once, so that the training loop has no randomness of its own: image i of a batch
-becomes lam * x_i + (1 - lam) * x_partner[i], and its loss lam * loss(y_i) + (1 - lam) * loss(y_partner[i]).
+One that is registered with `needs=("progress",)` returns `draw(n, generator, progress)`, where `progress` is the share
+of the training that is done when the epoch begins.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
-import numpy as np
 import torch
 from torch import Generator, Tensor
 
 from tailscope.errors import UserError
-from tailscope.methods import MIXINGS, SAMPLERS
+from tailscope.methods import SAMPLERS
 
-Sampler: TypeAlias = Callable[[int, Generator], Tensor]
+Sampler: TypeAlias = Callable[..., Tensor]
 
 
 @SAMPLERS.register("instance")
@@ -90,6 +88,27 @@ def class_aware(labels: Tensor, num_classes: int, /) -> Sampler:
     return draw
 
 
+@SAMPLERS.register("drs", needs=("progress",))
+def drs(labels: Tensor, num_classes: int, /, start: float = 0.8, then: str = "class_balanced") -> Sampler:
+    """Deferred re-sampling: every image equally often, and the sampler `then` from the share `start` of the training.
+
+    Cao et al. (2019) compare deferred re-weighting with it. The change is at the first epoch that begins after `start`.
+
+    Raises:
+        UserError: `start` is not in [0, 1), or `then` is no sampler that stays the same.
+    """
+    if not 0 <= start < 1:
+        raise UserError(f"sampler drs(start={start}): start must lie in [0, 1)")
+    if SAMPLERS.needs(then):
+        raise UserError(f"sampler drs(then={then!r}): takes a sampler that does not change with time")
+    before, after = instance(labels, num_classes), SAMPLERS.make(then, labels, num_classes)
+
+    def draw(n: int, generator: Generator, progress: float) -> Tensor:
+        return (before if progress < start else after)(n, generator)
+
+    return draw
+
+
 def _shuffles(values: Tensor, n: int, generator: Generator) -> Tensor:
     """Return n of the values: shuffled, all of them before one comes again."""
     rounds = -(-n // len(values))
@@ -116,41 +135,3 @@ def _by_class(labels: Tensor, counts: Tensor, weights: Tensor) -> Sampler:
         return by_class[first[classes] + (place * counts[classes]).long()]
 
     return draw
-
-
-class Mixing(Protocol):
-    """Draws the weights and partners of whole batches."""
-
-    def draw(self, steps: int, batch: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        """Return the weights float32 [steps] and the partners int64 [steps, batch], on the generator's device."""
-
-
-@dataclass(frozen=True)
-class _MixUp:
-    alpha: float
-
-    def draw(self, steps: int, batch: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        device = generator.device
-        # torch's public Beta takes no generator, so NumPy draws it from a seed of this stream.
-        seed = torch.randint(2**62, (), generator=generator, device=device).item()
-        lam = np.random.default_rng(int(seed)).beta(self.alpha, self.alpha, steps)
-        partner = torch.rand(steps, batch, generator=generator, device=device).argsort(1)
-        return torch.from_numpy(lam).to(device, torch.float32), partner
-
-
-@MIXINGS.register("mixup")
-def mixup(alpha: float = 1.0) -> Mixing:
-    """MixUp of images and losses, one weight from Beta(alpha, alpha) a batch (Zhang et al. 2018).
-
-    Partners are a permutation of the batch.
-
-    >>> lam, partner = mixup().draw(3, 128, torch.Generator().manual_seed(0))
-    >>> lam.shape, partner.shape
-    (torch.Size([3]), torch.Size([3, 128]))
-
-    Raises:
-        UserError: `alpha` is not positive.
-    """
-    if not alpha > 0:
-        raise UserError(f"mixup(alpha={alpha}): alpha must be positive; for no mixing leave mixup out")
-    return _MixUp(alpha)

@@ -3,6 +3,8 @@
 ResNet-10 for 224x224 images (Liu et al. 2019) has one basic block in each of the four stages of He et al. 2016.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,6 +13,13 @@ from torchvision.models.resnet import BasicBlock, conv1x1
 from tailscope.errors import UserError
 from tailscope.networks import MODELS
 from tailscope.networks.norm_act import NormAct
+
+Between = Callable[[int, Tensor], Tensor]
+"""What becomes of the activations [B, C, H, W] between two stages of a network, by the place's number."""
+
+
+def _unchanged(place: int, activations: Tensor) -> Tensor:
+    return activations
 
 
 class CifarBlock(nn.Module):
@@ -40,6 +49,8 @@ class CifarResNet(nn.Module):
     `forward(x) == classifier(features(x))`; `features` returns the globally average-pooled [B, 4 * width] vectors.
     """
 
+    hidden_places = 2
+
     def __init__(self, depth: int, width: int, in_channels: int, num_classes: int) -> None:
         super().__init__()
         if depth % 6 != 2:
@@ -52,15 +63,16 @@ class CifarResNet(nn.Module):
         self.layer1 = _stage(blocks, width, width, 1)
         self.layer2 = _stage(blocks, width, 2 * width, 2)
         self.layer3 = _stage(blocks, 2 * width, 4 * width, 2)
-        self.classifier = nn.Linear(4 * width, num_classes)
+        self.classifier: nn.Module = nn.Linear(4 * width, num_classes)
         self.feature_dim = 4 * width
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)
 
-    def features(self, x: Tensor) -> Tensor:
+    def features(self, x: Tensor, between: Between = _unchanged) -> Tensor:
         """Images [B, C, H, W], normalised -> penultimate features [B, 4 * width]."""
-        out = self.layer3(self.layer2(self.layer1(self.bn1(self.conv1(x)))))
+        out = self.layer1(self.bn1(self.conv1(x)))
+        out = self.layer3(between(1, self.layer2(between(0, out))))
         pooled: Tensor = out.mean(dim=(2, 3))
         return pooled
 
@@ -121,6 +133,8 @@ class ResNet10(nn.Module):
     The names of the layers are torchvision's, apart from the classifier.
     """
 
+    hidden_places = 3
+
     def __init__(self, width: int, in_channels: int, num_classes: int) -> None:
         super().__init__()
         if width < 1:
@@ -133,16 +147,17 @@ class ResNet10(nn.Module):
         self.layer2 = _photo_stage(width, 2 * width, 2)
         self.layer3 = _photo_stage(2 * width, 4 * width, 2)
         self.layer4 = _photo_stage(4 * width, 8 * width, 2)
-        self.classifier = nn.Linear(8 * width, num_classes)
+        self.classifier: nn.Module = nn.Linear(8 * width, num_classes)
         self.feature_dim = 8 * width
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def features(self, x: Tensor) -> Tensor:
+    def features(self, x: Tensor, between: Between = _unchanged) -> Tensor:
         """Images [B, C, H, W], normalised -> penultimate features [B, 8 * width]."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x = self.layer2(between(0, self.layer1(x)))
+        x = self.layer4(between(2, self.layer3(between(1, x))))
         return torch.mean(x, dim=(2, 3))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -25,7 +25,6 @@ from tailscope.experiments.options import Reproduction
 from tailscope.experiments.plans import EXPERIMENTS, start_processes
 from tailscope.experiments.runs import Run, Settings, evaluate, store_root, training_sets
 from tailscope.experiments.stages import Stages
-from tailscope.methods import LOSSES
 from tailscope.methods.augmentations import build
 from tailscope.progress import Progress, Quiet, duration
 from tailscope.report.rows import load as load_results
@@ -36,9 +35,8 @@ from tailscope.seeds import torch_stream
 from tailscope.spec import StageSpec
 from tailscope.store import Store, make_folder
 from tailscope.training.extract import extract
-from tailscope.training.loop import new_model
+from tailscope.training.loop import Training, new_model
 from tailscope.training.recipes import Recipe
-from tailscope.training.step import Stepper, loss_function
 
 SECONDS = 8.0
 """How long `measure` takes, unless single operations take longer than their share of it."""
@@ -382,12 +380,10 @@ def measure(lab: Stages, recipe: Recipe, plan: Plan, seconds: float | None = Non
 
 def _step(lab: Stages, recipe: Recipe, runtime: Runtime, seconds: float) -> float:
     assert isinstance(lab.data.train, ImageSet)
-    train, classes = recipe.stage1, lab.data.train.num_classes
+    train = recipe.stage1
     images, labels = (t[: train.batch].to(runtime.device) for t in (lab.data.train.images, lab.data.train.labels))
-    model = new_model(recipe.model, images.shape[-1], classes, seed=0).to(runtime.device).train()
-    loss = LOSSES.make("cross_entropy", torch.bincount(labels, minlength=classes))
-    compute = loss_function(model, loss, lab.normalize.to(runtime.device), runtime.dtype(train.precision))
-    stepper = Stepper(model, compute, train)
+    stage = recipe.backbone(lab.true().spec)
+    stepper = Training(stage, lab.data.train, lab.normalize, 0, runtime, None, "timing").stepper()
     with runtime.threads_for(train.batch * images.shape[1:3].numel()):
         # Reading the loss waits for the device.
         return _seconds_each(lambda: stepper(images, labels, 0.01).item(), len(labels), seconds)

@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from tailscope.data.decoding import decode_drawn
 from tailscope.data.images import Images, ImageSet, Rows
 from tailscope.device import Runtime, Solo, Team, arithmetic
-from tailscope.methods import LOSSES, augmentations
+from tailscope.methods import augmentations
+from tailscope.networks import LAST_LAYERS
+from tailscope.networks.last_layers import as_linear
 from tailscope.seeds import derive, keyed, torch_stream
 from tailscope.spec import StageSpec
 from tailscope.store import Meta, Tensors
 from tailscope.training.loop import Epochs
+from tailscope.training.objective import Objective
 from tailscope.training.step import Flat, Normalizer, sgd
 
 BATCH, FILES_BATCH = 500, 128
@@ -164,27 +167,31 @@ def fit_classifier(
         label: what messages call this training.
 
     Returns:
-        `weight` float32 [C, d] and `bias` float32 [C], and a description.
+        `weight` float32 [C, d] and `bias` float32 [C], of a linear layer that decides as the trained one does, and a
+            description.
 
     Raises:
-        UserError: the training diverged.
+        UserError: the training diverged, or the stage's loss does not fit its last layer.
     """
     started, n = time.monotonic(), len(views[0][1])
     epochs, losses = Epochs(spec, n, label), []
     with keyed(derive(seed, "classifier")):
-        classifier = nn.Linear(views[0][0].shape[1], len(counts))
+        linear = nn.Linear(views[0][0].shape[1], len(counts))
     if start:
-        classifier.load_state_dict(dict(zip(("weight", "bias"), start, strict=True)))
-    loss_of = LOSSES.make(spec.loss, torch.tensor(counts))
-    optimizer = sgd(classifier, spec.train, spec.train.learning_rate)
+        linear.load_state_dict(dict(zip(("weight", "bias"), start, strict=True)))
+    classifier = LAST_LAYERS.make(spec.last_layer, linear)
+    objective = Objective(spec, counts, linear.in_features, seed, torch.device("cpu"))
+    optimizer = sgd(classifier, objective.own, spec.train, spec.train.learning_rate)
     for epoch in range(epochs.number):
         features, labels = views[epoch % len(views)]
         order = torch.randperm(n, generator=torch_stream(seed, "stage2", "order", epoch))
         features, labels, epoch_losses = features[order].float(), labels[order], []
         batches = zip(torch.split(features, spec.train.batch), torch.split(labels, spec.train.batch), strict=True)
-        for (x, y), rate in zip(batches, epochs.multipliers(epoch), strict=False):
-            optimizer.param_groups[0]["lr"] = spec.train.learning_rate * rate
-            loss = loss_of(classifier(x), y).mean()
+        for (x, y), rate, progress in zip(batches, epochs.multipliers(epoch), epochs.progress(epoch), strict=False):
+            objective.at(progress)
+            for group in optimizer.param_groups:
+                group["lr"] = spec.train.learning_rate * rate
+            loss = objective(objective.logits(classifier, x), x, y)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -201,4 +208,4 @@ def fit_classifier(
         "bn_mode": spec.bn_mode,
         "arithmetic": arithmetic(torch.device("cpu"), torch.float32),
     }
-    return {"weight": classifier.weight.detach(), "bias": classifier.bias.detach()}, description
+    return dict(zip(("weight", "bias"), as_linear(classifier), strict=True)), description

@@ -25,14 +25,17 @@ from tailscope.data.decoding import DecodedBatch, decode_drawn
 from tailscope.data.images import Images, ImageSet, Rows
 from tailscope.device import Engine, Runtime, Solo, Team, Work, arithmetic, named
 from tailscope.errors import UserError
-from tailscope.methods import LOSSES, MIXINGS, SAMPLERS, augmentations
-from tailscope.networks import MODELS
+from tailscope.methods import SAMPLERS, augmentations
+from tailscope.methods.mixing import Mix, Mixing
+from tailscope.networks import LAST_LAYERS, MODELS
 from tailscope.networks.resnets import CifarResNet, count_parameters
+from tailscope.registry import split_call
 from tailscope.seeds import derive, keyed, torch_stream
 from tailscope.spec import StageSpec
 from tailscope.store import Meta, Tensors
 from tailscope.store.files import CHECKPOINT, save_tensors, whole_checkpoint
 from tailscope.training import SCHEDULES
+from tailscope.training.objective import NOT_MIXED, Objective, mixing_of
 from tailscope.training.step import CudaCapture, Flat, Normalizer, Stepper, capturing, loss_function
 
 CHUNK_BATCHES = 64
@@ -42,10 +45,11 @@ SPACING = 20
 """How many times longer than writing a checkpoint training goes on before the next: writing takes 5 % at most."""
 
 
-def new_model(call: str, channels: int, num_classes: int, seed: int) -> CifarResNet:
+def new_model(call: str, channels: int, num_classes: int, seed: int, last_layer: str = "linear") -> CifarResNet:
     """Build a freshly initialised model in channels-last layout, without touching the global random state."""
     with keyed(derive(seed, "init")):
         model = MODELS.make(call, channels, num_classes)
+        model.classifier = LAST_LAYERS.make(last_layer, model.classifier)
     return model.to(memory_format=torch.channels_last)
 
 
@@ -67,6 +71,11 @@ class Epochs:
     def multipliers(self, epoch: int) -> list[float]:
         """Return the multiplier of the base learning rate for each step of an epoch; the last may be cut short."""
         return self._multipliers[epoch * self._per_epoch : (epoch + 1) * self._per_epoch]
+
+    def progress(self, epoch: int) -> list[float]:
+        """Return the share of all steps that are done before each step of an epoch."""
+        first = epoch * self._per_epoch
+        return [step / self.steps for step in range(first, first + len(self.multipliers(epoch)))]
 
     def mean_loss(self, epoch: int, losses: list[Tensor]) -> float:
         """Return the mean of an epoch's losses; they are read here, all at once, so that no step waits for its own.
@@ -204,10 +213,11 @@ class Training:
         """Return the model, its loss and its optimiser on the runtime's device, as they begin."""
         spec, device = self.spec, self.runtime.device
         assert spec.model is not None
-        model = new_model(spec.model, self.data.channels, self.data.num_classes, self.seed).to(device).train()
-        loss = LOSSES.make(spec.loss, torch.tensor(self.data.counts(), device=device))
-        compute = loss_function(model, loss, self.normalize.to(device), self._precision)
-        return Stepper(model, compute, spec.train, capture=capture)
+        model = new_model(spec.model, self.data.channels, self.data.num_classes, self.seed, spec.last_layer)
+        model = model.to(device).train()
+        objective = Objective(spec, self.data.counts(), model.feature_dim, self.seed, device)
+        compute = loss_function(model, objective, self.normalize.to(device), self._precision)
+        return Stepper(model, objective, compute, spec.train, capture=capture)
 
     def engine(self, stepper: Stepper, before: Sequence[Engine] = ()) -> Engine:
         """Return the engine that was asked for, else the last one before if it is still there, else the fastest."""
@@ -222,10 +232,11 @@ class Training:
         if before and before[-1] in possible:
             return before[-1]
         train, hardware = self.spec.train, self.runtime.describe()
+        parts = (self.spec.loss, self.spec.last_layer, self.spec.mix, self.spec.weights)
         alike = {
             "model": self.spec.model,
             "images": self._shape,
-            "mix": self.spec.mix is not None,
+            "parts": [part and split_call(part)[0] for part in parts],
             "processor": hardware["gpu"] or hardware["cpu"],
             "threads": hardware["threads"],
             "precision": named(self._precision),
@@ -254,8 +265,10 @@ class Training:
         stepper.use(engine)
         images = torch.randint(256, self._shape, dtype=torch.uint8, generator=torch_stream(0, "trial")).to(device)
         labels = torch.arange(len(images), device=device) % self.data.num_classes
-        mix = (torch.tensor(0.5, device=device), labels.argsort()) if self.spec.mix else (None, None)
-        return lambda: stepper(images, labels, 1e-3, *mix).item()
+        mixing = mixing_of(self.spec, self.data.counts(), stepper.model)
+        drawn = mixing.draw(labels[None].cpu(), self._shape[1:3], torch_stream(0, "trial")) if mixing else NOT_MIXED
+        mix = drawn.of(0, device)
+        return lambda: stepper(images, labels, 1e-3, mix).item()
 
     def _resume(self, stepper: Stepper) -> History:
         """Restore the leader's last checkpoint that is whole and fits, in every process, and choose the engine."""
@@ -273,16 +286,19 @@ class Training:
     def _train(self, stepper: Stepper, history: History) -> None:
         """Train the epochs that the history lacks."""
         epochs, keeper = Epochs(self.spec, len(self.data), self.label or "stage 1"), Keeper(self.scratch)
-        batches = _Batches(self.spec, self.data, self.seed, self.runtime.device, self.team, self.workers)
+        mixing = mixing_of(self.spec, self.data.counts(), stepper.model)
+        batches = _Batches(self.spec, self.data, mixing, self.seed, self.runtime.device, self.team, self.workers)
         done = epochs.images_before(history.epochs)
         task = self.runtime.progress.task(self.label, epochs.images_before(epochs.number), done)
         with keeper.saving(), task as advance:
             for epoch in range(history.epochs, epochs.number):
                 started, losses = time.monotonic(), []
                 self.runtime.progress.safe_point()
-                multipliers = epochs.multipliers(epoch)
-                for rate, (sizes, mine) in zip(multipliers, batches.epoch(epoch, len(multipliers)), strict=True):
+                multipliers, progress = epochs.multipliers(epoch), epochs.progress(epoch)
+                drawn = batches.epoch(epoch, len(multipliers), progress[0])
+                for rate, share, (sizes, mine) in zip(multipliers, progress, drawn, strict=True):
                     if sizes:
+                        stepper.objective.at(share)
                         losses.append(_take_step(stepper, mine, sizes, rate, self.team))
                     advance(epochs.batch)
                 state = Flat(stepper.state())  # asked for before the losses, which wait for the device
@@ -317,12 +333,11 @@ class Training:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step is computed on: uint8 images [B, H, W, C], labels [B], and MixUp's weight and partners if any."""
+    """What a step is computed on: uint8 images [B, H, W, C], labels [B], and how they are mixed."""
 
     images: Tensor
     labels: Tensor
-    lam: Tensor | None
-    partner: Tensor | None
+    mix: Mix = NOT_MIXED
 
 
 def cut(rows: Rows, batch: int, micro_batches: int) -> list[Rows]:
@@ -350,18 +365,30 @@ class _Batches:
     """
 
     def __init__(
-        self, spec: StageSpec, data: Images, seed: int, device: torch.device, team: Team, workers: int | None
+        self,
+        spec: StageSpec,
+        data: Images,
+        mixing: Mixing | None,
+        seed: int,
+        device: torch.device,
+        team: Team,
+        workers: int | None,
     ) -> None:
         self._spec, self._data, self._seed, self._device = spec, data, seed, device
         self._team, self._workers, self._batch = team, workers, spec.train.batch
-        self._labels = data.labels.to(device)
+        self._labels, self._drawn_labels = data.labels.to(device), data.labels.cpu()
         self._images = data.images.to(device) if isinstance(data, ImageSet) else None
-        self._sampler = SAMPLERS.make(spec.sampler, data.labels.cpu(), data.num_classes)
-        self._mixing = MIXINGS.make(spec.mix) if spec.mix else None
+        self._sampler = SAMPLERS.make(spec.sampler, self._drawn_labels, data.num_classes)
+        self._sampler_moves = "progress" in SAMPLERS.needs(spec.sampler)
+        self._mixing = mixing
 
-    def epoch(self, epoch: int, steps: int) -> Iterator[tuple[list[int], Iterator[Batch]]]:
-        """Yield for each of the first `steps` batches the sizes of all its micro-batches, and this process's own."""
-        order = self._sampler(len(self._labels), torch_stream(self._seed, "order", epoch))[: steps * self._batch]
+    def epoch(self, epoch: int, steps: int, progress: float) -> Iterator[tuple[list[int], Iterator[Batch]]]:
+        """Yield for each of the first `steps` batches the sizes of all its micro-batches, and this process's own.
+
+        `progress` is the share of the training that is done before the epoch.
+        """
+        stream, asked = torch_stream(self._seed, "order", epoch), (progress,) if self._sampler_moves else ()
+        order = self._sampler(len(self._labels), stream, *asked)[: steps * self._batch]
         if self._images is None:
             yield from self._from_files(order.numpy(), epoch)
         else:
@@ -370,22 +397,23 @@ class _Batches:
 
     def _from_memory(self, pixels: Tensor, order: Tensor, epoch: int) -> Iterator[Batch]:
         augment = augmentations.build(self._spec.augment)
-        stream, mixes = torch_stream(self._seed, "augment", epoch), self._mixes(len(order), epoch)
+        size = pixels.shape[1], pixels.shape[2]
+        stream, mixes = torch_stream(self._seed, "augment", epoch), self._mixes(self._drawn_labels[order], size, epoch)
         for rows in torch.split(order.to(self._device, non_blocking=True), CHUNK_BATCHES * self._batch):
             images, labels = augment(pixels[rows], stream), self._labels[rows]
             for batch in zip(torch.split(images, self._batch), torch.split(labels, self._batch), strict=True):
-                yield Batch(*batch, *next(mixes))
+                yield Batch(*batch, next(mixes))
 
-    def _mixes(self, images: int, epoch: int) -> Iterator[tuple[Tensor | None, Tensor | None]]:
-        """Yield MixUp's weight and partners for each batch of an epoch of `images`; None without mixing."""
+    def _mixes(self, labels: Tensor, size: tuple[int, int], epoch: int) -> Iterator[Mix]:
+        """Yield how each batch of an epoch is mixed, whose images have these labels and this size."""
         if self._mixing is None:
-            yield from itertools.repeat((None, None))
+            yield from itertools.repeat(NOT_MIXED)
             return
-        full, rest = divmod(images, self._batch)
-        stream = torch_stream(self._seed, "mix", epoch)
-        for steps, batch in [(full, self._batch), (1, rest)] if rest else [(full, self._batch)]:
-            drawn = self._mixing.draw(steps, batch, stream)
-            yield from zip(*(t.to(self._device, non_blocking=True) for t in drawn), strict=True)
+        full, stream = len(labels) // self._batch * self._batch, torch_stream(self._seed, "mix", epoch)
+        whole, short = labels[:full].view(-1, self._batch), labels[None, full:]
+        for several in (whole, short) if full < len(labels) else (whole,):
+            drawn = self._mixing.draw(several, size, stream)
+            yield from (drawn.of(step, self._device) for step in range(len(several)))
 
     def _from_files(self, order: Rows, epoch: int) -> Iterator[tuple[list[int], Iterator[Batch]]]:
         rank, size, batch = self._team.rank, self._team.size, self._batch
@@ -407,19 +435,20 @@ class _Batches:
             yield [len(part) for part in parts], (self._decoded(next(decoded), epoch, step, m) for m in own)
 
     def _decoded(self, decoded: DecodedBatch, *place: int) -> Batch:
-        lam = partner = None
+        mix = NOT_MIXED
         if self._mixing is not None:
-            drawn = self._mixing.draw(1, len(decoded.rows), torch_stream(self._seed, "mix", *place))
-            lam, partner = (t[0].to(self._device) for t in drawn)
-        return Batch(decoded.images.to(self._device, non_blocking=True), self._labels[decoded.rows], lam, partner)
+            labels, size = self._drawn_labels[decoded.rows], (decoded.images.shape[1], decoded.images.shape[2])
+            mix = self._mixing.draw(labels[None], size, torch_stream(self._seed, "mix", *place)).of(0, self._device)
+        return Batch(decoded.images.to(self._device, non_blocking=True), self._labels[decoded.rows], mix)
 
 
 def _take_step(stepper: Stepper, mine: Iterator[Batch], sizes: Sequence[int], rate: float, team: Team) -> Tensor:
     """Take a step on all micro-batches of a batch, here and in other processes; return its mean loss, on the device."""
     if len(sizes) == team.size == 1:
         batch = next(mine)
-        return stepper(batch.images, batch.labels, rate, batch.lam, batch.partner)
-    parameters = [p for p in stepper.model.parameters() if p.requires_grad]
+        return stepper(batch.images, batch.labels, rate, batch.mix)
+    trained = (stepper.model, stepper.objective.own)
+    parameters = [p for module in trained for p in module.parameters() if p.requires_grad]
     statistics = [b for b in stepper.model.buffers() if b.is_floating_point()]
     counters = [b for b in stepper.model.buffers() if not b.is_floating_point()]
     for p in parameters:
@@ -429,7 +458,7 @@ def _take_step(stepper: Stepper, mine: Iterator[Batch], sizes: Sequence[int], ra
     mean_loss = torch.zeros((), device=parameters[0].device)
     for batch in mine:
         torch._foreach_copy_(statistics, before)
-        loss = stepper.compute(batch.images, batch.labels, batch.lam, batch.partner) * (len(batch.labels) / sum(sizes))
+        loss = stepper.compute(batch.images, batch.labels, *batch.mix) * (len(batch.labels) / sum(sizes))
         loss.backward()  # type: ignore[no-untyped-call]
         mean_loss += loss.detach()
         torch._foreach_add_(after, statistics)

@@ -9,8 +9,8 @@ from typing import Any, Self
 from pydantic import Field, ValidationError, model_validator
 
 from tailscope.errors import UserError, unknown
-from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, PHOTO_AUGMENTATIONS, for_photos
-from tailscope.networks import MODELS
+from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, PHOTO_AUGMENTATIONS, SAMPLERS, WEIGHTS, for_photos
+from tailscope.networks import LAST_LAYERS, MODELS
 from tailscope.registry import Registry, split_call
 from tailscope.spec import BnMode, DataSpec, Frozen, StageSpec, Start, TrainSpec
 from tailscope.training import SCHEDULES
@@ -47,6 +47,35 @@ def onecycle(steps: int, steps_per_epoch: int, /, peak: float = 0.25, start: flo
     return [*up, *((steps - step) / (steps - top) for step in range(len(up), steps))]
 
 
+def require_fitting(stage: StageSpec) -> None:
+    """Refuse a stage whose loss, last layer, mixing and sampler do not fit each other.
+
+    Raises:
+        UserError: the loss needs cosines that the last layer does not compute, or images that are not mixed; or the
+            sampler changes with time, in stage 2, whose samples are drawn beforehand.
+    """
+    needs = LOSSES.needs(stage.loss)
+    if "cosine" in needs:
+        _require_cosines(stage.loss, stage.last_layer)
+    if "unmixed" in needs and stage.mix:
+        raise UserError(f"loss {stage.loss}: means nothing for mixed images; take another, or leave out {stage.mix}")
+    if stage.model is None and "progress" in SAMPLERS.needs(stage.sampler):
+        raise UserError(
+            f"sampler {stage.sampler}: changes while a stage is trained, and stage 2's samples are drawn before it"
+            " begins; take one that stays the same, such as class_balanced"
+        )
+
+
+def _require_cosines(loss: str, last_layer: str) -> None:
+    from tailscope.networks.last_layers import computes_cosines
+
+    if not computes_cosines(last_layer):
+        raise UserError(
+            f"loss {loss}: needs a network that ends in cosines, and the last layer {last_layer} computes none; take"
+            f" the last layer {LAST_LAYERS.canonical('cosine')}"
+        )
+
+
 class Recipe(Frozen):
     """Everything about an experiment but its data and seeds.
 
@@ -61,6 +90,8 @@ class Recipe(Frozen):
         loss: what stage 1 minimises, as a call-string; stage 2 is softmax regression.
         stage2_start: what stage 2's classifier starts from, see `StageSpec.start`.
         stage2_augment: whether stage 2 sees augmented views; without, one view of the images as they are.
+        last_layer: what turns features into logits in stage 1, see `StageSpec.last_layer`.
+        weights: the classes' weights in stage 1's loss, see `StageSpec.weights`.
     """
 
     name: str
@@ -77,7 +108,9 @@ class Recipe(Frozen):
     loss: str = "cross_entropy"
     stage2_start: Start = "new"
     stage2_augment: bool = True
-    later = ("bn_mode", "loss", "stage2_start", "stage2_augment")
+    last_layer: str = "linear"
+    weights: str | None = None
+    later = ("bn_mode", "loss", "stage2_start", "stage2_augment", "last_layer", "weights")
 
     @model_validator(mode="after")
     def _spell_out(self) -> Self:
@@ -89,28 +122,47 @@ class Recipe(Frozen):
             "autoaugment": augmentations.canonical(self.autoaugment),
             "mix": MIXINGS.canonical(self.mix),
             "loss": LOSSES.canonical(self.loss),
+            "last_layer": LAST_LAYERS.canonical(self.last_layer),
+            "weights": self.weights and WEIGHTS.canonical(self.weights),
         }
         for name, value in spelled.items():
             object.__setattr__(self, name, value)
         for train in (self.stage1, self.stage2):
             object.__setattr__(train, "schedule", SCHEDULES.canonical(train.schedule))
+        self._require_fitting()
         return self
 
+    def _require_fitting(self) -> None:
+        if "cosine" in LOSSES.needs(self.loss):
+            _require_cosines(self.loss, self.last_layer)
+
     def backbone(self, data: DataSpec, *, autoaugment: bool = False, mix: bool = False) -> StageSpec:
-        """Return stage 1 on `data`: instance sampling, optionally with AutoAugment and MixUp."""
-        return StageSpec(
+        """Return stage 1 on `data`: instance sampling, optionally with AutoAugment and MixUp.
+
+        Raises:
+            UserError: the loss cannot take mixed images.
+        """
+        stage = StageSpec(
             data=data,
             train=self.stage1,
             model=self.model,
             augment=self._augment(autoaugment),
             loss=self.loss,
             mix=self.mix if mix else None,
+            last_layer=self.last_layer,
+            weights=self.weights,
         )
+        require_fitting(stage)
+        return stage
 
     def classifier(self, data: DataSpec, *, sampler: str = "instance", autoaugment: bool = False) -> StageSpec:
-        """Return stage 2 on `data`: a linear classifier on `views` augmented views of frozen features."""
+        """Return stage 2 on `data`: a linear classifier on `views` augmented views of frozen features.
+
+        Raises:
+            UserError: the sampler changes with time.
+        """
         augmented = self.stage2_augment or autoaugment
-        return StageSpec(
+        stage = StageSpec(
             data=data,
             train=self.stage2,
             augment=self._augment(autoaugment) if augmented else (),
@@ -119,21 +171,30 @@ class Recipe(Frozen):
             bn_mode=self.bn_mode,
             start=self.stage2_start,
         )
+        require_fitting(stage)
+        return stage
 
     def with_bn_mode(self, mode: BnMode) -> "Recipe":
         """Return this recipe with another batch-norm mode of stage 2, which its card then names."""
         return self._with(f"Stage 2 with {mode} batch normalisation.", bn_mode=mode)
 
-    def with_backbone(self, model: str | None, loss: str | None) -> "Recipe":
-        """Return this recipe with another network or another loss of stage 1, which its card then names.
+    def with_backbone(
+        self, model: str | None, loss: str | None, last_layer: str | None = None, weights: str | None = None
+    ) -> "Recipe":
+        """Return this recipe with another network, loss, last layer or class weights of stage 1, as its card then says.
 
         Raises:
-            UserError: there is none of that name, or it has no such parameter.
+            UserError: there is none of that name, it has no such parameter, or they do not fit each other.
         """
-        changes = {"model": model and MODELS.canonical(model), "loss": loss and LOSSES.canonical(loss)}
-        changes = {field: call for field, call in changes.items() if call and call != getattr(self, field)}
-        said = " and ".join(f"the {field} {call}" for field, call in changes.items())
-        return self._with(f"Stage 1 has {said}.", **changes)
+        given = {"model": model, "loss": loss, "last_layer": last_layer, "weights": weights}
+        registries: dict[str, Registry[Any]] = {"model": MODELS, "loss": LOSSES}
+        registries |= {"last_layer": LAST_LAYERS, "weights": WEIGHTS}
+        calls = {field: registries[field].canonical(call) for field, call in given.items() if call}
+        changes = {field: call for field, call in calls.items() if call != getattr(self, field)}
+        said = " and ".join(f"the {registries[field].kind} {call}" for field, call in changes.items())
+        changed = self._with(f"Stage 1 has {said}.", **changes)
+        changed._require_fitting()
+        return changed
 
     def with_micro_batches(self, parts: int) -> "Recipe":
         """Return this recipe with stage 1's batches cut into `parts` (see `TrainSpec`), which its card then says."""

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from tailscope.device import Engine
-from tailscope.methods.losses import Loss
+from tailscope.methods.mixing import Mix
 from tailscope.networks import norm_act
 from tailscope.networks.resnets import CifarResNet
 from tailscope.seeds import alone
 from tailscope.spec import TrainSpec
 from tailscope.store import Tensors
+from tailscope.training.objective import NOT_MIXED, Objective
 
 WARM_UP = 3
 """Steps before the capture: they compile, choose algorithms and create what the optimiser remembers."""
@@ -160,30 +161,36 @@ class Normalizer:
         return ((images.float() - self.mean) / self.std).permute(0, 3, 1, 2)
 
 
-LossFunction = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+LossFunction = Callable[..., Tensor]
 
 
-def loss_function(model: CifarResNet, loss: Loss, normalize: Normalizer, dtype: torch.dtype) -> LossFunction:
-    """Return (images uint8 [B,H,W,C], labels [B], lam, partner [B]) -> mean loss.
-
-    With `lam` (a scalar tensor) the batch is mixed: x = lam x + (1-lam) x[partner], and the loss is the same mixture
-    of the two labels' losses (Zhang et al. 2018, equation 1).
-    """
+def loss_function(model: CifarResNet, objective: Objective, normalize: Normalizer, dtype: torch.dtype) -> LossFunction:
+    """Return (images uint8 [B, H, W, C], labels [B], the four parts of a `Mix` of one step) -> mean loss."""
     device_type = normalize.mean.device.type
 
-    def compute(images: Tensor, labels: Tensor, lam: Tensor | None, partner: Tensor | None) -> Tensor:
-        x = normalize(images)
-        if lam is not None and partner is not None:
-            x = lam * x + (1 - lam) * x[partner]
+    def compute(images: Tensor, labels: Tensor, *parts: Tensor | None) -> Tensor:
+        mix = Mix(*parts)
+        x = _mixed(normalize(images), mix.images, mix.partner)
         # Weights are cast once a step in any case; the cache would keep stale casts alive across compiled steps.
         with torch.autocast(device_type, dtype=dtype, enabled=dtype != torch.float32, cache_enabled=False):
-            logits = model(x)
-        losses = loss(logits, labels)
-        if lam is not None and partner is not None:
-            losses = lam * losses + (1 - lam) * loss(logits, labels[partner])
-        return losses.mean()
+            features = model.features(x) if mix.hidden is None else model.features(x, _mixing_between(mix))
+            logits = objective.logits(model.classifier, features)
+        return objective(logits, features, labels, mix)
 
     return compute
+
+
+def _mixed(x: Tensor, own: Tensor | None, partner: Tensor | None) -> Tensor:
+    return x if own is None or partner is None else own * x + (1 - own) * x[partner]
+
+
+def _mixing_between(mix: Mix) -> Callable[[int, Tensor], Tensor]:
+    """Return what mixes the activations between two stages of a network."""
+
+    def between(place: int, x: Tensor) -> Tensor:
+        return x if mix.hidden is None else _mixed(x, mix.hidden[place], mix.partner)
+
+    return between
 
 
 def _step(optimizer: torch.optim.Optimizer, compute: LossFunction, *batch: Any) -> Tensor:
@@ -198,10 +205,16 @@ def _step(optimizer: torch.optim.Optimizer, compute: LossFunction, *batch: Any) 
     return loss.detach()
 
 
-def sgd(model: nn.Module, train: TrainSpec, rate: float | Tensor) -> torch.optim.SGD:
-    """Return the optimiser of a stage."""
+def sgd(model: nn.Module, own: nn.Module, train: TrainSpec, rate: float | Tensor) -> torch.optim.SGD:
+    """Return the optimiser of a stage: of a network or classifier, and of the parameters that its loss has of its own.
+
+    Weight decay is for what computes the logits: a loss's class centres, say, are no worse for being far from zero.
+    """
+    groups: list[dict[str, Any]] = [{"params": [*model.parameters()]}]
+    if of_the_loss := [*own.parameters()]:
+        groups.append({"params": of_the_loss, "weight_decay": 0.0})
     return torch.optim.SGD(
-        model.parameters(),
+        groups,
         lr=rate,
         momentum=train.momentum,
         nesterov=train.nesterov,
@@ -250,20 +263,26 @@ class Stepper:
     """Runs steps of a model; the short last batch of an epoch is not compiled, and captured by itself."""
 
     def __init__(
-        self, model: CifarResNet, compute: LossFunction, train: TrainSpec, *, capture: CudaCapture | None = None
+        self,
+        model: CifarResNet,
+        objective: Objective,
+        compute: LossFunction,
+        train: TrainSpec,
+        *,
+        capture: CudaCapture | None = None,
     ) -> None:
         """Prepare the optimiser of a model in training mode, and steps with the engine `fused`.
 
-        `compute` returns the mean loss of a batch. `capture` captures the steps, of full and of short batches; without,
-        they are launched kernel by kernel.
+        `compute` returns the mean loss of a batch, from the objective. `capture` captures the steps, of full and of
+        short batches; without, they are launched kernel by kernel.
         """
-        self.model, self.compute, self.capture = model, compute, capture
+        self.model, self.objective, self.compute, self.capture = model, objective, compute, capture
         self._batch = train.batch
         self._learning_rate = train.learning_rate
         device = next(model.parameters()).device
         # A captured step reads the rate from memory.
         rate = torch.tensor(train.learning_rate, device=device) if capture else train.learning_rate
-        self.optimizer = sgd(model, train, rate)
+        self.optimizer = sgd(model, objective.own, train, rate)
         self.use("fused")
 
     def use(self, engine: Engine) -> None:
@@ -277,49 +296,48 @@ class Stepper:
             full = _compiling(partial(_step, self.optimizer, torch.compile(self.compute, dynamic=False)))
         self._full, self._short = (GraphedStep(s, capture) if capture else s for s in (full, short))
 
-    def __call__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        multiplier: float,
-        lam: Tensor | None = None,
-        partner: Tensor | None = None,
-    ) -> Tensor:
+    def __call__(self, images: Tensor, labels: Tensor, multiplier: float, mix: Mix = NOT_MIXED) -> Tensor:
         """Take one step at `multiplier` times the base learning rate; return the detached loss, still on the device."""
         self.set_rate(multiplier)
         # Batches that are not full are all of one size: an epoch's last one.
         step = self._full if len(labels) == self._batch else self._short
-        return step(images, labels, lam, partner)
+        return step(images, labels, *mix)
 
     def set_rate(self, multiplier: float) -> None:
         """Learn at `multiplier` times the base learning rate from now on."""
-        group, value = self.optimizer.param_groups[0], self._learning_rate * multiplier
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(value)
-        else:
-            group["lr"] = value
+        value = self._learning_rate * multiplier
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(value)
+            else:
+                group["lr"] = value
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield parameters and buffers, of the network and of the loss, by the names that checkpoints know."""
+        for kind, module in (("model", self.model), ("loss", self.objective.own)):
+            yield from ((f"{kind}.{name}", tensor) for name, tensor in module.state_dict().items())
+
+    def _momenta(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the name of each parameter's momentum, and the parameter."""
+        for kind, module in (("momentum", self.model), ("loss_momentum", self.objective.own)):
+            yield from ((f"{kind}.{name}", parameter) for name, parameter in module.named_parameters())
 
     def state(self) -> Tensors:
         """Return parameters, buffers and momentum as named tensors."""
-        momentum = {
-            f"momentum.{name}": self.optimizer.state[p]["momentum_buffer"]
-            for name, p in self.model.named_parameters()
-            if p in self.optimizer.state
-        }
-        return {**{f"model.{k}": v for k, v in self.model.state_dict().items()}, **momentum}
+        known = self.optimizer.state
+        return {**dict(self._named()), **{n: known[p]["momentum_buffer"] for n, p in self._momenta() if p in known}}
 
     def shapes(self) -> dict[str, torch.Size]:
         """Return the shapes of what `state` returns after a step, by name."""
-        momentum = self.optimizer.param_groups[0]["momentum"]
-        return {
-            **{f"model.{name}": tensor.shape for name, tensor in self.model.state_dict().items()},
-            **{f"momentum.{name}": p.shape for name, p in self.model.named_parameters() if momentum},
-        }
+        momenta = self._momenta() if self.optimizer.param_groups[0]["momentum"] else ()
+        return {name: tensor.shape for name, tensor in (*self._named(), *momenta)}
 
     def restore(self, state: Tensors) -> None:
         """Continue from what `state` returned."""
-        self.model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
-        for name, p in self.model.named_parameters():
-            if f"momentum.{name}" in state:  # there is none without momentum
+        with torch.no_grad():
+            for name, tensor in self._named():
+                tensor.copy_(state[name])
+        for name, p in self._momenta():
+            if name in state:  # there is none without momentum
                 # The fused optimiser pairs elements by their place in memory: the layout must be the parameter's.
-                self.optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(state[f"momentum.{name}"])
+                self.optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(state[name])

@@ -1,0 +1,74 @@
+"""Last layers: how a network's classifier turns features into logits.
+
+A factory takes the linear layer that the network was made with, so that initial weights and random draws are the same
+whatever the last layer is, and returns the module that takes its place: features [B, d] of any float type -> logits
+[B, C]. One that computes cosines has `cosines(features)`, float32 [B, C], for losses that need them, and `as_linear()`:
+the weight [C, d] and the bias [C] of a linear layer that decides as it does.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tailscope.errors import UserError
+from tailscope.networks import LAST_LAYERS
+
+
+@LAST_LAYERS.register("linear")
+def linear(made: nn.Linear, /) -> nn.Module:
+    """Linear: a weight vector and a bias for each class, as the network makes them."""
+    return made
+
+
+class CosineLayer(nn.Module):
+    """Logits are `scale` times the cosine between a feature and each class's weight vector; there is no bias."""
+
+    def __init__(self, weight: Tensor, scale: float) -> None:
+        """Start from `weight` [C, d], whose rows' lengths mean nothing."""
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().clone())
+        self.scale = scale
+
+    def cosines(self, features: Tensor) -> Tensor:
+        """Features [B, d] -> cosines, float32 [B, C]; a feature of length 0 has the cosine 0 with all."""
+        # In bfloat16 a cosine has two decimals, which a scale of 30 makes errors that are larger than margins.
+        with torch.autocast(features.device.type, enabled=False):
+            return F.linear(F.normalize(features.float()), F.normalize(self.weight))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features [B, d] -> logits, float32 [B, C]."""
+        return self.scale * self.cosines(features)
+
+    def as_linear(self) -> tuple[Tensor, Tensor]:
+        """Return the rows at length 1 and zeros: `forward` without each sample's factor `scale / |feature|`."""
+        weight = F.normalize(self.weight.detach())
+        return weight, weight.new_zeros(len(weight))
+
+
+@LAST_LAYERS.register("cosine")
+def cosine(made: nn.Linear, /, scale: float = 16.0) -> nn.Module:
+    """Cosines between features and weight vectors, times `scale` (Gidaris and Komodakis 2018)."""
+    if not scale > 0:
+        raise UserError(f"last layer cosine(scale={scale}): scale must be positive")
+    return CosineLayer(made.weight, scale)
+
+
+def as_linear(layer: Any) -> tuple[Tensor, Tensor]:
+    """Return weight [C, d] and bias [C], float32 on the CPU, of the linear layer that decides as a last layer does.
+
+    The largest logit is the same class's for every feature; the logits may differ by a positive factor a sample.
+    """
+    weight, bias = (layer.weight.detach(), layer.bias.detach()) if isinstance(layer, nn.Linear) else layer.as_linear()
+    return weight.cpu().float(), bias.cpu().float()
+
+
+def computes_cosines(call: str) -> bool:
+    """Whether the last layer of that call-string computes cosines.
+
+    >>> computes_cosines("linear"), computes_cosines("cosine(scale=30)")
+    (False, True)
+    """
+    made = nn.utils.skip_init(nn.Linear, 1, 1)  # type: ignore[no-untyped-call]  # draws no weights
+    return hasattr(LAST_LAYERS.make(call, made), "cosines")

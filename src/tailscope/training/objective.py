@@ -1,0 +1,89 @@
+"""What a stage minimises: its loss, with what this asks for, and the weight of each class.
+
+Both stages, every engine and the choice between engines compute it here.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tailscope.errors import UserError
+from tailscope.methods import LOSSES, MIXINGS, WEIGHTS
+from tailscope.methods.mixing import Mix, Mixing
+from tailscope.seeds import derive, keyed
+from tailscope.spec import StageSpec
+from tailscope.training.recipes import require_fitting
+
+NOT_MIXED = Mix()
+
+
+class Objective:
+    """The mean loss of a batch.
+
+    Attributes:
+        needs: what the loss asks for (`methods.losses`).
+        own: the loss as a module, whose parameters are trained too; an empty one where it has none.
+        progress: the share of the training that is done, float32 [].
+    """
+
+    def __init__(
+        self, spec: StageSpec, counts: Sequence[int], feature_dim: int, seed: int, device: torch.device
+    ) -> None:
+        """Make the loss of a stage on `counts` training images a class; `feature_dim` is the width of the features.
+
+        Raises:
+            UserError: the parts of the stage do not fit each other.
+        """
+        require_fitting(spec)
+        self.needs = frozenset(LOSSES.needs(spec.loss))
+        per_class = torch.tensor(counts, device=device)
+        context = (per_class, feature_dim) if "features" in self.needs else (per_class,)
+        with keyed(derive(seed, "loss")):
+            self._loss: Any = LOSSES.make(spec.loss, *context)
+        self.own = self._loss.to(device) if isinstance(self._loss, nn.Module) else nn.Module()
+        self._weights = WEIGHTS.make(spec.weights, per_class) if spec.weights else None
+        self.progress = torch.zeros((), device=device)
+        self._moves = spec.weights is not None or "progress" in self.needs
+
+    def at(self, progress: float) -> None:
+        """Say which share of the training is done before the next step."""
+        if self._moves:  # otherwise nobody asks, and each step would launch a kernel for it
+            self.progress.fill_(progress)
+
+    def logits(self, last_layer: Any, features: Tensor) -> Tensor:
+        """Return what the loss works on: logits [B, C], or cosines if it needs them."""
+        found: Tensor = last_layer.cosines(features) if "cosine" in self.needs else last_layer(features)
+        return found
+
+    def __call__(self, logits: Tensor, features: Tensor, labels: Tensor, mix: Mix = NOT_MIXED) -> Tensor:
+        """Return the mean loss of a batch from what `logits` returned, features [B, d] and labels [B].
+
+        Of a mixed batch it is the mixture of the two labels' losses (Zhang et al. 2018, equation 1).
+        """
+        losses = self._each(logits, features, labels)
+        if mix.labels is not None and mix.partner is not None:
+            others = self._each(logits, features, labels[mix.partner])
+            losses = mix.labels * losses + (1 - mix.labels) * others
+        return losses.mean()
+
+    def _each(self, logits: Tensor, features: Tensor, labels: Tensor) -> Tensor:
+        given = {"features": features.float(), "progress": self.progress}
+        losses: Tensor = self._loss(logits, labels, **{k: v for k, v in given.items() if k in self.needs})
+        return losses if self._weights is None else self._weights(self.progress)[labels] * losses
+
+
+def mixing_of(spec: StageSpec, counts: Sequence[int], model: nn.Module) -> Mixing | None:
+    """Return the mixing of a stage, if it has one.
+
+    Raises:
+        UserError: it mixes activations inside of the network, which has no place for that.
+    """
+    if spec.mix is None:
+        return None
+    needs, places = MIXINGS.needs(spec.mix), int(getattr(model, "hidden_places", 0))
+    if "hidden" in needs and not places:
+        raise UserError(f"mixing {spec.mix}: mixes activations between stages, for which {spec.model} has no place")
+    context = {"counts": torch.tensor(counts), "hidden": places}
+    return MIXINGS.make(spec.mix, *(value for name, value in context.items() if name in needs))
