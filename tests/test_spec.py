@@ -49,6 +49,7 @@ DECISIVE_STAGE: dict[str, Any] = {
     "views": 7,
     "bn_mode": "shifted",
     "start": "stage1",
+    "plugins": (("my_methods", "ab12"),),
 }
 
 

@@ -113,6 +113,7 @@ class StageSpec(Frozen):
             statistics of stage 1; "shifted" re-estimates them on stage 2's data, weights and affine parameters fixed
             (MiSLAS: Zhong et al. 2021).
         start: stage 2 only: what the classifier starts from, new random weights or those that stage 1 trained.
+        plugins: name and SHA-256 of the code from outside the package that the call-strings name (`plugins.Plugin`).
     """
 
     data: DataSpec
@@ -125,7 +126,8 @@ class StageSpec(Frozen):
     views: int | None = Field(default=None, ge=1)
     bn_mode: BnMode = "frozen"
     start: Start = "new"
-    later = ("bn_mode", "start")
+    plugins: tuple[tuple[str, str], ...] = ()
+    later = ("bn_mode", "start", "plugins")
 
     def content(self) -> dict[str, Any]:
         """Return everything about this stage that changes its result."""
