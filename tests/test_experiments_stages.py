@@ -177,7 +177,7 @@ def test_a_card_tells_both_stages(run, name, mode):
 
 
 def test_another_network_or_loss_is_another_backbone_and_stands_on_the_card():
-    recipe = TINY.with_backbone("resnet8(width=16)", "focal(gamma=1)")
+    recipe = TINY.with_methods(model="resnet8(width=16)", loss="focal(gamma=1)")
     data = DataSpec(
         name="a", fingerprint="f", profile="full", protocol="nested", subset_seed=0, indices_sha256="", counts=(2, 1)
     )
@@ -185,13 +185,13 @@ def test_another_network_or_loss_is_another_backbone_and_stands_on_the_card():
     assert recipe.backbone(data).loss == "focal(gamma=1.0)"
     assert recipe.classifier(data).loss == TINY.classifier(data).loss == "cross_entropy"
     assert recipe.card == f"{TINY.card} Stage 1 has the model resnet8(width=16) and the loss focal(gamma=1.0)."
-    assert TINY.with_backbone(None, None) is TINY
-    assert TINY.with_backbone(TINY.model, "cross_entropy") is TINY
+    assert TINY.with_methods(model=None, loss=None) is TINY
+    assert TINY.with_methods(model=TINY.model, loss="cross_entropy") is TINY
     assert "loss" not in TINY.model_dump()  # results of before stay results of this recipe
     assert Recipe.model_validate(recipe.model_dump()) == recipe
     for model, loss, says in (("resnet9", None, "unknown model"), (None, "focal(alpha=1)", "unknown argument 'alpha'")):
         with pytest.raises(UserError, match=says):
-            TINY.with_backbone(model, loss)
+            TINY.with_methods(model=model, loss=loss)
 
 
 # -- the command line ----------------------------------------------------------------------------------------------

@@ -153,7 +153,7 @@ def test_the_page_on_reliability_shows_the_counts_that_are_stored() -> None:
 
 LAYERS = [
     ["errors"],
-    ["seeds", "spec", "progress", "groups", "intervals"],
+    ["seeds", "spec", "progress", "groups", "intervals", "plugins"],
     ["registry", "store", "paper"],
     ["tables"],
     ["measures"],

@@ -51,6 +51,7 @@ DECISIVE_STAGE: dict[str, Any] = {
     "start": "stage1",
     "last_layer": "cosine(scale=16.0)",
     "weights": "drw(start=0.8, beta=0.9999, mean_over='classes')",
+    "plugins": (("my_methods", "ab12"),),
 }
 
 

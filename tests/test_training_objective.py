@@ -251,7 +251,7 @@ def test_a_linear_last_layer_is_the_networks_own():
     assert_same_state({name: first[name] for name in cosine}, cosine)
 
 
-LDAM = RECIPES["demo"].with_backbone(None, "ldam", "cosine")
+LDAM = RECIPES["demo"].with_methods(loss="ldam", last_layer="cosine")
 
 
 def test_ldam_learns_with_cosines_and_its_backbone_serves_stage_2(tmp_path):
@@ -350,10 +350,10 @@ def test_parts_that_do_not_fit_are_refused_in_one_line_before_any_training(tmp_p
     )
     stage2 = stage1_spec(images, model=None)
     for refused, says in {
-        lambda: demo.with_backbone(None, "ldam"): linear,
+        lambda: demo.with_methods(loss="ldam"): linear,
         lambda: train_stage1(stage1_spec(images, loss="ldam"), images, tmp_path): linear,
         lambda: fit_classifier(stage2.model_copy(update={"loss": "ldam"}), [view], images.counts(), 0): linear,
-        lambda: demo.with_backbone(None, "alone").backbone(subset, mix=True): "^loss alone: means nothing for mixed",
+        lambda: demo.with_methods(loss="alone").backbone(subset, mix=True): "^loss alone: means nothing for mixed",
         lambda: train_stage1(stage1_spec(images, loss="alone", mix="cutmix"), images, tmp_path): "^loss alone: means",
         lambda: demo.classifier(subset, sampler="drs"): "^sampler drs: changes while a stage is trained",
         lambda: loop.mixing_of(stage1_spec(images, mix="manifold_mixup"), images.counts(), nn.Linear(1, 1)): (
@@ -365,7 +365,7 @@ def test_parts_that_do_not_fit_are_refused_in_one_line_before_any_training(tmp_p
         assert "\n" not in str(raised.value)
     with pytest.raises(ValueError, match="needs a network that ends in cosines"):
         type(demo)(**{**demo.model_dump(), "loss": "ldam"})
-    assert demo.with_backbone(None, "alone").backbone(subset).loss == "alone"
+    assert demo.with_methods(loss="alone").backbone(subset).loss == "alone"
 
 
 def test_the_command_refuses_ldam_without_cosines(tailscope_, tmp_path):

@@ -3,7 +3,7 @@
 | exit code | what happened |
 |---|---|
 | 0 | done; results are written |
-| 1 | a bug in tailscope, or standard output could not be written (results in files are there) |
+| 1 | a bug in tailscope; a check that failed; or standard output could not be written (results in files are there) |
 | 2 | a mistake of the user, or of the machine: one line says which |
 | 128 + n | ended by signal n: 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP; 141: nobody reads standard output any more |
 """
@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from rich.text import Text
 from typer.models import ParameterInfo
 
 import tailscope
-from tailscope import cli_store, verbs
+from tailscope import cli_store, plugins, verbs
 from tailscope.cli_screen import Output, logged, show_on
 from tailscope.cli_store import Options
 from tailscope.errors import UserError, one_line, printable
@@ -168,6 +168,13 @@ _Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and th
 _Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Also print what is read, how long each part takes, and all warnings.")
 ]
+_Imports = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--import",
+        help="A module or .py file of yours that registers methods; it is run. Repeat for more.",
+    ),
+]
 _SCREEN = {"quiet": _Quiet, "verbose": _Verbose}
 """What every verb can do besides its own options."""
 
@@ -180,12 +187,14 @@ def _add_command(
     end: Callable[[Any], object] = bool,
     name: str | None = None,
     with_json: bool = True,
+    with_imports: bool = False,
     **defaults: Any,
 ) -> None:
     """Give a function a command, whose options are the parameters that `typer.Option` annotates.
 
     A parameter `console` gets the screen that notes and progress go to. `show` yields what people see of the result,
     and `end`, called last, may raise `typer.Exit` or `UserError`. `defaults` are those that differ from Python's.
+    `with_imports`: it names methods, which plug-ins may register.
     """
     parameters = [
         parameter.replace(annotation=verb.__annotations__[name], default=defaults.get(name, parameter.default))
@@ -193,13 +202,25 @@ def _add_command(
     ]
     negated = {one.name for one in parameters if NEGATED in get_args(one.annotation)}
     options = [option for one in parameters if (option := _option(one)) is not None]
-    further = {**({"as_json": _Json} if with_json else {}), **_SCREEN}
+    further: dict[str, Any] = {"imports": _Imports} if with_imports else {}
+    further |= {**({"as_json": _Json} if with_json else {}), **_SCREEN}
     options += [
-        inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=further[n]) for n in further
+        inspect.Parameter(
+            n, inspect.Parameter.KEYWORD_ONLY, default=None if n == "imports" else False, annotation=further[n]
+        )
+        for n in further
     ]
 
-    def run(as_json: bool = False, quiet: bool = False, verbose: bool = False, **given: Any) -> None:
+    def run(
+        imports: Sequence[str] | None = None,
+        as_json: bool = False,
+        quiet: bool = False,
+        verbose: bool = False,
+        **given: Any,
+    ) -> None:
         console = Console(stderr=as_json, quiet=quiet)  # standard output carries JSON alone
+        for name in imports or ():
+            plugins.load(name)
         values = {option: not value if option in negated else value for option, value in given.items()}
         with logged(verbose, quiet):
             result = verb(**values, **({"console": console} if "console" in verb.__annotations__ else {}))
@@ -324,6 +345,9 @@ def _show_subset(result: dict[str, Any], options: Options) -> Iterator[Renderabl
 
 
 def _show_methods(listed: dict[str, Any], _: Options) -> Iterator[RenderableType]:
+    if "checks" in listed:
+        yield from _show_checks(listed["checks"])
+        return
     for kind, registry in verbs.REGISTRIES.items():
         table = Table("call", "what it is", title=kind, title_justify="left")
         for entry in registry:
@@ -334,6 +358,21 @@ def _show_methods(listed: dict[str, Any], _: Options) -> Iterator[RenderableType
         table.add_row(recipe["name"], _plain(recipe["card"]))
     yield table
     yield f"profiles: {', '.join(listed['profiles'])}"
+
+
+def _show_checks(checks: Sequence[dict[str, Any]]) -> Iterator[RenderableType]:
+    for kind, call in dict.fromkeys((one["kind"], one["call"]) for one in checks):
+        table = Table("", "promise", title=_plain(f"{kind} {call}"), title_justify="left", box=None)
+        for one in (one for one in checks if (one["kind"], one["call"]) == (kind, call)):
+            verdict = Text("passed", "green") if one["passed"] else Text("failed", "bold red")
+            table.add_row(verdict, _plain(": ".join(filter(None, [one["promise"], one["reason"]]))))
+        yield table
+    yield f"{sum(one['passed'] for one in checks)} of {len(checks)} promises are kept"
+
+
+def _end_methods(listed: dict[str, Any]) -> None:
+    if not all(one["passed"] for one in listed.get("checks", [])):
+        raise typer.Exit(1)
 
 
 def _show_features(written: "FeaturesResult", _: Options) -> Iterator[RenderableType]:
@@ -388,14 +427,14 @@ def _show_diagnosis(result: "Diagnosis", options: Options) -> Iterator[Renderabl
 
 _add_command(verbs.demo, _show_story, out=Path("demo"))
 for _experiment in (verbs.swap, verbs.ladder, verbs.geometry):
-    _add_command(_experiment, _show_story, out=Path("out"))
+    _add_command(_experiment, _show_story, with_imports=True, out=Path("out"))
 _add_command(verbs.subset, _show_subset)
 _add_command(verbs.report, lambda path, _: iter([str(path)]), with_json=False)
-_add_command(verbs.methods, _show_methods)
-_add_command(verbs.diagnose, _show_diagnosis, out=Path("out"))
-_add_command(verbs.features, _show_features)
-_add_command(verbs.rebalance, lambda path, _: iter([f"written: {path}"]), with_json=False)
-_add_command(reproduce, _show_reproduction, end=_end_reproduction)
+_add_command(verbs.methods, _show_methods, end=_end_methods, with_imports=True)
+_add_command(verbs.diagnose, _show_diagnosis, with_imports=True, out=Path("out"))
+_add_command(verbs.features, _show_features, with_imports=True)
+_add_command(verbs.rebalance, lambda path, _: iter([f"written: {path}"]), with_json=False, with_imports=True)
+_add_command(reproduce, _show_reproduction, end=_end_reproduction, with_imports=True)
 for _verb, _show, _end in cli_store.COMMANDS:
     _add_command(_verb, _show, to=cli_store.app, end=_end, name=_verb.__name__.strip("_"))
 app.add_typer(cli_store.app)

@@ -1,9 +1,15 @@
-"""The one exception for mistakes that a user can mend, how it is printed, and what is no file to be read."""
+"""The one exception for mistakes that a user can mend, how it is printed, and what is no file to be read.
+
+Code of others may raise anything: `foreign_code` makes one line of it.
+"""
 
 import errno
 import os
 import stat
-from collections.abc import Iterable, Sequence
+import sysconfig
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -60,6 +66,45 @@ def guess(name: str, known: Iterable[str]) -> str:
     names = {one.lower(): one for one in known}
     near = get_close_matches(name.lower(), names, 1)
     return f" did you mean {names[near[0]]!r}?" if near else ""
+
+
+_LIBRARIES = (
+    str(Path(__file__).resolve().parent),
+    "<",  # no file: importlib's own frames among them
+    *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+)
+
+
+@contextmanager
+def foreign_code(what: str, mend: str = "") -> Iterator[None]:
+    """Turn whatever the code within raises into one line: `what` failed how, at which line of the user's file; `mend`.
+
+    Raises:
+        UserError: anything was raised but KeyboardInterrupt; a `UserError` passes as it is.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # the documented net: a module may also call sys.exit while imported
+        advice = "take a smaller --batch" if type(error).__name__ == "OutOfMemoryError" else mend
+        reason = f"{type(error).__name__}: {message_of(error)[:200]}"
+        raise UserError(f"{what}: {reason}{_line_of(error)}{advice and f'; {advice}'}") from error
+
+
+def _line_of(error: BaseException) -> str:
+    """Return " (FILE line N)": the innermost line that is neither ours nor a library's; nothing where there is none."""
+    if isinstance(error, SyntaxError) and error.filename is not None:
+        return f" ({_shown(error.filename)} line {error.lineno})"
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith(_LIBRARIES):
+            return f" ({_shown(frame.filename)} line {frame.lineno})"
+    return ""
+
+
+def _shown(filename: str) -> str:
+    path, here = Path(filename), Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def printable(text: str) -> str:

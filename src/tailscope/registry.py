@@ -11,6 +11,7 @@ module when it makes something: PyTorch takes seconds, which a list or a mistype
 import ast
 import inspect
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,19 +21,24 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from tailscope.errors import UserError, unknown
+from tailscope.plugins import Plugin, load_installed, plugin_of
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Entry(Generic[T]):
-    """A registered factory: its hyperparameters' defaults, the first line of its docstring, and what it asks for."""
+    """A registered factory: its hyperparameters' defaults, the first line of its docstring, and what it asks for.
+
+    `plugin` is the code from outside the package that registered it, if it is not the package's own.
+    """
 
     name: str
     factory: Callable[..., T]
     defaults: dict[str, Any]
     summary: str
     needs: tuple[str, ...] = ()
+    plugin: Plugin | None = None
 
 
 class Registry(Generic[T]):
@@ -59,23 +65,42 @@ class Registry(Generic[T]):
         self._registered: dict[str, Entry[T]] = {}
 
     def register(self, name: str, *, needs: tuple[str, ...] = ()) -> Callable[[Callable[..., T]], Callable[..., T]]:
-        """Return a decorator that registers a factory under `name`; every hyperparameter needs a default."""
+        """Return a decorator that registers a factory under `name`; every hyperparameter needs a default.
+
+        Of code from outside the package the source is digested here (see `plugins`). What runs as a program or a
+        notebook, `__main__`, may register a name again.
+
+        Raises:
+            UserError: the name is taken, or no name; or a hyperparameter has no default.
+        """
         if others := [need for need in needs if need not in self._offers]:
-            raise ValueError(f"{self.kind} {name!r}: {unknown('need', others[0], self._offers or ['none'])}")
+            raise UserError(f"{self.kind} {name!r}: {unknown('need', others[0], self._offers or ['none'])}")
+        registering = sys._getframe(1).f_globals
 
         def add(factory: Callable[..., T]) -> Callable[..., T]:
-            known = self._registered if factory.__module__ in self._sources else self._entries
-            if name in known:
-                raise ValueError(f"{self.kind} {name!r} is registered twice")
+            plugin = None if registering.get("__name__") in self._sources else plugin_of(registering, factory)
+            self._require_free(name, plugin)
             parameters = inspect.signature(factory).parameters.values()
             hyper = [p for p in parameters if p.kind is not p.POSITIONAL_ONLY]
             if without := [p.name for p in hyper if p.default is p.empty]:
-                raise ValueError(f"{self.kind} {name!r}: hyperparameters without a default: {without}")
+                raise UserError(f"{self.kind} {name!r}: hyperparameters without a default: {', '.join(without)}")
             summary = (inspect.getdoc(factory) or "").split("\n")[0]
-            self._registered[name] = Entry(name, factory, {p.name: p.default for p in hyper}, summary, needs)
+            defaults = {p.name: p.default for p in hyper}
+            self._registered[name] = Entry(name, factory, defaults, summary, needs, plugin)
             return factory
 
         return add
+
+    def _require_free(self, name: str, plugin: Plugin | None) -> None:
+        known = (self._registered if plugin is None else {**self._declared, **self._registered}).get(name)
+        if not name.isidentifier():
+            raise UserError(f"{self.kind} {name!r}: expected a name of letters, digits and underscores")
+        if known is None:
+            return
+        by = [of.name if of else str(__package__) for of in (known.plugin, plugin)]
+        if set(by) != {"__main__"}:
+            both = " and ".join(dict.fromkeys(by))
+            raise UserError(f"{self.kind} {name!r} is registered twice, by {both}; take another name")
 
     @cached_property
     def _declared(self) -> dict[str, Entry[T]]:
@@ -84,10 +109,15 @@ class Registry(Generic[T]):
 
     @property
     def _entries(self) -> dict[str, Entry[T]]:
+        load_installed()
         return {**self._declared, **self._registered}
 
     def __iter__(self) -> Iterator[Entry[T]]:
         return iter(self._entries.values())
+
+    def plugin(self, call: str) -> Plugin | None:
+        """Return the code from outside the package that a call-string names; None for the package's own."""
+        return self.parse(call)[0].plugin
 
     def parse(self, call: str) -> tuple[Entry[T], dict[str, Any]]:
         """Split a call-string into its entry and all hyperparameters, defaults filled in.

@@ -115,6 +115,7 @@ class StageSpec(Frozen):
         start: stage 2 only: what the classifier starts from, new random weights or those that stage 1 trained.
         last_layer: call-string of what turns features into logits: the classifier's form.
         weights: call-string of the classes' weights in the loss, or None.
+        plugins: name and SHA-256 of the code from outside the package that the call-strings name (`plugins.Plugin`).
     """
 
     data: DataSpec
@@ -129,7 +130,8 @@ class StageSpec(Frozen):
     start: Start = "new"
     last_layer: str = "linear"
     weights: str | None = None
-    later = ("bn_mode", "start", "last_layer", "weights")
+    plugins: tuple[tuple[str, str], ...] = ()
+    later = ("bn_mode", "start", "last_layer", "weights", "plugins")
 
     def content(self) -> dict[str, Any]:
         """Return everything about this stage that changes its result."""

@@ -5,7 +5,7 @@ progress and notes; without one a verb is silent. PyTorch takes seconds to impor
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -99,7 +99,7 @@ def swap(request: Request) -> "Result":
     return _experiments(request, "swap")["swap"]
 
 
-@taking(Request, leave_out={"matched", "backbones", "permutations"})
+@taking(Request, leave_out={"matched", "backbones", "permutations", "mix", "stage2_sampler"})
 def ladder(request: Request) -> "Result":
     """See how far augmentation and class-balanced retraining close the gap (Figure 3).
 
@@ -108,7 +108,7 @@ def ladder(request: Request) -> "Result":
     return _experiments(request, "ladder")["ladder"]
 
 
-@taking(Request, leave_out={"matched", "backbones", "bn_mode"})
+@taking(Request, leave_out={"matched", "backbones", "bn_mode", "mix", "stage2_loss", "stage2_sampler"})
 def geometry(request: Request) -> "Result":
     """Measure what long-tailed training does to each class in feature space (Figures 4 to 8).
 
@@ -463,18 +463,29 @@ def report(
 
 
 @verb
-def methods() -> dict[str, Any]:
-    """List every loss, sampler, augmentation, mixing, model, last layer, schedule and recipe with its defaults.
+def methods(
+    check: Annotated[
+        str | None,
+        Option(metavar="NAME", help="Check all that has this name, a call-string, against what methods promise."),
+    ] = None,
+) -> dict[str, Any]:
+    """List every loss, sampler, augmentation, mixing, model, last layer, classifier, schedule, profile and recipe.
 
-    Example: `tailscope methods --json`
+    With `--check` it says of each promise whether the method keeps it, and why not; the exit code is 1 if not all are.
+
+    Examples: `tailscope methods --json`; `tailscope methods --import my_methods --check mine`
     """
+    if check is not None:
+        from tailscope.training import contract
+
+        return {"checks": [asdict(outcome) for outcome in contract.check(check)]}
     from tailscope.data import PROFILES
-    from tailscope.training.recipes import RECIPES
+    from tailscope.training.recipes import recipes
 
     listed: dict[str, Any] = {
         kind: [{"name": e.name, "defaults": e.defaults, "summary": e.summary, "needs": list(e.needs)} for e in registry]
         for kind, registry in REGISTRIES.items()
     }
-    listed["recipes"] = [recipe.model_dump(mode="json") for recipe in RECIPES.values()]
+    listed["recipes"] = [recipe.model_dump(mode="json") for recipe in recipes()]
     listed["profiles"] = PROFILES.split(", ")
     return listed

@@ -27,8 +27,7 @@ from tailscope.data.decoding import DecodedBatch, Unreadable, decode, from_all_o
 from tailscope.data.images import Images
 from tailscope.device import Runtime
 from tailscope.encoders.networks import Encoder
-from tailscope.encoders.preprocessing import foreign_code
-from tailscope.errors import UserError
+from tailscope.errors import UserError, foreign_code
 from tailscope.progress import Progress
 from tailscope.results import read_json
 from tailscope.spec import digest

@@ -25,8 +25,8 @@ from torch.nn.modules.module import register_module_forward_hook
 from tailscope import seeds
 from tailscope.data.images import PIL_MODES
 from tailscope.encoders import checkpoints, networks
-from tailscope.encoders.preprocessing import Preprocessing, Wishes, by_data, foreign_code
-from tailscope.errors import UserError
+from tailscope.encoders.preprocessing import Preprocessing, Wishes, by_data
+from tailscope.errors import UserError, foreign_code
 from tailscope.methods import for_photos
 from tailscope.methods.augmentations import size_of
 from tailscope.networks import MODELS

@@ -28,10 +28,9 @@ from tailscope.encoders.preprocessing import (
     Wishes,
     by_imagenet,
     centre_crop,
-    foreign_code,
     whole_image,
 )
-from tailscope.errors import UserError, guess, message_of
+from tailscope.errors import UserError, foreign_code, guess, message_of
 from tailscope.networks import MODELS
 from tailscope.networks.resnets import CifarResNet
 from tailscope.tables.table import LinearLayer

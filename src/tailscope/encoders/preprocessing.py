@@ -1,17 +1,13 @@
 """From a decoded image to a network's input: mode, size, normalisation; and the one net under what is not ours.
 
 A user's module, factory, transform and network may fail in any way. Everything else in the project catches a short list
-of documented exceptions; in `foreign_code`, and only there, all of them become one line that says what failed and where
-in the user's own file.
+of documented exceptions; in `errors.foreign_code`, and only there, all of them become one line that says what failed
+and where in the user's own file.
 """
 
 import re
-import sysconfig
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,45 +16,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from tailscope.data.images import PIL_MODES
-from tailscope.errors import UserError, message_of, unknown
-
-_LIBRARIES = (
-    str(Path(__file__).resolve().parents[1]),
-    *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
-)
-
-
-@contextmanager
-def foreign_code(what: str, mend: str = "") -> Iterator[None]:
-    """Turn whatever the code within raises into one line: `what` failed how, at which line of the user's file; `mend`.
-
-    Raises:
-        UserError: anything was raised but KeyboardInterrupt; a `UserError` passes as it is.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:  # the documented net: a module may also call sys.exit while imported
-        advice = "take a smaller --batch" if isinstance(error, torch.OutOfMemoryError) else mend
-        reason = f"{type(error).__name__}: {message_of(error)[:200]}"
-        raise UserError(f"{what}: {reason}{_line_of(error)}{advice and f'; {advice}'}") from error
-
-
-def _line_of(error: BaseException) -> str:
-    """Return " (FILE line N)": the innermost line that is neither ours nor a library's; nothing where there is none."""
-    if isinstance(error, SyntaxError) and error.filename is not None:
-        return f" ({_shown(error.filename)} line {error.lineno})"
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not frame.filename.startswith(("<", *_LIBRARIES)):
-            return f" ({_shown(frame.filename)} line {frame.lineno})"
-    return ""
-
-
-def _shown(filename: str) -> str:
-    path, here = Path(filename), Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
-
+from tailscope.errors import UserError, foreign_code, unknown
 
 SMALL = 128
 """Up to this side, images that are all of one size are small ones, which networks for them take as they are."""

@@ -141,6 +141,33 @@ class _Training:
     loss: Annotated[str | None, Option(help="Another loss of stage 1 than the recipe's, such as 'focal(gamma=1)'.")] = (
         None
     )
+    last_layer: Annotated[
+        str | None, Option(help="Another last layer of stage 1 than the recipe's, such as 'cosine(scale=16)'.")
+    ] = None
+    weights: Annotated[
+        str | None, Option(help="Class weights in stage 1's loss, such as 'drw(start=0.8)'. [default: none]")
+    ] = None
+    sampler: Annotated[
+        str | None, Option(help="Another sampler of stage 1 than the recipe's, such as class_balanced.")
+    ] = None
+    mix: Annotated[
+        str | None,
+        Option(help="What mixes every backbone's batches, such as 'mixup(alpha=0.2)'. [default: nothing]"),
+    ] = None
+    augment: Annotated[
+        Sequence[str] | None,
+        Option(help="Another augmentation than the recipe's, in both stages; repeat for several in order, or none."),
+        list[str] | None,
+    ] = None
+    schedule: Annotated[
+        str | None, Option(help="Another schedule of stage 1's learning rate than the recipe's, such as cosine.")
+    ] = None
+    stage2_loss: Annotated[
+        str | None, Option(help="Another loss of stage 2 than the recipe's, such as balanced_softmax.")
+    ] = None
+    stage2_sampler: Annotated[
+        str | None, Option(help="Another sampler of stage 2 than the recipe's, such as class_balanced.")
+    ] = None
     seeds: Seeds = 3
     protocol: Protocol = "nested"
     subset_seed: Annotated[int | None, Option(help="One subset for all seeds; by default each seed draws its own.")] = (

@@ -29,6 +29,7 @@ from tailscope.groups import assign_groups
 from tailscope.intervals import CELLS, attribute, summarize
 from tailscope.measures import describe
 from tailscope.progress import Advance, Progress, shown_on
+from tailscope.registry import split_call
 from tailscope.results import check_free, versions, write
 from tailscope.store import Store, make_folder
 from tailscope.training.recipes import Recipe
@@ -111,8 +112,15 @@ def ladder(stages: Stages, settings: Settings) -> dict[str, Any]:
 
 
 def ladder_runs(settings: Settings, sets: Mapping[str, TrainingSet], seed: int) -> Iterator[Run]:
-    """Yield a seed's runs: the four classifiers of each augmentation's backbone."""
+    """Yield a seed's runs: the four classifiers of each augmentation's backbone.
+
+    Raises:
+        UserError: the recipe does everywhere what rows differ in.
+    """
     recipe, lt, true = settings.recipe, sets["lt"], sets["true"]
+    _require_plain(recipe, "ladder")
+    if split_call(recipe.autoaugment)[0] in [split_call(call)[0] for call in recipe.augment]:
+        raise UserError(f"ladder: its rows add {recipe.autoaugment}, which --augment has already; leave it out there")
     classifiers = {
         "stage2": (recipe.classifier(lt.spec, sampler="class_balanced"), lt),
         "stage2_aa": (recipe.classifier(lt.spec, sampler="class_balanced", autoaugment=True), lt),
@@ -124,6 +132,15 @@ def ladder_runs(settings: Settings, sets: Mapping[str, TrainingSet], seed: int) 
         yield Run(f"{name}: stage1", seed, encoder, stage1, lt)
         for rung, (stage2, data) in classifiers.items():
             yield Run(f"{name}: {rung}", seed, encoder, stage1, lt, stage2, data)
+
+
+def _require_plain(recipe: Recipe, experiment: str) -> None:
+    """Refuse a recipe that mixes every backbone."""
+    if recipe.always_mix:
+        raise UserError(
+            f"{experiment}: its rows are backbones with and without mixing, and the recipe {recipe.name} mixes all of"
+            f" them ({recipe.always_mix}); take another recipe"
+        )
 
 
 ENCODERS = {"lt": ("lt", False), "lt+mixup": ("lt", True), "true": ("true", False)}
@@ -151,7 +168,12 @@ def geometry(stages: Stages, settings: Settings) -> dict[str, Any]:
 
 
 def geometry_runs(settings: Settings, sets: Mapping[str, TrainingSet], seed: int) -> Iterator[Run]:
-    """Yield a seed's runs: a backbone for each encoder, without a classifier of its own."""
+    """Yield a seed's runs: a backbone for each encoder, without a classifier of its own.
+
+    Raises:
+        UserError: the recipe does everywhere what rows differ in.
+    """
+    _require_plain(settings.recipe, "geometry")
     for name, (data, mix) in ENCODERS.items():
         yield Run(name, seed, name, settings.recipe.backbone(sets[data].spec, mix=mix), sets[data])
 

@@ -23,10 +23,11 @@ from tailscope.experiments.options import Request
 from tailscope.experiments.stages import Backbone, Stages, TrainingSet
 from tailscope.experiments.traps import traps
 from tailscope.groups import assign_groups
+from tailscope.plugins import told
 from tailscope.results import command, versions
 from tailscope.spec import BnMode, RunSpec, StageSpec, backbone_key
 from tailscope.store import Store
-from tailscope.training.recipes import Recipe, recipe_by_name
+from tailscope.training.recipes import CHOICES, Recipe, recipe_by_name
 
 _MAX_SEEDS = 1_000
 _MAX_DIGITS = 30
@@ -53,10 +54,11 @@ class Settings(BaseModel):
         if request.bn_mode not in get_args(BnMode):
             raise unknown("--bn-mode", request.bn_mode, get_args(BnMode))
         recipe = recipe_by_name(request.recipe).with_bn_mode(cast(BnMode, request.bn_mode))
+        methods = {name: getattr(request, "mix" if name == "always_mix" else name) for name in CHOICES}
         return cls(
             profile=canonical(request.profile),
             protocol=request.protocol,
-            recipe=recipe.with_backbone(request.model, request.loss),
+            recipe=recipe.with_augment(request.augment).with_schedule(request.schedule).with_methods(**methods),
             seeds=parse_seeds(request.seeds),
             subset_seed=request.subset_seed,
             matched=request.matched,
@@ -67,13 +69,16 @@ class Settings(BaseModel):
     def spec(self, data: ImageData) -> dict[str, Any]:
         """Return what a result depends on, as result files store it.
 
-        `backbones` is left out where all are trained, as in the files from before there was a choice.
+        `backbones` is left out where all are trained, as in the files from before there was a choice, and `plugins`,
+        digests of code from outside the package, where there is none.
         """
+        plugins = {plugin.name: plugin.sha256 for plugin in self.recipe.plugins()}
         return {
             **self.model_dump(mode="json", exclude={"backbones"} if self.backbones is None else None),
             "profile": canonical(self.profile),
             "data": data.name,
             "fingerprint": data.fingerprint,
+            **({"plugins": plugins} if plugins else {}),
         }
 
     def subset_seed_of(self, seed: int) -> int:
@@ -222,7 +227,11 @@ class Experiment:
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": command(),
             "spec": self.settings.spec(data),
-            "environment": {"versions": versions(), "hardware": self.stages.runtime.describe()},
+            "environment": {
+                "versions": versions(),
+                "hardware": self.stages.runtime.describe(),
+                **told(recipe.plugins()),
+            },
             "dataset": {
                 "name": data.name,
                 "class_names": list(data.train.class_names),

@@ -30,13 +30,14 @@ from tailscope.device import Runtime, Solo, Team
 from tailscope.errors import UserError
 from tailscope.methods import SAMPLERS, for_photos
 from tailscope.networks.last_layers import as_linear
-from tailscope.networks.resnets import CifarResNet, ResNet10
+from tailscope.networks.resnets import CifarResNet
 from tailscope.progress import Quiet
 from tailscope.seeds import torch_stream
 from tailscope.spec import DataSpec, RunSpec, StageSpec, TrainSpec, backbone_key, digest
 from tailscope.store import Artifact, Meta, Store, Tensors
 from tailscope.training.extract import View, WantedFeatures, extract_wanted, fit_classifier
 from tailscope.training.loop import Training, new_model
+from tailscope.training.recipes import with_plugins
 from tailscope.training.step import Normalizer
 
 IMAGENET = Normalizer(torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375]))
@@ -84,6 +85,8 @@ def follow(team: Team, runtime: Runtime, workers: int | None) -> NoReturn:
             extract_wanted(order, IMAGENET, runtime, "", team=team, workers=workers)
         else:
             stage, data, seed = order
+            if with_plugins(stage) != stage:
+                raise UserError("this process has other plug-ins than the one that leads; give all the same files")
             Training(stage, data, IMAGENET, seed, runtime, None, "", team, workers).run()
     raise SystemExit(0)
 
@@ -282,6 +285,7 @@ class Stages:
             "rows": subsets.sha256_of(rows),
             "seed": seed,
             "fingerprint": self.data.fingerprint,
+            **({"plugins": stage.plugins} if stage.plugins else {}),
         }
 
     def _wanted_view(self, model: nn.Module, stage: StageSpec, rows: Rows, view: int, seed: int) -> WantedFeatures:
@@ -299,8 +303,8 @@ class Stages:
         return self.store.get_or_make(kind, digest(key), make, self.runtime.progress)[0].tensors["features"]
 
     def _extract(self, wanted: WantedFeatures, label: str) -> Tensor:
-        # A wrapper around a network may gather statistics of what it sees: this process alone shows it every image.
-        team = self._team if isinstance(wanted.model, CifarResNet | ResNet10) else Solo()
+        # This wrapper gathers statistics of what it sees: this process alone shows it every image.
+        team = Solo() if isinstance(wanted.model, _Estimating) else self._team
         with team.lead(replace(wanted, model=copy.deepcopy(wanted.model).cpu()) if team.size > 1 else None):
             return extract_wanted(wanted, self.normalize, self.runtime, label, team=team, workers=self._workers)
 

@@ -4,13 +4,15 @@ A learning-rate schedule is one multiplier of the base rate for every step, know
 """
 
 import math
-from typing import Any, Self
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Self
 
 from pydantic import Field, ValidationError, model_validator
 
 from tailscope.errors import UserError, unknown
 from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, PHOTO_AUGMENTATIONS, SAMPLERS, WEIGHTS, for_photos
 from tailscope.networks import LAST_LAYERS, MODELS
+from tailscope.plugins import Plugin
 from tailscope.registry import Registry, split_call
 from tailscope.spec import BnMode, DataSpec, Frozen, StageSpec, Start, TrainSpec
 from tailscope.training import SCHEDULES
@@ -76,6 +78,56 @@ def _require_cosines(loss: str, last_layer: str) -> None:
         )
 
 
+def augmentations_of(calls: Sequence[str]) -> Registry[Any]:
+    """Return the registry that call-strings of augmentations are of: for photographs in files, or for tensors."""
+    return PHOTO_AUGMENTATIONS if for_photos(calls) else AUGMENTATIONS
+
+
+def with_plugins(stage: StageSpec) -> StageSpec:
+    """Return a stage that says which code from outside the package its call-strings name."""
+    named: list[tuple[Registry[Any], str]] = [
+        (SCHEDULES, stage.train.schedule),
+        (LOSSES, stage.loss),
+        (SAMPLERS, stage.sampler),
+        *((augmentations_of(stage.augment), call) for call in stage.augment),
+        (LAST_LAYERS, stage.last_layer),
+        *((one, call) for one, call in ((MODELS, stage.model), (MIXINGS, stage.mix), (WEIGHTS, stage.weights)) if call),
+    ]
+    return stage.model_copy(update={"plugins": tuple((one.name, one.sha256) for one in plugins_named(named))})
+
+
+def plugins_named(calls: Iterable[tuple[Registry[Any], str]]) -> list[Plugin]:
+    """Return the code from outside the package that call-strings of registries name, each once, by name."""
+    found = {plugin.name: plugin for registry, call in calls if (plugin := registry.plugin(call)) is not None}
+    return [found[name] for name in sorted(found)]
+
+
+def _listed(texts: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(texts[:-1]), texts[-1]]))
+
+
+class _Choice(NamedTuple):
+    """A field of recipes that names one method: which stage has it, as what, of which registry."""
+
+    stage: str
+    what: str
+    registry: Registry[Any]
+
+
+CHOICES = {
+    "model": _Choice("Stage 1", "model", MODELS),
+    "loss": _Choice("Stage 1", "loss", LOSSES),
+    "last_layer": _Choice("Stage 1", "last layer", LAST_LAYERS),
+    "weights": _Choice("Stage 1", "class weights", WEIGHTS),
+    "sampler": _Choice("Stage 1", "sampler", SAMPLERS),
+    "always_mix": _Choice("Stage 1", "mixing", MIXINGS),
+    "stage2_loss": _Choice("Stage 2", "loss", LOSSES),
+    "stage2_sampler": _Choice("Stage 2", "sampler", SAMPLERS),
+}
+"""What `Recipe.with_methods` may replace, and options of experiments say: one more is a line here, a field of `Recipe`,
+one of `experiments.options.Request` and its place in `Recipe.backbone` or `Recipe.classifier`."""
+
+
 class Recipe(Frozen):
     """Everything about an experiment but its data and seeds.
 
@@ -87,7 +139,9 @@ class Recipe(Frozen):
         autoaugment: what "AutoAugment" adds to them.
         mix: what "MixUp" is.
         bn_mode: what stage 2 does with the backbone's batch normalisation.
-        loss: what stage 1 minimises, as a call-string; stage 2 is softmax regression.
+        loss, stage2_loss: what the stages minimise, as call-strings.
+        sampler, stage2_sampler: how the stages draw, where an experiment does not say it.
+        always_mix: what mixes the batches of every backbone, if anything, also where an experiment asks for no MixUp.
         stage2_start: what stage 2's classifier starts from, see `StageSpec.start`.
         stage2_augment: whether stage 2 sees augmented views; without, one view of the images as they are.
         last_layer: what turns features into logits in stage 1, see `StageSpec.last_layer`.
@@ -110,20 +164,24 @@ class Recipe(Frozen):
     stage2_augment: bool = True
     last_layer: str = "linear"
     weights: str | None = None
-    later = ("bn_mode", "loss", "stage2_start", "stage2_augment", "last_layer", "weights")
+    sampler: str = "instance"
+    stage2_loss: str = "cross_entropy"
+    stage2_sampler: str = "instance"
+    always_mix: str | None = None
+    later = (
+        "bn_mode", "loss", "stage2_start", "stage2_augment", "last_layer", "weights", "sampler", "stage2_loss",
+        "stage2_sampler", "always_mix",
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def _spell_out(self) -> Self:
         """Write every call-string in full, so that a default that changes later does not change a stored key."""
-        augmentations: Registry[Any] = PHOTO_AUGMENTATIONS if for_photos(self.augment) else AUGMENTATIONS
+        augmentations = augmentations_of(self.augment)
         spelled = {
-            "model": MODELS.canonical(self.model),
             "augment": tuple(augmentations.canonical(call) for call in self.augment),
             "autoaugment": augmentations.canonical(self.autoaugment),
             "mix": MIXINGS.canonical(self.mix),
-            "loss": LOSSES.canonical(self.loss),
-            "last_layer": LAST_LAYERS.canonical(self.last_layer),
-            "weights": self.weights and WEIGHTS.canonical(self.weights),
+            **{name: one.registry.canonical(call) for name, one in CHOICES.items() if (call := getattr(self, name))},
         }
         for name, value in spelled.items():
             object.__setattr__(self, name, value)
@@ -137,7 +195,7 @@ class Recipe(Frozen):
             _require_cosines(self.loss, self.last_layer)
 
     def backbone(self, data: DataSpec, *, autoaugment: bool = False, mix: bool = False) -> StageSpec:
-        """Return stage 1 on `data`: instance sampling, optionally with AutoAugment and MixUp.
+        """Return stage 1 on `data`, optionally with AutoAugment and MixUp.
 
         Raises:
             UserError: the loss cannot take mixed images.
@@ -148,15 +206,18 @@ class Recipe(Frozen):
             model=self.model,
             augment=self._augment(autoaugment),
             loss=self.loss,
-            mix=self.mix if mix else None,
+            mix=self.mix if mix else self.always_mix,
+            sampler=self.sampler,
             last_layer=self.last_layer,
             weights=self.weights,
         )
         require_fitting(stage)
-        return stage
+        return with_plugins(stage)
 
-    def classifier(self, data: DataSpec, *, sampler: str = "instance", autoaugment: bool = False) -> StageSpec:
+    def classifier(self, data: DataSpec, *, sampler: str | None = None, autoaugment: bool = False) -> StageSpec:
         """Return stage 2 on `data`: a linear classifier on `views` augmented views of frozen features.
+
+        `sampler` None leaves the choice to the recipe.
 
         Raises:
             UserError: the sampler changes with time.
@@ -166,35 +227,70 @@ class Recipe(Frozen):
             data=data,
             train=self.stage2,
             augment=self._augment(autoaugment) if augmented else (),
-            sampler=sampler,
+            loss=self.stage2_loss,
+            sampler=sampler or self.stage2_sampler,
             views=self.views if augmented else 1,
             bn_mode=self.bn_mode,
             start=self.stage2_start,
         )
         require_fitting(stage)
-        return stage
+        return with_plugins(stage)
+
+    def plugins(self) -> list[Plugin]:
+        """Return the code from outside the package that anything of this recipe names, each once, by name."""
+        calls = [
+            *((one.registry, call) for name, one in CHOICES.items() if (call := getattr(self, name))),
+            *((augmentations_of(self.augment), call) for call in (*self.augment, self.autoaugment)),
+            *((SCHEDULES, train.schedule) for train in (self.stage1, self.stage2)),
+            (MIXINGS, self.mix),
+        ]
+        return plugins_named(calls)
 
     def with_bn_mode(self, mode: BnMode) -> "Recipe":
         """Return this recipe with another batch-norm mode of stage 2, which its card then names."""
         return self._with(f"Stage 2 with {mode} batch normalisation.", bn_mode=mode)
 
-    def with_backbone(
-        self, model: str | None, loss: str | None, last_layer: str | None = None, weights: str | None = None
-    ) -> "Recipe":
-        """Return this recipe with another network, loss, last layer or class weights of stage 1, as its card then says.
+    def with_methods(self, **calls: str | None) -> "Recipe":
+        """Return this recipe with other methods, fields of `CHOICES`, which its card then names; None changes nothing.
 
         Raises:
             UserError: there is none of that name, it has no such parameter, or they do not fit each other.
         """
-        given = {"model": model, "loss": loss, "last_layer": last_layer, "weights": weights}
-        registries: dict[str, Registry[Any]] = {"model": MODELS, "loss": LOSSES}
-        registries |= {"last_layer": LAST_LAYERS, "weights": WEIGHTS}
-        calls = {field: registries[field].canonical(call) for field, call in given.items() if call}
-        changes = {field: call for field, call in calls.items() if call != getattr(self, field)}
-        said = " and ".join(f"the {registries[field].kind} {call}" for field, call in changes.items())
-        changed = self._with(f"Stage 1 has {said}.", **changes)
+        changes = {name: CHOICES[name].registry.canonical(call) for name, call in calls.items() if call}
+        changes = {name: call for name, call in changes.items() if call != getattr(self, name)}
+        named: dict[str, list[str]] = {}
+        for name, call in changes.items():
+            named.setdefault(CHOICES[name].stage, []).append(f"the {CHOICES[name].what} {call}")
+        said = " ".join(f"{stage} has {_listed(these)}." for stage, these in named.items())
+        changed = self._with(said, **changes)
         changed._require_fitting()
         return changed
+
+    def with_schedule(self, schedule: str | None) -> "Recipe":
+        """Return this recipe with another schedule of stage 1's learning rate, which its card then names.
+
+        Raises:
+            UserError: there is none of that name, or it has no such parameter.
+        """
+        call = SCHEDULES.canonical(schedule or self.stage1.schedule)
+        return self._with(f"Stage 1 has the schedule {call}.", stage1=self.stage1.model_copy(update={"schedule": call}))
+
+    def with_augment(self, augment: Sequence[str] | None) -> "Recipe":
+        """Return this recipe with other augmentations that are on everywhere, which its card then names.
+
+        `["none"]` is none at all.
+
+        Raises:
+            UserError: one is unknown, or they are for images in files and the recipe's are not, or the other way round.
+        """
+        if augment is None:
+            return self
+        asked = [] if list(augment) == ["none"] else list(augment)
+        if for_photos(asked) != for_photos(self.augment):
+            kind = "files, so the first must be resized_crop" if for_photos(self.augment) else "memory, not in files"
+            raise UserError(f"--augment {' '.join(augment)}: the recipe {self.name} is for images in {kind}")
+        calls = tuple(augmentations_of(asked).canonical(call) for call in asked)
+        return self._with(f"Images are augmented by {', then '.join(calls) or 'nothing'}.", augment=calls)
 
     def with_micro_batches(self, parts: int) -> "Recipe":
         """Return this recipe with stage 1's batches cut into `parts` (see `TrainSpec`), which its card then says."""
@@ -380,14 +476,21 @@ def recipe_by_name(name: str) -> Recipe:
         return RECIPES[name]
     called = split_call(name, "recipe")[0] if "(" in name else name
     if called not in [entry.name for entry in PARAMETRISED]:
-        raise unknown("--recipe", name, RECIPES)
+        raise unknown("--recipe", name, [recipe.name for recipe in recipes()])
     values, default = (PARAMETRISED.parse(call)[1] for call in (name, called))
     changed = ", ".join(f"{k}={v!r}" for k, v in values.items() if v != default[k])
-    if not changed:
+    if not changed and called in RECIPES:
         return RECIPES[called]
     try:
         recipe = PARAMETRISED.make(name)
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"--recipe {name}: {first.get('ctx', {}).get('error', first['msg'])}") from None
+    if not changed:
+        return recipe
     return recipe.model_copy(update={"name": f"{called}({changed})", "card": f"{recipe.card} With {changed}."})
+
+
+def recipes() -> list[Recipe]:
+    """Return every recipe, those from outside the package with their defaults."""
+    return [*RECIPES.values(), *(PARAMETRISED.make(one.name) for one in PARAMETRISED if one.name not in RECIPES)]
