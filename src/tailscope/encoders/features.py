@@ -26,6 +26,7 @@ from tailscope.encoders.loading import PREFIX, StoredBackbone, find_stored, load
 from tailscope.encoders.networks import Encoder
 from tailscope.encoders.preprocessing import Normalization, Wishes
 from tailscope.errors import UserError, message_of, unknown
+from tailscope.report.thumbnails import Pictures, of_images, of_inputs
 from tailscope.results import read_json
 from tailscope.store import make_folder
 from tailscope.tables.checks import listed
@@ -261,11 +262,12 @@ def _statistics(opened: OpenedImages) -> Normalization | None:
 
 @dataclass(frozen=True, eq=False)
 class Extracted:
-    """Features by part, the classifier in use where there is one, and the data's name."""
+    """Features by part, the classifier in use where there is one, the data's name, and by part what shows samples."""
 
     name: str
     tables: dict[str, FeatureTable]
-    classifier: LinearLayer | None = None
+    classifier: LinearLayer | None
+    pictures: dict[str, Pictures]
 
 
 def extract_parts(
@@ -321,7 +323,8 @@ def extract_parts(
     if out is None:
         tables = {part: replace(table, source=part) for part, table in tables.items()}
     tables["train"] = replace(tables["train"], notes=(*tables["train"].notes, *notes, *said))
-    return Extracted(opened.name, tables, classifier)
+    pictures = {part: of_images(images) for part, images in parts.images.items()}
+    return Extracted(opened.name, tables, classifier, pictures)
 
 
 def _tables(
@@ -434,4 +437,5 @@ def pass_batches(
     for note in notes:
         tell(note)
     tables["train"] = replace(tables["train"], notes=(*tables["train"].notes, *notes))
-    return Extracted(encoder.name, tables, classifier)
+    pictures = {part: of_inputs(of_part.input_of) for part, of_part in opened.items() if of_part.input_of is not None}
+    return Extracted(encoder.name, tables, classifier, pictures)
