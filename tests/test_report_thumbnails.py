@@ -21,12 +21,13 @@ from tailscope.data.folders import load_folder
 from tailscope.data.images import ImageSet
 from tailscope.data.sources import open_images
 from tailscope.encoders.extract import Batches
+from tailscope.encoders.features import of_images
 from tailscope.errors import UserError
 from tailscope.networks import MODELS
 from tailscope.progress import Quiet
 from tailscope.report import drilldown, thumbnails
 from tailscope.report.objects import Diagnosis
-from tailscope.report.thumbnails import Thumbnails, of_images, of_inputs
+from tailscope.report.thumbnails import Thumbnails, of_inputs
 
 KINDS = ("nearest_misses", "farthest_out", "likely_mislabelled")
 HOSTILE = ['"><script>alert(1)</script>', "<img src=x onerror=alert(2)>", "../../secret.png", "a 'b' & \"c\""]

@@ -7,7 +7,7 @@ encoded here, from these pixels: no byte of anybody's file gets into it, and no 
 import base64
 import io
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -19,7 +19,6 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from tailscope.data.images import ImageError, Images
 from tailscope.errors import UserError
 from tailscope.progress import Progress
 from tailscope.report.diagnosis_schema import Diagnosis, Sample
@@ -138,21 +137,6 @@ class Thumbnails:
                 if room >= 0:
                     found.pictures[row] = picture
         return Shown(found.pictures, found.samples, unreadable)
-
-
-def of_images(images: Images) -> Pictures:
-    """Return what decodes the images of samples, which it knows by their ids."""
-
-    def pictures(samples: Sequence[Sample]) -> Iterator[Image.Image | None]:
-        rows = {name: row for row, name in enumerate(images.ids)}
-        for sample in samples:
-            row = rows.get(sample["id"] or "")
-            try:
-                yield None if row is None else images.image(row)
-            except ImageError:
-                yield None
-
-    return pictures
 
 
 def of_inputs(input_of: Callable[[int], Tensor | None]) -> Pictures:
