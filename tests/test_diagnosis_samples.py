@@ -154,7 +154,8 @@ def test_umap_is_taken_where_it_is_installed(given, monkeypatch):
     monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=UMAP, __spec__=SimpleNamespace()))
     drawn = tailscope.diagnose(*given[:2], permutations=0)["drilldown"]["map"]
     assert (drawn["method"], drawn["explained"]) == ("UMAP", None)
-    assert asked["n_components"] == 2
+    assert (asked["n_components"], asked["n_jobs"]) == (2, 1)
+    assert asked["random_state"] in range(2**32)
 
 
 def test_without_a_verdict_there_is_no_classifier_to_ask(given):

@@ -341,24 +341,27 @@ def diagnose(request: _DiagnosisRequest) -> "Diagnosis":
     from tailscope.diagnosis.diagnose import OtherBound, prepare, run, spec
     from tailscope.report import build
     from tailscope.report.objects import Diagnosis
-    from tailscope.results import check_free, write
+    from tailscope.report.thumbnails import Thumbnails
+    from tailscope.results import check_free
     from tailscope.store import make_folder
 
     request.check()
     settings, out = request.settings, request.out
     runtime = Runtime.choose(request.device or "cpu", keep_memory=False)
     with shown_on(request.console) as progress:
-        inputs = prepare(*_features_of(request, progress), settings)
+        given, pictures = _features_of(request, progress)
+        inputs = prepare(*given, settings)
         if request.ceiling_from is not None:
             other = OtherBound.of(Path(request.ceiling_from), next(iter(inputs.values())), request.bound_at)
             settings = replace(settings, ceiling_from=other)
         if out is not None:
             check_free(make_folder(out, "--out"), "diagnosis", spec(inputs, settings), overwrite=request.overwrite)
-        result = Diagnosis(*run(inputs, settings, replace(runtime, progress=progress)))
+        found, layer = run(inputs, settings, replace(runtime, progress=progress))
+        result = Diagnosis(found, layer, Thumbnails.of(found, pictures, progress))
     if out is not None:
         # Another process may have been faster.
         check_free(out, "diagnosis", result["spec"], overwrite=request.overwrite)
-        write(out, "diagnosis", result)
+        result.save(out)
         if result.layer is not None:
             result.layer.save(out / REBALANCED)
         if request.report:
@@ -369,10 +372,12 @@ def diagnose(request: _DiagnosisRequest) -> "Diagnosis":
     return result
 
 
-def _features_of(request: _DiagnosisRequest, progress: Progress) -> tuple[Any, Any, Any, Any, str | None]:
-    """Return training, unseen and test features and the classifier, as given or made, and the data's name if known."""
+def _features_of(
+    request: _DiagnosisRequest, progress: Progress
+) -> tuple[tuple[Any, Any, Any, Any, str | None], dict[str, Any]]:
+    """Return features of each part, the classifier and the data's name, as `prepare` takes them; what has images."""
     if request.model is None:
-        return request.train, request.unseen, request.test, request.classifier, None
+        return (request.train, request.unseen, request.test, request.classifier, None), {}
     from tailscope.data.sources import Division
     from tailscope.device import Runtime
     from tailscope.encoders.extract import Options
@@ -397,7 +402,7 @@ def _features_of(request: _DiagnosisRequest, progress: Progress) -> tuple[Any, A
             tell=request.tell,
         )
     test, classifier = found.tables.get("test"), request.classifier or found.classifier
-    return found.tables["train"], found.tables["unseen"], test, classifier, found.name
+    return (found.tables["train"], found.tables["unseen"], test, classifier, found.name), found.pictures
 
 
 def _one(option: str, given: Any) -> str | None:

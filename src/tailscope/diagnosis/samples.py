@@ -249,7 +249,8 @@ def _map(inputs: Inputs, outcomes: "Outcomes", seed: int) -> dict[str, Any]:
         method, places, explained = "PCA", np.zeros((len(draw), 2)), []
     elif find_spec("umap") is not None and len(draw) > 15:
         method, umap = "UMAP", import_module("umap")
-        places = umap.UMAP(n_components=2, random_state=derive(seed, "samples", "umap") % 2**32).fit_transform(features)
+        fixed = {"random_state": derive(seed, "samples", "umap") % 2**32, "n_jobs": 1}  # more would not be repeatable
+        places = umap.UMAP(n_components=2, **fixed).fit_transform(features)
     else:
         pca = PCA(min(2, *features.shape), svd_solver="full")
         method, places = "PCA", pca.fit_transform(features)

@@ -9,7 +9,7 @@ a killed run are checked before it goes on, and a damaged one is extracted again
 import logging
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, pairwise
@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from tailscope.data.decoding import DecodedBatch, Unreadable, decode, from_all_over, refuse
 from tailscope.data.images import Images
@@ -312,11 +312,13 @@ class Batches:
         part: what messages call them.
         batches: what yields pairs (images [b, C, H, W], labels [b]), anew each time it is gone through.
         class_names: what the labels are positions in, where it is known.
+        input_of: the image of a row once more, [C, H, W], or None where that fails; None of what comes in any order.
     """
 
     part: str
     batches: Iterable[Any]
     class_names: tuple[str, ...] | None = None
+    input_of: Callable[[int], Tensor | None] | None = None
 
     @classmethod
     def of(cls, part: str, given: Any, size: int) -> "Batches":
@@ -331,7 +333,8 @@ class Batches:
             if len(images) != len(labels):
                 raise UserError(f"{part}: {len(images)} images and {len(labels)} labels; give one label an image")
             starts = range(0, len(images), size)
-            return cls(part, [(images[start : start + size], labels[start : start + size]) for start in starts])
+            pairs = [(images[start : start + size], labels[start : start + size]) for start in starts]
+            return cls(part, pairs, input_of=lambda row: images[row])
         if not isinstance(given, DataLoader):
             kind = type(given).__name__
             raise UserError(f"{part}: a {kind}; beside a network, give a DataLoader or a pair (images, labels)")
@@ -343,7 +346,7 @@ class Batches:
             dataset = dataset.dataset
         names = getattr(dataset, "classes", ())
         named = isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names)
-        return cls(part, given, tuple(names) if named else None)
+        return cls(part, given, tuple(names) if named else None, _input_of(given))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
         """Yield images and labels; what is no such pair, or not yet what a network takes, is one line."""
@@ -364,6 +367,21 @@ class Batches:
         if images is None:
             raise UserError(f"{self.part}: no images")
         return images[:2]
+
+
+def _input_of(loader: DataLoader[Any]) -> Callable[[int], Tensor | None] | None:
+    """Return what gives the image of a row of a loader that goes through its data set in order; None for others."""
+    if type(loader.sampler) is not SequentialSampler or type(loader.batch_sampler) is not BatchSampler:
+        return None
+
+    def input_of(row: int) -> Tensor | None:
+        try:
+            image = loader.collate_fn([loader.dataset[row]])[0][0]
+        except Exception:  # a data set may do anything, and this costs a thumbnail, not the diagnosis
+            return None
+        return image if isinstance(image, Tensor) and image.ndim == 3 and image.numel() else None
+
+    return input_of
 
 
 def pass_through(

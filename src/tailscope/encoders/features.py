@@ -7,7 +7,7 @@ which classifier is in use. The files' provenance says what they were made of; f
 """
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from tailscope.data.decoding import find_unreadable, from_all_over, refuse
@@ -26,6 +27,8 @@ from tailscope.encoders.loading import PREFIX, StoredBackbone, find_stored, load
 from tailscope.encoders.networks import Encoder
 from tailscope.encoders.preprocessing import Normalization, Wishes
 from tailscope.errors import UserError, message_of, unknown
+from tailscope.report.diagnosis_schema import Sample
+from tailscope.report.thumbnails import Pictures, of_inputs
 from tailscope.results import read_json
 from tailscope.store import make_folder
 from tailscope.tables.checks import listed
@@ -261,11 +264,12 @@ def _statistics(opened: OpenedImages) -> Normalization | None:
 
 @dataclass(frozen=True, eq=False)
 class Extracted:
-    """Features by part, the classifier in use where there is one, and the data's name."""
+    """Features by part, the classifier in use where there is one, the data's name, and by part what shows samples."""
 
     name: str
     tables: dict[str, FeatureTable]
-    classifier: LinearLayer | None = None
+    classifier: LinearLayer | None
+    pictures: dict[str, Pictures]
 
 
 def extract_parts(
@@ -321,7 +325,23 @@ def extract_parts(
     if out is None:
         tables = {part: replace(table, source=part) for part, table in tables.items()}
     tables["train"] = replace(tables["train"], notes=(*tables["train"].notes, *notes, *said))
-    return Extracted(opened.name, tables, classifier)
+    pictures = {part: of_images(images) for part, images in parts.images.items()}
+    return Extracted(opened.name, tables, classifier, pictures)
+
+
+def of_images(images: Images) -> Pictures:
+    """Return what decodes the images of samples, which it knows by their ids."""
+
+    def pictures(samples: Sequence[Sample]) -> Iterator[Image.Image | None]:
+        rows = {name: row for row, name in enumerate(images.ids)}
+        for sample in samples:
+            row = rows.get(sample["id"] or "")
+            try:
+                yield None if row is None else images.image(row)
+            except ImageError:
+                yield None
+
+    return pictures
 
 
 def _tables(
@@ -434,4 +454,5 @@ def pass_batches(
     for note in notes:
         tell(note)
     tables["train"] = replace(tables["train"], notes=(*tables["train"].notes, *notes))
-    return Extracted(encoder.name, tables, classifier)
+    pictures = {part: of_inputs(of_part.input_of) for part, of_part in opened.items() if of_part.input_of is not None}
+    return Extracted(encoder.name, tables, classifier, pictures)

@@ -197,7 +197,9 @@ KINDS: dict[Kind, str] = {
 }
 
 
-class _Sample(TypedDict):
+class Sample(TypedDict):
+    """A sample that is listed."""
+
     row: Count
     id: str | None
     predicted: str
@@ -212,7 +214,7 @@ class _Listed(TypedDict):
     """How many samples there are of a kind, and the first of them."""
 
     count: Count
-    first: list[_Sample]
+    first: list[Sample]
 
 
 class _SampledClass(TypedDict):

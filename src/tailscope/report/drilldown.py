@@ -1,10 +1,14 @@
 """From classes to samples: confusions, the samples to look at, and the map, as rows and tables."""
 
-from typing import Any
+from itertools import chain, zip_longest
+from typing import TYPE_CHECKING, Any
 
-from tailscope.report.diagnosis_schema import KINDS, Diagnosis, DrillDown
+from tailscope.report.diagnosis_schema import KINDS, Diagnosis, DrillDown, Sample
 from tailscope.report.rows import Row
 from tailscope.report.text import Column, Table, plural
+
+if TYPE_CHECKING:
+    from tailscope.report.thumbnails import Shown
 
 MOST_FOLDS = 200  # classes whose samples the page shows; the table has all
 
@@ -52,8 +56,8 @@ def tables(result: Diagnosis) -> list[Table]:
     ]
 
 
-def folds(result: Diagnosis) -> list[dict[str, Any]]:
-    """Return of each class that the page has room for: anchor, title, and the table of its samples."""
+def folds(result: Diagnosis, shown: "Shown | None" = None) -> list[dict[str, Any]]:
+    """Return of each class that the page has room for: anchor, title, and the table of its samples with thumbnails."""
     stored, names = result.get("drilldown"), result["dataset"]["class_names"]
     if stored is None:
         return []
@@ -62,21 +66,38 @@ def folds(result: Diagnosis) -> list[dict[str, Any]]:
             "anchor": f"samples-{k}",
             "name": names[k],
             "found": _found(stored, k),
-            "table": Table(f"samples-{k}", f"Samples of {names[k]}", SAMPLE, _samples(stored, k)),
+            "table": Table(f"samples-{k}", f"Samples of {names[k]}", SAMPLE, _pictured(stored, k, names[k], shown)),
         }
         for k in _folded(stored)
     ]
 
 
-def note(result: Diagnosis) -> str:
-    """Return what the lists of samples hold, and what they leave out."""
+def note(result: Diagnosis, shown: "Shown | None" = None) -> str:
+    """Return what the lists of samples hold, and what they and the thumbnails leave out."""
     stored = result.get("drilldown")
     if stored is None:
         return ""
     left_out = len(stored["classes"]) - len(_folded(stored))
     rest = f" The {plural(left_out, 'class')} with fewer mistakes are in tables/diagnosis-samples.csv." * (left_out > 0)
     kept = f"Of each kind at most {stored['listed']} samples a class are listed"
-    return f"{kept}, of the {plural(stored['scored'], 'scored sample')} in the {stored['file']} file.{rest}"
+    of = f"of the {plural(stored['scored'], 'scored sample')} in the {stored['file']} file"
+    return f"{kept}, {of}.{rest}{_thumbnails(shown)}"
+
+
+def shown_samples(stored: DrillDown) -> list[Sample]:
+    """Return the samples in the lists of the page, the first of every list before all second ones, some twice."""
+    lists = [stored["classes"][k]["samples"][kind]["first"] for k in _folded(stored) for kind in KINDS]
+    return [one for one in chain.from_iterable(zip_longest(*lists)) if one is not None]
+
+
+def _thumbnails(shown: "Shown | None") -> str:
+    """Return how many of the listed samples have a thumbnail; nothing where no images were given."""
+    if shown is None or not shown.samples:
+        return ""
+    unreadable = f"; {plural(shown.unreadable, 'image')} cannot be read" * (shown.unreadable > 0)
+    room = "; the page has no room for more" * (len(shown.pictures) + shown.unreadable < shown.samples)
+    number = "all" if len(shown.pictures) == shown.samples else f"{len(shown.pictures):,} of"
+    return f" Thumbnails of {number} {plural(shown.samples, 'sample')}{unreadable}{room}."
 
 
 def _found(stored: DrillDown, k: int) -> str:
@@ -92,6 +113,14 @@ def _folded(stored: DrillDown) -> list[int]:
     some = [k for k, entry in enumerate(kinds) if any(kind["first"] for kind in entry.values())]
     some.sort(key=lambda k: -kinds[k]["nearest_misses"]["count"])
     return sorted(some[:MOST_FOLDS])
+
+
+def _pictured(stored: DrillDown, k: int, name: str, shown: "Shown | None") -> list[Row]:
+    """Return the samples of a class, with what the page shows of their images and says of it to who cannot see it."""
+    pictures = {} if shown is None else shown.pictures
+    return [
+        {**row, "picture": pictures.get(row["row"]), "alt": f"{row['sample']}, {name}"} for row in _samples(stored, k)
+    ]
 
 
 def _samples(stored: DrillDown, k: int) -> list[Row]:

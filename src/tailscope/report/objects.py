@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tailscope.classifiers import LinearClassifier
     from tailscope.report.marks import Figure
     from tailscope.report.page import Page
+    from tailscope.report.thumbnails import Thumbnails
 
 Thing = TypeVar("Thing")
 SHORT = 280  # characters of each line of a `repr`
@@ -114,8 +115,12 @@ class Result(dict[str, Any]):
         path = Path(path)
         if path.suffix.lower() == ".html":
             return page.write_alone(path, self._page())
-        write(make_folder(path, "report"), self.verb, self.to_dict())
+        self.save(make_folder(path, "report"))
         return page.build(path)
+
+    def save(self, folder: Path) -> Path:
+        """Write VERB.json into a folder, and return its path; `report` also writes what people read."""
+        return write(folder, self.verb, self.to_dict())
 
     def __repr__(self) -> str:
         named = f"{type(self).__name__} of {self['dataset']['name']}: {self.headline}"
@@ -204,10 +209,18 @@ class Rebalanced:
 class Diagnosis(Result):
     """The result of `diagnose`, as diagnosis.json has it."""
 
-    def __init__(self, stored: Mapping[str, Any], layer: LinearLayer | None = None) -> None:
-        """Hold a result, and the re-balanced classifier that came with it."""
+    def __init__(
+        self, stored: Mapping[str, Any], layer: LinearLayer | None = None, thumbnails: "Thumbnails | None" = None
+    ) -> None:
+        """Hold a result, and the re-balanced classifier and the thumbnails of samples that came with it."""
         super().__init__(stored)
-        self.layer = layer
+        self.layer, self.thumbnails = layer, thumbnails
+
+    def save(self, folder: Path) -> Path:
+        """Write diagnosis.json into a folder, and beside it thumbnails.npz where images were given."""
+        if self.thumbnails is not None:
+            self.thumbnails.save(folder)
+        return super().save(folder)
 
     def rebalanced(self) -> Rebalanced:
         """Return the classifier that the diagnosis recommends; `tailscope.rebalance` puts it into a checkpoint.
@@ -252,4 +265,4 @@ class Diagnosis(Result):
     def _page(self) -> "Page":
         from tailscope.report import page
 
-        return page.of_diagnosis(self._stored)
+        return page.of_diagnosis(self._stored, self.thumbnails)

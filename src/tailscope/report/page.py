@@ -22,6 +22,7 @@ from tailscope.report.marks import Figure
 from tailscope.report.rows import Row
 from tailscope.report.schema import TRAINED, VARIANTS, AnyResult, Results
 from tailscope.report.text import DASH, Table, arrow, number, plural, significant, write_tables
+from tailscope.report.thumbnails import Thumbnails
 from tailscope.store.files import write
 
 LAST_SECTIONS = (("warnings", "Warnings"), ("provenance", "How it was made"), ("words", "Words"))
@@ -50,7 +51,8 @@ def build(out: Path, *, figures: bool = True) -> Path:
     trained = any((out / f"{verb}.json").exists() for verb in TRAINED)
     if path.exists():
         name = "diagnosis.html" if trained else "report.html"
-        written = _write(out, name, of_diagnosis(reading.read(path, "diagnosis")), figures=figures)
+        result = reading.read(path, "diagnosis")
+        written = _write(out, name, of_diagnosis(result, Thumbnails.load(out, result)), figures=figures)
         if not trained:
             return written
     return _write(out, "report.html", of_experiments(rows.load(out)), figures=figures)
@@ -123,11 +125,12 @@ def of_experiments(results: Results) -> Page:
     return Page("experiments.html.j2", figures, charts.data(results), rows.tables(results), content)
 
 
-def of_diagnosis(result: Diagnosis) -> Page:
-    """Return the page of a diagnosis."""
+def of_diagnosis(result: Diagnosis, thumbnails: Thumbnails | None = None) -> Page:
+    """Return the page of a diagnosis, with thumbnails of its samples where there are some."""
     counts, dataset = result["counts"], result["dataset"]
     test_images = dataset.get("test_images")
     beside = encoders.findings(result)[1:]
+    shown = None if thumbnails is None else thumbnails.shown(result)
     named = {"comparison": ("encoders", "Encoders"), "advice": ("advice", "What to try")}
     inputs = [
         (f"{encoder}, {role}", f"{one['source']} (SHA-256 {one['sha256'][:12]})")
@@ -160,8 +163,8 @@ def of_diagnosis(result: Diagnosis) -> Page:
             *LAST_SECTIONS,
         ],
         "groups": [group for group in GROUPS if result["groups"].get(group)],
-        "folds": drilldown.folds(result),
-        "samples_note": drilldown.note(result),
+        "folds": drilldown.folds(result, shown),
+        "samples_note": drilldown.note(result, shown),
         "facts_of_making": [*_facts_of_making(result), *inputs],
         "spec": _spec(result),
         "sources": "diagnosis.json",
