@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tailscope.measures.fields import COLLAPSE
+from tailscope.measures.fields import COLLAPSE, MOST
 from tailscope.measures.rows import row_blocks
 
 Numbers = dict[str, float | None]
@@ -57,7 +57,7 @@ def collapse(
     if weight is not None and len(features):
         means = class_means(features, labels, len(counts)) if means is None else means
         found["nc4"] = _disagreement(features, weight, weight.new_zeros(len(weight)) if bias is None else bias, means)
-    return found
+    return {name: value if value is not None and abs(value) <= MOST else None for name, value in found.items()}
 
 
 def class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
