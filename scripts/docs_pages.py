@@ -27,7 +27,7 @@ from tailscope.classifiers import CLASSIFIERS
 from tailscope.data import PROFILES
 from tailscope.errors import UserError
 from tailscope.intervals import CELLS
-from tailscope.measures.fields import FIELDS, SHOWN
+from tailscope.measures.fields import COLLAPSE, FIELDS, SHOWN, Measure
 from tailscope.progress import duration
 from tailscope.registry import Registry
 from tailscope.report.rows import load
@@ -101,8 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 INTRODUCTION = """# Measures
 
-The fields of `classes` and `groups` in `diagnosis.json` and `geometry.json`. This page is generated
-(`python scripts/docs_pages.py`).
+The fields of `classes` and `groups` in `diagnosis.json` and `geometry.json`, and, [at the end](#all-classes-together),
+those of `collapse` in `diagnosis.json`. This page is generated (`python scripts/docs_pages.py`).
 
 S are a class's n training samples, U its m unseen ones, T both together; mu_S, mu_U and mu_T their means, Sigma_S,
 Sigma_U and Sigma_T their sample covariances (denominator n - 1). Angles are in degrees between raw vectors. A field is
@@ -112,15 +112,31 @@ class has no p and q; its group is tested instead. A group's field is the mean o
 """
 
 
+TOGETHER = """## All classes together
+
+The fields of `collapse.train` and `collapse.unseen` in `diagnosis.json`: one number for all classes, of the training and
+of the unseen samples. C is the number of classes, S_W and S_B are the covariances within and between them. Every class
+counts once, however many samples it has; variances have the denominator n - 1, and no sample is paired with itself; for
+classes of one size the formulas are otherwise the papers'. A class with one sample takes no part. The classifier is the
+one in use; without one (`--no-verdict` without `--classifier`), `nc3` and `nc4` are `null`.
+
+Read the two sets beside each other. Training long after the last mistake draws the *training* samples of a class
+together, so that `nc1` and `cdnv` go to 0 there (Papyan et al. 2020); how far from 0 they stay on unseen samples tells
+how much of that holds beyond the training set.
+"""
+
+
 def measures() -> str:
     """Return the page of measures in Markdown."""
-    entries = []
-    for field, definition in FIELDS.items():
-        measure = SHOWN.get(field)
-        lines = [f"## {field}", ""]
-        lines += [f"*{measure.label[0].upper()}{measure.label[1:]}.* {measure.meaning}", ""] if measure else []
-        entries.append("\n".join([*lines, f"Defined as: {definition}.", ""]))
-    return "\n".join([INTRODUCTION, *entries])
+    entries = [_measure("##", field, definition, SHOWN.get(field)) for field, definition in FIELDS.items()]
+    together = [_measure("###", name, measure.definition, measure) for name, measure in COLLAPSE.items()]
+    return "\n".join([INTRODUCTION, *entries, TOGETHER, *together])
+
+
+def _measure(level: str, field: str, definition: str, shown: Measure | None) -> str:
+    lines = [f"{level} {field}", ""]
+    lines += [f"*{shown.title}.* {shown.meaning}", ""] if shown else []
+    return "\n".join([*lines, f"Defined as: {definition}.", ""])
 
 
 # -- methods.md ------------------------------------------------------------------------------------------------------

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from tailscope.groups import assign_groups
-from tailscope.intervals import CELLS, attribute, summarize
+from tailscope.intervals import CELLS, attribute, mean_recalls, summarize
 
 MATCHED = ("matched->lt", "matched->true", "lt->matched", "true->matched")
 
@@ -176,3 +177,12 @@ def test_wrong_input_is_refused():
         summarize(cells["lt->lt"], labels[:-1], groups)
     with pytest.raises(ValueError, match="bool"):
         summarize(cells["lt->lt"].astype(float), labels, groups)
+
+
+def test_means_of_recalls_against_scipy():
+    recalls = np.random.default_rng(0).uniform(0.01, 1, size=200).tolist()
+    found = mean_recalls([*recalls, None])
+    assert found == pytest.approx({"g_mean": stats.gmean(recalls), "h_mean": stats.hmean(recalls)})
+    assert found["h_mean"] < found["g_mean"] < np.mean(recalls)
+    assert mean_recalls([*recalls, 0.0]) == {"g_mean": 0.0, "h_mean": 0.0}
+    assert mean_recalls([0.3] * 5) == pytest.approx({"g_mean": 0.3, "h_mean": 0.3})

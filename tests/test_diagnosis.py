@@ -17,6 +17,7 @@ from tailscope.diagnosis.verdict import decide
 from tailscope.errors import UserError
 from tailscope.intervals import Interval
 from tailscope.measures import FIELDS, describe
+from tailscope.measures.collapse import collapse
 from tailscope.report import diagnosis
 from tailscope.results import write
 
@@ -44,6 +45,51 @@ def test_a_classifier_biased_to_the_head_is_the_bottleneck(biased):
     assert advice["about"] == "classifier"
     assert advice["remedy"] == biased["accuracy"]["rebalanced"]["classifier"]
     assert advice["gain"] == verdict["rebalancing_gap"]
+
+
+def test_collapse_is_measured_beside_the_classifier_in_use(biased):
+    (X, y), (U, v) = separable()
+    layer = head_biased()
+    means = np.array([X[y == k].mean(axis=0) for k in range(CLASSES)])
+    for part, rows, labels in (("train", X, y), ("unseen", U, v)):
+        found = biased["collapse"][part]
+        assert found == pytest.approx(
+            collapse(*map(torch.tensor, (rows, labels)), layer.weight, layer.bias, torch.tensor(means))
+        )
+        by_layer = (rows @ layer.weight.numpy().T + layer.bias.numpy()).argmax(axis=1)
+        nearest = np.array([np.argmin(((means - row) ** 2).sum(axis=1)) for row in rows])
+        assert found["nc4"] == pytest.approx((by_layer != nearest).mean())
+
+
+def test_without_a_verdict_collapse_needs_no_classifier_and_no_unit():
+    (X, y), (U, v) = separable()
+    zeros = np.zeros((2, X.shape[1]), X.dtype)  # which have no direction and are left out
+    with_zeros, labels = np.concatenate([X, zeros]), np.append(y, [0, 8])
+    plain, scaled = (
+        tailscope.diagnose(table(factor * rows, of), table(factor * U, v), verdict=False, permutations=0)["collapse"]
+        for factor, rows, of in ((1, X, y), (np.float32(1e-25), with_zeros, labels))
+    )
+    for part in ("train", "unseen"):
+        undefined = {name for name, value in plain[part].items() if value is None}
+        assert undefined == {name for name, value in scaled[part].items() if value is None} == {"nc3", "nc4"}
+        known = set(plain[part]) - undefined
+        assert [scaled[part][k] for k in known] == pytest.approx([plain[part][k] for k in known], rel=1e-4)
+
+
+def test_means_of_recalls_and_the_authors_groups(biased):
+    counts = np.array(biased["counts"])
+    for name in ("current", "rebalanced", "classifier_bound"):
+        cell = biased["accuracy"][name]
+        recalls = np.array(cell["per_class"])
+        positive = bool(recalls.all())
+        assert cell["g_mean"] == pytest.approx(stats.gmean(recalls) if positive else 0)
+        assert cell["h_mean"] == pytest.approx(stats.hmean(recalls) if positive else 0)
+        for shot, members in (
+            ("many", counts > 100),
+            ("medium", (counts <= 100) & (counts >= 20)),
+            ("few", counts < 20),
+        ):
+            assert cell["shots"][shot] == (pytest.approx(recalls[members].mean()) if members.any() else None)
 
 
 def test_scattered_tail_samples_are_the_representations_fault(lost):

@@ -8,6 +8,7 @@ from sklearn.linear_model import LogisticRegression
 
 import tailscope
 from diagnosis_cases import FEW, around, head_biased, separable, table
+from tailscope.classifiers import SoftmaxRegression
 from tailscope.diagnosis import outcomes
 from tailscope.diagnosis.inputs import read
 from tailscope.diagnosis.learning_curve import KINDS, Attained, ClassifierBound, Exchange, Extrapolated
@@ -39,9 +40,8 @@ def made(current, attained, labels, classifier=KINDS[0], alike=True):
     bound = ClassifierBound(fitted, found, None, 200, (), Exchange(0.0, 0.0, alike), (), ())
     now, best = (Scored(correct, np.ones(len(labels))) for correct in (current, attained))
     selection = Selection(best, proportion(attained[None]), ("ncm",), "ncm", {})
-    return Outcomes(
-        labels, rows, labels, labels, now, OWN_CLASSIFIER, selection, bound, (), Looks(none, rows, none, none)
-    )
+    looks, linear = Looks(none, rows, none, none), SoftmaxRegression()
+    return Outcomes(labels, rows, labels, labels, now, OWN_CLASSIFIER, selection, bound, (), looks, linear)
 
 
 def test_of_many_classes_that_are_undecided_in_truth_almost_none_is_decided():

@@ -22,7 +22,9 @@ from tailscope.diagnosis.verdict import decide
 from tailscope.errors import UserError
 from tailscope.intervals import Interval
 from tailscope.measures import FIELDS
+from tailscope.measures.fields import COLLAPSE
 from tailscope.report import diagnosis, diagnosis_charts
+from tailscope.report.text import percent, significant
 from tailscope.results import write
 from tailscope.tables.table import FeatureTable
 
@@ -44,6 +46,19 @@ def page(result, tmp_path_factory):
     out = tmp_path_factory.mktemp("diagnosis")
     write(out, "diagnosis", result)
     return report.build(out)
+
+
+def test_collapse_and_means_of_recalls_are_in_folded_tables(page, result):
+    text = page.read_text(encoding="utf-8").replace("\u00a0", " ")
+    folded = re.findall(r'<details class="numbers"[^>]*>(.*?)</details>', text, re.DOTALL)
+    collapsed = next(fold for fold in folded if "how far the features have collapsed" in fold)
+    for name, measure in COLLAPSE.items():
+        assert html.escape(measure.meaning, quote=False) in html.unescape(collapsed).replace("\u00a0", " ")
+        assert significant(result["collapse"]["unseen"][name]) in collapsed
+    accuracies = next(fold for fold in folded if "the accuracies behind the verdict" in fold)
+    assert percent(result["accuracy"]["current"]["g_mean"]) in accuracies.replace("\u202f", " ")
+    before = {name: value for name, value in result.items() if name != "collapse"}
+    assert "diagnosis-collapse" not in {table.name for table in diagnosis.tables(before)}
 
 
 def test_the_page_says_the_verdict_first(page, result):

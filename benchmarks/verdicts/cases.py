@@ -105,7 +105,8 @@ def examine(case: Case, source: Source, encoded: Encoded, facts: Facts) -> dict[
     geometry = _measured(inputs, case.draw)
     outcomes = score(inputs, source.bound_at, case.draw, Quiet())
     withheld = doubts({"": inputs}) or doubts_of_outcomes(inputs, outcomes)
-    said = accuracies(outcomes, [entry["group"] for entry in geometry.classes])
+    groups = [entry["group"] for entry in geometry.classes]
+    said = accuracies(outcomes, groups, inputs.train.counts())
     seconds = time.process_time() - started
     untouched = _taken((encoded.test_features, encoded.test_labels), drawn.untouched)
     right = facts.right[drawn.untouched]

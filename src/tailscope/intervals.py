@@ -219,9 +219,10 @@ MATCHED: Mapping[str, Mapping[str, Weights]] = {
 
 
 def summarize(correct: BoolArray, labels: IntArray, groups: Sequence[str | None]) -> dict[str, Any]:
-    """Return one cell of a result table: accuracy with intervals, recall per class and per group.
+    """Return one cell of a result table: accuracy with intervals, recall per class and per group, and their means.
 
-    Recalls are means over seeds; a group's is the mean of its classes'. Both are None without test items.
+    Recalls are means over seeds; a group's is the mean of its classes'. Both are None without test items. `g_mean` and
+    `h_mean` are the geometric and the harmonic mean of the classes' recalls, 0 as soon as one of these is 0.
 
     Args:
         correct: [S, M] of bool: seeds by test items, whether top-1 was right.
@@ -244,7 +245,22 @@ def summarize(correct: BoolArray, labels: IntArray, groups: Sequence[str | None]
         "ci95_kind": interval.kind,
         "per_class": recall,
         "groups": {name: float(np.mean(found)) if found else None for name, found in members.items()},
+        **mean_recalls(recall),
     }
+
+
+def mean_recalls(recalls: Sequence[float | None]) -> dict[str, float | None]:
+    """Return `g_mean`, (r_1 r_2 ... r_C)^(1/C), and `h_mean`, C / (1/r_1 + ... + 1/r_C), of recalls that are not None.
+
+    The first is Kubat and Matwin's (1997). Both are at most the plain mean, and 0 where any recall is 0.
+
+    >>> mean_recalls([0.9, 0.1, None]), mean_recalls([0.5, 0.0]), mean_recalls([None])
+    ({'g_mean': 0.3, 'h_mean': 0.18}, {'g_mean': 0.0, 'h_mean': 0.0}, {'g_mean': None, 'h_mean': None})
+    """
+    known = np.array([recall for recall in recalls if recall is not None])
+    if not len(known) or not known.all():
+        return dict.fromkeys(("g_mean", "h_mean"), 0.0 if len(known) else None)
+    return {"g_mean": float(np.exp(np.log(known).mean())), "h_mean": float(1 / (1 / known).mean())}
 
 
 def attribute(correct: Mapping[str, BoolArray], labels: IntArray, groups: Sequence[str | None]) -> dict[str, Any]:

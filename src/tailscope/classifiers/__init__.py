@@ -15,18 +15,23 @@ from tailscope.classifiers.estimators import (
     SoftmaxRegression,
     TauNorm,
 )
+from tailscope.classifiers.features import OLTR, CosineClassifier, FeatureClouds, MiSLAS
 
 __all__ = [
     "CLASSIFIERS",
     "CRT",
+    "CosineClassifier",
     "DisAlign",
     "FeatureClassifier",
+    "FeatureClouds",
     "LWS",
     "LabelAwareSmoothing",
     "LinearClassifier",
     "LogitAdjustedSoftmax",
     "LogitAdjustment",
+    "MiSLAS",
     "NearestClassMean",
+    "OLTR",
     "SoftmaxRegression",
     "TauNorm",
 ]

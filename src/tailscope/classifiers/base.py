@@ -131,6 +131,20 @@ class Rebalanced(FeatureClassifier):
         return linear
 
 
+class WeightedRows:
+    """Training rows as tensors, each weighted by its class; the mean of these weights is to be 1."""
+
+    def __init__(self, features: Floats, codes: IntArray, class_weight: Floats) -> None:
+        self.features = shared_tensor(features)
+        self.labels = torch.from_numpy(codes)
+        self.sample_weight = torch.tensor(class_weight, dtype=self.features.dtype)[self.labels] / len(codes)
+
+    def cross_entropy(self, logits: Tensor, block: slice) -> Tensor:
+        """Return the weighted cross-entropy of a slice of the rows from their logits [n, C], summed."""
+        losses = functional.cross_entropy(logits, self.labels[block], reduction="none")
+        return losses @ self.sample_weight[block]
+
+
 def row_blocks(rows: int, classes: int) -> Iterator[slice]:
     """Yield slices of rows whose logits fit in a small block of memory."""
     step = max(1, LOGITS_AT_ONCE // classes)
@@ -275,6 +289,51 @@ def softmax_path(
         start = wide.to(dtype).numpy(), (bias.double() - wide @ origin).to(dtype).numpy()
         found.append((*start, iterations))
     return found
+
+
+def fit_scaled_softmax(
+    X: Floats,
+    y: IntArray,
+    class_weight: Floats,
+    smoothing: Floats,
+    fixed: tuple[Floats, Floats],
+    penalties: tuple[float, float],
+    stopping: Stopping,
+) -> tuple[Floats, Floats, Floats, int]:
+    """Fit a change to a linear classifier, and one scale a class, on smoothed targets.
+
+    The logits are s ((W + D) x + b + c), with W [C, d] and b [C] fixed. Minimises (1/N) sum_i w[y_i] loss_i
+    + (l/2) v |D|^2 + (m/2) mean_c (s_c - 1)^2 from D = 0, c = 0 and s = 1 on; (l, m) are the penalties, the rest is as
+    `fit_softmax` has it. Returned are the whole weight s (W + D) and bias s (b + c), s, and the number of iterations.
+
+    Raises:
+        Diverged: the loss or its gradient is not finite.
+    """
+    features, span, origin = _row_space(shared_tensor(X))
+    (rows, dims), classes, dtype = features.shape, len(class_weight), features.dtype
+    sample_weight = torch.tensor(class_weight, dtype=dtype)[torch.from_numpy(y)] / rows
+    mean, variance, axes = _spectrum(features, sample_weight, X.shape[1])
+    basis, _ = _damped_whitening(*axes, variance, penalties[0], dtype)
+    changed = _expansion(basis, mean, 0.5 * penalties[0] * variance.to(dtype))
+    loss_of = _row_loss(features, torch.from_numpy(y), sample_weight, None, smoothing)
+    weight, bias = (torch.tensor(value, dtype=torch.float64) for value in fixed)
+    narrow = (weight if span is None else weight @ span).to(dtype), (bias + weight @ origin).to(dtype)
+
+    def expand(parameters: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor]:
+        expanded, penalty = changed(parameters[:2])
+        return (*expanded, parameters[2]), penalty + 0.5 * penalties[1] * (parameters[2] - 1).square().mean()
+
+    def row_loss(leaves: Sequence[Tensor], block: slice) -> Tensor:
+        change, shift, scale = leaves
+        return loss_of((scale[:, None] * (narrow[0] + change), scale * (narrow[1] + shift)), block)
+
+    start = [torch.zeros(classes, dims, dtype=dtype), torch.zeros(classes, dtype=dtype), torch.ones_like(narrow[1])]
+    found, iterations = minimise(start, expand, row_loss, rows, classes, stopping)
+    change, shift, scale = (tensor.double() for tensor in found)
+    wide = change if span is None else change @ span.T
+    wide_bias = scale * (bias + shift - wide @ origin)
+    whole = [tensor.to(dtype).numpy() for tensor in (scale[:, None] * (weight + wide), wide_bias, scale)]
+    return whole[0], whole[1], whole[2], iterations
 
 
 def _row_loss(

@@ -14,7 +14,6 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit, logsumexp
 from sklearn.base import clone
 from torch import Tensor
-from torch.nn import functional
 
 from tailscope.classifiers.base import (
     CLASSIFIERS,
@@ -24,10 +23,10 @@ from tailscope.classifiers.base import (
     LinearClassifier,
     Rebalanced,
     Stopping,
+    WeightedRows,
     fit_softmax,
     minimise,
     row_blocks,
-    shared_tensor,
     softmax_path,
     stratified_holdout,
 )
@@ -160,8 +159,7 @@ class LabelAwareSmoothing(_Softmax):
     """cRT on targets that are smoothed more for frequent classes (MiSLAS, Zhong et al. 2021, section 3.2).
 
     A sample of class y has the target 1 - e_y at y and e_y / (C - 1) at each other class, with e between `tail` for
-    the rarest and `head` for the most frequent class. Only the loss is theirs; their stage 2 also starts from the
-    trained classifier and shifts batch-norm statistics, neither of which exists for given features.
+    the rarest and `head` for the most frequent class. This is their loss alone; `mislas` has their stage 2 whole.
 
     Args:
         head: smoothing of the most frequent class, in [0, 1).
@@ -309,22 +307,16 @@ class DisAlign(Rebalanced):
         return adjusted
 
 
-class _Rows:
-    """Training rows as tensors, with the fixed logits of a base classifier and the weights of their classes."""
+class _Rows(WeightedRows):
+    """Training rows with the fixed logits of a base classifier."""
 
-    def __init__(self, features: Floats, codes: IntArray, base: LinearClassifier, class_weight: NDArray[Any]) -> None:
-        self.features = shared_tensor(features)
-        self.labels = torch.from_numpy(codes)
+    def __init__(self, features: Floats, codes: IntArray, base: LinearClassifier, class_weight: Floats) -> None:
+        super().__init__(features, codes, class_weight)
         self.weight = torch.tensor(base.coef_, dtype=self.features.dtype)
         self.bias = torch.tensor(base.intercept_, dtype=self.features.dtype)
-        self.sample_weight = torch.tensor(class_weight, dtype=self.features.dtype)[self.labels] / len(codes)
 
     def logits(self, block: slice) -> Tensor:
         return torch.addmm(self.bias, self.features[block], self.weight.T)
-
-    def cross_entropy(self, logits: Tensor, block: slice) -> Tensor:
-        losses = functional.cross_entropy(logits, self.labels[block], reduction="none")
-        return losses @ self.sample_weight[block]
 
 
 @CLASSIFIERS.register("logit_adjustment")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from tailscope.device import Runtime
 from tailscope.diagnosis.compare import compare, confusable_pairs, paired_inputs, same_names
@@ -17,6 +18,8 @@ from tailscope.diagnosis.soundness import doubts, doubts_of_outcomes
 from tailscope.errors import UserError
 from tailscope.groups import GROUPS
 from tailscope.measures import GeometryResult, describe
+from tailscope.measures.collapse import class_means, collapse
+from tailscope.measures.rows import scaled
 from tailscope.progress import Progress
 from tailscope.report.text import percent
 from tailscope.results import command, versions
@@ -229,8 +232,7 @@ def _one(
         warnings = [few, *warnings]
     outcomes = None
     if settings.verdict:
-        bound_at = settings.bound_at or max(counts)
-        judged, outcomes, reasons, caveats = _judge(inputs, geometry, reasons, bound_at, settings, runtime.progress)
+        judged, outcomes, reasons, caveats = _judge(inputs, geometry, reasons, counts, settings, runtime.progress)
         warnings += caveats
     else:
         pairs = confusable_pairs(geometry.centers, names)
@@ -241,17 +243,37 @@ def _one(
         "groups_rule": geometry.groups_rule,
         "classes": geometry.classes,
         "groups": geometry.groups,
+        "collapse": _collapse(inputs, outcomes, runtime),
         **judged,
         "warnings": list(dict.fromkeys([*reasons, *warnings])),
     }
     return found, outcomes
 
 
+def _collapse(inputs: Inputs, outcomes: "Outcomes | None", runtime: Runtime) -> dict[str, Any]:
+    """Return how far training and unseen features have collapsed, and how far beside the classifier in use."""
+    weight, bias, power, device = None, None, inputs.power, runtime.device
+    if outcomes is not None:
+        weight, bias = torch.as_tensor(outcomes.in_use.coef_), torch.as_tensor(outcomes.in_use.intercept_)
+    elif inputs.classifier is not None:
+        weight, bias = scaled(inputs.classifier.weight.double(), -power), inputs.classifier.bias
+    if weight is not None and bias is not None:
+        weight, bias = weight.to(device), bias.to(device)
+    sets = {}
+    for part in ("train", "unseen"):
+        rows, table = inputs.rows[part], inputs.tables[part]
+        every = len(rows.order) == len(table)  # else vectors of length 0 are left out
+        chosen = (table.features, table.labels) if every else (table.features[rows.order], rows.labels())
+        sets[part] = scaled(chosen[0], power).to(device), chosen[1].to(device)
+    means = class_means(*sets["train"], len(inputs.names))
+    return {part: collapse(*rows, weight, bias, means) for part, rows in sets.items()}
+
+
 def _judge(
     inputs: Inputs,
     geometry: GeometryResult,
     reasons: list[str],
-    bound_at: int,
+    counts: list[int],
     settings: DiagnosisSettings,
     progress: Progress,
 ) -> "tuple[dict[str, Any], Outcomes, list[str], list[str]]":
@@ -262,9 +284,9 @@ def _judge(
     from tailscope.diagnosis.verdict import accuracies, judge
     from tailscope.intervals import Interval
 
-    outcomes = score(inputs, bound_at, settings.seed, progress)
+    outcomes = score(inputs, settings.bound_at or max(counts), settings.seed, progress)
     pairs = confusable_pairs(geometry.centers, inputs.names, outcomes.labels, outcomes.predicted)
-    accuracy = accuracies(outcomes, [entry["group"] for entry in geometry.classes])
+    accuracy = accuracies(outcomes, [entry["group"] for entry in geometry.classes], counts)
     pooled = dict.fromkeys(GROUPS) if settings.too_few_permutations else geometry.groups
     ceiling, other = Interval(settings.ceiling, None, None, None), settings.ceiling_from
     if other is not None:

@@ -60,6 +60,7 @@ class Outcomes:
         bound: of a classifier fitted to the true distribution; the best remedy counts as attained where it gets more
             right than whatever was fitted for the bound, and so does the classifier in use.
         looks: what tells which samples to look at.
+        in_use: the classifier in use, on features times 2 ** `Inputs.power`.
         layer: the best remedy that is a linear layer.
     """
 
@@ -73,6 +74,7 @@ class Outcomes:
     bound: ClassifierBound
     notes: tuple[str, ...]
     looks: Looks
+    in_use: LinearClassifier
     layer: Replacement | None = None
 
     @property
@@ -120,7 +122,7 @@ def score(inputs: Inputs, bound_at: int, seed: int, progress: Progress) -> Outco
     found = scored.labels[rows], rows, predicted[rows], predicted_train
     looks = Looks.of(current, scored, rows, fits)
     layer = layer._replace(weight=np.ldexp(layer.weight, power))  # of features as they were given
-    return Outcomes(*found, now, name, rebalanced, bound, tuple(notes), looks, layer)
+    return Outcomes(*found, now, name, rebalanced, bound, tuple(notes), looks, current, layer)
 
 
 def _fixed(weight: Floats, bias: Floats) -> LinearClassifier:

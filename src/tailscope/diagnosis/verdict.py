@@ -24,8 +24,8 @@ from scipy.special import stdtr
 from tailscope.diagnosis.learning_curve import DRAWS, KINDS
 from tailscope.diagnosis.outcomes import OWN_CLASSIFIER, Outcomes, difference
 from tailscope.diagnosis.remedies import BINS, POOLED, Scored
-from tailscope.groups import GROUPS
-from tailscope.intervals import FloatArray, Gap, Interval, Z, as_list, summarize
+from tailscope.groups import GROUPS, SHOTS, shots
+from tailscope.intervals import BoolArray, FloatArray, Gap, Interval, Z, as_list, summarize
 from tailscope.measures.chance import VERDICT_SAMPLES, false_discovery
 from tailscope.measures.describe import FEW_UNSEEN
 from tailscope.measures.fields import Entry
@@ -86,15 +86,16 @@ class Verdict(Part, total=False):
     withheld: list[str]
 
 
-def accuracies(outcomes: Outcomes, groups: Sequence[str | None]) -> dict[str, Any]:
+def accuracies(outcomes: Outcomes, groups: Sequence[str | None], counts: Sequence[int]) -> dict[str, Any]:
     """Return `accuracy` of a diagnosis: current, rebalanced and classifier_bound, each a cell as in `swap.json`.
 
+    Each has `shots` too, the mean recall of classes with many, medium and few training samples, by the [C] `counts`.
     Beside them stands `calibration`, the expected calibration error of the first two.
     """
     selection, bound = outcomes.rebalanced, outcomes.bound
     attained, found = bound.attained, bound.extrapolated
     current, rebalanced, fitted = (
-        summarize(correct[None], outcomes.labels, groups)
+        _cell(correct, outcomes.labels, groups, counts)
         for correct in (outcomes.current, selection.correct, attained.correct)
     )
     chosen: dict[str, Any] = {
@@ -121,6 +122,13 @@ def accuracies(outcomes: Outcomes, groups: Sequence[str | None]) -> dict[str, An
             "rebalanced": _calibration(selection.scored),
         },
     }
+
+
+def _cell(correct: BoolArray, labels: IntArray, groups: Sequence[str | None], counts: Sequence[int]) -> dict[str, Any]:
+    cell = summarize(correct[None], labels, groups)
+    of = {name: [r for r, shot in zip(cell["per_class"], shots(counts), strict=True) if shot == name] for name in SHOTS}
+    known = {name: [recall for recall in some if recall is not None] for name, some in of.items()}
+    return cell | {"shots": {name: float(np.mean(some)) if some else None for name, some in known.items()}}
 
 
 def _calibration(scored: Scored) -> dict[str, Any]:

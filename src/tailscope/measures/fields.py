@@ -49,6 +49,9 @@ class Measure:
 
 _TABLE = tomllib.loads(files(__package__).joinpath("measures.toml").read_text(encoding="utf-8"))
 
+COLLAPSE = {name: Measure(name, **about) for name, about in _TABLE.pop("collapse").items()}
+"""Every measure of all classes together, by name: see `tailscope.measures.collapse`."""
+
 MEASURES = {name: Measure(name, **about) for group in _TABLE.values() for name, about in group.items()}
 """Every field of a class's entry, by name."""
 

@@ -1,16 +1,17 @@
 """A stored diagnosis as rows, tables and sentences: what its page and the terminal show."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
-from tailscope.groups import GROUPS
-from tailscope.measures.fields import SHOWN
+from tailscope.groups import GROUPS, SHOTS
+from tailscope.measures.fields import COLLAPSE, SHOWN
 from tailscope.report import drilldown, encoders
 from tailscope.report.diagnosis_schema import ACCURACIES, Accuracy, Diagnosis, Judged, Recalls, Verdict
 from tailscope.report.rows import CI, GROUP, GROUP_RECALLS, MEASURES, Row, ends, ranks
 from tailscope.report.schema import Points
 from tailscope.report.text import Column, Table, accuracy, in_points, number, percent, plural, with_interval
 
+PARTS: tuple[Literal["train"], Literal["unseen"]] = ("train", "unseen")
 GAPS = ("classifier_gap", "representation_gap")
 STEPS = {
     "current": ("in use", "total"),
@@ -72,14 +73,16 @@ def _accuracies(result: Diagnosis) -> list[Row]:
     """Return one row a classifier: what it is, accuracy with its interval, mean recall of each group."""
     found = [
         {"label": ACCURACIES[name], "what": cell["classifier"], "mean": cell["mean"]}
+        | {"g_mean": cell.get("g_mean"), "h_mean": cell.get("h_mean")}
         | ends("ci", cell["ci95"])
         | cell["groups"]
+        | {**dict.fromkeys(SHOTS), **cell.get("shots", {})}
         for name, cell in _cells(result).items()
     ]
     if (bound := _extrapolated(result)) is not None:
         label, mean, ci95 = bound
         row: Row = {"label": label, "what": "softmax regression, extrapolated", "mean": mean}
-        found.append(row | ends("ci", ci95) | dict.fromkeys(GROUPS))
+        found.append(row | ends("ci", ci95) | dict.fromkeys((*GROUPS, *SHOTS, "g_mean", "h_mean")))
     return found
 
 
@@ -134,11 +137,25 @@ def _gap_column(field: str, limit: str, meaning: str) -> Column:
     return Column(field, field.replace("_", " ") + limit, "points", meaning, (f"{field}_low", f"{field}_high"))
 
 
+OF_SHOTS = {
+    "many": "Mean recall of classes with over 100",
+    "medium": "Mean recall of classes with 20 to 100",
+    "few": "Mean recall of classes with fewer than 20",
+}
 ACCURACY = (
     Column("label", "classifier"),
     Column("what", "which"),
     Column("mean", "accuracy", "share", "Share of scored samples that are right, with its 95 % interval.", CI),
     *GROUP_RECALLS,
+    *(Column(shot, f"{shot} recall", "share", f"{text} training samples.") for shot, text in OF_SHOTS.items()),
+    Column("g_mean", "G-mean", "share", "Geometric mean of the recalls of all classes: 0 where one is never found."),
+    Column("h_mean", "H-mean", "share", "Harmonic mean of the same recalls, which the lowest pull down furthest."),
+)
+COLLAPSED = (
+    Column("measure", "measure"),
+    Column("train", "training", "plain", "Of training samples."),
+    Column("unseen", "unseen", "plain", "Of unseen samples."),
+    Column("meaning", "in words"),
 )
 COUNTS = (
     Column("count", "training", "count", "Training samples."),
@@ -194,6 +211,12 @@ def tables(result: Diagnosis) -> list[Table]:
         Table("diagnosis-pairs", "The ten closest pairs of classes", PAIR, result["pairs"]),
         Table("diagnosis-measures", "Every measure of every class", [*CLASS, *MEASURES], found),
     ]
+    if (collapsed := result.get("collapse")) is not None:
+        rows = [
+            {"measure": measure.title, "meaning": measure.meaning} | {part: collapsed[part].get(name) for part in PARTS}
+            for name, measure in COLLAPSE.items()
+        ]
+        made.append(Table("diagnosis-collapse", "How far the features have collapsed", COLLAPSED, rows))
     if result["accuracy"] is not None:
         made.insert(0, Table("diagnosis-accuracy", "The accuracies behind the verdict", ACCURACY, _accuracies(result)))
     return [*made, *drilldown.tables(result), *encoders.tables(result)]

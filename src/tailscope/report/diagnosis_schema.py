@@ -64,13 +64,19 @@ class _Extrapolated(TypedDict):
 
 
 class Recalls(TypedDict):
-    """How often one classifier is right; of the classifier bound also what it is extrapolated to."""
+    """How often one classifier is right; of the classifier bound also what it is extrapolated to.
+
+    A result from before has no `g_mean`, `h_mean` and `shots`.
+    """
 
     classifier: str
     mean: Share
     ci95: Bounds | None
     per_class: list[Share | None]
     groups: dict[str, Share | None]
+    g_mean: NotRequired[Share | None]
+    h_mean: NotRequired[Share | None]
+    shots: NotRequired[dict[str, Share | None]]
     extrapolated: NotRequired[_Extrapolated | None]
 
 
@@ -260,6 +266,13 @@ class DrillDown(TypedDict):
     map: _Map
 
 
+class Collapse(TypedDict):
+    """How far features have collapsed to one point a class."""
+
+    train: dict[str, Number | None]
+    unseen: dict[str, Number | None]
+
+
 class Diagnosis(AnyResult):
     """diagnosis.json."""
 
@@ -267,6 +280,7 @@ class Diagnosis(AnyResult):
     spec: _DiagnosisSpec
     classes: list[Annotated[_DiagnosedClass, AfterValidator(measures_are_numbers)]]
     groups: dict[str, Annotated[_DiagnosedGroup, AfterValidator(measures_are_numbers)] | None]
+    collapse: NotRequired[Collapse | None]
     accuracy: Accuracies | None
     verdict: Verdict | None
     advice: list[_Advice]

@@ -126,6 +126,8 @@ class Cell(TypedDict):
     ci95: Bounds | None
     per_class: list[Share | None]
     groups: dict[str, Share | None]
+    g_mean: NotRequired[Share | None]
+    h_mean: NotRequired[Share | None]
 
 
 class Part(Points):
