@@ -23,6 +23,7 @@ from tailscope.experiments.options import (
     DecodingOptions,
     Device,
     EncoderOptions,
+    Logger,
     Out,
     Overwrite,
     Permutations,
@@ -34,7 +35,7 @@ from tailscope.experiments.options import (
 )
 from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, PHOTO_AUGMENTATIONS, SAMPLERS
 from tailscope.networks import MODELS
-from tailscope.progress import Progress, shown_on
+from tailscope.progress import Progress, logging_to, shown_on
 from tailscope.registry import Registry
 from tailscope.training import SCHEDULES
 
@@ -288,6 +289,7 @@ class _DiagnosisRequest(DecodingOptions, EncoderOptions, _Samples):
         ),
     ] = None
     overwrite: Overwrite = False
+    logger: Logger = None
     console: Console | None = None
 
     @property
@@ -345,7 +347,7 @@ def diagnose(request: _DiagnosisRequest) -> "Diagnosis":
     request.check()
     settings, out = request.settings, request.out
     runtime = Runtime.choose(request.device or "cpu", keep_memory=False)
-    with shown_on(request.console) as progress:
+    with shown_on(request.console) as shown, logging_to(shown, request.logger, out) as progress:
         inputs = prepare(*_features_of(request, progress), settings)
         if request.ceiling_from is not None:
             other = OtherBound.of(Path(request.ceiling_from), next(iter(inputs.values())), request.bound_at)
@@ -353,6 +355,7 @@ def diagnose(request: _DiagnosisRequest) -> "Diagnosis":
         if out is not None:
             check_free(make_folder(out, "--out"), "diagnosis", spec(inputs, settings), overwrite=request.overwrite)
         result = Diagnosis(*run(inputs, settings, replace(runtime, progress=progress)))
+        progress.log("diagnosis", 0, result.scalars(), last=True)
     if out is not None:
         # Another process may have been faster.
         check_free(out, "diagnosis", result["spec"], overwrite=request.overwrite)

@@ -13,6 +13,7 @@ from tailscope.data.decoding import decode_drawn
 from tailscope.data.images import Images, ImageSet, Rows
 from tailscope.device import Runtime, Solo, Team, arithmetic
 from tailscope.methods import LOSSES, augmentations
+from tailscope.progress import Progress, Quiet
 from tailscope.seeds import derive, keyed, torch_stream
 from tailscope.spec import StageSpec
 from tailscope.store import Meta, Tensors
@@ -149,6 +150,7 @@ def fit_classifier(
     seed: int,
     start: tuple[Tensor, Tensor] | None = None,
     label: str = "classifier",
+    progress: Progress | None = None,
 ) -> tuple[Tensors, Meta]:
     """Fit softmax regression by SGD; epoch e sees view e modulo the number of views.
 
@@ -162,6 +164,7 @@ def fit_classifier(
         seed: of initialisation and order.
         start: weight [C, d] and bias [C] to start from; None: new random ones.
         label: what messages call this training.
+        progress: gets the numbers of each epoch.
 
     Returns:
         `weight` float32 [C, d] and `bias` float32 [C], and a description.
@@ -170,7 +173,7 @@ def fit_classifier(
         UserError: the training diverged.
     """
     started, n = time.monotonic(), len(views[0][1])
-    epochs, losses = Epochs(spec, n, label), []
+    epochs, losses, progress = Epochs(spec, n, label), list[float](), progress or Quiet()
     with keyed(derive(seed, "classifier")):
         classifier = nn.Linear(views[0][0].shape[1], len(counts))
     if start:
@@ -178,7 +181,7 @@ def fit_classifier(
     loss_of = LOSSES.make(spec.loss, torch.tensor(counts))
     optimizer = sgd(classifier, spec.train, spec.train.learning_rate)
     for epoch in range(epochs.number):
-        features, labels = views[epoch % len(views)]
+        (features, labels), begun = views[epoch % len(views)], time.monotonic()
         order = torch.randperm(n, generator=torch_stream(seed, "stage2", "order", epoch))
         features, labels, epoch_losses = features[order].float(), labels[order], []
         batches = zip(torch.split(features, spec.train.batch), torch.split(labels, spec.train.batch), strict=True)
@@ -190,6 +193,8 @@ def fit_classifier(
             optimizer.zero_grad(set_to_none=True)
             epoch_losses.append(loss.detach())
         losses.append(epochs.mean_loss(epoch, epoch_losses))
+        numbers = epochs.numbers(epoch, losses[-1], time.monotonic() - begun)
+        progress.log(label, epoch + 1, numbers, last=epoch + 1 == epochs.number)
     epochs.require_finite(epochs.number - 1, Flat(classifier.state_dict()))
     description: Meta = {
         "spec": spec.model_dump(mode="json"),
