@@ -467,7 +467,7 @@ def test_a_training_that_fails_costs_only_itself(tmp_path, monkeypatch, jobs, en
     tried, real = [], Stages.backbone
 
     def backbone(self, stage, rows, seed, label):
-        if label == "lt+mixup":
+        if label == "digits seed 0 lt+mixup":
             tried.append(self.runtime.engine)
             raise RuntimeError("a kernel of this GPU")
         return real(self, stage, rows, seed, label)

@@ -12,15 +12,20 @@ from tailscope.errors import UserError
 
 if TYPE_CHECKING:
     from tailscope import classifiers
+    from tailscope.integrations.monitor import Monitor
     from tailscope.tables.table import FeatureTable
     from tailscope.verbs import diagnose, features, geometry, ladder, load, rebalance, swap
 
 __version__ = "0.1.0"
 __all__ = [
-    "FeatureTable", "UserError", "classifiers",
+    "FeatureTable", "Monitor", "UserError", "classifiers",
     "diagnose", "features", "geometry", "ladder", "load", "rebalance", "swap",
 ]  # fmt: skip
-_LAZY = {"FeatureTable": "tailscope.tables.table", **dict.fromkeys(__all__[3:], "tailscope.verbs")}
+_LAZY = {
+    **dict.fromkeys(__all__[4:], "tailscope.verbs"),
+    "FeatureTable": "tailscope.tables.table",
+    "Monitor": "tailscope.integrations.monitor",
+}
 
 
 def __getattr__(name: str) -> Any:

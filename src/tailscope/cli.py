@@ -35,7 +35,7 @@ from tailscope.cli_screen import Output, logged, show_on
 from tailscope.cli_store import Options
 from tailscope.errors import UserError, one_line, printable
 from tailscope.experiments.options import NEGATED, Reproduction, taking
-from tailscope.progress import shown_on
+from tailscope.progress import logging_to, shown_on
 from tailscope.results import from_command_line
 
 if TYPE_CHECKING:
@@ -278,7 +278,7 @@ def reproduce(request: Reproduction) -> dict[str, Any]:
     def tell(text: str) -> None:
         console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
-    with shown_on(console) as progress:
+    with shown_on(console) as shown, logging_to(shown, request.logger, request.out) as progress:
         if request.queued:
             return run_queue(request, tell=tell, progress=progress)
         done = run_reproduce(request, tell=tell, progress=progress)

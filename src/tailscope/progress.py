@@ -1,18 +1,23 @@
-"""Progress of long work: bars on a terminal, a line a minute elsewhere, and a deadline that ends the work in time."""
+"""What long work reports to: bars on a terminal, a line a minute elsewhere, a logger's files, and a deadline."""
 
+import importlib
 import logging
+import os
+import re
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Self
+from pathlib import Path
+from typing import NamedTuple, Self
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from tailscope.errors import one_line
+from tailscope.errors import UserError, one_line, unknown
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +37,9 @@ class Progress:
 
     def safe_point(self) -> None:
         """Be told that all work so far is saved: an exception raised here ends the work and loses nothing."""
+
+    def log(self, run: str, step: int, numbers: Mapping[str, float], *, last: bool = False) -> None:
+        """Take numbers of a run, such as the loss of an epoch of a training, for loggers; `last` ends the run."""
 
 
 Quiet = Progress
@@ -183,6 +191,10 @@ class Deadline(Progress):
         """Pass the line on."""
         self._progress.note(text)
 
+    def log(self, run: str, step: int, numbers: Mapping[str, float], *, last: bool = False) -> None:
+        """Pass the numbers on."""
+        self._progress.log(run, step, numbers, last=last)
+
     def safe_point(self) -> None:
         """Raise `TimeIsUp` where the next stretch would end after the limit."""
         self._progress.safe_point()
@@ -191,3 +203,125 @@ class Deadline(Progress):
         self._last = now
         if now + stretch >= self._end:
             raise TimeIsUp
+
+
+# ---- loggers
+
+_NEEDED = {
+    "csv": {"lightning.fabric.loggers": "lightning"},
+    "tensorboard": {"lightning.fabric.loggers": "tensorboard", "tensorboard": "tensorboard"},
+    "wandb": {"wandb": "wandb"},
+}
+"""Of each logger the modules that it needs, with the extra that installs them."""
+
+
+class _Run(NamedTuple):
+    """What a logger keeps of one run: what takes the numbers of a step, and what ends it."""
+
+    log: Callable[[Mapping[str, float], int], object]
+    finish: Callable[[], object]
+
+
+class Logged(Progress):
+    """Passes everything on, and numbers to a logger, which keeps every run apart; threads may report at once."""
+
+    def __init__(self, progress: Progress, begin: Callable[[str], _Run]) -> None:
+        self._progress, self._begin = progress, begin
+        self._runs: dict[str, _Run] = {}
+        self._lock = threading.Lock()
+
+    def task(self, description: str, total: int, done: int = 0) -> AbstractContextManager[Advance]:
+        """Open a task of the progress that this one passes on to."""
+        return self._progress.task(description, total, done)
+
+    def note(self, text: str) -> None:
+        """Pass the line on."""
+        self._progress.note(text)
+
+    def safe_point(self) -> None:
+        """Pass it on."""
+        self._progress.safe_point()
+
+    def log(self, run: str, step: int, numbers: Mapping[str, float], *, last: bool = False) -> None:
+        """Write the numbers; the first ones begin the run."""
+        with self._lock:
+            if run not in self._runs:
+                self._runs[run] = self._begin(run)
+            self._runs[run].log(numbers, step)
+            if last:
+                self._runs.pop(run).finish()
+
+    def close(self) -> None:
+        """End the runs that were interrupted."""
+        while self._runs:
+            self._runs.popitem()[1].finish()
+
+
+@contextmanager
+def logging_to(progress: Progress, logger: str | None, out: Path | None) -> Iterator[Progress]:
+    """Yield the progress; with a logger (csv, tensorboard, wandb) one that writes numbers to OUT/logs as well.
+
+    Raises:
+        UserError: the logger is unknown or not installed, or there is no OUT.
+    """
+    if logger is None:
+        yield progress
+        return
+    if logger not in _NEEDED:
+        raise unknown("--logger", logger, _NEEDED)
+    if out is None:
+        raise UserError(f"--logger {logger}: its files are written to OUT/logs; give --out")
+    for module, extra in _NEEDED[logger].items():
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            package = module.partition(".")[0]
+            raise UserError(
+                f"--logger {logger}: needs the package {package}; pip install 'tailscope[{extra}]'"
+            ) from None
+    begin = _wandb_run if logger == "wandb" else _csv_run if logger == "csv" else _tensorboard_run
+    both = Logged(progress, lambda run: begin(out / "logs", run))
+    try:
+        yield both
+    finally:
+        both.close()
+
+
+def _as_file(run: str) -> str:
+    """Return a run's name as a folder may be called.
+
+    >>> _as_file("seed 0: lt->true")
+    'seed-0-lt-true'
+    """
+    return re.sub(r"[^\w.+]+", "-", run).strip("-")
+
+
+def _csv_run(folder: Path, run: str) -> _Run:
+    from lightning.fabric.loggers import CSVLogger
+
+    logger = CSVLogger(folder, _as_file(run), flush_logs_every_n_steps=1)
+    return _Run(lambda numbers, step: logger.log_metrics(dict(numbers), step), lambda: logger.finalize("success"))
+
+
+def _tensorboard_run(folder: Path, run: str) -> _Run:
+    from lightning.fabric.loggers import TensorBoardLogger
+
+    logger = TensorBoardLogger(folder, _as_file(run))
+    return _Run(lambda numbers, step: logger.log_metrics(dict(numbers), step), lambda: logger.finalize("success"))
+
+
+def _wandb_run(folder: Path, run: str) -> _Run:
+    """Begin a run of W&B, which uploads nothing unless the environment asks for it; `wandb sync` does it later."""
+    import wandb
+
+    folder.mkdir(parents=True, exist_ok=True)
+    begun = wandb.init(
+        project="tailscope",
+        group=folder.absolute().parent.name,
+        name=run,
+        dir=folder,
+        mode=os.environ.get("WANDB_MODE", "offline"),
+        reinit="create_new",
+        settings=wandb.Settings(silent=True, console="off"),
+    )
+    return _Run(lambda numbers, step: begun.log(dict(numbers), step=step), begun.finish)

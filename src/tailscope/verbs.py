@@ -23,6 +23,7 @@ from tailscope.experiments.options import (
     DecodingOptions,
     Device,
     EncoderOptions,
+    Logger,
     Out,
     Overwrite,
     Permutations,
@@ -34,7 +35,7 @@ from tailscope.experiments.options import (
 )
 from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, PHOTO_AUGMENTATIONS, SAMPLERS, WEIGHTS
 from tailscope.networks import LAST_LAYERS, MODELS
-from tailscope.progress import Progress, shown_on
+from tailscope.progress import Progress, logging_to, shown_on
 from tailscope.registry import Registry
 from tailscope.training import SCHEDULES
 
@@ -290,6 +291,7 @@ class _DiagnosisRequest(DecodingOptions, EncoderOptions, _Samples):
         ),
     ] = None
     overwrite: Overwrite = False
+    logger: Logger = None
     console: Console | None = None
 
     @property
@@ -348,7 +350,7 @@ def diagnose(request: _DiagnosisRequest) -> "Diagnosis":
     request.check()
     settings, out = request.settings, request.out
     runtime = Runtime.choose(request.device or "cpu", keep_memory=False)
-    with shown_on(request.console) as progress:
+    with shown_on(request.console) as shown, logging_to(shown, request.logger, out) as progress:
         given, pictures = _features_of(request, progress)
         inputs = prepare(*given, settings)
         if request.ceiling_from is not None:
@@ -358,6 +360,7 @@ def diagnose(request: _DiagnosisRequest) -> "Diagnosis":
             check_free(make_folder(out, "--out"), "diagnosis", spec(inputs, settings), overwrite=request.overwrite)
         found, layer = run(inputs, settings, replace(runtime, progress=progress))
         result = Diagnosis(found, layer, Thumbnails.of(found, pictures, progress))
+        progress.log("diagnosis", 0, result.scalars(), last=True)
     if out is not None:
         # Another process may have been faster.
         check_free(out, "diagnosis", result["spec"], overwrite=request.overwrite)

@@ -48,6 +48,10 @@ Device: TypeAlias = Annotated[str, Option(help="auto, cpu or cuda.")]
 Engine: TypeAlias = Annotated[
     str, Option(help="What computes training steps: eager, fused, compiled, or auto, the fastest here.")
 ]
+Logger: TypeAlias = Annotated[
+    str | None,
+    Option(help="csv, tensorboard or wandb (offline): also write losses and accuracies to OUT/logs."),
+]
 Overwrite: TypeAlias = Annotated[bool, Option("--overwrite", help="Replace a result of another spec in OUT.")]
 Permutations: TypeAlias = Annotated[int, Option(min=0, help="Permutations of each test; 0 leaves the tests out.")]
 
@@ -125,6 +129,7 @@ class _Work(FileOptions):
     device: Device = "auto"
     engine: Engine = "auto"
     overwrite: Overwrite = False
+    logger: Logger = None
     console: Console | None = None
     """Where progress and notes are shown, if anywhere."""
 

@@ -28,7 +28,7 @@ from tailscope.experiments.stages import Backbone, Stages, TrainingSet, follow, 
 from tailscope.groups import assign_groups
 from tailscope.intervals import CELLS, attribute, summarize
 from tailscope.measures import describe
-from tailscope.progress import Advance, Progress, shown_on
+from tailscope.progress import Advance, Progress, logging_to, shown_on
 from tailscope.registry import split_call
 from tailscope.results import check_free, versions, write
 from tailscope.store import Store, make_folder
@@ -55,6 +55,7 @@ def swap(stages: Stages, settings: Settings) -> dict[str, Any]:
             f"only the backbones {', '.join(settings.backbones or ())} were trained: the gap and its attribution need "
             "both lt and true"
         )
+    _log_accuracies(stages, "swap", settings, {**cells, **{f"{name} stage1": right for name, right in own.items()}})
     return {
         **result,
         "cells": {row: summarize(right, labels, result["groups"]) for row, right in outcomes.items()},
@@ -102,6 +103,8 @@ def ladder(stages: Stages, settings: Settings) -> dict[str, Any]:
         correct.setdefault(name, {}).setdefault(rung, []).append(right)
     result = experiment.header("ladder")
     labels = stages.data.test.labels.numpy()
+    rungs = {f"{name}: {rung}": right for name, of_name in correct.items() for rung, right in of_name.items()}
+    _log_accuracies(stages, "ladder", settings, rungs)
     return {
         **result,
         "augmentations": {
@@ -141,6 +144,14 @@ def _require_plain(recipe: Recipe, experiment: str) -> None:
             f"{experiment}: its rows are backbones with and without mixing, and the recipe {recipe.name} mixes all of"
             f" them ({recipe.always_mix}); take another recipe"
         )
+
+
+def _log_accuracies(stages: Stages, verb: str, settings: Settings, correct: Mapping[str, Sequence[Any]]) -> None:
+    """Give loggers the accuracy of every row: a step for each seed, as which test images [M] it gets right says."""
+    for k, seed in enumerate(settings.seeds):
+        numbers = {f"accuracy/{row}": float(right[k].mean()) for row, right in correct.items()}
+        last = k + 1 == len(settings.seeds)
+        stages.runtime.progress.log(f"{stages.data.name} {verb}", seed, numbers, last=last)
 
 
 ENCODERS = {"lt": ("lt", False), "lt+mixup": ("lt", True), "true": ("true", False)}
@@ -312,7 +323,11 @@ def run(request: Request, verbs: Sequence[str]) -> dict[str, dict[str, Any]]:
     settings = Settings.of(request)
     data = load(request.data, data_root=request.data_root)
     runtime = Runtime.choose(request.device, engine=request.engine)
-    with start_processes(data, request, runtime) as processes, shown_on(console) as progress:
+    with (
+        start_processes(data, request, runtime) as processes,
+        shown_on(console) as shown,
+        logging_to(shown, request.logger, request.out) as progress,
+    ):
         settings = settings.model_copy(update={"recipe": processes.recipe(settings.recipe)})
         for note in data.notes():
             notes(f"warning: {one_line(note)}")

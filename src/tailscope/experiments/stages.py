@@ -220,7 +220,7 @@ class Stages:
 
         def make(_: Path) -> tuple[Tensors, Meta]:
             views = self.views(backbone, stage, rows, run.seed)
-            return fit_classifier(stage, views, stage.data.counts, run.seed, start, label)
+            return fit_classifier(stage, views, stage.data.counts, run.seed, start, label, self.runtime.progress)
 
         return self._get_or_train("stage2", run.key(), make, label)
 

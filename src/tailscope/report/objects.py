@@ -239,6 +239,23 @@ class Diagnosis(Result):
         """The verdict in one sentence."""
         return diagnosis.headline(self._stored)
 
+    def scalars(self) -> dict[str, float]:
+        """Return the main numbers under names that stay, as loggers take them: fractions, with 95 % intervals.
+
+        `accuracy` is the classifier's in use, beside that of each group, and `classifier_bound` the best linear one's;
+        `classifier_gap` and `representation_gap`, with `_low` and `_high`, are what classifier and features cost. What
+        is undefined is left out.
+        """
+        verdict: Mapping[str, Any] = self["verdict"] or {}
+        found = {"accuracy": verdict.get("current"), "classifier_bound": verdict.get("classifier_bound")}
+        for group, judged in (verdict.get("groups") or {}).items():
+            found[f"accuracy_{group}"] = judged and judged["current"]
+        for name in ("classifier_gap", "rebalancing_gap", "representation_gap"):
+            gap: Mapping[str, Any] = verdict.get(name) or {}
+            low, high = gap.get("ci95") or (None, None)
+            found |= {name: gap.get("points"), f"{name}_low": low, f"{name}_high": high}
+        return {name: float(value) for name, value in found.items() if value is not None}
+
     def summary(self) -> str:
         """Return the verdict, the main caveat, what to do, and what was found, as the command line prints them."""
         advised = [f"- {piece['text']}" for piece in self["advice"][1:]]

@@ -8,7 +8,7 @@ the experiments recall from the store, while other trainings go on.
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -81,6 +81,10 @@ class _Training(Quiet):
             self.safe_point()
 
         yield advance
+
+    def log(self, run: str, step: int, numbers: Mapping[str, float], *, last: bool = False) -> None:
+        """Pass the numbers on to what the lab reports to."""
+        self.lab.runtime.progress.log(run, step, numbers, last=last)
 
     def safe_point(self) -> None:
         """End at the next step where that is asked for."""
@@ -196,10 +200,10 @@ class Trainings:
 
         def work() -> None:
             training.state = "training"
-            backbone = lab.backbone(run.stage1, run.trained_on.rows, run.seed, run.encoder)
+            backbone = lab.backbone(run.stage1, run.trained_on.rows, run.seed, str(training))
             training.state = "fitting"
             for row in training.runs if self.jobs > 1 else ():
-                evaluate(lab, row, backbone, row.row)
+                evaluate(lab, row, backbone, f"{lab.data.name} seed {row.seed} {row.row}")
             training.state = "done"
 
         try:

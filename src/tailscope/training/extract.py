@@ -15,6 +15,7 @@ from tailscope.device import Runtime, Solo, Team, arithmetic
 from tailscope.methods import augmentations
 from tailscope.networks import LAST_LAYERS
 from tailscope.networks.last_layers import as_linear
+from tailscope.progress import Progress, Quiet
 from tailscope.seeds import derive, keyed, torch_stream
 from tailscope.spec import StageSpec
 from tailscope.store import Meta, Tensors
@@ -152,6 +153,7 @@ def fit_classifier(
     seed: int,
     start: tuple[Tensor, Tensor] | None = None,
     label: str = "classifier",
+    progress: Progress | None = None,
 ) -> tuple[Tensors, Meta]:
     """Fit softmax regression by SGD; epoch e sees view e modulo the number of views.
 
@@ -165,6 +167,7 @@ def fit_classifier(
         seed: of initialisation and order.
         start: weight [C, d] and bias [C] to start from; None: new random ones.
         label: what messages call this training.
+        progress: gets the numbers of each epoch.
 
     Returns:
         `weight` float32 [C, d] and `bias` float32 [C], of a linear layer that decides as the trained one does, and a
@@ -174,7 +177,7 @@ def fit_classifier(
         UserError: the training diverged, or the stage's loss does not fit its last layer.
     """
     started, n = time.monotonic(), len(views[0][1])
-    epochs, losses = Epochs(spec, n, label), []
+    epochs, losses, progress = Epochs(spec, n, label), list[float](), progress or Quiet()
     with keyed(derive(seed, "classifier")):
         linear = nn.Linear(views[0][0].shape[1], len(counts))
     if start:
@@ -183,12 +186,12 @@ def fit_classifier(
     objective = Objective(spec, counts, linear.in_features, seed, torch.device("cpu"))
     optimizer = sgd(classifier, objective.own, spec.train, spec.train.learning_rate)
     for epoch in range(epochs.number):
-        features, labels = views[epoch % len(views)]
+        (features, labels), begun = views[epoch % len(views)], time.monotonic()
         order = torch.randperm(n, generator=torch_stream(seed, "stage2", "order", epoch))
         features, labels, epoch_losses = features[order].float(), labels[order], []
         batches = zip(torch.split(features, spec.train.batch), torch.split(labels, spec.train.batch), strict=True)
-        for (x, y), rate, progress in zip(batches, epochs.multipliers(epoch), epochs.progress(epoch), strict=False):
-            objective.at(progress)
+        for (x, y), rate, done in zip(batches, epochs.multipliers(epoch), epochs.progress(epoch), strict=False):
+            objective.at(done)
             for group in optimizer.param_groups:
                 group["lr"] = spec.train.learning_rate * rate
             loss = objective(objective.logits(classifier, x), x, y)
@@ -197,6 +200,8 @@ def fit_classifier(
             optimizer.zero_grad(set_to_none=True)
             epoch_losses.append(loss.detach())
         losses.append(epochs.mean_loss(epoch, epoch_losses))
+        numbers = epochs.numbers(epoch, losses[-1], time.monotonic() - begun)
+        progress.log(label, epoch + 1, numbers, last=epoch + 1 == epochs.number)
     epochs.require_finite(epochs.number - 1, Flat(classifier.state_dict()))
     description: Meta = {
         "spec": spec.model_dump(mode="json"),

@@ -58,7 +58,7 @@ class Epochs:
 
     def __init__(self, stage: StageSpec, images: int, label: str) -> None:
         """Plan a stage on `images` training images; `label` names it in messages."""
-        self._stage, self._label = stage, label
+        self._stage, self._label, self._images = stage, label, images
         self.batch = stage.train.batch
         self.number, self.steps = stage.train.lengths(images)
         self._per_epoch = -(-images // self.batch)
@@ -76,6 +76,15 @@ class Epochs:
         """Return the share of all steps that are done before each step of an epoch."""
         first = epoch * self._per_epoch
         return [step / self.steps for step in range(first, first + len(self.multipliers(epoch)))]
+
+    def numbers(self, epoch: int, loss: float, seconds: float) -> dict[str, float]:
+        """Return what loggers get of an epoch: its loss, the learning rate of its last step, and how fast it was."""
+        multipliers = self.multipliers(epoch)
+        return {
+            "loss": loss,
+            "learning_rate": self._stage.train.learning_rate * multipliers[-1],
+            "images_per_second": min(self._images, len(multipliers) * self.batch) / max(seconds, 1e-9),
+        }
 
     def mean_loss(self, epoch: int, losses: list[Tensor]) -> float:
         """Return the mean of an epoch's losses; they are read here, all at once, so that no step waits for its own.
@@ -306,8 +315,10 @@ class Training:
                 epochs.require_finite(epoch, state)
                 history.losses.append(mean)
                 history.epochs = epoch + 1
-                history.seconds += time.monotonic() - started
-                keeper.keep(state, history, last=history.epochs == epochs.number)
+                history.seconds += (took := time.monotonic() - started)
+                last, numbers = history.epochs == epochs.number, epochs.numbers(epoch, mean, took)
+                keeper.keep(state, history, last=last)
+                self.runtime.progress.log(self.label, history.epochs, numbers, last=last)
 
     def _described(self, stepper: Stepper, history: History) -> Meta:
         """Return what is told of every trained backbone; its device has the threads that trained."""
