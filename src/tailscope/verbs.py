@@ -18,11 +18,13 @@ from tailscope.experiments.options import (
     IMAGES,
     MODEL,
     NEGATED,
+    Comparison,
     Data,
     DataRoot,
     DecodingOptions,
     Device,
     EncoderOptions,
+    FileOptions,
     Out,
     Overwrite,
     Permutations,
@@ -32,7 +34,7 @@ from tailscope.experiments.options import (
     taking,
     verb,
 )
-from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, PHOTO_AUGMENTATIONS, SAMPLERS
+from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, PHOTO_AUGMENTATIONS, SAMPLERS, SYSTEMS
 from tailscope.networks import MODELS
 from tailscope.progress import Progress, shown_on
 from tailscope.registry import Registry
@@ -45,10 +47,12 @@ if TYPE_CHECKING:
     from tailscope.data.sources import ImageData
     from tailscope.diagnosis.diagnose import DiagnosisSettings
     from tailscope.encoders import FeaturesResult
+    from tailscope.report.objects import Comparison as Compared
     from tailscope.report.objects import Diagnosis, Result
     from tailscope.tables.table import LinearLayer, Source
 
 __all__ = [
+    "compare",
     "demo",
     "diagnose",
     "features",
@@ -62,6 +66,7 @@ __all__ = [
     "swap",
 ]
 REGISTRIES: dict[str, Registry[Any]] = {
+    "methods to compare": SYSTEMS,
     "models": MODELS,
     "losses": LOSSES,
     "samplers": SAMPLERS,
@@ -113,6 +118,31 @@ def geometry(request: Request) -> "Result":
     Example: `tailscope geometry --data digits --recipe demo --out out` (re-uses what `swap` trained there).
     """
     return _experiments(request, "geometry")["geometry"]
+
+
+_COMPARED = {"methods", "data", "profile", "out", "recipe", "model", "seeds", "protocol", "subset_seed", "data_root"}
+_COMPARED |= {"tune", "gaps", "plan", "store", "device", "engine", "overwrite", "console"}
+_COMPARED |= {option.name for option in fields(FileOptions)}
+
+
+@taking(Comparison, leave_out={option.name for option in fields(Comparison)} - _COMPARED)
+def compare(request: Comparison) -> "Compared":
+    """Compare methods for long-tailed data: what each gains, and which of the two gaps it closes.
+
+    All train equally long, on the same subsets; the first is the baseline. Methods on the same backbone share it.
+    `a + b` does both, one in stage 1 and the other in the classifier, say. Interrupted, the same command continues.
+
+    Examples: `tailscope compare --data digits --recipe demo --methods "ce; la; crt; mixup + crt" --out out`;
+    `tailscope compare --data cifar10 --data-root DIR --protocol ldam --methods "ce; tau; lws" --tune cut`;
+    `tailscope compare --data cifar10 --data-root DIR --methods "ce; balanced_softmax; loss:focal(gamma=1)" --plan`
+    """
+    from tailscope.experiments.compare import run
+    from tailscope.report.objects import Comparison as Compared
+
+    result = run(request)
+    if request.out is not None and not request.plan:
+        report(request.out)
+    return Compared(result)
 
 
 _DEMO = {"out", "seeds", "store", "device", "engine", "overwrite", "console"}

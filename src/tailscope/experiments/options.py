@@ -167,6 +167,31 @@ class Request(_Work, _Training):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Comparison(Request):
+    """The options of `compare`, as given."""
+
+    methods: Annotated[
+        str,
+        Option(
+            help="Methods, the baseline first, separated by `;`: 'ce; crt; tau(tau=0.7); mixup + crt'; see `tailscope"
+            " methods`. Any loss, sampler, mixing, augmentation or classifier is one too."
+        ),
+    ] = "ce; la; tau; crt; lws; balanced_softmax"
+    tune: Annotated[
+        str,
+        Option(
+            help="none: the values as written, or published; cut: chosen on a tenth of each class's training images."
+        ),
+    ] = "none"
+    gaps: Annotated[
+        bool,
+        Option("--no-gaps", help="Leave out what methods do to the two gaps, and what must be trained for it."),
+        NEGATED,
+    ] = True
+    plan: Annotated[bool, Option("--plan", help="Only say what would be trained, and what is stored already.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class _OfThePaper:
     """What of the paper is reproduced."""
 

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from tailscope.methods.augmentations import Augmentation, Photo
     from tailscope.methods.losses import Loss
     from tailscope.methods.sampling import Mixing, Sampler
+    from tailscope.methods.systems import System
 
-__all__ = ["AUGMENTATIONS", "LOSSES", "MIXINGS", "PHOTO_AUGMENTATIONS", "SAMPLERS", "for_photos"]
+__all__ = ["AUGMENTATIONS", "LOSSES", "MIXINGS", "PHOTO_AUGMENTATIONS", "SAMPLERS", "SYSTEMS", "for_photos"]
 LOSSES: Registry["Loss"] = Registry("loss", "tailscope.methods.losses:LOSSES")
 SAMPLERS: Registry["Sampler"] = Registry("sampler", "tailscope.methods.sampling:SAMPLERS")
 AUGMENTATIONS: Registry["Augmentation"] = Registry("augmentation", "tailscope.methods.augmentations:AUGMENTATIONS")
@@ -21,6 +22,7 @@ PHOTO_AUGMENTATIONS: Registry["Photo"] = Registry(
     "photograph augmentation", "tailscope.methods.augmentations:PHOTO_AUGMENTATIONS"
 )
 MIXINGS: Registry["Mixing"] = Registry("mixing", "tailscope.methods.sampling:MIXINGS")
+SYSTEMS: Registry["System"] = Registry("method", "tailscope.methods.systems:SYSTEMS")
 
 
 def for_photos(calls: Sequence[str]) -> bool:
