@@ -38,6 +38,7 @@ from tailscope.spec import RunSpec, StageSpec
 from tailscope.training.recipes import Recipe
 
 Tune = Literal["none", "cut"]
+Gaps = Literal["all", "bounds", "none"]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 Floats = NDArray[np.floating[Any]]
@@ -63,14 +64,15 @@ class CompareSettings(Settings):
 
     methods: str
     tune: Tune = "none"
-    gaps: bool = True
+    gaps: Gaps = "all"
 
     @classmethod
     def of(cls, request: Request) -> Self:
         """Return the part of a request that decides results; raise `UserError` where an option is wrong."""
         assert isinstance(request, Comparison)
-        if request.tune not in get_args(Tune):
-            raise unknown("--tune", request.tune, get_args(Tune))
+        for name, known in (("tune", Tune), ("gaps", Gaps)):
+            if (given := getattr(request, name)) not in get_args(known):
+                raise unknown(f"--{name}", given, get_args(known))
         parse(request.methods, CLASSIFIERS)
         own: dict[str, Any] = {"methods": request.methods, "tune": request.tune, "gaps": request.gaps}
         return cls.model_validate({**dict(Settings.of(request)), **own})
@@ -140,20 +142,21 @@ class _Run(Run):
     system: System = field(default_factory=System)
 
 
-def _runs(methods: Sequence[Method], settings: Settings, sets: Mapping[str, TrainingSet], seed: int) -> Iterator[_Run]:
+def _runs(
+    methods: Sequence[Method], settings: CompareSettings, sets: Mapping[str, TrainingSet], seed: int
+) -> Iterator[_Run]:
     """Yield a seed's runs, backbone by backbone: the methods on it, then the classifier trained on D*."""
     recipe, by_backbone = settings.recipe, defaultdict[str, list[_Run]](list)
     for method in methods:
         run = _run_of(method, recipe, sets["lt"], seed)
         by_backbone[run.backbone_key].append(run)
-    gaps = getattr(settings, "gaps", False)
     for runs in by_backbone.values():
         yield from runs
-        if gaps:
+        if settings.gaps != "none":
             first, bound = runs[0], recipe.classifier(sets["true"].spec)
             row = f"{first.encoder}->true"
             yield _Run(row, seed, first.encoder, first.stage1, sets["lt"], bound, sets["true"])
-    if gaps:
+    if settings.gaps == "all":
         true = sets["true"]
         yield _Run("true->true", seed, "true", recipe.backbone(true.spec), true, recipe.classifier(true.spec), true)
 
@@ -163,7 +166,9 @@ def _run_of(method: Method, recipe: Recipe, data: TrainingSet, seed: int) -> _Ru
     system = method.system()
     stage1 = _changed(recipe, recipe.backbone, data, system.stage1)
     stage2 = None if system.stage2 is None else _changed(recipe, recipe.classifier, data, system.stage2)
-    changes = ", ".join(f"{name} {_said(value)}" for name, value in sorted(spelled(system.stage1).items()))
+    changes = ", ".join(
+        name if value is True else f"{name} {_said(value)}" for name, value in sorted(spelled(system.stage1).items())
+    )
     plain = stage1 == recipe.backbone(data.spec)
     encoder = data.name if plain else f"{data.name}, {changes}"
     retrained = None if stage2 is None else data
@@ -302,7 +307,7 @@ class _Outcomes:
 
     def reference(self, settings: CompareSettings) -> BoolArray | None:
         """Return which images true -> true gets right, [S, M]; None where that was left out."""
-        return np.stack([self.bounds[seed, "true"] for seed in settings.seeds]) if settings.gaps else None
+        return np.stack([self.bounds[seed, "true"] for seed in settings.seeds]) if settings.gaps == "all" else None
 
 
 def _scored(stages: Stages, run: _Run, backbone: Backbone, label: str, notes: list[str]) -> _Scored:
@@ -378,18 +383,20 @@ def _gaps(
     found: _Outcomes, method: Method, baseline: Method | None, settings: CompareSettings, labels: IntArray
 ) -> dict[str, Any] | None:
     """Return a method's two gaps, and by how much they differ from the baseline's; None where that was left out."""
-    reference = found.reference(settings)
-    if reference is None:
+    if settings.gaps == "none":
         return None
+    reference = found.reference(settings)
 
     def parts(one: Method) -> dict[str, Floats]:
+        """Return the gaps of every image, that of the representation less what true -> true gets right."""
         bound = found.bound(one).astype(float)
-        return {"representation": reference - bound, "classifier": bound - (found.predicted(one) == labels)}
+        return {"representation": -bound, "classifier": bound - (found.predicted(one) == labels)}
 
     own, others = parts(method), None if baseline is None else parts(baseline)
     return {
         "bound": float(found.bound(method).mean()),
-        **{part: paired(values).gap() for part, values in own.items()},
+        "representation": None if reference is None else paired(reference + own["representation"]).gap(),
+        "classifier": paired(own["classifier"]).gap(),
         "change": others and {part: paired(values - others[part]).gap() for part, values in own.items()},
     }
 

@@ -184,10 +184,12 @@ class Comparison(Request):
         ),
     ] = "none"
     gaps: Annotated[
-        bool,
-        Option("--no-gaps", help="Leave out what methods do to the two gaps, and what must be trained for it."),
-        NEGATED,
-    ] = True
+        str,
+        Option(
+            help="all: what methods do to both gaps; bounds: the same without a backbone trained on the full set, the"
+            " representation gap only against the baseline's; none: accuracies alone."
+        ),
+    ] = "all"
     plan: Annotated[bool, Option("--plan", help="Only say what would be trained, and what is stored already.")] = False
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tailscope.groups import GROUPS
-from tailscope.report.rows import CI, GROUP_RECALLS, Row, ci95, ends, ranks
+from tailscope.report.rows import CI, GROUP_RECALLS, Row, ends, ranks
 from tailscope.report.schema import PARTS, ComparedMethod, Comparison
 from tailscope.report.text import (
     Column,
@@ -73,10 +73,10 @@ def _clear(result: Comparison, sign: int) -> str:
 def _gap_findings(result: Comparison) -> list[str]:
     """Return how the baseline's distance from the full data divides, and who closes most of each part."""
     gaps = _baseline(result)["gaps"]
-    if gaps is None or result["reference"] is None:
+    if gaps is None:
         return []
-    parts = listed([f"{in_points(gaps[part]['points'], gaps[part]['ci95'])} to its {part}" for part in PARTS])
-    found = [f"Against true → true, {percent(result['reference']['mean'])}, {result['baseline']} loses {parts}."]
+    lost = [f"{in_points(one['points'], one['ci95'])} to its {part}" for part in PARTS if (one := gaps[part])]
+    found = [f"{result['baseline']} loses {listed(lost)}{_against(result)}."]
     for part in PARTS:
         changed = [
             (one["gaps"]["change"][part], one["name"])
@@ -91,6 +91,12 @@ def _gap_findings(result: Comparison) -> list[str]:
             by = in_points(least[0]["points"], least[0]["ci95"], signed=True)
             found.append(f"{least[1]} closes most of the {part} gap: {by}{'' if sure else ', which is not clear'}.")
     return found
+
+
+def _against(result: Comparison) -> str:
+    if result["reference"] is None:
+        return ", against a classifier trained on the full set"
+    return f", against true → true, {percent(result['reference']['mean'])}"
 
 
 def _tail(result: Comparison) -> list[str]:
@@ -133,7 +139,7 @@ def summary_rows(result: Comparison) -> tuple[list[str], list[list[str]]]:
     lines = [
         [
             row["name"],
-            accuracy(row["mean"], ci95(row)),
+            percent(row["mean"]),
             with_interval(
                 points(row["difference"], signed=True),
                 None if row["difference_low"] is None else (row["difference_low"], row["difference_high"]),

@@ -41,7 +41,7 @@ def data(result: Comparison) -> dict[str, list[Row]]:
 def _in_points(rows: Sequence[Row]) -> list[Row]:
     """Return the methods with known gaps, in points, and where their names stand so that few hide each other."""
     fields = [f"{part}{end}" for part in PARTS for end in ("", "_low", "_high")]
-    known = [row for row in rows if row["bound"] is not None]
+    known = [_against_baseline(row) for row in rows if row["bound"] is not None]
     scaled = [row | {name: None if row[name] is None else 100 * row[name] for name in fields} for row in known]
     low, high = _range(scaled, "classifier")
     order = sorted(scaled, key=lambda row: (row["representation"], row["classifier"]))
@@ -53,6 +53,16 @@ def _in_points(rows: Sequence[Row]) -> list[Row]:
             found.append(row | {"name_at": at, "sum": row["representation"] + row["classifier"]})
             least = at + ROOM * (high - low)
     return found
+
+
+def _against_baseline(row: Row) -> Row:
+    """Return a method's row; without true -> true its representation gap is the difference from the baseline's."""
+    if row["representation"] is not None:
+        return row
+    change = {end: row[f"representation_change{end}"] for end in ("", "_low", "_high")}
+    return (
+        row | {f"representation{end}": value for end, value in change.items()} | {"representation": change[""] or 0.0}
+    )
 
 
 def _range(rows: Sequence[Row], part: str) -> tuple[float, float]:
@@ -72,11 +82,14 @@ def _plane(result: Comparison) -> Figure:
     rows = data(result)["plane"]
     keys, ends = _keys(rows), {part: _range(rows, part) for part in PARTS}
     right = ends["representation"][1] + 0.3 * (ends["representation"][1] - ends["representation"][0])  # for names
+    titles: dict[str, str] = {part: f"{part} gap, points" for part in PARTS}
+    if result["reference"] is None:
+        titles["representation"] = f"representation gap less that of {result['baseline']}, points"
     domains = {"representation": [ends["representation"][0], right], "classifier": list(ends["classifier"])}
 
     def axis(kind: type[alt.X] | type[alt.Y], field: str, part: str) -> alt.X | alt.Y:
         scale = alt.Scale(domain=domains[part], nice=False, zero=False)
-        return kind(f"{field}:Q", title=f"{part} gap, points", scale=scale, axis=alt.Axis(tickCount=6))
+        return kind(f"{field}:Q", title=titles[part], scale=scale, axis=alt.Axis(tickCount=6))
 
     def at(field: str = "classifier") -> dict[str, alt.X | alt.Y]:
         return {"x": axis(alt.X, "representation", "representation"), "y": axis(alt.Y, field, "classifier")}
@@ -84,7 +97,7 @@ def _plane(result: Comparison) -> Figure:
     base, colour = rows_of("plane"), alt.Color("kind:N", scale=colour_scale(keys))
     written = {"name": "method", "text": "accuracy", "backbone": "trained on"}
     tooltip = [alt.Tooltip(f"{field}:N", title=title) for field, title in written.items()]
-    tooltip += [alt.Tooltip(f"{part}:Q", title=f"{part} gap, points", format=".1f") for part in PARTS]
+    tooltip += [alt.Tooltip(f"{part}:Q", title=titles[part], format=".1f") for part in PARTS]
     thin = base.mark_rule(strokeWidth=1, opacity=0.35)
     layers: list[Chart] = [
         _equal_sums(rows, domains, axis),

@@ -187,7 +187,7 @@ def of_diagnosis(result: Diagnosis) -> Page:
 def of_comparison(result: Comparison) -> Page:
     """Return the page of a comparison of methods."""
     figures = comparison_charts.figures(result)
-    gaps = [("gaps", "Gaps")] if result["reference"] else []
+    gaps = [("gaps", "Gaps")] if figures[0].name == "plane" else []
     content = {
         "headline": comparison.headline(result),
         "findings": comparison.findings(result),

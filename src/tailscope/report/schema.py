@@ -276,7 +276,7 @@ class _Difference(Points):
 
 class _Gaps(TypedDict):
     bound: Share
-    representation: Points
+    representation: Points | None
     classifier: Points
     change: dict[Literal["representation", "classifier"], Points] | None
 
@@ -318,10 +318,15 @@ def check_comparison(comparison: Comparison) -> Comparison:
         require_length(f"methods.{name}.calls", method["calls"], len(comparison["seeds"]))
         if (method["difference"] is None) != (name == comparison["baseline"]):
             raise ValueError(f"field 'methods.{name}.difference' must be there for all but the baseline")
-        if (method["gaps"] is None) != (reference is None):
-            raise ValueError(f"field 'methods.{name}.gaps' does not go with 'reference'")
-        if method["gaps"] is not None and method["gaps"]["change"] is not None:
-            require_fields(f"methods.{name}.gaps.change", method["gaps"]["change"], PARTS)
+        gaps = method["gaps"]
+        if (gaps is None) != (named[comparison["baseline"]]["gaps"] is None):
+            raise ValueError("field 'methods.*.gaps' must be there for all methods or for none")
+        if gaps is not None:
+            if (gaps["representation"] is None) != (reference is None):
+                raise ValueError(f"field 'methods.{name}.gaps.representation' does not go with 'reference'")
+            if (gaps["change"] is None) != (name == comparison["baseline"]):
+                raise ValueError(f"field 'methods.{name}.gaps.change' must be there for all but the baseline")
+            require_fields(f"methods.{name}.gaps.change", gaps["change"] or PARTS, PARTS)
     return comparison
 
 
