@@ -13,12 +13,12 @@ from tailscope.errors import UserError
 if TYPE_CHECKING:
     from tailscope import classifiers
     from tailscope.tables.table import FeatureTable
-    from tailscope.verbs import diagnose, features, geometry, ladder, load, rebalance, swap
+    from tailscope.verbs import compare, diagnose, features, geometry, ladder, load, rebalance, swap
 
 __version__ = "0.1.0"
 __all__ = [
     "FeatureTable", "UserError", "classifiers",
-    "diagnose", "features", "geometry", "ladder", "load", "rebalance", "swap",
+    "compare", "diagnose", "features", "geometry", "ladder", "load", "rebalance", "swap",
 ]  # fmt: skip
 _LAZY = {"FeatureTable": "tailscope.tables.table", **dict.fromkeys(__all__[3:], "tailscope.verbs")}
 

@@ -24,7 +24,6 @@ from tailscope.experiments.options import (
     DecodingOptions,
     Device,
     EncoderOptions,
-    FileOptions,
     Out,
     Overwrite,
     Permutations,
@@ -120,29 +119,20 @@ def geometry(request: Request) -> "Result":
     return _experiments(request, "geometry")["geometry"]
 
 
-_COMPARED = {"methods", "data", "profile", "out", "recipe", "model", "seeds", "protocol", "subset_seed", "data_root"}
-_COMPARED |= {"tune", "gaps", "plan", "store", "device", "engine", "overwrite", "console"}
-_COMPARED |= {option.name for option in fields(FileOptions)}
-
-
-@taking(Comparison, leave_out={option.name for option in fields(Comparison)} - _COMPARED)
+@taking(Comparison, leave_out={"loss", "matched", "backbones", "bn_mode", "permutations"})
 def compare(request: Comparison) -> "Compared":
     """Compare methods for long-tailed data: what each gains, and which of the two gaps it closes.
 
-    All train equally long, on the same subsets; the first is the baseline. Methods on the same backbone share it.
-    `a + b` does both, one in stage 1 and the other in the classifier, say. Interrupted, the same command continues.
+    All train equally long, on the same subsets, and the first is the baseline; `a + b` does what both do. Methods that
+    leave stage 1 alone share a backbone. Interrupted, the same command continues.
 
     Examples: `tailscope compare --data digits --recipe demo --methods "ce; la; crt; mixup + crt" --out out`;
     `tailscope compare --data cifar10 --data-root DIR --protocol ldam --methods "ce; tau; lws" --tune cut`;
     `tailscope compare --data cifar10 --data-root DIR --methods "ce; balanced_softmax; loss:focal(gamma=1)" --plan`
     """
     from tailscope.experiments.compare import run
-    from tailscope.report.objects import Comparison as Compared
 
-    result = run(request)
-    if request.out is not None and not request.plan:
-        report(request.out)
-    return Compared(result)
+    return run(request)
 
 
 _DEMO = {"out", "seeds", "store", "device", "engine", "overwrite", "console"}

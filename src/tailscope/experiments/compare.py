@@ -33,6 +33,8 @@ from tailscope.experiments.stages import Backbone, Stages, TrainingSet
 from tailscope.intervals import holm, p_of_zero, paired, summarize
 from tailscope.methods import AUGMENTATIONS
 from tailscope.methods.systems import Method, System, parse, spelled
+from tailscope.report import build
+from tailscope.report.objects import Comparison as Compared
 from tailscope.seeds import numpy_stream
 from tailscope.spec import RunSpec, StageSpec
 from tailscope.training.recipes import Recipe
@@ -88,8 +90,8 @@ class CompareSettings(Settings):
         return kept | {"methods": [method.call for method in self.parsed()]}
 
 
-def run(request: Comparison) -> dict[str, Any]:
-    """Carry out what a request asks for: the comparison, or only its plan.
+def run(request: Comparison) -> Compared:
+    """Carry out what a request asks for, the comparison and its report, or only return the plan.
 
     Raises:
         UserError: an option, the data or OUT is not usable.
@@ -97,8 +99,12 @@ def run(request: Comparison) -> dict[str, Any]:
     settings = CompareSettings.of(request)
     if request.plan:
         store = store_root(request.out, request.store)
-        return plans.run(replace(request, out=None, store=store), ["compare"], settings, {"compare": plan})["compare"]
-    return plans.run(request, ["compare"], settings, {"compare": compare})["compare"]
+        unwritten = replace(request, out=None, store=store)
+        return Compared(plans.run(unwritten, ["compare"], settings, {"compare": plan})["compare"])
+    result = Compared(plans.run(request, ["compare"], settings, {"compare": compare})["compare"])
+    if request.out is not None:
+        build(request.out)
+    return result
 
 
 def compare(stages: Stages, settings: CompareSettings) -> dict[str, Any]:
