@@ -117,7 +117,7 @@ def p_of_zero(values: ArrayLike) -> float | None:
     A test that the mean is 0, two-sided, which says at 0.05 what the interval says.
 
     >>> round(p_of_zero([[1, 1, 0, 1, -1, 1, 1, 1]]), 4), p_of_zero([[1, -1, 0]])
-    (0.0167, 1.0)
+    (0.0175, 1.0)
     """
     matrix = _matrix(values)
     seeds, estimate = len(matrix), float(matrix.mean())

@@ -19,20 +19,22 @@ from typing import Any, Literal, NamedTuple, Self, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import softmax
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from tailscope.classifiers import CLASSIFIERS
+from tailscope.classifiers.base import Diverged
 from tailscope.diagnosis.outcomes import fixed
+from tailscope.diagnosis.remedies import Scored
 from tailscope.errors import UserError, unknown
 from tailscope.experiments import plans
 from tailscope.experiments.options import Comparison, Request
 from tailscope.experiments.runs import Experiment, Run, Settings, evaluate, store_root, training_sets
 from tailscope.experiments.stages import Backbone, Stages, TrainingSet
 from tailscope.intervals import holm, p_of_zero, paired, summarize
-from tailscope.methods import AUGMENTATIONS
-from tailscope.methods.systems import Method, System, parse, spelled
+from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, SAMPLERS
+from tailscope.methods.systems import Method, System, parse
+from tailscope.registry import Registry
 from tailscope.report import build
 from tailscope.report.objects import Comparison as Compared
 from tailscope.seeds import numpy_stream
@@ -50,8 +52,8 @@ Logits = Callable[[Tensor], Floats]
 CUT = 0.1
 """Share of each class's training images that hyper-parameters are chosen on."""
 
-BINS = 15
-"""Bins of the expected calibration error."""
+CALLS: dict[str, Registry[Any]] = {"loss": LOSSES, "sampler": SAMPLERS, "mix": MIXINGS}
+"""Fields of a stage that are call-strings; in keys of the store they are written in full."""
 
 RULES: dict[Tune, str] = {
     "none": "hyper-parameters are those written in the method's name, else the published ones",
@@ -181,6 +183,15 @@ def _run_of(method: Method, recipe: Recipe, data: TrainingSet, seed: int) -> _Ru
     return _Run(method.name, seed, encoder, stage1, data, stage2, retrained, method, system)
 
 
+def spelled(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return changes of a stage with every call-string in full; `UserError` for an unknown name.
+
+    >>> spelled({"loss": "focal", "bn_mode": "shifted"})
+    {'loss': 'focal(gamma=2.0)', 'bn_mode': 'shifted'}
+    """
+    return {name: CALLS[name].canonical(v) if name in CALLS and v else v for name, v in changes.items()}
+
+
 def _said(value: Any) -> str:
     return " + ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
@@ -278,10 +289,10 @@ def _choose(
 
 
 class _Scored(NamedTuple):
-    """What a method says of the test images, [M] each, and the seconds that its classifier took."""
+    """What a method says of the test images, [M], how that scores, and the seconds that its classifier took."""
 
     predicted: IntArray
-    confidence: Floats
+    scored: Scored
     seconds: float
 
 
@@ -318,8 +329,12 @@ class _Outcomes:
 
 def _scored(stages: Stages, run: _Run, backbone: Backbone, label: str, notes: list[str]) -> _Scored:
     encoder, logits, seconds = _classifier(stages, run, backbone, label, notes)
-    probabilities = softmax(logits(stages.clean_features(encoder, "test")).astype(np.float64), axis=1)
-    return _Scored(probabilities.argmax(1), probabilities.max(1), seconds)
+    found, labels = logits(stages.clean_features(encoder, "test")), stages.data.test.labels.numpy()
+    try:
+        scored = Scored.of(lambda block: found[block], labels, found.shape[1])
+    except Diverged:
+        raise UserError(f"{label}: the classifier's logits are not finite; take other hyper-parameters") from None
+    return _Scored(found.argmax(1), scored, seconds)
 
 
 def _classifier(
@@ -364,7 +379,7 @@ def _entry(
     """Return what the result file says of a method."""
     right, base = (found.predicted(one) == labels for one in (method, baseline))
     system, runs, scored = method.system(), found.runs[method.name], found.scored[method.name]
-    errors = [calibration_error(one.confidence, one.predicted == labels) for one in scored]
+    errors = [one.scored.calibration_error().estimate for one in scored]
     difference = right.astype(float) - base
     is_baseline = method.name == baseline.name
     return {
@@ -405,19 +420,6 @@ def _gaps(
         "classifier": paired(own["classifier"]).gap(),
         "change": others and {part: paired(values - others[part]).gap() for part, values in own.items()},
     }
-
-
-def calibration_error(confidence: Floats, right: BoolArray, bins: int = BINS) -> float:
-    """Return the expected calibration error: mean |accuracy - confidence| over equal bins of confidence, by their size.
-
-    Confidence [M] is the largest probability, a bin (a, b] (Guo et al. 2017, equation 3).
-
-    >>> round(calibration_error(np.array([0.9, 0.8, 0.6]), np.array([True, True, False])), 3)
-    0.3
-    """
-    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    differences = np.bincount(place, right - confidence, minlength=bins)
-    return float(np.abs(differences).sum() / len(right))
 
 
 def _same_predictions(found: _Outcomes, methods: Sequence[Method]) -> list[str]:

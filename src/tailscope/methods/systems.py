@@ -24,9 +24,6 @@ from tailscope.registry import Registry
 FIXED = ("data", "train", "model", "views")
 """Fields of a stage that no method changes: all are optimised alike, on the same images."""
 
-CALLS: dict[str, Registry[Any]] = {"loss": LOSSES, "sampler": SAMPLERS, "mix": MIXINGS}
-"""Fields of a stage that are call-strings; in keys of the store they are written in full."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class System:
@@ -62,15 +59,6 @@ class System:
             stage2={**stages[1][0], **stages[1][1]} if (self.stage2, other.stage2) != (None, None) else None,
             classifier=self.classifier or other.classifier,
         )
-
-
-def spelled(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return changes of a stage with every call-string in full; `UserError` for an unknown name.
-
-    >>> spelled({"loss": "focal", "bn_mode": "shifted"})
-    {'loss': 'focal(gamma=2.0)', 'bn_mode': 'shifted'}
-    """
-    return {name: CALLS[name].canonical(v) if name in CALLS and v else v for name, v in changes.items()}
 
 
 # -- call-strings ---------------------------------------------------------------------------------------------------
