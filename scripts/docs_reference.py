@@ -52,6 +52,7 @@ _SAID = {
     "ladder": "What `tailscope ladder` writes.",
     "geometry": "What `tailscope geometry` writes.",
     "claims": "What `tailscope reproduce` writes about the paper's claims.",
+    "compare": "What `tailscope compare` writes.",
     "diagnosis": "What `tailscope diagnose` writes.",
 }
 

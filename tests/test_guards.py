@@ -73,12 +73,13 @@ def test_the_fields_of_every_result(tailscope_, tmp_path, monkeypatch):
         ("swap", *small, "--matched"),
         ("ladder", *small),
         ("geometry", *run, "--seeds", 1),
+        ("compare", *small, "--methods", "ce; la + mixup; crt"),
         ("diagnose", "--train", train, "--unseen", unseen, "--test", unseen, *run[6:]),
     ):
         ended = tailscope_(*verb)
         assert (ended.code, ended.err) == (0, ""), ended.err
     found = {path.stem: sorted(fields(json.loads(path.read_text()))) for path in tmp_path.glob("*.json")}
-    assert set(found) == {"subset", "swap", "ladder", "geometry", "diagnosis"}
+    assert set(found) == {"subset", "swap", "ladder", "geometry", "compare", "diagnosis"}
     assert_recorded("fields", found)
 
 

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from tailscope import classifiers
     from tailscope.integrations.monitor import Monitor
     from tailscope.tables.table import FeatureTable
-    from tailscope.verbs import diagnose, features, geometry, ladder, load, rebalance, swap
+    from tailscope.verbs import compare, diagnose, features, geometry, ladder, load, rebalance, swap
 
 __version__ = "0.1.0"
 __all__ = [
     "FeatureTable", "Monitor", "UserError", "classifiers",
-    "diagnose", "features", "geometry", "ladder", "load", "rebalance", "swap",
+    "compare", "diagnose", "features", "geometry", "ladder", "load", "rebalance", "swap",
 ]  # fmt: skip
 _LAZY = {
     **dict.fromkeys(__all__[4:], "tailscope.verbs"),

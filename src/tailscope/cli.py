@@ -330,6 +330,37 @@ def _show_story(_: object, options: Options) -> Iterator[RenderableType]:
     yield f"report: {options['out'] / 'report.html'}"
 
 
+def _show_comparison(result: dict[str, Any], options: Options) -> Iterator[RenderableType]:
+    from tailscope.report import comparison
+    from tailscope.report.schema import Comparison
+
+    if "plan" in result:
+        yield from _show_plan(result)
+        return
+    found = cast(Comparison, result)
+    heading, lines = comparison.summary_rows(found)
+    table = Table(*map(one_line, heading), box=None)
+    for line in lines:
+        table.add_row(*map(_plain, line))
+    yield table
+    yield ""
+    yield from (f"- {one_line(text)}" for text in comparison.findings(found))
+    yield from (f"Keep in mind: {one_line(text)}" for text in comparison.caveats(found)[:1])
+    if options["verbose"]:
+        yield from (f"warning: {one_line(text)}" for text in found["warnings"])
+    yield f"written: {options['out'] / 'compare.json'}"
+    yield f"report: {options['out']}"
+
+
+def _show_plan(result: dict[str, Any]) -> Iterator[RenderableType]:
+    table = Table("seed", "what", "name", "stored", box=None)
+    for row in result["plan"]:
+        table.add_row(str(row["seed"]), row["what"], _plain(row["name"]), "yes" if row["stored"] else "no")
+    yield table
+    missing = result["to_train"]
+    yield f"to train: {missing['backbone']} backbones and {missing['classifier']} classifiers; the rest is stored"
+
+
 def _show_subset(result: dict[str, Any], options: Options) -> Iterator[RenderableType]:
     counts = result["counts"]
     yield from (f"warning: {one_line(warning)}" for warning in result["warnings"])
@@ -428,6 +459,7 @@ def _show_diagnosis(result: "Diagnosis", options: Options) -> Iterator[Renderabl
 _add_command(verbs.demo, _show_story, out=Path("demo"))
 for _experiment in (verbs.swap, verbs.ladder, verbs.geometry):
     _add_command(_experiment, _show_story, with_imports=True, out=Path("out"))
+_add_command(verbs.compare, _show_comparison, with_imports=True, out=Path("out"))
 _add_command(verbs.subset, _show_subset)
 _add_command(verbs.report, lambda path, _: iter([str(path)]), with_json=False)
 _add_command(verbs.methods, _show_methods, end=_end_methods, with_imports=True)

@@ -23,6 +23,7 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
+from scipy.optimize import brentq
 
 from tailscope.groups import GROUPS
 
@@ -108,6 +109,50 @@ def paired(values: ArrayLike) -> Interval:
     over_seeds = _around(estimate, t * by_seed**0.5)
     both = _around(estimate, (t**2 * by_seed + Z**2 * by_item) ** 0.5) if several else None
     return Interval(estimate, both, over_seeds, "mover" if several else None)
+
+
+def p_of_zero(values: ArrayLike) -> float | None:
+    """Return the level at which the interval `ci95` of `paired` would just reach 0; None where there is no interval.
+
+    A test that the mean is 0, two-sided, which says at 0.05 what the interval says.
+
+    >>> round(p_of_zero([[1, 1, 0, 1, -1, 1, 1, 1]]), 4), p_of_zero([[1, -1, 0]])
+    (0.0175, 1.0)
+    """
+    matrix = _matrix(values)
+    seeds, estimate = len(matrix), float(matrix.mean())
+    if paired(matrix).ci95 is None:
+        return None
+    by_seed, by_item = (float(v[0, 0]) for v in variance_components(matrix[None]))
+    if estimate == 0 or by_seed + by_item == 0:
+        return float(estimate == 0)
+
+    def short(log_p: float) -> float:
+        """Return by how much the squared half-width at a level falls short of the squared estimate."""
+        half = math.exp(log_p) / 2
+        t = float(special.stdtrit(seeds - 1, half)) if seeds > 1 else 0.0
+        return estimate**2 - t**2 * by_seed - float(special.ndtri(half)) ** 2 * by_item
+
+    low, high = math.log(1e-300), 0.0
+    return math.exp(float(brentq(short, low, high))) if short(low) < 0 else 0.0
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Return p-values of several tests, adjusted so that the chance of any false alarm keeps to the level (Holm 1979).
+
+    The k-th smallest of m is multiplied by m - k + 1, and none is smaller than the one before it. None stays None, and
+    does not count.
+
+    >>> holm([0.01, 0.04, None, 0.03])
+    [0.03, 0.06, None, 0.06]
+    """
+    order = sorted((p, k) for k, p in enumerate(p_values) if p is not None)
+    found: list[float | None] = [None] * len(p_values)
+    least = 0.0
+    for place, (p, k) in enumerate(order):
+        least = max(least, min(1.0, p * (len(order) - place)))
+        found[k] = least
+    return found
 
 
 def proportion(correct: ArrayLike) -> Interval:

@@ -18,6 +18,7 @@ from tailscope.experiments.options import (
     IMAGES,
     MODEL,
     NEGATED,
+    Comparison,
     Data,
     DataRoot,
     DecodingOptions,
@@ -33,7 +34,7 @@ from tailscope.experiments.options import (
     taking,
     verb,
 )
-from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, PHOTO_AUGMENTATIONS, SAMPLERS, WEIGHTS
+from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, PHOTO_AUGMENTATIONS, SAMPLERS, SYSTEMS, WEIGHTS
 from tailscope.networks import LAST_LAYERS, MODELS
 from tailscope.progress import Progress, logging_to, shown_on
 from tailscope.registry import Registry
@@ -46,10 +47,12 @@ if TYPE_CHECKING:
     from tailscope.data.sources import ImageData
     from tailscope.diagnosis.diagnose import DiagnosisSettings
     from tailscope.encoders import FeaturesResult
+    from tailscope.report.objects import Comparison as Compared
     from tailscope.report.objects import Diagnosis, Result
     from tailscope.tables.table import LinearLayer, Source
 
 __all__ = [
+    "compare",
     "demo",
     "diagnose",
     "features",
@@ -63,6 +66,7 @@ __all__ = [
     "swap",
 ]
 REGISTRIES: dict[str, Registry[Any]] = {
+    "methods to compare": SYSTEMS,
     "models": MODELS,
     "last layers": LAST_LAYERS,
     "losses": LOSSES,
@@ -116,6 +120,22 @@ def geometry(request: Request) -> "Result":
     Example: `tailscope geometry --data digits --recipe demo --out out` (re-uses what `swap` trained there).
     """
     return _experiments(request, "geometry")["geometry"]
+
+
+@taking(Comparison, leave_out={"loss", "matched", "backbones", "bn_mode", "permutations"})
+def compare(request: Comparison) -> "Compared":
+    """Compare methods for long-tailed data: what each gains, and which of the two gaps it closes.
+
+    All train equally long, on the same subsets, and the first is the baseline; `a + b` does what both do. Methods that
+    leave stage 1 alone share a backbone. Interrupted, the same command continues.
+
+    Examples: `tailscope compare --data digits --recipe demo --methods "ce; la; crt; mixup + crt" --out out`;
+    `tailscope compare --data cifar10 --data-root DIR --protocol ldam --methods "ce; tau; lws" --tune cut`;
+    `tailscope compare --data cifar10 --data-root DIR --methods "ce; balanced_softmax; loss:focal(gamma=1)" --plan`
+    """
+    from tailscope.experiments.compare import run
+
+    return run(request)
 
 
 _DEMO = {"out", "seeds", "store", "device", "engine", "overwrite", "console"}

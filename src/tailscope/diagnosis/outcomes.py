@@ -125,7 +125,7 @@ def score(inputs: Inputs, bound_at: int, seed: int, progress: Progress) -> Outco
     return Outcomes(*found, now, name, rebalanced, bound, tuple(notes), looks, current, layer)
 
 
-def _fixed(weight: Floats, bias: Floats) -> LinearClassifier:
+def fixed(weight: Floats, bias: Floats) -> LinearClassifier:
     """Return a classifier that `fit` leaves as it is, so that remedies adjust it instead of training another."""
     model = SoftmaxRegression()
     model.coef_, model.intercept_, model.classes_ = weight, bias, np.arange(len(weight))
@@ -151,9 +151,9 @@ def _current(inputs: Inputs, train: Rows, power: int) -> tuple[LinearClassifier,
             raise UserError(
                 f"{given.source}: weight or bias is beyond {train.features.dtype}, the type of the features"
             )
-        return _fixed(weight, bias), given.source
+        return fixed(weight, bias), given.source
     model = SoftmaxRegression(**stopping_of(train, len(inputs.names))).fit(*train)
-    return _fixed(model.coef_, model.intercept_), OWN_CLASSIFIER
+    return fixed(model.coef_, model.intercept_), OWN_CLASSIFIER
 
 
 def _fits(inputs: Inputs, train: Rows, unseen: Rows, test: Rows | None, seed: int) -> Fits:

@@ -199,6 +199,33 @@ class Request(_Work, _Training):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Comparison(Request):
+    """The options of `compare`, as given."""
+
+    methods: Annotated[
+        str,
+        Option(
+            help="Methods, the baseline first, separated by `;`: 'ce; crt; tau(tau=0.7); mixup + crt'; see `tailscope"
+            " methods`. Any loss, sampler, mixing, augmentation or classifier is one too."
+        ),
+    ] = "ce; la; tau; crt; lws; balanced_softmax"
+    tune: Annotated[
+        str,
+        Option(
+            help="none: the values as written, or published; cut: chosen on a tenth of each class's training images."
+        ),
+    ] = "none"
+    gaps: Annotated[
+        str,
+        Option(
+            help="all: what methods do to both gaps; bounds: the same without a backbone trained on the full set, the"
+            " representation gap only against the baseline's; none: accuracies alone."
+        ),
+    ] = "all"
+    plan: Annotated[bool, Option("--plan", help="Only say what would be trained, and what is stored already.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class _OfThePaper:
     """What of the paper is reproduced."""
 

@@ -250,7 +250,12 @@ def mean_entry(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return found
 
 
-EXPERIMENTS = {"swap": swap, "ladder": ladder, "geometry": geometry}
+EXPERIMENTS: dict[str, Callable[[Stages, Any], dict[str, Any]]] = {
+    "swap": swap,
+    "ladder": ladder,
+    "geometry": geometry,
+}
+"""Each takes the stages and its settings; `experiments.compare` brings one of its own, with more settings."""
 
 
 @dataclass(frozen=True)
@@ -310,17 +315,23 @@ def start_processes(data: ImageData, options: FileOptions, runtime: Runtime) -> 
         team.dismiss()
 
 
-def run(request: Request, verbs: Sequence[str]) -> dict[str, dict[str, Any]]:
+def run(
+    request: Request,
+    verbs: Sequence[str],
+    settings: Settings | None = None,
+    experiments: Mapping[str, Callable[[Stages, Any], dict[str, Any]]] = EXPERIMENTS,
+) -> dict[str, dict[str, Any]]:
     """Run experiments that share a store, and the verb `subset`; write their results where the request names an OUT.
 
-    Everything that can be refused is refused before the first training. Returns the results by verb.
+    Everything that can be refused is refused before the first training. Settings are those of the request, unless
+    they are given. Returns the results by verb.
 
     Raises:
         UserError: an option, the data or OUT is not usable.
     """
     console = request.console or Console(quiet=True)
     notes = partial(Console(stderr=True, quiet=console.quiet).out, highlight=False)
-    settings = Settings.of(request)
+    settings = settings or Settings.of(request)
     data = load(request.data, data_root=request.data_root)
     runtime = Runtime.choose(request.device, engine=request.engine)
     with (
@@ -338,18 +349,24 @@ def run(request: Request, verbs: Sequence[str]) -> dict[str, dict[str, Any]]:
         if data.in_memory:  # which files can be read, and so the spec, is known later
             _check_free(data, settings, request, verbs)
         stages = processes.stages(Store(store_root(request.out, request.store)), progress, notes)
-        results = _run(stages, settings, request, verbs)
-    if stages.trained == 0:
+        results = _run(stages, settings, request, verbs, experiments)
+    if stages.trained == 0 < stages.recalled:
         console.print(f"Nothing was trained: all {stages.recalled} stages were in the store.")
     return results
 
 
-def _run(stages: Stages, settings: Settings, request: Request, verbs: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _run(
+    stages: Stages,
+    settings: Settings,
+    request: Request,
+    verbs: Sequence[str],
+    experiments: Mapping[str, Callable[[Stages, Any], dict[str, Any]]],
+) -> dict[str, dict[str, Any]]:
     """Run the experiments and write their results, unless OUT holds others."""
     drawn = _check_free(stages.data, settings, request, verbs)
     results: dict[str, dict[str, Any]] = {}
     for verb in verbs:
-        result = drawn if verb == "subset" else EXPERIMENTS[verb](stages, settings)
+        result = drawn if verb == "subset" else experiments[verb](stages, settings)
         if verb != "subset":
             results[verb] = result
         if request.out is not None:

@@ -158,6 +158,12 @@ class Stages:
         subset = subsets.matched(self.data.train.labels, counts, seed=seed)
         return self._named("matched", subset.flat, subset.counts, "matched", "nested", seed)
 
+    def without(self, whole: TrainingSet, held_out: npt.NDArray[np.bool_]) -> TrainingSet:
+        """Return a training set without those of its rows that are held out, [N]."""
+        rows, spec = whole.rows[~held_out], whole.spec
+        counts = self.data.train.take(rows).counts()
+        return self._named("cut", rows, counts, f"{spec.profile} without a cut", spec.protocol, spec.subset_seed)
+
     def _named(self, name: str, rows: Rows, counts: list[int], profile: str, protocol: str, seed: int) -> TrainingSet:
         spec = DataSpec(
             name=self.data.name,
@@ -240,12 +246,15 @@ class Stages:
         right: npt.NDArray[np.bool_] = (logits.argmax(1) == self.data.test.labels).numpy()
         return right
 
-    def clean_features(self, backbone: Backbone, split: Literal["train", "test"]) -> Tensor:
-        """Return float32 features [N, d] of the un-augmented training or test images, of files their centre crops."""
+    def clean_features(self, backbone: Backbone, split: Literal["train", "test"], rows: Rows | None = None) -> Tensor:
+        """Return float32 features [N, d] of un-augmented images of a split, or of some rows; of files centre crops."""
         data, augment = self.data.train if split == "train" else self.data.test, backbone.stage1.augment
         size = {} if self.data.in_memory else {"size": augment[0]}
-        key = {"backbone": backbone.key, "clean": split, "fingerprint": self.data.fingerprint, **size}
-        wanted = WantedFeatures(backbone.model, data, np.arange(len(data)), augment, None, "fp32")
+        some = {} if rows is None else {"rows": subsets.sha256_of(rows)}
+        key = {"backbone": backbone.key, "clean": split, "fingerprint": self.data.fingerprint, **size, **some}
+        wanted = WantedFeatures(
+            backbone.model, data, np.arange(len(data)) if rows is None else rows, augment, None, "fp32"
+        )
         return self._features("features", key, wanted, f"features of the {split} images")
 
     def views(self, backbone: Backbone, stage: StageSpec, rows: Rows, seed: int) -> list[View]:

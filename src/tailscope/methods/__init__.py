@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from tailscope.methods.losses import ClassWeights, Loss
     from tailscope.methods.mixing import Mixing
     from tailscope.methods.sampling import Sampler
+    from tailscope.methods.systems import System
 
-__all__ = ["AUGMENTATIONS", "LOSSES", "MIXINGS", "PHOTO_AUGMENTATIONS", "SAMPLERS", "WEIGHTS", "for_photos"]
+__all__ = ["AUGMENTATIONS", "LOSSES", "MIXINGS", "PHOTO_AUGMENTATIONS", "SAMPLERS", "SYSTEMS", "WEIGHTS", "for_photos"]
 LOSSES: Registry["Loss"] = Registry(
     "loss", "tailscope.methods.losses:LOSSES", offers=("cosine", "features", "progress", "unmixed")
 )
@@ -25,6 +26,7 @@ PHOTO_AUGMENTATIONS: Registry["Photo"] = Registry(
     "photograph augmentation", "tailscope.methods.augmentations:PHOTO_AUGMENTATIONS"
 )
 MIXINGS: Registry["Mixing"] = Registry("mixing", "tailscope.methods.mixing:MIXINGS", offers=("counts", "hidden"))
+SYSTEMS: Registry["System"] = Registry("method", "tailscope.methods.systems:SYSTEMS")
 
 
 def for_photos(calls: Sequence[str]) -> bool:

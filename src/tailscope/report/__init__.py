@@ -14,7 +14,8 @@ __all__ = ["build", "load", "write_tables"]
 def build(out: Path | str, *, figures: bool = True) -> Path:
     """Write the report of what lies in `out`, its tables and, unless `figures` is False, its figures; return the page.
 
-    A diagnosis beside results of experiments gets a page of its own, diagnosis.html. Nothing is computed or trained.
+    A diagnosis or a comparison beside other results gets a page of its own, diagnosis.html or compare.html. Nothing is
+    computed or trained.
 
     Raises:
         UserError: there are no results, one cannot be read, or `out` cannot be written.

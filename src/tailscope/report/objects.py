@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import numpy as np
 
 from tailscope.errors import UserError, first_few, one_line, unknown
-from tailscope.report import diagnosis, rows, story
+from tailscope.report import comparison, diagnosis, rows, story
 from tailscope.report.diagnosis_schema import Diagnosis as StoredDiagnosis
 from tailscope.report.rows import Row
+from tailscope.report.schema import Comparison as StoredComparison
 from tailscope.report.schema import Results, Verb
 from tailscope.report.text import Table, to_csv, to_html
 from tailscope.results import write
@@ -170,6 +171,50 @@ class Result(dict[str, Any]):
         from tailscope.report import page
 
         return page.of_experiments(self._results())
+
+
+class Comparison(Result):
+    """The result of `compare`, as compare.json has it."""
+
+    @property
+    def headline(self) -> str:
+        """Which method does best, in one sentence."""
+        return comparison.headline(self._stored)
+
+    def summary(self) -> str:
+        """Return what was found, the main caveat and a line a method."""
+        heading, lines = comparison.summary_rows(self._stored)
+        found = [
+            *comparison.findings(self._stored),
+            *(f"Keep in mind: {one}" for one in comparison.caveats(self._stored)[:1]),
+        ]
+        widths = [max(map(len, column)) for column in zip(heading, *lines, strict=True)]
+        rows = (
+            "  ".join(f"{text:<{width}}" for text, width in zip(one, widths, strict=True)) for one in (heading, *lines)
+        )
+        return "\n".join([*map(one_line, found), *(row.rstrip() for row in rows)])
+
+    @property
+    def _stored(self) -> StoredComparison:
+        return cast(StoredComparison, self)
+
+    def _tables(self) -> dict[str, Table]:
+        return {table.name.removeprefix("compare-"): table for table in comparison.tables(self._stored)}
+
+    def _figures(self) -> "dict[str, Figure]":
+        from tailscope.report import comparison_charts
+
+        return {figure.name: figure for figure in comparison_charts.figures(self._stored)}
+
+    def _data(self) -> Mapping[str, Sequence[Row]]:
+        from tailscope.report import comparison_charts
+
+        return comparison_charts.data(self._stored)
+
+    def _page(self) -> "Page":
+        from tailscope.report import page
+
+        return page.of_comparison(self._stored)
 
 
 @dataclass(frozen=True)

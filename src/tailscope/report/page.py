@@ -1,7 +1,7 @@
 """The page: everything that stored results say, in one HTML file that loads nothing from anywhere."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.resources import files as package_files
@@ -16,11 +16,23 @@ from markupsafe import Markup
 import tailscope
 from tailscope.groups import GROUPS
 from tailscope.measures.fields import SHOWN
-from tailscope.report import charts, diagnosis, diagnosis_charts, drilldown, encoders, marks, reading, rows, story
+from tailscope.report import (
+    charts,
+    comparison,
+    comparison_charts,
+    diagnosis,
+    diagnosis_charts,
+    drilldown,
+    encoders,
+    marks,
+    reading,
+    rows,
+    story,
+)
 from tailscope.report.diagnosis_schema import Diagnosis
 from tailscope.report.marks import Figure
 from tailscope.report.rows import Row
-from tailscope.report.schema import TRAINED, VARIANTS, AnyResult, Results
+from tailscope.report.schema import TRAINED, VARIANTS, AnyResult, Comparison, Results
 from tailscope.report.text import DASH, Table, arrow, number, plural, significant, write_tables
 from tailscope.report.thumbnails import Thumbnails
 from tailscope.store.files import write
@@ -47,15 +59,21 @@ class Page:
 
 def build(out: Path, *, figures: bool = True) -> Path:
     """Do what `tailscope.report.build` says."""
-    path = out / "diagnosis.json"
+
+    def diagnosed(result: Any) -> Page:
+        return of_diagnosis(result, Thumbnails.load(out, result))
+
+    makers: dict[str, Callable[[Any], Page]] = {"diagnosis": diagnosed, "compare": of_comparison}
+    alone = [verb for verb in makers if (out / f"{verb}.json").exists()]
     trained = any((out / f"{verb}.json").exists() for verb in TRAINED)
-    if path.exists():
-        name = "diagnosis.html" if trained else "report.html"
-        result = reading.read(path, "diagnosis")
-        written = _write(out, name, of_diagnosis(result, Thumbnails.load(out, result)), figures=figures)
-        if not trained:
-            return written
-    return _write(out, "report.html", of_experiments(rows.load(out)), figures=figures)
+    written = None
+    for verb in alone:
+        name = "report.html" if alone == [verb] and not trained else f"{verb}.html"
+        result = reading.read(out / f"{verb}.json", verb)
+        written = _write(out, name, makers[verb](result), figures=figures)
+    if trained or written is None:
+        written = _write(out, "report.html", of_experiments(rows.load(out)), figures=figures)
+    return written
 
 
 def write_alone(path: Path, page: Page) -> Path:
@@ -171,6 +189,36 @@ def of_diagnosis(result: Diagnosis, thumbnails: Thumbnails | None = None) -> Pag
     }
     figures = diagnosis_charts.figures(result)
     return Page("diagnosis.html.j2", figures, diagnosis_charts.data(result), diagnosis.tables(result), content)
+
+
+def of_comparison(result: Comparison) -> Page:
+    """Return the page of a comparison of methods."""
+    figures = comparison_charts.figures(result)
+    gaps = [("gaps", "Gaps")] if figures[0].name == "plane" else []
+    content = {
+        "headline": comparison.headline(result),
+        "findings": comparison.findings(result),
+        "caveats": comparison.caveats(result),
+        "advice": [],
+        "warnings": result["warnings"],
+        "dataset": result["dataset"],
+        "recipe": result["recipe"],
+        "facts": comparison.facts(result),
+        "sections": [
+            ("verdict", "Verdict"),
+            ("methods-table", "Methods"),
+            *gaps,
+            ("classes-table", "Classes"),
+            *LAST_SECTIONS,
+        ],
+        "groups": [group for group in GROUPS if group in result["groups"]],
+        "baseline": result["baseline"],
+        "rule": result["rule"],
+        "calls": comparison.settings(result),
+        "run": _provenance("compare", result),
+        "sources": "compare.json",
+    }
+    return Page("comparison.html.j2", figures, comparison_charts.data(result), comparison.tables(result), content)
 
 
 def _columns(data: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, list[Any]]]:

@@ -10,9 +10,11 @@ from tailscope.report.diagnosis_schema import Diagnosis, check_diagnosis
 from tailscope.report.schema import (
     AGAIN,
     Claims,
+    Comparison,
     Geometry,
     Ladder,
     Swap,
+    check_comparison,
     check_geometry,
     check_ladder,
     check_swap,
@@ -26,6 +28,7 @@ KINDS: dict[str, TypeAdapter[Any]] = {
     "ladder": TypeAdapter(Annotated[Ladder, AfterValidator(check_ladder)]),
     "geometry": TypeAdapter(Annotated[Geometry, AfterValidator(check_geometry)]),
     "claims": TypeAdapter(Claims),
+    "compare": TypeAdapter(Annotated[Comparison, AfterValidator(check_comparison)]),
     "diagnosis": TypeAdapter(Annotated[Diagnosis, AfterValidator(check_diagnosis)]),
 }
 """The results that the report knows, by the verb that writes them."""

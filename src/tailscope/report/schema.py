@@ -6,7 +6,7 @@ lies between 0 and 1.
 """
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Any, Literal, NotRequired, cast
 
 from pydantic import AfterValidator, ConfigDict, Field, with_config
 from typing_extensions import TypedDict
@@ -255,6 +255,81 @@ class Claims(TypedDict):
     """claims.json."""
 
     claims: list[_Claim]
+
+
+# ---- comparison of methods
+
+
+class _Errors(TypedDict):
+    by_seed: list[Share]
+    mean: Share
+
+
+class _Seconds(TypedDict):
+    backbone: Number
+    classifier: Number
+
+
+class _Difference(Points):
+    ci95_seeds: Bounds | None
+    p: Share | None
+    p_holm: Share | None
+
+
+class _Gaps(TypedDict):
+    bound: Share
+    representation: Points | None
+    classifier: Points
+    change: dict[Literal["representation", "classifier"], Points] | None
+
+
+class ComparedMethod(Cell):
+    """A method of a comparison."""
+
+    name: str
+    calls: Annotated[list[str], Field(min_length=1)]
+    backbone: str
+    calibration_error: _Errors
+    seconds: _Seconds
+    difference: _Difference | None
+    gaps: _Gaps | None
+
+
+class Comparison(Trained):
+    """compare.json."""
+
+    baseline: str
+    tune: str
+    rule: str
+    methods: Annotated[list[ComparedMethod], Field(min_length=2)]
+    reference: Cell | None
+
+
+def check_comparison(comparison: Comparison) -> Comparison:
+    """Check what one field says of another."""
+    _of_all_classes(comparison)
+    named = {method["name"]: method for method in comparison["methods"]}
+    if len(named) < len(comparison["methods"]):
+        raise ValueError("field 'methods' has a name twice")
+    if comparison["baseline"] not in named:
+        raise ValueError("field 'baseline' names none of 'methods'")
+    reference = comparison["reference"]
+    cells = {**{name: cast(Cell, method) for name, method in named.items()}, **({"": reference} if reference else {})}
+    _check_cells(comparison, cells, "methods")
+    for name, method in named.items():
+        require_length(f"methods.{name}.calls", method["calls"], len(comparison["seeds"]))
+        if (method["difference"] is None) != (name == comparison["baseline"]):
+            raise ValueError(f"field 'methods.{name}.difference' must be there for all but the baseline")
+        gaps = method["gaps"]
+        if (gaps is None) != (named[comparison["baseline"]]["gaps"] is None):
+            raise ValueError("field 'methods.*.gaps' must be there for all methods or for none")
+        if gaps is not None:
+            if (gaps["representation"] is None) != (reference is None):
+                raise ValueError(f"field 'methods.{name}.gaps.representation' does not go with 'reference'")
+            if (gaps["change"] is None) != (name == comparison["baseline"]):
+                raise ValueError(f"field 'methods.{name}.gaps.change' must be there for all but the baseline")
+            require_fields(f"methods.{name}.gaps.change", gaps["change"] or PARTS, PARTS)
+    return comparison
 
 
 class Results(TypedDict, total=False):

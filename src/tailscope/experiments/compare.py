@@ -1,0 +1,436 @@
+"""Methods compared on one data set: equally long training, the same subsets, the same rule for hyper-parameters.
+
+Every method trains its backbone with the recipe's optimiser, steps and batches, on the long-tailed subset of each seed.
+Methods that leave stage 1 alone share one backbone. The test images are read once a method and seed, after everything
+about it is decided.
+
+What a method does to the two gaps: with D* at hand, its backbone gets a classifier trained on D*. The accuracy of
+true -> true less that is what its representation still lacks; that less its own accuracy is what its classifier
+lacks. The two add up to the distance from true -> true.
+"""
+
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal, NamedTuple, Self, cast, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
+from torch import Tensor
+
+from tailscope.classifiers import CLASSIFIERS
+from tailscope.classifiers.base import Diverged
+from tailscope.diagnosis.outcomes import fixed
+from tailscope.diagnosis.remedies import Scored
+from tailscope.errors import UserError, unknown
+from tailscope.experiments import plans
+from tailscope.experiments.options import Comparison, Request
+from tailscope.experiments.runs import Experiment, Run, Settings, evaluate, store_root, training_sets
+from tailscope.experiments.stages import Backbone, Stages, TrainingSet
+from tailscope.intervals import holm, p_of_zero, paired, summarize
+from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, SAMPLERS
+from tailscope.methods.systems import Method, System, parse
+from tailscope.registry import Registry
+from tailscope.report import build
+from tailscope.report.objects import Comparison as Compared
+from tailscope.seeds import numpy_stream
+from tailscope.spec import RunSpec, StageSpec
+from tailscope.training.recipes import Recipe
+
+Tune = Literal["none", "cut"]
+Gaps = Literal["all", "bounds", "none"]
+IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
+Floats = NDArray[np.floating[Any]]
+Logits = Callable[[Tensor], Floats]
+"""Features [n, d] -> logits [n, C]."""
+
+CUT = 0.1
+"""Share of each class's training images that hyper-parameters are chosen on."""
+
+CALLS: dict[str, Registry[Any]] = {"loss": LOSSES, "sampler": SAMPLERS, "mix": MIXINGS}
+"""Fields of a stage that are call-strings; in keys of the store they are written in full."""
+
+RULES: dict[Tune, str] = {
+    "none": "hyper-parameters are those written in the method's name, else the published ones",
+    "cut": "hyper-parameters that are not written out: the value with the best mean recall on a tenth of each class's"
+    " training images (at least one, none of a class with one image), of a network trained without them, for each seed;"
+    " ties go to the published value, then to the first. With it, the method is trained on all training images",
+}
+
+
+class CompareSettings(Settings):
+    """What decides the result of a comparison; `options` says what each field means."""
+
+    methods: str
+    tune: Tune = "none"
+    gaps: Gaps = "all"
+
+    @classmethod
+    def of(cls, request: Request) -> Self:
+        """Return the part of a request that decides results; raise `UserError` where an option is wrong."""
+        assert isinstance(request, Comparison)
+        for name, known in (("tune", Tune), ("gaps", Gaps)):
+            if (given := getattr(request, name)) not in get_args(known):
+                raise unknown(f"--{name}", given, get_args(known))
+        parse(request.methods, CLASSIFIERS)
+        own: dict[str, Any] = {"methods": request.methods, "tune": request.tune, "gaps": request.gaps}
+        return cls.model_validate({**dict(Settings.of(request)), **own})
+
+    def parsed(self) -> list[Method]:
+        """Return the methods, the baseline first."""
+        return parse(self.methods, CLASSIFIERS)
+
+    def spec(self, data: Any) -> dict[str, Any]:
+        """Return what the result depends on, with every method written in full."""
+        whole = super().spec(data)
+        kept = {name: value for name, value in whole.items() if name not in ("matched", "permutations", "backbones")}
+        return kept | {"methods": [method.call for method in self.parsed()]}
+
+
+def run(request: Comparison) -> Compared:
+    """Carry out what a request asks for, the comparison and its report, or only return the plan.
+
+    Raises:
+        UserError: an option, the data or OUT is not usable.
+    """
+    settings = CompareSettings.of(request)
+    if request.plan:
+        store = store_root(request.out, request.store)
+        unwritten = replace(request, out=None, store=store)
+        return Compared(plans.run(unwritten, ["compare"], settings, {"compare": plan})["compare"])
+    result = Compared(plans.run(request, ["compare"], settings, {"compare": compare})["compare"])
+    if request.out is not None:
+        build(request.out)
+    return result
+
+
+def compare(stages: Stages, settings: CompareSettings) -> dict[str, Any]:
+    """Train and score every method for every seed; return what `compare.json` holds."""
+    experiment, found = Experiment(stages, settings), _Outcomes()
+    for run, backbone in experiment.backbones(partial(_chosen_runs, stages, found)):
+        assert isinstance(run, _Run)
+        label = f"seed {run.seed}: {run.row}"
+        if run.method is None:
+            right = evaluate(stages, run, backbone, label)
+            found.bounds[run.seed, run.backbone_key if run.encoder != "true" else "true"] = right
+        else:
+            found.add(run, backbone, _scored(stages, run, backbone, label, found.notes))
+    result = experiment.header("compare")
+    labels, methods = stages.data.test.labels.numpy(), settings.parsed()
+    result["warnings"] += [*found.notes, *_same_predictions(found, methods)]
+    entries = [_entry(found, method, methods[0], settings, labels, result["groups"]) for method in methods]
+    adjusted = holm([entry["difference"] and entry["difference"]["p"] for entry in entries])
+    for entry, p in zip(entries, adjusted, strict=True):
+        if entry["difference"]:
+            entry["difference"]["p_holm"] = p
+    reference = found.reference(settings)
+    return {
+        **result,
+        "baseline": methods[0].name,
+        "tune": settings.tune,
+        "rule": RULES[settings.tune],
+        "methods": entries,
+        "reference": None if reference is None else summarize(reference, labels, result["groups"]),
+    }
+
+
+# -- what is trained ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Run(Run):
+    """A method at work, with its hyper-parameters chosen; or, without one, a classifier trained on D*."""
+
+    method: Method | None = None
+    system: System = field(default_factory=System)
+
+
+def _runs(
+    methods: Sequence[Method], settings: CompareSettings, sets: Mapping[str, TrainingSet], seed: int
+) -> Iterator[_Run]:
+    """Yield a seed's runs, backbone by backbone: the methods on it, then the classifier trained on D*."""
+    recipe, by_backbone = settings.recipe, defaultdict[str, list[_Run]](list)
+    for method in methods:
+        run = _run_of(method, recipe, sets["lt"], seed)
+        by_backbone[run.backbone_key].append(run)
+    for runs in by_backbone.values():
+        yield from runs
+        if settings.gaps != "none":
+            first, bound = runs[0], recipe.classifier(sets["true"].spec)
+            row = f"{first.encoder}->true"
+            yield _Run(row, seed, first.encoder, first.stage1, sets["lt"], bound, sets["true"])
+    if settings.gaps == "all":
+        true = sets["true"]
+        yield _Run("true->true", seed, "true", recipe.backbone(true.spec), true, recipe.classifier(true.spec), true)
+
+
+def _run_of(method: Method, recipe: Recipe, data: TrainingSet, seed: int) -> _Run:
+    """Return the run of a method on a training set."""
+    system = method.system()
+    stage1 = _changed(recipe, recipe.backbone, data, system.stage1)
+    stage2 = None if system.stage2 is None else _changed(recipe, recipe.classifier, data, system.stage2)
+    changes = ", ".join(
+        name if value is True else f"{name} {_said(value)}" for name, value in sorted(spelled(system.stage1).items())
+    )
+    plain = stage1 == recipe.backbone(data.spec)
+    encoder = data.name if plain else f"{data.name}, {changes}"
+    retrained = None if stage2 is None else data
+    return _Run(method.name, seed, encoder, stage1, data, stage2, retrained, method, system)
+
+
+def spelled(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return changes of a stage with every call-string in full; `UserError` for an unknown name.
+
+    >>> spelled({"loss": "focal", "bn_mode": "shifted"})
+    {'loss': 'focal(gamma=2.0)', 'bn_mode': 'shifted'}
+    """
+    return {name: CALLS[name].canonical(v) if name in CALLS and v else v for name, v in changes.items()}
+
+
+def _said(value: Any) -> str:
+    return " + ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _changed(
+    recipe: Recipe, make: Callable[..., StageSpec], data: TrainingSet, changes: Mapping[str, Any]
+) -> StageSpec:
+    """Return a stage of the recipe with the changes of a method."""
+    changes = spelled(changes)
+    stage = make(data.spec, autoaugment=changes.pop("autoaugment", False))
+    added = tuple(AUGMENTATIONS.canonical(call) for call in changes.pop("augment", ()))
+    values = {**dict(stage), **changes, "augment": (*stage.augment, *added)}
+    return StageSpec.model_validate(values)
+
+
+def _chosen_runs(
+    stages: Stages, found: "_Outcomes", settings: CompareSettings, sets: Mapping[str, TrainingSet], seed: int
+) -> Iterator[_Run]:
+    """Yield a seed's runs, each method with its hyper-parameters chosen."""
+    methods = settings.parsed()
+    if settings.tune == "cut":
+        methods = _choose(stages, settings.recipe, methods, sets["lt"], seed, found.notes)
+    yield from _runs(methods, settings, sets, seed)
+
+
+def plan(stages: Stages, settings: CompareSettings) -> dict[str, Any]:
+    """Return what a comparison would train, and what of it is stored, without training anything."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for seed in settings.seeds:
+        sets = training_sets(stages, settings, seed)
+        runs = list(_runs(settings.parsed(), settings, sets, seed))
+        if settings.tune == "cut":
+            rest = stages.without(sets["lt"], _cut(stages, sets["lt"], seed))
+            open_ = [one for method in settings.parsed() if len(one := method.choices()) > 1]
+            runs += [_run_of(one, settings.recipe, rest, seed) for choices in open_ for one in choices]
+        for run in runs:
+            row = {"seed": seed, "what": "backbone", "name": run.encoder}
+            rows.setdefault(("stage1", run.backbone_key), row)
+            if (spec := run.spec()) is not None:
+                rows.setdefault(("stage2", spec.key()), row | {"what": "classifier", "name": run.row})
+    stages_ = [row | {"stored": stages.store.has(*place)} for place, row in rows.items()]
+    missing = {
+        what: sum(row["what"] == what and not row["stored"] for row in stages_) for what in ("backbone", "classifier")
+    }
+    return {"plan": stages_, "to_train": missing, "steps": settings.recipe.stage1.model_dump(mode="json")}
+
+
+# -- hyper-parameters ------------------------------------------------------------------------------------------------
+
+
+def _cut(stages: Stages, data: TrainingSet, seed: int) -> BoolArray:
+    """Return which rows of a training set are held out: a tenth of each class, drawn by the seed."""
+    labels = stages.data.train.labels.numpy()[data.rows]
+    stream, held_out = numpy_stream(seed, "compare", "cut"), np.zeros(len(labels), dtype=bool)
+    for k in range(stages.data.train.num_classes):
+        members = stream.permutation(np.flatnonzero(labels == k))
+        held_out[members[: held(len(members))]] = True
+    return held_out
+
+
+def held(images: int) -> int:
+    """Return how many of a class's images the cut takes: a tenth, at least one, but never a class's only one.
+
+    >>> [held(n) for n in (1, 2, 5, 15, 16, 500)]
+    [0, 1, 1, 2, 2, 50]
+    """
+    return max(1, round(CUT * images)) if images > 1 else 0
+
+
+def _choose(
+    stages: Stages, recipe: Recipe, methods: Sequence[Method], data: TrainingSet, seed: int, notes: list[str]
+) -> list[Method]:
+    """Return the methods with the hyper-parameters that do best on the validation cut."""
+    held_out = _cut(stages, data, seed)
+    rest, rows = stages.without(data, held_out), data.rows[held_out]
+    labels = stages.data.train.labels.numpy()[rows]
+    open_ = {method.name: choices for method in methods if len(choices := method.choices()) > 1}
+    runs = [_run_of(one, recipe, rest, seed) for choices in open_.values() for one in choices]
+    scores: dict[str, float] = {}
+    for run in sorted(runs, key=lambda run: run.backbone_key):  # one backbone is in memory at a time
+        assert run.method is not None
+        backbone = stages.backbone(run.stage1, rest.rows, seed, f"seed {seed}: backbone on {run.encoder}")
+        label = f"seed {seed}: {run.method.call} on the cut"
+        encoder, logits, _ = _classifier(stages, run, backbone, label, notes)
+        predicted = logits(stages.clean_features(encoder, "train", rows)).argmax(1)
+        recalls = [(predicted[labels == k] == k).mean() for k in np.unique(labels)]
+        scores[f"{run.row}: {run.method.call}"] = round(float(np.mean(recalls)), 12)
+    return [
+        max(open_.get(method.name, [method]), key=lambda one: scores.get(f"{one.name}: {one.call}", 0.0))
+        for method in methods
+    ]
+
+
+# -- scores -----------------------------------------------------------------------------------------------------------
+
+
+class _Scored(NamedTuple):
+    """What a method says of the test images, [M], how that scores, and the seconds that its classifier took."""
+
+    predicted: IntArray
+    scored: Scored
+    seconds: float
+
+
+@dataclass
+class _Outcomes:
+    """What was found so far, by method's name and in the order of seeds."""
+
+    scored: dict[str, list[_Scored]] = field(default_factory=lambda: defaultdict(list))
+    runs: dict[str, list[_Run]] = field(default_factory=lambda: defaultdict(list))
+    seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    """Of training the backbone."""
+    bounds: dict[tuple[int, str], BoolArray] = field(default_factory=dict)
+    """By seed and backbone's key, or "true": which test images the classifier trained on D* gets right."""
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, run: _Run, backbone: Backbone, scored: _Scored) -> None:
+        """Take in a method's outcome of one seed."""
+        self.scored[run.row].append(scored)
+        self.runs[run.row].append(run)
+        self.seconds[run.row].append(float(backbone.meta["seconds"]))
+
+    def predicted(self, method: Method) -> IntArray:
+        """Return a method's predictions [S, M]."""
+        return np.stack([one.predicted for one in self.scored[method.name]])
+
+    def bound(self, method: Method) -> BoolArray:
+        """Return which images a classifier trained on D* gets right on the method's backbone, [S, M]."""
+        return np.stack([self.bounds[run.seed, run.backbone_key] for run in self.runs[method.name]])
+
+    def reference(self, settings: CompareSettings) -> BoolArray | None:
+        """Return which images true -> true gets right, [S, M]; None where that was left out."""
+        return np.stack([self.bounds[seed, "true"] for seed in settings.seeds]) if settings.gaps == "all" else None
+
+
+def _scored(stages: Stages, run: _Run, backbone: Backbone, label: str, notes: list[str]) -> _Scored:
+    encoder, logits, seconds = _classifier(stages, run, backbone, label, notes)
+    found, labels = logits(stages.clean_features(encoder, "test")), stages.data.test.labels.numpy()
+    try:
+        scored = Scored.of(lambda block: found[block], labels, found.shape[1])
+    except Diverged:
+        raise UserError(f"{label}: the classifier's logits are not finite; take other hyper-parameters") from None
+    return _Scored(found.argmax(1), scored, seconds)
+
+
+def _classifier(
+    stages: Stages, run: _Run, backbone: Backbone, label: str, notes: list[str]
+) -> tuple[Backbone, Logits, float]:
+    """Return the backbone as a method's classifier sees it, that classifier, and the seconds that fitting it took."""
+    weight, bias, seconds, rows = backbone.weight, backbone.bias, 0.0, run.trained_on.rows
+    if run.stage2 is not None:
+        spec = cast(RunSpec, run.spec())
+        backbone = stages.for_stage2(backbone, run.stage2, rows, run.seed)
+        artifact = stages.classifier(spec, backbone, rows, label)
+        weight, bias, seconds = artifact.tensors["weight"], artifact.tensors["bias"], float(artifact.meta["seconds"])
+    if run.system.classifier is None:
+        return backbone, lambda features: (features @ weight.T + bias).numpy(), seconds
+    features, labels = stages.clean_features(backbone, "train", rows), stages.data.train.labels[rows]
+    model = CLASSIFIERS.make(run.system.classifier)
+    if getattr(model, "base", None) == "softmax":  # unless another was asked for, it re-balances the network's own
+        model.set_params(base=fixed(weight.numpy(), bias.numpy()))
+    started = time.monotonic()
+    with stages.runtime.progress.task(label, 1) as advance, warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", ConvergenceWarning)
+        try:
+            model.fit(features.numpy(), labels.numpy())
+        except ValueError as error:
+            raise UserError(f"{label}: the classifier {run.system.classifier} cannot be fitted: {error}") from None
+        advance(1)
+    notes += [f"{label}: {one.message}" for one in told if issubclass(one.category, ConvergenceWarning)]
+    return backbone, lambda features: model.logits(features.numpy()), seconds + time.monotonic() - started
+
+
+# -- what the result says ---------------------------------------------------------------------------------------------
+
+
+def _entry(
+    found: _Outcomes,
+    method: Method,
+    baseline: Method,
+    settings: CompareSettings,
+    labels: IntArray,
+    groups: Sequence[str | None],
+) -> dict[str, Any]:
+    """Return what the result file says of a method."""
+    right, base = (found.predicted(one) == labels for one in (method, baseline))
+    system, runs, scored = method.system(), found.runs[method.name], found.scored[method.name]
+    errors = [one.scored.calibration_error().estimate for one in scored]
+    difference = right.astype(float) - base
+    is_baseline = method.name == baseline.name
+    return {
+        "name": method.name,
+        "stage1": spelled(system.stage1),
+        "stage2": None if system.stage2 is None else spelled(system.stage2),
+        "classifier": system.classifier,
+        "backbone": runs[0].encoder,
+        "calls": [cast(Method, run.method).call for run in runs],
+        **summarize(right, labels, groups),
+        "calibration_error": {"by_seed": errors, "mean": float(np.mean(errors))},
+        "seconds": {
+            "backbone": float(np.mean(found.seconds[method.name])),
+            "classifier": float(np.mean([one.seconds for one in scored])),
+        },
+        "difference": None if is_baseline else {**paired(difference).to_json(), "p": p_of_zero(difference)},
+        "gaps": _gaps(found, method, None if is_baseline else baseline, settings, labels),
+    }
+
+
+def _gaps(
+    found: _Outcomes, method: Method, baseline: Method | None, settings: CompareSettings, labels: IntArray
+) -> dict[str, Any] | None:
+    """Return a method's two gaps, and by how much they differ from the baseline's; None where that was left out."""
+    if settings.gaps == "none":
+        return None
+    reference = found.reference(settings)
+
+    def parts(one: Method) -> dict[str, Floats]:
+        """Return the gaps of every image, that of the representation less what true -> true gets right."""
+        bound = found.bound(one).astype(float)
+        return {"representation": -bound, "classifier": bound - (found.predicted(one) == labels)}
+
+    own, others = parts(method), None if baseline is None else parts(baseline)
+    return {
+        "bound": float(found.bound(method).mean()),
+        "representation": None if reference is None else paired(reference + own["representation"]).gap(),
+        "classifier": paired(own["classifier"]).gap(),
+        "change": others and {part: paired(values - others[part]).gap() for part, values in own.items()},
+    }
+
+
+def _same_predictions(found: _Outcomes, methods: Sequence[Method]) -> list[str]:
+    """Return a warning for each method that says of every test image what one before it says."""
+    warned = []
+    for place, method in enumerate(methods):
+        for other in methods[:place]:
+            if np.array_equal(found.predicted(method), found.predicted(other)):
+                warned.append(
+                    f"{method.name} predicts the same as {other.name} for every test image and seed: on these data"
+                    " the two are one method"
+                )
+                break
+    return warned
