@@ -12,6 +12,7 @@ from tailscope.data.sources import ImageData
 from tailscope.experiments.traps import of_data, of_profile, of_rate, of_stage, shared_images, traps
 from tailscope.spec import DataSpec
 from tailscope.training.recipes import RECIPES, recipe_by_name
+from tailscope.verbs import check
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +110,8 @@ def test_statistics_that_move_are_told():
 def test_constant_images_of_a_test_set_are_one_image_each(digits):
     blank = dataclasses.replace(digits.train, images=torch.zeros_like(digits.train.images))
     assert shared_images(blank, digits.test) == 0
+
+
+def test_the_verb_says_what_it_found_and_that_it_found_nothing():
+    assert check("digits", recipe="demo")["traps"][0].startswith("profile exp:100: the counts run from 124 to 1")
+    assert check("digits", recipe="paper", profile="exp:124") == {"traps": []}

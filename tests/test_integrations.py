@@ -36,7 +36,7 @@ def rows(path: Path) -> list[dict[str, float]]:
 
 def test_csv_files_hold_every_epoch_and_every_cell(tmp_path, monkeypatch):
     pytest.importorskip("lightning")
-    monkeypatch.setattr("tailscope.verbs.report", lambda out: None)
+    monkeypatch.setattr("tailscope.report.build", lambda out: None)
     result = swap(tmp_path, monkeypatch, seeds=2, logger="csv")
     logs = tmp_path / "logs"
     trained = {path.parent.parent.name: rows(path) for path in logs.glob("*/version_0/metrics.csv")}
@@ -68,7 +68,7 @@ def test_csv_files_hold_every_epoch_and_every_cell(tmp_path, monkeypatch):
 
 def test_what_the_store_has_is_not_logged_again(tmp_path, monkeypatch):
     pytest.importorskip("lightning")
-    monkeypatch.setattr("tailscope.verbs.report", lambda out: None)
+    monkeypatch.setattr("tailscope.report.build", lambda out: None)
     swap(tmp_path, monkeypatch, seeds=1)
     swap(tmp_path, monkeypatch, seeds=1, logger="csv")
     assert [path.name for path in (tmp_path / "logs").iterdir()] == ["digits-swap"]

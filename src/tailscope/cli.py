@@ -361,6 +361,12 @@ def _show_plan(result: dict[str, Any]) -> Iterator[RenderableType]:
     yield f"to train: {missing['backbone']} backbones and {missing['classifier']} classifiers; the rest is stored"
 
 
+def _show_traps(found: dict[str, Any], _: Options) -> Iterator[RenderableType]:
+    yield from (f"- {one_line(trap)}" for trap in found["traps"])
+    if not found["traps"]:
+        yield "no trap found"
+
+
 def _show_subset(result: dict[str, Any], options: Options) -> Iterator[RenderableType]:
     counts = result["counts"]
     yield from (f"warning: {one_line(warning)}" for warning in result["warnings"])
@@ -460,6 +466,7 @@ _add_command(verbs.demo, _show_story, out=Path("demo"))
 for _experiment in (verbs.swap, verbs.ladder, verbs.geometry):
     _add_command(_experiment, _show_story, with_imports=True, out=Path("out"))
 _add_command(verbs.compare, _show_comparison, with_imports=True, out=Path("out"))
+_add_command(verbs.check, _show_traps, with_imports=True)
 _add_command(verbs.subset, _show_subset)
 _add_command(verbs.report, lambda path, _: iter([str(path)]), with_json=False)
 _add_command(verbs.methods, _show_methods, end=_end_methods, with_imports=True)

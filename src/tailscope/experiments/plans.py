@@ -23,8 +23,9 @@ from tailscope.data.sources import ImageData, load
 from tailscope.device import Runtime, Solo, Team, form
 from tailscope.errors import UserError, one_line
 from tailscope.experiments.options import FileOptions, Request
-from tailscope.experiments.runs import Experiment, Run, Settings, evaluate, store_root
+from tailscope.experiments.runs import Experiment, Run, Settings, evaluate, store_root, training_sets
 from tailscope.experiments.stages import Backbone, Stages, TrainingSet, follow, require_trainable
+from tailscope.experiments.traps import traps
 from tailscope.groups import assign_groups
 from tailscope.intervals import CELLS, attribute, summarize
 from tailscope.measures import describe
@@ -382,6 +383,20 @@ def _check_free(data: ImageData, settings: Settings, request: Request, verbs: Se
             spec = drawn["spec"] if verb == "subset" else settings.spec(data)
             check_free(request.out, verb, spec, overwrite=request.overwrite)
     return drawn
+
+
+def find_traps(request: Request) -> list[str]:
+    """Return what `traps` finds in the trainings of `swap`, `ladder` and `geometry`, with the first seed.
+
+    Raises:
+        UserError: an option or the data is not usable.
+    """
+    settings, data = Settings.of(request), load(request.data, data_root=request.data_root)
+    stages = Stages(data, Store(store_root(request.out, request.store)), Runtime.choose("cpu"))
+    sets = training_sets(stages, settings, settings.seeds[0])
+    runs = [run for runs_of in (swap_runs, ladder_runs, geometry_runs) for run in runs_of(settings, sets, 0)]
+    specs = [stage for run in runs for stage in (run.stage1, run.stage2) if stage is not None]
+    return traps(data, settings.profile, list(sets["lt"].spec.counts), settings.recipe, specs)
 
 
 def describe_subset(data: ImageData, profile: str, protocol: str, seed: int) -> dict[str, Any]:

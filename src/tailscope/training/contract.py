@@ -114,7 +114,7 @@ def run(one: Check, call: str) -> None:
 
 
 def _default_generators() -> dict[str, Any]:
-    return {"PyTorch": torch.get_rng_state().numpy(), "NumPy": np.random.get_state()[1]}
+    return {"PyTorch": torch.get_rng_state().numpy(), "NumPy": np.random.get_state(legacy=False)["state"]["key"]}
 
 
 def _promise(promise: str, *registries: Registry[Any]) -> Callable[[Callable[[str], None]], Callable[[str], None]]:
@@ -206,7 +206,7 @@ def _loss_of_stage_2(call: str) -> None:
     fit_classifier(stage, [(features, labels)], COUNTS, 0)
 
 
-def _last_layer_for(call: str) -> dict[str, str]:
+def _last_layer_for(call: str) -> dict[str, Any]:
     """Return the field of a stage that a loss which needs cosines needs."""
     return {"last_layer": LAST_LAYERS.canonical("cosine")} if "cosine" in LOSSES.needs(call) else {}
 
@@ -268,7 +268,8 @@ def _draws_of_a_mixing(call: str) -> None:
         top = 31 if part == "partner" else 1
         _require(bool(((tensor >= 0) & (tensor <= top)).all()), f"{part} do not lie in 0 ... {top}")
     again = mixing.draw(labels, (6, 8), _generator())
-    same = all(a is b is None or torch.equal(a, b) for a, b in zip(mix, again, strict=True))
+    drawn = [[t for t in one if t is not None] for one in (mix, again)]
+    same = all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
     _require(same, "the same generator gives other draws")
 
 
@@ -400,7 +401,7 @@ def _images() -> ImageSet:
 
 
 def _data_spec() -> DataSpec:
-    content = {"fingerprint": "", "indices_sha256": "", "counts": COUNTS}
+    content: dict[str, Any] = {"fingerprint": "", "indices_sha256": "", "counts": COUNTS}
     return DataSpec(name="contract", profile="full", protocol="nested", subset_seed=0, **content)
 
 

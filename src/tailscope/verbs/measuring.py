@@ -1,12 +1,7 @@
-"""The verbs in Python: what `tailscope VERB` does is the function of that name, and its parameters are the options.
-
-Each returns what the command line prints with `--json`. Results are written where `out` names a folder. `console` shows
-progress and notes; without one a verb is silent. PyTorch takes seconds to import, so it waits until a verb is called.
-"""
+"""The verbs that measure features which a user has, or a network that makes them, and show results."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,9 +13,6 @@ from tailscope.experiments.options import (
     IMAGES,
     MODEL,
     NEGATED,
-    Comparison,
-    Data,
-    DataRoot,
     DecodingOptions,
     Device,
     EncoderOptions,
@@ -28,165 +20,22 @@ from tailscope.experiments.options import (
     Out,
     Overwrite,
     Permutations,
-    Profile,
-    Protocol,
-    Request,
     taking,
     verb,
 )
-from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, PHOTO_AUGMENTATIONS, SAMPLERS, SYSTEMS, WEIGHTS
-from tailscope.networks import LAST_LAYERS, MODELS
 from tailscope.progress import Progress, logging_to, shown_on
-from tailscope.registry import Registry
-from tailscope.training import SCHEDULES
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.utils.data import DataLoader
 
-    from tailscope.data.sources import ImageData
     from tailscope.diagnosis.diagnose import DiagnosisSettings
     from tailscope.encoders import FeaturesResult
-    from tailscope.report.objects import Comparison as Compared
-    from tailscope.report.objects import Diagnosis, Result
+    from tailscope.report.objects import Diagnosis
     from tailscope.tables.table import LinearLayer, Source
 
-__all__ = [
-    "compare",
-    "demo",
-    "diagnose",
-    "features",
-    "geometry",
-    "ladder",
-    "load",
-    "methods",
-    "rebalance",
-    "report",
-    "subset",
-    "swap",
-]
-REGISTRIES: dict[str, Registry[Any]] = {
-    "methods to compare": SYSTEMS,
-    "models": MODELS,
-    "last layers": LAST_LAYERS,
-    "losses": LOSSES,
-    "class weights": WEIGHTS,
-    "samplers": SAMPLERS,
-    "augmentations": AUGMENTATIONS,
-    "augmentations of photographs in files": PHOTO_AUGMENTATIONS,
-    "mixings": MIXINGS,
-    "schedules": SCHEDULES,
-}
 REBALANCED = "rebalanced.npz"
 """The file of a diagnosis that holds the classifier that it recommends."""
-
-
-def load(source: str, *, data_root: Path | None = None) -> "ImageData":
-    """Load a data set that an experiment can train on: what `--data` takes; `UserError` where it is not usable."""
-    from tailscope.data import sources
-
-    return sources.load(source, data_root=data_root)
-
-
-# -- experiments ----------------------------------------------------------------------------------------------------
-
-
-@taking(Request, leave_out={"permutations"})
-def swap(request: Request) -> "Result":
-    """Swap the data set between the two stages and divide the gap (Table 1, Figure 2).
-
-    Trains a backbone on the long-tailed (lt) and one on the full (true) training set, and two classifiers on each.
-
-    Examples: `tailscope swap --data digits --recipe demo --out out`;
-    `tailscope swap --data cifar10 --data-root DIR --profile exp:100 --protocol ldam --recipe paper`;
-    `tailscope swap --data list:TRAIN.txt,TEST.txt --data-root DIR --profile FILE.json --recipe imagenet --devices 4`
-    """
-    return _experiments(request, "swap")["swap"]
-
-
-@taking(Request, leave_out={"matched", "backbones", "permutations", "mix", "stage2_sampler"})
-def ladder(request: Request) -> "Result":
-    """See how far augmentation and class-balanced retraining close the gap (Figure 3).
-
-    Example: `tailscope ladder --data digits --recipe demo --out out` (re-uses what `swap` trained there).
-    """
-    return _experiments(request, "ladder")["ladder"]
-
-
-@taking(Request, leave_out={"matched", "backbones", "bn_mode", "mix", "stage2_loss", "stage2_sampler"})
-def geometry(request: Request) -> "Result":
-    """Measure what long-tailed training does to each class in feature space (Figures 4 to 8).
-
-    Example: `tailscope geometry --data digits --recipe demo --out out` (re-uses what `swap` trained there).
-    """
-    return _experiments(request, "geometry")["geometry"]
-
-
-@taking(Comparison, leave_out={"loss", "matched", "backbones", "bn_mode", "permutations"})
-def compare(request: Comparison) -> "Compared":
-    """Compare methods for long-tailed data: what each gains, and which of the two gaps it closes.
-
-    All train equally long, on the same subsets, and the first is the baseline; `a + b` does what both do. Methods that
-    leave stage 1 alone share a backbone. Interrupted, the same command continues.
-
-    Examples: `tailscope compare --data digits --recipe demo --methods "ce; la; crt; mixup + crt" --out out`;
-    `tailscope compare --data cifar10 --data-root DIR --protocol ldam --methods "ce; tau; lws" --tune cut`;
-    `tailscope compare --data cifar10 --data-root DIR --methods "ce; balanced_softmax; loss:focal(gamma=1)" --plan`
-    """
-    from tailscope.experiments.compare import run
-
-    return run(request)
-
-
-_DEMO = {"out", "seeds", "store", "device", "engine", "overwrite", "console"}
-
-
-@taking(partial(Request, "digits", recipe="demo"), leave_out={option.name for option in fields(Request)} - _DEMO)
-def demo(request: Request) -> "dict[str, Result]":
-    """Tell the whole story on scikit-learn's digits in about two minutes.
-
-    Subset, swap, ladder, geometry and report at imbalance factor 100, with the recipe `demo`.
-
-    Example: `tailscope demo --out demo`, then open `demo/report.html`.
-    """
-    return _experiments(request, "subset", "swap", "ladder", "geometry")
-
-
-def _experiments(request: Request, *verbs: str) -> "dict[str, Result]":
-    """Run experiments, and build their report where they are written."""
-    from tailscope.experiments.plans import run
-    from tailscope.report.objects import Result
-
-    results = run(request, verbs)
-    if request.out is not None:
-        report(request.out)
-    return {verb: Result(result) for verb, result in results.items()}
-
-
-@verb
-def subset(
-    data: Data,
-    profile: Profile = "exp:100",
-    protocol: Protocol = "nested",
-    seed: Annotated[int, Option(help="Seed of the draw.")] = 0,
-    out: Annotated[Path | None, Option(help="Folder for subset.json; without it the subset is only shown.")] = None,
-    data_root: DataRoot = None,
-    overwrite: Overwrite = False,
-) -> dict[str, Any]:
-    """Build and show a long-tailed subset; write its indices to OUT/subset.json.
-
-    Example: `tailscope subset --data cifar10 --data-root DIR --profile exp:100 --protocol ldam --seed 0 --out out`
-    """
-    from tailscope.data.sources import load
-    from tailscope.experiments.plans import describe_subset
-    from tailscope.results import check_free, write
-    from tailscope.store import make_folder
-
-    result = describe_subset(load(data, data_root=data_root), profile, protocol, seed)
-    if out is not None:
-        check_free(make_folder(out, "--out"), "subset", result["spec"], overwrite=overwrite)
-        write(out, "subset", result)
-    return result
 
 
 # -- features that the user brings ----------------------------------------------------------------------------------
@@ -473,9 +322,6 @@ def rebalance(
     return written
 
 
-# -- the rest -------------------------------------------------------------------------------------------------------
-
-
 @verb
 def report(
     out: Annotated[Path, Argument(metavar="DIR", help="Folder with result files.")],
@@ -488,32 +334,3 @@ def report(
     from tailscope.report import build
 
     return build(out, figures=figures)
-
-
-@verb
-def methods(
-    check: Annotated[
-        str | None,
-        Option(metavar="NAME", help="Check all that has this name, a call-string, against what methods promise."),
-    ] = None,
-) -> dict[str, Any]:
-    """List every loss, sampler, augmentation, mixing, model, last layer, classifier, schedule, profile and recipe.
-
-    With `--check` it says of each promise whether the method keeps it, and why not; the exit code is 1 if not all are.
-
-    Examples: `tailscope methods --json`; `tailscope methods --import my_methods --check mine`
-    """
-    if check is not None:
-        from tailscope.training import contract
-
-        return {"checks": [asdict(outcome) for outcome in contract.check(check)]}
-    from tailscope.data import PROFILES
-    from tailscope.training.recipes import recipes
-
-    listed: dict[str, Any] = {
-        kind: [{"name": e.name, "defaults": e.defaults, "summary": e.summary, "needs": list(e.needs)} for e in registry]
-        for kind, registry in REGISTRIES.items()
-    }
-    listed["recipes"] = [recipe.model_dump(mode="json") for recipe in recipes()]
-    listed["profiles"] = PROFILES.split(", ")
-    return listed
