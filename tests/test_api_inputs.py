@@ -220,5 +220,6 @@ def test_a_diagnosis_says_which_classes_its_gains_leave_out():
     first = found["verdict"]["caveats"][0]
     assert first.startswith("'0' has too few unseen samples: accuracies and gains leave it out")
     assert first in found.summary().splitlines()[1]
+    assert "unseen" not in found["accuracy"]["rebalanced"]["classifier"]  # such a one would not know the class
     whole = tailscope.diagnose(train, blobs([30] * 4, seed=1), test=test, permutations=0)
     assert not any("too few unseen" in text for text in whole["verdict"]["caveats"])
