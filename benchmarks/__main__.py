@@ -1,7 +1,9 @@
 """Command line: `python -m benchmarks [--quick] [--only train,swap]`, `python -m benchmarks table` for the documents.
 
 Full records go to results/bench and from there into docs/performance.md; quick ones to out/bench-quick. The verdict's
-own test (`--only verdicts`) goes to results/verdicts.json and docs/verdicts.md.
+own test (`--only verdicts`) goes to results/verdicts.json and docs/verdicts.md, what re-balancing gains in a user's
+network (`--only rebalance`) to results/rebalance.json and docs/howto-export.md, and how long a stranger's first steps
+take (`--only strangers`) to results/strangers.json and docs/get-started.md.
 """
 
 import argparse
@@ -22,8 +24,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RECORDS = REPOSITORY / "results" / "bench"
 DOCUMENT = REPOSITORY / "docs" / "performance.md"
 NAMES = ("train", "augment", "concurrent", "swap", "stage2", "geometry", "scaling", "breakdown")
-VERDICTS = "verdicts"  # no timing: it runs only where it is asked for, and has a result and a page of its own
-VERDICTS_PAGE = REPOSITORY / "docs" / "verdicts.md"
+VERDICTS = "verdicts"
+PAGES = {VERDICTS: "verdicts.md", "rebalance": "howto-export.md", "strangers": "get-started.md"}
+"""What runs only where it is asked for, by itself: each has a result, results/NAME.json, and a page of its own."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,13 +34,14 @@ def main(arguments: list[str] | None = None) -> int:
     asked = _parse(arguments)
     if asked.action == "table":
         return fill_document(check=asked.check)
-    unknown = [name for name in asked.only if name not in (*NAMES, VERDICTS)]
-    if unknown or (VERDICTS in asked.only and len(asked.only) > 1):
-        known = f"known are {', '.join(NAMES)}, and {VERDICTS} by itself"
+    unknown = [name for name in asked.only if name not in (*NAMES, *PAGES)]
+    alone = [name for name in asked.only if name in PAGES]
+    if unknown or (alone and len(asked.only) > 1):
+        known = f"known are {', '.join(NAMES)}, and by itself {' or '.join(PAGES)}"
         print(f"error: --only {','.join(unknown or asked.only)}: {known}", file=sys.stderr)
         return 2
-    if VERDICTS in asked.only:
-        return examine_verdicts(asked)
+    if alone:
+        return examine_verdicts(asked) if alone == [VERDICTS] else examine(alone[0], asked)
     options = Options("quick" if asked.quick else "full", find_images(asked.data_root), asked.device)
     folder = asked.out or (REPOSITORY / "out" / "bench-quick" if asked.quick else RECORDS)
     with tempfile.TemporaryDirectory() as cache:
@@ -65,6 +69,30 @@ def examine_verdicts(asked: argparse.Namespace) -> int:
     return code
 
 
+def examine(name: str, asked: argparse.Namespace) -> int:
+    """Run one of the others that have a page of their own."""
+    options, started, load = Options("quick" if asked.quick else "full"), time.monotonic(), os.getloadavg()[0]
+    content: dict[str, Any]
+    if name == "rebalance":
+        from benchmarks import rebalance  # here because it imports PyTorch
+
+        data = asked.data_root or Path(os.environ.get("TAILSCOPE_DATA") or user_cache() / "data")
+        if asked.store is None:
+            print("error: --only rebalance: give --store, the folder of trained backbones", file=sys.stderr)
+            return 2
+        content = {"cases": rebalance.run(asked.store, data, asked.cache or user_cache() / name)}
+    else:
+        from benchmarks import strangers
+
+        content = strangers.run()
+    document = record.document(name, options, load, time.monotonic() - started, **content)
+    folder = asked.out or RECORDS.parent
+    print(f"written: {record.write(folder, document)}", flush=True)
+    if folder == RECORDS.parent:
+        fill_document(check=False)
+    return 0
+
+
 def user_cache() -> Path:
     """Return the user's folder of what may be made again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tailscope"
@@ -90,15 +118,15 @@ def benchmark(name: str) -> Callable[[Options], Record]:
 
 
 def fill_document(*, check: bool) -> int:
-    """Fill the tables of docs/performance.md and verdicts.md; with `check`, only say whether they are up to date."""
-    stored = RECORDS.parent / f"{VERDICTS}.json"
+    """Fill the tables of docs/performance.md and of `PAGES`; with `check`, only say whether they are up to date."""
     tables = {name: record.table(found) for name, found in record.read(RECORDS).items()}
-    if stored.is_file():
-        from benchmarks.verdicts.summary import table  # here because it imports SciPy
-
-        tables[VERDICTS] = table(json.loads(stored.read_text(encoding="utf-8")))
+    for name in PAGES:
+        stored = RECORDS.parent / f"{name}.json"
+        if stored.is_file():
+            module = importlib.import_module(f"benchmarks.{name}{'.summary' if name == VERDICTS else ''}")
+            tables[name] = module.table(json.loads(stored.read_text(encoding="utf-8")))
     old = 0
-    for page in (DOCUMENT, VERDICTS_PAGE):
+    for page in (DOCUMENT, *(DOCUMENT.with_name(name) for name in PAGES.values())):
         text = page.read_text(encoding="utf-8")
         filled = record.render(text, tables)
         old += text != filled
@@ -123,11 +151,14 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("action", nargs="?", choices=("run", "table"), default="run", help="table: fill the document")
     parser.add_argument("--quick", action="store_true", help="minutes instead of the better part of an hour")
     parser.add_argument(
-        "--only", default=(), type=lambda text: text.split(","), help=f"some of {','.join(NAMES)}; or {VERDICTS}"
+        "--only",
+        default=(),
+        type=lambda text: text.split(","),
+        help=f"some of {','.join(NAMES)}; or {' or '.join(PAGES)}",
     )
     parser.add_argument("--data-root", type=Path, help="folder with cifar10.npz [default: $TAILSCOPE_DATA]")
-    parser.add_argument("--cache", type=Path, help=f"of {VERDICTS}: features, trainings and cases that are done")
-    parser.add_argument("--store", type=Path, help=f"of {VERDICTS}: a store with more backbones of CIFAR")
+    parser.add_argument("--cache", type=Path, help=f"of {VERDICTS} and rebalance: what is done")
+    parser.add_argument("--store", type=Path, help=f"of {VERDICTS} and rebalance: a store with backbones of CIFAR")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help=f"of {VERDICTS}")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--out", type=Path, help="folder of the records")

@@ -110,6 +110,21 @@ class Record:
         }
 
 
+def document(name: str, options: Options, load_before: float, seconds: float, **content: Any) -> dict[str, Any]:
+    """Return the content of results/NAME.json: a result that is no timing, and where it comes from."""
+    return {
+        "schema": f"tailscope.{name}/1",
+        "benchmark": name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command_line(sys.argv[1:]).replace("tailscope", "python -m benchmarks", 1),
+        "size": options.size,
+        "seconds": round(seconds),
+        "load_before": round(load_before, 2),
+        "environment": {"versions": versions(PACKAGES), "hardware": hardware(options)},
+        **content,
+    }
+
+
 def write(folder: Path, content: dict[str, Any]) -> Path:
     """Write FOLDER/NAME.json."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -197,11 +212,18 @@ def number(value: float) -> str:
 
 def caption(record: dict[str, Any]) -> str:
     """Return one line: when, on what, with what."""
+    return f"{origin(record)}; {record['size']} size, {minutes(record)}. Median (lowest–highest) of the rounds."
+
+
+def minutes(record: dict[str, Any]) -> str:
+    """Return how long it took."""
+    return f"{record['seconds'] / 60:.1f} minutes"
+
+
+def origin(record: dict[str, Any]) -> str:
+    """Return when, on what and with what a result came."""
     environment = record["environment"]
     hardware, versions = environment["hardware"], environment["versions"]
     machine = f"{hardware['cpu']}, {hardware['threads']} threads" + (f", {hardware['gpu']}" if hardware["gpu"] else "")
     packages = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "tailscope")
-    return (
-        f"{record['created'][:10]}, {machine} (load before: {record['load_before']:g}), {packages};"
-        f" {record['size']} size, {record['seconds'] / 60:.1f} minutes. Median (lowest–highest) of the rounds."
-    )
+    return f"{record['created'][:10]}, {machine} (load before: {record['load_before']:g}), {packages}"

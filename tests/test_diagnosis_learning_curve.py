@@ -10,7 +10,12 @@ from sklearn.linear_model import LogisticRegression
 
 from tailscope.diagnosis import curve_fits
 from tailscope.diagnosis.curve_fits import Rows
-from tailscope.diagnosis.learning_curve import DRAWS, ClassifierBound, learning_curve
+from tailscope.diagnosis.learning_curve import DRAWS, ClassifierBound, Fits, follow
+
+
+def learning_curve(train: Rows, unseen: Rows, test: Rows | None = None, *, bursts=None, seed=0, bound_at=None):
+    """Return the bound, at the samples of the most frequent training class or as said."""
+    return follow(Fits.of(train, unseen, test, bursts, seed), bound_at or int(np.bincount(train.labels).max(initial=1)))
 
 
 def gaussian(classes: int, dims: int, counts: object, seed: int, distance: float = 1.0) -> Rows:

@@ -146,7 +146,6 @@ def test_the_picture_of_a_diagnosis_has_the_numbers_of_the_notebook():
 
 @pytest.mark.slow
 def test_jupyter_runs_the_notebook(tmp_path):
-    pytest.importorskip("nbclient", reason="Jupyter comes with the extra docs")
     execute = runpy.run_path(str(REPOSITORY / "examples" / "tutorials.py"))["execute"]
     text = NOTEBOOK.read_text(encoding="utf-8")
     done, stored = (json.loads(one)["cells"] for one in (execute(text, tmp_path), text))

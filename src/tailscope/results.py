@@ -19,9 +19,9 @@ from tailscope.errors import UserError, require_file
 _DEEPEST = 100  # levels of a JSON file: ours have fewer than 20, and what is written or drawn from it recurses
 
 
-def check_free(out: Path, verb: str, spec: dict[str, Any], *, overwrite: bool) -> None:
+def check_free(out: Path | str, verb: str, spec: dict[str, Any], *, overwrite: bool) -> None:
     """Refuse to replace a result of another spec, or one that cannot be read; call it before any work."""
-    path = out / f"{verb}.json"
+    path = Path(out) / f"{verb}.json"
     if path.is_dir():
         raise UserError(f"{path}: is a folder; use another --out")
     if overwrite or not path.exists():
@@ -44,11 +44,11 @@ def stored_spec(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def write(out: Path, verb: str, result: dict[str, Any]) -> Path:
+def write(out: Path | str, verb: str, result: dict[str, Any]) -> Path:
     """Write OUT/VERB.json atomically and return its path."""
     from tailscope.store.files import write_json  # here because it imports PyTorch, which takes seconds
 
-    path = out / f"{verb}.json"
+    path = Path(out) / f"{verb}.json"
     write_json(path, result)
     return path
 

@@ -206,7 +206,7 @@ def _with_common_classes(train: Images, test: Images) -> tuple[Images, Images]:
     return renumbered(train), renumbered(test)
 
 
-def load(source: str | ImageData, *, data_root: Path | None = None) -> ImageData:
+def load(source: str | Path | ImageData, *, data_root: Path | str | None = None) -> ImageData:
     """Open a data set to run experiments on; one that is open already is returned as it is.
 
     >>> digits = load("digits")
@@ -216,7 +216,10 @@ def load(source: str | ImageData, *, data_root: Path | None = None) -> ImageData
     Raises:
         UserError: as `open_images`; or there is nothing to train on, or to test on.
     """
-    return open_images(source, data_root=data_root).for_experiment() if isinstance(source, str) else source
+    if isinstance(source, ImageData):
+        return source
+    root = None if data_root is None else Path(data_root)
+    return open_images(str(source), data_root=root).for_experiment()
 
 
 def open_images(source: str, *, data_root: Path | None = None) -> OpenedImages:

@@ -23,7 +23,8 @@ from tailscope.measures.rows import scaled
 from tailscope.progress import Progress
 from tailscope.report.text import percent
 from tailscope.results import command, versions
-from tailscope.tables.table import FeatureTable, LinearLayer, Source, is_pair
+from tailscope.tables.checks import listed
+from tailscope.tables.table import FeatureTable, LinearLayer, Source, several
 
 if TYPE_CHECKING:
     from tailscope.diagnosis.outcomes import Outcomes
@@ -135,7 +136,7 @@ def prepare(
     Raises:
         UserError: as `read`; or the lists differ in length or samples.
     """
-    trains, others = _many(train), [_many(given) for given in (unseen, test, classifier)]
+    trains, others = several(train), [several(given) for given in (unseen, test, classifier)]
     if not trains or not others[0]:
         raise UserError("--train and --unseen: give both, or a network and images by --model and --data")
     for given, option in zip(others, ("--unseen", "--test", "--classifier"), strict=True):
@@ -295,6 +296,8 @@ def _judge(
     if inputs.copied >= MANY_COPIES:
         share = f"{percent(inputs.copied, 0)} of the held-out samples are training samples too"
         verdict["caveats"].insert(0, f"{share}: they flatter the encoder. --drop-duplicates leaves them out.")
+    if outcomes.bound.withheld:
+        verdict["caveats"].insert(0, _left_out([inputs.names[k] for k in outcomes.bound.withheld]))
     reasons = reasons or doubts_of_outcomes(inputs, outcomes)
     advice = withhold(verdict, reasons) if reasons else advise(accuracy, verdict, geometry.classes, pairs)
     found = {"accuracy": accuracy, "verdict": verdict, "advice": advice, "pairs": pairs}
@@ -302,10 +305,11 @@ def _judge(
     return found, outcomes, reasons, caveats
 
 
-def _many(given: Any) -> list[Any]:
-    if given is None:
-        return []
-    return list(given) if isinstance(given, list | tuple) and not is_pair(given) else [given]
+def _left_out(names: Sequence[str]) -> str:
+    """Say which classes no number is of: a re-balanced classifier that takes from them looks better than it is."""
+    has, them = ("has", "it") if len(names) == 1 else ("have", "them")
+    cost = f"what re-balancing costs {them} is not seen"
+    return f"{listed(names)} {has} too few unseen samples: accuracies and gains leave {them} out, and {cost}. Add some."
 
 
 def _free_name(name: str, taken: dict[str, Inputs]) -> str:

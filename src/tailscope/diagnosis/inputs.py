@@ -14,7 +14,7 @@ import torch
 from tailscope.errors import UserError, first_few
 from tailscope.measures.rows import FAR, ClassRows, exponent, far, group_rows, median, unseen_copies
 from tailscope.tables.checks import listed
-from tailscope.tables.table import FeatureTable, LinearLayer, Source, align
+from tailscope.tables.table import FeatureTable, LinearLayer, LinearSource, Source, align
 
 PARTS = ("train", "unseen", "test")
 UNEVEN = 2.0
@@ -91,7 +91,7 @@ def read(
     train: Source,
     unseen: Source,
     test: Source | None = None,
-    classifier: LinearLayer | Path | str | None = None,
+    classifier: LinearSource | None = None,
     *,
     drop_duplicates: bool = False,
 ) -> Inputs:
@@ -111,7 +111,7 @@ def read(
             f"{first.source}: no training samples of {listed(missing)}; add some, or leave the class out of "
             "class_names and of every file"
         )
-    linear = LinearLayer.load(Path(classifier)) if isinstance(classifier, str | Path) else classifier
+    linear = None if classifier is None else LinearLayer.of(classifier)
     if linear is not None:
         linear = linear.aligned(names, first.width, first.source)
     inputs = Inputs(first, second, third[0] if third else None, linear, names)

@@ -173,32 +173,6 @@ class ClassifierBound:
         return replace(self, attained=attained, extrapolated=found)
 
 
-def learning_curve(
-    train: Rows,
-    unseen: Rows,
-    test: Rows | None = None,
-    *,
-    bound_at: int | None = None,
-    bursts: ArrayLike | None = None,
-    seed: int = 0,
-) -> ClassifierBound:
-    """Return what is known of the classifier bound.
-
-    Args:
-        train: the long-tailed training samples.
-        unseen: samples of the true distribution that the encoder was not trained on; classes may differ in number.
-        test: others, to score on; None scores unseen samples by cross-fitting.
-        bound_at: samples a class of the bound; None takes the count of the most frequent training class.
-        bursts: [m] ids of related unseen samples, which share a fold.
-        seed: of folds, subsets and draws.
-
-    Raises:
-        ValueError: fewer than two classes have two unseen samples, or no test sample is of these.
-        Diverged: a loss is not finite.
-    """
-    return follow(Fits.of(train, unseen, test, bursts, seed), bound_at or int(np.bincount(train.labels).max(initial=1)))
-
-
 @dataclass(frozen=True)
 class Fits:
     """What the bound is read off.
@@ -217,7 +191,19 @@ class Fits:
 
     @classmethod
     def of(cls, train: Rows, unseen: Rows, test: Rows | None, bursts: ArrayLike | None, seed: int) -> "Fits":
-        """Fit everything; arguments and errors are those of `learning_curve`."""
+        """Fit everything.
+
+        Args:
+            train: the long-tailed training samples.
+            unseen: samples of the true distribution that the encoder was not trained on; classes may differ in number.
+            test: others, to score on; None scores unseen samples by cross-fitting.
+            bursts: [m] ids of related unseen samples, which share a fold.
+            seed: of folds, subsets and draws.
+
+        Raises:
+            ValueError: fewer than two classes have two unseen samples, or no test sample is of these.
+            Diverged: a loss is not finite.
+        """
         task = Task.of(train, unseen, test, bursts, seed)
         trials = ladder(task)
         everything = [np.concatenate([task.seen, rows]) for rows in task.fitted[: task.compared]]

@@ -89,7 +89,7 @@ class Outcomes:
 
 
 def score(inputs: Inputs, bound_at: int, seed: int, progress: Progress) -> Outcomes:
-    """Fit and score every classifier that a verdict compares; `bound_at` is that of `learning_curve`.
+    """Fit and score every classifier that a verdict compares; `bound_at` is that of `follow`.
 
     Raises:
         UserError: the unseen samples are too few to fit or to choose a classifier on; a loss or logit is not finite.

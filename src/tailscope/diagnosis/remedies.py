@@ -254,7 +254,8 @@ def choose(
     chosen_on = Rows(unseen.features[rows], unseen.labels[rows])
     tried = {name: Scored.by(classifier, chosen_on) for name, classifier in fitted.items()}
     kept = [s for s in pooled.classifiers[0] if PENALTIES[s] > WEAKEST] or [min(pooled.classifiers[0])]
-    strengths = {f"crt(l2={PENALTIES[s]:.3g}){POOLED}": s for s in kept}
+    # A pooled fit knows no class without unseen samples: it could not take the place of the classifier in use.
+    strengths = {f"crt(l2={PENALTIES[s]:.3g}){POOLED}": s for s in kept if not task.withheld}
     tried |= {name: _cross_fitted(fits, s).at(held_out) for name, s in strengths.items()}
     nested = select_nested(tried, task.fold[held_out])
     whole = final(task, 1, strengths[nested.best]) if nested.best in strengths else None
@@ -273,11 +274,11 @@ def choose(
 def _layer(
     selection: Selection, fitted: Mapping[str, FeatureClassifier], task: Task, pooled: Tensor | None
 ) -> Replacement:
-    """Return the best remedy if it is a linear layer of all classes, else the best that is one.
+    """Return the best remedy if it is a linear layer, else the best that is one.
 
     `pooled` is the best, [C, r + 1] on placed samples, where it was fitted to training and unseen samples.
     """
-    if pooled is not None and not task.withheld:
+    if pooled is not None:
         weight = pooled[:, :-1].double() @ task.samples.space.axes.T.double()
         bias = pooled[:, -1].double() - weight @ task.samples.space.mean.double()
         return Replacement(selection.best, weight.numpy(), bias.numpy())

@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from tailscope.experiments.runs import Settings
 
 Data: TypeAlias = Annotated[
-    "str | ImageData",
+    "str | Path | ImageData",
     Option(help="digits, cifar10, cifar100, PATH.npz, folder:PATH or list:TRAIN.txt,TEST.txt."),
     str,
 ]
 DataRoot: TypeAlias = Annotated[
-    Path | None, Option(help="Folder of the data set: torchvision's layout, NAME.npz, or images of lists.")
+    Path | str | None,
+    Option(help="Folder of the data set: torchvision's layout, NAME.npz, or images of lists."),
+    Path | None,
 ]
 Profile: TypeAlias = Annotated[
     str, Option(help="Training counts: exp:IF, step:IF, balanced, balanced:N, full, counts:N,N,... or FILE.json.")
@@ -38,7 +40,7 @@ Protocol: TypeAlias = Annotated[
 Seeds: TypeAlias = Annotated[
     int | str | Sequence[int], Option(help="N for the seeds 0 ... N-1, or a list like 0,3."), str
 ]
-Out: TypeAlias = Annotated[Path | None, Option(help="Folder for results.")]
+Out: TypeAlias = Annotated[Path | str | None, Option(help="Folder for results."), Path | None]
 StoreRoot: TypeAlias = Annotated[
     Path | str | None,
     Option("--store", envvar="TAILSCOPE_STORE", help="Folder of trained stages. [default: OUT/store]"),
@@ -67,16 +69,22 @@ class EncoderOptions:
     """Where a network's weights come from, which images of a data set it gets, and what it sees of them."""
 
     checkpoint: Annotated[
-        Path | None, Option(help="Local weights: .safetensors or PyTorch's, wherever in the file the network lies.")
+        Path | str | None,
+        Option(help="Local weights: .safetensors or PyTorch's, wherever in the file the network lies."),
+        Path | None,
     ] = None
     checkpoint_key: Annotated[
         str | None, Option(help="Which of the checkpoint's networks, such as ema, where several fit.")
     ] = None
     pretrained: Annotated[bool, Option("--pretrained", help="Published weights of timm or torchvision.")] = False
-    subset: Annotated[Path | None, Option(help="A subset.json: only those images, in its order.")] = None
-    store: Annotated[Path | None, Option(envvar="TAILSCOPE_STORE", help="Folder of trained stages, for store:KEY.")] = (
-        None
-    )
+    subset: Annotated[
+        Path | str | None, Option(help="A subset.json: only those images, in its order."), Path | None
+    ] = None
+    store: Annotated[
+        Path | str | None,
+        Option(envvar="TAILSCOPE_STORE", help="Folder of trained stages, for store:KEY."),
+        Path | None,
+    ] = None
     data_root: DataRoot = None
     normalize: Annotated[str | None, Option(help="imagenet, cifar, data, none or MEANS/DEVIATIONS.")] = None
     image_size: Annotated[int | None, Option(min=1, help="Height and width of the input.")] = None
@@ -85,6 +93,12 @@ class EncoderOptions:
         Option(help="Pixels of the shorter side before the centre is cropped, or none for no resizing."),
         str | None,
     ] = None
+
+    def __post_init__(self) -> None:
+        """Make paths of text, which Python may give."""
+        for name in ("checkpoint", "subset", "store", "data_root"):
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, Path(given))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -134,12 +134,12 @@ def parse_backbones(text: str | None, *, matched: bool = False) -> tuple[str, ..
     return None if chosen == known else chosen
 
 
-def store_root(out: Path | None, store: Path | str | None) -> Path:
+def store_root(out: Path | str | None, store: Path | str | None) -> Path:
     """Return the folder of trained stages: `store`, else `$TAILSCOPE_STORE`, else OUT/store, else the user's cache."""
     if store is not None:
         return Path(store)
     if out is not None and not os.environ.get("TAILSCOPE_STORE"):
-        return out / "store"
+        return Path(out) / "store"
     return expanded(os.environ.get("TAILSCOPE_STORE") or "~/.cache/tailscope/store")
 
 

@@ -169,12 +169,13 @@ def require_utf8(path: Path, option: str) -> None:
         raise UserError(f"{option} {plain_name(str(path))}: its name is no UTF-8; choose another folder") from None
 
 
-def make_folder(path: Path, option: str) -> Path:
-    """Create a folder and check that it can be written.
+def make_folder(path: Path | str, option: str) -> Path:
+    """Create a folder, check that it can be written, and return it.
 
     Raises:
         UserError: it cannot, naming the command-line option that asked for it; or its name is no UTF-8.
     """
+    path = Path(path)
     require_utf8(path, option)
     try:
         path.mkdir(parents=True, exist_ok=True)

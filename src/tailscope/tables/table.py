@@ -18,7 +18,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tailscope.errors import UserError, plain_name
 from tailscope.tables import checks, columns, files
@@ -38,6 +38,17 @@ class Frame(Protocol):
 
     def to_numpy(self) -> Any:
         """Return all of it."""
+
+
+class LinearEstimator(Protocol):
+    """A fitted linear classifier of scikit-learn."""
+
+    coef_: Any
+    intercept_: Any
+    classes_: Any
+
+    def predict(self, X: Any) -> Any:
+        """Return the classes of rows."""
 
 
 Pair = tuple[npt.ArrayLike | Tensor | Frame, npt.ArrayLike | Tensor]
@@ -137,23 +148,23 @@ class FeatureTable:
             features, labels = cast(tuple[Any, Any], given)
             return cls.from_arrays(features.to_numpy() if _is_frame(features) else features, labels, source=name)
         if isinstance(given, Mapping):
-            return _of_mapping(given, name)
+            return _of_fields(*_fields_of(given, name, _REQUIRED, _OPTIONAL), name)
         if _is_frame(given):
             return _of_frame(cast(Frame, given), name)
         expected = "a file, a pair (features, labels), a mapping of arrays or a DataFrame"
         raise UserError(f"{name}: a {type(given).__name__}; expected {expected}")
 
     @classmethod
-    def load(cls, path: Path) -> "FeatureTable":
+    def load(cls, path: Path | str) -> "FeatureTable":
         """Read a feature file.
 
         Raises:
             UserError: as `tailscope.tables.files.read` and `from_arrays`; or `save` wrote something else to it.
         """
-        arrays, notes = files.read(path, _REQUIRED, _OPTIONAL)
-        return _of_fields(arrays, plain_name(str(path)), notes)
+        arrays, notes = files.read(Path(path), _REQUIRED, _OPTIONAL)
+        return _of_fields(arrays, notes, plain_name(str(path)))
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write a feature file as `tailscope.tables.files.write`; a provenance gets the digest that `load` checks."""
         arrays: Arrays = {}
         if self.provenance:  # first, so that a directory of files that breaks off after it is noticed
@@ -161,7 +172,7 @@ class FeatureTable:
         arrays |= {"features": self.features.cpu().numpy(), "labels": self.labels.cpu().numpy()}
         names = None if self.class_names is None else np.array(self.class_names, dtype=np.str_)
         others = {"class_names": names, "ids": self.ids, "groups": self.bursts}
-        files.write(path, arrays | {field: array for field, array in others.items() if array is not None})
+        files.write(Path(path), arrays | {field: array for field, array in others.items() if array is not None})
 
     def digest(self) -> str:
         """Return the SHA-256 of all fields, whatever format a file has."""
@@ -209,15 +220,28 @@ Source = FeatureTable | str | os.PathLike[str] | Pair | Mapping[str, Any] | Fram
 
 
 def is_pair(given: Any) -> bool:
-    """Return whether this is a tuple (features, labels), not two things that each hold both.
+    """Return whether this is a tuple (features, labels) or (weight, bias), not two things that each hold both.
 
     >>> is_pair(([[0.0]], [1])), is_pair(("a.npz", "b.npz")), is_pair([[[0.0]], [1]])
     (True, False, False)
     """
     if not isinstance(given, tuple) or len(given) != 2:
         return False
-    whole = (str, os.PathLike, FeatureTable, Mapping, tuple)
-    return not isinstance(given[0], whole) and not isinstance(given[1], whole) and not _is_frame(given[1])
+    whole = (str, os.PathLike, FeatureTable, LinearLayer, nn.Module, Mapping, tuple)
+    if any(isinstance(one, whole) or hasattr(one, "coef_") for one in given):
+        return False
+    return not _is_frame(given[1])
+
+
+def several(given: Any) -> list[Any]:
+    """Return what was given for each encoder as a list, where Python takes one thing, a list of them, or nothing.
+
+    >>> several(None), several("a.npz"), several(["a.npz", "b.npz"]), several(([[0.0]], [1]))
+    ([], ['a.npz'], ['a.npz', 'b.npz'], [([[0.0]], [1])])
+    """
+    if given is None:
+        return []
+    return list(given) if isinstance(given, list | tuple) and not is_pair(given) else [given]
 
 
 def align(*tables: FeatureTable) -> tuple[FeatureTable, ...]:
@@ -281,7 +305,7 @@ def _is_frame(given: Any) -> bool:
     return hasattr(given, "columns") and hasattr(given, "to_numpy")
 
 
-def _of_fields(fields: Mapping[str, Any], source: str, notes: Sequence[str]) -> FeatureTable:
+def _of_fields(fields: Mapping[str, Any], notes: Sequence[str], source: str) -> FeatureTable:
     """Return the table that the fields of a file make up, whose digest holds where one was written."""
     provenance = fields.get("provenance")
     if provenance is not None and not isinstance(provenance, Mapping):
@@ -298,10 +322,13 @@ def _of_fields(fields: Mapping[str, Any], source: str, notes: Sequence[str]) -> 
     return table
 
 
-def _of_mapping(given: Mapping[str, Any], name: str) -> FeatureTable:
+def _fields_of(
+    given: Mapping[str, Any], name: str, required: Sequence[str], optional: Sequence[str]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the fields that a mapping has, found as a file's are, and notes on what else it holds."""
     held = {str(key): Header(type(value).__name__, getattr(value, "shape", None)) for key, value in given.items()}
-    found = resolve(name, held, _REQUIRED, _OPTIONAL)
-    return _of_fields({field: given[key] for field, key in found.items()}, name, unread(name, held, found.values()))
+    found = resolve(name, held, required, optional)
+    return {field: given[key] for field, key in found.items()}, unread(name, held, found.values())
 
 
 def _of_frame(frame: Frame, name: str) -> FeatureTable:
@@ -374,17 +401,50 @@ class LinearLayer:
         return cls(rows, offsets, names, source, tuple(notes))
 
     @classmethod
-    def load(cls, path: Path) -> "LinearLayer":
+    def of(cls, given: "LinearSource", source: str = "the classifier") -> "LinearLayer":
+        """Return a classifier of whatever holds its weight and bias.
+
+        That is a classifier, a file, a pair (weight, bias) of arrays, tensors or lists, a mapping with the fields of a
+        file, a `torch.nn.Linear`, or a fitted linear classifier of scikit-learn. Labels that are the numbers from 0 on
+        are positions in the class names; others are names themselves.
+
+        >>> LinearLayer.of(([[1.0, 0.0], [0.0, 1.0]], [0.0, 0.5])).bias.tolist()
+        [0.0, 0.5]
+
+        Raises:
+            UserError: it is something else, or as `from_arrays`; or an estimator that decides otherwise than by the
+                largest of its `coef_ @ x + intercept_`.
+        """
+        if isinstance(given, LinearLayer):
+            return given
+        if isinstance(given, str | os.PathLike):
+            return cls.load(Path(given))
+        if isinstance(given, Mapping):
+            fields, notes = _fields_of(given, source, ("weight",), ("bias", "class_names"))
+            return cls.from_arrays(**fields, source=source, notes=notes)
+        if isinstance(given, nn.Linear):
+            bias = None if given.bias is None else given.bias.detach()
+            return cls.from_arrays(given.weight.detach(), bias, source=source)
+        if is_pair(given):
+            weight, bias = cast(tuple[Any, Any], given)
+            return cls.from_arrays(weight, bias, source=source)
+        if hasattr(given, "coef_") and hasattr(given, "classes_"):
+            return _of_estimator(given, source)
+        expected = "a file, a pair (weight, bias), a mapping of them, a torch.nn.Linear or a fitted linear classifier"
+        raise UserError(f"{source}: a {type(given).__name__}; expected {expected}")
+
+    @classmethod
+    def load(cls, path: Path | str) -> "LinearLayer":
         """Read a classifier from a file with the fields of `from_arrays`, or scikit-learn's names for them."""
-        arrays, notes = files.read(path, ("weight",), ("bias", "class_names"))
+        arrays, notes = files.read(Path(path), ("weight",), ("bias", "class_names"))
         return cls.from_arrays(**arrays, source=plain_name(str(path)), notes=notes)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write the classifier as `.npz` or `.safetensors`, whole or not at all."""
         arrays: Arrays = {"weight": self.weight.cpu().numpy(), "bias": self.bias.cpu().numpy()}
         if self.class_names is not None:
             arrays["class_names"] = np.array(self.class_names, dtype=np.str_)
-        files.write(path, arrays)
+        files.write(Path(path), arrays)
 
     def logits(self, features: Tensor) -> Tensor:
         """Features [n, d] -> logits [n, C], in float32 or the classifier's wider type."""
@@ -405,3 +465,22 @@ class LinearLayer:
             return replace(self, class_names=tuple(class_names))
         order = torch.from_numpy(checks.match_names(source, class_names, self.source, self.class_names))
         return replace(self, weight=self.weight[order], bias=self.bias[order], class_names=tuple(class_names))
+
+
+LinearSource = LinearLayer | str | os.PathLike[str] | tuple[Any, Any] | Mapping[str, Any] | nn.Linear | LinearEstimator
+_PROBES = 64
+
+
+def _of_estimator(given: Any, source: str) -> LinearLayer:
+    """Return the classifier of a fitted estimator; one that compares classes in pairs decides otherwise."""
+    classes = np.asarray(given.classes_)
+    names = None if np.array_equal(classes, np.arange(len(classes))) else classes
+    rows = np.atleast_2d(given.coef_), np.atleast_1d(given.intercept_)  # some have bare ones for two classes
+    made = LinearLayer.from_arrays(*rows, class_names=names, source=source)
+    probes = np.random.default_rng(0).normal(size=(_PROBES, made.weight.shape[1]))
+    if len(made.weight) != len(classes) or not np.array_equal(
+        classes[made.logits(torch.from_numpy(probes)).argmax(dim=1).numpy()], given.predict(probes)
+    ):
+        kind = type(given).__name__
+        raise UserError(f"{source}: {kind} does not choose the class with the largest coef_ @ x + intercept_")
+    return made

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from tailscope.diagnosis.diagnose import DiagnosisSettings
     from tailscope.encoders import FeaturesResult
     from tailscope.report.objects import Diagnosis
-    from tailscope.tables.table import LinearLayer, Source
+    from tailscope.tables.table import LinearSource, Source
 
 REBALANCED = "rebalanced.npz"
 """The file of a diagnosis that holds the classifier that it recommends."""
@@ -46,8 +46,10 @@ class _FeaturesRequest(DecodingOptions, EncoderOptions):
     """The options of `features`, as given."""
 
     model: Annotated[str, MODEL] = field(kw_only=False)
-    data: Annotated[str, IMAGES] = field(kw_only=False)
-    out: Annotated[Path, Option(help="Feature file to write: .npz, .safetensors or .parquet.")] = field(kw_only=False)
+    data: Annotated[str | Path, IMAGES, str] = field(kw_only=False)
+    out: Annotated[Path | str, Option(help="Feature file to write: .npz, .safetensors or .parquet."), Path] = field(
+        kw_only=False
+    )
     split: Annotated[str | None, Option(help="Split of the data; needed where there are several.")] = None
     part: Annotated[
         str | None,
@@ -82,7 +84,8 @@ def features(request: _FeaturesRequest) -> "FeaturesResult":
         stored="float16" if request.half else "float32",
         **_of(DecodingOptions, request),
     )
-    chosen = {name: getattr(request, name) for name in ("model", "data", "out", "split", "part", "verify", "overwrite")}
+    chosen = {name: getattr(request, name) for name in ("model", "split", "part", "verify", "overwrite")}
+    chosen |= {"data": str(request.data), "out": Path(request.out)}
     with shown_on(request.console) as progress:
         runtime = Runtime.choose(request.device, progress=progress)
         return run_features(**chosen, **_of(EncoderOptions, request), options=options, runtime=runtime)
@@ -118,7 +121,7 @@ class _Samples:
         list[Path] | None,
     ] = None
     classifier: Annotated[
-        "LinearLayer | Path | str | Sequence[Path | str] | None",
+        "LinearSource | Sequence[LinearSource] | None",
         Option(
             help="The linear classifier in use: weight [C, d], bias [C]. [default: the network's own, or one fitted to"
             " --train]"
@@ -126,7 +129,7 @@ class _Samples:
         list[Path] | None,
     ] = None
     model: Annotated["nn.Module | str | None", MODEL, str | None] = None
-    data: Annotated[str | None, IMAGES] = None
+    data: Annotated[str | Path | None, IMAGES, str | None] = None
     holdout: Annotated[
         float | None, Option(help="Of --data, the share of every class that the network was not trained on.")
     ] = None
@@ -139,7 +142,9 @@ class _DiagnosisRequest(DecodingOptions, EncoderOptions, _Samples):
     out: Out = None
     ceiling: Annotated[float, Option(help="The accuracy that would be perfect, where labels allow no more.")] = 1.0
     ceiling_from: Annotated[
-        Path | None, Option(help="diagnosis.json of another encoder of the same images: its bound is the ceiling.")
+        Path | str | None,
+        Option(help="diagnosis.json of another encoder of the same images: its bound is the ceiling."),
+        Path | None,
     ] = None
     bound_at: Annotated[
         int | None,
@@ -184,10 +189,12 @@ class _DiagnosisRequest(DecodingOptions, EncoderOptions, _Samples):
             raise UserError(f"--{given[0].replace('_', '-')}: goes with --model, the network that makes the features")
         if self.model is None:
             return
+        from tailscope.tables.table import several
+
         if not isinstance(self.model, str):
             if self.data is not None or self.train is None or self.unseen is None:
                 raise UserError("model: with a module give its inputs as train and unseen, and no data")
-        elif _many(self.train):
+        elif several(self.train):
             raise UserError("--model and --train: give images for the network by --data, or features without --model")
         elif self.data is None:
             raise UserError(f"--model {self.model}: give the images by --data")
@@ -217,7 +224,7 @@ def diagnose(request: _DiagnosisRequest) -> "Diagnosis":
     from tailscope.store import make_folder
 
     request.check()
-    settings, out = request.settings, request.out
+    settings, out = request.settings, None if request.out is None else Path(request.out)
     runtime = Runtime.choose(request.device or "cpu", keep_memory=False)
     with shown_on(request.console) as shown, logging_to(shown, request.logger, out) as progress:
         given, pictures = _features_of(request, progress)
@@ -254,6 +261,7 @@ def _features_of(
     from tailscope.device import Runtime
     from tailscope.encoders.extract import Options
     from tailscope.encoders.features import Network, extract_parts, pass_batches
+    from tailscope.tables.table import several
 
     runtime = Runtime.choose(request.device or "auto", progress=progress)
     if not isinstance(request.model, str):
@@ -261,45 +269,48 @@ def _features_of(
         given = {part: batches for part, batches in named.items() if batches is not None}
         found = pass_batches(request.model, given, batch=request.batch, runtime=runtime, tell=request.tell)
     else:
-        assert request.data is not None
         found = extract_parts(
             request.model,
-            request.data,
+            str(request.data),
             Network(**_of(EncoderOptions, request)),
             Division(_one("--unseen", request.unseen), _one("--test", request.test), request.holdout, request.seed),
-            out=request.out,
+            out=None if request.out is None else Path(request.out),
             options=Options(**_of(DecodingOptions, request)),
             runtime=runtime,
             overwrite=request.overwrite,
             tell=request.tell,
         )
-    test, classifier = found.tables.get("test"), request.classifier or found.classifier
+    test, classifier = found.tables.get("test"), several(request.classifier) or found.classifier
     return (found.tables["train"], found.tables["unseen"], test, classifier, found.name), found.pictures
 
 
 def _one(option: str, given: Any) -> str | None:
     """Return the one source of images that an option beside `--model` names."""
-    several = _many(given)
-    if len(several) > 1 or not all(isinstance(source, str | Path) for source in several):
+    from tailscope.tables.table import several
+
+    found = several(given)
+    if len(found) > 1 or not all(isinstance(source, str | Path) for source in found):
         raise UserError(f"{option}: beside --model give one source of images, such as folder:PATH")
-    return str(several[0]) if several else None
-
-
-def _many(given: Any) -> list[Any]:
-    return [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
+    return str(found[0]) if found else None
 
 
 @verb
 def rebalance(
-    out: Annotated[Path, Argument(metavar="DIR", help="Folder of a diagnosis, which holds rebalanced.npz.")],
+    out: Annotated[
+        Path | str, Argument(metavar="DIR", help="Folder of a diagnosis, which holds rebalanced.npz."), Path
+    ],
     model: Annotated[
         str, Option(help="The network: timm:NAME, torchvision:NAME, resnet32 or your own module:factory.")
     ],
-    checkpoint: Annotated[Path, Option(help="Its weights, .safetensors or PyTorch's; the file stays as it is.")],
+    checkpoint: Annotated[
+        Path | str, Option(help="Its weights, .safetensors or PyTorch's; the file stays as it is."), Path
+    ],
     checkpoint_key: Annotated[
         str | None, Option(help="Which of the checkpoint's networks, such as ema, where several fit.")
     ] = None,
-    to: Annotated[Path | None, Option(help="File to write. [default: DIR/NAME-rebalanced.SUFFIX]")] = None,
+    to: Annotated[
+        Path | str | None, Option(help="File to write. [default: DIR/NAME-rebalanced.SUFFIX]"), Path | None
+    ] = None,
 ) -> Path:
     """Put the classifier that a diagnosis recommends into a checkpoint, in the place of its last layer.
 
@@ -312,19 +323,20 @@ def rebalance(
     from tailscope.errors import require_file
     from tailscope.tables.table import LinearLayer
 
+    out, checkpoint = Path(out), Path(checkpoint)
     require_file(out / REBALANCED)
     new = LinearLayer.load(out / REBALANCED)
     old, layer = find_layer(model, checkpoint, checkpoint_key)
     if old.class_names is not None:
         new = new.aligned(old.class_names, old.weight.shape[1], str(checkpoint))
-    written = to or out / f"{checkpoint.stem}-rebalanced{checkpoint.suffix}"
+    written = out / f"{checkpoint.stem}-rebalanced{checkpoint.suffix}" if to is None else Path(to)
     replace_classifier(checkpoint, layer, new, written)
     return written
 
 
 @verb
 def report(
-    out: Annotated[Path, Argument(metavar="DIR", help="Folder with result files.")],
+    out: Annotated[Path | str, Argument(metavar="DIR", help="Folder with result files."), Path],
     figures: Annotated[bool, Option(help="Also write every chart as SVG, PNG and PDF.")] = True,
 ) -> Path:
     """Build report.html, figures and tables from the stored results in DIR. Nothing is computed anew.

@@ -42,7 +42,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
 }
 
 
-def load(source: str, *, data_root: Path | None = None) -> "ImageData":
+def load(source: str | Path, *, data_root: Path | str | None = None) -> "ImageData":
     """Load a data set that an experiment can train on: what `--data` takes; `UserError` where it is not usable."""
     from tailscope.data import sources
 
@@ -131,7 +131,9 @@ def subset(
     profile: Profile = "exp:100",
     protocol: Protocol = "nested",
     seed: Annotated[int, Option(help="Seed of the draw.")] = 0,
-    out: Annotated[Path | None, Option(help="Folder for subset.json; without it the subset is only shown.")] = None,
+    out: Annotated[
+        Path | str | None, Option(help="Folder for subset.json; without it the subset is only shown."), Path | None
+    ] = None,
     data_root: DataRoot = None,
     overwrite: Overwrite = False,
 ) -> dict[str, Any]:
@@ -146,8 +148,9 @@ def subset(
 
     result = describe_subset(load(data, data_root=data_root), profile, protocol, seed)
     if out is not None:
-        check_free(make_folder(out, "--out"), "subset", result["spec"], overwrite=overwrite)
-        write(out, "subset", result)
+        folder = make_folder(out, "--out")
+        check_free(folder, "subset", result["spec"], overwrite=overwrite)
+        write(folder, "subset", result)
     return result
 
 
