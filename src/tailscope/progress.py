@@ -297,14 +297,14 @@ def _as_file(run: str) -> str:
 
 
 def _csv_run(folder: Path, run: str) -> _Run:
-    from lightning.fabric.loggers import CSVLogger
+    from lightning.fabric.loggers.csv_logs import CSVLogger
 
     logger = CSVLogger(folder, _as_file(run), flush_logs_every_n_steps=1)
     return _Run(lambda numbers, step: logger.log_metrics(dict(numbers), step), lambda: logger.finalize("success"))
 
 
 def _tensorboard_run(folder: Path, run: str) -> _Run:
-    from lightning.fabric.loggers import TensorBoardLogger
+    from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 
     logger = TensorBoardLogger(folder, _as_file(run))
     return _Run(lambda numbers, step: logger.log_metrics(dict(numbers), step), lambda: logger.finalize("success"))
@@ -320,7 +320,7 @@ def _wandb_run(folder: Path, run: str) -> _Run:
         group=folder.absolute().parent.name,
         name=run,
         dir=folder,
-        mode=os.environ.get("WANDB_MODE", "offline"),
+        mode=None if os.environ.get("WANDB_MODE") else "offline",  # else W&B reads it itself
         reinit="create_new",
         settings=wandb.Settings(silent=True, console="off"),
     )

@@ -64,7 +64,7 @@ class History(list[Moment]):
             if f"{part}_gap" in row
         ]
         colour = alt.Scale(domain=list(_COLOURS), range=list(_COLOURS.values()))
-        base = alt.Chart(alt.Data(values=points)).encode(
+        base = alt.Chart(alt.InlineData(values=points)).encode(
             x=alt.X("epoch:Q", title="epoch", axis=alt.Axis(tickMinStep=1, format="d")),
             color=alt.Color("of:N", title=None, scale=colour),
         )
@@ -170,7 +170,7 @@ def _undisturbed(loaders: list[Any]) -> Iterator[None]:
     found = [getattr(holder, "generator", None) for holder in holders]
     own = [(generator, generator.get_state()) for generator in found if isinstance(generator, torch.Generator)]
     kept, of_numpy = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     try:
         with torch.random.fork_rng(devices):
             yield
