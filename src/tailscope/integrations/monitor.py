@@ -64,7 +64,7 @@ class History(list[Moment]):
             if f"{part}_gap" in row
         ]
         colour = alt.Scale(domain=list(_COLOURS), range=list(_COLOURS.values()))
-        base = alt.Chart(alt.InlineData(values=points)).encode(
+        base = alt.Chart(alt.Data(values=points)).encode(  # type: ignore[no-untyped-call]
             x=alt.X("epoch:Q", title="epoch", axis=alt.Axis(tickMinStep=1, format="d")),
             color=alt.Color("of:N", title=None, scale=colour),
         )
