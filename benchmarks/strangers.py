@@ -78,7 +78,7 @@ class Way:
 
 
 def _notebook(cells: list[str]) -> str:
-    made = [
+    made: list[dict[str, Any]] = [
         {"cell_type": "code", "id": f"c{k}", "metadata": {}, "execution_count": None, "outputs": [], "source": cell}
         for k, cell in enumerate(cells)
     ]

@@ -258,7 +258,7 @@ class Logged(Progress):
 
 
 @contextmanager
-def logging_to(progress: Progress, logger: str | None, out: Path | None) -> Iterator[Progress]:
+def logging_to(progress: Progress, logger: str | None, out: Path | str | None) -> Iterator[Progress]:
     """Yield the progress; with a logger (csv, tensorboard, wandb) one that writes numbers to OUT/logs as well.
 
     Raises:
@@ -280,7 +280,8 @@ def logging_to(progress: Progress, logger: str | None, out: Path | None) -> Iter
                 f"--logger {logger}: needs the package {package}; pip install 'tailscope[{extra}]'"
             ) from None
     begin = _wandb_run if logger == "wandb" else _csv_run if logger == "csv" else _tensorboard_run
-    both = Logged(progress, lambda run: begin(out / "logs", run))
+    logs = Path(out) / "logs"
+    both = Logged(progress, lambda run: begin(logs, run))
     try:
         yield both
     finally:
@@ -320,7 +321,7 @@ def _wandb_run(folder: Path, run: str) -> _Run:
         group=folder.absolute().parent.name,
         name=run,
         dir=folder,
-        mode=os.environ.get("WANDB_MODE", "offline"),
+        mode=None if os.environ.get("WANDB_MODE") else "offline",  # else W&B reads it itself
         reinit="create_new",
         settings=wandb.Settings(silent=True, console="off"),
     )

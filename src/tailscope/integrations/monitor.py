@@ -170,8 +170,7 @@ def _undisturbed(loaders: list[Any]) -> Iterator[None]:
     found = [getattr(holder, "generator", None) for holder in holders]
     own = [(generator, generator.get_state()) for generator in found if isinstance(generator, torch.Generator)]
     kept, of_numpy = random.getstate(), np.random.get_state()
-    ready = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = range(torch.cuda.device_count()) if ready else ()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     try:
         with torch.random.fork_rng(devices):
             yield

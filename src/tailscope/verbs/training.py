@@ -83,7 +83,11 @@ def geometry(request: Request) -> "Result":
     return _experiments(request, "geometry")["geometry"]
 
 
-@taking(Comparison, leave_out={"loss", "matched", "backbones", "bn_mode", "permutations"})
+_FIXED = {"last_layer", "weights", "sampler", "mix", "augment", "schedule", "stage2_loss", "stage2_sampler"}
+"""What every method of a comparison chooses for itself."""
+
+
+@taking(Comparison, leave_out={"loss", "matched", "backbones", "bn_mode", "permutations", "logger", *_FIXED})
 def compare(request: Comparison) -> "Compared":
     """Compare methods for long-tailed data: what each gains, and which of the two gaps it closes.
 
