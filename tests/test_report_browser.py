@@ -212,15 +212,23 @@ def test_paper_is_white_and_shows_what_is_folded(dark):
     page.emulate_media(media="screen")
 
 
-def test_the_experiments_print_on_six_pages_and_heads_repeat(opened):
+def test_heads_repeat_on_paper_and_provenance_stays_out(opened):
     page = opened.page
     page.emulate_media(media="print")
     assert page.eval_on_selector("#class-scroll thead", "e => getComputedStyle(e).display") == "table-header-group"
     assert page.eval_on_selector("#class-scroll thead button", "e => getComputedStyle(e).display") == "contents"
     assert not page.is_visible("#provenance")
-    pages = len(re.findall(rb"/Type\s*/Page\b", page.pdf(format="A4")))
     page.emulate_media(media="screen")
-    assert 1 <= pages <= 6
+
+
+def test_swap_ladder_and_geometry_print_on_six_pages(browser, tmp_path):
+    made = {verb: getattr(factory, verb)(top=120) for verb in ("swap", "ladder", "geometry")}
+    page = browser.new_page(viewport={"width": 1280, "height": 800})
+    page.goto(report.build(factory.write(tmp_path, **made), figures=False).as_uri())
+    page.wait_for_selector("body[data-ready=yes]", timeout=60_000)
+    printed = page.pdf(format="A4")
+    page.close()
+    assert 2 <= len(re.findall(rb"/Type\s*/Page\b", printed)) <= 6
 
 
 @pytest.mark.parametrize("width", [1280, 390])
