@@ -296,7 +296,7 @@ def test_a_comparison_from_before_is_shown_without_a_conclusion(looks):
         del entry[name]
     entry["accuracy"] = {name: entry["accuracy"][name] for name in ("current", "rebalanced", "classifier_bound")}
     assert diagnosis.headline(old).startswith(("The ", "Undecided"))
-    assert [row["aspect"] for row in encoders.comparisons(old)][2] == "accuracy, attained (points)"
+    assert [row["aspect"] for row in encoders.comparisons(old)][2] == "accuracy, best fitted (points)"
     assert encoders.lines(old) == []
 
 

@@ -1,5 +1,6 @@
 """The report in a real browser, opened from disk: charts drawn, tables sorted, nothing fetched, nothing executed."""
 
+import re
 import shutil
 
 import pytest
@@ -63,6 +64,7 @@ class Opened:
         self.page.on("request", lambda request: self.asked.append(request.url))
         self.page.goto(address)
         self.ready()
+        self.page.evaluate("document.querySelectorAll('details.part').forEach(part => { part.open = true; })")
 
     def ready(self):
         self.page.wait_for_selector("body[data-ready=yes]", timeout=60_000)
@@ -206,8 +208,44 @@ def test_paper_is_white_and_shows_what_is_folded(dark):
     assert page.eval_on_selector_all("details", "all => all.every(entry => entry.open)")
     assert len(page.screenshot(full_page=True)) > 50_000
     page.evaluate("dispatchEvent(new Event('afterprint'))")
-    assert page.eval_on_selector_all("details", "all => all.every(entry => !entry.open)")
+    assert page.eval_on_selector_all("details:not(.part)", "all => all.every(entry => !entry.open)")
     page.emulate_media(media="screen")
+
+
+def test_heads_repeat_on_paper_and_provenance_stays_out(opened):
+    page = opened.page
+    page.emulate_media(media="print")
+    assert page.eval_on_selector("#class-scroll thead", "e => getComputedStyle(e).display") == "table-header-group"
+    assert page.eval_on_selector("#class-scroll thead button", "e => getComputedStyle(e).display") == "contents"
+    assert not page.is_visible("#provenance")
+    page.emulate_media(media="screen")
+
+
+def test_swap_ladder_and_geometry_print_on_six_pages(browser, tmp_path):
+    made = {verb: getattr(factory, verb)(top=120) for verb in ("swap", "ladder", "geometry")}
+    page = browser.new_page(viewport={"width": 1280, "height": 800})
+    page.goto(report.build(factory.write(tmp_path, **made), figures=False).as_uri())
+    page.wait_for_selector("body[data-ready=yes]", timeout=60_000)
+    printed = page.pdf(format="A4")
+    page.close()
+    assert 2 <= len(re.findall(rb"/Type\s*/Page\b", printed)) <= 6
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_no_accessibility_rule_is_broken(open_page, width):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+    page = open_page(viewport={"width": width, "height": 800}).page
+    assert [found["id"] for found in axe.Axe().run(page).response["violations"]] == []
+
+
+def test_the_first_screen_and_few_words_before_the_folds(browser, address):
+    page = browser.new_page(viewport={"width": 1280, "height": 800})
+    page.goto(address)
+    words = len(page.inner_text("main").split())
+    ends = page.eval_on_selector_all("h1, .lead, .caveat", "all => all.map(e => e.getBoundingClientRect().bottom)")
+    page.close()
+    assert 100 < words <= 1500
+    assert max(ends) <= 800
 
 
 def test_a_phone_scrolls_down_only(open_page):

@@ -1,7 +1,7 @@
 """All figures that the results of one folder allow, and the rows that they are drawn from."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import altair as alt
@@ -11,7 +11,7 @@ from tailscope.report import marks, rows, story
 from tailscope.report.marks import Chart, Figure, Key, Panel, Series, colour_scale, css, rows_of
 from tailscope.report.rows import Row, first
 from tailscope.report.schema import VARIANTS, Results, Swap
-from tailscope.report.text import arrow, number, percent, points, with_interval
+from tailscope.report.text import arrow, number, percent, plural, points, with_interval
 
 
 def figures(results: Results) -> list[Figure]:
@@ -111,32 +111,14 @@ def _figure3(results: Results) -> Figure:
         y=alt.Y("augmentation_label:N", sort=order, title="augmentation of stage 1", axis=axis),
         yOffset=alt.YOffset("rung_label:N", sort=[key.label for key in rungs]),
     )
-    x = _zoomed(stored, paper)
+    known = [row[end] for row in stored for end in ("mean", "ci_low", "ci_high") if row[end] is not None]
+    x = marks.zoomed([*paper, *known], ACCURACY)
     tooltip = {"augmentation_label": "stage 1", "rung_label": "rung", "text": "accuracy"}
-    points = base.mark_point(filled=True, opacity=1, size=80).encode(
-        x=x("mean"),
-        color=alt.Color("rung_label:N", scale=colour_scale(keys)),
-        shape=alt.Shape("rung_label:N", scale=marks.shape_scale(keys)),
-        tooltip=[alt.Tooltip(f"{field}:N", title=title) for field, title in tooltip.items()],
-    )
-    layers: list[Chart] = [
-        base.mark_rule(strokeWidth=1.4, color=css("muted")).encode(x=x("ci_low"), x2="ci_high"),
-        *([_paper_ticks(base, keys, 17).encode(x=x("paper"))] if paper else []),
-        points,
-        marks.numbers(base, 11).encode(x=x("label_at")),
-    ]
+    layers = marks.dots(base, x, "rung_label", keys, tooltip)
+    if paper:
+        layers.insert(1, _paper_ticks(base, keys, 17).encode(x=x("paper")))
     panel = Panel("", alt.layer(*layers).properties(height=22 * len(stored)), keys)
     return Figure("fig3", [panel], PRINTED if paper else "")
-
-
-def _zoomed(stored: Sequence[Row], paper: Sequence[float]) -> Callable[[str], alt.X]:
-    """Return the x axis around the ladder's accuracies, with room for numbers on the right."""
-    low = min([*paper, *(row["mean"] if row["ci_low"] is None else row["ci_low"] for row in stored)])
-    high = max([*paper, *(row["mean"] if row["ci_high"] is None else row["ci_high"] for row in stored)])
-    scale = alt.Scale(domain=[low - 0.02, high + (high - low) * 0.5 + 0.02], nice=False, zero=False)
-    ticks = [tick / 20 for tick in range(20 + 1) if low - 0.02 <= tick / 20 <= high + 0.05]
-    axis = alt.Axis(format=".0%", title=ACCURACY, values=ticks, labelSeparation=8)
-    return lambda field: alt.X(f"{field}:Q", scale=scale, axis=axis)
 
 
 def _unit(field: str) -> alt.X:
@@ -220,20 +202,24 @@ def _profile(results: Results) -> Figure:
     classes = rows.profile(results)
     keys = [key for name, key in marks.GROUP_KEYS.items() if any(row["group"] == name for row in classes)]
     half = 0.4 if len(classes) <= 100 else 0.5
-    decades = math.ceil(math.log10(max(1, *(row["count"] for row in classes))))
-    axis = alt.Axis(values=[10**k for k in range(decades + 1)], format=",d")
-    y = alt.Y("count:Q", title="training images", scale=alt.Scale(type="symlog"), axis=axis)
-    bars = rows_of("profile").transform_calculate(left=f"datum.rank - {half}", right=f"datum.rank + {half}").mark_bar()
+    log = marks.log_axis([row["count"] for row in classes], 2, grid=True)
+    floor, none = log["scale"]["domain"][0], sum(not row["count"] for row in classes)
+    y = alt.Y("top:Q", title="training images", **log)
+    base = rows_of("profile").transform_calculate(top=f"max(datum.count, {floor})")
+    bars = base.transform_calculate(left=f"datum.rank - {half}", right=f"datum.rank + {half}").mark_bar()
     tooltip = marks.class_tooltip([("rank", "frequency rank", "d")])
-    encoded = bars.encode(x=marks.rank_axis(classes, "left"), x2="right:Q", y=y, y2=alt.Y2Datum(0), tooltip=tooltip)
+    encoded = bars.encode(x=marks.rank_axis(classes, "left"), x2="right:Q", y=y, y2=alt.Y2Datum(floor), tooltip=tooltip)
     if keys:
         encoded = encoded.encode(color=alt.Color("group:N", scale=colour_scale(keys)))
     layers: list[Chart] = [encoded]
-    if len(classes) <= LABELLED:
-        text = rows_of("profile").mark_text(dy=-8, color=css("muted"))
+    if len(classes) <= LABELLED or none:
+        text = base.mark_text(dy=-8, color=css("muted"))
+        text = text if len(classes) <= LABELLED else text.transform_filter("!datum.count")
         layers.append(text.encode(x=marks.rank_axis(classes), y=y, text=alt.Text("count:Q", format=",d")))
     rule = RULES.get(first(results)["groups_rule"], "") if keys else "Too few classes for head, body and tail."
-    return Figure("profile", [Panel("", alt.layer(*layers).properties(height=220), keys)], f" {rule}")
+    missing = f" {plural(none, 'class')} without images: a 0, for such a scale has none." if none else ""
+    note = f"{missing} {rule}"
+    return Figure("profile", [Panel("", alt.layer(*layers).properties(height=220), keys)], note)
 
 
 def _by_class(results: Results) -> Figure:

@@ -18,6 +18,7 @@ STEPS = {
     "rebalanced": ("re-balanced", "classifier"),
     "classifier_bound": ("best fitted", "classifier"),
 }
+BOUND = "classifier bound"
 BLAMED = {
     "classifier": "The classifier is the bottleneck",
     "representation": "The representation is the bottleneck",
@@ -80,19 +81,20 @@ def _accuracies(result: Diagnosis) -> list[Row]:
         for name, cell in _cells(result).items()
     ]
     if (bound := _extrapolated(result)) is not None:
-        label, mean, ci95 = bound
-        row: Row = {"label": label, "what": "softmax regression, extrapolated", "mean": mean}
+        at, mean, ci95 = bound
+        what = f"softmax regression, extrapolated to {at:,} samples a class"
+        row: Row = {"label": BOUND, "what": what, "mean": mean}
         found.append(row | ends("ci", ci95) | dict.fromkeys((*GROUPS, *SHOTS, "g_mean", "h_mean")))
     return found
 
 
-def _extrapolated(result: Diagnosis) -> tuple[str, float, Sequence[float] | None] | None:
-    """Return what the classifier bound is extrapolated to, with its name and interval; None where it is not known."""
+def _extrapolated(result: Diagnosis) -> tuple[int, float, Sequence[float] | None] | None:
+    """Return at how many samples a class the classifier bound is, with its interval; None where it is not known."""
     cell = _cells(result).get("classifier_bound")
     found = cell and cell.get("extrapolated")
     if not found or "mean" not in found or "bound_at" not in found:
         return None
-    return f"with {found['bound_at']:,} a class", found["mean"], found["ci95"]
+    return found["bound_at"], found["mean"], found["ci95"]
 
 
 def steps(result: Diagnosis) -> list[Row]:
@@ -101,7 +103,7 @@ def steps(result: Diagnosis) -> list[Row]:
         (*STEPS[name], cell["mean"], cell["ci95"]) for name, cell in _cells(result).items()
     ]
     if (bound := _extrapolated(result)) is not None:
-        bars.append((bound[0], "classifier", *bound[1:]))
+        bars.append((BOUND, "classifier", *bound[1:]))
     if result["verdict"] is not None:
         bars.append(("representation, at most", "representation", result["verdict"]["ceiling"], None))
     found, start = [], 0.0
@@ -186,7 +188,7 @@ LOCAL = tuple(
     for name in ("spread_gap_deg", "spread_gap_q", "center_shift_excess_deg", "center_shift_q", "escape_rank")
 )
 NEAREST = (
-    Column.of("nearest_center_true_deg", "nearest centre"),
+    Column.of("nearest_center_true_deg"),
     Column("nearest", "which class", "text", "The class whose centre is nearest."),
 )
 PAIR = (
@@ -291,7 +293,7 @@ def accuracy_rows(result: Diagnosis) -> list[tuple[str, ...]]:
         for name, cell in _cells(result).items()
     ]
     if (bound := _extrapolated(result)) is not None:
-        found.append((bound[0], accuracy(*bound[1:]), *(percent(None) for _ in GROUPS)))
+        found.append((BOUND, accuracy(*bound[1:]), *(percent(None) for _ in GROUPS)))
     return found
 
 

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import altair as alt
 
+from tailscope.groups import GROUPS
 from tailscope.measures.fields import SHOWN
-from tailscope.report import diagnosis, marks
+from tailscope.report import diagnosis, encoders, marks
 from tailscope.report.diagnosis_schema import Diagnosis, DrillDown
 from tailscope.report.marks import Chart, Figure, Key, Panel, colour_scale, css, rows_of, shape_scale
 from tailscope.report.rows import Row
@@ -14,14 +15,17 @@ from tailscope.report.text import percent, plural
 
 RIGHT, WRONG = Key("right", "blue", "circle"), Key("wrong", "vermilion", "diamond")
 NAMED = 20  # classes; up to here a map names their middles
+SHAPES = ("circle", "square", "triangle-up")  # of head, body and tail
 MOST_POINTS = 2_000  # classes drawn; each is a shape in four panels of the page and of every file
 
 SCATTERS = {
-    "center_shift_excess_deg": "Centre shift, minus what so few samples explain, degrees",
-    "escape_rank": "Escape rank: ½ where unseen samples lie as near as training ones",
-    "nearest_center_true_deg": "Separation: nearest other centre, degrees",
-    "recall_current": "Recall of the classifier in use",
+    "center_shift_excess_deg": f"{SHOWN['center_shift_excess_deg'].title}, degrees",
+    "escape_rank": f"{SHOWN['escape_rank'].title}, ½ is no difference",
+    "nearest_center_true_deg": f"{SHOWN['nearest_center_true_deg'].title}, degrees",
+    "recall_current": "Recall, in use",
 }
+
+GROUP_KEYS = {name: Key(name, name, shape) for name, shape in zip(GROUPS, SHAPES, strict=True)}
 
 PLOTS = {
     "shift": "center_shift_excess_deg",
@@ -34,7 +38,8 @@ PLOTS = {
 def figures(result: Diagnosis) -> list[Figure]:
     """Return the figures in the order of the page."""
     found = [_scatter(result), *_of_samples(result)]
-    return found if result["verdict"] is None else [_steps(result), *found]
+    steps = [] if result["verdict"] is None else [_steps(result)]
+    return [*_encoders(result), *steps, *found]
 
 
 def plots(result: Diagnosis) -> dict[str, Figure]:
@@ -52,15 +57,36 @@ def data(result: Diagnosis) -> dict[str, list[Row]]:
     return {
         "by_count": [{name: row[name] for name in names} for row in by_rank[:: _every(len(by_rank))]],
         "steps": diagnosis.steps(result),
+        "encoders": encoders.dots(result),
         **_sample_data(result),
     }
+
+
+def _encoders(result: Diagnosis) -> list[Figure]:
+    """Draw each encoder's accuracies with their intervals, the best encoder on top; nothing where there is one."""
+    stored = encoders.dots(result)
+    if not stored:
+        return []
+    colours = zip(encoders.KINDS.values(), ("muted", "sky", "blue", "green"), (*SHAPES, "diamond"), strict=True)
+    keys = [Key(*about) for about in colours if any(row["kind"] == about[0] for row in stored)]
+    order = list(dict.fromkeys(row["encoder"] for row in stored))
+    base = rows_of("encoders").encode(
+        y=alt.Y("encoder:N", sort=order, title=None, axis=alt.Axis(ticks=False)),
+        yOffset=alt.YOffset("kind:N", sort=[key.label for key in keys]),
+    )
+    x = marks.zoomed([row[end] for row in stored for end in ("mean", "ci_low", "ci_high") if row[end]], "accuracy")
+    tooltip = {"encoder": "encoder", "kind": "classifier", "text": "accuracy"}
+    layers = marks.dots(base, x, "kind", keys, tooltip)
+    chart: Chart = alt.layer(*layers).properties(height=22 * len(stored))
+    return [Figure("compared", [Panel("", chart, keys)])]
 
 
 def _steps(result: Diagnosis) -> Figure:
     """Draw what each step adds, from the current accuracy to the ceiling."""
     bars = diagnosis.steps(result)
     lowest = min(0.0, *(row[end] for row in bars for end in ("start", "end")))
-    scale = alt.Scale(domain=[lowest, 118], nice=False)  # room for the numbers on the right
+    room = alt.ExprRef(f"width < {marks.NARROW} ? 140 : 118")  # for the numbers on the right
+    scale = alt.Scale(domainMin=lowest, domainMax=room, nice=False)
     axis = alt.Axis(title="accuracy, per cent", values=list(range(0, 101, 20)))
     keys = (Key("total", "muted", "bar"), *marks.PART_KEYS.values())
     return Figure("waterfall", [Panel("", marks.waterfall("steps", bars, keys, scale, axis), keys)])
@@ -69,30 +95,32 @@ def _steps(result: Diagnosis) -> Figure:
 def _scatter(result: Diagnosis) -> Figure:
     """Draw measures of every class against its number of training samples."""
     classes = diagnosis.classes(result)
-    keys = tuple(key for name, key in marks.GROUP_KEYS.items() if any(row["group"] == name for row in classes))
+    keys = tuple(key for name, key in GROUP_KEYS.items() if any(row["group"] == name for row in classes))
     panels = [
-        Panel(title, _by_count(field, len(classes), keys), keys)
+        Panel(title, _by_count(field, result["counts"], keys), keys)
         for field, title in SCATTERS.items()
         if any(row[field] is not None for row in classes)
     ]
     every = _every(len(classes))
     left_out = f" Of {len(classes):,} classes one in {every} by count is drawn; the table has all." if every > 1 else ""
+    if none := sum(not count for count in result["counts"]):
+        left_out += f" {plural(none, 'class')} without training samples: not drawn, for such a scale has no 0."
     return Figure("scatter", panels, left_out)
 
 
-def _by_count(field: str, classes: int, keys: Sequence[Key]) -> Chart:
+def _by_count(field: str, counts: Sequence[int], keys: Sequence[Key]) -> Chart:
     """Draw a recall or measure of each class by its count, and a line where a measure means no difference."""
-    measure, few = SHOWN.get(field), classes <= marks.MANY
+    measure, few = SHOWN.get(field), len(counts) <= marks.MANY
     unit = measure.unit if measure else "share"
     axis = alt.Axis(tickCount=6, format=".0%") if unit == "share" else alt.Axis(tickCount=6)
     scale = alt.Scale(domain=[0, 1]) if unit == "share" else alt.Scale(zero=False, nice=True)
-    counts = alt.Axis(values=[10**k for k in range(7)], format=",d", grid=False)
-    points = rows_of("by_count").mark_point(filled=True, size=60 if few else 18, opacity=0.9 if few else 0.55)
-    drawn = points.encode(
-        x=alt.X("count:Q", title="training samples", scale=alt.Scale(type="log", nice=False, padding=8), axis=counts),
+    points = rows_of("by_count").transform_filter("datum.count > 0")
+    drawn = points.mark_point(filled=True, size=60 if few else 28, opacity=1 if few else 0.85).encode(
+        x=alt.X("count:Q", title="training samples", **marks.log_axis(counts, 1.3, grid=False)),
         y=alt.Y(f"{field}:Q", title=None, scale=scale, axis=axis),
         tooltip=marks.class_tooltip([(field, measure.label if measure else "recall, in use", marks.FORMATS[unit])]),
         color=alt.Color("group:N", scale=colour_scale(keys)) if keys else alt.value(css("blue")),
+        shape=alt.Shape("group:N", scale=shape_scale(keys)) if keys else alt.value("circle"),
     )
     chart: Chart = alt.layer(*marks.reference(measure and measure.null), drawn).properties(height=230)
     return chart

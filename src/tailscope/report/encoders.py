@@ -11,7 +11,7 @@ from tailscope.groups import GROUPS
 from tailscope.report.diagnosis_schema import Compared, Comparison, Diagnosis, Differences
 from tailscope.report.rows import Row, ends
 from tailscope.report.schema import Points
-from tailscope.report.text import DASH, Column, Table, in_points, listed, percent
+from tailscope.report.text import DASH, Column, Table, in_points, listed, percent, with_interval
 
 ASPECTS = {
     "localises": "localises unseen samples better",
@@ -19,16 +19,21 @@ ASPECTS = {
     "compacts": "keeps classes more compact",
     "margin": "has the larger margin for its spread",
 }
-KINDS = {"current": "now", "rebalanced": "re-balanced", "attained": "attained", "extrapolated": "bound"}
+KINDS = {
+    "current": "in use",
+    "rebalanced": "re-balanced",
+    "attained": "best fitted",
+    "extrapolated": "classifier bound",
+}
 FEW = 30  # scored samples, below which a difference decides nothing
 
 STANDINGS = (
     Column("encoder", "encoder"),
     Column("conclusion", "against the first", "text", "Whether it is clearly better or worse than the first encoder."),
-    Column("current", "now", "share", "Accuracy of the classifier in use."),
+    Column("current", "in use", "share", "Accuracy of the classifier in use."),
     Column("rebalanced", "re-balanced", "share", "Accuracy of the best remedy."),
-    Column("attained", "attained", "share", "Accuracy of the best classifier of the samples that are there."),
-    Column("extrapolated", "bound", "share", "Accuracy of a classifier of as many samples of every class."),
+    Column("attained", "best fitted", "share", "Accuracy of the best classifier of the samples that are there."),
+    Column("extrapolated", "classifier bound", "share", "Accuracy of a classifier of as many samples of every class."),
     *(
         Column(
             f"{kind}_gap", f"{label}, difference", "points", "From the first encoder.", (f"{kind}_low", f"{kind}_high")
@@ -69,13 +74,33 @@ def standings(result: Diagnosis) -> list[Row]:
     return found
 
 
+def dots(result: Diagnosis) -> list[Row]:
+    """Return one row an encoder and accuracy, the best encoder first: its mean and interval, as numbers and text."""
+    found: list[Row] = []
+    for row in standings(result) if result.get("comparison") else []:
+        stored = (result.get("encoders") or {}).get(row["encoder"], {}).get("accuracy")
+        for kind, label in KINDS.items():
+            if stored is not None and row[kind] is not None:
+                bounds = _cell(stored, kind)["ci95"]
+                about = {"encoder": row["encoder"], "kind": label, "mean": row[kind], **ends("ci", bounds)}
+                short = percent(row[kind])
+                text = {"short": short, "text": with_interval(short, bounds)}
+                found.append({**about, **text, "label_at": bounds[1] if bounds else row[kind]})
+    return found
+
+
+def _cell(stored: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
+    """Return one of an encoder's own accuracies with its interval; an empty mean where it is not known."""
+    bound = stored["classifier_bound"]
+    cells = {"attained": bound, "extrapolated": bound.get("extrapolated") or {}}
+    return cells[kind] if kind in cells else stored[kind]
+
+
 def _accuracies(stored: Mapping[str, Any] | None) -> Row:
     """Return one encoder's own accuracies."""
     if stored is None:
         return dict.fromkeys(KINDS)
-    bound = stored["classifier_bound"]
-    means = {"current": stored["current"]["mean"], "rebalanced": stored["rebalanced"]["mean"]}
-    return means | {"attained": bound["mean"], "extrapolated": (bound.get("extrapolated") or {}).get("mean")}
+    return {kind: _cell(stored, kind).get("mean") for kind in KINDS}
 
 
 def _in_short(entry: Compared) -> str:

@@ -164,10 +164,12 @@ def group_bounds(classes: Sequence[Row]) -> list[Chart]:
     changes = [k for k in range(1, len(ordered)) if ordered[k] != ordered[k - 1]]
     if None in ordered or len(changes) != len(set(ordered)) - 1:
         return []
-    labels = [{"at": start + 0.5, "group": ordered[start]} for start in (0, *changes)]
+    starts = (0, *changes)
+    labels = [{"at": k + 0.5, "group": ordered[k], "classes": ordered.count(ordered[k])} for k in starts]
     base = alt.Chart(alt.InlineData(values=labels))
-    text = base.mark_text(align="left", dx=4, dy=-8, fontSize=11, color=css("muted"))
-    found: list[Chart] = [text.encode(x=rank_axis(classes, "at"), y=alt.value(0), text="group:N")]
+    fits = alt.ExprRef(f"width * datum.classes / {len(classes)} > 34 ? datum.group : ''")
+    text = base.mark_text(align="left", dx=4, dy=-12, fontSize=11, color=css("muted"), text=fits)
+    found: list[Chart] = [text.encode(x=rank_axis(classes, "at"), y=alt.value(0))]
     if changes:
         rules = alt.Chart(alt.InlineData(values=[{"at": k + 0.5} for k in changes]))
         found.append(
@@ -176,11 +178,24 @@ def group_bounds(classes: Sequence[Row]) -> list[Chart]:
     return found
 
 
+def log_axis(counts: Sequence[int], below: float, *, grid: bool) -> dict[str, Any]:
+    """Return scale and axis of counts on a logarithmic scale: it has no 0, and begins `below` times under the smallest.
+
+    Ticks are powers of ten; where these would be few, 2 and 5 times them too.
+    """
+    known = [count for count in counts if count] or [1]
+    low, high = min(known) / below, max(known) * 1.3
+    steps = (1, 2, 5) if high / low < 100 else (1,)
+    ticks = [step * 10**k for k in range(16) for step in steps if low <= step * 10**k <= high]
+    scale = alt.Scale(type="log", domain=[low, high], nice=False)
+    return {"scale": scale, "axis": alt.Axis(values=ticks, format=",d", grid=grid)}
+
+
 def reference(value: object) -> list[Chart]:
     """Return a horizontal line at the value that means "no difference"; none where it is no number."""
     if not isinstance(value, int | float):
         return []
-    return [alt.Chart(alt.InlineData(values=[{"y": value}])).mark_rule(strokeWidth=1).encode(y="y:Q")]
+    return [alt.Chart(alt.InlineData(values=[{"y": value}])).mark_rule(strokeWidth=1, aria=False).encode(y="y:Q")]
 
 
 def class_tooltip(fields: Sequence[tuple[str, str, str]]) -> list[alt.Tooltip]:
@@ -211,7 +226,9 @@ def lines(series: Sequence[Series], classes: Sequence[Row], y: dict[str, Any], s
         if not offset:
             trends.append(_trend(encoded, one, len(classes)))
         if one.ranged and len(classes) <= MANY:
-            trends.append(encoded.mark_rule(opacity=0.7).encode(y=f"{one.field}_min:Q", y2=f"{one.field}_max:Q"))
+            trends.append(
+                encoded.mark_rule(opacity=0.7, aria=False).encode(y=f"{one.field}_min:Q", y2=f"{one.field}_max:Q")
+            )
         tooltip = class_tooltip([(one.field, one.key.label, style), *one.extra])
         points += [spot.encode(shape=shape, tooltip=tooltip) for spot in _spots(encoded, one.flags, len(classes))]
     return [*trends, *points]
@@ -243,9 +260,9 @@ def span(
     """Return the range of a series up to the field `high`: a rule a class, beyond `MANY` a band of running means."""
     base, colour = rows_of(one.data, one.encoder), css(one.key.colour)
     if len(classes) > MANY:
-        band = _smoothed(base, len(classes), low=one.field, high=high).mark_area(opacity=0.16, color=colour)
+        band = _smoothed(base, len(classes), low=one.field, high=high).mark_area(opacity=0.16, color=colour, aria=False)
         return cast(alt.Chart, band.encode(x=rank_axis(classes), y=alt.Y("low:Q", **y), y2="high:Q"))
-    rule = _placed(base, classes, one.offset).mark_rule(color=colour, strokeWidth=width, opacity=opacity)
+    rule = _placed(base, classes, one.offset).mark_rule(color=colour, strokeWidth=width, opacity=opacity, aria=False)
     return cast(alt.Chart, rule.encode(y=alt.Y(f"{one.field}:Q", **y), y2=f"{high}:Q"))
 
 
@@ -264,7 +281,8 @@ def _spots(encoded: alt.Chart, flags: str | None, classes: int) -> list[Chart]:
     solid = encoded.mark_point(filled=True, opacity=1)
     if flags is None:
         return [solid]
-    hollow = encoded.mark_point(filled=False, fill=css("paper"), opacity=1)
+    hollow = encoded.mark_point(filled=False, fill=css("paper"), opacity=1)  # which says all to who cannot see
+    solid = encoded.mark_point(filled=True, opacity=1, aria=False)
     return [hollow, solid.transform_filter(f"2 * datum.{flags} > datum.seeds")]
 
 
@@ -289,9 +307,32 @@ def bars(
     drawn = drawn.encode(x=x(start), color=colour, tooltip=tooltip)
     return [
         drawn.encode(x2=end) if end else drawn,
-        base.mark_rule(strokeWidth=1.6).encode(x=x(low), x2=high),
+        base.mark_rule(strokeWidth=1.6, aria=False).encode(x=x(low), x2=high),
         numbers(base, size).encode(x=x("label_at")),
     ]
+
+
+def dots(
+    base: alt.Chart, x: Callable[[str], alt.X], field: str, keys: Sequence[Key], tooltip: Mapping[str, str]
+) -> list[Chart]:
+    """Return a dot a row, coloured and shaped by the key that `field` names, with its interval and `numbers`."""
+    encoded = base.mark_point(filled=True, opacity=1, size=80).encode(
+        x=x("mean"),
+        color=alt.Color(f"{field}:N", scale=colour_scale(keys)),
+        shape=alt.Shape(f"{field}:N", scale=shape_scale(keys)),
+        tooltip=[alt.Tooltip(f"{name}:N", title=title) for name, title in tooltip.items()],
+    )
+    whiskers = base.mark_rule(strokeWidth=1.4, color=css("muted"), aria=False).encode(x=x("ci_low"), x2="ci_high")
+    return [whiskers, encoded, numbers(base, 11).encode(x=x("label_at"))]
+
+
+def zoomed(values: Sequence[float], title: str) -> Callable[[str], alt.X]:
+    """Return an x axis of accuracies around these values, with room for numbers on the right."""
+    low, high = min(values), max(values)
+    scale = alt.Scale(domain=[low - 0.02, high + (high - low) * 0.5 + 0.02], nice=False, zero=False)
+    ticks = [tick / 20 for tick in range(20 + 1) if low - 0.02 <= tick / 20 <= high + 0.05]
+    axis = alt.Axis(format=".0%", title=title, values=ticks, labelSeparation=8)
+    return lambda field: alt.X(f"{field}:Q", scale=scale, axis=axis)
 
 
 def numbers(base: alt.Chart, size: int) -> alt.Chart:

@@ -19,12 +19,13 @@
 
   // ---- charts: drawn once, when first visible; the style sheet recolours them
   async function draw(box) {
-    if (box.dataset.drawn || box.offsetParent === null) return;
+    if (box.dataset.drawn || !box.clientWidth) return;
     box.dataset.drawn = "started";
     const { spec, rows } = specs[box.dataset.spec];
     const own = Object.fromEntries(rows.map((name) => [name, rowsOf(name)]));
     const options = { mode: "vega-lite", renderer: "svg", actions: false, ast: true, config, tooltip: { theme: "custom" } };
     await vegaEmbed(box, { ...spec, datasets: { ...spec.datasets, ...own } }, options);
+    box.querySelectorAll("[role='graphics-symbol']:empty").forEach((marks) => marks.setAttribute("aria-hidden", "true"));
     box.dataset.drawn = "yes";
   }
   async function drawAll() {
@@ -97,13 +98,21 @@
   more.addEventListener("click", () => { limit += PAGE; filter(); });
   filter();
 
-  // ---- a class leads to its samples, which are folded
-  function unfold() {
-    const fold = document.getElementById(decodeURIComponent(location.hash.slice(1)));
-    if (fold && fold.matches("details.fold")) { fold.open = true; fold.scrollIntoView(); }
+  // ---- a link into a fold opens it, and the folds around it
+  function unfold(hash) {
+    const target = document.getElementById(decodeURIComponent(hash.slice(1)));
+    if (!target) return;
+    const own = target.matches("details") ? target : target.querySelector(":scope > details.part");
+    for (let fold = own || target.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
+    if (own || target.closest("details")) target.scrollIntoView();
   }
-  addEventListener("hashchange", unfold);
-  unfold();
+  addEventListener("hashchange", () => unfold(location.hash));
+  document.addEventListener("click", (event) => {
+    const link = event.target.closest("a[href^='#']");
+    if (link) unfold(link.hash);
+  });
+  for (const fold of document.querySelectorAll("details.part")) fold.addEventListener("toggle", drawAll);
+  unfold(location.hash);
 
   // ---- paper shows what a click would
   let closed = [];

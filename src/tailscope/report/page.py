@@ -111,12 +111,13 @@ def of_experiments(results: Results) -> Page:
     """Return the page of the results of `swap`, `ladder` and `geometry`."""
     result, figures = rows.first(results), charts.figures(results)
     counts, recipe = result["counts"], result["recipe"]
+    advice = story.advice(results)
     named = {"swap": "Swap", "ladder": "Ladder", "geometry": "Features", "claims": "Claims"}
     content = {
         "headline": story.headline(results),
-        "findings": story.findings(results),
+        "findings": [text for text in story.findings(results) if not any(text in one for one in advice)],
         "caveats": story.caveats(results),
-        "advice": [],
+        "advice": [{"text": text} for text in advice],
         "warnings": rows.warnings(results),
         "dataset": result["dataset"],
         "recipe": recipe,

@@ -291,7 +291,7 @@ CLASS = (
 )
 SPLIT = (
     Column("gap", "gap", "points", "Recall lost by training on the long-tailed set."),
-    Column("representation", "by backbone", "points", "The part of the gap that the backbone costs."),
+    Column("representation", "by representation", "points", "The part of the gap that the backbone costs."),
     Column("classifier", "by classifier", "points", "The part of the gap that the classifier costs."),
 )
 MEASURES = tuple(map(Column.of, SHOWN))
@@ -299,7 +299,7 @@ MEASURES = tuple(map(Column.of, SHOWN))
 LOCAL = (
     Column.of("spread_gap_deg"),
     Column("spread_gap_flags_text", "seeds with q ≤ 0.05", "text", "Seeds in which the spread gap is beyond chance."),
-    Column.of("center_shift_excess_deg", "excess shift"),
+    Column.of("center_shift_excess_deg"),
     Column("center_shift_flags_text", "seeds with q ≤ 0.05", "text", "Seeds in which the centre shift is not chance."),
     Column.of("escape_rank"),
 )

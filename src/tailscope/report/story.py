@@ -128,6 +128,27 @@ def caveats(results: Results) -> list[str]:
     return found + mismatches(results)
 
 
+def advice(results: Results) -> list[str]:
+    """Return what to do first, as far as a clear gap says; nothing where there is none.
+
+    What replacing one half alone by that of the full set gains was measured; the ladder tells what helps without more
+    data.
+    """
+    attribution = results["swap"]["attribution"] if "swap" in results else None
+    if attribution is None or attribution["gap_ci95"] is None or _gap_unclear(attribution):
+        return []
+    ll, lt, tl, _ = (results["swap"]["cells"][name]["mean"] for name in CELLS)
+    share = attribution["representation"]["share_ci95"]
+    close = attribution["order_matters"] or share is None or share[0] <= 0.5 <= share[1]
+    first_half = "representation" if share and share[0] > 0.5 else "classifier"
+    opening = "Work on both halves" if close else f"Improve the {first_half} first"
+    text = (
+        f"{opening}: the full set’s backbone alone gains {points(tl - ll)} points, its classifier alone "
+        f"{points(lt - ll)}."
+    )
+    return [" ".join([text, *(ladder_findings(results)[-1:] if "ladder" in results else [])])]
+
+
 def class_note(results: Results) -> str:
     """Return what the columns of the class table hold."""
     parts = []
