@@ -23,7 +23,6 @@ from typing import Any
 
 import docs_reference
 from tailscope import cli, paper
-from tailscope.classifiers import CLASSIFIERS
 from tailscope.data import PROFILES
 from tailscope.errors import UserError
 from tailscope.intervals import CELLS
@@ -147,11 +146,10 @@ def methods() -> str:
         (group.typer_instance.info.name or "", group.typer_instance.info.help or "")
         for group in cli.app.registered_groups
     ]
-    registries: dict[str, Registry[Any]] = {**REGISTRIES, "classifiers on features": CLASSIFIERS}
     recipes = [(f"`{recipe.name}`", recipe.card) for recipe in RECIPES.values()]
     parts = [
         _listing("Verbs", ("verb", "what it does"), ((f"`{name}`", summary) for name, summary in verbs)),
-        *(_registered(name, registry) for name, registry in registries.items()),
+        *(_registered(name, registry) for name, registry in REGISTRIES.items()),
         _listing("Recipes", ("recipe", "what it does"), recipes),
         _registered("recipes that take values", PARAMETRISED),
         f"## Profiles\n\n{PROFILES}: see [Data and subsets](data.md).\n",

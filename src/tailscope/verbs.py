@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.console import Console
 from typer import Argument, Option
 
+from tailscope.classifiers import CLASSIFIERS
 from tailscope.errors import UserError, one_line
 from tailscope.experiments.options import (
     IMAGES,
@@ -32,11 +33,8 @@ from tailscope.experiments.options import (
     taking,
     verb,
 )
-from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, PHOTO_AUGMENTATIONS, SAMPLERS
-from tailscope.networks import MODELS
 from tailscope.progress import Progress, shown_on
-from tailscope.registry import Registry
-from tailscope.training import SCHEDULES
+from tailscope.training import REGISTRIES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,15 +59,6 @@ __all__ = [
     "subset",
     "swap",
 ]
-REGISTRIES: dict[str, Registry[Any]] = {
-    "models": MODELS,
-    "losses": LOSSES,
-    "samplers": SAMPLERS,
-    "augmentations": AUGMENTATIONS,
-    "augmentations of photographs in files": PHOTO_AUGMENTATIONS,
-    "mixings": MIXINGS,
-    "schedules": SCHEDULES,
-}
 REBALANCED = "rebalanced.npz"
 """The file of a diagnosis that holds the classifier that it recommends."""
 
@@ -273,6 +262,11 @@ class _DiagnosisRequest(DecodingOptions, EncoderOptions, _Samples):
         int | None,
         Option(min=1, help="Samples of every class for the classifier bound. [default: as the most frequent one has]"),
     ] = None
+    remedy: Annotated[
+        Sequence[str] | None,
+        Option(help="A classifier to try among the remedies; see `tailscope methods`. Repeat for more."),
+        list[str] | None,
+    ] = None
     permutations: Permutations = 999
     alpha: Annotated[float, Option(help="False discovery rate at which classes are flagged.")] = 0.05
     verdict: Annotated[bool, Option("--no-verdict", help="Measure only; fit no classifiers."), NEGATED] = True
@@ -296,7 +290,10 @@ class _DiagnosisRequest(DecodingOptions, EncoderOptions, _Samples):
         from tailscope.diagnosis.diagnose import DiagnosisSettings
 
         flags = self.verdict, self.drop_duplicates
-        return DiagnosisSettings(self.ceiling, self.permutations, self.alpha, *flags, self.seed, self.bound_at)
+        remedies = tuple(CLASSIFIERS.canonical(call) for call in self.remedy or ())
+        return DiagnosisSettings(
+            self.ceiling, self.permutations, self.alpha, *flags, self.seed, self.bound_at, remedies=remedies
+        )
 
     def tell(self, text: str) -> None:
         """Show a line, if anything is shown."""
@@ -305,6 +302,8 @@ class _DiagnosisRequest(DecodingOptions, EncoderOptions, _Samples):
 
     def check(self) -> None:
         """Refuse options that do not go together, with a `UserError`."""
+        if self.remedy and not self.verdict:
+            raise UserError("--remedy: is fitted and scored for a verdict; leave out --no-verdict")
         with_model = ["data", "holdout", *(one.name for one in fields(EncoderOptions)), "skip_unreadable", "workers"]
         given = [name for name in with_model if name != "store" and getattr(self, name) not in (None, False)]
         if self.model is None and given:

@@ -16,8 +16,8 @@ from sklearn.base import clone
 from torch import Tensor
 from torch.nn import functional
 
+from tailscope.classifiers import CLASSIFIERS
 from tailscope.classifiers.base import (
-    CLASSIFIERS,
     FeatureClassifier,
     Floats,
     IntArray,

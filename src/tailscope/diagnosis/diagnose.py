@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tailscope.classifiers import CLASSIFIERS
 from tailscope.device import Runtime
 from tailscope.diagnosis.compare import compare, confusable_pairs, paired_inputs, same_names
 from tailscope.diagnosis.inputs import Inputs, bursts, read, without_far_rows
@@ -17,7 +18,9 @@ from tailscope.diagnosis.soundness import doubts, doubts_of_outcomes
 from tailscope.errors import UserError
 from tailscope.groups import GROUPS
 from tailscope.measures import GeometryResult, describe
+from tailscope.plugins import Plugin, told
 from tailscope.progress import Progress
+from tailscope.registry import plugins_named
 from tailscope.report.text import percent
 from tailscope.results import command, versions
 from tailscope.tables.table import FeatureTable, LinearLayer, Source, is_pair
@@ -96,6 +99,7 @@ class DiagnosisSettings:
     seed: int
     bound_at: int | None = None
     ceiling_from: OtherBound | None = None
+    remedies: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 < self.ceiling <= 1:
@@ -110,6 +114,10 @@ class DiagnosisSettings:
             raise UserError(f"--permutations {self.permutations}: expected 0 to {MOST_PERMUTATIONS:,}")
         if self.seed < 0:
             raise UserError(f"--seed {self.seed}: expected a whole number of at least 0")
+
+    def plugins(self) -> list[Plugin]:
+        """Return the code from outside the package that the remedies name, each once, by name."""
+        return plugins_named((CLASSIFIERS, call) for call in self.remedies)
 
     @property
     def too_few_permutations(self) -> bool:
@@ -152,8 +160,16 @@ def prepare(
 
 
 def spec(inputs: dict[str, Inputs], settings: DiagnosisSettings) -> dict[str, Any]:
-    """Return what the result depends on: the numbers of every input, and the settings."""
-    return {"encoders": {name: one.fingerprints for name, one in inputs.items()}, **asdict(settings)}
+    """Return what the result depends on: the numbers of every input, and the settings.
+
+    Further remedies are left out where there are none, as in the files from before there were any.
+    """
+    found = {"encoders": {name: one.fingerprints for name, one in inputs.items()}, **asdict(settings)}
+    if not settings.remedies:
+        del found["remedies"]
+    if plugins := settings.plugins():
+        found["plugins"] = {plugin.name: plugin.sha256 for plugin in plugins}
+    return found
 
 
 def run(
@@ -177,7 +193,7 @@ def run(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command(),
         "spec": spec(inputs, settings),
-        "environment": {"versions": versions(), "hardware": runtime.describe()},
+        "environment": {"versions": versions(), "hardware": runtime.describe(), **told(settings.plugins())},
         "dataset": {
             "name": next(iter(inputs)),
             "class_names": list(first.names),
@@ -262,7 +278,7 @@ def _judge(
     from tailscope.diagnosis.verdict import accuracies, judge
     from tailscope.intervals import Interval
 
-    outcomes = score(inputs, bound_at, settings.seed, progress)
+    outcomes = score(inputs, bound_at, settings.seed, progress, settings.remedies)
     pairs = confusable_pairs(geometry.centers, inputs.names, outcomes.labels, outcomes.predicted)
     accuracy = accuracies(outcomes, [entry["group"] for entry in geometry.classes])
     pooled = dict.fromkeys(GROUPS) if settings.too_few_permutations else geometry.groups
