@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from image_trees import photos
 from tailscope import plugins
@@ -89,6 +90,7 @@ def test_the_example_trains_and_is_recalled_until_its_source_changes(tailscope_,
     ]  # fmt: skip
     assert (plugin["name"], plugin["version"]) == ("my_methods", None)
     assert stored["spec"]["plugins"] == {"my_methods": plugin["sha256"]}
+    assert plugin["sha256"][:16] in Path("out/report.html").read_text()
     trained = stage_specs("stage1") + stage_specs("stage2")
     assert {tuple(map(tuple, spec["plugins"])) for spec in trained} == {(("my_methods", plugin["sha256"]),)}
 
@@ -114,6 +116,54 @@ def test_the_example_trains_and_is_recalled_until_its_source_changes(tailscope_,
     folder.write("my_methods.py", EXAMPLE)
     back = tailscope_(*SWAP, "--overwrite")
     assert "Nothing was trained" in back.out
+
+
+PLAIN_NETWORK = """
+from torch import nn
+from tailscope.networks import MODELS
+
+class Net(nn.Module):
+    def __init__(self, channels, classes):
+        super().__init__()
+        convolution = nn.Conv2d(channels, 8, 3, stride=2, padding=1)
+        self.body = nn.Sequential(convolution, nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+        self.feature_dim, self.classifier = 32, nn.Linear(32, classes)
+
+    def features(self, x):
+        return self.body(x)
+
+    def forward(self, x):
+        return self.classifier(self.features(x))
+
+@MODELS.register("own_net")
+def own_net(in_channels, num_classes, /):
+    '''One convolution.'''
+    return Net(in_channels, num_classes)
+"""
+
+
+def test_a_network_of_any_class_trains_and_gives_features(tailscope_, folder):
+    folder.write("nets.py", PLAIN_NETWORK)
+    checked = tailscope_("methods", "--import", "nets", "--check", "own_net")
+    assert (checked.code, "failed" in checked.out) == (0, False), checked.out
+    swap = ("swap", "--data", "digits", "--recipe", "demo", "--model", "own_net", "--seeds", 1, "--bn-mode", "shifted")
+    trained = tailscope_(*swap, "--import", "nets", "--backbones", "lt", "--out", "out")
+    assert (trained.code, trained.err) == (0, "")
+    key = json.loads(Path("out/swap.json").read_text())["provenance"][0]["key"]
+    features = ("features", "--model", f"store:{key}", "--store", "out/store", "--data", "digits", "--split", "test")
+    made = tailscope_(*features, "--import", "nets", "--out", "f.npz")
+    assert (made.code, made.err) == (0, "")
+    stored = [load_file(path)["features"] for path in Path("out/store/features").glob("*/tensors.safetensors")]
+    with np.load("f.npz") as found:  # the other is of shifted statistics
+        assert [np.allclose(found["features"], one, rtol=1e-4, atol=1e-5) for one in stored].count(True) == 1
+    folder.forget()
+    without = tailscope_(*features, "--out", "g.npz")
+    assert (without.code, "names in a file are only looked up" in without.err) == (2, True)
+    assert "it was trained with --import nets" in without.err
+    folder.write("nets.py", PLAIN_NETWORK.replace("self.body(x)", "2 * self.body(x)"))
+    changed = tailscope_(*features, "--import", "nets", "--out", "g.npz")
+    assert (changed.code, "nets has changed since its network own_net was trained" in changed.err) == (2, True)
+    folder.forget()
 
 
 def stage_specs(kind):
