@@ -115,9 +115,10 @@ class DiagnosisSettings:
         if self.seed < 0:
             raise UserError(f"--seed {self.seed}: expected a whole number of at least 0")
 
+    @property
     def plugins(self) -> list[Plugin]:
-        """Return the code from outside the package that the remedies name, each once, by name."""
-        return plugins_named((CLASSIFIERS, call) for call in self.remedies)
+        """The code from outside the package that the remedies name, each once, by name."""
+        return plugins_named((CLASSIFIERS, call) for call in self.remedies) if self.remedies else []
 
     @property
     def too_few_permutations(self) -> bool:
@@ -167,8 +168,8 @@ def spec(inputs: dict[str, Inputs], settings: DiagnosisSettings) -> dict[str, An
     found = {"encoders": {name: one.fingerprints for name, one in inputs.items()}, **asdict(settings)}
     if not settings.remedies:
         del found["remedies"]
-    if plugins := settings.plugins():
-        found["plugins"] = {plugin.name: plugin.sha256 for plugin in plugins}
+    if settings.plugins:
+        found["plugins"] = {plugin.name: plugin.sha256 for plugin in settings.plugins}
     return found
 
 
@@ -193,7 +194,7 @@ def run(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command(),
         "spec": spec(inputs, settings),
-        "environment": {"versions": versions(), "hardware": runtime.describe(), **told(settings.plugins())},
+        "environment": {"versions": versions(), "hardware": runtime.describe()},
         "dataset": {
             "name": next(iter(inputs)),
             "class_names": list(first.names),
@@ -203,6 +204,8 @@ def run(
         },
         **results[next(iter(inputs))],
     }
+    if settings.plugins:
+        result["environment"] |= told(settings.plugins)
     if len(inputs) > 1:
         result |= {"encoders": results, "comparison": compare(kept, results, outcomes)}
     return result, _layer(result, outcomes[next(iter(inputs))], first)
