@@ -166,6 +166,62 @@ def test_a_network_of_any_class_trains_and_gives_features(tailscope_, folder):
     folder.forget()
 
 
+REST = """
+import torch
+from tailscope.methods import AUGMENTATIONS, MIXINGS
+from tailscope.training import SCHEDULES
+from tailscope.training.recipes import PARAMETRISED, Recipe, recipe_by_name
+
+@AUGMENTATIONS.register("dim")
+def dim(factor: float = 0.5):
+    '''Darkens every image.'''
+    return lambda images, generator: (images.float() * factor).to(torch.uint8)
+
+class Halves:
+    def draw(self, steps, batch, generator):
+        return torch.full((steps,), 0.5), torch.rand(steps, batch, generator=generator).argsort(1)
+
+@MIXINGS.register("halves")
+def halves():
+    '''The mean of two images.'''
+    return Halves()
+
+@SCHEDULES.register("flat")
+def flat(steps, steps_per_epoch, /):
+    '''Always the base rate.'''
+    return [1.0] * steps
+
+@PARAMETRISED.register("own")
+def own(learning_rate: float = 0.05) -> Recipe:
+    '''A few steps, of dim images.'''
+    demo = recipe_by_name("demo")
+    stage1 = demo.stage1.model_copy(update={"learning_rate": learning_rate, "schedule": "flat"})
+    return Recipe(**{**demo.model_dump(), "name": "own", "stage1": stage1, "augment": ("dim",), "autoaugment": "flip"})
+"""
+
+
+def test_a_recipe_with_parts_of_its_own_trains_and_its_views_depend_on_them(tailscope_, folder):
+    folder.write("rest.py", REST)
+    for name in ("dim", "halves", "flat", "own"):
+        checked = tailscope_("methods", "--import", "rest", "--check", name)
+        assert (checked.code, "failed" in checked.out) == (0, False), checked.out
+        folder.forget()
+    swap = ("swap", "--data", "digits", "--seeds", 1, "--backbones", "lt", "--import", "rest", "--mix", "halves")
+    for recipe, rate in (("own", 0.05), ("own(learning_rate=0.01)", 0.01)):
+        done = tailscope_(*swap, "--recipe", recipe, "--out", "out", "--overwrite")
+        assert (done.code, done.err) == (0, "")
+        stored = json.loads(Path("out/swap.json").read_text())["spec"]["recipe"]
+        assert (stored["name"], stored["stage1"]["learning_rate"], stored["always_mix"]) == (recipe, rate, "halves")
+        folder.forget()
+    views = len(list(Path("out/store/views").glob("*/tensors.safetensors")))
+    assert "Nothing was trained" in tailscope_(*swap, "--recipe", "own", "--out", "b", "--store", "out/store").out
+    folder.forget()
+    folder.write("rest.py", REST.replace("images.float() * factor", "images.float() * factor * 0.9"))
+    assert "Nothing was trained" not in tailscope_(*swap, "--recipe", "own", "--out", "c", "--store", "out/store").out
+    assert len(list(Path("out/store/views").glob("*/tensors.safetensors"))) > views
+    assert "unknown --recipe 'onw'; did you mean 'own'?" in tailscope_(*swap, "--recipe", "onw").err
+
+
 def stage_specs(kind):
     return [json.loads(path.read_text())["spec"] for path in Path("out/store").glob(f"{kind}/*/meta.json")]
 
