@@ -23,7 +23,6 @@ from typing import Any
 
 import docs_reference
 from tailscope import cli, paper
-from tailscope.classifiers import CLASSIFIERS
 from tailscope.data import PROFILES
 from tailscope.errors import UserError
 from tailscope.intervals import CELLS
@@ -114,9 +113,10 @@ class has no p and q; its group is tested instead. A group's field is the mean o
 
 TOGETHER = """## All classes together
 
-The fields of `collapse.train` and `collapse.unseen` in `diagnosis.json`: one number for all classes, of the training and
-of the unseen samples. C is the number of classes, S_W and S_B are the covariances within and between them. Every class
-counts once, however many samples it has; variances have the denominator n - 1, and no sample is paired with itself; for
+The fields of `collapse.train` and `collapse.unseen` in `diagnosis.json`: one number for all classes, of the training
+and of the unseen samples. C is the number of classes, S_W and S_B are the covariances within and between them. Every
+class counts once, however many samples it has; variances have the denominator n - 1, and no sample is paired with
+itself; for
 classes of one size the formulas are otherwise the papers'. A class with one sample takes no part. The classifier is the
 one in use; without one (`--no-verdict` without `--classifier`), `nc3` and `nc4` are `null`.
 
@@ -222,11 +222,10 @@ def methods() -> str:
         (group.typer_instance.info.name or "", group.typer_instance.info.help or "")
         for group in cli.app.registered_groups
     ]
-    registries: dict[str, Registry[Any]] = {**REGISTRIES, "classifiers on features": CLASSIFIERS}
     recipes = [(f"`{recipe.name}`", recipe.card) for recipe in RECIPES.values()]
     parts = [
         _listing("Verbs", ("verb", "what it does"), ((f"`{name}`", summary) for name, summary in verbs)),
-        *(_registered(name, registry) for name, registry in registries.items()),
+        *(_registered(name, registry) for name, registry in REGISTRIES.items()),
         _listing("Recipes", ("recipe", "what it does"), recipes),
         _registered("recipes that take values", PARAMETRISED),
         f"## Profiles\n\n{PROFILES}: see [Data and subsets](data.md).\n",

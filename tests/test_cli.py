@@ -274,7 +274,7 @@ def test_the_api_says_what_the_command_line_says(tailscope_, no_report, tmp_path
     assert all(trained)
 
 
-SCREEN = {"as_json", "quiet", "verbose"}  # what only a command line needs
+SCREEN = {"as_json", "quiet", "verbose", "imports"}  # what only a command line needs
 
 
 def test_a_verb_in_python_takes_the_options_of_the_command_line_and_no_others(no_report, tmp_path):

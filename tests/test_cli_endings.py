@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from tailscope import cli, verbs
+from tailscope import cli
 from tailscope.cli import Output
 from tailscope.errors import UserError, expanded
 from tailscope.progress import Bars, Lines, shown_on
@@ -29,7 +29,9 @@ def ended_by(tailscope_, monkeypatch):
     """Run `methods` with something in place of what it does; return code, out and err."""
 
     def run(action):
-        monkeypatch.setattr(verbs, "REGISTRIES", SimpleNamespace(items=lambda: (action() and []) or []))
+        monkeypatch.setattr(
+            "tailscope.verbs.training.REGISTRIES", SimpleNamespace(items=lambda: (action() and []) or [])
+        )
         return tailscope_("methods", "--json")
 
     return run

@@ -11,11 +11,12 @@ from torch import nn
 
 from experiment_setups import EXPERIMENTS, TINY, entries, lab, settings, small_digits, timeless
 from tailscope.errors import UserError
+from tailscope.experiments.plans import geometry, ladder
 from tailscope.experiments.runs import parse_backbones, training_sets
 from tailscope.methods import SAMPLERS
 from tailscope.methods.augmentations import build
 from tailscope.seeds import torch_stream
-from tailscope.spec import DataSpec, RunSpec
+from tailscope.spec import DataSpec, RunSpec, backbone_key
 from tailscope.training.recipes import Recipe
 
 SHIFTED = TINY.with_bn_mode("shifted")
@@ -178,12 +179,9 @@ def test_a_card_tells_both_stages(run, name, mode):
 
 def test_another_network_or_loss_is_another_backbone_and_stands_on_the_card():
     recipe = TINY.with_methods(model="resnet8(width=16)", loss="focal(gamma=1)")
-    data = DataSpec(
-        name="a", fingerprint="f", profile="full", protocol="nested", subset_seed=0, indices_sha256="", counts=(2, 1)
-    )
-    assert recipe.backbone(data).model == "resnet8(width=16)"
-    assert recipe.backbone(data).loss == "focal(gamma=1.0)"
-    assert recipe.classifier(data).loss == TINY.classifier(data).loss == "cross_entropy"
+    assert recipe.backbone(DATA).model == "resnet8(width=16)"
+    assert recipe.backbone(DATA).loss == "focal(gamma=1.0)"
+    assert recipe.classifier(DATA).loss == TINY.classifier(DATA).loss == "cross_entropy"
     assert recipe.card == f"{TINY.card} Stage 1 has the model resnet8(width=16) and the loss focal(gamma=1.0)."
     assert TINY.with_methods(model=None, loss=None) is TINY
     assert TINY.with_methods(model=TINY.model, loss="cross_entropy") is TINY
@@ -192,6 +190,43 @@ def test_another_network_or_loss_is_another_backbone_and_stands_on_the_card():
     for model, loss, says in (("resnet9", None, "unknown model"), (None, "focal(alpha=1)", "unknown argument 'alpha'")):
         with pytest.raises(UserError, match=says):
             TINY.with_methods(model=model, loss=loss)
+
+
+DATA = DataSpec(
+    name="a", fingerprint="f", profile="full", protocol="nested", subset_seed=0, indices_sha256="", counts=(2, 1)
+)
+
+
+def test_every_method_can_be_chosen_for_its_stage():
+    recipe = TINY.with_methods(
+        sampler="square_root", always_mix="mixup(alpha=1)", stage2_loss="focal", stage2_sampler="class_balanced"
+    )
+    recipe = recipe.with_schedule("cosine").with_augment(["flip", "crop(padding=2)"])
+    stage1, stage2 = recipe.backbone(DATA), recipe.classifier(DATA)
+    assert (stage1.sampler, stage1.mix, stage1.loss) == ("square_root", "mixup(alpha=1.0)", "cross_entropy")
+    assert (stage2.sampler, stage2.mix, stage2.loss) == ("class_balanced", None, "focal(gamma=2.0)")
+    assert stage1.augment == stage2.augment == ("flip", "crop(padding=2)")
+    assert (stage1.train.schedule, stage2.train.schedule) == ("cosine", TINY.stage2.schedule)
+    assert recipe.classifier(DATA, sampler="instance").sampler == "instance"  # an experiment has the last word
+    assert recipe.card == (
+        f"{TINY.card} Stage 1 has the sampler square_root and the mixing mixup(alpha=1.0). Stage 2 has the loss"
+        " focal(gamma=2.0) and the sampler class_balanced. Stage 1 has the schedule cosine. Images are augmented by"
+        " flip, then crop(padding=2)."
+    )
+    assert Recipe.model_validate(recipe.model_dump()) == recipe
+    assert TINY.with_augment(["none"]).backbone(DATA).augment == ()
+    assert TINY.with_augment(None) is TINY.with_schedule(None) is TINY
+    assert TINY.with_augment(TINY.augment) is TINY
+    with pytest.raises(UserError, match="the recipe demo is for images in memory, not in files"):
+        TINY.with_augment(["resized_crop"])
+
+
+def test_what_is_not_chosen_leaves_keys_as_they_were():
+    """The keys of a backbone and a classifier of before there was a choice, computed then."""
+    stage1, stage2 = TINY.backbone(DATA), TINY.classifier(DATA)
+    assert "plugins" not in stage1.content() | stage2.content()
+    assert backbone_key(stage1, 0) == "b27abed531ef2e34e3a110b831208285"
+    assert RunSpec(stage1=stage1, stage2=stage2, seed=0).key() == "dc4ee1fd167b34eae980f0ce62e415ab"
 
 
 # -- the command line ----------------------------------------------------------------------------------------------
@@ -221,3 +256,45 @@ def test_half_a_swap_from_the_command_line_reports_what_is_there(tailscope_, tmp
     stored = json.loads((tmp_path / "swap.json").read_text())
     assert stored["spec"]["recipe"]["loss"] == "focal(gamma=1.0)"
     assert "the loss focal(gamma=1.0)" in stored["recipe"]["card"]
+
+
+def test_the_methods_of_a_command_are_those_of_its_stages(tailscope_, tmp_path):
+    swap = ("swap", "--data", "digits", "--recipe", "demo", "--seeds", 1, "--backbones", "lt", "--out", tmp_path)
+    chosen = ("--sampler", "square_root", "--mix", "mixup(alpha=0.5)", "--augment", "flip", "--augment", "crop")
+    shown = tailscope_(*swap, *chosen, "--stage2-loss", "balanced_softmax", "--stage2-sampler", "class_balanced")
+    assert (shown.code, shown.err) == (0, "")
+    stage1, stage2 = (
+        [json.loads(path.read_text())["spec"] for path in (tmp_path / "store").glob(f"{kind}/*/meta.json")]
+        for kind in ("stage1", "stage2")
+    )
+    assert [(one["sampler"], one["mix"], one["augment"]) for one in stage1] == [
+        ("square_root", "mixup(alpha=0.5)", ["flip", "crop(padding=4)"])
+    ]
+    assert {(one["sampler"], one["loss"]) for one in stage2} == {("class_balanced", "balanced_softmax")}
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (("ladder", "--mix", "mixup"), "No such option: --mix"),
+        (("ladder", "--stage2-sampler", "instance"), "No such option: --stage2-sampler"),
+        (("geometry", "--stage2-loss", "focal"), "No such option: --stage2-loss"),
+        (("ladder", "--augment", "autoaugment"), "ladder: its rows add autoaugment(policy="),
+        (("swap", "--sampler", "balanced"), "unknown sampler 'balanced'; did you mean 'class_balanced'?"),
+        (("swap", "--mix", "mix"), "unknown mixing 'mix'; did you mean 'mixup'?"),
+        (("swap", "--augment", "flap"), "unknown augmentation 'flap'; did you mean 'flip'?"),
+        (("swap", "--schedule", "cosin"), "unknown schedule 'cosin'; did you mean 'cosine'?"),
+    ],
+)
+def test_methods_that_do_not_go_together_are_refused_before_any_training(tailscope_, tmp_path, command, says):
+    shown = tailscope_(*command, "--data", "digits", "--recipe", "demo", "--out", tmp_path)
+    assert (shown.code, shown.out) == (2, "")
+    assert says in shown.err
+    assert list(tmp_path.rglob("meta.json")) == []
+
+
+def test_rows_with_and_without_mixing_are_not_made_of_a_recipe_that_always_mixes(tmp_path):
+    mixing = settings(recipe=TINY.with_methods(always_mix="mixup"), seeds=(0,))
+    for experiment in (ladder, geometry):
+        with pytest.raises(UserError, match="its rows are backbones with and without mixing"):
+            experiment(lab(tmp_path), mixing)

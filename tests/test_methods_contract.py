@@ -7,14 +7,14 @@ import torch
 
 from tailscope.methods import AUGMENTATIONS, LOSSES, SAMPLERS
 from tailscope.training import contract
-from tailscope.training.contract import COUNTS, REGISTRIES
+from tailscope.training.contract import COUNTS, EVERY
 from training_setups import made_loss
 
 SMALL = {"resnet10": "(width=8)", **{f"resnet{depth}": "(width=4)" for depth in (20, 32, 44, 56)}}
 """Networks that take long to train are checked with fewer channels."""
 PROMISES = [
     (one, f"{entry.name}{SMALL.get(entry.name, '')}")
-    for registry in REGISTRIES
+    for registry in EVERY
     for entry in registry
     if entry.plugin is None
     for one in contract.CHECKS[registry.kind]
@@ -34,7 +34,7 @@ def test_promise_is_kept(one, call):
     contract.run(one, call)
 
 
-@pytest.mark.parametrize("registry", REGISTRIES, ids=lambda r: r.kind)
+@pytest.mark.parametrize("registry", EVERY, ids=lambda r: r.kind)
 def test_every_entry_has_a_one_line_summary(registry):
     for entry in registry:
         assert entry.plugin or re.search(r"[.)]$", entry.summary), entry.name

@@ -37,6 +37,7 @@ from tailscope.errors import UserError, one_line, printable
 from tailscope.experiments.options import NEGATED, Reproduction, taking
 from tailscope.progress import logging_to, shown_on
 from tailscope.results import from_command_line
+from tailscope.training import REGISTRIES
 
 if TYPE_CHECKING:
     from tailscope.encoders import FeaturesResult
@@ -385,7 +386,7 @@ def _show_methods(listed: dict[str, Any], _: Options) -> Iterator[RenderableType
     if "checks" in listed:
         yield from _show_checks(listed["checks"])
         return
-    for kind, registry in verbs.REGISTRIES.items():
+    for kind, registry in REGISTRIES.items():
         table = Table("call", "what it is", title=kind, title_justify="left")
         for entry in registry:
             table.add_row(_plain(registry.canonical(entry.name)), _plain(entry.summary))

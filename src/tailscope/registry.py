@@ -5,14 +5,15 @@ A factory's positional-only parameters are its context, supplied by the program 
 are hyperparameters with defaults, which a call-string may set.
 
 A registry that names the modules of its factories reads names, defaults and summaries from their source, and imports a
-module when it makes something: PyTorch takes seconds, which a list or a mistyped name need not wait for.
+module when it makes something: PyTorch takes seconds, which a list or a mistyped name need not wait for. A factory may
+be a dataclass, whose fields with their defaults are its hyperparameters.
 """
 
 import ast
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -165,20 +166,76 @@ class Registry(Generic[T]):
         return entry.factory(*context, **values)
 
 
+def plugins_named(calls: Iterable[tuple[Registry[Any], str]]) -> list[Plugin]:
+    """Return the code from outside the package that call-strings of registries name, each once, by name."""
+    found = {plugin.name: plugin for registry, call in calls if (plugin := registry.plugin(call)) is not None}
+    return [found[name] for name in sorted(found)]
+
+
 def _declared_in(module: str, variable: str) -> Iterator[Entry[Any]]:
     """Yield what a module registers by `@variable.register(name)` above its functions, without importing it."""
-    spec = find_spec(module)
-    assert spec is not None
-    tree = ast.parse(Path(str(spec.origin)).read_text(encoding="utf-8"))
-    for function in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
-        for decorator in function.decorator_list:
-            match decorator:
-                case ast.Call(ast.Attribute(ast.Name(id=by), "register"), [ast.Constant(str(name))], options) if (
-                    by == variable
-                ):
-                    summary = (ast.get_docstring(function) or "").split("\n")[0]
+    source = _Source.of(module)
+    for made in source.tree.body:
+        for decorator in made.decorator_list if isinstance(made, ast.FunctionDef | ast.ClassDef) else ():
+            match made, decorator:
+                case (
+                    ast.FunctionDef() | ast.ClassDef(),
+                    ast.Call(ast.Attribute(ast.Name(id=by), "register"), [ast.Constant(str(name))], options),
+                ) if by == variable:
+                    defaults = _defaults(made) if isinstance(made, ast.FunctionDef) else source.fields(made)
+                    summary = (ast.get_docstring(made) or "").split("\n")[0]
                     needs = {option.arg: ast.literal_eval(option.value) for option in options}.get("needs", ())
-                    yield Entry(name, _imported_when_called(module, function.name), _defaults(function), summary, needs)
+                    yield Entry(name, _imported_when_called(module, made.name), defaults, summary, needs)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A module as it is written."""
+
+    tree: ast.Module
+
+    @classmethod
+    def of(cls, module: str) -> "_Source":
+        spec = find_spec(module)
+        assert spec is not None
+        return cls(ast.parse(Path(str(spec.origin)).read_text(encoding="utf-8")))
+
+    def fields(self, made: ast.ClassDef) -> dict[str, Any]:
+        """Return the fields of a dataclass that have defaults, those of its bases in the package first."""
+        found: dict[str, Any] = {}
+        for base in reversed(made.bases):
+            found |= self._fields_of(base.id) if isinstance(base, ast.Name) else {}
+        for node in made.body:
+            match node:
+                case ast.AnnAssign(ast.Name(id=name), value=ast.expr() as value):
+                    found[name] = self._value(value)
+        return found
+
+    def _fields_of(self, name: str) -> dict[str, Any]:
+        """Return the fields of a class that the module defines, or imports from another of the package."""
+        for node in self.tree.body:
+            match node:
+                case ast.ClassDef(name=defined) if defined == name:
+                    return self.fields(node)
+                case ast.ImportFrom(module=str(module), names=names) if name in {alias.name for alias in names}:
+                    return _Source.of(module)._fields_of(name) if _ours(module) else {}
+        return {}
+
+    def _value(self, value: ast.expr) -> Any:
+        """Return a literal, or the constant that a name stands for: of the module, or imported from another of ours."""
+        for node in self.tree.body if isinstance(value, ast.Name) else ():
+            match node:
+                case ast.Assign([ast.Name(id=name)], constant) if name == ast.unparse(value):
+                    return ast.literal_eval(constant)
+                case ast.ImportFrom(module=str(module), names=names) if _ours(module) and ast.unparse(value) in {
+                    alias.name for alias in names
+                }:
+                    return _Source.of(module)._value(value)
+        return ast.literal_eval(value)
+
+
+def _ours(module: str) -> bool:
+    return module.partition(".")[0] == __package__
 
 
 def _defaults(function: ast.FunctionDef) -> dict[str, Any]:

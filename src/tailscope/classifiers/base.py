@@ -23,7 +23,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 from torch.nn import functional
 
-from tailscope.registry import Registry
+from tailscope.classifiers import CLASSIFIERS
 
 Floats = NDArray[np.floating[Any]]
 IntArray = NDArray[np.int64]
@@ -105,9 +105,6 @@ class LinearClassifier(FeatureClassifier):
 
     def _logits(self, X: Floats) -> Floats:
         return X @ self.coef_.T + self.intercept_
-
-
-CLASSIFIERS: Registry[FeatureClassifier] = Registry("classifier")
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

@@ -15,8 +15,8 @@ from scipy.special import expit, logsumexp
 from sklearn.base import clone
 from torch import Tensor
 
+from tailscope.classifiers import CLASSIFIERS
 from tailscope.classifiers.base import (
-    CLASSIFIERS,
     FeatureClassifier,
     Floats,
     IntArray,

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tailscope.classifiers import CLASSIFIERS
 from tailscope.classifiers.base import (
-    CLASSIFIERS,
     FeatureClassifier,
     Floats,
     IntArray,

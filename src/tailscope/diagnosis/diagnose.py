@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from tailscope.classifiers import CLASSIFIERS
 from tailscope.device import Runtime
 from tailscope.diagnosis.compare import compare, confusable_pairs, paired_inputs, same_names
 from tailscope.diagnosis.inputs import Inputs, bursts, read, without_far_rows
@@ -20,7 +21,9 @@ from tailscope.groups import GROUPS
 from tailscope.measures import GeometryResult, describe
 from tailscope.measures.collapse import class_means, collapse
 from tailscope.measures.rows import scaled
+from tailscope.plugins import Plugin, told
 from tailscope.progress import Progress
+from tailscope.registry import plugins_named
 from tailscope.report.text import percent
 from tailscope.results import command, versions
 from tailscope.tables.checks import listed
@@ -100,6 +103,7 @@ class DiagnosisSettings:
     seed: int
     bound_at: int | None = None
     ceiling_from: OtherBound | None = None
+    remedies: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 < self.ceiling <= 1:
@@ -114,6 +118,11 @@ class DiagnosisSettings:
             raise UserError(f"--permutations {self.permutations}: expected 0 to {MOST_PERMUTATIONS:,}")
         if self.seed < 0:
             raise UserError(f"--seed {self.seed}: expected a whole number of at least 0")
+
+    @property
+    def plugins(self) -> list[Plugin]:
+        """The code from outside the package that the remedies name, each once, by name."""
+        return plugins_named((CLASSIFIERS, call) for call in self.remedies) if self.remedies else []
 
     @property
     def too_few_permutations(self) -> bool:
@@ -156,8 +165,16 @@ def prepare(
 
 
 def spec(inputs: dict[str, Inputs], settings: DiagnosisSettings) -> dict[str, Any]:
-    """Return what the result depends on: the numbers of every input, and the settings."""
-    return {"encoders": {name: one.fingerprints for name, one in inputs.items()}, **asdict(settings)}
+    """Return what the result depends on: the numbers of every input, and the settings.
+
+    Further remedies are left out where there are none, as in the files from before there were any.
+    """
+    found = {"encoders": {name: one.fingerprints for name, one in inputs.items()}, **asdict(settings)}
+    if not settings.remedies:
+        del found["remedies"]
+    if settings.plugins:
+        found["plugins"] = {plugin.name: plugin.sha256 for plugin in settings.plugins}
+    return found
 
 
 def run(
@@ -191,6 +208,8 @@ def run(
         },
         **results[next(iter(inputs))],
     }
+    if settings.plugins:
+        result["environment"] |= told(settings.plugins)
     if len(inputs) > 1:
         result |= {"encoders": results, "comparison": compare(kept, results, outcomes)}
     return result, _layer(result, outcomes[next(iter(inputs))], first)
@@ -285,7 +304,8 @@ def _judge(
     from tailscope.diagnosis.verdict import accuracies, judge
     from tailscope.intervals import Interval
 
-    outcomes = score(inputs, settings.bound_at or max(counts), settings.seed, progress)
+    bound_at = settings.bound_at or max(counts)
+    outcomes = score(inputs, bound_at, settings.seed, progress, settings.remedies)
     pairs = confusable_pairs(geometry.centers, inputs.names, outcomes.labels, outcomes.predicted)
     accuracy = accuracies(outcomes, [entry["group"] for entry in geometry.classes], counts)
     pooled = dict.fromkeys(GROUPS) if settings.too_few_permutations else geometry.groups

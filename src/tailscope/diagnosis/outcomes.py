@@ -7,7 +7,7 @@ classifiers can be compared by a paired interval (`difference`).
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -27,6 +27,7 @@ from tailscope.diagnosis.remedies import (
     Scored,
     Selection,
     choose,
+    fitted_remedy,
     fitted_to_training,
     is_large,
     stopping_of,
@@ -88,8 +89,10 @@ class Outcomes:
         return self.bound.attained.inflation
 
 
-def score(inputs: Inputs, bound_at: int, seed: int, progress: Progress) -> Outcomes:
+def score(inputs: Inputs, bound_at: int, seed: int, progress: Progress, remedies: Sequence[str] = ()) -> Outcomes:
     """Fit and score every classifier that a verdict compares; `bound_at` is that of `follow`.
+
+    `remedies` are call-strings of `CLASSIFIERS` that are tried as well.
 
     Raises:
         UserError: the unseen samples are too few to fit or to choose a classifier on; a loss or logit is not finite.
@@ -111,7 +114,8 @@ def score(inputs: Inputs, bound_at: int, seed: int, progress: Progress) -> Outco
         bound = follow(fits, bound_at)
         rows = bound.attained.rows
         advance(1)
-        rebalanced, layer = choose(fitted_to_training(current, train), fits, unseen, test, rows)
+        fitted = fitted_to_training(current, train) | {call: fitted_remedy(call, train) for call in remedies}
+        rebalanced, layer = choose(fitted, fits, unseen, test, rows)
         advance(1)
     if is_large(train, len(inputs.names)):
         notes.append(LEFT_OUT)

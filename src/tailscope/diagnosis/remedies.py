@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from tailscope.classifiers import (
+    CLASSIFIERS,
     CRT,
     LWS,
     DisAlign,
@@ -28,6 +29,7 @@ from tailscope.classifiers import (
 from tailscope.classifiers.base import Diverged, FeatureClassifier, Floats, IntArray, row_blocks
 from tailscope.diagnosis.curve_fits import PENALTIES, BoolArray, Rows, Task
 from tailscope.diagnosis.learning_curve import Fits, final
+from tailscope.errors import UserError, foreign_code
 from tailscope.intervals import FloatArray, Interval, Z, proportion
 
 TAUS = (0.5, 1.0, 1.5)
@@ -207,6 +209,20 @@ def fitted_to_training(current: LinearClassifier, train: Rows) -> dict[str, Feat
         return found
     found |= _path("logit_adjusted_loss", LogitAdjustedSoftmax(**stopping), train, L2S, adjusted)
     return found | _path("label_aware_smoothing", LabelAwareSmoothing(**stopping), train, L2S, current)
+
+
+def fitted_remedy(call: str, train: Rows) -> FeatureClassifier:
+    """Return the classifier that a call-string of `CLASSIFIERS` names, perhaps of a plug-in, fitted to samples.
+
+    Raises:
+        UserError: it cannot be fitted, or does not give logits [n, C].
+    """
+    with foreign_code(f"--remedy {call}: cannot be fitted"):
+        model = CLASSIFIERS.make(call).fit(*train)
+        found, wanted = np.shape(model.logits(train.features[:2])), (2, len(model.classes_))
+    if found != wanted:
+        raise UserError(f"--remedy {call}: gives logits {list(found)} of 2 samples, not {list(wanted)}")
+    return model
 
 
 def _path(

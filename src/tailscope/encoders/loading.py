@@ -88,6 +88,7 @@ def _stored_backbone(artifact: Artifact, path: Path) -> StoredBackbone:
         model, augment = str(spec["model"]), [str(call) for call in spec["augment"]]
         counts = tuple(int(n) for n in spec["data"]["counts"])
         rows = artifact.tensors["rows"].numpy()
+        plugins = {str(name): str(sha256) for name, sha256 in spec.get("plugins", [])}
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         why = f"{type(error).__name__}: {error}"
         raise UserError(f"{path.parent}: is no backbone that tailscope stored ({why})") from None
@@ -96,7 +97,13 @@ def _stored_backbone(artifact: Artifact, path: Path) -> StoredBackbone:
         size = size_of(augment) if for_photos(augment) else None
     except UserError as error:
         looked_up = "names in a file are only looked up, never run"
-        raise UserError(f"{path.parent / 'meta.json'}: {error}; {looked_up}") from None
+        mend = f"; it was trained with --import {', '.join(plugins)}" if plugins else ""
+        raise UserError(f"{path.parent / 'meta.json'}: {error}; {looked_up}{mend}") from None
+    if (plugin := MODELS.plugin(model)) is not None and plugins.get(plugin.name) != plugin.sha256:
+        raise UserError(
+            f"{path.parent}: {plugin.name} has changed since its network {model} was trained; restore that file, or if"
+            f" the network is the same give --model '{model}' --checkpoint {path}"
+        )
     if rows.ndim != 1 or rows.dtype.kind not in "iu" or len(rows) == 0 or rows.min() < 0:
         raise UserError(f"{path}: its rows {list(rows.shape)} are no row numbers of training images")
     if size is not None and not 1 <= size <= _LARGEST:

@@ -252,12 +252,14 @@ def project(call: str, channels: int, stored: Checkpoint | None, wishes: Wishes)
         for place in checkpoints.places(stored, own)[:1]:
             state = place.state()
             foreign = f"{_PROJECTS_CLASSIFIER}.weight" not in state
-            if state["conv1.weight"].ndim == 4:
-                channels = state["conv1.weight"].shape[1]
+            first = state.get("conv1.weight")  # networks of plug-ins may have none, and take the images' channels
+            if first is not None and first.ndim == 4:
+                channels = first.shape[1]
                 own = checkpoints.backbone_of(_made(call, channels, "meta"), (_PROJECTS_CLASSIFIER,))
         checkpoints.require_fit(stored, own, call, (_PROJECTS_CLASSIFIER,))
     model = _made(call, channels, "cpu")
-    if isinstance(model, CifarResNet):
+    by_itself = MODELS.plugin(call) is not None and wishes.image_size is None and wishes.data_size is not None
+    if isinstance(model, CifarResNet) or by_itself:  # trained on images in memory, as they are
         normalization = wishes.normalization(CIFAR if foreign and channels == 3 else "data", channels)
         preprocessing = whole_image(wishes, normalization, channels)
     else:

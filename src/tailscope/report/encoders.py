@@ -78,7 +78,8 @@ def dots(result: Diagnosis) -> list[Row]:
     """Return one row an encoder and accuracy, the best encoder first: its mean and interval, as numbers and text."""
     found: list[Row] = []
     for row in standings(result) if result.get("comparison") else []:
-        stored = (result.get("encoders") or {}).get(row["encoder"], {}).get("accuracy")
+        encoders: Mapping[str, Any] = result.get("encoders") or {}
+        stored = encoders.get(row["encoder"], {}).get("accuracy")
         for kind, label in KINDS.items():
             if stored is not None and row[kind] is not None:
                 bounds = _cell(stored, kind)["ci95"]
@@ -92,8 +93,9 @@ def dots(result: Diagnosis) -> list[Row]:
 def _cell(stored: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
     """Return one of an encoder's own accuracies with its interval; an empty mean where it is not known."""
     bound = stored["classifier_bound"]
-    cells = {"attained": bound, "extrapolated": bound.get("extrapolated") or {}}
-    return cells[kind] if kind in cells else stored[kind]
+    cells: Mapping[str, Mapping[str, Any]] = {"attained": bound, "extrapolated": bound.get("extrapolated") or {}}
+    own: Mapping[str, Mapping[str, Any]] = {**stored, **cells}
+    return own[kind]
 
 
 def _accuracies(stored: Mapping[str, Any] | None) -> Row:

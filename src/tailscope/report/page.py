@@ -270,10 +270,15 @@ def _facts_of_making(result: AnyResult) -> Facts:
     environment = result.get("environment", {})
     hardware = environment.get("hardware", {})
     versions = [f"{name} {version}" for name, version in environment.get("versions", {}).items()]
+    plugins = [
+        " ".join(filter(None, [one["name"], one["version"], f"(SHA-256 {one['sha256'][:16]})"]))
+        for one in environment.get("plugins", [])
+    ]
     return [
         ("command", result.get("command") or DASH),
         ("written", result.get("created") or DASH),
         ("versions", ", ".join(versions) or DASH),
+        *([("plug-ins", ", ".join(plugins))] if plugins else []),
         ("processor", f"{hardware.get('cpu') or DASH}, {hardware.get('cores') or DASH} cores"),
         ("accelerator", hardware.get("gpu") or "none"),
     ]

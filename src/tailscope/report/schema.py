@@ -42,9 +42,18 @@ class Dataset(TypedDict):
     test_images: NotRequired[Count | None]
 
 
+class _Plugin(TypedDict):
+    """Code from outside the package that the result depends on."""
+
+    name: str
+    version: str | None
+    sha256: str
+
+
 class _Environment(TypedDict):
     versions: NotRequired[dict[str, str]]
     hardware: NotRequired[dict[str, Any]]
+    plugins: NotRequired[list[_Plugin]]
 
 
 class Points(TypedDict):

@@ -29,16 +29,14 @@ from tailscope.progress import Progress
 from tailscope.registry import Registry, split_call
 from tailscope.seeds import keyed, torch_stream
 from tailscope.spec import DataSpec, StageSpec, TrainSpec
-from tailscope.training import SCHEDULES
+from tailscope.training import REGISTRIES, SCHEDULES
 from tailscope.training.extract import fit_classifier
 from tailscope.training.loop import Training, new_model
 from tailscope.training.recipes import PARAMETRISED
 from tailscope.training.step import Normalizer
 
-REGISTRIES: tuple[Registry[Any], ...] = (
-    MODELS, LAST_LAYERS, LOSSES, WEIGHTS, SAMPLERS, AUGMENTATIONS, PHOTO_AUGMENTATIONS, MIXINGS, SCHEDULES, CLASSIFIERS,
-    PARAMETRISED,
-)  # fmt: skip
+EVERY = (*REGISTRIES.values(), PARAMETRISED)
+"""The registries whose methods can be checked."""
 COUNTS = (18, 8, 4, 2)
 """Images of each class, for checks that train: two batches of 16."""
 
@@ -55,7 +53,7 @@ class Check:
     run: Callable[[str], None]
 
 
-CHECKS: dict[str, list[Check]] = {registry.kind: [] for registry in REGISTRIES}
+CHECKS: dict[str, list[Check]] = {registry.kind: [] for registry in EVERY}
 """The checks of each kind of method, in the order in which they run."""
 
 
@@ -77,9 +75,9 @@ def check(call: str) -> list[Outcome]:
         UserError: nothing has the name (the known are listed), or none that has it takes these values.
     """
     name = split_call(call, "method")[0]
-    having = [registry for registry in REGISTRIES if name in {entry.name for entry in registry}]
+    having = [registry for registry in EVERY if name in {entry.name for entry in registry}]
     if not having:
-        raise unknown("method", name, sorted({entry.name for registry in REGISTRIES for entry in registry}))
+        raise unknown("method", name, sorted({entry.name for registry in EVERY for entry in registry}))
     spelled, refused = dict[str, str](), list[UserError]()
     for registry in having:
         try:
@@ -107,14 +105,20 @@ def run(one: Check, call: str) -> None:
     Raises:
         Broken: the promise is not kept, or something was drawn there.
     """
-    before = _default_generators()
-    one.run(call)
+    before, broken = _default_generators(), None
+    try:
+        one.run(call)
+    except Broken as error:
+        broken = error
     for library, state in _default_generators().items():
         _require(np.array_equal(before[library], state), f"it draws from the default generator of {library}")
+    if broken is not None:
+        raise broken
 
 
 def _default_generators() -> dict[str, Any]:
-    return {"PyTorch": torch.get_rng_state().numpy(), "NumPy": np.random.get_state(legacy=False)["state"]["key"]}
+    state = np.random.get_state(legacy=False)["state"]
+    return {"PyTorch": torch.get_rng_state().numpy(), "NumPy": [*state["key"], state["pos"]]}
 
 
 def _promise(promise: str, *registries: Registry[Any]) -> Callable[[Callable[[str], None]], Callable[[str], None]]:
@@ -401,8 +405,15 @@ def _images() -> ImageSet:
 
 
 def _data_spec() -> DataSpec:
-    content: dict[str, Any] = {"fingerprint": "", "indices_sha256": "", "counts": COUNTS}
-    return DataSpec(name="contract", profile="full", protocol="nested", subset_seed=0, **content)
+    return DataSpec(
+        name="contract",
+        fingerprint="",
+        profile="full",
+        protocol="nested",
+        subset_seed=0,
+        indices_sha256="",
+        counts=COUNTS,
+    )
 
 
 class _Stopped(Exception):
@@ -474,7 +485,7 @@ def _is_spelled(registry: Registry[Any]) -> None:
 
 for _registry, _changes in _FIELDS:
     _trains(_registry, _changes)
-for _registry in REGISTRIES:
+for _registry in EVERY:
     _is_spelled(_registry)
 
 

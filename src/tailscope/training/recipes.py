@@ -4,7 +4,7 @@ A learning-rate schedule is one multiplier of the base rate for every step, know
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 from pydantic import Field, ValidationError, model_validator
@@ -13,7 +13,7 @@ from tailscope.errors import UserError, unknown
 from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, PHOTO_AUGMENTATIONS, SAMPLERS, WEIGHTS, for_photos
 from tailscope.networks import LAST_LAYERS, MODELS
 from tailscope.plugins import Plugin
-from tailscope.registry import Registry, split_call
+from tailscope.registry import Registry, plugins_named, split_call
 from tailscope.spec import BnMode, DataSpec, Frozen, StageSpec, Start, TrainSpec
 from tailscope.training import SCHEDULES
 
@@ -94,12 +94,6 @@ def with_plugins(stage: StageSpec) -> StageSpec:
         *((one, call) for one, call in ((MODELS, stage.model), (MIXINGS, stage.mix), (WEIGHTS, stage.weights)) if call),
     ]
     return stage.model_copy(update={"plugins": tuple((one.name, one.sha256) for one in plugins_named(named))})
-
-
-def plugins_named(calls: Iterable[tuple[Registry[Any], str]]) -> list[Plugin]:
-    """Return the code from outside the package that call-strings of registries name, each once, by name."""
-    found = {plugin.name: plugin for registry, call in calls if (plugin := registry.plugin(call)) is not None}
-    return [found[name] for name in sorted(found)]
 
 
 def _listed(texts: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.console import Console
 from typer import Argument, Option
 
+from tailscope.classifiers import CLASSIFIERS
 from tailscope.errors import UserError, one_line
 from tailscope.experiments.options import (
     IMAGES,
@@ -150,6 +151,11 @@ class _DiagnosisRequest(DecodingOptions, EncoderOptions, _Samples):
         int | None,
         Option(min=1, help="Samples of every class for the classifier bound. [default: as the most frequent one has]"),
     ] = None
+    remedy: Annotated[
+        Sequence[str] | None,
+        Option(help="A classifier to try among the remedies; see `tailscope methods`. Repeat for more."),
+        list[str] | None,
+    ] = None
     permutations: Permutations = 999
     alpha: Annotated[float, Option(help="False discovery rate at which classes are flagged.")] = 0.05
     verdict: Annotated[bool, Option("--no-verdict", help="Measure only; fit no classifiers."), NEGATED] = True
@@ -174,7 +180,10 @@ class _DiagnosisRequest(DecodingOptions, EncoderOptions, _Samples):
         from tailscope.diagnosis.diagnose import DiagnosisSettings
 
         flags = self.verdict, self.drop_duplicates
-        return DiagnosisSettings(self.ceiling, self.permutations, self.alpha, *flags, self.seed, self.bound_at)
+        remedies = tuple(CLASSIFIERS.canonical(call) for call in self.remedy or ())
+        return DiagnosisSettings(
+            self.ceiling, self.permutations, self.alpha, *flags, self.seed, self.bound_at, remedies=remedies
+        )
 
     def tell(self, text: str) -> None:
         """Show a line, if anything is shown."""
@@ -183,6 +192,8 @@ class _DiagnosisRequest(DecodingOptions, EncoderOptions, _Samples):
 
     def check(self) -> None:
         """Refuse options that do not go together, with a `UserError`."""
+        if self.remedy and not self.verdict:
+            raise UserError("--remedy: is fitted and scored for a verdict; leave out --no-verdict")
         with_model = ["data", "holdout", *(one.name for one in fields(EncoderOptions)), "skip_unreadable", "workers"]
         given = [name for name in with_model if name != "store" and getattr(self, name) not in (None, False)]
         if self.model is None and given:

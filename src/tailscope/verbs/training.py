@@ -18,28 +18,12 @@ from tailscope.experiments.options import (
     taking,
     verb,
 )
-from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, PHOTO_AUGMENTATIONS, SAMPLERS, SYSTEMS, WEIGHTS
-from tailscope.networks import LAST_LAYERS, MODELS
-from tailscope.registry import Registry
-from tailscope.training import SCHEDULES
+from tailscope.training import REGISTRIES
 
 if TYPE_CHECKING:
     from tailscope.data.sources import ImageData
     from tailscope.report.objects import Comparison as Compared
     from tailscope.report.objects import Result
-
-REGISTRIES: dict[str, Registry[Any]] = {
-    "methods to compare": SYSTEMS,
-    "models": MODELS,
-    "last layers": LAST_LAYERS,
-    "losses": LOSSES,
-    "class weights": WEIGHTS,
-    "samplers": SAMPLERS,
-    "augmentations": AUGMENTATIONS,
-    "augmentations of photographs in files": PHOTO_AUGMENTATIONS,
-    "mixings": MIXINGS,
-    "schedules": SCHEDULES,
-}
 
 
 def load(source: str | Path, *, data_root: Path | str | None = None) -> "ImageData":
