@@ -25,7 +25,7 @@ Every verb with all its options, as `tailscope VERB --help` shows them. This pag
 | exit code | what happened |
 | --- | --- |
 | 0 | Done. Results are written. |
-| 1 | A bug in tailscope, or standard output could not be written; result files are there all the same. |
+| 1 | A bug in tailscope; a failed check; or standard output could not be written: result files are complete. |
 | 2 | A mistake in the input, or a fault of the machine. One line names the file or the option, and what to do. |
 | 128 + n | Ended by signal n: 130 is Ctrl-C, 143 a kill. The same command goes on where it was. |
 

@@ -370,6 +370,7 @@ def test_the_digest_is_of_all_that_a_plugin_is_made_of(folder):
         {**package, "plug/losses.py": loss, "plug/sub/more.py": "x = 1"},
         {**package, "plug/losses.py": f"import helper\n{loss}", "helper.py": "x = 1"},
     ]
+    texts.append({**package, "plug/losses.py": loss, "plug/template.py": "def {{ name }}(:"})
     digests = [alone, *(digest_of(folder, files) for files in texts)]
     assert len(set(digests)) == len(digests)
 

@@ -174,7 +174,11 @@ def _beside(root: Path, name: str) -> list[Path]:
 
 def _imported(source: bytes) -> Iterator[str]:
     """Yield the top names of the modules that a source imports by their full names, wherever in it."""
-    for node in ast.walk(ast.parse(source)):
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):  # a file of the package that nothing imports: its text counts all the same
+        return
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name.partition(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
