@@ -114,11 +114,10 @@ class has no p and q; its group is tested instead. A group's field is the mean o
 TOGETHER = """## All classes together
 
 The fields of `collapse.train` and `collapse.unseen` in `diagnosis.json`: one number for all classes, of the training
-and of the unseen samples. C is the number of classes, S_W and S_B are the covariances within and between them. Every
-class counts once, however many samples it has; variances have the denominator n - 1, and no sample is paired with
-itself; for
-classes of one size the formulas are otherwise the papers'. A class with one sample takes no part. The classifier is the
-one in use; without one (`--no-verdict` without `--classifier`), `nc3` and `nc4` are `null`.
+samples and of the unseen ones. C is the number of classes, S_W and S_B are the covariances within and between them.
+Every class counts once, however many samples it has; variances have the denominator n - 1, and no sample is paired with
+itself; for classes of one size the formulas are otherwise the papers'. A class with one sample takes no part. The
+classifier is the one in use; without one (`--no-verdict` without `--classifier`), `nc3` and `nc4` are `null`.
 
 Read the two sets beside each other. Training long after the last mistake draws the *training* samples of a class
 together, so that `nc1` and `cdnv` go to 0 there (Papyan et al. 2020); how far from 0 they stay on unseen samples tells

@@ -20,6 +20,8 @@ from tailscope.report.reading import read
 from tailscope.results import write
 from tailscope.tables.table import LinearLayer
 
+NOT_TRIED = {"softmax", "mislas", "feature_clouds", "cosine", "oltr"}  # the last four: not measured as remedies
+
 
 def scored(correct):
     return Scored(np.asarray(correct), np.full(len(correct), 0.5))
@@ -91,7 +93,7 @@ def test_the_names_are_call_strings_that_make_the_very_classifier():
     train, unseen = overlapping(0)
     current = SoftmaxRegression(tol=1e-8).fit(*train)
     fitted = fitted_to_training(FrozenEstimator(current), train)
-    assert {name.partition("(")[0] for name in fitted} == {entry.name for entry in CLASSIFIERS} - {"softmax"}
+    assert {name.partition("(")[0] for name in fitted} == {entry.name for entry in CLASSIFIERS} - NOT_TRIED
     for name, classifier in fitted.items():
         theirs = CLASSIFIERS.make(name).fit(*train)
         agree = (theirs.predict(unseen.features) == classifier.predict(unseen.features)).mean()
