@@ -319,6 +319,21 @@ def test_without_the_full_data_the_representation_is_set_against_the_baseline(co
     assert [method["gaps"] for method in none["methods"]] == [None] * 3
 
 
+@pytest.mark.parametrize("method", ["focal(gamma=-1)", "crt_smoothed(head=2)", "loss:focl"])
+def test_what_cannot_be_used_is_refused_before_anything_is_trained(tmp_path, method):
+    lab = experiment_setups.lab(tmp_path)
+    with pytest.raises(UserError):
+        compare.compare(lab, settings(f"ce; {method}"))
+    assert lab.trained == 0
+
+
+def test_the_published_value_may_stand_beside_the_chosen_one(tmp_path):
+    result = compare.compare(
+        experiment_setups.lab(tmp_path), settings("ce; la; la(tau=1)", tune="cut", gaps="none", seeds=(0,))
+    )
+    assert by_name(result)["la(tau=1)"]["calls"] == ["la(tau=1.0)"]
+
+
 def test_a_change_without_effect_is_told(tmp_path):
     result = compare.compare(
         experiment_setups.lab(tmp_path), settings("ce; loss:equalization", seeds=(0,), gaps="none")

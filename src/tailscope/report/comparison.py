@@ -236,7 +236,12 @@ def methods_table(result: Comparison) -> Table:
         Column(
             "backbone_seconds", "backbone, s", "plain", "Seconds that training the backbone took; methods share it."
         ),
-        Column("classifier_seconds", "classifier, s", "plain", "Seconds that its own classifier took."),
+        Column(
+            "classifier_seconds",
+            "classifier, s",
+            "plain",
+            "Seconds that fitting its own classifier took, on stored features.",
+        ),
         Column("backbone", "trained on", "text", "Training set and changes of stage 1."),
     ]
     return Table("compare-methods", "Methods, the most accurate first", columns, rows(result))
