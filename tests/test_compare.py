@@ -240,7 +240,19 @@ def test_the_gaps_add_up_to_the_distance_from_the_full_data(compared):
             for part in parts:
                 change = gaps[part]["points"] - ce["gaps"][part]["points"]
                 assert gaps["change"][part]["points"] == pytest.approx(change)
-    assert by_name(result)["la(tau=2)"]["gaps"]["change"]["representation"] == {"points": 0.0, "ci95": [0.0, 0.0]}
+    assert by_name(result)["la(tau=2)"]["gaps"]["change"]["representation"] == {
+        "points": 0.0,
+        "ci95": [0.0, 0.0],
+        "p": None,
+        "p_holm": None,
+    }
+    for part in ("representation", "classifier"):
+        tested = [m["gaps"]["change"][part] for m in result["methods"] if m is not ce]
+        known = sorted(one["p"] for one in tested if one["p"] is not None)
+        for one in tested:
+            if one["p"] is not None:
+                steps = [min(1.0, p * (len(known) - k)) for k, p in enumerate(known) if p <= one["p"]]
+                assert one["p_holm"] == pytest.approx(max(steps))
 
 
 def test_the_gaps_are_those_of_swap(compared):

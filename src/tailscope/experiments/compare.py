@@ -38,6 +38,7 @@ from tailscope.methods.systems import Method, System, parse
 from tailscope.registry import Registry
 from tailscope.report import build
 from tailscope.report.objects import Comparison as Compared
+from tailscope.report.schema import PARTS
 from tailscope.seeds import numpy_stream
 from tailscope.spec import RunSpec, StageSpec
 from tailscope.training.recipes import Recipe
@@ -125,10 +126,10 @@ def compare(stages: Stages, settings: CompareSettings) -> dict[str, Any]:
     labels, methods = stages.data.test.labels.numpy(), settings.parsed()
     result["warnings"] += [*found.notes, *_same_predictions(found, methods)]
     entries = [_entry(found, method, methods[0], settings, labels, result["groups"]) for method in methods]
-    adjusted = holm([entry["difference"] and entry["difference"]["p"] for entry in entries])
-    for entry, p in zip(entries, adjusted, strict=True):
-        if entry["difference"]:
-            entry["difference"]["p_holm"] = p
+    others = [entry for entry in entries if entry["difference"]]
+    _adjust([entry["difference"] for entry in others])
+    for part in PARTS if settings.gaps != "none" else ():
+        _adjust([entry["gaps"]["change"][part] for entry in others])
     reference = found.reference(settings)
     return {
         **result,
@@ -424,8 +425,19 @@ def _gaps(
         "bound": float(found.bound(method).mean()),
         "representation": None if reference is None else paired(reference + own["representation"]).gap(),
         "classifier": paired(own["classifier"]).gap(),
-        "change": others and {part: paired(values - others[part]).gap() for part, values in own.items()},
+        "change": others and {part: _change(values - others[part]) for part, values in own.items()},
     }
+
+
+def _change(values: Floats) -> dict[str, Any]:
+    """Return a change of a gap with its p-value; None where it is none for every image, as on the same backbone."""
+    return {**paired(values).gap(), "p": p_of_zero(values) if values.any() else None}
+
+
+def _adjust(tested: Sequence[dict[str, Any]]) -> None:
+    """Add Holm's p-values to the tests of one question."""
+    for one, p in zip(tested, holm([one["p"] for one in tested]), strict=True):
+        one["p_holm"] = p
 
 
 def _same_predictions(found: _Outcomes, methods: Sequence[Method]) -> list[str]:

@@ -87,9 +87,11 @@ def _gap_findings(result: Comparison) -> list[str]:
         if least is None or least[0]["points"] >= 0:
             found.append(f"No method closes any of the {part} gap.")
         else:
-            sure = least[0]["ci95"] is not None and least[0]["ci95"][1] < 0
+            sure = least[0]["p_holm"] is not None and least[0]["p_holm"] <= LINE
             by = in_points(least[0]["points"], least[0]["ci95"], signed=True)
-            found.append(f"{least[1]} closes most of the {part} gap: {by}{'' if sure else ', which is not clear'}.")
+            found.append(
+                f"{least[1]} closes most of the {part} gap: {by}{'' if sure else ', which is not clear after Holm'}."
+            )
     return found
 
 
