@@ -106,12 +106,6 @@ class Registry(Generic[T]):
         given = {k: _like(entry.defaults[k], v, where + k) for k, v in {**positional, **kwargs}.items()}
         return entry, {**entry.defaults, **given}
 
-    def written(self, call: str) -> set[str]:
-        """Return the hyperparameters that a call-string sets, to whatever value; `UserError` as `parse`."""
-        entry, _ = self.parse(call)
-        _, args, kwargs = split_call(call, self.kind)
-        return {*list(entry.defaults)[: len(args)], *kwargs}
-
     def canonical(self, call: str) -> str:
         """Return the call-string with every hyperparameter written out: equal meaning, equal text, equal hash."""
         entry, values = self.parse(call)

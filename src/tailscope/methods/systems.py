@@ -19,7 +19,7 @@ from typing import Any
 
 from tailscope.errors import UserError, unknown
 from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, SAMPLERS, SYSTEMS
-from tailscope.registry import Registry
+from tailscope.registry import Registry, split_call
 
 FIXED = ("data", "train", "model", "views")
 """Fields of a stage that no method changes: all are optimised alike, on the same images."""
@@ -183,7 +183,8 @@ def _part(text: str, method: str, classifiers: Registry[Any]) -> Part:
         kind = kinds[0] if kinds else ""
     registry = others.get(kind, SYSTEMS)
     entry, values = registry.parse(call)
-    return Part(kind, registry, entry.name, values, frozenset(values) - registry.written(call))
+    _, args, kwargs = split_call(call)
+    return Part(kind, registry, entry.name, values, frozenset(list(values)[len(args) :]) - {*kwargs})
 
 
 def _split(text: str, mark: str) -> list[str]:
