@@ -240,7 +240,19 @@ def test_the_gaps_add_up_to_the_distance_from_the_full_data(compared):
             for part in parts:
                 change = gaps[part]["points"] - ce["gaps"][part]["points"]
                 assert gaps["change"][part]["points"] == pytest.approx(change)
-    assert by_name(result)["la(tau=2)"]["gaps"]["change"]["representation"] == {"points": 0.0, "ci95": [0.0, 0.0]}
+    assert by_name(result)["la(tau=2)"]["gaps"]["change"]["representation"] == {
+        "points": 0.0,
+        "ci95": [0.0, 0.0],
+        "p": None,
+        "p_holm": None,
+    }
+    for part in ("representation", "classifier"):
+        tested = [m["gaps"]["change"][part] for m in result["methods"] if m is not ce]
+        known = sorted(one["p"] for one in tested if one["p"] is not None)
+        for one in tested:
+            if one["p"] is not None:
+                steps = [min(1.0, p * (len(known) - k)) for k, p in enumerate(known) if p <= one["p"]]
+                assert one["p_holm"] == pytest.approx(max(steps))
 
 
 def test_the_gaps_are_those_of_swap(compared):
@@ -317,6 +329,21 @@ def test_without_the_full_data_the_representation_is_set_against_the_baseline(co
         assert {**one["gaps"], "representation": 0} == {**other["gaps"], "representation": 0}
     none = compare.compare(experiment_setups.lab(lab.store.root), settings(gaps="none"))
     assert [method["gaps"] for method in none["methods"]] == [None] * 3
+
+
+@pytest.mark.parametrize("method", ["focal(gamma=-1)", "crt_smoothed(head=2)", "loss:focl"])
+def test_what_cannot_be_used_is_refused_before_anything_is_trained(tmp_path, method):
+    lab = experiment_setups.lab(tmp_path)
+    with pytest.raises(UserError):
+        compare.compare(lab, settings(f"ce; {method}"))
+    assert lab.trained == 0
+
+
+def test_the_published_value_may_stand_beside_the_chosen_one(tmp_path):
+    result = compare.compare(
+        experiment_setups.lab(tmp_path), settings("ce; la; la(tau=1)", tune="cut", gaps="none", seeds=(0,))
+    )
+    assert by_name(result)["la(tau=1)"]["calls"] == ["la(tau=1.0)"]
 
 
 def test_a_change_without_effect_is_told(tmp_path):

@@ -147,12 +147,6 @@ class Registry(Generic[T]):
         """Return what the thing that a call-string names asks for, beyond what every one is given."""
         return self.parse(call)[0].needs
 
-    def written(self, call: str) -> set[str]:
-        """Return the hyperparameters that a call-string sets, to whatever value; `UserError` as `parse`."""
-        entry, _ = self.parse(call)
-        _, args, kwargs = split_call(call, self.kind)
-        return {*list(entry.defaults)[: len(args)], *kwargs}
-
     def canonical(self, call: str) -> str:
         """Return the call-string with every hyperparameter written out: equal meaning, equal text, equal hash."""
         entry, values = self.parse(call)

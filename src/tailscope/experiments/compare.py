@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple, Self, cast, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
@@ -32,11 +33,12 @@ from tailscope.experiments.options import Comparison, Request
 from tailscope.experiments.runs import Experiment, Run, Settings, evaluate, store_root, training_sets
 from tailscope.experiments.stages import Backbone, Stages, TrainingSet
 from tailscope.intervals import holm, p_of_zero, paired, summarize
-from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, SAMPLERS
+from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, PHOTO_AUGMENTATIONS, SAMPLERS, for_photos
 from tailscope.methods.systems import Method, System, parse
 from tailscope.registry import Registry
 from tailscope.report import build
 from tailscope.report.objects import Comparison as Compared
+from tailscope.report.schema import PARTS
 from tailscope.seeds import numpy_stream
 from tailscope.spec import RunSpec, StageSpec
 from tailscope.training.recipes import Recipe
@@ -89,7 +91,7 @@ class CompareSettings(Settings):
         """Return what the result depends on, with every method written in full."""
         whole = super().spec(data)
         kept = {name: value for name, value in whole.items() if name not in ("matched", "permutations", "backbones")}
-        return kept | {"methods": [method.call for method in self.parsed()]}
+        return kept | {"methods": [{"name": method.name, "call": method.call} for method in self.parsed()]}
 
 
 def run(request: Comparison) -> Compared:
@@ -124,10 +126,10 @@ def compare(stages: Stages, settings: CompareSettings) -> dict[str, Any]:
     labels, methods = stages.data.test.labels.numpy(), settings.parsed()
     result["warnings"] += [*found.notes, *_same_predictions(found, methods)]
     entries = [_entry(found, method, methods[0], settings, labels, result["groups"]) for method in methods]
-    adjusted = holm([entry["difference"] and entry["difference"]["p"] for entry in entries])
-    for entry, p in zip(entries, adjusted, strict=True):
-        if entry["difference"]:
-            entry["difference"]["p_holm"] = p
+    others = [entry for entry in entries if entry["difference"]]
+    _adjust([entry["difference"] for entry in others])
+    for part in PARTS if settings.gaps != "none" else ():
+        _adjust([entry["gaps"]["change"][part] for entry in others])
     reference = found.reference(settings)
     return {
         **result,
@@ -170,10 +172,16 @@ def _runs(
 
 
 def _run_of(method: Method, recipe: Recipe, data: TrainingSet, seed: int) -> _Run:
-    """Return the run of a method on a training set."""
+    """Return the run of a method on a training set.
+
+    Raises:
+        UserError: one of its hyper-parameters cannot be used.
+    """
     system = method.system()
-    stage1 = _changed(recipe, recipe.backbone, data, system.stage1)
-    stage2 = None if system.stage2 is None else _changed(recipe, recipe.classifier, data, system.stage2)
+    stage1 = _changed(recipe.backbone, data, system.stage1)
+    stage2 = None if system.stage2 is None else _changed(recipe.classifier, data, system.stage2)
+    for loss in (stage.loss for stage in (stage1, stage2) if stage is not None):
+        LOSSES.make(loss, torch.tensor(data.spec.counts))
     changes = ", ".join(
         name if value is True else f"{name} {_said(value)}" for name, value in sorted(spelled(system.stage1).items())
     )
@@ -196,13 +204,12 @@ def _said(value: Any) -> str:
     return " + ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _changed(
-    recipe: Recipe, make: Callable[..., StageSpec], data: TrainingSet, changes: Mapping[str, Any]
-) -> StageSpec:
-    """Return a stage of the recipe with the changes of a method."""
+def _changed(make: Callable[..., StageSpec], data: TrainingSet, changes: Mapping[str, Any]) -> StageSpec:
+    """Return a stage of a recipe, which `make` makes, with the changes of a method."""
     changes = spelled(changes)
     stage = make(data.spec, autoaugment=changes.pop("autoaugment", False))
-    added = tuple(AUGMENTATIONS.canonical(call) for call in changes.pop("augment", ()))
+    known: Registry[Any] = PHOTO_AUGMENTATIONS if for_photos(stage.augment) else AUGMENTATIONS
+    added = tuple(known.canonical(call) for call in changes.pop("augment", ()))
     values = {**dict(stage), **changes, "augment": (*stage.augment, *added)}
     return StageSpec.model_validate(values)
 
@@ -418,8 +425,19 @@ def _gaps(
         "bound": float(found.bound(method).mean()),
         "representation": None if reference is None else paired(reference + own["representation"]).gap(),
         "classifier": paired(own["classifier"]).gap(),
-        "change": others and {part: paired(values - others[part]).gap() for part, values in own.items()},
+        "change": others and {part: _change(values - others[part]) for part, values in own.items()},
     }
+
+
+def _change(values: Floats) -> dict[str, Any]:
+    """Return a change of a gap with its p-value; None where it is none for every image, as on the same backbone."""
+    return {**paired(values).gap(), "p": p_of_zero(values) if values.any() else None}
+
+
+def _adjust(tested: Sequence[dict[str, Any]]) -> None:
+    """Add Holm's p-values to the tests of one question."""
+    for one, p in zip(tested, holm([one["p"] for one in tested]), strict=True):
+        one["p_holm"] = p
 
 
 def _same_predictions(found: _Outcomes, methods: Sequence[Method]) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from tailscope.errors import UserError, unknown
 from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, SAMPLERS, SYSTEMS
-from tailscope.registry import Registry
+from tailscope.registry import Registry, split_call
 
 FIXED = ("data", "train", "model", "views")
 """Fields of a stage that no method changes: all are optimised alike, on the same images."""
@@ -49,7 +49,9 @@ class System:
     def __add__(self, other: "System") -> "System":
         """Return what both change; `UserError` where they change the same."""
         stages = [self.stage1, other.stage1], [self.stage2 or {}, other.stage2 or {}]
-        twice = [name for first, second in stages for name in first if name in second and name != "augment"]
+        twice = [
+            n for k, (first, second) in enumerate(stages) for n in first if n in second and (k, n) != (0, "augment")
+        ]
         twice += ["classifier"] if self.classifier and other.classifier else []
         if twice:
             raise UserError(f"both set the {twice[0]}")
@@ -153,7 +155,7 @@ def parse(text: str, classifiers: Registry[Any]) -> list[Method]:
         )
         method.system()
         for other in found:
-            if other.call == method.call:
+            if other.parts == method.parts:
                 raise UserError(f"--methods: {other.name} and {method.name} are the same method; leave one out")
             if other.name == method.name:
                 raise UserError(f"--methods: {method.name} is given twice")
@@ -181,7 +183,8 @@ def _part(text: str, method: str, classifiers: Registry[Any]) -> Part:
         kind = kinds[0] if kinds else ""
     registry = others.get(kind, SYSTEMS)
     entry, values = registry.parse(call)
-    return Part(kind, registry, entry.name, values, frozenset(values) - registry.written(call))
+    _, args, kwargs = split_call(call)
+    return Part(kind, registry, entry.name, values, frozenset(list(values)[len(args) :]) - {*kwargs})
 
 
 def _split(text: str, mark: str) -> list[str]:

@@ -87,9 +87,11 @@ def _gap_findings(result: Comparison) -> list[str]:
         if least is None or least[0]["points"] >= 0:
             found.append(f"No method closes any of the {part} gap.")
         else:
-            sure = least[0]["ci95"] is not None and least[0]["ci95"][1] < 0
+            sure = least[0]["p_holm"] is not None and least[0]["p_holm"] <= LINE
             by = in_points(least[0]["points"], least[0]["ci95"], signed=True)
-            found.append(f"{least[1]} closes most of the {part} gap: {by}{'' if sure else ', which is not clear'}.")
+            found.append(
+                f"{least[1]} closes most of the {part} gap: {by}{'' if sure else ', which is not clear after Holm'}."
+            )
     return found
 
 
@@ -236,7 +238,12 @@ def methods_table(result: Comparison) -> Table:
         Column(
             "backbone_seconds", "backbone, s", "plain", "Seconds that training the backbone took; methods share it."
         ),
-        Column("classifier_seconds", "classifier, s", "plain", "Seconds that its own classifier took."),
+        Column(
+            "classifier_seconds",
+            "classifier, s",
+            "plain",
+            "Seconds that fitting its own classifier took, on stored features.",
+        ),
         Column("backbone", "trained on", "text", "Training set and changes of stage 1."),
     ]
     return Table("compare-methods", "Methods, the most accurate first", columns, rows(result))

@@ -1,7 +1,6 @@
 """The figures of a comparison of methods: accuracies, and the plane of the two gaps."""
 
 from collections.abc import Sequence
-from itertools import groupby
 
 import altair as alt
 
@@ -17,8 +16,11 @@ KEYS = {
     SHARED: Key(SHARED, "sky", "circle"),
     OWN: Key(OWN, "vermilion", "square"),
 }
-ROOM = 0.045
-"""Of the plane's height, between two names on one backbone."""
+WIDTH, HEIGHT, LETTER, LINE, BESIDE = 620, 420, 6.4, 13, 9
+"""Of the plane, of its names' letters and lines, and between a point and its name: pixels, in files."""
+
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom, in pixels."""
 
 
 def figures(result: Comparison) -> list[Figure]:
@@ -39,37 +41,57 @@ def data(result: Comparison) -> dict[str, list[Row]]:
 
 
 def _in_points(rows: Sequence[Row]) -> list[Row]:
-    """Return the methods with known gaps, in points, and where their names stand so that few hide each other."""
-    fields = [f"{part}{end}" for part in PARTS for end in ("", "_low", "_high")]
+    """Return the methods with known gaps, in points, and where their names stand: on which side, how many pixels up."""
     known = [_against_baseline(row) for row in rows if row["bound"] is not None]
-    scaled = [row | {name: None if row[name] is None else 100 * row[name] for name in fields} for row in known]
-    low, high = _range(scaled, "classifier")
-    order = sorted(scaled, key=lambda row: (row["representation"], row["classifier"]))
+    scaled = [row | {part: 100 * row[part] for part in PARTS} for row in known]
+    spots = [_in_pixels(row, scaled) for row in scaled]
+    taken: list[Box] = [(x - 6, y - 6, x + 6, y + 6) for x, y in spots]
     found = []
-    for _, members in groupby(order, key=lambda row: row["representation"]):
-        least = low
-        for row in members:
-            at = max(least, row["classifier"])
-            found.append(row | {"name_at": at, "sum": row["representation"] + row["classifier"]})
-            least = at + ROOM * (high - low)
+    for row, (x, y) in zip(scaled, spots, strict=True):
+        side, rise = _free(x, y, LETTER * len(row["name"]), taken)
+        taken.append(_box(x, y - rise, side, LETTER * len(row["name"])))
+        found.append(row | {"side": side, "rise": rise, "sum": row["representation"] + row["classifier"]})
     return found
+
+
+def _in_pixels(row: Row, rows: Sequence[Row]) -> tuple[float, float]:
+    (left, right), (low, high) = (_range(rows, part) for part in PARTS)
+    across, up = (row["representation"] - left) / (right - left), (row["classifier"] - low) / (high - low)
+    return WIDTH * across, HEIGHT * (1 - up)
+
+
+def _box(x: float, y: float, side: str, width: float) -> Box:
+    left = x + BESIDE if side == "right" else x - BESIDE - width
+    return left, y - LINE / 2, left + width, y + LINE / 2
+
+
+def _free(x: float, y: float, width: float, taken: Sequence[Box]) -> tuple[str, int]:
+    """Return the place for a name that hides least: beside its point, else a little above or below."""
+
+    def hidden(place: tuple[str, int]) -> float:
+        left, top, right, bottom = _box(x, y - place[1], place[0], width)
+        outside = max(0.0, -left) + max(0.0, right - WIDTH)
+        across = (
+            max(0.0, min(right, other[2]) - max(left, other[0])) * max(0.0, min(bottom, other[3]) - max(top, other[1]))
+            for other in taken
+        )
+        return LINE * outside + sum(across)
+
+    places = [(side, rise) for rise in (0, 7, -7, 13, -13, 20, -20) for side in ("right", "left")]
+    return min(places, key=hidden)  # the first of those that hide nothing
 
 
 def _against_baseline(row: Row) -> Row:
     """Return a method's row; without true -> true its representation gap is the difference from the baseline's."""
     if row["representation"] is not None:
         return row
-    change = {end: row[f"representation_change{end}"] for end in ("", "_low", "_high")}
-    return (
-        row | {f"representation{end}": value for end, value in change.items()} | {"representation": change[""] or 0.0}
-    )
+    return row | {"representation": row["representation_change"] or 0.0}
 
 
 def _range(rows: Sequence[Row], part: str) -> tuple[float, float]:
     """Return the ends of an axis of the plane, in points."""
-    ends = [row[f"{part}{end}"] for row in rows for end in ("", "_low", "_high")]
-    known = [0.0, *(value for value in ends if value is not None)]
-    room = 0.06 * (max(known) - min(known)) or 1.0
+    known = [row[part] for row in rows]
+    room = 0.12 * (max(known) - min(known)) or 1.0
     return min(known) - room, max(known) + room
 
 
@@ -80,37 +102,35 @@ def _keys(rows: Sequence[Row]) -> list[Key]:
 def _plane(result: Comparison) -> Figure:
     """Draw the methods by what their representation and their classifier lack."""
     rows = data(result)["plane"]
-    keys, ends = _keys(rows), {part: _range(rows, part) for part in PARTS}
-    right = ends["representation"][1] + 0.3 * (ends["representation"][1] - ends["representation"][0])  # for names
+    keys = _keys(rows)
+    domains: dict[str, list[float]] = {part: list(_range(rows, part)) for part in PARTS}
     titles: dict[str, str] = {part: f"{part} gap, points" for part in PARTS}
     if result["reference"] is None:
         titles["representation"] = f"representation gap less that of {result['baseline']}, points"
-    domains = {"representation": [ends["representation"][0], right], "classifier": list(ends["classifier"])}
 
     def axis(kind: type[alt.X] | type[alt.Y], field: str, part: str) -> alt.X | alt.Y:
         scale = alt.Scale(domain=domains[part], nice=False, zero=False)
         return kind(f"{field}:Q", title=titles[part], scale=scale, axis=alt.Axis(tickCount=6))
 
-    def at(field: str = "classifier") -> dict[str, alt.X | alt.Y]:
-        return {"x": axis(alt.X, "representation", "representation"), "y": axis(alt.Y, field, "classifier")}
-
+    at = {"x": axis(alt.X, "representation", "representation"), "y": axis(alt.Y, "classifier", "classifier")}
     base, colour = rows_of("plane"), alt.Color("kind:N", scale=colour_scale(keys))
     written = {"name": "method", "text": "accuracy", "backbone": "trained on"}
     tooltip = [alt.Tooltip(f"{field}:N", title=title) for field, title in written.items()]
     tooltip += [alt.Tooltip(f"{part}:Q", title=titles[part], format=".1f") for part in PARTS]
-    thin = base.mark_rule(strokeWidth=1, opacity=0.35)
     layers: list[Chart] = [
         _equal_sums(rows, domains, axis),
-        thin.encode(**at() | {"x": axis(alt.X, "representation_low", "representation")}, x2="representation_high"),
-        thin.encode(**at("classifier_low"), y2="classifier_high"),
         base.mark_point(filled=True, opacity=1, size=90).encode(
-            **at(), color=colour, shape=alt.Shape("kind:N", scale=marks.shape_scale(keys)), tooltip=tooltip
+            **at, color=colour, shape=alt.Shape("kind:N", scale=marks.shape_scale(keys)), tooltip=tooltip
         ),
-        base.mark_text(align="left", dx=9, fontSize=11).encode(**at("name_at"), text="name:N"),
+        *(
+            base.transform_filter(f"datum.side == '{side}' && datum.rise == {rise}")
+            .mark_text(align="left" if side == "right" else "right", dx=dx, dy=-rise, fontSize=11)
+            .encode(**at, text="name:N")
+            for side, dx in (("right", BESIDE), ("left", -BESIDE))
+            for rise in sorted({row["rise"] for row in rows if row["side"] == side})
+        ),
     ]
-    panel = Panel("", alt.layer(*layers).properties(height=420), keys)
-    whiskers = " Thin lines are 95 % intervals." if any(row["classifier_low"] is not None for row in rows) else ""
-    return Figure("plane", [panel], whiskers)
+    return Figure("plane", [Panel("", alt.layer(*layers).properties(height=HEIGHT), keys)], " The table has intervals.")
 
 
 def _equal_sums(rows: Sequence[Row], domains: dict[str, list[float]], axis: object) -> alt.Chart:

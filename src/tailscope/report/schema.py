@@ -279,17 +279,20 @@ class _Seconds(TypedDict):
     classifier: Number
 
 
-class _Difference(Points):
-    ci95_seeds: Bounds | None
+class _Tested(Points):
     p: Share | None
     p_holm: Share | None
+
+
+class _Difference(_Tested):
+    ci95_seeds: Bounds | None
 
 
 class _Gaps(TypedDict):
     bound: Share
     representation: Points | None
     classifier: Points
-    change: dict[Literal["representation", "classifier"], Points] | None
+    change: dict[Literal["representation", "classifier"], _Tested] | None
 
 
 class ComparedMethod(Cell):
