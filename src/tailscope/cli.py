@@ -463,6 +463,9 @@ def _show_diagnosis(result: "Diagnosis", options: Options) -> Iterator[Renderabl
         yield f"report: {options['out'] / 'report.html'}"
 
 
+_add_command(verbs.diagnose, _show_diagnosis, with_imports=True, out=Path("out"))
+_add_command(verbs.features, _show_features, with_imports=True)
+_add_command(verbs.rebalance, lambda path, _: iter([f"written: {path}"]), with_json=False, with_imports=True)
 _add_command(verbs.demo, _show_story, out=Path("demo"))
 for _experiment in (verbs.swap, verbs.ladder, verbs.geometry):
     _add_command(_experiment, _show_story, with_imports=True, out=Path("out"))
@@ -471,9 +474,6 @@ _add_command(verbs.check, _show_traps, with_imports=True)
 _add_command(verbs.subset, _show_subset)
 _add_command(verbs.report, lambda path, _: iter([str(path)]), with_json=False)
 _add_command(verbs.methods, _show_methods, end=_end_methods, with_imports=True)
-_add_command(verbs.diagnose, _show_diagnosis, with_imports=True, out=Path("out"))
-_add_command(verbs.features, _show_features, with_imports=True)
-_add_command(verbs.rebalance, lambda path, _: iter([f"written: {path}"]), with_json=False, with_imports=True)
 _add_command(reproduce, _show_reproduction, end=_end_reproduction, with_imports=True)
 for _verb, _show, _end in cli_store.COMMANDS:
     _add_command(_verb, _show, to=cli_store.app, end=_end, name=_verb.__name__.strip("_"))
