@@ -331,7 +331,7 @@ def test_without_the_full_data_the_representation_is_set_against_the_baseline(co
     assert [method["gaps"] for method in none["methods"]] == [None] * 3
 
 
-@pytest.mark.parametrize("method", ["focal(gamma=-1)", "crt_smoothed(head=2)", "loss:focl"])
+@pytest.mark.parametrize("method", ["focal(gamma=-1)", "crt_smoothed(head=2)", "loss:focl", "loss:ldam"])
 def test_what_cannot_be_used_is_refused_before_anything_is_trained(tmp_path, method):
     lab = experiment_setups.lab(tmp_path)
     with pytest.raises(UserError):

@@ -33,15 +33,16 @@ from tailscope.experiments.options import Comparison, Request
 from tailscope.experiments.runs import Experiment, Run, Settings, evaluate, store_root, training_sets
 from tailscope.experiments.stages import Backbone, Stages, TrainingSet
 from tailscope.intervals import holm, p_of_zero, paired, summarize
-from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, PHOTO_AUGMENTATIONS, SAMPLERS, for_photos
+from tailscope.methods import LOSSES, MIXINGS, SAMPLERS, WEIGHTS
 from tailscope.methods.systems import Method, System, parse
+from tailscope.networks import LAST_LAYERS
 from tailscope.registry import Registry
 from tailscope.report import build
 from tailscope.report.objects import Comparison as Compared
 from tailscope.report.schema import PARTS
 from tailscope.seeds import numpy_stream
 from tailscope.spec import RunSpec, StageSpec
-from tailscope.training.recipes import Recipe
+from tailscope.training.recipes import Recipe, augmentations_of, require_fitting, with_plugins
 
 Tune = Literal["none", "cut"]
 Gaps = Literal["all", "bounds", "none"]
@@ -54,7 +55,13 @@ Logits = Callable[[Tensor], Floats]
 CUT = 0.1
 """Share of each class's training images that hyper-parameters are chosen on."""
 
-CALLS: dict[str, Registry[Any]] = {"loss": LOSSES, "sampler": SAMPLERS, "mix": MIXINGS}
+CALLS: dict[str, Registry[Any]] = {
+    "loss": LOSSES,
+    "weights": WEIGHTS,
+    "last_layer": LAST_LAYERS,
+    "sampler": SAMPLERS,
+    "mix": MIXINGS,
+}
 """Fields of a stage that are call-strings; in keys of the store they are written in full."""
 
 RULES: dict[Tune, str] = {
@@ -205,13 +212,19 @@ def _said(value: Any) -> str:
 
 
 def _changed(make: Callable[..., StageSpec], data: TrainingSet, changes: Mapping[str, Any]) -> StageSpec:
-    """Return a stage of a recipe, which `make` makes, with the changes of a method."""
+    """Return a stage of a recipe, which `make` makes, with the changes of a method.
+
+    Raises:
+        UserError: the parts of the stage do not fit each other.
+    """
     changes = spelled(changes)
     stage = make(data.spec, autoaugment=changes.pop("autoaugment", False))
-    known: Registry[Any] = PHOTO_AUGMENTATIONS if for_photos(stage.augment) else AUGMENTATIONS
+    known = augmentations_of(stage.augment)
     added = tuple(known.canonical(call) for call in changes.pop("augment", ()))
     values = {**dict(stage), **changes, "augment": (*stage.augment, *added)}
-    return StageSpec.model_validate(values)
+    changed = StageSpec.model_validate(values)
+    require_fitting(changed)
+    return with_plugins(changed)
 
 
 def _chosen_runs(

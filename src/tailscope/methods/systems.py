@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tailscope.errors import UserError, unknown
-from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, SAMPLERS, SYSTEMS
+from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, SAMPLERS, SYSTEMS, WEIGHTS
 from tailscope.registry import Registry, split_call
 
 FIXED = ("data", "train", "model", "views")
@@ -65,7 +65,13 @@ class System:
 
 # -- call-strings ---------------------------------------------------------------------------------------------------
 
-_AD_HOC: dict[str, Registry[Any]] = {"loss": LOSSES, "sampler": SAMPLERS, "mix": MIXINGS, "augment": AUGMENTATIONS}
+_AD_HOC: dict[str, Registry[Any]] = {
+    "loss": LOSSES,
+    "weights": WEIGHTS,
+    "sampler": SAMPLERS,
+    "mix": MIXINGS,
+    "augment": AUGMENTATIONS,
+}
 
 
 @dataclass(frozen=True)
@@ -246,6 +252,19 @@ def logit_adjustment(tau: float = 1.0) -> System:
 def label_aware_smoothing(head: float = 0.4, tail: float = 0.1) -> System:
     """Label-aware smoothing of stage 1, more for frequent classes (Zhong et al. 2021, equation 5)."""
     return System(stage1={"loss": f"label_aware_smoothing(head={head}, tail={tail})"}, grid={"head": (0.2, 0.3, 0.4)})
+
+
+@SYSTEMS.register("ldam")
+def ldam(max_margin: float = 0.5, scale: float = 30.0) -> System:
+    """Label-distribution-aware margins, on cosines (Cao et al. 2019, equation 13); `ldam + drw` is their LDAM-DRW."""
+    loss = f"ldam(max_margin={max_margin}, scale={scale})"
+    return System(stage1={"loss": loss, "last_layer": "cosine"}, grid={"max_margin": (0.3, 0.5, 0.8)})
+
+
+@SYSTEMS.register("drw")
+def drw(start: float = 0.8, beta: float = 0.9999) -> System:
+    """Deferred re-weighting by the effective number, late in training (Cao et al. 2019, algorithm 1)."""
+    return System(stage1={"weights": f"drw(start={start}, beta={beta})"}, grid={"start": (0.6, 0.8, 0.9)})
 
 
 # sampling, mixing and augmentation of stage 1
