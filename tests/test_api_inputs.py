@@ -33,6 +33,8 @@ class Net(torch.nn.Module):
         return self.fc(x.flatten(1))
 """
 PATHS = {
+    "Monitor": ["out"],
+    "compare": ["data", "data_root", "out", "store"],
     "diagnose": ["ceiling_from", "checkpoint", "data", "data_root", "out", "store", "subset"],
     "features": ["checkpoint", "data", "data_root", "out", "store", "subset"],
     "geometry": ["data", "data_root", "out", "store"],

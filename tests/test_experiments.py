@@ -34,7 +34,7 @@ HEADER = {
     "warnings",
     "provenance",
 }
-CELL = {"accuracy", "mean", "ci95", "ci95_seeds", "ci95_kind", "per_class", "groups"}
+CELL = {"accuracy", "mean", "ci95", "ci95_seeds", "ci95_kind", "per_class", "groups", "g_mean", "h_mean"}
 PROVENANCE = {
     "row",
     "seed",

@@ -281,7 +281,7 @@ def test_the_methods_of_a_command_are_those_of_its_stages(tailscope_, tmp_path):
         (("geometry", "--stage2-loss", "focal"), "No such option: --stage2-loss"),
         (("ladder", "--augment", "autoaugment"), "ladder: its rows add autoaugment(policy="),
         (("swap", "--sampler", "balanced"), "unknown sampler 'balanced'; did you mean 'class_balanced'?"),
-        (("swap", "--mix", "mix"), "unknown mixing 'mix'; did you mean 'mixup'?"),
+        (("swap", "--mix", "mixups"), "unknown mixing 'mixups'; did you mean 'mixup'?"),
         (("swap", "--augment", "flap"), "unknown augmentation 'flap'; did you mean 'flip'?"),
         (("swap", "--schedule", "cosin"), "unknown schedule 'cosin'; did you mean 'cosine'?"),
     ],

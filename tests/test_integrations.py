@@ -5,6 +5,7 @@ import importlib
 import random
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,9 @@ def test_runs_of_wandb_stay_on_this_machine(tmp_path, monkeypatch):
     written = {run.id: run for run in seen.values()}
     files = list((tmp_path / "out" / "logs" / "wandb").glob("offline-run-*/run-*.wandb"))
     assert {file.stem.removeprefix("run-") for file in files} == set(written)
+    until = time.monotonic() + 60  # wandb's own process writes the files, also after a run is said to be finished
+    while not all(b"loss" in file.read_bytes() for file in files) and time.monotonic() < until:
+        time.sleep(0.2)
     assert all(b"loss" in file.read_bytes() for file in files)
 
 

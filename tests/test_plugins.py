@@ -169,6 +169,7 @@ def test_a_network_of_any_class_trains_and_gives_features(tailscope_, folder):
 REST = """
 import torch
 from tailscope.methods import AUGMENTATIONS, MIXINGS
+from tailscope.methods.mixing import Mix
 from tailscope.training import SCHEDULES
 from tailscope.training.recipes import PARAMETRISED, Recipe, recipe_by_name
 
@@ -178,8 +179,9 @@ def dim(factor: float = 0.5):
     return lambda images, generator: (images.float() * factor).to(torch.uint8)
 
 class Halves:
-    def draw(self, steps, batch, generator):
-        return torch.full((steps,), 0.5), torch.rand(steps, batch, generator=generator).argsort(1)
+    def draw(self, labels, size, generator):
+        half = torch.full((len(labels), 1), 0.5)
+        return Mix(half.view(-1, 1, 1, 1, 1), half, torch.rand(labels.shape, generator=generator).argsort(1))
 
 @MIXINGS.register("halves")
 def halves():

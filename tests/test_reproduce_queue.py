@@ -382,8 +382,8 @@ def test_trainings_in_threads_do_not_disturb_one_another(tmp_path):
 def test_an_exception_ends_trainings_at_their_next_step_and_finished_epochs_are_kept(tmp_path, monkeypatch):
     second = threading.Event()
 
-    def epoch(self, number, steps):
-        for batch in real(self, number, steps):
+    def epoch(self, number, steps, progress):
+        for batch in real(self, number, steps, progress):
             yield batch
             if number == 1:
                 second.set()

