@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 
 from benchmarks import __main__ as command
-from benchmarks import record
+from benchmarks import rebalance, record
 from benchmarks.arms.common import load_images
 from benchmarks.arms.geometry_sklearn import centers_of, measure_class
 from benchmarks.arms.ours import make_features
@@ -23,8 +24,11 @@ from benchmarks.measure import Arm, Measured, Pace, Slice, Spread, Worker, inter
 from benchmarks.record import Options, Record, Row
 from benchmarks.swap import images_trained
 from conftest import REPOSITORY
+from tailscope.data import sources
 from tailscope.measures import describe
 from tailscope.networks import MODELS
+from tailscope.store import Store
+from tailscope.training.step import Normalizer
 
 TINY = Options(size="tiny")
 MACHINE = {"cpu": "c", "threads": 1, "gpu": None}
@@ -145,6 +149,53 @@ def test_the_document_is_up_to_date_and_shows_every_benchmark() -> None:
     shown = {match[2] for match in record.BLOCK.finditer(text)}
     assert {name for name in shown if not name.endswith("-zen4")} == set(command.NAMES)  # others are kept from before
     assert command.fill_document(check=True) == 0
+
+
+@pytest.fixture
+def of_digits(tmp_path: Path) -> Path:
+    """A folder with digits.npz, and a store of two backbones: one of a long tail of the digits, one of as many of all.
+
+    Their bodies are random, their last layers fitted to the training images.
+    """
+    digits, store = sources.load("digits"), Store(tmp_path / "store")
+    splits = {"train": digits.train, "test": digits.test}
+    parts = {f"{name}_{what}": getattr(s, what).numpy() for name, s in splits.items() for what in ("images", "labels")}
+    np.savez(tmp_path / "digits.npz", **parts)
+    by_class = digits.train.labels.argsort(stable=True).split(digits.train.counts())
+    for key, counts in (("aa11", [round(100 * 20 ** (-k / 9)) for k in range(10)]), ("bb22", [20] * 10)):
+        rows = torch.cat([members[:n] for members, n in zip(by_class, counts, strict=True)])
+        torch.manual_seed(0)
+        network, images = MODELS.make("resnet8", 1, 10).eval(), digits.train.take(rows)
+        with torch.inference_mode():
+            features = network.features(Normalizer.of(digits.train.images)(images.images))
+            fitted = LogisticRegression(C=100.0, max_iter=2000).fit(features.numpy(), images.labels.numpy())
+            network.classifier.weight.copy_(torch.from_numpy(fitted.coef_))
+            network.classifier.bias.copy_(torch.from_numpy(fitted.intercept_))
+        spec = {"data": {"name": "digits", "profile": "x", "counts": counts}, "model": "resnet8"}
+        meta = {"spec": {**spec, "augment": ["shift"], "mix": None}, "seed": 0}
+        tensors = {**network.state_dict(), "rows": rows}
+        store.get_or_make("stage1", key, lambda _, t=tensors, m=meta: (t, m))
+    return tmp_path
+
+
+def test_what_re_balancing_gains_is_measured_and_kept(of_digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["--only", "rebalance", "--store", "store", "--data-root", ".", "--cache", "cache", "--out", "out"]
+    monkeypatch.chdir(of_digits)
+    assert command.main(given) == 0
+    found = json.loads((of_digits / "out" / "rebalance.json").read_text())
+    cases = found["cases"]
+    assert [case["case"] for case in cases] == ["aa11 0.1", "aa11 0.5", "aa11 0.5 rest"]
+    for case, images in zip(cases, (450, 250, 250), strict=True):
+        low, high = case["promised"]["ci95"]
+        assert low <= case["promised"]["points"] <= high
+        gain = case["gain"]
+        assert gain["images"] == images
+        assert gain["points"] == pytest.approx(gain["after"] - gain["before"])
+        assert gain["within"] == (low <= gain["points"] <= high)
+    assert len(rebalance.table(found).splitlines()) == len(cases) + 4
+    monkeypatch.setattr(rebalance, "examine", None)  # what is done is not done again
+    assert command.main(given) == 0
+    assert json.loads((of_digits / "out" / "rebalance.json").read_text())["cases"] == cases
 
 
 def test_unknown_benchmarks_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

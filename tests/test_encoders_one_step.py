@@ -141,6 +141,24 @@ def test_features_of_another_network_or_other_images_are_refused(tailscope_, her
     assert tailscope_(*measured(here, tmp_path, "--overwrite", checkpoint="b")).code == 0
 
 
+def test_the_same_images_with_other_ids_copy_nothing(tailscope_, here: Path, tmp_path: Path) -> None:
+    """A file with a subset is replaced by one with all images: row 0 of the former is row 20 of the latter."""
+    images = np.random.default_rng(0).integers(0, 256, (60, 24, 24, 3), dtype=np.uint8)
+    labels, rows = np.arange(60) % 3, np.arange(20, 60)
+    (tmp_path / "subset.json").write_text(json.dumps({"indices": [rows.tolist()]}))
+    given = ["--model", NAME, "--checkpoint", here / "a.pth", "--data", tmp_path / "images.npz", "--normalize", "cifar"]
+    others = ["--out", tmp_path / "out", "--no-verdict", "--permutations", 19, "--no-report"]
+    for kept, more in ((rows, []), (np.arange(60), ["--subset", tmp_path / "subset.json", "--overwrite"])):
+        arrays = {"train_images": images[kept], "train_labels": labels[kept]}
+        np.savez(tmp_path / "images.npz", **arrays, test_images=255 - images[:30], test_labels=labels[:30])
+        ended = tailscope_("diagnose", *given, *others, *more)
+        assert (ended.code, ended.err) == (0, "")
+    found = json.loads((tmp_path / "out" / "diagnosis.json").read_text())
+    assert not [warning for warning in found["warnings"] if "are also in" in warning]
+    train = FeatureTable.load(tmp_path / "out" / "features" / "train.npz")
+    assert train.ids.tolist() == [f"train:{row}" for row in rows]
+
+
 def test_interrupted_it_goes_on_where_it_was(tailscope_, here: Path, tmp_path: Path, monkeypatch) -> None:
     seen: list[int] = []
 

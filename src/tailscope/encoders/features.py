@@ -356,7 +356,7 @@ def _tables(
     """Return the features of all parts, kept or made; what is of something else is refused before any work."""
     files = {part: folder / f"{part}.npz" for part in parts.images}
     specs = {part: spec_of(encoder, images, runtime, options) for part, images in parts.images.items()}
-    kept = {part: _kept(file, specs[part], overwrite) for part, file in files.items()}
+    kept = {part: _kept(file, specs[part], parts.images[part].ids, overwrite) for part, file in files.items()}
     tables = {}
     for part, file in files.items():
         table = kept[part]
@@ -378,8 +378,11 @@ def _require_one_meaning(parts: Parts) -> None:
     align(*labelled)
 
 
-def _kept(file: Path, spec: Mapping[str, Any], overwrite: bool) -> FeatureTable | None:
-    """Return the features that a file has of this very network and these images; None where they are to be made."""
+def _kept(file: Path, spec: Mapping[str, Any], ids: Sequence[str], overwrite: bool) -> FeatureTable | None:
+    """Return the features that a file has of this very network and these images; None where they are to be made.
+
+    They are made again, too, where the same images have other ids now: a subset of another file, for instance.
+    """
     if not file.exists():
         return None
     try:
@@ -392,7 +395,9 @@ def _kept(file: Path, spec: Mapping[str, Any], overwrite: bool) -> FeatureTable 
     if differing and not overwrite:
         what = f"has features of another network or of other images ({listed(differing)} differ)"
         raise UserError(f"{file}: {what}; use another --out or --overwrite")
-    return None if differing else table
+    known = iter(ids)
+    same = table.ids is None or all(name in known for name in table.ids.tolist())  # in this order, with gaps
+    return table if same and not differing else None
 
 
 def _classifier_in_use(
