@@ -293,8 +293,9 @@ def batch_mean(counts: Tensor, /, of: str = "drw(start=0.8, beta=0.9999)") -> Cl
     """Weights `of` another kind, over their mean in each batch: what PyTorch's weighted cross-entropy computes.
 
     So do re-weighting (Cui et al. 2019) and its deferral (Cao et al. 2019) in the code of the latter: a batch's loss is
-    the sum of w_y times each image's over the sum of w_y. On CIFAR-LT, at beta = 0.9999, steps are 5 to 6 times as long as with weights
-    whose mean over classes is 1. Processes that train together divide by the mean of their own part of the batch.
+    the sum of w_y times each image's over the sum of w_y. On CIFAR-LT, at beta = 0.9999, steps are 5 to 6 times as long
+    as with weights whose mean over classes is 1. Processes that train together divide by the
+    mean of their own part of the batch.
 
     Raises:
         UserError: `of` is such a mean itself.
