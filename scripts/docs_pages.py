@@ -160,14 +160,17 @@ A factory is registered under a name. What stands before the `/` the program sup
 
 - A **loss** takes the counts of the classes and returns `loss(logits, labels)`, float32 [B]; nothing is averaged. It
   may need `features` (the factory takes their width after the counts, the loss `features=` [B, d]), `progress` (the
-  loss takes `progress=`), `cosine` (its logits are cosines) or `unmixed` (mixed images are refused).
-- **Class weights** take the counts and return `weights(progress)`, float32 [C].
+  loss takes `progress=`), `cosine` or `distance` (its logits are cosines, or squared distances) or `unmixed` (mixed
+  images are refused).
+- **Class weights** take the counts and return `weights(progress)`, float32 [C]. With `batch` they are divided by their
+  mean over each batch.
 - A **sampler** takes labels and the number of classes and returns `draw(n, generator)`, n indices; with `progress` it
   is `draw(n, generator, progress)`, in stage 1 only.
 - A **mixing** is an object with `draw(labels, size, generator)`, which returns a `Mix`. Its factory may need `counts`
   and `hidden`, the number of places between the network's stages; it takes them in this order.
 - A **last layer** takes the network's linear layer and returns the module in its place, features [B, d] to logits [B,
-  C]. It has `as_linear()`, a weight and a bias that decide alike, and `cosines(features)` if it computes them.
+  C]. It has `as_linear()`, a weight and a bias that decide alike, and `cosines(features)` or `distances(features)`
+  if it computes them.
 - A **model** takes the numbers of channels and classes. It has `features(images)` [B, d], `feature_dim` and
   `classifier`, a linear layer. To be mixed inside it has `hidden_places`, and `features(images, between)` calls
   `between(place, activations)` at each.

@@ -67,6 +67,19 @@ def test_deferred_sampling_is_one_sampler_before_its_start_and_another_from_then
         assert torch.equal(deferred(300, torch.Generator().manual_seed(0), progress), draw(name, 300))
 
 
+@pytest.mark.parametrize("progress", [0.0, 0.25, 0.9, 1.0])
+def test_progressive_sampling_goes_from_images_to_classes(progress):
+    n = 50_000
+    indices = SAMPLERS.make("progressive", LABELS, 6)(n, torch.Generator().manual_seed(0), progress)
+    share = (1 - progress) * NONEMPTY / 135 + progress / 4
+    drawn = torch.bincount(LABELS[indices], minlength=6)
+    assert drawn[COUNTS == 0].sum() == 0
+    assert chisquare(drawn[COUNTS > 0].numpy(), (n * share).numpy()).pvalue > 0.001
+    for k in torch.nonzero(COUNTS > 1).flatten():
+        times = torch.bincount(indices, minlength=135)[LABELS.eq(k)]
+        assert chisquare(times.numpy()).pvalue > 0.001
+
+
 @pytest.mark.parametrize("call", ["drs(start=1)", "drs(then='drs')", "drs(then='none of them')"])
 def test_what_deferred_sampling_cannot_do_is_refused(call):
     with pytest.raises(UserError):

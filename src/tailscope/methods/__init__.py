@@ -17,9 +17,12 @@ if TYPE_CHECKING:
 
 __all__ = ["AUGMENTATIONS", "LOSSES", "MIXINGS", "PHOTO_AUGMENTATIONS", "SAMPLERS", "SYSTEMS", "WEIGHTS", "for_photos"]
 LOSSES: Registry["Loss"] = Registry(
-    "loss", "tailscope.methods.losses:LOSSES", offers=("cosine", "features", "progress", "unmixed")
+    "loss",
+    "tailscope.methods.losses:LOSSES",
+    "tailscope.methods.feature_losses:LOSSES",
+    offers=("cosine", "distance", "features", "progress", "unmixed"),
 )
-WEIGHTS: Registry["ClassWeights"] = Registry("class weights", "tailscope.methods.losses:WEIGHTS")
+WEIGHTS: Registry["ClassWeights"] = Registry("class weights", "tailscope.methods.losses:WEIGHTS", offers=("batch",))
 SAMPLERS: Registry["Sampler"] = Registry("sampler", "tailscope.methods.sampling:SAMPLERS", offers=("progress",))
 AUGMENTATIONS: Registry["Augmentation"] = Registry("augmentation", "tailscope.methods.augmentations:AUGMENTATIONS")
 PHOTO_AUGMENTATIONS: Registry["Photo"] = Registry(

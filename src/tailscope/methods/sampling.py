@@ -109,6 +109,23 @@ def drs(labels: Tensor, num_classes: int, /, start: float = 0.8, then: str = "cl
     return draw
 
 
+@SAMPLERS.register("progressive", needs=("progress",))
+def progressive(labels: Tensor, num_classes: int, /) -> Sampler:
+    """From every image equally often to every class equally often: (1 - t) n_k / N + t / C (Kang et al. 2020, eq. 2).
+
+    The share of class k among the draws, where t is the share of the training that is done when the epoch begins; then
+    a uniform image of it, with replacement. C counts the classes that have images.
+    """
+    counts = torch.bincount(labels, minlength=num_classes)
+    present = (counts > 0).double()
+
+    def draw(n: int, generator: Generator, progress: float) -> Tensor:
+        shares = (1 - progress) * counts / counts.sum() + progress * present / present.sum()
+        return _by_class(labels, counts, shares)(n, generator)
+
+    return draw
+
+
 def _shuffles(values: Tensor, n: int, generator: Generator) -> Tensor:
     """Return n of the values: shuffled, all of them before one comes again."""
     rounds = -(-n // len(values))

@@ -2,8 +2,9 @@
 
 A factory takes the linear layer that the network was made with, so that initial weights and random draws are the same
 whatever the last layer is, and returns the module that takes its place: features [B, d] of any float type -> logits
-[B, C]. One that computes cosines has `cosines(features)`, float32 [B, C], for losses that need them, and `as_linear()`:
-the weight [C, d] and the bias [C] of a linear layer that decides as it does.
+[B, C]. One that computes cosines has `cosines(features)`, float32 [B, C], for losses that need them, one that computes
+squared distances `distances(features)`; both have `as_linear()`: the weight [C, d] and the bias [C] of a linear layer
+that decides as they do.
 """
 
 from typing import Any
@@ -55,6 +56,39 @@ def cosine(made: nn.Linear, /, scale: float = 16.0) -> nn.Module:
     return CosineLayer(made.weight, scale)
 
 
+class PrototypeLayer(nn.Module):
+    """Logits are `-gamma` times the squared distance between a feature and each class's prototype."""
+
+    def __init__(self, weight: Tensor, gamma: float) -> None:
+        """Start with the rows of `weight` [C, d] as prototypes."""
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().clone())
+        self.gamma = gamma
+
+    def distances(self, features: Tensor) -> Tensor:
+        """Features [B, d] -> squared distances, float32 [B, C]."""
+        with torch.autocast(features.device.type, enabled=False):  # differences of large numbers
+            x, lengths = features.float(), self.weight.square().sum(1)
+            return (x.square().sum(1, keepdim=True) - 2 * F.linear(x, self.weight) + lengths).clamp(min=0)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features [B, d] -> logits, float32 [B, C]."""
+        return -self.gamma * self.distances(features)
+
+    def as_linear(self) -> tuple[Tensor, Tensor]:
+        """Return `forward` without what all classes of a sample share, -gamma |feature|^2: it is linear."""
+        weight = self.weight.detach()
+        return 2 * self.gamma * weight, -self.gamma * weight.square().sum(1)
+
+
+@LAST_LAYERS.register("prototypes")
+def prototypes(made: nn.Linear, /, gamma: float = 1.0) -> nn.Module:
+    """Minus gamma times the squared distance to a prototype of each class (Yang et al. 2018, section 3)."""
+    if not gamma > 0:
+        raise UserError(f"last layer prototypes(gamma={gamma}): gamma must be positive")
+    return PrototypeLayer(made.weight, gamma)
+
+
 def as_linear(layer: Any) -> tuple[Tensor, Tensor]:
     """Return weight [C, d] and bias [C], float32 on the CPU, of the linear layer that decides as a last layer does.
 
@@ -64,11 +98,11 @@ def as_linear(layer: Any) -> tuple[Tensor, Tensor]:
     return weight.cpu().float(), bias.cpu().float()
 
 
-def computes_cosines(call: str) -> bool:
-    """Whether the last layer of that call-string computes cosines.
+def computes(what: str, call: str) -> bool:
+    """Whether the last layer of that call-string computes `cosines` or `distances`.
 
-    >>> computes_cosines("linear"), computes_cosines("cosine(scale=30)")
-    (False, True)
+    >>> computes("cosines", "linear"), computes("cosines", "cosine(scale=30)"), computes("distances", "prototypes")
+    (False, True, True)
     """
     made = nn.utils.skip_init(nn.Linear, 1, 1)  # type: ignore[no-untyped-call]  # draws no weights
-    return hasattr(LAST_LAYERS.make(call, made), "cosines")
+    return hasattr(LAST_LAYERS.make(call, made), what)

@@ -24,7 +24,7 @@ from tailscope.errors import UserError, foreign_code, unknown
 from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, PHOTO_AUGMENTATIONS, SAMPLERS, WEIGHTS, augmentations
 from tailscope.methods.mixing import Mix
 from tailscope.networks import LAST_LAYERS, MODELS
-from tailscope.networks.last_layers import as_linear, computes_cosines
+from tailscope.networks.last_layers import as_linear
 from tailscope.progress import Progress
 from tailscope.registry import Registry, split_call
 from tailscope.seeds import keyed, torch_stream
@@ -32,7 +32,7 @@ from tailscope.spec import DataSpec, StageSpec, TrainSpec
 from tailscope.training import REGISTRIES, SCHEDULES
 from tailscope.training.extract import fit_classifier
 from tailscope.training.loop import Training, new_model
-from tailscope.training.recipes import PARAMETRISED
+from tailscope.training.recipes import COMPUTES, PARAMETRISED
 from tailscope.training.step import Normalizer
 
 EVERY = (*REGISTRIES.values(), PARAMETRISED)
@@ -211,8 +211,9 @@ def _loss_of_stage_2(call: str) -> None:
 
 
 def _last_layer_for(call: str) -> dict[str, Any]:
-    """Return the field of a stage that a loss which needs cosines needs."""
-    return {"last_layer": LAST_LAYERS.canonical("cosine")} if "cosine" in LOSSES.needs(call) else {}
+    """Return the field of a stage that a loss which needs cosines or distances needs."""
+    known = [COMPUTES[need][1] for need in LOSSES.needs(call) if need in COMPUTES]
+    return {"last_layer": LAST_LAYERS.canonical(known[0])} if known else {}
 
 
 @_promise("weights are one float32 a class, never negative, 1 on average, and 1 where all classes are alike", WEIGHTS)
@@ -234,8 +235,7 @@ def _last_layer(call: str) -> None:
     _alike(logits, torch.float32, [50, 4], "logits")
     weight, bias = as_linear(layer)
     _require(torch.equal((features @ weight.T + bias).argmax(1), logits.argmax(1)), "as_linear() decides otherwise")
-    if computes_cosines(call):
-        cosines: Any = layer.cosines
+    if cosines := getattr(layer, "cosines", None):
         _require(bool(cosines(features).abs().max() <= 1 + 1e-6), "a cosine is larger than 1")
 
 

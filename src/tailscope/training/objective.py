@@ -14,7 +14,7 @@ from tailscope.methods import LOSSES, MIXINGS, WEIGHTS
 from tailscope.methods.mixing import Mix, Mixing
 from tailscope.seeds import derive, keyed
 from tailscope.spec import StageSpec
-from tailscope.training.recipes import require_fitting
+from tailscope.training.recipes import COMPUTES, require_fitting
 
 NOT_MIXED = Mix()
 
@@ -43,7 +43,9 @@ class Objective:
         with keyed(derive(seed, "loss")):
             self._loss: Any = LOSSES.make(spec.loss, *context)
         self.own = self._loss.to(device) if isinstance(self._loss, nn.Module) else nn.Module()
+        self._works_on = next((COMPUTES[need][0] for need in sorted(self.needs) if need in COMPUTES), None)
         self._weights = WEIGHTS.make(spec.weights, per_class) if spec.weights else None
+        self._by_batch = bool(spec.weights) and "batch" in WEIGHTS.needs(str(spec.weights))
         self.progress = torch.zeros((), device=device)
         self._moves = spec.weights is not None or "progress" in self.needs
 
@@ -53,8 +55,8 @@ class Objective:
             self.progress.fill_(progress)
 
     def logits(self, last_layer: Any, features: Tensor) -> Tensor:
-        """Return what the loss works on: logits [B, C], or cosines if it needs them."""
-        found: Tensor = last_layer.cosines(features) if "cosine" in self.needs else last_layer(features)
+        """Return what the loss works on, [B, C]: logits, or the cosines or distances that it needs."""
+        found: Tensor = getattr(last_layer, self._works_on)(features) if self._works_on else last_layer(features)
         return found
 
     def __call__(self, logits: Tensor, features: Tensor, labels: Tensor, mix: Mix = NOT_MIXED) -> Tensor:
@@ -71,7 +73,10 @@ class Objective:
     def _each(self, logits: Tensor, features: Tensor, labels: Tensor) -> Tensor:
         given = {"features": features.float(), "progress": self.progress}
         losses: Tensor = self._loss(logits, labels, **{k: v for k, v in given.items() if k in self.needs})
-        return losses if self._weights is None else self._weights(self.progress)[labels] * losses
+        if self._weights is None:
+            return losses
+        weights = self._weights(self.progress)[labels]
+        return weights * losses / weights.mean() if self._by_batch else weights * losses
 
 
 def mixing_of(spec: StageSpec, counts: Sequence[int], model: nn.Module) -> Mixing | None:

@@ -53,13 +53,11 @@ def require_fitting(stage: StageSpec) -> None:
     """Refuse a stage whose loss, last layer, mixing and sampler do not fit each other.
 
     Raises:
-        UserError: the loss needs cosines that the last layer does not compute, or images that are not mixed; or the
+        UserError: the loss needs what the last layer does not compute, or images that are not mixed; or the
             sampler changes with time, in stage 2, whose samples are drawn beforehand.
     """
-    needs = LOSSES.needs(stage.loss)
-    if "cosine" in needs:
-        _require_cosines(stage.loss, stage.last_layer)
-    if "unmixed" in needs and stage.mix:
+    _require_last_layer(stage.loss, stage.last_layer)
+    if "unmixed" in LOSSES.needs(stage.loss) and stage.mix:
         raise UserError(f"loss {stage.loss}: means nothing for mixed images; take another, or leave out {stage.mix}")
     if stage.model is None and "progress" in SAMPLERS.needs(stage.sampler):
         raise UserError(
@@ -68,14 +66,19 @@ def require_fitting(stage: StageSpec) -> None:
         )
 
 
-def _require_cosines(loss: str, last_layer: str) -> None:
-    from tailscope.networks.last_layers import computes_cosines
+COMPUTES = {"cosine": ("cosines", "cosine"), "distance": ("distances", "prototypes")}
+"""By what a loss may need of the last layer: the method that computes it, and a last layer that has it."""
 
-    if not computes_cosines(last_layer):
-        raise UserError(
-            f"loss {loss}: needs a network that ends in cosines, and the last layer {last_layer} computes none; take"
-            f" the last layer {LAST_LAYERS.canonical('cosine')}"
-        )
+
+def _require_last_layer(loss: str, last_layer: str) -> None:
+    for what, known in (COMPUTES[need] for need in LOSSES.needs(loss) if need in COMPUTES):
+        from tailscope.networks.last_layers import computes
+
+        if not computes(what, last_layer):
+            raise UserError(
+                f"loss {loss}: needs a network that ends in {what}, and the last layer {last_layer} computes none; take"
+                f" the last layer {LAST_LAYERS.canonical(known)}"
+            )
 
 
 def augmentations_of(calls: Sequence[str]) -> Registry[Any]:
@@ -185,8 +188,7 @@ class Recipe(Frozen):
         return self
 
     def _require_fitting(self) -> None:
-        if "cosine" in LOSSES.needs(self.loss):
-            _require_cosines(self.loss, self.last_layer)
+        _require_last_layer(self.loss, self.last_layer)
 
     def backbone(self, data: DataSpec, *, autoaugment: bool = False, mix: bool = False) -> StageSpec:
         """Return stage 1 on `data`, optionally with AutoAugment and MixUp.
