@@ -19,7 +19,7 @@ from tailscope.experiments import compare
 from tailscope.experiments.compare import CompareSettings
 from tailscope.experiments.runs import training_sets
 from tailscope.intervals import holm, p_of_zero, paired
-from tailscope.methods import LOSSES, SYSTEMS
+from tailscope.methods import SYSTEMS
 from tailscope.methods.systems import System, parse
 from tailscope.report import build
 from tailscope.report.objects import Comparison
@@ -27,6 +27,7 @@ from tailscope.report.reading import read
 from tailscope.spec import StageSpec, backbone_key
 
 THREE = "ce; la(tau=2); mixup + crt"
+DRS = "drs(start=0.8, then='class_balanced')"
 
 
 def settings(methods=THREE, **changes):
@@ -106,8 +107,57 @@ def test_every_registered_method_is_data_that_stages_understand(entry):
             SYSTEMS.make(f"{entry.name}({name}={value!r})")
     if system.classifier:
         CLASSIFIERS.make(system.classifier)
-    if "loss" in system.stage1:
-        LOSSES.canonical(system.stage1["loss"])
+    for stage in (system.stage1, system.stage2 or {}):
+        compare.spelled(stage)
+
+
+@pytest.mark.parametrize("entry", list(SYSTEMS), ids=lambda entry: entry.name)
+def test_every_registered_method_makes_a_plan_whose_parts_fit_each_other(entry, tmp_path):
+    lab = experiment_setups.lab(tmp_path)
+    first, method = parse(f"loss:label_smoothing; {entry.name}", CLASSIFIERS)
+    sets = training_sets(lab, settings(), 0)
+    runs = list(compare._runs([first, method], settings(), sets, 0))
+    assert [run.row for run in runs if run.method] == ["loss:label_smoothing", entry.name]
+    own = next(run for run in runs if run.row == entry.name)
+    assert own.stage1.train == settings().recipe.stage1
+    changed = {name for name, value in dict(own.stage1).items() if value != dict(runs[0].stage1)[name]}
+    assert changed <= {*method.system().stage1, "loss", "augment"}
+
+
+@pytest.mark.parametrize(
+    ("call", "stage1"),
+    [
+        ("cost_sensitive", {"loss": "cross_entropy", "weights": "inverse(power=1.0, mean_over='classes')"}),
+        (
+            "ldam_drw(scale=20)",
+            {
+                "loss": "ldam(max_margin=0.5, scale=20.0)",
+                "last_layer": "cosine(scale=20.0)",
+                "weights": "drw(start=0.8, beta=0.9999, mean_over='classes')",
+            },
+        ),
+        ("remix + ce_drs", {"mix": "remix(alpha=1.0, kappa=3.0, tau=0.5)", "sampler": DRS, "loss": "cross_entropy"}),
+        ("bag_of_tricks", {"mix": "mixup(alpha=1.0)", "sampler": DRS}),
+        (
+            "balanced_softmax_augmented",
+            {"loss": "balanced_softmax", "augment": ["autoaugment_filled", "cutout"]},
+        ),
+    ],
+)
+def test_a_whole_system_is_the_sum_of_its_published_parts(call, stage1):
+    assert compare.spelled(parse(f"ce; {call}", CLASSIFIERS)[1].system().stage1) == stage1
+
+
+def test_mislas_sees_the_statistics_of_balanced_draws_only_where_it_is_asked_to(tmp_path):
+    lab = experiment_setups.lab(tmp_path)
+    methods = "mixup; mislas; mislas(bn_mode='shifted'); ldam_drw; ce_drs"
+    result = by_name(compare.compare(lab, settings(methods, seeds=(0,), gaps="none")))
+    assert experiment_setups.entries(lab.store, "stage1") == 3
+    assert experiment_setups.entries(lab.store, "shifted") == 1
+    assert result["mislas"]["backbone"] == result["mixup"]["backbone"]
+    assert len({tuple(result[name]["per_class"]) for name in methods.split("; ")[:3]}) == 3
+    with pytest.raises(UserError, match="unknown mislas"):
+        parse("ce; mislas(bn_mode='moving')", CLASSIFIERS)
 
 
 def test_a_method_may_not_train_longer():

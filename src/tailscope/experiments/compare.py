@@ -33,15 +33,17 @@ from tailscope.experiments.options import Comparison, Request
 from tailscope.experiments.runs import Experiment, Run, Settings, evaluate, store_root, training_sets
 from tailscope.experiments.stages import Backbone, Stages, TrainingSet
 from tailscope.intervals import holm, p_of_zero, paired, summarize
-from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, PHOTO_AUGMENTATIONS, SAMPLERS, for_photos
+from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, PHOTO_AUGMENTATIONS, SAMPLERS, WEIGHTS, for_photos
 from tailscope.methods.systems import Method, System, parse
+from tailscope.networks import LAST_LAYERS
 from tailscope.registry import Registry
 from tailscope.report import build
 from tailscope.report.objects import Comparison as Compared
 from tailscope.report.schema import PARTS
 from tailscope.seeds import numpy_stream
 from tailscope.spec import RunSpec, StageSpec
-from tailscope.training.recipes import Recipe
+from tailscope.training.objective import Objective
+from tailscope.training.recipes import Recipe, with_plugins
 
 Tune = Literal["none", "cut"]
 Gaps = Literal["all", "bounds", "none"]
@@ -54,7 +56,13 @@ Logits = Callable[[Tensor], Floats]
 CUT = 0.1
 """Share of each class's training images that hyper-parameters are chosen on."""
 
-CALLS: dict[str, Registry[Any]] = {"loss": LOSSES, "sampler": SAMPLERS, "mix": MIXINGS}
+CALLS: dict[str, Registry[Any]] = {
+    "loss": LOSSES,
+    "weights": WEIGHTS,
+    "sampler": SAMPLERS,
+    "mix": MIXINGS,
+    "last_layer": LAST_LAYERS,
+}
 """Fields of a stage that are call-strings; in keys of the store they are written in full."""
 
 RULES: dict[Tune, str] = {
@@ -180,8 +188,8 @@ def _run_of(method: Method, recipe: Recipe, data: TrainingSet, seed: int) -> _Ru
     system = method.system()
     stage1 = _changed(recipe.backbone, data, system.stage1)
     stage2 = None if system.stage2 is None else _changed(recipe.classifier, data, system.stage2)
-    for loss in (stage.loss for stage in (stage1, stage2) if stage is not None):
-        LOSSES.make(loss, torch.tensor(data.spec.counts))
+    for stage in filter(None, (stage1, stage2)):
+        Objective(stage, data.spec.counts, 1, seed, torch.device("cpu"))
     changes = ", ".join(
         name if value is True else f"{name} {_said(value)}" for name, value in sorted(spelled(system.stage1).items())
     )
@@ -211,7 +219,7 @@ def _changed(make: Callable[..., StageSpec], data: TrainingSet, changes: Mapping
     known: Registry[Any] = PHOTO_AUGMENTATIONS if for_photos(stage.augment) else AUGMENTATIONS
     added = tuple(known.canonical(call) for call in changes.pop("augment", ()))
     values = {**dict(stage), **changes, "augment": (*stage.augment, *added)}
-    return StageSpec.model_validate(values)
+    return with_plugins(StageSpec.model_validate(values))
 
 
 def _chosen_runs(
@@ -356,6 +364,10 @@ def _classifier(
         weight, bias, seconds = artifact.tensors["weight"], artifact.tensors["bias"], float(artifact.meta["seconds"])
     if run.system.classifier is None:
         return backbone, lambda features: (features @ weight.T + bias).numpy(), seconds
+    if run.system.bn_mode != "frozen":
+        changes = {"bn_mode": run.system.bn_mode, "sampler": "class_balanced", "views": 1}
+        seen = run.stage1.model_copy(update=changes)
+        backbone = stages.for_stage2(backbone, seen, rows, run.seed)
     features, labels = stages.clean_features(backbone, "train", rows), stages.data.train.labels[rows]
     model = CLASSIFIERS.make(run.system.classifier)
     if getattr(model, "base", None) == "softmax":  # unless another was asked for, it re-balances the network's own
