@@ -31,9 +31,9 @@ from tailscope.errors import UserError, unknown
 from tailscope.experiments import plans
 from tailscope.experiments.options import Comparison, Request
 from tailscope.experiments.runs import Experiment, Run, Settings, evaluate, store_root, training_sets
-from tailscope.experiments.stages import Backbone, Stages, TrainingSet
+from tailscope.experiments.stages import Backbone, Stages, TrainingSet, pretraining
 from tailscope.intervals import holm, p_of_zero, paired, summarize
-from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, PHOTO_AUGMENTATIONS, SAMPLERS, WEIGHTS, for_photos
+from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, PHOTO_AUGMENTATIONS, SAMPLERS, TASKS, WEIGHTS, for_photos
 from tailscope.methods.systems import Method, System, parse
 from tailscope.networks import LAST_LAYERS
 from tailscope.registry import Registry
@@ -41,7 +41,7 @@ from tailscope.report import build
 from tailscope.report.objects import Comparison as Compared
 from tailscope.report.schema import PARTS
 from tailscope.seeds import numpy_stream
-from tailscope.spec import RunSpec, StageSpec
+from tailscope.spec import RunSpec, StageSpec, backbone_key
 from tailscope.training.objective import Objective
 from tailscope.training.recipes import Recipe, with_plugins
 
@@ -62,6 +62,7 @@ CALLS: dict[str, Registry[Any]] = {
     "sampler": SAMPLERS,
     "mix": MIXINGS,
     "last_layer": LAST_LAYERS,
+    "pretrain": TASKS,
 }
 """Fields of a stage that are call-strings; in keys of the store they are written in full."""
 
@@ -244,6 +245,9 @@ def plan(stages: Stages, settings: CompareSettings) -> dict[str, Any]:
             runs += [_run_of(one, settings.recipe, rest, seed) for choices in open_ for one in choices]
         for run in runs:
             row = {"seed": seed, "what": "backbone", "name": run.encoder}
+            if run.stage1.pretrain:
+                before = row | {"name": f"{run.encoder}, pre-training"}
+                rows.setdefault(("pretrained", backbone_key(pretraining(run.stage1), seed)), before)
             rows.setdefault(("stage1", run.backbone_key), row)
             if (spec := run.spec()) is not None:
                 rows.setdefault(("stage2", spec.key()), row | {"what": "classifier", "name": run.row})
@@ -327,7 +331,7 @@ class _Outcomes:
         """Take in a method's outcome of one seed."""
         self.scored[run.row].append(scored)
         self.runs[run.row].append(run)
-        self.seconds[run.row].append(float(backbone.meta["seconds"]))
+        self.seconds[run.row].append(sum(float(backbone.meta.get(n, 0)) for n in ("pretraining_seconds", "seconds")))
 
     def predicted(self, method: Method) -> IntArray:
         """Return a method's predictions [S, M]."""

@@ -1,9 +1,10 @@
 """Methods that `tailscope compare` compares: what each changes in training, and how its classifier comes about.
 
 A method is data. It changes fields of stage 1 (`StageSpec`: loss, sampler, mix ...), never how long it is optimised nor
-what on. Its classifier is that of stage 1; or one that stage 2 trains on frozen features, by changes of its fields; or
-one of the registry of classifiers, fitted to the features of the training images. A classifier that is made from
-another one gets the network's own as its `base`. `autoaugment` in either stage adds what the recipe calls AutoAugment.
+what on; only pre-training, a stage before it, adds steps. Its classifier is that of stage 1; or one that stage 2 trains
+on frozen features, by changes of its fields; or one of the registry of classifiers, fitted to the features of the
+training images. A classifier that is made from another one gets the network's own as its `base`. `autoaugment` in
+either stage adds what the recipe calls AutoAugment.
 
 Defaults are the published values where the docstring names no other reason. `grid` has the values that may be tried
 instead on a validation cut; a value that is written out is not tried.
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast, get_args
 
 from tailscope.errors import UserError, unknown
-from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, SAMPLERS, SYSTEMS, WEIGHTS
+from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, SAMPLERS, SYSTEMS, TASKS, WEIGHTS
 from tailscope.registry import Registry, split_call
 from tailscope.spec import BnMode
 
@@ -77,6 +78,7 @@ _AD_HOC: dict[str, Registry[Any]] = {
     "sampler": SAMPLERS,
     "mix": MIXINGS,
     "augment": AUGMENTATIONS,
+    "pretrain": TASKS,
 }
 """Fields of stage 1 that something which is registered changes by itself."""
 
@@ -371,6 +373,16 @@ def mislas(alpha: float = 1.0, head: float = 0.4, tail: float = 0.1, bn_mode: st
         bn_mode=cast(BnMode, bn_mode),
         grid={"head": (0.2, 0.3, 0.4)},
     )
+
+
+@SYSTEMS.register("ssp")
+def ssp(length: float = 1.0) -> System:
+    """Pre-train on the images without labels, by telling rotations, then train: SSP (Yang and Xu 2020, section 3).
+
+    It goes before any method, as in `ssp + balanced_softmax`, and is the one that is optimised longer than the others:
+    `length` times stage 1's steps come before these.
+    """
+    return System(stage1={"pretrain": f"rotation(length={length})"})
 
 
 # stage 2, on the frozen backbone
