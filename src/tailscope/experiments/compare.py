@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
-from torch import Tensor
+from torch import Tensor, nn
 
 from tailscope.classifiers import CLASSIFIERS
 from tailscope.classifiers.base import Diverged
@@ -367,6 +367,9 @@ def _classifier(
         artifact = stages.classifier(spec, backbone, rows, label)
         weight, bias, seconds = artifact.tensors["weight"], artifact.tensors["bias"], float(artifact.meta["seconds"])
     if run.system.classifier is None:
+        layer = backbone.model.classifier
+        if run.stage2 is None and not isinstance(layer, nn.Linear):  # as a linear one it decides alike, not as surely
+            return backbone, partial(_through, layer), seconds
         return backbone, lambda features: (features @ weight.T + bias).numpy(), seconds
     if run.system.bn_mode != "frozen":
         changes = {"bn_mode": run.system.bn_mode, "sampler": "class_balanced", "views": 1}
@@ -386,6 +389,14 @@ def _classifier(
         advance(1)
     notes += [f"{label}: {one.message}" for one in told if issubclass(one.category, ConvergenceWarning)]
     return backbone, lambda features: model.logits(features.numpy()), seconds + time.monotonic() - started
+
+
+@torch.inference_mode()
+def _through(layer: nn.Module, features: Tensor) -> Floats:
+    """Return what a network's last layer, on any device, makes of features [n, d]."""
+    device = next(layer.parameters()).device
+    logits: Floats = layer(features.to(device)).float().cpu().numpy()
+    return logits
 
 
 # -- what the result says ---------------------------------------------------------------------------------------------
