@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import docs_reference
+import docs_systems
 from tailscope import cli, paper
 from tailscope.data import PROFILES
 from tailscope.errors import UserError
@@ -168,6 +169,8 @@ A factory is registered under a name. What stands before the `/` the program sup
   is `draw(n, generator, progress)`, in stage 1 only.
 - A **mixing** is an object with `draw(labels, size, generator)`, which returns a `Mix`. Its factory may need `counts`
   and `hidden`, the number of places between the network's stages; it takes them in this order.
+- A **pre-training task** has `classes`, how many answers there are, and `length`, how many times stage 1's steps it
+  takes; `task(images, generator)` returns the images as they are shown, and the answers, int64 [B].
 - A **last layer** takes the network's linear layer and returns the module in its place, features [B, d] to logits [B,
   C]. It has `as_linear()`, a weight and a bias that decide alike, and `cosines(features)` or `distances(features)`
   if it computes them.
@@ -230,6 +233,7 @@ def methods() -> str:
         *(_registered(name, registry) for name, registry in REGISTRIES.items()),
         _listing("Recipes", ("recipe", "what it does"), recipes),
         _registered("recipes that take values", PARAMETRISED),
+        docs_systems.section(REPOSITORY / "results"),
         f"## Profiles\n\n{PROFILES}: see [Data and subsets](data.md).\n",
         AUTHORS,
     ]

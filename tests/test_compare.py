@@ -19,7 +19,7 @@ from tailscope.experiments import compare
 from tailscope.experiments.compare import CompareSettings
 from tailscope.experiments.runs import training_sets
 from tailscope.intervals import holm, p_of_zero, paired
-from tailscope.methods import LOSSES, SYSTEMS
+from tailscope.methods import SYSTEMS
 from tailscope.methods.systems import System, parse
 from tailscope.report import build
 from tailscope.report.objects import Comparison
@@ -27,6 +27,7 @@ from tailscope.report.reading import read
 from tailscope.spec import StageSpec, backbone_key
 
 THREE = "ce; la(tau=2); mixup + crt"
+DRS = "drs(start=0.8, then='class_balanced')"
 
 
 def settings(methods=THREE, **changes):
@@ -106,8 +107,75 @@ def test_every_registered_method_is_data_that_stages_understand(entry):
             SYSTEMS.make(f"{entry.name}({name}={value!r})")
     if system.classifier:
         CLASSIFIERS.make(system.classifier)
-    if "loss" in system.stage1:
-        LOSSES.canonical(system.stage1["loss"])
+    for stage in (system.stage1, system.stage2 or {}):
+        compare.spelled(stage)
+
+
+@pytest.mark.parametrize("entry", list(SYSTEMS), ids=lambda entry: entry.name)
+def test_every_registered_method_makes_a_plan_whose_parts_fit_each_other(entry, tmp_path):
+    lab = experiment_setups.lab(tmp_path)
+    first, method = parse(f"loss:label_smoothing; {entry.name}", CLASSIFIERS)
+    sets = training_sets(lab, settings(), 0)
+    runs = list(compare._runs([first, method], settings(), sets, 0))
+    assert [run.row for run in runs if run.method] == ["loss:label_smoothing", entry.name]
+    own = next(run for run in runs if run.row == entry.name)
+    assert own.stage1.train == settings().recipe.stage1
+    changed = {name for name, value in dict(own.stage1).items() if value != dict(runs[0].stage1)[name]}
+    assert changed <= {*method.system().stage1, "loss", "augment"}
+
+
+@pytest.mark.parametrize(
+    ("call", "stage1"),
+    [
+        ("cost_sensitive", {"loss": "cross_entropy", "weights": "inverse(power=1.0, mean_over='classes')"}),
+        (
+            "ldam_drw(scale=20)",
+            {
+                "loss": "ldam(max_margin=0.5, scale=20.0)",
+                "last_layer": "cosine(scale=20.0)",
+                "weights": "drw(start=0.8, beta=0.9999, mean_over='classes')",
+            },
+        ),
+        ("remix + ce_drs", {"mix": "remix(alpha=1.0, kappa=3.0, tau=0.5)", "sampler": DRS, "loss": "cross_entropy"}),
+        ("bag_of_tricks", {"mix": "mixup(alpha=1.0)", "sampler": DRS}),
+        (
+            "balanced_softmax_augmented",
+            {"loss": "balanced_softmax", "augment": ["autoaugment_filled", "cutout"]},
+        ),
+    ],
+)
+def test_a_whole_system_is_the_sum_of_its_published_parts(call, stage1):
+    assert compare.spelled(parse(f"ce; {call}", CLASSIFIERS)[1].system().stage1) == stage1
+
+
+def test_a_classifier_of_cosines_is_as_sure_as_its_scale_says(tmp_path):
+    lab = experiment_setups.lab(tmp_path)
+    result = by_name(compare.compare(lab, settings("ce; ldam(scale=9)", seeds=(0,), gaps="none")))["ldam(scale=9)"]
+    lt, recipe = training_sets(lab, settings(), 0)["lt"], settings().recipe
+    changes = {"loss": "ldam(max_margin=0.5, scale=9.0)", "last_layer": "cosine(scale=9.0)"}
+    stage1 = recipe.backbone(lt.spec).model_copy(update=changes)
+    backbone = lab.backbone(stage1, lt.rows, 0, "")
+    features = lab.clean_features(backbone, "test").double().numpy()
+    weight = lab.store.read("stage1", backbone_key(stage1, 0)).tensors["classifier.weight"].double().numpy()
+    cosines = (features @ weight.T) / np.linalg.norm(features, axis=1)[:, None] / np.linalg.norm(weight, axis=1)
+    probabilities = np.exp(9 * cosines) / np.exp(9 * cosines).sum(1, keepdims=True)
+    right = cosines.argmax(1) == lab.data.test.labels.numpy()
+    assert result["mean"] == pytest.approx(right.mean())
+    assert result["calibration_error"]["mean"] == pytest.approx(
+        calibration_error(probabilities.max(1), right), abs=1e-4
+    )
+
+
+def test_mislas_sees_the_statistics_of_balanced_draws_only_where_it_is_asked_to(tmp_path):
+    lab = experiment_setups.lab(tmp_path)
+    methods = "mixup; mislas; mislas(bn_mode='shifted'); ldam_drw; ce_drs"
+    result = by_name(compare.compare(lab, settings(methods, seeds=(0,), gaps="none")))
+    assert experiment_setups.entries(lab.store, "stage1") == 3
+    assert experiment_setups.entries(lab.store, "shifted") == 1
+    assert result["mislas"]["backbone"] == result["mixup"]["backbone"]
+    assert len({tuple(result[name]["per_class"]) for name in methods.split("; ")[:3]}) == 3
+    with pytest.raises(UserError, match="unknown mislas"):
+        parse("ce; mislas(bn_mode='moving')", CLASSIFIERS)
 
 
 def test_a_method_may_not_train_longer():
@@ -474,22 +542,23 @@ def test_the_command_line_compares_plans_and_refuses(tailscope_, tmp_path):
 
 
 EVERY = """
-ce; la; tau; ncm; lws; disalign; crt; crt_smoothed; balanced_softmax; focal; class_balanced;
-equalization(threshold=0.02); label_aware_smoothing; square_root_sampling;
-class_balanced_sampling; mixup; mixup + crt; autoaugment
+ce; la; tau; ncm; lws; disalign; crt; crt_smoothed; mislas; focal; class_balanced; cost_sensitive; ce_drw; ce_drs;
+ldam; ldam_drw; balanced_softmax; balanced_softmax_augmented; label_aware_smoothing; square_root_sampling;
+class_balanced_sampling; mixup; mixup + crt; mixup + ce_drw; remix + ce_drw; bag_of_tricks; ssp;
+ssp + balanced_softmax; autoaugment
 """
 
 
 @pytest.mark.slow
 def test_all_that_there_is_on_digits_within_ten_minutes(tmp_path):
-    """18 methods on 11 backbones. What re-balancing is for is seen even here: it closes the classifier gap."""
+    """29 methods on 20 backbones. What re-balancing is for is seen even here: it closes the classifier gap."""
     started = time.monotonic()
     result = tailscope.compare("digits", methods=EVERY, recipe="demo", seeds=1, out=tmp_path)
     assert time.monotonic() - started < 600
     methods = by_name(result)
-    assert len(methods) == 18
+    assert len(methods) == 29
     ce = methods["ce"]
-    for name in ("la", "crt", "balanced_softmax"):
+    for name in ("la", "crt", "balanced_softmax", "ldam_drw"):
         assert methods[name]["mean"] > ce["mean"]
         assert methods[name]["groups"]["tail"] > ce["groups"]["tail"]
     assert methods["la"]["gaps"]["change"]["classifier"]["ci95"][1] < 0

@@ -51,6 +51,8 @@ DECISIVE_STAGE: dict[str, Any] = {
     "start": "stage1",
     "last_layer": "cosine(scale=16.0)",
     "weights": "drw(start=0.8, beta=0.9999, mean_over='classes')",
+    "pretrain": "rotation(length=1.0)",
+    "task": "rotation(length=2.0)",
     "plugins": (("my_methods", "ab12"),),
 }
 

@@ -132,6 +132,15 @@ def test_workers_change_no_bit(data, tmp_path):
     assert meta["losses"] == helped_meta["losses"]
 
 
+def test_a_task_without_labels_is_learnt_from_files_too(data, tmp_path):
+    spec = stage(data, train={"micro_batches": 2}, task="rotation(length=1.0)")
+    alone, meta = train(spec, data, tmp_path / "0")
+    assert alone["classifier.weight"].shape[0] == 4
+    helped, helped_meta = train(spec, data, tmp_path / "2", workers=2)
+    assert_same_state(alone, helped)
+    assert meta["losses"] == helped_meta["losses"]
+
+
 def test_an_interruption_costs_no_bit(data, tmp_path):
     spec = stage(data, mix="mixup(alpha=1.0)")
     whole, meta = train(spec, data, tmp_path / "whole")

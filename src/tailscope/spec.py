@@ -115,6 +115,9 @@ class StageSpec(Frozen):
         start: stage 2 only: what the classifier starts from, new random weights or those that stage 1 trained.
         last_layer: call-string of what turns features into logits: the classifier's form.
         weights: call-string of the classes' weights in the loss, or None.
+        pretrain: stage 1 only: call-string of the task that the backbone is pre-trained on, or None. Pre-training is a
+            stage of its own, on the same images and otherwise optimised alike.
+        task: of such a stage: what is learnt in place of the labels.
         plugins: name and SHA-256 of the code from outside the package that the call-strings name (`plugins.Plugin`).
     """
 
@@ -130,8 +133,10 @@ class StageSpec(Frozen):
     start: Start = "new"
     last_layer: str = "linear"
     weights: str | None = None
+    pretrain: str | None = None
+    task: str | None = None
     plugins: tuple[tuple[str, str], ...] = ()
-    later = ("bn_mode", "start", "last_layer", "weights", "plugins")
+    later = ("bn_mode", "start", "last_layer", "weights", "pretrain", "task", "plugins")
 
     def content(self) -> dict[str, Any]:
         """Return everything about this stage that changes its result."""

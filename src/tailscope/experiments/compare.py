@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
-from torch import Tensor
+from torch import Tensor, nn
 
 from tailscope.classifiers import CLASSIFIERS
 from tailscope.classifiers.base import Diverged
@@ -31,9 +31,9 @@ from tailscope.errors import UserError, unknown
 from tailscope.experiments import plans
 from tailscope.experiments.options import Comparison, Request
 from tailscope.experiments.runs import Experiment, Run, Settings, evaluate, store_root, training_sets
-from tailscope.experiments.stages import Backbone, Stages, TrainingSet
+from tailscope.experiments.stages import Backbone, Stages, TrainingSet, pretraining
 from tailscope.intervals import holm, p_of_zero, paired, summarize
-from tailscope.methods import LOSSES, MIXINGS, SAMPLERS, WEIGHTS
+from tailscope.methods import LOSSES, MIXINGS, SAMPLERS, TASKS, WEIGHTS
 from tailscope.methods.systems import Method, System, parse
 from tailscope.networks import LAST_LAYERS
 from tailscope.registry import Registry
@@ -41,7 +41,8 @@ from tailscope.report import build
 from tailscope.report.objects import Comparison as Compared
 from tailscope.report.schema import PARTS
 from tailscope.seeds import numpy_stream
-from tailscope.spec import RunSpec, StageSpec
+from tailscope.spec import RunSpec, StageSpec, backbone_key
+from tailscope.training.objective import Objective
 from tailscope.training.recipes import Recipe, augmentations_of, require_fitting, with_plugins
 
 Tune = Literal["none", "cut"]
@@ -58,9 +59,10 @@ CUT = 0.1
 CALLS: dict[str, Registry[Any]] = {
     "loss": LOSSES,
     "weights": WEIGHTS,
-    "last_layer": LAST_LAYERS,
     "sampler": SAMPLERS,
     "mix": MIXINGS,
+    "last_layer": LAST_LAYERS,
+    "pretrain": TASKS,
 }
 """Fields of a stage that are call-strings; in keys of the store they are written in full."""
 
@@ -187,8 +189,8 @@ def _run_of(method: Method, recipe: Recipe, data: TrainingSet, seed: int) -> _Ru
     system = method.system()
     stage1 = _changed(recipe.backbone, data, system.stage1)
     stage2 = None if system.stage2 is None else _changed(recipe.classifier, data, system.stage2)
-    for loss in (stage.loss for stage in (stage1, stage2) if stage is not None):
-        LOSSES.make(loss, torch.tensor(data.spec.counts))
+    for stage in filter(None, (stage1, stage2)):
+        Objective(stage, data.spec.counts, 1, seed, torch.device("cpu"))
     changes = ", ".join(
         name if value is True else f"{name} {_said(value)}" for name, value in sorted(spelled(system.stage1).items())
     )
@@ -249,6 +251,9 @@ def plan(stages: Stages, settings: CompareSettings) -> dict[str, Any]:
             runs += [_run_of(one, settings.recipe, rest, seed) for choices in open_ for one in choices]
         for run in runs:
             row = {"seed": seed, "what": "backbone", "name": run.encoder}
+            if run.stage1.pretrain:
+                before = row | {"name": f"{run.encoder}, pre-training"}
+                rows.setdefault(("pretrained", backbone_key(pretraining(run.stage1), seed)), before)
             rows.setdefault(("stage1", run.backbone_key), row)
             if (spec := run.spec()) is not None:
                 rows.setdefault(("stage2", spec.key()), row | {"what": "classifier", "name": run.row})
@@ -332,7 +337,7 @@ class _Outcomes:
         """Take in a method's outcome of one seed."""
         self.scored[run.row].append(scored)
         self.runs[run.row].append(run)
-        self.seconds[run.row].append(float(backbone.meta["seconds"]))
+        self.seconds[run.row].append(sum(float(backbone.meta.get(n, 0)) for n in ("pretraining_seconds", "seconds")))
 
     def predicted(self, method: Method) -> IntArray:
         """Return a method's predictions [S, M]."""
@@ -368,7 +373,14 @@ def _classifier(
         artifact = stages.classifier(spec, backbone, rows, label)
         weight, bias, seconds = artifact.tensors["weight"], artifact.tensors["bias"], float(artifact.meta["seconds"])
     if run.system.classifier is None:
+        layer = backbone.model.classifier
+        if run.stage2 is None and not isinstance(layer, nn.Linear):  # as a linear one it decides alike, not as surely
+            return backbone, partial(_through, layer), seconds
         return backbone, lambda features: (features @ weight.T + bias).numpy(), seconds
+    if run.system.bn_mode != "frozen":
+        changes = {"bn_mode": run.system.bn_mode, "sampler": "class_balanced", "views": 1}
+        seen = run.stage1.model_copy(update=changes)
+        backbone = stages.for_stage2(backbone, seen, rows, run.seed)
     features, labels = stages.clean_features(backbone, "train", rows), stages.data.train.labels[rows]
     model = CLASSIFIERS.make(run.system.classifier)
     if getattr(model, "base", None) == "softmax":  # unless another was asked for, it re-balances the network's own
@@ -383,6 +395,14 @@ def _classifier(
         advance(1)
     notes += [f"{label}: {one.message}" for one in told if issubclass(one.category, ConvergenceWarning)]
     return backbone, lambda features: model.logits(features.numpy()), seconds + time.monotonic() - started
+
+
+@torch.inference_mode()
+def _through(layer: nn.Module, features: Tensor) -> Floats:
+    """Return what a network's last layer, on any device, makes of features [n, d]."""
+    device = next(layer.parameters()).device
+    logits: Floats = layer(features.to(device)).float().cpu().numpy()
+    return logits
 
 
 # -- what the result says ---------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from tailscope.data.images import ImageSet, Rows
 from tailscope.data.sources import ImageData
 from tailscope.device import Runtime, Solo, Team
 from tailscope.errors import UserError
-from tailscope.methods import SAMPLERS, for_photos
+from tailscope.methods import SAMPLERS, TASKS, for_photos
 from tailscope.networks.last_layers import as_linear
 from tailscope.networks.resnets import CifarResNet
 from tailscope.progress import Quiet
@@ -84,11 +84,21 @@ def follow(team: Team, runtime: Runtime, workers: int | None) -> NoReturn:
         if isinstance(order, WantedFeatures):
             extract_wanted(order, IMAGENET, runtime, "", team=team, workers=workers)
         else:
-            stage, data, seed = order
+            stage, data, seed, start = order
             if with_plugins(stage) != stage:
                 raise UserError("this process has other plug-ins than the one that leads; give all the same files")
-            Training(stage, data, IMAGENET, seed, runtime, None, "", team, workers).run()
+            Training(stage, data, IMAGENET, seed, runtime, None, "", team, workers, start).run()
     raise SystemExit(0)
+
+
+def pretraining(stage: StageSpec) -> StageSpec:
+    """Return the stage before a stage 1 that has `pretrain`: the task in place of labels, optimised alike."""
+    assert stage.pretrain is not None
+    length = TASKS.make(stage.pretrain).length
+    longer = {n: max(1, round(length * v)) for n in ("epochs", "steps") if (v := getattr(stage.train, n)) is not None}
+    train = stage.train.model_copy(update=longer)
+    first = StageSpec(data=stage.data, train=train, model=stage.model, augment=stage.augment, task=stage.pretrain)
+    return with_plugins(first)
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,16 +191,32 @@ class Stages:
         require_trainable(self.data, self._team, stage.train, stage.augment)
         key = backbone_key(stage, seed)
         if key not in self._models:
+            start, before = self._pretrained(stage, rows, seed, label) if stage.pretrain else ({}, {})
 
             def make(scratch: Path) -> tuple[Tensors, Meta]:
-                data, own = self.data.train.take(rows), (self.runtime, scratch, label, self._team, self._workers)
-                with self._team.lead((stage, data, seed)):
-                    tensors, meta = Training(stage, data, self.normalize, seed, *own).run()
-                return {**tensors, "rows": torch.from_numpy(rows)}, meta
+                tensors, meta = self._train(stage, rows, seed, scratch, label, start)
+                return {**tensors, "rows": torch.from_numpy(rows)}, {**meta, **before}
 
             artifact = self._get_or_train("stage1", key, make, label)
             self._models = {key: self._load(key, stage, artifact)}  # one at a time: a plan groups runs by backbone
         return self._models[key]
+
+    def _pretrained(self, stage: StageSpec, rows: Rows, seed: int, label: str) -> tuple[Tensors, Meta]:
+        """Pre-train a backbone or recall it; return its weights, without the classifier's, and what it took."""
+        first, said = pretraining(stage), f"{label}, pre-training"
+        key = backbone_key(first, seed)
+        artifact = self._get_or_train(
+            "pretrained", key, lambda scratch: self._train(first, rows, seed, scratch, said, {}), said
+        )
+        weights = {name: t for name, t in artifact.tensors.items() if not name.startswith("classifier.")}
+        return weights, {"pretrained": key, "pretraining_seconds": artifact.meta["seconds"]}
+
+    def _train(
+        self, stage: StageSpec, rows: Rows, seed: int, scratch: Path, label: str, start: Tensors
+    ) -> tuple[Tensors, Meta]:
+        data, own = self.data.train.take(rows), (self.runtime, scratch, label, self._team, self._workers, start)
+        with self._team.lead((stage, data, seed, start)):
+            return Training(stage, data, self.normalize, seed, *own).run()
 
     def _load(self, key: str, stage: StageSpec, artifact: Artifact) -> Backbone:
         assert stage.model is not None

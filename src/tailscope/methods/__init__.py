@@ -1,4 +1,4 @@
-"""Interchangeable parts of a training run, each in a registry: losses, class weights, samplers, augmentations, mixings.
+"""Interchangeable parts of a training run, each in a registry, from losses and samplers to tasks of pre-training.
 
 What is registered is read from the modules' source, so that the registries can be listed without PyTorch.
 """
@@ -12,10 +12,21 @@ if TYPE_CHECKING:
     from tailscope.methods.augmentations import Augmentation, Photo
     from tailscope.methods.losses import ClassWeights, Loss
     from tailscope.methods.mixing import Mixing
+    from tailscope.methods.pretraining import Task
     from tailscope.methods.sampling import Sampler
     from tailscope.methods.systems import System
 
-__all__ = ["AUGMENTATIONS", "LOSSES", "MIXINGS", "PHOTO_AUGMENTATIONS", "SAMPLERS", "SYSTEMS", "WEIGHTS", "for_photos"]
+__all__ = [
+    "AUGMENTATIONS",
+    "LOSSES",
+    "MIXINGS",
+    "PHOTO_AUGMENTATIONS",
+    "SAMPLERS",
+    "SYSTEMS",
+    "TASKS",
+    "WEIGHTS",
+    "for_photos",
+]
 LOSSES: Registry["Loss"] = Registry(
     "loss",
     "tailscope.methods.losses:LOSSES",
@@ -29,6 +40,7 @@ PHOTO_AUGMENTATIONS: Registry["Photo"] = Registry(
     "photograph augmentation", "tailscope.methods.augmentations:PHOTO_AUGMENTATIONS"
 )
 MIXINGS: Registry["Mixing"] = Registry("mixing", "tailscope.methods.mixing:MIXINGS", offers=("counts", "hidden"))
+TASKS: Registry["Task"] = Registry("pre-training task", "tailscope.methods.pretraining:TASKS")
 SYSTEMS: Registry["System"] = Registry("method", "tailscope.methods.systems:SYSTEMS")
 
 

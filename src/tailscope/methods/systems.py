@@ -1,25 +1,28 @@
 """Methods that `tailscope compare` compares: what each changes in training, and how its classifier comes about.
 
 A method is data. It changes fields of stage 1 (`StageSpec`: loss, sampler, mix ...), never how long it is optimised nor
-what on. Its classifier is that of stage 1; or one that stage 2 trains on frozen features, by changes of its fields; or
-one of the registry of classifiers, fitted to the features of the training images. A classifier that is made from
-another one gets the network's own as its `base`. `autoaugment` in either stage adds what the recipe calls AutoAugment.
+what on; only pre-training, a stage before it, adds steps. Its classifier is that of stage 1; or one that stage 2 trains
+on frozen features, by changes of its fields; or one of the registry of classifiers, fitted to the features of the
+training images. A classifier that is made from another one gets the network's own as its `base`. `autoaugment` in
+either stage adds what the recipe calls AutoAugment.
 
 Defaults are the published values where the docstring names no other reason. `grid` has the values that may be tried
 instead on a validation cut; a value that is written out is not tried.
 
-Methods add up: `mixup + crt` has the stage 1 of the one and the classifier of the other. Whatever else is registered is
-a method by itself: a loss, a sampler, a mixing or an augmentation of stage 1, or a classifier on its features.
+Methods add up: `mixup + crt` has the stage 1 of the one and the classifier of the other; a published system that is
+such a sum has no entry of its own. Whatever else is registered is a method by itself: a loss, class weights, a sampler,
+a mixing or an augmentation of stage 1, or a classifier on its features.
 """
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast, get_args
 
 from tailscope.errors import UserError, unknown
-from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, SAMPLERS, SYSTEMS, WEIGHTS
+from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, SAMPLERS, SYSTEMS, TASKS, WEIGHTS
 from tailscope.registry import Registry, split_call
+from tailscope.spec import BnMode
 
 FIXED = ("data", "train", "model", "views")
 """Fields of a stage that no method changes: all are optimised alike, on the same images."""
@@ -33,12 +36,15 @@ class System:
         stage1: fields of stage 1 by name; `augment` is added to the recipe's.
         stage2: fields of a stage 2 by name; None where there is none.
         classifier: call-string of a classifier that is fitted to un-augmented features of the training images.
+        bn_mode: what batch normalisation does with the backbone that this classifier sees, as in `StageSpec`; stage 2
+            has a field of its own.
         grid: values of hyper-parameters that a validation cut may choose from.
     """
 
     stage1: Mapping[str, Any] = field(default_factory=dict)
     stage2: Mapping[str, Any] | None = None
     classifier: str | None = None
+    bn_mode: BnMode = "frozen"
     grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -60,6 +66,7 @@ class System:
             stage1={**self.stage1, **other.stage1, **({"augment": augment} if augment else {})},
             stage2={**stages[1][0], **stages[1][1]} if (self.stage2, other.stage2) != (None, None) else None,
             classifier=self.classifier or other.classifier,
+            bn_mode=self.bn_mode if self.classifier else other.bn_mode,
         )
 
 
@@ -71,7 +78,9 @@ _AD_HOC: dict[str, Registry[Any]] = {
     "sampler": SAMPLERS,
     "mix": MIXINGS,
     "augment": AUGMENTATIONS,
+    "pretrain": TASKS,
 }
+"""Fields of stage 1 that something which is registered changes by itself."""
 
 
 @dataclass(frozen=True)
@@ -254,13 +263,6 @@ def label_aware_smoothing(head: float = 0.4, tail: float = 0.1) -> System:
     return System(stage1={"loss": f"label_aware_smoothing(head={head}, tail={tail})"}, grid={"head": (0.2, 0.3, 0.4)})
 
 
-@SYSTEMS.register("ldam")
-def ldam(max_margin: float = 0.5, scale: float = 30.0) -> System:
-    """Label-distribution-aware margins, on cosines (Cao et al. 2019, equation 13); `ldam + drw` is their LDAM-DRW."""
-    loss = f"ldam(max_margin={max_margin}, scale={scale})"
-    return System(stage1={"loss": loss, "last_layer": "cosine"}, grid={"max_margin": (0.3, 0.5, 0.8)})
-
-
 @SYSTEMS.register("drw")
 def drw(start: float = 0.8, beta: float = 0.9999) -> System:
     """Deferred re-weighting by the effective number, late in training (Cao et al. 2019, algorithm 1)."""
@@ -292,6 +294,101 @@ def mixup(alpha: float = 1.0) -> System:
 def autoaugment() -> System:
     """Learnt augmentation of stage 1 (Cubuk et al. 2019), with the operations that the recipe names."""
     return System(stage1={"autoaugment": True})
+
+
+# stage 1 in two parts, and whole systems
+
+
+@SYSTEMS.register("cost_sensitive")
+def cost_sensitive(power: float = 1.0) -> System:
+    """Cross-entropy with weights in proportion to 1 / n, from the first step on (Huang et al. 2016).
+
+    `power` is the exponent of n: 1/2 weighs by the square root.
+    """
+    changes = {"loss": "cross_entropy", "weights": f"inverse(power={power})"}
+    return System(stage1=changes, grid={"power": (0.5, 1.0)})
+
+
+@SYSTEMS.register("ce_drw")
+def ce_drw(start: float = 0.8, beta: float = 0.9999) -> System:
+    """Deferred re-weighting of cross-entropy, by effective numbers after 80 % of the steps (Cao et al. 2019, alg. 1).
+
+    It adds to mixings too: `mixup + ce_drw`, `remix + ce_drw` (Chou et al. 2020).
+    """
+    return System(stage1={"loss": "cross_entropy", "weights": f"drw(start={start}, beta={beta})"})
+
+
+@SYSTEMS.register("ce_drs")
+def ce_drs(start: float = 0.8) -> System:
+    """Deferred re-sampling with cross-entropy: all classes equally often after 80 % (Cao et al. 2019, section 3.3)."""
+    return System(stage1={"loss": "cross_entropy", "sampler": f"drs(start={start})"})
+
+
+@SYSTEMS.register("ldam")
+def ldam(max_margin: float = 0.5, scale: float = 30.0) -> System:
+    """Margins in proportion to n^-1/4 on a network that ends in cosines: LDAM (Cao et al. 2019, section 3.2)."""
+    return System(
+        stage1={"loss": f"ldam(max_margin={max_margin}, scale={scale})", "last_layer": f"cosine(scale={scale})"},
+        grid={"max_margin": (0.3, 0.5)},
+    )
+
+
+@SYSTEMS.register("ldam_drw")
+def ldam_drw(max_margin: float = 0.5, scale: float = 30.0, start: float = 0.8, beta: float = 0.9999) -> System:
+    """LDAM with deferred re-weighting after 80 % of the steps (Cao et al. 2019, algorithm 1)."""
+    plain = ldam(max_margin, scale)
+    return System(stage1={**plain.stage1, "weights": f"drw(start={start}, beta={beta})"}, grid=plain.grid)
+
+
+@SYSTEMS.register("balanced_softmax_augmented")
+def balanced_softmax_augmented() -> System:
+    """Balanced softmax with AutoAugment on grey and Cutout, as its authors train CIFAR (Ren et al. 2020, equation 4).
+
+    The augmentation is in their code, and goes before their meta sampler, which is not here: most of the published gain
+    over plain balanced softmax is its work.
+    """
+    return System(stage1={"loss": "balanced_softmax", "augment": ["autoaugment_filled", "cutout"]})
+
+
+@SYSTEMS.register("bag_of_tricks")
+def bag_of_tricks(alpha: float = 1.0, start: float = 0.8) -> System:
+    """MixUp, and all classes equally often after 80 % of the steps (after Zhang et al. 2021, AAAI, section 3).
+
+    Left out of the authors' combination: new images that they paste from class activation maps where a class is drawn
+    again, and the last epochs without MixUp.
+    """
+    return System(stage1={"mix": f"mixup(alpha={alpha})", "sampler": f"drs(start={start})"})
+
+
+@SYSTEMS.register("mislas")
+def mislas(alpha: float = 1.0, head: float = 0.4, tail: float = 0.1, bn_mode: str = "frozen") -> System:
+    """MixUp, then stage 1's classifier and a scale a class on smoothed targets (Zhong et al. 2021, section 3.3).
+
+    Smoothing (equation 5) is that of CIFAR-100-LT at factor 100; on CIFAR-10-LT the authors take 0.3 and 0. They shift
+    the statistics of batch normalisation (section 3.3) on the former only, `bn_mode='shifted'`. Stage 2 is an optimum
+    on un-augmented features (the classifier `mislas`), where they take ten epochs with augmentation.
+
+    Raises:
+        UserError: `bn_mode` is neither "frozen" nor "shifted".
+    """
+    if bn_mode not in get_args(BnMode):
+        raise unknown("mislas(bn_mode)", bn_mode, get_args(BnMode))
+    return System(
+        stage1={"mix": f"mixup(alpha={alpha})"},
+        classifier=f"mislas(head={head}, tail={tail})",
+        bn_mode=cast(BnMode, bn_mode),
+        grid={"head": (0.2, 0.3, 0.4)},
+    )
+
+
+@SYSTEMS.register("ssp")
+def ssp(length: float = 1.0) -> System:
+    """Pre-train on the images without labels, by telling rotations, then train: SSP (Yang and Xu 2020, section 3).
+
+    It goes before any method, as in `ssp + balanced_softmax`, and is the one that is optimised longer than the others:
+    `length` times stage 1's steps come before these.
+    """
+    return System(stage1={"pretrain": f"rotation(length={length})"})
 
 
 # stage 2, on the frozen backbone

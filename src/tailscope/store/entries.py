@@ -30,6 +30,7 @@ KINDS = {
     "shifted": "batch-norm statistics",
     "checked": "list of images that cannot be read",
     "stage2": "classifier",
+    "pretrained": "pre-trained backbone",
     "stage1": "backbone",
 }
 """What an entry of a kind is, the easiest to make again first."""

@@ -3,7 +3,7 @@
 from typing import Any
 
 from tailscope.classifiers import CLASSIFIERS
-from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, PHOTO_AUGMENTATIONS, SAMPLERS, SYSTEMS, WEIGHTS
+from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, PHOTO_AUGMENTATIONS, SAMPLERS, SYSTEMS, TASKS, WEIGHTS
 from tailscope.networks import LAST_LAYERS, MODELS
 from tailscope.registry import Registry
 
@@ -20,6 +20,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "augmentations": AUGMENTATIONS,
     "augmentations of photographs in files": PHOTO_AUGMENTATIONS,
     "mixings": MIXINGS,
+    "pre-training tasks": TASKS,
     "schedules": SCHEDULES,
     "classifiers on features": CLASSIFIERS,
 }

@@ -461,9 +461,9 @@ _FIELDS: tuple[tuple[Registry[Any], Callable[[str], dict[str, Any]]], ...] = (
     (SAMPLERS, lambda call: {"sampler": call}),
     (AUGMENTATIONS, lambda call: {"augment": (call,)}),
     (MIXINGS, lambda call: {"mix": call}),
+    (REGISTRIES["pre-training tasks"], lambda call: {"task": call}),
     (SCHEDULES, lambda call: {"train": {"schedule": call}}),
 )
-
 
 _TRAINS = "a backbone trains with it, and an interrupted training goes on to the same weights"
 

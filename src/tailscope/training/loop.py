@@ -25,7 +25,7 @@ from tailscope.data.decoding import DecodedBatch, decode_drawn
 from tailscope.data.images import Images, ImageSet, Rows
 from tailscope.device import Engine, Runtime, Solo, Team, Work, arithmetic, named
 from tailscope.errors import UserError
-from tailscope.methods import SAMPLERS, augmentations
+from tailscope.methods import SAMPLERS, TASKS, augmentations
 from tailscope.methods.mixing import Mix, Mixing
 from tailscope.networks import LAST_LAYERS, MODELS
 from tailscope.networks.resnets import CifarResNet, count_parameters
@@ -190,6 +190,7 @@ class Training:
         label: what progress calls this training.
         team: the processes that share the work on files, which all `run` this together.
         workers: processes that decode files, for each of the team's; None decides.
+        start: weights by name that the network starts from, new ones where it names none.
     """
 
     spec: StageSpec
@@ -201,6 +202,7 @@ class Training:
     label: str
     team: Team = field(default_factory=Solo)
     workers: int | None = None
+    start: Tensors = field(default_factory=dict)
 
     def run(self) -> tuple[Tensors, Meta]:
         """Train, or go on from the checkpoint; return the model's state on the CPU and a description.
@@ -222,7 +224,8 @@ class Training:
         """Return the model, its loss and its optimiser on the runtime's device, as they begin."""
         spec, device = self.spec, self.runtime.device
         assert spec.model is not None
-        model = new_model(spec.model, self.data.channels, self.data.num_classes, self.seed, spec.last_layer)
+        model = new_model(spec.model, self.data.channels, self._classes, self.seed, spec.last_layer)
+        model.load_state_dict({**model.state_dict(), **self.start})
         model = model.to(device).train()
         objective = Objective(spec, self.data.counts(), model.feature_dim, self.seed, device)
         compute = loss_function(model, objective, self.normalize.to(device), self._precision)
@@ -255,6 +258,10 @@ class Training:
         return engines.choose(possible, work, partial(self._trial, stepper.capture), self.runtime.progress.note)
 
     @property
+    def _classes(self) -> int:
+        return TASKS.make(self.spec.task).classes if self.spec.task else self.data.num_classes
+
+    @property
     def _precision(self) -> torch.dtype:
         return self.runtime.dtype(self.spec.train.precision)
 
@@ -273,7 +280,7 @@ class Training:
         stepper, device = self.stepper(capture), self.runtime.device
         stepper.use(engine)
         images = torch.randint(256, self._shape, dtype=torch.uint8, generator=torch_stream(0, "trial")).to(device)
-        labels = torch.arange(len(images), device=device) % self.data.num_classes
+        labels = torch.arange(len(images), device=device) % self._classes
         mixing = mixing_of(self.spec, self.data.counts(), stepper.model)
         drawn = mixing.draw(labels[None].cpu(), self._shape[1:3], torch_stream(0, "trial")) if mixing else NOT_MIXED
         mix = drawn.of(0, device)
@@ -391,7 +398,7 @@ class _Batches:
         self._images = data.images.to(device) if isinstance(data, ImageSet) else None
         self._sampler = SAMPLERS.make(spec.sampler, self._drawn_labels, data.num_classes)
         self._sampler_moves = "progress" in SAMPLERS.needs(spec.sampler)
-        self._mixing = mixing
+        self._mixing, self._task = mixing, TASKS.make(spec.task) if spec.task else None
 
     def epoch(self, epoch: int, steps: int, progress: float) -> Iterator[tuple[list[int], Iterator[Batch]]]:
         """Yield for each of the first `steps` batches the sizes of all its micro-batches, and this process's own.
@@ -409,9 +416,12 @@ class _Batches:
     def _from_memory(self, pixels: Tensor, order: Tensor, epoch: int) -> Iterator[Batch]:
         augment = augmentations.build(self._spec.augment)
         size = pixels.shape[1], pixels.shape[2]
-        stream, mixes = torch_stream(self._seed, "augment", epoch), self._mixes(self._drawn_labels[order], size, epoch)
+        stream, asked = torch_stream(self._seed, "augment", epoch), torch_stream(self._seed, "task", epoch)
+        mixes = self._mixes(self._drawn_labels[order], size, epoch)
         for rows in torch.split(order.to(self._device, non_blocking=True), CHUNK_BATCHES * self._batch):
             images, labels = augment(pixels[rows], stream), self._labels[rows]
+            if self._task is not None:
+                images, labels = self._task(images, asked)
             for batch in zip(torch.split(images, self._batch), torch.split(labels, self._batch), strict=True):
                 yield Batch(*batch, next(mixes))
 
@@ -450,7 +460,10 @@ class _Batches:
         if self._mixing is not None:
             labels, size = self._drawn_labels[decoded.rows], (decoded.images.shape[1], decoded.images.shape[2])
             mix = self._mixing.draw(labels[None], size, torch_stream(self._seed, "mix", *place)).of(0, self._device)
-        return Batch(decoded.images.to(self._device, non_blocking=True), self._labels[decoded.rows], mix)
+        images, answers = decoded.images.to(self._device, non_blocking=True), self._labels[decoded.rows]
+        if self._task is not None:
+            images, answers = self._task(images, torch_stream(self._seed, "task", *place))
+        return Batch(images, answers, mix)
 
 
 def _take_step(stepper: Stepper, mine: Iterator[Batch], sizes: Sequence[int], rate: float, team: Team) -> Tensor:

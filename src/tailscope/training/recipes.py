@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Self
 from pydantic import Field, ValidationError, model_validator
 
 from tailscope.errors import UserError, unknown
-from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, PHOTO_AUGMENTATIONS, SAMPLERS, WEIGHTS, for_photos
+from tailscope.methods import AUGMENTATIONS, LOSSES, MIXINGS, PHOTO_AUGMENTATIONS, SAMPLERS, TASKS, WEIGHTS, for_photos
 from tailscope.networks import LAST_LAYERS, MODELS
 from tailscope.plugins import Plugin
 from tailscope.registry import Registry, plugins_named, split_call
@@ -95,6 +95,7 @@ def with_plugins(stage: StageSpec) -> StageSpec:
         *((augmentations_of(stage.augment), call) for call in stage.augment),
         (LAST_LAYERS, stage.last_layer),
         *((one, call) for one, call in ((MODELS, stage.model), (MIXINGS, stage.mix), (WEIGHTS, stage.weights)) if call),
+        *((TASKS, call) for call in (stage.pretrain, stage.task) if call),
     ]
     return stage.model_copy(update={"plugins": tuple((one.name, one.sha256) for one in plugins_named(named))})
 
