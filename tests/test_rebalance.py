@@ -147,3 +147,12 @@ def test_mistakes_are_one_line(trained, monkeypatch, tmp_path):
     tailscope.rebalance(folder / "out", "mine_rebalanced:Net", folder / "w.pth", to=tmp_path / "new.pth")
     with pytest.raises(UserError, match="is there already"):
         tailscope.rebalance(folder / "out", "mine_rebalanced:Net", folder / "w.pth", to=tmp_path / "new.pth")
+
+
+def test_a_diagnosis_without_advice_leaves_no_classifier_of_an_earlier_one(tmp_path):
+    rng = np.random.default_rng(0)
+    table = (rng.normal(size=(40, 4)).astype(np.float32), np.repeat([0, 1], 20))
+    (tmp_path / "rebalanced.npz").write_bytes(b"of before")
+    tailscope.diagnose(table, table, out=tmp_path, verdict=False, permutations=0, report=False)
+    assert not (tmp_path / "rebalanced.npz").exists()
+    assert (tmp_path / "diagnosis.json").is_file()

@@ -1,6 +1,8 @@
 """A stranger's three ways from `pip install` to a result: the lines that the pages show, in a fresh environment."""
 
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ def home(tmp_path_factory):
     """A copy of the repository in which all ways were gone; prints what each took."""
     folder = tmp_path_factory.mktemp("stranger")
     strangers.walk_all(folder)
+    shutil.rmtree(folder / ".venv")  # gigabytes, which pytest would keep
     return folder
 
 
@@ -52,6 +55,6 @@ def test_a_notebook_shows_the_verdict_and_a_chart(home):
     *_, last = json.loads((home / strangers.NOTEBOOK).read_text(encoding="utf-8"))["cells"]
     shown = [output["data"] for output in last["outputs"] if output["output_type"] == "execute_result"]
     page = "".join(shown[0]["text/html"])
-    assert "bottleneck" in page.lower() or "undecided" in page.lower()
+    assert re.search("<b>[^<]*(bottleneck|not decided)", page, re.IGNORECASE)
     assert "<svg" in page
     assert "<table" in page

@@ -252,6 +252,7 @@ def diagnose(request: _DiagnosisRequest) -> "Diagnosis":
         # Another process may have been faster.
         check_free(out, "diagnosis", result["spec"], overwrite=request.overwrite)
         result.save(out)
+        (out / REBALANCED).unlink(missing_ok=True)  # of an earlier diagnosis, whose advice is not this one's
         if result.layer is not None:
             result.layer.save(out / REBALANCED)
         if request.report:
