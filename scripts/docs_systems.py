@@ -36,7 +36,7 @@ NOT_HERE = """### Not here
   the subset leaves out. A stage trains on rows of a data set with the labels that are stored there; it would need
   labels of its own, made by another stage, and a weight for each image.
 - Of **bag of tricks**, images pasted from class activation maps, and last epochs without MixUp; of **BALMS**, the meta
-  sampler; of **SSP**, contrastive pre-training. Their entries say so.
+  sampler; of **SSP**, contrastive pre-training.
 """
 
 
