@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import io
 import json
+import linecache
 import re
 import runpy
 import shlex
@@ -97,6 +98,7 @@ def test_the_code_of_a_page_runs_or_says_why_not(name, space):
         if language != "python":
             continue
         compiled = compile(code, name, "exec")
+        linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)  # as a notebook does
         if title.endswith(".py"):
             Path(title).write_text(code)
         if not title.startswith("not run: "):
