@@ -1,5 +1,6 @@
 """Folders of Parquet files: one table, sorted by class, whose features are mapped and never held whole."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -10,8 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from diagnosis_cases import separable
+from tailscope import diagnose
 from tailscope.errors import UserError
+from tailscope.tables import mapped
 from tailscope.tables.table import FeatureTable
 
 
@@ -149,3 +154,71 @@ def test_features_are_not_held_in_memory(tmp_path):
     # The libraries' own buffers, and 100,000 rows' labels and ids: no features, which are 98 MiB more.
     assert sizes[1] - sizes[0] > 97
     assert grown[1] - grown[0] < 0.5 * (sizes[1] - sizes[0])
+
+
+# -- a diagnosis of what is mapped ------------------------------------------------------------------------------------
+
+
+def planted(tmp_path, kind=np.float32):
+    """Write a long-tailed table as a folder; return it, its rows in memory, and unseen samples."""
+    (train, labels), (unseen, theirs) = separable()
+    train[5] *= 1000  # a row that is left out
+    train[-1] = 0
+    order = np.random.default_rng(1).permutation(len(labels))
+    features, labels = train[order].astype(kind), labels[order]
+    for number, rows in enumerate(np.array_split(np.arange(len(labels)), 3)):
+        FeatureTable.from_arrays(features[rows], labels[rows]).save(tmp_path / f"{number}.parquet")
+    by_class = np.argsort(labels, kind="stable")
+    whole = FeatureTable.from_arrays(features[by_class], labels[by_class])
+    return tmp_path, whole, (unseen.astype(kind), theirs)
+
+
+def numbers(value, path=""):
+    if isinstance(value, dict):
+        return {key: found for name, one in value.items() for key, found in numbers(one, f"{path}.{name}").items()}
+    if isinstance(value, list):
+        return {key: found for i, one in enumerate(value) for key, found in numbers(one, f"{path}.{i}").items()}
+    return {path: value}
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float16])
+def test_a_folder_is_diagnosed_as_the_same_rows_in_memory(tmp_path, monkeypatch, kind):
+    folder, whole, unseen = planted(tmp_path, kind)
+    expected = diagnose(whole, unseen, permutations=19)
+    monkeypatch.setattr(mapped, "HELD", 0)
+    monkeypatch.setattr(mapped, "_BLOCK_VALUES", 7 * whole.width)
+    found = diagnose(folder, unseen, permutations=19)
+    for part in ("classes", "groups", "collapse", "accuracy", "verdict", "counts"):
+        one, other = numbers(found[part]), numbers(expected[part])
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            assert value == (pytest.approx(other[name], abs=1e-6) if isinstance(value, float) else other[name]), name
+    digests = [next(iter(one["spec"]["encoders"].values()))["train"]["sha256"] for one in (found, expected)]
+    assert digests[0] == digests[1]
+
+
+def test_rows_that_are_made_of_mapped_ones_are_mapped_and_leave_nothing(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(mapped, "HELD", 100)
+    monkeypatch.setattr(mapped, "_BLOCK_VALUES", 10)
+    rows = torch.randn(50, 4, generator=torch.manual_seed(0)).half()
+    chosen = torch.randperm(50, generator=torch.manual_seed(1))[:33]
+    found = mapped.map_rows(rows, lambda block: 3 * block.float(), chosen)
+    assert torch.equal(found, 3 * rows.float()[chosen])
+    assert list(cache.parent.iterdir()) == []  # the file has no name
+    found += 1  # it may be written to
+    assert torch.equal(found, 3 * rows.float()[chosen] + 1)
+
+
+def test_rows_are_held_where_the_disk_has_no_room(monkeypatch, caplog):
+    monkeypatch.setattr(mapped, "HELD", 100)
+    monkeypatch.setattr(mapped, "_allocate", raising(OSError(errno.ENOSPC, "No space left on device")))
+    rows = torch.arange(200.0).view(50, 4)
+    assert torch.equal(mapped.map_rows(rows, torch.neg), -rows)
+    assert "are held in memory: no file for them in the cache" in caplog.text
+
+
+def raising(error):
+    def function(*_):
+        raise error
+
+    return function

@@ -27,6 +27,7 @@ LEAST = 2  # unseen samples without which a class is withheld: one to fit to and
 # Rows times features times classes: beyond `FEWER_FOLDS` not every fold is fitted, beyond `MOST_WORK` not every row.
 # Where there is a test set the fits to all samples need the folds only to be compared: few, beyond `COMPARED_IN_ALL`.
 FEWER_FOLDS, MOST_WORK, COMPARED_IN_ALL = 2e9, 2e10, 2e8
+MOST_HELD = 2**27  # rows times features: of few classes, what memory has room for, several times over
 STEPS = 6
 ENOUGH = 1e-5  # a step that lowers the objective f by less than this * max(1, f) ends the search
 MEMORY = 8
@@ -52,11 +53,13 @@ class Space(NamedTuple):
     axes: Tensor
     penalty: Tensor
 
-    def place(self, features: Floats) -> Tensor:
-        """Return coordinates [N, r + 1] of features [N, d]; the last is 1."""
-        placed = torch.ones(len(features), self.axes.shape[1] + 1)
-        for block in row_blocks(len(features), features.shape[1]):
-            rows = torch.from_numpy(np.ascontiguousarray(features[block], dtype=np.float32))
+    def place(self, features: Floats, chosen: IntArray | None = None) -> Tensor:
+        """Return coordinates [N, r + 1] of features [N, d], or of the chosen ones; the last is 1."""
+        number = len(features) if chosen is None else len(chosen)
+        placed = torch.ones(number, self.axes.shape[1] + 1)
+        for block in row_blocks(number, features.shape[1]):
+            own = features[block if chosen is None else chosen[block]]
+            rows = torch.from_numpy(np.ascontiguousarray(own, dtype=np.float32))
             placed[block, :-1] = (rows - self.mean) @ self.axes
         return placed
 
@@ -93,8 +96,10 @@ class Samples:
 
     def probability(self, classifier: Tensor, rows: IntArray) -> NDArray[np.float64]:
         """Return what softmax gives the true class of each row."""
-        logits = self.placed[rows] @ classifier.T
-        own: NDArray[np.float64] = logits.softmax(1)[torch.arange(len(rows)), self.labels[rows]].double().numpy()
+        own = np.empty(len(rows))
+        for block in row_blocks(len(rows), self.classes):
+            shares = (self.placed[rows[block]] @ classifier.T).softmax(1)
+            own[block] = shares[torch.arange(len(shares)), self.labels[rows[block]]].double().numpy()
         return own
 
 
@@ -113,14 +118,18 @@ def find_space(features: Floats) -> Space:
     """
     rows = torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32))
     mean = rows.mean(0)
-    centred = rows - mean
-    variances = centred.square().mean(0)
+    blocks, variances = list(row_blocks(*rows.shape)), torch.zeros_like(mean)
+    for block in blocks:
+        variances += (rows[block] - mean).square().sum(0) / len(rows)
     if not variances.any():  # constant features
         return Space(mean, torch.zeros(rows.shape[1], 1), torch.tensor([1.0, 0.0]))
     unit = (DOMINANT * variances[variances > 0].median() / variances).clamp(max=1).sqrt()
-    centred *= unit
     wide = len(rows) < rows.shape[1]
-    eigenvalues, axes = torch.linalg.eigh((centred @ centred.T if wide else centred.T @ centred).double() / len(rows))
+    scatter = torch.zeros(min(rows.shape), min(rows.shape))
+    for block in [slice(None)] if wide else blocks:
+        centred = (rows[block] - mean) * unit
+        scatter += centred @ centred.T if wide else centred.T @ centred
+    eigenvalues, axes = torch.linalg.eigh(scatter.double() / len(rows))
     kept = eigenvalues > RANK * eigenvalues[-1]
     eigenvalues, axes = eigenvalues[kept], axes[:, kept]
     if wide:
@@ -313,8 +322,9 @@ class Task:
         """Take the classes that have unseen samples, and as many rows as there is time for."""
         code, withheld = _codes(train, unseen, test)
         work = train.features.shape[1] * (int(code.max()) + 1)
-        seen, kept = _capped(code[train.labels], code[unseen.labels], MOST_WORK / work, seed)
-        features = np.concatenate([train.features[seen], unseen.features[kept]])
+        most = min(MOST_WORK / work, MOST_HELD / train.features.shape[1])
+        seen, kept = _capped(code[train.labels], code[unseen.labels], most, seed)
+        features = _together((train.features, seen), (unseen.features, kept))
         labels = code[np.concatenate([train.labels[seen], unseen.labels[kept]])]
         samples = Samples.of(features, labels, int(code.max()) + 1)
         places = np.arange(len(seen), len(labels))
@@ -331,7 +341,7 @@ class Task:
         scored = None
         if test is not None:
             items = np.flatnonzero(code[test.labels] >= 0)
-            scored = samples.space.place(test.features[items]), code[test.labels[items]], items
+            scored = samples.space.place(test.features, items), code[test.labels[items]], items
         left_out = int((code[np.concatenate([train.labels, unseen.labels])] >= 0).sum()) - len(labels)
         parts = np.arange(len(seen)), places, kept, fold
         return cls(samples, *parts, fitted, compared, scored, withheld, left_out, seed)
@@ -373,6 +383,17 @@ class Trial:
         accuracy = np.full(len(right), np.nan)
         accuracy[tried] = right[np.ix_(tried, known)].mean(axis=1)
         return accuracy
+
+
+def _together(*parts: tuple[Floats, IntArray]) -> NDArray[np.float32]:
+    """Return the chosen rows of several feature matrices in one, copied once."""
+    found = np.empty((sum(len(rows) for _, rows in parts), parts[0][0].shape[1]), dtype=np.float32)
+    start = 0
+    for features, rows in parts:
+        for block in row_blocks(len(rows), features.shape[1]):
+            found[start + block.start : start + min(block.stop, len(rows))] = features[rows[block]]
+        start += len(rows)
+    return found
 
 
 def _codes(train: Rows, unseen: Rows, test: Rows | None) -> tuple[IntArray, tuple[int, ...]]:

@@ -27,6 +27,7 @@ from tailscope.registry import plugins_named
 from tailscope.report.text import percent
 from tailscope.results import command, versions
 from tailscope.tables.checks import listed
+from tailscope.tables.mapped import map_rows
 from tailscope.tables.table import FeatureTable, LinearLayer, Source, several
 
 if TYPE_CHECKING:
@@ -283,8 +284,9 @@ def _collapse(inputs: Inputs, outcomes: "Outcomes | None", runtime: Runtime) -> 
     for part in ("train", "unseen"):
         rows, table = inputs.rows[part], inputs.tables[part]
         every = len(rows.order) == len(table)  # else vectors of length 0 are left out
-        chosen = (table.features, table.labels) if every else (table.features[rows.order], rows.labels())
-        sets[part] = scaled(chosen[0], power).to(device), chosen[1].to(device)
+        used = table if every else table.take(rows.order)
+        features = map_rows(used.features, lambda block: scaled(block, power)) if power else used.features
+        sets[part] = features.to(device), used.labels.to(device)
     means = class_means(*sets["train"], len(inputs.names))
     return {part: collapse(*rows, weight, bias, means) for part, rows in sets.items()}
 

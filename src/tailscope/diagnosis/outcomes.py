@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.frozen import FrozenEstimator
@@ -37,6 +38,7 @@ from tailscope.errors import UserError
 from tailscope.intervals import Interval, paired
 from tailscope.measures.rows import scaled
 from tailscope.progress import Progress
+from tailscope.tables.mapped import map_rows
 from tailscope.tables.table import FeatureTable
 
 OWN_CLASSIFIER = "softmax regression on the training features"
@@ -140,8 +142,11 @@ def fixed(weight: Floats, bias: Floats) -> LinearClassifier:
 
 def _arrays(table: FeatureTable, power: int) -> Rows:
     """Return features times 2 ** power in 32 or 64 bits, and labels."""
-    features = table.features if table.features.dtype.itemsize >= 4 else table.features.float()
-    return Rows(scaled(features, power).numpy(), table.labels.numpy())
+    features = table.features
+    if power or features.dtype.itemsize < 4:
+        wide = torch.promote_types(features.dtype, torch.float32)
+        features = map_rows(features, lambda block: scaled(block.to(wide), power))
+    return Rows(features.numpy(), table.labels.numpy())
 
 
 def _current(inputs: Inputs, train: Rows, power: int) -> tuple[LinearClassifier, str]:

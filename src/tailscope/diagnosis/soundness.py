@@ -25,6 +25,7 @@ from tailscope.errors import first_few
 from tailscope.measures.angles import class_centers
 from tailscope.measures.rows import ClassRows, exponent, find_copies, gather, scaled, unseen_copies
 from tailscope.report.text import percent
+from tailscope.tables.mapped import map_rows
 
 if TYPE_CHECKING:
     from tailscope.diagnosis.outcomes import Outcomes
@@ -152,7 +153,11 @@ def _scaled_alike(inputs: Inputs, part: str) -> list[ClassRows]:
     sides = [inputs.rows["train"], inputs.rows[part]]
     power = exponent(*(side.lengths for side in sides))
     kind = torch.promote_types(*(side.features.dtype for side in sides))
-    return [replace(side, features=scaled(side.features, power).to(kind)) for side in sides]
+    same = [power == 0 and side.features.dtype == kind for side in sides]
+    return [
+        side if as_is else replace(side, features=map_rows(side.features, lambda block: scaled(block, power).to(kind)))
+        for side, as_is in zip(sides, same, strict=True)
+    ]
 
 
 def common_factor(train: ClassRows, unseen: ClassRows) -> float | None:

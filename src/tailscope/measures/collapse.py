@@ -65,13 +65,11 @@ def class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
     sums = torch.zeros(classes, features.shape[1], dtype=torch.float64, device=features.device)
     for rows, own in _blocks(features, labels):
         sums.index_add_(0, own, rows)
-    return sums / torch.bincount(labels, minlength=classes)[:, None]
+    return sums / torch.bincount(labels[labels >= 0], minlength=classes)[:, None]
 
 
 def _geometry(features: Tensor, code: Tensor, counts: Tensor, weight: Tensor | None) -> Numbers:
     """Return what is measured on classes of two samples or more; rows with the code -1 take no part."""
-    used = code >= 0
-    features, code = (features, code) if bool(used.all()) else (features[used], code[used])
     means = class_means(features, code, len(counts))
     centred = means - means.mean(dim=0)
     _, sizes, axes = torch.linalg.svd(centred, full_matrices=False)
@@ -86,10 +84,12 @@ def _geometry(features: Tensor, code: Tensor, counts: Tensor, weight: Tensor | N
 
 
 def _blocks(features: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield rows in float64, a block at a time, and their labels."""
+    """Yield rows in float64, a block at a time, and their labels; rows with the label -1 take no part."""
     start = 0
     for block in row_blocks(features):
-        yield block.double(), labels[start : start + len(block)]
+        own = labels[start : start + len(block)]
+        used = own >= 0
+        yield (block.double(), own) if bool(used.all()) else (block[used].double(), own[used])
         start += len(block)
 
 
@@ -160,6 +160,7 @@ def _disagreement(features: Tensor, weight: Tensor, bias: Tensor, means: Tensor)
     half = torch.nan_to_num(0.5 * centres.square().sum(dim=1), nan=torch.inf)
     centres, wide, other = torch.nan_to_num(centres), weight.double(), 0
     for rows, _ in _blocks(features, torch.zeros(len(features), device=features.device)):
-        by_logit = (rows @ wide.T + bias.double()).argmax(dim=1)
-        other += int((by_logit != ((rows - origin) @ centres.T - half).argmax(dim=1)).sum())
+        for part in row_blocks(rows, len(weight)):
+            by_logit = (part @ wide.T + bias.double()).argmax(dim=1)
+            other += int((by_logit != ((part - origin) @ centres.T - half).argmax(dim=1)).sum())
     return other / len(features)

@@ -29,9 +29,9 @@ MOST_WORKERS = 8
 T = TypeVar("T")
 
 
-def row_blocks(rows: Tensor) -> tuple[Tensor, ...]:
-    """Cut a matrix [n, d] into blocks of rows that fit into the processor's caches."""
-    return torch.split(rows, max(1, BLOCK_ELEMENTS // max(1, rows.shape[1])))
+def row_blocks(rows: Tensor, columns: int = 1) -> tuple[Tensor, ...]:
+    """Cut a matrix [n, d] into blocks of rows, small ones, as is what has so many columns a row."""
+    return torch.split(rows, max(1, BLOCK_ELEMENTS // max(columns, rows.shape[1])))
 
 
 def log2_lengths(features: Tensor, what: str) -> Tensor:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tailscope.errors import UserError, expanded, message_of
+from tailscope.errors import UserError, message_of
 from tailscope.store.files import reading, replacing, writing
 from tailscope.tables.arrays import (
     UNREADABLE,
@@ -34,9 +34,7 @@ from tailscope.tables.arrays import (
     require_room,
 )
 from tailscope.tables.columns import LISTS, NUMBER, OTHER, Choice, choose, to_arrays
-
-CACHE = "TAILSCOPE_CACHE"
-"""Environment variable: where the sorted copies of folders lie, instead of the user's cache."""
+from tailscope.tables.mapped import CACHE, cache_folder
 
 _log = logging.getLogger(__name__)
 
@@ -150,7 +148,7 @@ def read_folder(path: Path, required: Sequence[str], optional: Sequence[str]) ->
     sources = sorted(path.rglob("*.parquet"))
     if not sources or "features" not in required:
         raise UserError(f"{path}: a folder, not a file; of folders only those with .parquet files hold features")
-    sorted_copy = expanded(os.environ.get(CACHE) or "~/.cache/tailscope") / "tables" / _key_of(sources)
+    sorted_copy = cache_folder() / "tables" / _key_of(sources)
     said = sorted_copy / "fields.json"
     if not said.exists():
         _sort(path, sources, sorted_copy, optional)

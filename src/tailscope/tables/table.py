@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tailscope.errors import UserError, plain_name
 from tailscope.tables import checks, columns, files
 from tailscope.tables.arrays import Arrays, Header, parse_json, resolve, unread
+from tailscope.tables.mapped import map_rows
 
 _REQUIRED = ("features", "labels")
 _OPTIONAL = ("class_names", "ids", "groups", "provenance")
@@ -208,7 +209,7 @@ class FeatureTable:
         picked = index.numpy()
         return replace(
             self,
-            features=self.features[index],
+            features=map_rows(self.features, lambda block: block, index),
             labels=self.labels[index],
             ids=None if self.ids is None else self.ids[picked],
             bursts=None if self.bursts is None else self.bursts[picked],
