@@ -150,7 +150,7 @@ def advice(result: Comparison) -> list[str]:
 
 def _next(method: ComparedMethod) -> str:
     """Return a sentence on which of a method's two gaps is clearly the larger; empty where neither is."""
-    gaps = method["gaps"] or {}
+    gaps: Any = method["gaps"] or {}
     known = [(one, part) for part in PARTS if (one := gaps.get(part)) and one["ci95"]]
     if len(known) < len(PARTS):
         return ""
