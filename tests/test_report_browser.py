@@ -242,7 +242,9 @@ def test_the_first_screen_and_few_words_before_the_folds(browser, address):
     page = browser.new_page(viewport={"width": 1280, "height": 800})
     page.goto(address)
     words = len(page.inner_text("main").split())
-    ends = page.eval_on_selector_all("h1, .lead, .caveat", "all => all.map(e => e.getBoundingClientRect().bottom)")
+    ends = page.eval_on_selector_all(
+        "h1, .lead, .caveat, .todo", "all => all.map(e => e.getBoundingClientRect().bottom)"
+    )
     page.close()
     assert 100 < words <= 1500
     assert max(ends) <= 800

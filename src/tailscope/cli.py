@@ -347,6 +347,7 @@ def _show_comparison(result: dict[str, Any], options: Options) -> Iterator[Rende
     yield ""
     yield from (f"- {one_line(text)}" for text in comparison.findings(found))
     yield from (f"Keep in mind: {one_line(text)}" for text in comparison.caveats(found)[:1])
+    yield from (f"What to do: {one_line(text)}" for text in comparison.advice(found))
     if options["verbose"]:
         yield from (f"warning: {one_line(text)}" for text in found["warnings"])
     yield f"written: {options['out'] / 'compare.json'}"

@@ -4,7 +4,7 @@ Each piece is tied to a number of the verdict; the one for what dominates comes 
 undecided the best remedy and what it was seen to gain come first, and the last piece says what would decide.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -70,6 +70,22 @@ def advise(accuracy: dict[str, Any], verdict: Verdict, entries: Sequence[Entry],
     if verdict["bottleneck"] != "classifier":  # else the classifier confuses more than the features do
         found += _pairs(pairs)
     return [*found, *_evidence(accuracy, verdict, entries)]
+
+
+def change_encoder(compared: Mapping[str, Any]) -> list[Advice]:
+    """Return the advice to use another encoder than the first, where `compared` found one clearly best."""
+    best, first = compared["best"], compared["reference"]
+    if best is None or best == first:
+        return []
+    entry = compared["encoders"][best]
+    gain: Gap = {"points": entry["points"], "ci95": entry["ci95"]}
+    text = (
+        f"Use “{best}” instead of “{first}”: with the best linear classifier on its features, it gains {_points(gain)}."
+        " What helps it most is said where it comes first, or alone."
+    )
+    piece = _piece("representation", text, best, [], gain)
+    piece["at_most"] = False
+    return [piece]
 
 
 def _classifier(accuracy: dict[str, Any], verdict: Verdict, entries: Sequence[Entry]) -> list[Advice]:

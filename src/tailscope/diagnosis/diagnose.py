@@ -212,7 +212,11 @@ def run(
     if settings.plugins:
         result["environment"] |= told(settings.plugins)
     if len(inputs) > 1:
-        result |= {"encoders": results, "comparison": compare(kept, results, outcomes)}
+        from tailscope.diagnosis.advice import change_encoder  # here because scikit-learn takes seconds to import
+
+        compared = compare(kept, results, outcomes)
+        result |= {"encoders": results, "comparison": compared}
+        result["advice"] = [*change_encoder(compared), *result["advice"]]
     return result, _layer(result, outcomes[next(iter(inputs))], first)
 
 

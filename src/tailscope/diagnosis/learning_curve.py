@@ -390,7 +390,8 @@ def _followed(points: Sequence[CurvePoint], margin: float, bound_at: int, stream
 def _notes(task: Task) -> tuple[str, ...]:
     found = []
     if task.withheld:
-        found.append(f"{len(task.withheld)} classes lack unseen samples and take no part in the bound")
+        lack, them = ("class lacks", "it") if len(task.withheld) == 1 else ("classes lack", "them")
+        found.append(f"{len(task.withheld)} {lack} unseen samples: the bound leaves {them} out")
     if task.left_out:
         found.append(f"{task.left_out} samples were left out of the bound's fits, chosen at random, for their number")
     return tuple(found)

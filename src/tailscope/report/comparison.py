@@ -132,6 +132,36 @@ def caveats(result: Comparison) -> list[str]:
     return found
 
 
+def advice(result: Comparison) -> list[str]:
+    """Return what to do first: which method to use, or how to find out, and where to look next."""
+    best, baseline = _best(result), result["baseline"]
+    found = best["difference"]
+    again = "the same command with a higher --seeds and --overwrite trains only what is missing"
+    if found is None:
+        text = f"Keep {baseline}: none of the others does better here."
+    elif found["p_holm"] is None:
+        text = f"Train three seeds or more before choosing: {again}."
+    elif found["p_holm"] > LINE:
+        text = f"Keep {baseline}, or train more seeds to see smaller gains: {again}."
+    else:
+        text = f"Use {best['name']}."
+    return [text + _next(best)]
+
+
+def _next(method: ComparedMethod) -> str:
+    """Return a sentence on which of a method's two gaps is clearly the larger; empty where neither is."""
+    gaps: Any = method["gaps"] or {}
+    known = [(one, part) for part in PARTS if (one := gaps.get(part)) and one["ci95"]]
+    if len(known) < len(PARTS):
+        return ""
+    (large, part), (small, other) = sorted(known, key=lambda pair: -pair[0]["points"])
+    if large["ci95"][0] <= small["ci95"][1]:
+        return ""
+    what = "better features" if part == "representation" else "a better classifier"
+    lacks = f"its {part} gap, {points(large['points'])} points, is clearly larger than its {other} gap"
+    return f" Then look for {what}: {lacks}, {points(small['points'])}."
+
+
 def summary_rows(result: Comparison) -> tuple[list[str], list[list[str]]]:
     """Return the heading and a line a method, the most accurate first, as a terminal shows them.
 

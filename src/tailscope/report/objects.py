@@ -187,6 +187,7 @@ class Comparison(Result):
         found = [
             *comparison.findings(self._stored),
             *(f"Keep in mind: {one}" for one in comparison.caveats(self._stored)[:1]),
+            *(f"What to do: {one}" for one in comparison.advice(self._stored)),
         ]
         widths = [max(map(len, column)) for column in zip(heading, *lines, strict=True)]
         rows = (

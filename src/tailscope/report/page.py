@@ -1,6 +1,7 @@
 """The page: everything that stored results say, in one HTML file that loads nothing from anywhere."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -11,7 +12,7 @@ from typing import Any
 
 import vl_convert
 from jinja2 import Environment, FunctionLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 import tailscope
 from tailscope.groups import GROUPS
@@ -38,6 +39,7 @@ from tailscope.report.thumbnails import Thumbnails
 from tailscope.store.files import write
 
 LAST_SECTIONS = (("warnings", "Warnings"), ("provenance", "How it was made"), ("words", "Words"))
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 Facts = list[tuple[str, str]]
 
 
@@ -150,7 +152,6 @@ def of_diagnosis(result: Diagnosis, thumbnails: Thumbnails | None = None) -> Pag
     test_images = dataset.get("test_images")
     beside = encoders.findings(result)[1:]
     shown = None if thumbnails is None else thumbnails.shown(result)
-    named = {"comparison": ("encoders", "Encoders"), "advice": ("advice", "What to try")}
     inputs = [
         (f"{encoder}, {role}", f"{one['source']} (SHA-256 {one['sha256'][:12]})")
         for encoder, given in result["spec"]["encoders"].items()
@@ -174,7 +175,8 @@ def of_diagnosis(result: Diagnosis, thumbnails: Thumbnails | None = None) -> Pag
         ],
         "sections": [
             ("verdict", "Verdict"),
-            *(section for field, section in named.items() if result.get(field)),
+            *([("encoders", "Encoders")] if result.get("comparison") else []),
+            *([("advice", "What else to try")] if result["advice"][1:] else []),
             ("by-count", "By count"),
             ("classes-table", "Classes"),
             *([("samples", "Samples")] if result.get("drilldown") else []),
@@ -200,7 +202,7 @@ def of_comparison(result: Comparison) -> Page:
         "headline": comparison.headline(result),
         "findings": comparison.findings(result),
         "caveats": comparison.caveats(result),
-        "advice": [],
+        "advice": [{"text": text} for text in comparison.advice(result)],
         "warnings": result["warnings"],
         "dataset": result["dataset"],
         "recipe": result["recipe"],
@@ -337,7 +339,7 @@ def _template(name: str) -> Any:
     environment = Environment(
         loader=FunctionLoader(_asset), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["prose"] = lambda text: text.replace(" %", "\u00a0%").replace(" → ", "\u00a0→\u00a0")
+    environment.filters["prose"] = _prose
     return environment.get_template(name)
 
 
@@ -346,6 +348,16 @@ def _vega() -> str:
     """Return the Vega runtime as one script; nothing in it may end the script early."""
     bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     return bundle.replace("</script", "<\\/script")
+
+
+def _prose(text: str) -> Markup:
+    r"""Return text as HTML in which no unit, arrow or option of the command line breaks in the middle.
+
+    >>> str(_prose("1 % of <b>: give --ceiling"))
+    '1\xa0% of &lt;b&gt;: give <code>--ceiling</code>'
+    """
+    kept = text.replace(" %", "\u00a0%").replace(" → ", "\u00a0→\u00a0")
+    return Markup(OPTION.sub(r"<code>\g<0></code>", str(escape(kept))))
 
 
 def _asset(name: str) -> str:
