@@ -26,7 +26,7 @@ from tailscope.networks import MODELS
 from tailscope.seeds import numpy_stream
 from tailscope.store import Store
 from tailscope.training.step import Normalizer
-from tailscope.verbs import diagnose, rebalance
+from tailscope.verbs import REBALANCED, diagnose, rebalance
 
 BATCH = 500
 IntArray = NDArray[np.int64]
@@ -64,8 +64,9 @@ def run(store: Path, data: Path, work: Path) -> list[dict[str, Any]]:
             name = f"{key[:12]} {case.share:g}{' rest' if case.rest else ''}"
             if name not in kept.records:
                 kept.add({"case": name, **about, **examine(user, case)})
-            found.append(kept.records[name])
-            print(found[-1], flush=True)
+            print(kept.records[name], flush=True)
+            if kept.records[name]["advised"] is not None:
+                found.append(kept.records[name])
     return found
 
 
@@ -119,7 +120,10 @@ class User:
 
 
 def examine(user: User, case: Case) -> dict[str, Any]:
-    """Diagnose the network on what a user has, patch its checkpoint, and measure what that gains on other images."""
+    """Diagnose the network on what a user has, patch its checkpoint, and measure what that gains on other images.
+
+    `advised` is None where no classifier gains anything by the diagnosis, so that nothing is promised.
+    """
     labels = user.test.labels.numpy()
     held_out = _held_out(labels, case.share)
     out, images = user.folder / ("rest" if case.rest else "out"), user.folder / "images.npz"
@@ -132,6 +136,8 @@ def examine(user: User, case: Case) -> dict[str, Any]:
         model=model, checkpoint=checkpoint, data=str(images), subset=subset, normalize=_as_option(user.normalize),
         out=out, batch=BATCH, device="cpu", overwrite=True, report=False, permutations=0,
     )  # fmt: skip
+    if not (out / REBALANCED).exists():
+        return {"advised": None}
     patched.unlink(missing_ok=True)
     rebalance(out, model, checkpoint, to=patched)
     others = np.setdiff1d(np.arange(len(labels)), held_out)

@@ -119,12 +119,22 @@ def test_scaled_features_get_a_classifier_of_their_own_scale():
 
     def draw(counts):
         labels = np.repeat(np.arange(4), counts)
-        return centres[labels] + rng.normal(size=(len(labels), 6)) * 3e-21, labels
+        return centres[labels] + rng.normal(size=(len(labels), 6)) * 9e-21, labels
 
     train, unseen, test = draw([80, 40, 10, 5]), draw(40), draw(100)
     given = tailscope.diagnose(train, unseen, test=test, permutations=0)
     reached = (given.rebalanced().estimator().predict(test[0].astype(np.float64)) == test[1].astype(str)).mean()
     assert reached == pytest.approx(given["accuracy"]["rebalanced"]["mean"], abs=0.01)
+
+
+def test_a_classifier_that_gains_nothing_is_not_handed_out():
+    labels = np.repeat(np.arange(4), [80, 40, 10, 5]), np.repeat(np.arange(4), 40)
+    rng = np.random.default_rng(0)
+    apart = [(100 * np.eye(4)[y] + rng.normal(size=(len(y), 4)), y) for y in labels]
+    result = tailscope.diagnose(*apart, permutations=0)
+    assert result["verdict"]["rebalancing_gap"]["points"] == 0
+    with pytest.raises(UserError, match="recommends no classifier"):
+        result.rebalanced()
 
 
 def test_where_nothing_can_be_recommended_there_is_no_classifier(tmp_path):

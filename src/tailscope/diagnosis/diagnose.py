@@ -221,9 +221,11 @@ def run(
 
 
 def _layer(result: dict[str, Any], outcomes: "Outcomes | None", inputs: Inputs) -> LinearLayer | None:
-    """Return the best remedy that is a linear layer; None where no remedy can be advised."""
+    """Return the best remedy that is a linear layer; None where no remedy can be advised, or none gains anything."""
     verdict = result["verdict"]
     if outcomes is None or outcomes.layer is None or verdict.get("withheld") or not verdict["above_chance"]:
+        return None
+    if verdict["rebalancing_gap"]["points"] <= 0:
         return None
     weight, bias = (np.asarray(values, np.float32) for values in outcomes.layer[1:])
     return LinearLayer.from_arrays(weight, bias, class_names=inputs.names, source=outcomes.layer.name)
