@@ -220,7 +220,7 @@ def test_a_diagnosis_says_which_classes_its_gains_leave_out():
     train, unseen, test = blobs([60, 30, 8, 6]), blobs([0, 30, 30, 30], seed=1), blobs([30] * 4, seed=2)
     found = tailscope.diagnose(train, unseen, test=test, permutations=0)
     first = found["verdict"]["caveats"][0]
-    assert first.startswith("'0' has too few unseen samples: accuracies and gains leave it out")
+    assert first.startswith("“0” has too few unseen samples: accuracies and gains leave it out")
     assert first in found.summary().splitlines()[1]
     assert "unseen" not in found["accuracy"]["rebalanced"]["classifier"]  # such a one would not know the class
     whole = tailscope.diagnose(train, blobs([30] * 4, seed=1), test=test, permutations=0)

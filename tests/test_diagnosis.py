@@ -375,7 +375,9 @@ def compared():
 def test_encoders_are_compared_by_paired_intervals(compared):
     found = compared
     assert list(found["encoders"]) == ["bad", "good"]
-    assert {field: found[field] for field in found["encoders"]["bad"]} == found["encoders"]["bad"]
+    first, change = found["encoders"]["bad"], found["advice"][0]
+    assert {field: found[field] for field in first} == {**first, "advice": [change, *first["advice"]]}
+    assert change["text"].startswith("Use “good” instead of “bad”: ")
     other = found["comparison"]["encoders"]["good"]
     assert other["accuracy"]["classifier_bound"]["ci95"][0] > 0.3
     gains = [found["encoders"][name]["accuracy"]["current"]["mean"] for name in ("bad", "good")]

@@ -16,7 +16,7 @@ from tailscope.device import Runtime
 from tailscope.diagnosis.compare import compare, confusable_pairs, paired_inputs, same_names
 from tailscope.diagnosis.inputs import Inputs, bursts, read, without_far_rows
 from tailscope.diagnosis.soundness import doubts, doubts_of_outcomes
-from tailscope.errors import UserError
+from tailscope.errors import UserError, first_few
 from tailscope.groups import GROUPS
 from tailscope.measures import GeometryResult, describe
 from tailscope.measures.collapse import class_means, collapse
@@ -26,7 +26,6 @@ from tailscope.progress import Progress
 from tailscope.registry import plugins_named
 from tailscope.report.text import percent
 from tailscope.results import command, versions
-from tailscope.tables.checks import listed
 from tailscope.tables.mapped import map_rows
 from tailscope.tables.table import FeatureTable, LinearLayer, Source, several
 
@@ -337,7 +336,8 @@ def _left_out(names: Sequence[str]) -> str:
     """Say which classes no number is of: a re-balanced classifier that takes from them looks better than it is."""
     has, them = ("has", "it") if len(names) == 1 else ("have", "them")
     cost = f"what re-balancing costs {them} is not seen"
-    return f"{listed(names)} {has} too few unseen samples: accuracies and gains leave {them} out, and {cost}. Add some."
+    named = first_few([f"“{name}”" for name in names])
+    return f"{named} {has} too few unseen samples: accuracies and gains leave {them} out, and {cost}. Add some."
 
 
 def _free_name(name: str, taken: dict[str, Inputs]) -> str:

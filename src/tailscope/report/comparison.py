@@ -266,12 +266,12 @@ def methods_table(result: Comparison) -> Table:
             "Expected calibration error: mean distance of confidence from accuracy.",
         ),
         Column(
-            "backbone_seconds", "backbone, s", "plain", "Seconds that training the backbone took; methods share it."
+            "backbone_seconds", "backbone, s", "seconds", "Seconds that training the backbone took; methods share it."
         ),
         Column(
             "classifier_seconds",
             "classifier, s",
-            "plain",
+            "seconds",
             "Seconds that fitting its own classifier took, on stored features.",
         ),
         Column("backbone", "trained on", "text", "Training set and changes of stage 1."),

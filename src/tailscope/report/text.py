@@ -142,6 +142,7 @@ WRITERS: dict[str, Callable[[Any], str]] = {
     "points": points,
     "degrees": lambda value: number(value, 1),
     "plain": significant,
+    "seconds": lambda value: significant(value) if value is None or value < 10 else number(value, 0),
     "squared": significant,
     "p": p_value,
 }
