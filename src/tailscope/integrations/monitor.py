@@ -96,8 +96,8 @@ class Monitor:
         >>> for epoch in range(4):
         ...     # train an epoch here
         ...     _ = monitor(network, epoch)
-        >>> [moment.epoch for moment in monitor.history]
-        [1, 3]
+        >>> print(*(moment.epoch for moment in monitor.history))
+        1 3
 
     Attributes:
         history: the diagnoses so far.
