@@ -43,7 +43,7 @@ from tailscope.report.schema import PARTS
 from tailscope.seeds import numpy_stream
 from tailscope.spec import RunSpec, StageSpec, backbone_key
 from tailscope.training.objective import Objective
-from tailscope.training.recipes import Recipe, augmentations_of, require_fitting, with_plugins
+from tailscope.training.recipes import Recipe, augmentations_of, with_plugins
 
 Tune = Literal["none", "cut"]
 Gaps = Literal["all", "bounds", "none"]
@@ -214,19 +214,13 @@ def _said(value: Any) -> str:
 
 
 def _changed(make: Callable[..., StageSpec], data: TrainingSet, changes: Mapping[str, Any]) -> StageSpec:
-    """Return a stage of a recipe, which `make` makes, with the changes of a method.
-
-    Raises:
-        UserError: the parts of the stage do not fit each other.
-    """
+    """Return a stage of a recipe, which `make` makes, with the changes of a method; `Objective` sees if they fit."""
     changes = spelled(changes)
     stage = make(data.spec, autoaugment=changes.pop("autoaugment", False))
     known = augmentations_of(stage.augment)
     added = tuple(known.canonical(call) for call in changes.pop("augment", ()))
     values = {**dict(stage), **changes, "augment": (*stage.augment, *added)}
-    changed = StageSpec.model_validate(values)
-    require_fitting(changed)
-    return with_plugins(changed)
+    return with_plugins(StageSpec.model_validate(values))
 
 
 def _chosen_runs(

@@ -22,12 +22,10 @@ Sampler: TypeAlias = Callable[..., Tensor]
 @SAMPLERS.register("instance")
 def instance(labels: Tensor, num_classes: int, /) -> Sampler:
     """Every image equally often: random permutations, one after the other, cut at n indices."""
-    size = len(labels)
+    places = torch.arange(len(labels), device=labels.device)
 
     def draw(n: int, generator: Generator) -> Tensor:
-        rounds = -(-n // size)
-        orders = [torch.randperm(size, generator=generator, device=labels.device) for _ in range(rounds)]
-        return torch.cat([*orders, labels.new_empty(0)])[:n]
+        return _shuffles(places, n, generator)
 
     return draw
 
