@@ -276,9 +276,7 @@ def softmax_path(
         basis, inverse = _damped_whitening(*axes, variance, l2, dtype)
         first = [torch.zeros(classes, dims, dtype=dtype), torch.zeros(classes, dtype=dtype)]
         if start is not None:
-            weight, bias = (torch.tensor(value, dtype=torch.float64) for value in start)
-            bias = (bias + weight @ origin).to(dtype)
-            weight = (weight if span is None else weight @ span).to(dtype)
+            weight, bias = _narrowed(*_doubles(start), span, origin, dtype)
             first = [weight @ inverse, bias + weight @ mean]
         expand = _expansion(basis, mean, 0.5 * l2 * variance.to(dtype))
         (weight, bias), iterations = minimise(first, expand, row_loss, rows, classes, stopping)
@@ -313,8 +311,8 @@ def fit_scaled_softmax(
     basis, _ = _damped_whitening(*axes, variance, penalties[0], dtype)
     changed = _expansion(basis, mean, 0.5 * penalties[0] * variance.to(dtype))
     loss_of = _row_loss(features, torch.from_numpy(y), sample_weight, None, smoothing)
-    weight, bias = (torch.tensor(value, dtype=torch.float64) for value in fixed)
-    narrow = (weight if span is None else weight @ span).to(dtype), (bias + weight @ origin).to(dtype)
+    weight, bias = _doubles(fixed)
+    narrow = _narrowed(weight, bias, span, origin, dtype)
 
     def expand(parameters: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor]:
         expanded, penalty = changed(parameters[:2])
@@ -385,6 +383,18 @@ def _row_space(features: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
     origin = wide.mean(dim=0)
     span, coordinates = torch.linalg.qr((wide - origin).T)
     return coordinates.T.to(features.dtype).contiguous(), span, origin
+
+
+def _doubles(layer: tuple[Floats, Floats]) -> tuple[Tensor, Tensor]:
+    weight, bias = (torch.tensor(value, dtype=torch.float64) for value in layer)
+    return weight, bias
+
+
+def _narrowed(
+    weight: Tensor, bias: Tensor, span: Tensor | None, origin: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return weight [C, d] and bias [C] of features as they are, in float64, for those of `_row_space`."""
+    return (weight if span is None else weight @ span).to(dtype), (bias + weight @ origin).to(dtype)
 
 
 def _spectrum(features: Tensor, sample_weight: Tensor, width: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
