@@ -173,10 +173,12 @@ A factory is registered under a name. What stands before the `/` the program sup
   takes; `task(images, generator)` returns the images as they are shown, and the answers, int64 [B].
 - A **last layer** takes the network's linear layer and returns the module in its place, features [B, d] to logits [B,
   C]. It has `as_linear()`, a weight and a bias that decide alike, and `cosines(features)` or `distances(features)`
-  if it computes them.
+  if it computes them. Where that linear layer's logits are not the layer's own, as with cosines, `inputs(features)` is
+  what `on_inputs()`, a weight and a bias, makes them of: what re-balances a classifier starts from these.
 - A **model** takes the numbers of channels and classes. It has `features(images)` [B, d], `feature_dim` and
   `classifier`, a linear layer. To be mixed inside it has `hidden_places`, and `features(images, between)` calls
-  `between(place, activations)` at each.
+  `between(place, activations)` at each. To end in two branches, for `bbn`, it names its last stage, a sequence of
+  blocks whose channels are averaged to features, in `last_stage`.
 
 `progress` is the share of the training that is done, in [0, 1): a tensor for losses and weights, since a GPU replays
 captured steps (so `torch.where`, not `if`), and a plain number for samplers, as it is when the epoch begins.

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
-from torch import Tensor, nn
+from torch import Tensor
 
 from tailscope.classifiers import CLASSIFIERS
 from tailscope.classifiers.base import Diverged
@@ -31,11 +31,12 @@ from tailscope.errors import UserError, unknown
 from tailscope.experiments import plans
 from tailscope.experiments.options import Comparison, Request
 from tailscope.experiments.runs import Experiment, Run, Settings, evaluate, store_root, training_sets
-from tailscope.experiments.stages import Backbone, Stages, TrainingSet, pretraining
+from tailscope.experiments.stages import SPENT, Backbone, Stages, TrainingSet, labeller, pretraining
 from tailscope.intervals import holm, p_of_zero, paired, summarize
 from tailscope.methods import LOSSES, MIXINGS, SAMPLERS, TASKS, WEIGHTS
 from tailscope.methods.systems import Method, System, parse
 from tailscope.networks import LAST_LAYERS
+from tailscope.networks.last_layers import as_sure
 from tailscope.registry import Registry
 from tailscope.report import build
 from tailscope.report.objects import Comparison as Compared
@@ -63,6 +64,7 @@ CALLS: dict[str, Registry[Any]] = {
     "mix": MIXINGS,
     "last_layer": LAST_LAYERS,
     "pretrain": TASKS,
+    "second_sampler": SAMPLERS,
 }
 """Fields of a stage that are call-strings; in keys of the store they are written in full."""
 
@@ -133,7 +135,8 @@ def compare(stages: Stages, settings: CompareSettings) -> dict[str, Any]:
             found.add(run, backbone, _scored(stages, run, backbone, label, found.notes))
     result = experiment.header("compare")
     labels, methods = stages.data.test.labels.numpy(), settings.parsed()
-    result["warnings"] += [*found.notes, *_same_predictions(found, methods)]
+    unlabelled = len(stages.data.train) - sum(result["counts"])
+    result["warnings"] += [*_unlabelled(methods, unlabelled), *found.notes, *_same_predictions(found, methods)]
     entries = [_entry(found, method, methods[0], settings, labels, result["groups"]) for method in methods]
     others = [entry for entry in entries if entry["difference"]]
     _adjust([entry["difference"] for entry in others])
@@ -168,6 +171,8 @@ def _runs(
     recipe, by_backbone = settings.recipe, defaultdict[str, list[_Run]](list)
     for method in methods:
         run = _run_of(method, recipe, sets["lt"], seed)
+        if run.stage1.unlabelled and len(run.trained_on.rows) == len(sets["true"].rows):
+            raise UserError(f"{method.name}: --profile {settings.profile} leaves no training images to be unlabelled")
         by_backbone[run.backbone_key].append(run)
     for runs in by_backbone.values():
         yield from runs
@@ -188,6 +193,8 @@ def _run_of(method: Method, recipe: Recipe, data: TrainingSet, seed: int) -> _Ru
     """
     system = method.system()
     stage1 = _changed(recipe.backbone, data, system.stage1)
+    if stage1.unlabelled and data.name == "cut":
+        raise UserError(f"--tune cut: {method.name} trains on held-out images too; write its hyper-parameters out")
     stage2 = None if system.stage2 is None else _changed(recipe.classifier, data, system.stage2)
     for stage in filter(None, (stage1, stage2)):
         Objective(stage, data.spec.counts, 1, seed, torch.device("cpu"))
@@ -248,6 +255,9 @@ def plan(stages: Stages, settings: CompareSettings) -> dict[str, Any]:
             if run.stage1.pretrain:
                 before = row | {"name": f"{run.encoder}, pre-training"}
                 rows.setdefault(("pretrained", backbone_key(pretraining(run.stage1), seed)), before)
+            if run.stage1.unlabelled:
+                first = row | {"name": f"{run.encoder}, to label the others"}
+                rows.setdefault(("stage1", backbone_key(labeller(run.stage1), seed)), first)
             rows.setdefault(("stage1", run.backbone_key), row)
             if (spec := run.spec()) is not None:
                 rows.setdefault(("stage2", spec.key()), row | {"what": "classifier", "name": run.row})
@@ -331,7 +341,7 @@ class _Outcomes:
         """Take in a method's outcome of one seed."""
         self.scored[run.row].append(scored)
         self.runs[run.row].append(run)
-        self.seconds[run.row].append(sum(float(backbone.meta.get(n, 0)) for n in ("pretraining_seconds", "seconds")))
+        self.seconds[run.row].append(sum(float(backbone.meta.get(n, 0)) for n in SPENT))
 
     def predicted(self, method: Method) -> IntArray:
         """Return a method's predictions [S, M]."""
@@ -360,17 +370,15 @@ def _classifier(
     stages: Stages, run: _Run, backbone: Backbone, label: str, notes: list[str]
 ) -> tuple[Backbone, Logits, float]:
     """Return the backbone as a method's classifier sees it, that classifier, and the seconds that fitting it took."""
-    weight, bias, seconds, rows = backbone.weight, backbone.bias, 0.0, run.trained_on.rows
+    (inputs, weight, bias), seconds, rows = as_sure(backbone.model.classifier), 0.0, run.trained_on.rows
     if run.stage2 is not None:
         spec = cast(RunSpec, run.spec())
         backbone = stages.for_stage2(backbone, run.stage2, rows, run.seed)
         artifact = stages.classifier(spec, backbone, rows, label)
-        weight, bias, seconds = artifact.tensors["weight"], artifact.tensors["bias"], float(artifact.meta["seconds"])
+        inputs, weight, bias = Tensor.float, artifact.tensors["weight"], artifact.tensors["bias"]
+        seconds = float(artifact.meta["seconds"])
     if run.system.classifier is None:
-        layer = backbone.model.classifier
-        if run.stage2 is None and not isinstance(layer, nn.Linear):  # as a linear one it decides alike, not as surely
-            return backbone, partial(_through, layer), seconds
-        return backbone, lambda features: (features @ weight.T + bias).numpy(), seconds
+        return backbone, lambda features: (inputs(features) @ weight.T + bias).numpy(), seconds
     if run.system.bn_mode != "frozen":
         changes = {"bn_mode": run.system.bn_mode, "sampler": "class_balanced", "views": 1}
         seen = run.stage1.model_copy(update=changes)
@@ -379,24 +387,18 @@ def _classifier(
     model = CLASSIFIERS.make(run.system.classifier)
     if getattr(model, "base", None) == "softmax":  # unless another was asked for, it re-balances the network's own
         model.set_params(base=fixed(weight.numpy(), bias.numpy()))
+    else:
+        inputs = Tensor.float
     started = time.monotonic()
     with stages.runtime.progress.task(label, 1) as advance, warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", ConvergenceWarning)
         try:
-            model.fit(features.numpy(), labels.numpy())
+            model.fit(inputs(features).numpy(), labels.numpy())
         except ValueError as error:
             raise UserError(f"{label}: the classifier {run.system.classifier} cannot be fitted: {error}") from None
         advance(1)
     notes += [f"{label}: {one.message}" for one in told if issubclass(one.category, ConvergenceWarning)]
-    return backbone, lambda features: model.logits(features.numpy()), seconds + time.monotonic() - started
-
-
-@torch.inference_mode()
-def _through(layer: nn.Module, features: Tensor) -> Floats:
-    """Return what a network's last layer, on any device, makes of features [n, d]."""
-    device = next(layer.parameters()).device
-    logits: Floats = layer(features.to(device)).float().cpu().numpy()
-    return logits
+    return backbone, lambda features: model.logits(inputs(features).numpy()), seconds + time.monotonic() - started
 
 
 # -- what the result says ---------------------------------------------------------------------------------------------
@@ -465,6 +467,16 @@ def _adjust(tested: Sequence[dict[str, Any]]) -> None:
     """Add Holm's p-values to the tests of one question."""
     for one, p in zip(tested, holm([one["p"] for one in tested]), strict=True):
         one["p_holm"] = p
+
+
+def _unlabelled(methods: Sequence[Method], images: int) -> list[str]:
+    """Return a warning for each method that sees the images outside of the long-tailed subset without labels."""
+    return [
+        f"{method.name} sees {images:,} training images without their labels, which methods that are not named here do"
+        " not see: its gain over these is not that of a method alone"
+        for method in methods
+        if "unlabelled" in method.system().stage1
+    ]
 
 
 def _same_predictions(found: _Outcomes, methods: Sequence[Method]) -> list[str]:

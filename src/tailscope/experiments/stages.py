@@ -101,6 +101,15 @@ def pretraining(stage: StageSpec) -> StageSpec:
     return with_plugins(first)
 
 
+def labeller(stage: StageSpec) -> StageSpec:
+    """Return the stage whose network labels the images of a stage that has `unlabelled`: the same without them."""
+    return stage.model_copy(update={"unlabelled": None})
+
+
+SPENT = ("pretraining_seconds", "labeller_seconds", "seconds")
+"""What the description of a backbone says of the time that it took."""
+
+
 @dataclass(frozen=True, eq=False)
 class TrainingSet:
     """Rows of the true training set, by their name (lt, true or matched), with the spec that describes them."""
@@ -192,10 +201,11 @@ class Stages:
         key = backbone_key(stage, seed)
         if key not in self._models:
             start, before = self._pretrained(stage, rows, seed, label) if stage.pretrain else ({}, {})
+            labelled, told = self._labelled(stage, rows, seed, label) if stage.unlabelled else (None, {})
 
             def make(scratch: Path) -> tuple[Tensors, Meta]:
-                tensors, meta = self._train(stage, rows, seed, scratch, label, start)
-                return {**tensors, "rows": torch.from_numpy(rows)}, {**meta, **before}
+                tensors, meta = self._train(stage, rows, seed, scratch, label, start, labelled)
+                return {**tensors, "rows": torch.from_numpy(rows)}, {**meta, **before, **told}
 
             artifact = self._get_or_train("stage1", key, make, label)
             self._models = {key: self._load(key, stage, artifact)}  # one at a time: a plan groups runs by backbone
@@ -211,16 +221,40 @@ class Stages:
         weights = {name: t for name, t in artifact.tensors.items() if not name.startswith("classifier.")}
         return weights, {"pretrained": key, "pretraining_seconds": artifact.meta["seconds"]}
 
+    def _labelled(
+        self, stage: StageSpec, rows: Rows, seed: int, label: str
+    ) -> tuple[tuple[Rows, Tensor], dict[str, Any]]:
+        """Return all rows but `rows` with the labels that are predicted for them, int64, and what predicted these.
+
+        The network that predicts is trained or recalled as `labeller` says, which the stage's key thus covers.
+        """
+        first = self.backbone(labeller(stage), rows, seed, f"{label}, to label the others")
+        others = np.setdiff1d(np.arange(len(self.data.train)), rows)
+        logits = self.clean_features(first, "train", others) @ first.weight.T + first.bias
+        told = {"labeller": first.key, "labeller_seconds": first.meta["seconds"], "unlabelled_images": len(others)}
+        return (others, logits.argmax(1)), told
+
     def _train(
-        self, stage: StageSpec, rows: Rows, seed: int, scratch: Path, label: str, start: Tensors
+        self,
+        stage: StageSpec,
+        rows: Rows,
+        seed: int,
+        scratch: Path,
+        label: str,
+        start: Tensors,
+        labelled: tuple[Rows, Tensor] | None = None,
     ) -> tuple[Tensors, Meta]:
         data, own = self.data.train.take(rows), (self.runtime, scratch, label, self._team, self._workers, start)
+        if labelled is not None:
+            whole = self.data.train.take(np.concatenate([rows, labelled[0]]))
+            data = replace(cast(Any, whole), labels=torch.cat([data.labels, labelled[1]]))
         with self._team.lead((stage, data, seed, start)):
             return Training(stage, data, self.normalize, seed, *own).run()
 
     def _load(self, key: str, stage: StageSpec, artifact: Artifact) -> Backbone:
         assert stage.model is not None
-        model = new_model(stage.model, self.data.train.channels, self.data.train.num_classes, 0, stage.last_layer)
+        size = self.data.train.channels, self.data.train.num_classes
+        model = new_model(stage.model, *size, 0, stage.last_layer, stage.branches)
         state = {name: t for name, t in artifact.tensors.items() if name != "rows"}
         model.load_state_dict(state)
         model = model.to(self.runtime.device).eval()
@@ -349,7 +383,7 @@ def _view_label(stage: StageSpec, view: int) -> str:
 
 
 class _Estimating(nn.Module):
-    """A network that, whatever mode it is set to, normalises by batches and averages their statistics."""
+    """A network in eval mode that all the same normalises by batches and averages their statistics."""
 
     def __init__(self, model: nn.Module) -> None:
         """Forget the running statistics of `model`, which is changed."""
@@ -361,7 +395,9 @@ class _Estimating(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Return the features [n, d] of a normalised batch [n, C, H, W], and count its statistics in."""
-        return cast(CifarResNet, self.model.train()).features(images)
+        for layer in self._layers().values():
+            layer.train()
+        return cast(CifarResNet, self.model).features(images)
 
     def statistics(self) -> dict[str, Tensor]:
         """Return the running statistics under their names in the model's state."""

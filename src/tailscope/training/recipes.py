@@ -53,12 +53,16 @@ def require_fitting(stage: StageSpec) -> None:
     """Refuse a stage whose loss, last layer, mixing and sampler do not fit each other.
 
     Raises:
-        UserError: the loss needs what the last layer does not compute, or images that are not mixed; or the
-            sampler changes with time, in stage 2, whose samples are drawn beforehand.
+        UserError: the loss needs what the last layer does not compute, or images that are not mixed; two branches meet
+            another mixing or pre-training; or the sampler changes with time, in stage 2, whose samples are drawn
+            beforehand.
     """
     _require_last_layer(stage.loss, stage.last_layer)
-    if "unmixed" in LOSSES.needs(stage.loss) and stage.mix:
-        raise UserError(f"loss {stage.loss}: means nothing for mixed images; take another, or leave out {stage.mix}")
+    mixes = stage.mix or (stage.second_sampler and "two branches")
+    if "unmixed" in LOSSES.needs(stage.loss) and mixes:
+        raise UserError(f"loss {stage.loss}: means nothing for mixed images; take another, or leave out {mixes}")
+    if stage.second_sampler and (other := stage.mix or stage.pretrain):
+        raise UserError(f"a network of two branches cannot be trained with {other}; leave one of the two out")
     if stage.model is None and "progress" in SAMPLERS.needs(stage.sampler):
         raise UserError(
             f"sampler {stage.sampler}: changes while a stage is trained, and stage 2's samples are drawn before it"
@@ -96,6 +100,7 @@ def with_plugins(stage: StageSpec) -> StageSpec:
         (LAST_LAYERS, stage.last_layer),
         *((one, call) for one, call in ((MODELS, stage.model), (MIXINGS, stage.mix), (WEIGHTS, stage.weights)) if call),
         *((TASKS, call) for call in (stage.pretrain, stage.task) if call),
+        *((SAMPLERS, call) for call in (stage.second_sampler,) if call),
     ]
     return stage.model_copy(update={"plugins": tuple((one.name, one.sha256) for one in plugins_named(named))})
 
