@@ -128,6 +128,21 @@ def test_weighted_losses_are_a_loop_mixed_and_unmixed():
     assert float(found) == pytest.approx(np.mean(expected), rel=1e-5)
 
 
+def test_logits_are_adjusted_by_the_prior_that_the_second_network_was_trained_on(tmp_path):
+    lab = experiment_setups.lab(tmp_path)
+    result = compare.compare(lab, settings("ce; pseudo_labels + la; pseudo_labels + crt", gaps="none"))
+    stage, lt = stage_of(lab)
+    backbone = lab.backbone(stage, lt.rows, 0, "")
+    stored = lab.store.read("stage1", backbone_key(stage, 0)).tensors
+    seen = np.concatenate([lab.data.train.labels[lt.rows].numpy(), stored["predicted"].numpy()])
+    assert len(seen) == 500
+    features = lab.clean_features(backbone, "test").double().numpy()
+    logits = features @ stored["classifier.weight"].double().numpy().T + stored["classifier.bias"].double().numpy()
+    right = (logits - np.log(np.bincount(seen) / 500)).argmax(1) == lab.data.test.labels.numpy()
+    assert result["methods"][1]["mean"] == pytest.approx(right.mean())
+    assert result["provenance"][2]["stage2_counts"] == list(lt.spec.counts)
+
+
 def test_the_second_network_takes_as_many_steps_as_any_other(tmp_path):
     stage, lt = stage_of(experiment_setups.lab(tmp_path))
     for train in ({"steps": 7}, {"epochs": 2, "steps": None}):

@@ -383,7 +383,8 @@ def _classifier(
         changes = {"bn_mode": run.system.bn_mode, "sampler": "class_balanced", "views": 1}
         seen = run.stage1.model_copy(update=changes)
         backbone = stages.for_stage2(backbone, seen, rows, run.seed)
-    features, labels = stages.clean_features(backbone, "train", rows), stages.data.train.labels[rows]
+    rows, labels = stages.trained_on(backbone, rows)
+    features = stages.clean_features(backbone, "train", rows)
     model = CLASSIFIERS.make(run.system.classifier)
     if getattr(model, "base", None) == "softmax":  # unless another was asked for, it re-balances the network's own
         model.set_params(base=fixed(weight.numpy(), bias.numpy()))

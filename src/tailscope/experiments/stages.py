@@ -121,7 +121,11 @@ class TrainingSet:
 
 @dataclass(frozen=True, eq=False)
 class Backbone:
-    """A trained, frozen encoder with where it came from, and a linear layer that decides as its own classifier does."""
+    """A trained, frozen encoder with where it came from, and a linear layer that decides as its own classifier does.
+
+    Attributes:
+        predicted: labels, int64, that it was trained on of the images that its stage has without labels; None without.
+    """
 
     key: str
     stage1: StageSpec
@@ -129,6 +133,7 @@ class Backbone:
     meta: dict[str, Any]
     weight: Tensor
     bias: Tensor
+    predicted: Tensor | None = None
 
 
 class Stages:
@@ -205,7 +210,8 @@ class Stages:
 
             def make(scratch: Path) -> tuple[Tensors, Meta]:
                 tensors, meta = self._train(stage, rows, seed, scratch, label, start, labelled)
-                return {**tensors, "rows": torch.from_numpy(rows)}, {**meta, **before, **told}
+                predicted = {} if labelled is None else {"predicted": labelled[1]}
+                return {**tensors, "rows": torch.from_numpy(rows), **predicted}, {**meta, **before, **told}
 
             artifact = self._get_or_train("stage1", key, make, label)
             self._models = {key: self._load(key, stage, artifact)}  # one at a time: a plan groups runs by backbone
@@ -229,10 +235,20 @@ class Stages:
         The network that predicts is trained or recalled as `labeller` says, which the stage's key thus covers.
         """
         first = self.backbone(labeller(stage), rows, seed, f"{label}, to label the others")
-        others = np.setdiff1d(np.arange(len(self.data.train)), rows)
+        others = self._others(rows)
         logits = self.clean_features(first, "train", others) @ first.weight.T + first.bias
         told = {"labeller": first.key, "labeller_seconds": first.meta["seconds"], "unlabelled_images": len(others)}
         return (others, logits.argmax(1)), told
+
+    def _others(self, rows: Rows) -> Rows:
+        return np.setdiff1d(np.arange(len(self.data.train), dtype=np.int64), rows)
+
+    def trained_on(self, backbone: Backbone, rows: Rows) -> tuple[Rows, Tensor]:
+        """Return the rows that a backbone with the labels of `rows` was trained on, and the labels that it saw."""
+        labels = self.data.train.labels[rows]
+        if backbone.predicted is None:
+            return rows, labels
+        return np.concatenate([rows, self._others(rows)]), torch.cat([labels, backbone.predicted])
 
     def _train(
         self,
@@ -255,10 +271,11 @@ class Stages:
         assert stage.model is not None
         size = self.data.train.channels, self.data.train.num_classes
         model = new_model(stage.model, *size, 0, stage.last_layer, stage.branches)
-        state = {name: t for name, t in artifact.tensors.items() if name != "rows"}
+        state = dict(artifact.tensors)
+        predicted, _ = state.pop("predicted", None), state.pop("rows", None)
         model.load_state_dict(state)
         model = model.to(self.runtime.device).eval()
-        return Backbone(key, stage, model, artifact.meta, *as_linear(model.classifier))
+        return Backbone(key, stage, model, artifact.meta, *as_linear(model.classifier), predicted)
 
     def for_stage2(self, backbone: Backbone, stage2: StageSpec, rows: Rows, seed: int) -> Backbone:
         """Return the backbone as stage 2 on `rows` and the test images see it: itself, or with shifted statistics."""

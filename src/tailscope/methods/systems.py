@@ -414,7 +414,8 @@ def pseudo_labels(omega: float = 1.0) -> System:
     them predicts their labels; a second one, which starts anew, minimises L(own labels) + omega L(predicted labels),
     each a sum over images that are drawn equally often. No label of theirs is ever read, but the images are: other
     methods do not see them, so its gain is not that of a method alone. Both networks are optimised for as many steps as
-    any other method's, so the second sees each image less often.
+    any other method's, so the second sees each image less often. A classifier that is fitted to its features, as in
+    `pseudo_labels + la`, is fitted to both kinds of images; one of a stage 2 to those with labels of their own.
 
     Raises:
         UserError: `omega` is not positive.
