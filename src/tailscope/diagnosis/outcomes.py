@@ -38,7 +38,7 @@ from tailscope.errors import UserError
 from tailscope.intervals import Interval, paired
 from tailscope.measures.rows import scaled
 from tailscope.progress import Progress
-from tailscope.tables.mapped import map_rows
+from tailscope.tables.mapped import map_rows, take_rows
 from tailscope.tables.table import FeatureTable
 
 OWN_CLASSIFIER = "softmax regression on the training features"
@@ -121,7 +121,7 @@ def score(inputs: Inputs, bound_at: int, seed: int, progress: Progress, remedies
         advance(1)
     if is_large(train, len(inputs.names)):
         notes.append(LEFT_OUT)
-    now = Scored.by(current, Rows(scored.features[rows], scored.labels[rows]))
+    now = Scored.by(current, Rows(take_rows(scored.features, rows), scored.labels[rows]))
     for reached, by in ((rebalanced.correct, rebalanced.best), (now.correct, name)):
         if (difference(reached, bound.attained.correct, bound.attained.inflation).ci95 or (0.0,))[0] > 0:
             bound = bound.at_least(reached, by)

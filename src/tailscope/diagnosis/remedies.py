@@ -31,6 +31,7 @@ from tailscope.diagnosis.curve_fits import PENALTIES, BoolArray, Rows, Task
 from tailscope.diagnosis.learning_curve import Fits, final
 from tailscope.errors import UserError, foreign_code
 from tailscope.intervals import FloatArray, Interval, Z, proportion
+from tailscope.tables.mapped import take_rows
 
 TAUS = (0.5, 1.0, 1.5)
 L2S = (0.001, 0.01, 0.1)  # from a classifier in use, which is seldom penalised more
@@ -267,7 +268,7 @@ def choose(
     task, pooled = fits.task, fits.pooled
     held_out = task.fold < len(pooled.classifiers)
     rows = task.rows[held_out]
-    chosen_on = Rows(unseen.features[rows], unseen.labels[rows])
+    chosen_on = Rows(take_rows(unseen.features, rows), unseen.labels[rows])
     tried = {name: Scored.by(classifier, chosen_on) for name, classifier in fitted.items()}
     kept = [s for s in pooled.classifiers[0] if PENALTIES[s] > WEAKEST] or [min(pooled.classifiers[0])]
     # A pooled fit knows no class without unseen samples: it could not take the place of the classifier in use.
@@ -282,7 +283,7 @@ def choose(
         placed, labels, _ = task.test
         scored = _placed(whole, placed, labels)
     else:
-        scored = Scored.by(fitted[nested.best], Rows(test.features[items], test.labels[items]))
+        scored = Scored.by(fitted[nested.best], Rows(take_rows(test.features, items), test.labels[items]))
     best = Selection(scored, proportion(scored.correct[None]), (nested.best,), nested.best, nested.tried)
     return best, layer
 

@@ -190,6 +190,13 @@ class _DiagnosisRequest(DecodingOptions, EncoderOptions, _Samples):
             help="auto, cpu or cuda. [default: auto for a --model, cpu for the geometry; classifiers fit on the CPU]"
         ),
     ] = None
+    memory: Annotated[
+        str | None,
+        Option(
+            help="The most memory to hold, such as 2GiB; features in folders, .npy and .safetensors are not held."
+            " [default: three quarters of the machine's]"
+        ),
+    ] = None
     overwrite: Overwrite = False
     logger: Logger = None
     console: Console | None = None
@@ -248,6 +255,7 @@ def diagnose(request: _DiagnosisRequest) -> "Diagnosis":
     """
     from tailscope.device import Runtime
     from tailscope.diagnosis.diagnose import OtherBound, prepare, run, spec
+    from tailscope.diagnosis.memory import to_bytes, within
     from tailscope.report import build
     from tailscope.report.objects import Diagnosis
     from tailscope.report.thumbnails import Thumbnails
@@ -256,6 +264,7 @@ def diagnose(request: _DiagnosisRequest) -> "Diagnosis":
 
     request.check()
     settings, out = request.settings, None if request.out is None else Path(request.out)
+    limit = None if request.memory is None else to_bytes(request.memory)
     runtime = Runtime.choose(request.device or "cpu", keep_memory=False)
     with shown_on(request.console) as shown, logging_to(shown, request.logger, out) as progress:
         given, pictures = _features_of(request, progress)
@@ -265,7 +274,8 @@ def diagnose(request: _DiagnosisRequest) -> "Diagnosis":
             settings = replace(settings, ceiling_from=other)
         if out is not None:
             check_free(make_folder(out, "--out"), "diagnosis", spec(inputs, settings), overwrite=request.overwrite)
-        found, layer = run(inputs, settings, replace(runtime, progress=progress))
+        with within(inputs, settings.verdict, settings.permutations, limit):
+            found, layer = run(inputs, settings, replace(runtime, progress=progress))
         result = Diagnosis(found, layer, Thumbnails.of(found, pictures, progress))
         progress.log("diagnosis", 0, result.scalars(), last=True)
     if out is not None:
