@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
 from scipy.special import ndtr
 
 from benchmarks.measure import Spread
@@ -81,7 +80,7 @@ def measure(folder: Path, size: Size, part: int) -> dict[str, Any]:
     classifier(folder / "classifier.npz", number, size)
     arguments = ["--train", folder / "train", "--unseen", folder / "unseen", "--out", folder / "out"]
     arguments += ["--classifier", folder / "classifier.npz", "--memory", size.memory]
-    command = [sys.executable, "-m", "tailscope", "--verbose", "diagnose", *map(str, arguments)]
+    command = [sys.executable, "-m", "tailscope", "diagnose", "--verbose", *map(str, arguments)]
     before = os.getloadavg()[0]
     watched = watch(command, {**os.environ, "TAILSCOPE_CACHE": str(folder / "cache")})
     said = json.loads((folder / "out" / "diagnosis.json").read_text(encoding="utf-8"))["dataset"]
