@@ -1,4 +1,4 @@
-"""classes: a diagnosis of ten thousand classes whose truth is known, on two cores: time, memory, files, and who is right.
+"""classes: a diagnosis of ten thousand classes whose truth is known: time, memory, files, and whether it is right.
 
 Classes are Gaussian, so that the best classifier of the true distribution is known: the nearest mean, of means that
 `bound_at` samples of every class give (the truth of docs/verdicts.md, D*, in closed form). Of some classes the features

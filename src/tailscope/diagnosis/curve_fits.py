@@ -20,6 +20,7 @@ from tailscope.classifiers.estimators import balanced_weights
 from tailscope.diagnosis.curve_rows import class_codes, rank_in_class, used_rows
 from tailscope.intervals import FloatArray
 from tailscope.seeds import numpy_stream
+from tailscope.tables.mapped import empty_rows, map_rows
 
 FRACTIONS = (1 / 8, 1 / 4, 1 / 2, 1.0)
 FOLDS = 5
@@ -54,7 +55,8 @@ class Space(NamedTuple):
     def place(self, features: Floats, chosen: IntArray | None = None) -> Tensor:
         """Return coordinates [N, r + 1] of features [N, d], or of the chosen ones; the last is 1."""
         number = len(features) if chosen is None else len(chosen)
-        placed = torch.ones(number, self.axes.shape[1] + 1)
+        placed = empty_rows(number, self.axes.shape[1] + 1, torch.float32)
+        placed[:, -1] = 1
         for block in row_blocks(number, features.shape[1]):
             own = features[block if chosen is None else chosen[block]]
             rows = torch.from_numpy(np.ascontiguousarray(own, dtype=np.float32))
@@ -153,7 +155,8 @@ def softmax_path(
     Returns:
         classifiers [C, r + 1], one for each strength that was tried.
     """
-    placed, labels = samples.placed[rows], torch.from_numpy(samples.labels[rows])
+    index = torch.from_numpy(rows)
+    placed, labels = map_rows(samples.placed, lambda block: block, index), torch.from_numpy(samples.labels[rows])
     weights = balanced_weights(np.bincount(samples.labels[rows], minlength=samples.classes).clip(1))
     weight = torch.from_numpy(weights[samples.labels[rows]] / len(rows)).float()
     found: list[Tensor] = []
@@ -386,7 +389,7 @@ class Trial:
 
 def _together(*parts: tuple[Floats, IntArray]) -> NDArray[np.float32]:
     """Return the chosen rows of several feature matrices in one, copied once."""
-    found = np.empty((sum(len(rows) for _, rows in parts), parts[0][0].shape[1]), dtype=np.float32)
+    found = empty_rows(sum(len(rows) for _, rows in parts), parts[0][0].shape[1], torch.float32).numpy()
     start = 0
     for features, rows in parts:
         for block in row_blocks(len(rows), features.shape[1]):

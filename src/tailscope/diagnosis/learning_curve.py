@@ -48,8 +48,8 @@ KINDS = (
 OF_UNSEEN = KINDS[0], KINDS[3]
 SHORT = (
     "there are so many classes and samples that the learning curve was drawn from linear discriminants instead of "
-    "softmax regressions, which take hundreds of passes: where these would do better, the classifier costs more than is "
-    "said"
+    "softmax regressions, which take hundreds of passes: where these would do better, the classifier costs more than "
+    "is said"
 )
 DRAWS = 3000
 # Accuracies of cross-fitted classifiers vary more than independent items do, because folds share training samples: up

@@ -41,7 +41,7 @@ from tailscope.errors import UserError
 from tailscope.intervals import Interval, paired
 from tailscope.measures.rows import scaled
 from tailscope.progress import Progress
-from tailscope.tables.mapped import map_rows
+from tailscope.tables.mapped import map_rows, take_rows
 from tailscope.tables.table import FeatureTable
 
 OWN_CLASSIFIER = "softmax regression on the training features"
@@ -134,7 +134,7 @@ def score(
         notes.append(LEFT_OUT)
     if is_long(train, len(inputs.names)):
         notes.append(BATCHES)
-    now = Scored.by(current, Rows(scored.features[rows], scored.labels[rows]))
+    now = Scored.by(current, Rows(take_rows(scored.features, rows), scored.labels[rows]))
     for reached, by in ((rebalanced.correct, rebalanced.best), (now.correct, name)):
         if (difference(reached, bound.attained.correct, bound.attained.inflation).ci95 or (0.0,))[0] > 0:
             bound = bound.at_least(reached, by)

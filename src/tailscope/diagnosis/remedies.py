@@ -35,6 +35,7 @@ from tailscope.effort import MOST_CHOSEN_ON, is_long_search
 from tailscope.errors import UserError, foreign_code
 from tailscope.intervals import FloatArray, Interval, Z, proportion
 from tailscope.seeds import numpy_stream
+from tailscope.tables.mapped import take_rows
 
 TAUS = (0.5, 1.0, 1.5)
 L2S = (0.001, 0.01, 0.1)  # from a classifier in use, which is seldom penalised more
@@ -287,7 +288,7 @@ def choose(
     held_out = task.fold < len(pooled.classifiers)
     some = _chosen_on(task, held_out)
     rows = task.rows[some]
-    chosen_on = Rows(unseen.features[rows], unseen.labels[rows])
+    chosen_on = Rows(take_rows(unseen.features, rows), unseen.labels[rows])
     tried = {name: Scored.by(classifier, chosen_on) for name, classifier in fitted.items()}
     # A pooled fit knows no class without unseen samples: it could not take the place of the classifier in use.
     strengths = {} if task.withheld else _pooled_names(task, pooled)
@@ -303,7 +304,7 @@ def choose(
         placed, labels, _ = task.test
         scored = _placed(whole, placed, labels)
     else:
-        scored = Scored.by(fitted[nested.best], Rows(test.features[items], test.labels[items]))
+        scored = Scored.by(fitted[nested.best], Rows(take_rows(test.features, items), test.labels[items]))
     best = Selection(scored, proportion(scored.correct[None]), (nested.best,), nested.best, nested.tried)
     return best, layer
 
@@ -343,7 +344,7 @@ def _on_all(
             one = _cross_fitted(fits, strengths[name], of)
         else:
             rows = task.rows[of]
-            one = Scored.by(fitted[name], Rows(unseen.features[rows], unseen.labels[rows]))
+            one = Scored.by(fitted[name], Rows(take_rows(unseen.features, rows), unseen.labels[rows]))
         scored.correct[of], scored.confidence[of] = one
     scored = scored.at(held_out)
     return replace(nested, scored=scored, accuracy=proportion(scored.correct[None]))

@@ -97,8 +97,8 @@ def mixed_rows(predicted: Any, labels: Any, classes: int) -> dict[int, int]:
     """Return the classes that a classifier takes for one another as if its rows were in another order: class -> row.
 
     Of the assignments of classes to rows by which most samples of each class are right, it takes the cycles that get
-    half of their samples more right than the given one, beyond the best of so many assignments by chance. With so many
-    classes that their pairs cannot all be held it looks for none; a classifier that does worse than chance shows anyway.
+    half of their samples more right than the given one, beyond the best of so many assignments by chance. Of so many
+    classes that their pairs cannot all be held it looks at none; a classifier that does worse than chance shows anyway.
 
     >>> labels = np.repeat(np.arange(3), 20)
     >>> mixed_rows(np.array([1, 0, 2])[labels], labels, 3), mixed_rows(np.zeros(60, int), labels, 3)

@@ -1,0 +1,112 @@
+"""How much memory a diagnosis needs, told before it begins: what is larger than a share of the limit lies in files.
+
+Nothing in a result depends on the limit. What grows with the rows lies in mapped files, but for a few numbers of each;
+what has to be held grows with the classes and with the most frequent one. The estimate is meant to err high: what was
+measured on several shapes, `benchmarks/scale.py` among them, is 0.5 to 0.9 of it.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from tailscope.diagnosis.curve_fits import FOLDS, FRACTIONS, MEMORY, PENALTIES
+from tailscope.diagnosis.curve_rows import MOST_HELD, MOST_WORK
+from tailscope.diagnosis.inputs import Inputs
+from tailscope.errors import UserError
+from tailscope.measures.angles import REPLICATE_ELEMENTS
+from tailscope.measures.rows import BLOCK_ELEMENTS, CHUNK_ELEMENTS
+from tailscope.tables.arrays import machine_memory
+from tailscope.tables.mapped import HELD, held_below
+
+DEFAULT_SHARE = 0.75  # of the machine's memory
+LEAST_HELD, SHARE = 2**20, 16  # of the limit: rows of more bytes lie in files
+LIBRARIES = 200 * 2**20  # that are imported later: scikit-learn, SciPy, pydantic
+A_ROW = 160  # bytes: label, order, length, angles, predictions, weights and their copies
+SOLVER = 32  # vectors of a search by SciPy's L-BFGS, in 64 bits
+_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+def to_bytes(text: str) -> int:
+    """Return bytes of what a user writes.
+
+    >>> to_bytes("2GiB"), to_bytes("500 MB"), to_bytes("1.5g")
+    (2147483648, 524288000, 1610612736)
+
+    Raises:
+        UserError: it is no size.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", text.lower())
+    if found is None or not float(found[1]):
+        raise UserError(f"--memory {text}: expected a size such as 2GiB or 800MiB")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+@contextmanager
+def within(inputs: Mapping[str, Inputs], verdict: bool, permutations: int, limit: int | None) -> Iterator[None]:
+    """Keep a diagnosis within so many bytes; None: within `DEFAULT_SHARE` of the machine's memory.
+
+    Raises:
+        UserError: it needs more.
+    """
+    limit = int(DEFAULT_SHARE * machine_memory()) if limit is None else limit
+    held = min(HELD, max(LEAST_HELD, limit // SHARE))
+    needs = [needed(one, verdict, permutations, held) for one in inputs.values()]
+    parts = {"what is held already": anonymous(), **max(needs, key=lambda one: sum(one.values()))}
+    if (total := sum(parts.values())) > limit:
+        most = max(parts, key=lambda name: parts[name])
+        mend = "use --no-verdict" if verdict and most == "classifiers" else "diagnose fewer samples or classes"
+        raise UserError(
+            f"--memory {in_words(limit)}: a diagnosis of these features needs about {in_words(total)},"
+            f" {in_words(parts[most])} of it for {most}; give that much, or {mend}"
+        )
+    with held_below(held):
+        yield
+
+
+def needed(inputs: Inputs, verdict: bool, permutations: int, held: int) -> dict[str, int]:
+    """Return about how many bytes a diagnosis needs, by what for; rows of more than `held` bytes lie in files."""
+    width, classes = inputs.train.width, len(inputs.names)
+    rows = sum(map(len, inputs.tables.values()))
+    counts = [table.counts() for table in inputs.tables.values()]
+    largest = max(map(sum, zip(*counts[:2], strict=True)))
+    item = max(4, *(table.features.dtype.itemsize for table in inputs.tables.values()))
+    layer = classes * width
+    found = {
+        "numbers of every row": A_ROW * rows,
+        f"the most frequent class, of {largest:,} samples": (
+            6 * item * largest * width + 8 * min(largest, 2 * width) ** 2
+        ),
+        "permutations": (32 * CHUNK_ELEMENTS * 4 + 16 * classes * (permutations + 1) if permutations else 0)
+        + 4 * min(99 * layer, max(9 * layer, REPLICATE_ELEMENTS)),
+        "blocks of rows, and class means": 4 * 8 * BLOCK_ELEMENTS + 8 * 8 * layer,
+    }
+    if not verdict:
+        return found
+    sampled = min(MOST_WORK / layer, MOST_HELD / width, rows)
+    fits = (len(FRACTIONS) + 1) * len(PENALTIES) * _folds(sampled * layer) * 4 * layer
+    solver = max(SOLVER * 8, (2 * MEMORY + 8) * 4) * layer
+    found["classifiers"] = LIBRARIES + int(3 * min(held, 4 * sampled * (width + 1)) + fits + solver)
+    return found
+
+
+def _folds(work: float) -> int:
+    return 2 if work > 5e9 else FOLDS
+
+
+def anonymous() -> int:
+    """Return the bytes that this process holds now; where the system does not tell, what the libraries take."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(re.findall(r"^RssAnon:\s+(\d+) kB", status, re.MULTILINE)[0]) * 1024
+    except (OSError, IndexError):
+        return 2**29
+
+
+def in_words(size: int) -> str:
+    """Return bytes as a user writes them.
+
+    >>> in_words(2**31), in_words(700 * 2**20)
+    ('2.0 GiB', '700 MiB')
+    """
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
