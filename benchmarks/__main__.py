@@ -83,6 +83,10 @@ def examine(name: str, asked: argparse.Namespace) -> int:
             print("error: --only rebalance: give --store, the folder of trained backbones", file=sys.stderr)
             return 2
         content = {"cases": rebalance.run(asked.store, data, asked.cache or user_cache() / name)}
+    elif name == "classes":
+        from benchmarks import classes
+
+        content = classes.run(options, asked.threads)
     else:
         from benchmarks import strangers
 

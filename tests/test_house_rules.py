@@ -153,7 +153,7 @@ def test_the_page_on_reliability_shows_the_counts_that_are_stored() -> None:
 
 LAYERS = [
     ["errors"],
-    ["seeds", "spec", "progress", "groups", "intervals", "plugins"],
+    ["seeds", "spec", "progress", "groups", "intervals", "plugins", "effort"],
     ["registry", "store", "paper"],
     ["tables"],
     ["measures"],

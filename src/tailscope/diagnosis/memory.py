@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from tailscope.diagnosis.curve_fits import FOLDS, FRACTIONS, MEMORY, MOST_HELD, MOST_WORK, PENALTIES
+from tailscope.diagnosis.curve_fits import FOLDS, FRACTIONS, MEMORY, PENALTIES
+from tailscope.diagnosis.curve_rows import MOST_HELD, MOST_WORK
 from tailscope.diagnosis.inputs import Inputs
 from tailscope.errors import UserError
 from tailscope.measures.angles import REPLICATE_ELEMENTS
