@@ -5,13 +5,12 @@ what has to be held grows with the classes and with the most frequent one. The e
 measured on several shapes, `benchmarks/scale.py` among them, is 0.5 to 0.9 of it.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from tailscope.diagnosis.curve_fits import FOLDS, FRACTIONS, MEMORY, PENALTIES
-from tailscope.diagnosis.curve_rows import MOST_HELD, MOST_WORK
 from tailscope.diagnosis.inputs import Inputs
 from tailscope.errors import UserError
 from tailscope.measures.angles import REPLICATE_ELEMENTS
@@ -83,6 +82,9 @@ def needed(inputs: Inputs, verdict: bool, permutations: int, held: int) -> dict[
     }
     if not verdict:
         return found
+    from tailscope.diagnosis.curve_fits import FRACTIONS, MEMORY, PENALTIES  # here because scikit-learn takes seconds
+    from tailscope.diagnosis.curve_rows import MOST_HELD, MOST_WORK
+
     sampled = min(MOST_WORK / layer, MOST_HELD / width, rows)
     fits = (len(FRACTIONS) + 1) * len(PENALTIES) * _folds(sampled * layer) * 4 * layer
     solver = max(SOLVER * 8, (2 * MEMORY + 8) * 4) * layer
@@ -91,7 +93,9 @@ def needed(inputs: Inputs, verdict: bool, permutations: int, held: int) -> dict[
 
 
 def _folds(work: float) -> int:
-    return 2 if work > 5e9 else FOLDS
+    from tailscope.diagnosis.curve_fits import FEWER_FOLDS, FOLDS
+
+    return min(FOLDS, max(2, int(FOLDS * FEWER_FOLDS / work)))
 
 
 def anonymous() -> int:
@@ -104,9 +108,9 @@ def anonymous() -> int:
 
 
 def in_words(size: int) -> str:
-    """Return bytes as a user writes them.
+    """Return bytes as a user writes them, rounded up.
 
-    >>> in_words(2**31), in_words(700 * 2**20)
-    ('2.0 GiB', '700 MiB')
+    >>> in_words(2**31), in_words(2**31 + 1), in_words(700 * 2**20)
+    ('2.0 GiB', '2.1 GiB', '700 MiB')
     """
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+    return f"{math.ceil(10 * size / 2**30) / 10} GiB" if size >= 2**30 else f"{math.ceil(size / 2**20)} MiB"
