@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,24 +51,14 @@ def test_rows_that_are_held_are_a_small_share_of_the_limit(monkeypatch):
     assert before == mapped.HELD
 
 
-def test_more_classes_samples_and_features_need_more():
-    def needed(rows, width, classes, largest):
-        class Table:
-            features = np.zeros((0, width), np.float32)
-            counts = staticmethod(lambda: [largest] * classes)
-            __len__ = lambda _: rows  # noqa: E731
-            width_ = width
-
-        table = Table()
-        table.width = width
-        inputs = type("", (), {"train": table, "names": range(classes), "tables": {"train": table, "unseen": table}})
-        return sum(memory.needed(inputs, True, 999, 2**27).values())
-
-    first = needed(10**5, 64, 100, 500)
-    assert first < needed(10**6, 64, 100, 500)
-    assert first < needed(10**5, 256, 100, 500)
-    assert first < needed(10**5, 64, 1000, 500)
-    assert first < needed(10**5, 64, 100, 50_000)
+@pytest.mark.parametrize(
+    "more",
+    [{"rows": 10**6}, {"width": 256}, {"classes": 1000}, {"largest": 50_000}, {"item": 8}],
+)
+def test_more_classes_samples_and_features_need_more(more):
+    shape = memory.Shape(10**5, 64, 100, 500)
+    first, second = (sum(memory.needed(one, True, 999, 2**27).values()) for one in (shape, replace(shape, **more)))
+    assert first < second
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from tailscope.diagnosis.inputs import Inputs
@@ -50,7 +51,7 @@ def within(inputs: Mapping[str, Inputs], verdict: bool, permutations: int, limit
     """
     limit = int(DEFAULT_SHARE * machine_memory()) if limit is None else limit
     held = min(HELD, max(LEAST_HELD, limit // SHARE))
-    needs = [needed(one, verdict, permutations, held) for one in inputs.values()]
+    needs = [needed(Shape.of(one), verdict, permutations, held) for one in inputs.values()]
     parts = {"what is held already": anonymous(), **max(needs, key=lambda one: sum(one.values()))}
     if (total := sum(parts.values())) > limit:
         most = max(parts, key=lambda name: parts[name])
@@ -63,20 +64,40 @@ def within(inputs: Mapping[str, Inputs], verdict: bool, permutations: int, limit
         yield
 
 
-def needed(inputs: Inputs, verdict: bool, permutations: int, held: int) -> dict[str, int]:
-    """Return about how many bytes a diagnosis needs, by what for; rows of more than `held` bytes lie in files."""
-    width, classes = inputs.train.width, len(inputs.names)
-    rows = sum(map(len, inputs.tables.values()))
-    counts = [table.counts() for table in inputs.tables.values()]
-    largest = max(map(sum, zip(*counts[:2], strict=True)))
-    item = max(4, *(table.features.dtype.itemsize for table in inputs.tables.values()))
-    layer = classes * width
+@dataclass(frozen=True)
+class Shape:
+    """What memory depends on: rows of all files, features, classes, samples of the largest class, bytes of a number."""
+
+    rows: int
+    width: int
+    classes: int
+    largest: int
+    item: int = 4
+
+    @classmethod
+    def of(cls, inputs: Inputs) -> "Shape":
+        """Return that of a diagnosis; the largest class has training and unseen samples."""
+        tables = inputs.tables.values()
+        largest = max(map(sum, zip(inputs.train.counts(), inputs.unseen.counts(), strict=True)))
+        item = max(4, *(table.features.dtype.itemsize for table in tables))
+        return cls(sum(map(len, tables)), inputs.train.width, len(inputs.names), largest, item)
+
+
+def needed(shape: Shape, verdict: bool, permutations: int, held: int) -> dict[str, int]:
+    """Return about how many bytes a diagnosis needs, by what for; rows of more than `held` bytes lie in files.
+
+    >>> found = needed(Shape(100_000, 64, 100, 5_000), True, 999, 2**27)
+    >>> max(found, key=found.get)
+    'classifiers'
+    """
+    rows, width, largest, item = shape.rows, shape.width, shape.largest, shape.item
+    layer = shape.classes * width
     found = {
         "numbers of every row": A_ROW * rows,
         f"the most frequent class, of {largest:,} samples": (
             6 * item * largest * width + 8 * min(largest, 2 * width) ** 2
         ),
-        "permutations": (32 * CHUNK_ELEMENTS * 4 + 16 * classes * (permutations + 1) if permutations else 0)
+        "permutations": (32 * CHUNK_ELEMENTS * 4 + 16 * shape.classes * (permutations + 1) if permutations else 0)
         + 4 * min(99 * layer, max(9 * layer, REPLICATE_ELEMENTS)),
         "blocks of rows, and class means": 4 * 8 * BLOCK_ELEMENTS + 8 * 8 * layer,
     }
