@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tailscope.diagnosis.inputs import Inputs
+from tailscope.effort import are_many_pairs, is_long_curve, is_long_search
 from tailscope.errors import UserError
 from tailscope.measures.angles import REPLICATE_ELEMENTS
 from tailscope.measures.rows import BLOCK_ELEMENTS, CHUNK_ELEMENTS
@@ -23,7 +24,8 @@ DEFAULT_SHARE = 0.75  # of the machine's memory
 LEAST_HELD, SHARE = 2**20, 16  # of the limit: rows of more bytes lie in files
 LIBRARIES = 200 * 2**20  # that are imported later: scikit-learn, SciPy, pydantic
 A_ROW = 160  # bytes: label, order, length, angles, predictions, weights and their copies
-SOLVER = 32  # vectors of a search by SciPy's L-BFGS, in 64 bits
+SOLVER, MINI_BATCHES = 32, 16  # layers that a search by SciPy's L-BFGS holds, in 64 bits; by mini-batches, in 32
+REMEDIES = 12  # layers of remedies that are kept
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
@@ -99,24 +101,31 @@ def needed(shape: Shape, verdict: bool, permutations: int, held: int) -> dict[st
         ),
         "permutations": (32 * CHUNK_ELEMENTS * 4 + 16 * shape.classes * (permutations + 1) if permutations else 0)
         + 4 * min(99 * layer, max(9 * layer, REPLICATE_ELEMENTS)),
-        "blocks of rows, and class means": 4 * 8 * BLOCK_ELEMENTS + 8 * 8 * layer,
+        "blocks of rows, and class means": 4 * 8 * BLOCK_ELEMENTS
+        + 8 * 8 * layer
+        + (0 if are_many_pairs(shape.classes) else 4 * 8 * shape.classes**2),
     }
     if not verdict:
         return found
-    from tailscope.diagnosis.curve_fits import FRACTIONS, MEMORY, PENALTIES  # here because scikit-learn takes seconds
-    from tailscope.diagnosis.curve_rows import MOST_HELD, MOST_WORK
-
-    sampled = min(MOST_WORK / layer, MOST_HELD / width, rows)
-    fits = (len(FRACTIONS) + 1) * len(PENALTIES) * _folds(sampled * layer) * 4 * layer
-    solver = max(SOLVER * 8, (2 * MEMORY + 8) * 4) * layer
-    found["classifiers"] = LIBRARIES + int(3 * min(held, 4 * sampled * (width + 1)) + fits + solver)
+    found["classifiers"] = LIBRARIES + _classifiers(shape, held)
     return found
 
 
-def _folds(work: float) -> int:
-    from tailscope.diagnosis.curve_fits import FEWER_FOLDS, FOLDS
+def _classifiers(shape: Shape, held: int) -> int:
+    """Return about how many bytes fitted classifiers, and the searches and samples for them take."""
+    from tailscope.diagnosis.curve_fits import FEWER_FOLDS, FOLDS, FRACTIONS, MEMORY, PENALTIES  # here because
+    from tailscope.diagnosis.curve_rows import LEAST, MOST_HELD, MOST_WORK  # scikit-learn takes seconds to import
 
-    return min(FOLDS, max(2, int(FOLDS * FEWER_FOLDS / work)))
+    width, layer = shape.width, shape.classes * shape.width
+    sampled = min(max(2 * LEAST * shape.classes, min(MOST_WORK / layer, MOST_HELD / width)), shape.rows)
+    folds = min(FOLDS, max(2, int(FOLDS * FEWER_FOLDS / (sampled * layer))))
+    kept, search = folds * len(PENALTIES), max(SOLVER * 8, (2 * MEMORY + 8) * 4)
+    if is_long_curve(int(sampled), width, shape.classes):
+        sampled, kept = min(MOST_HELD / width, shape.rows), 2 * FOLDS  # discriminants, of which few are kept
+    if is_long_search(shape.rows, width, shape.classes):
+        search = MINI_BATCHES * 4
+    fits = 4 * layer * ((len(FRACTIONS) + 1) * kept + REMEDIES)
+    return int(3 * min(held, 4 * sampled * (width + 1)) + fits + search * layer)
 
 
 def anonymous() -> int:
