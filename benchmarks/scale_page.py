@@ -7,6 +7,7 @@ given as so many times P, the price of one processor for an hour.
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def _rows(one: Found) -> int:
 def _growth(found: Sequence[Found]) -> str:
     """Return what the rows between two sizes cost, each."""
     rows = []
-    for one, other in zip(found, found[1:], strict=False):
+    for one, other in pairwise(found):
         more = other["train"] - one["train"]
         seconds, held = (other[name] - one[name] for name in ("cpu_seconds", "peak_bytes"))
         per_row = [part["cpu_seconds"] / _rows(part) for part in (one, other)]
