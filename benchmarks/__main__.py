@@ -24,6 +24,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RECORDS = REPOSITORY / "results" / "bench"
 DOCUMENT = REPOSITORY / "docs" / "performance.md"
 NAMES = ("train", "augment", "concurrent", "swap", "stage2", "geometry", "scaling", "breakdown")
+SCALE = "scale"
+"""Takes an hour or more and gigabytes of disk: runs only where it is asked for, and has a page of its own."""
 VERDICTS = "verdicts"
 PAGES = {VERDICTS: "verdicts.md", "rebalance": "howto-export.md", "strangers": "get-started.md"}
 """What runs only where it is asked for, by itself: each has a result, results/NAME.json, and a page of its own."""
@@ -34,10 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
     asked = _parse(arguments)
     if asked.action == "table":
         return fill_document(check=asked.check)
-    unknown = [name for name in asked.only if name not in (*NAMES, *PAGES)]
+    unknown = [name for name in asked.only if name not in (*NAMES, SCALE, *PAGES)]
     alone = [name for name in asked.only if name in PAGES]
     if unknown or (alone and len(asked.only) > 1):
-        known = f"known are {', '.join(NAMES)}, and by itself {' or '.join(PAGES)}"
+        known = f"known are {', '.join((*NAMES, SCALE))}, and by itself {' or '.join(PAGES)}"
         print(f"error: --only {','.join(unknown or asked.only)}: {known}", file=sys.stderr)
         return 2
     if alone:
@@ -81,6 +83,10 @@ def examine(name: str, asked: argparse.Namespace) -> int:
             print("error: --only rebalance: give --store, the folder of trained backbones", file=sys.stderr)
             return 2
         content = {"cases": rebalance.run(asked.store, data, asked.cache or user_cache() / name)}
+    elif name == "classes":
+        from benchmarks import classes
+
+        content = classes.run(options, asked.threads)
     else:
         from benchmarks import strangers
 
@@ -119,14 +125,19 @@ def benchmark(name: str) -> Callable[[Options], Record]:
 
 def fill_document(*, check: bool) -> int:
     """Fill the tables of docs/performance.md and of `PAGES`; with `check`, only say whether they are up to date."""
-    tables = {name: record.table(found) for name, found in record.read(RECORDS).items()}
+    records = record.read(RECORDS)
+    tables = {name: record.table(found) for name, found in records.items()}
+    if SCALE in records:
+        from benchmarks import scale_page  # here because it imports PyTorch
+
+        tables |= scale_page.tables(records[SCALE])
     for name in PAGES:
         stored = RECORDS.parent / f"{name}.json"
         if stored.is_file():
             module = importlib.import_module(f"benchmarks.{name}{'.summary' if name == VERDICTS else ''}")
             tables[name] = module.table(json.loads(stored.read_text(encoding="utf-8")))
     old = 0
-    for page in (DOCUMENT, *(DOCUMENT.with_name(name) for name in PAGES.values())):
+    for page in (DOCUMENT, DOCUMENT.with_name("scale.md"), *(DOCUMENT.with_name(name) for name in PAGES.values())):
         text = page.read_text(encoding="utf-8")
         filled = record.render(text, tables)
         old += text != filled
@@ -154,7 +165,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--only",
         default=(),
         type=lambda text: text.split(","),
-        help=f"some of {','.join(NAMES)}; or {' or '.join(PAGES)}",
+        help=f"some of {','.join((*NAMES, SCALE))}; or {' or '.join(PAGES)}",
     )
     parser.add_argument("--data-root", type=Path, help="folder with cifar10.npz [default: $TAILSCOPE_DATA]")
     parser.add_argument("--cache", type=Path, help=f"of {VERDICTS} and rebalance: what is done")

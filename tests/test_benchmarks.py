@@ -107,7 +107,7 @@ def test_ratios_are_paired_by_rounds() -> None:
     assert paired(slow.per_item, fast.per_item) == Spread(3.0, 2.0, 4.0)
 
 
-@pytest.mark.parametrize("name", command.NAMES)
+@pytest.mark.parametrize("name", [*command.NAMES, command.SCALE])
 def test_every_benchmark_runs(name: str) -> None:
     # Lightning warns about its environment; with one seed and few images our own result warns too. Neither is tested.
     with warnings.catch_warnings():

@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 
-from tailscope.diagnosis import curve_fits
+from tailscope.diagnosis import curve_fits, curve_rows
 from tailscope.diagnosis.curve_fits import Rows
 from tailscope.diagnosis.learning_curve import DRAWS, ClassifierBound, Fits, follow
 
@@ -31,7 +31,7 @@ def digits(m: int, head: int, factor: float, seed: int) -> tuple[Rows, Rows, Row
     data = load_digits()
     X, y = data.data.astype("f4"), data.target
     order = np.random.default_rng(seed).permutation(len(y))
-    rank = curve_fits._rank(y, order)
+    rank = curve_rows.rank_in_class(y, order)
     counts = np.round(head * factor ** (-np.arange(10) / 9)).astype(int)
     pick = [rank < m, (rank >= m) & (rank < m + counts[y]), rank >= m + head, (rank >= m) & (rank < m + head)]
     unseen, train, test, true = (Rows(X[rows], y[rows]) for rows in pick)
@@ -226,7 +226,7 @@ def test_one_feature_of_another_unit_does_not_hide_the_others():
 
 
 def test_many_rows_are_capped_and_said(monkeypatch):
-    monkeypatch.setattr(curve_fits, "MOST_WORK", 2000)
+    monkeypatch.setattr(curve_rows, "MOST_WORK", 2000)
     monkeypatch.setattr(curve_fits, "FEWER_FOLDS", 1)
     train, unseen = gaussian(4, 5, [200, 90, 30, 10], 1, 2.0), gaussian(4, 5, 40, 2, 2.0)
     bound = learning_curve(train, unseen)

@@ -369,6 +369,9 @@ class Team:
     def dismiss(self) -> None:
         """Let the followers go."""
 
+    def leave(self) -> None:
+        """End what all did together, without a leader's orders; processes that do not lead end here."""
+
 
 Solo = Team
 
@@ -408,6 +411,11 @@ class _FabricTeam(Team):
         if self._listening:  # those left in the middle of an order end when the connection does
             self.share(None)
             torch.distributed.destroy_process_group()
+
+    def leave(self) -> None:
+        torch.distributed.destroy_process_group()
+        if self.rank:
+            raise SystemExit(0)
 
 
 @contextmanager

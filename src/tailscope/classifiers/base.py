@@ -269,11 +269,11 @@ def softmax_path(
     features, span, origin = _row_space(shared_tensor(X))
     (rows, dims), classes, dtype = features.shape, len(class_weight), features.dtype
     sample_weight = torch.tensor(class_weight, dtype=dtype)[torch.from_numpy(y)] / rows
-    mean, variance, axes = _spectrum(features, sample_weight, X.shape[1])
+    mean, variance, axes = spectrum(features, sample_weight, X.shape[1])
     row_loss = _row_loss(features, torch.from_numpy(y), sample_weight, offset, smoothing)
     found: list[Linear] = []
     for l2 in penalties:
-        basis, inverse = _damped_whitening(*axes, variance, l2, dtype)
+        basis, inverse = damped_whitening(*axes, variance, l2, dtype)
         first = [torch.zeros(classes, dims, dtype=dtype), torch.zeros(classes, dtype=dtype)]
         if start is not None:
             weight, bias = _narrowed(*_doubles(start), span, origin, dtype)
@@ -307,8 +307,8 @@ def fit_scaled_softmax(
     features, span, origin = _row_space(shared_tensor(X))
     (rows, dims), classes, dtype = features.shape, len(class_weight), features.dtype
     sample_weight = torch.tensor(class_weight, dtype=dtype)[torch.from_numpy(y)] / rows
-    mean, variance, axes = _spectrum(features, sample_weight, X.shape[1])
-    basis, _ = _damped_whitening(*axes, variance, penalties[0], dtype)
+    mean, variance, axes = spectrum(features, sample_weight, X.shape[1])
+    basis, _ = damped_whitening(*axes, variance, penalties[0], dtype)
     changed = _expansion(basis, mean, 0.5 * penalties[0] * variance.to(dtype))
     loss_of = _row_loss(features, torch.from_numpy(y), sample_weight, None, smoothing)
     weight, bias = _doubles(fixed)
@@ -397,7 +397,7 @@ def _narrowed(
     return (weight if span is None else weight @ span).to(dtype), (bias + weight @ origin).to(dtype)
 
 
-def _spectrum(features: Tensor, sample_weight: Tensor, width: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+def spectrum(features: Tensor, sample_weight: Tensor, width: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """Return the weighted mean [d], the variance averaged over `width` features, and the covariance's eigenvectors.
 
     Variance, eigenvalues [d] and eigenvectors [d, d] are in float64.
@@ -415,7 +415,7 @@ def _spectrum(features: Tensor, sample_weight: Tensor, width: int) -> tuple[Tens
     return mean, variance, (eigenvalues, vectors)
 
 
-def _damped_whitening(
+def damped_whitening(
     eigenvalues: Tensor, vectors: Tensor, variance: Tensor, l2: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Return [d, d] B and A: W = z B', z = W A.

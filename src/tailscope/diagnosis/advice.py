@@ -26,6 +26,7 @@ IN_WORDS = {
     "ncm": "name the class whose mean training feature is nearest",
     "lws": "scale the outputs of each class by a trained factor",
     "disalign": "adjust its outputs by a trained calibration",
+    "discriminants": "take linear discriminants with every class weighing the same",
     "crt": "train it anew with every class weighing the same",
     "logit_adjusted_loss": "train it anew with a loss that allows for how rare a class is",
     "label_aware_smoothing": "train it anew with every class weighing the same and labels of frequent ones smoothed",

@@ -6,7 +6,6 @@ penalty starts from the last one's classifier. Where there are fewer rows than f
 the cost grows with min(N, d).
 """
 
-import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -18,16 +17,16 @@ from torch import Tensor
 
 from tailscope.classifiers.base import Diverged, Floats, IntArray, row_blocks
 from tailscope.classifiers.estimators import balanced_weights
+from tailscope.diagnosis.curve_rows import class_codes, rank_in_class, used_rows
 from tailscope.intervals import FloatArray
 from tailscope.seeds import numpy_stream
+from tailscope.tables.mapped import empty_rows, map_rows
 
 FRACTIONS = (1 / 8, 1 / 4, 1 / 2, 1.0)
 FOLDS = 5
-LEAST = 2  # unseen samples without which a class is withheld: one to fit to and one to score
-# Rows times features times classes: beyond `FEWER_FOLDS` not every fold is fitted, beyond `MOST_WORK` not every row.
-# Where there is a test set the fits to all samples need the folds only to be compared: few, beyond `COMPARED_IN_ALL`.
-FEWER_FOLDS, MOST_WORK, COMPARED_IN_ALL = 2e9, 2e10, 2e8
-MOST_HELD = 2**27  # rows times features: of few classes, what memory has room for, several times over
+# Rows times features times classes: beyond `FEWER_FOLDS` not every fold is fitted. Where there is a test set the fits
+# to all samples need the folds only to be compared: few, beyond `COMPARED_IN_ALL`.
+FEWER_FOLDS, COMPARED_IN_ALL = 2e9, 2e8
 STEPS = 6
 ENOUGH = 1e-5  # a step that lowers the objective f by less than this * max(1, f) ends the search
 MEMORY = 8
@@ -56,7 +55,8 @@ class Space(NamedTuple):
     def place(self, features: Floats, chosen: IntArray | None = None) -> Tensor:
         """Return coordinates [N, r + 1] of features [N, d], or of the chosen ones; the last is 1."""
         number = len(features) if chosen is None else len(chosen)
-        placed = torch.ones(number, self.axes.shape[1] + 1)
+        placed = empty_rows(number, self.axes.shape[1] + 1, torch.float32)
+        placed[:, -1] = 1
         for block in row_blocks(number, features.shape[1]):
             own = features[block if chosen is None else chosen[block]]
             rows = torch.from_numpy(np.ascontiguousarray(own, dtype=np.float32))
@@ -155,7 +155,8 @@ def softmax_path(
     Returns:
         classifiers [C, r + 1], one for each strength that was tried.
     """
-    placed, labels = samples.placed[rows], torch.from_numpy(samples.labels[rows])
+    index = torch.from_numpy(rows)
+    placed, labels = map_rows(samples.placed, lambda block: block, index), torch.from_numpy(samples.labels[rows])
     weights = balanced_weights(np.bincount(samples.labels[rows], minlength=samples.classes).clip(1))
     weight = torch.from_numpy(weights[samples.labels[rows]] / len(rows)).float()
     found: list[Tensor] = []
@@ -303,6 +304,7 @@ class Task:
         withheld: classes left out.
         left_out: rows left out for their number.
         seed: of subsets.
+        short: whether linear discriminants take the place of softmax regressions, whose searches would take too long.
     """
 
     samples: Samples
@@ -316,14 +318,14 @@ class Task:
     withheld: tuple[int, ...]
     left_out: int
     seed: int
+    short: bool = False
 
     @classmethod
     def of(cls, train: Rows, unseen: Rows, test: Rows | None, bursts: ArrayLike | None, seed: int) -> "Task":
         """Take the classes that have unseen samples, and as many rows as there is time for."""
-        code, withheld = _codes(train, unseen, test)
+        code, withheld = class_codes(*(None if rows is None else rows.labels for rows in (train, unseen, test)))
         work = train.features.shape[1] * (int(code.max()) + 1)
-        most = min(MOST_WORK / work, MOST_HELD / train.features.shape[1])
-        seen, kept = _capped(code[train.labels], code[unseen.labels], most, seed)
+        seen, kept, short = used_rows(code[train.labels], code[unseen.labels], train.features.shape[1], seed)
         features = _together((train.features, seen), (unseen.features, kept))
         labels = code[np.concatenate([train.labels[seen], unseen.labels[kept]])]
         samples = Samples.of(features, labels, int(code.max()) + 1)
@@ -335,7 +337,7 @@ class Task:
         fold = assign_folds(labels[places], folds, related, seed)
         order = numpy_stream(seed, "learning curve", "order").permutation(len(places))
         work *= len(labels)
-        some = int(np.clip(FOLDS * FEWER_FOLDS / work, 2, folds))
+        some = folds if short and test is None else int(np.clip(FOLDS * FEWER_FOLDS / work, 2, folds))
         fitted = [places[order[fold[order] != q]] for q in range(some)]
         compared = some if test is None or work < COMPARED_IN_ALL else 2
         scored = None
@@ -344,7 +346,7 @@ class Task:
             scored = samples.space.place(test.features, items), code[test.labels[items]], items
         left_out = int((code[np.concatenate([train.labels, unseen.labels])] >= 0).sum()) - len(labels)
         parts = np.arange(len(seen)), places, kept, fold
-        return cls(samples, *parts, fitted, compared, scored, withheld, left_out, seed)
+        return cls(samples, *parts, fitted, compared, scored, withheld, left_out, seed, short)
 
     @property
     def scored(self) -> BoolArray:
@@ -387,58 +389,13 @@ class Trial:
 
 def _together(*parts: tuple[Floats, IntArray]) -> NDArray[np.float32]:
     """Return the chosen rows of several feature matrices in one, copied once."""
-    found = np.empty((sum(len(rows) for _, rows in parts), parts[0][0].shape[1]), dtype=np.float32)
+    found = empty_rows(sum(len(rows) for _, rows in parts), parts[0][0].shape[1], torch.float32).numpy()
     start = 0
     for features, rows in parts:
         for block in row_blocks(len(rows), features.shape[1]):
             found[start + block.start : start + min(block.stop, len(rows))] = features[rows[block]]
         start += len(rows)
     return found
-
-
-def _codes(train: Rows, unseen: Rows, test: Rows | None) -> tuple[IntArray, tuple[int, ...]]:
-    """Return the new index of each class, -1 where it has too few unseen samples, and which these are.
-
-    Raises:
-        ValueError: fewer than two classes have enough, or no test sample is of these.
-    """
-    highest = max(int(rows.labels.max(initial=0)) for rows in (train, unseen, test) if rows is not None)
-    enough = np.bincount(unseen.labels, minlength=highest + 1) >= LEAST
-    if enough.sum() < 2:
-        raise ValueError(f"fewer than two classes have {LEAST} unseen samples: no bound can be told")
-    code = np.where(enough, np.cumsum(enough) - 1, -1)
-    if test is not None and not (code[test.labels] >= 0).any():
-        raise ValueError("no test sample is of a class that has unseen samples")
-    known = np.bincount(np.concatenate([rows.labels for rows in (train, unseen, test) if rows is not None])) > 0
-    return code, tuple(int(k) for k in np.flatnonzero(known & ~enough))
-
-
-def _capped(seen: IntArray, unseen: IntArray, most: float, seed: int) -> tuple[IntArray, IntArray]:
-    """Return which rows to use of those with a class >= 0: of each class the same number at most, unseen ones first."""
-    classes = int(unseen.max()) + 1
-    stream = numpy_stream(seed, "learning curve", "rows")
-    found: list[IntArray] = []
-    for labels, share in ((unseen, 0.6), (seen, 1.0)):
-        rows = np.flatnonzero(labels >= 0)
-        counts = np.bincount(labels[rows], minlength=classes)
-        cap = _water_level(counts, share * most - sum(map(len, found)))
-        found.append(rows[_rank(labels[rows], stream.permutation(len(rows))) < max(LEAST, cap)])
-    return found[1], found[0]
-
-
-def _water_level(counts: IntArray, room: float) -> int:
-    """Return the highest cap on counts [C] under which their sum is within the room."""
-    return bisect.bisect_right(range(1, int(counts.max()) + 1), room, key=lambda cap: np.minimum(counts, cap).sum())
-
-
-def _rank(labels: IntArray, order: IntArray) -> IntArray:
-    """Return each row's rank within its class in an order of the rows."""
-    by_class = order[np.argsort(labels[order], kind="stable")]
-    counts = np.bincount(labels)
-    starts = np.cumsum(counts) - counts
-    rank = np.empty(len(labels), dtype=np.int64)
-    rank[by_class] = np.arange(len(labels)) - starts[labels[by_class]]
-    return rank
 
 
 def ladder(task: Task) -> list[Trial]:
@@ -451,11 +408,11 @@ def ladder(task: Task) -> list[Trial]:
         for rows in task.fitted:
             counts = np.bincount(labels[rows])
             wanted = np.maximum(1, np.round(fraction * counts))[labels[rows]]
-            part.append(rows[_rank(labels[rows], np.arange(len(rows))) < wanted])
+            part.append(rows[rank_in_class(labels[rows], np.arange(len(rows))) < wanted])
         if not parts or len(part[0]) > len(parts[-1][0]):
             parts.append(part)
     for part in parts:
-        found.append(softmax_trial(task, part, None))
+        found.append(short_trial(task, part) if task.short else softmax_trial(task, part, None))
     return found
 
 
@@ -477,6 +434,20 @@ def discriminant_trial(task: Task, training: list[IntArray]) -> Trial:
     trial = _empty(task, training, len(SHRINKAGES))
     for q, rows in enumerate(training):
         _score(task, trial, q, dict(enumerate(shrinkage_lda(task.samples, rows))))
+    return trial
+
+
+def short_trial(task: Task, training: list[IntArray]) -> Trial:
+    """Fit linear discriminants in each fold, after the first only with the shrinkage that was best there."""
+    trial = _empty(task, training, len(SHRINKAGES))
+    for q, rows in enumerate(training):
+        found = dict(enumerate(shrinkage_lda(task.samples, rows)))
+        best = set(found) if q == 0 else set(trial.classifiers[0])
+        _score(task, trial, q, {strength: found[strength] for strength in sorted(best)})
+        if q == 0:
+            best = {trial.choose(task.fold == 0)}
+            trial.classifiers[0] = {strength: found[strength] for strength in best}
+            trial.right[[strength for strength in found if strength not in best]] = np.nan
     return trial
 
 

@@ -15,14 +15,15 @@ from tailscope.classifiers import CLASSIFIERS
 from tailscope.device import Runtime
 from tailscope.diagnosis.compare import compare, confusable_pairs, paired_inputs, same_names
 from tailscope.diagnosis.inputs import Inputs, bursts, read, without_far_rows
+from tailscope.diagnosis.memory import within
 from tailscope.diagnosis.soundness import doubts, doubts_of_outcomes
+from tailscope.effort import nearest_step
 from tailscope.errors import UserError, first_few
 from tailscope.groups import GROUPS
 from tailscope.measures import GeometryResult, describe
 from tailscope.measures.collapse import class_means, collapse
 from tailscope.measures.rows import scaled
 from tailscope.plugins import Plugin, told
-from tailscope.progress import Progress
 from tailscope.registry import plugins_named
 from tailscope.report.text import percent
 from tailscope.results import command, versions
@@ -178,15 +179,23 @@ def spec(inputs: dict[str, Inputs], settings: DiagnosisSettings) -> dict[str, An
 
 
 def run(
-    inputs: dict[str, Inputs], settings: DiagnosisSettings, runtime: Runtime
+    inputs: dict[str, Inputs], settings: DiagnosisSettings, runtime: Runtime, memory: int | None = None
 ) -> tuple[dict[str, Any], LinearLayer | None]:
     """Diagnose prepared inputs; of several encoders the first is the reference, flat at the top of the result.
 
     Beside the result is the re-balanced classifier of the first, as a linear layer; None where none can be advised.
+    No more than `memory` bytes are held; None: as `within` says.
 
     Raises:
-        UserError: the unseen samples are too few for a verdict.
+        UserError: the unseen samples are too few for a verdict; or the memory does not suffice.
     """
+    with within(inputs, settings.verdict, settings.permutations, memory):
+        return _run(inputs, settings, runtime)
+
+
+def _run(
+    inputs: dict[str, Inputs], settings: DiagnosisSettings, runtime: Runtime
+) -> tuple[dict[str, Any], LinearLayer | None]:
     results, outcomes = {}, {}
     kept = without_far_rows(inputs)
     reasons = doubts(kept)
@@ -258,7 +267,7 @@ def _one(
         warnings = [few, *warnings]
     outcomes = None
     if settings.verdict:
-        judged, outcomes, reasons, caveats = _judge(inputs, geometry, reasons, counts, settings, runtime.progress)
+        judged, outcomes, reasons, caveats = _judge(inputs, geometry, reasons, counts, settings, runtime)
         warnings += caveats
     else:
         pairs = confusable_pairs(geometry.centers, names)
@@ -271,9 +280,19 @@ def _one(
         "groups": geometry.groups,
         "collapse": _collapse(inputs, outcomes, runtime),
         **judged,
-        "warnings": list(dict.fromkeys([*reasons, *warnings])),
+        "warnings": list(dict.fromkeys([*reasons, *warnings, *_sampled(inputs, outcomes)])),
     }
     return found, outcomes
+
+
+def _sampled(inputs: Inputs, outcomes: "Outcomes | None") -> list[str]:
+    """Say of which files NC4 was measured on some rows only."""
+    tables, classes = [inputs.train, inputs.unseen], len(inputs.names)
+    steps = [nearest_step(len(table), table.width, classes) for table in tables]
+    if max(steps) == 1 or (outcomes is None and inputs.classifier is None):
+        return []
+    some = " and ".join(f"every {k}th row of {table.source}" for table, k in zip(tables, steps, strict=True) if k > 1)
+    return [f"nc4 was measured on {some}, for their number"]
 
 
 def _collapse(inputs: Inputs, outcomes: "Outcomes | None", runtime: Runtime) -> dict[str, Any]:
@@ -302,7 +321,7 @@ def _judge(
     reasons: list[str],
     counts: list[int],
     settings: DiagnosisSettings,
-    progress: Progress,
+    runtime: Runtime,
 ) -> "tuple[dict[str, Any], Outcomes, list[str], list[str]]":
     """Return the fields that rest on fitted classifiers, what these get right, why the verdict is withheld, caveats."""
     from tailscope.diagnosis.advice import advise, withhold  # here because scikit-learn takes seconds to import
@@ -312,7 +331,7 @@ def _judge(
     from tailscope.intervals import Interval
 
     bound_at = settings.bound_at or max(counts)
-    outcomes = score(inputs, bound_at, settings.seed, progress, settings.remedies)
+    outcomes = score(inputs, bound_at, settings.seed, runtime.progress, settings.remedies, runtime.device)
     pairs = confusable_pairs(geometry.centers, inputs.names, outcomes.labels, outcomes.predicted)
     accuracy = accuracies(outcomes, [entry["group"] for entry in geometry.classes], counts)
     pooled = dict.fromkeys(GROUPS) if settings.too_few_permutations else geometry.groups

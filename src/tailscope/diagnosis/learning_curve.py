@@ -12,7 +12,7 @@ a point of the same curve, far to the right of the others, but only where the en
 memorised the training samples, they are no samples of the true distribution. `Exchange` tests that.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -31,6 +31,7 @@ from tailscope.diagnosis.curve_fits import (
     discriminant_trial,
     ladder,
     predict,
+    short_trial,
     shrinkage_lda,
     softmax_path,
     softmax_trial,
@@ -42,6 +43,13 @@ KINDS = (
     "softmax regression on unseen samples",
     "class-balanced softmax regression on training and unseen samples",
     "linear discriminants of training and unseen samples",
+    "linear discriminants of unseen samples",
+)
+OF_UNSEEN = KINDS[0], KINDS[3]
+SHORT = (
+    "there are so many classes and samples that the learning curve was drawn from linear discriminants instead of "
+    "softmax regressions, which take hundreds of passes: where these would do better, the classifier costs more than "
+    "is said"
 )
 DRAWS = 3000
 # Accuracies of cross-fitted classifiers vary more than independent items do, because folds share training samples: up
@@ -181,7 +189,7 @@ class Fits:
         task: the samples, cut into folds.
         trials: fits to growing parts of the unseen samples.
         pooled: fits to training and unseen samples.
-        discriminants: linear ones of the same.
+        discriminants: linear ones of the same; where the task is short, the pooled fits themselves.
     """
 
     task: Task
@@ -207,6 +215,9 @@ class Fits:
         task = Task.of(train, unseen, test, bursts, seed)
         trials = ladder(task)
         everything = [np.concatenate([task.seen, rows]) for rows in task.fitted[: task.compared]]
+        if task.short:
+            pooled = short_trial(task, everything)
+            return cls(task, trials, pooled, pooled)
         return cls(task, trials, softmax_trial(task, everything, trials[-1]), discriminant_trial(task, everything))
 
 
@@ -214,7 +225,8 @@ def follow(fits: Fits, bound_at: int) -> ClassifierBound:
     """Return what is known of the classifier bound at so many samples a class."""
     task, trials, pooled = fits.task, fits.trials, fits.pooled
     exchange = _exchange(task, trials[-1])
-    attained = _attained(task, [trials[-1], pooled, fits.discriminants])
+    candidates = {3: trials[-1], 2: pooled} if task.short else {0: trials[-1], 1: pooled, 2: fits.discriminants}
+    attained = _attained(task, candidates)
     points = _points(task, trials)
     if exchange.alike:
         points.append(_pooled_point(task, pooled, trials[-1], points[-1].deviation))
@@ -252,10 +264,10 @@ def _moments(task: Task, trial: Trial, strength: int, parts: Sequence[IntArray])
     return found
 
 
-def _attained(task: Task, candidates: Sequence[Trial]) -> Attained:
-    """Choose the best of all classifiers on other samples than it is scored on."""
-    known = np.all([np.isfinite(trial.right).any(axis=0) for trial in candidates], axis=0)
-    tried = [(i, s) for i, trial in enumerate(candidates) for s in trial.classifiers[0]]
+def _attained(task: Task, candidates: Mapping[int, Trial]) -> Attained:
+    """Choose the best of all classifiers, by their place in `KINDS`, on other samples than it is scored on."""
+    known = np.all([np.isfinite(trial.right).any(axis=0) for trial in candidates.values()], axis=0)
+    tried = [(i, s) for i, trial in candidates.items() for s in trial.classifiers[0]]
     right = np.stack([candidates[i].right[s] for i, s in tried])
     kind, strength = tried[int(right[:, known].mean(axis=1).argmax())]
     if task.test is None:
@@ -280,11 +292,16 @@ def _accuracy(correct: BoolArray, inflation: float) -> Interval:
 
 def final(task: Task, kind: int, strength: int) -> Tensor:
     """Return one kind of classifier (of `KINDS`) [C, r + 1], fitted to all samples that it may be fitted to."""
-    rows = task.unseen if kind == 0 else np.arange(len(task.samples.labels))
-    if kind == 2:
+    rows = task.unseen if KINDS[kind] in OF_UNSEEN else np.arange(len(task.samples.labels))
+    if kind >= 2:
         return shrinkage_lda(task.samples, rows)[strength]
     path = PENALTIES[max(0, strength - 2) : strength + 1]
     return softmax_path(task.samples, rows, rows[:0], path, stop=False)[-1]
+
+
+def pooled_kind(task: Task) -> int:
+    """Return the place in `KINDS` of the fits to training and unseen samples that are of one kind with the curve's."""
+    return 2 if task.short else 1
 
 
 def _points(task: Task, trials: Sequence[Trial]) -> list[CurvePoint]:
@@ -308,7 +325,7 @@ def _pooled_point(task: Task, pooled: Trial, smaller: Trial, deviation: float) -
     if task.test is None:
         return CurvePoint(_harmonic(pooled.counts), float(_levels(task, pooled, [smaller]).mean()), deviation, "pooled")
     placed, labels, _ = task.test
-    classifier = final(task, 1, pooled.choose(task.scored, [smaller]))
+    classifier = final(task, pooled_kind(task), pooled.choose(task.scored, [smaller]))
     counts = np.bincount(task.samples.labels).astype(np.float64)
     return CurvePoint(_harmonic(counts), float((predict(classifier, placed) == labels).mean()), deviation, "pooled")
 
@@ -388,7 +405,7 @@ def _followed(points: Sequence[CurvePoint], margin: float, bound_at: int, stream
 
 
 def _notes(task: Task) -> tuple[str, ...]:
-    found = []
+    found = [SHORT] if task.short else []
     if task.withheld:
         lack, them = ("class lacks", "it") if len(task.withheld) == 1 else ("classes lack", "them")
         found.append(f"{len(task.withheld)} {lack} unseen samples: the bound leaves {them} out")

@@ -19,10 +19,12 @@ from sklearn.frozen import FrozenEstimator
 
 from tailscope.classifiers import LinearClassifier, SoftmaxRegression
 from tailscope.classifiers.base import Diverged, Floats, IntArray
+from tailscope.classifiers.batches import fit_by_batches
 from tailscope.diagnosis.curve_fits import BoolArray, Rows
 from tailscope.diagnosis.inputs import Inputs, bursts
 from tailscope.diagnosis.learning_curve import ClassifierBound, Fits, follow
 from tailscope.diagnosis.remedies import (
+    BATCHES,
     LEFT_OUT,
     Replacement,
     Scored,
@@ -31,6 +33,7 @@ from tailscope.diagnosis.remedies import (
     fitted_remedy,
     fitted_to_training,
     is_large,
+    is_long,
     stopping_of,
 )
 from tailscope.diagnosis.samples import Looks
@@ -38,7 +41,7 @@ from tailscope.errors import UserError
 from tailscope.intervals import Interval, paired
 from tailscope.measures.rows import scaled
 from tailscope.progress import Progress
-from tailscope.tables.mapped import map_rows
+from tailscope.tables.mapped import map_rows, take_rows
 from tailscope.tables.table import FeatureTable
 
 OWN_CLASSIFIER = "softmax regression on the training features"
@@ -91,10 +94,18 @@ class Outcomes:
         return self.bound.attained.inflation
 
 
-def score(inputs: Inputs, bound_at: int, seed: int, progress: Progress, remedies: Sequence[str] = ()) -> Outcomes:
+def score(
+    inputs: Inputs,
+    bound_at: int,
+    seed: int,
+    progress: Progress,
+    remedies: Sequence[str] = (),
+    device: torch.device | None = None,
+) -> Outcomes:
     """Fit and score every classifier that a verdict compares; `bound_at` is that of `follow`.
 
-    `remedies` are call-strings of `CLASSIFIERS` that are tried as well.
+    `remedies` are call-strings of `CLASSIFIERS` that are tried as well. What is fitted by mini-batches is fitted on the
+    device, all else on the CPU.
 
     Raises:
         UserError: the unseen samples are too few to fit or to choose a classifier on; a loss or logit is not finite.
@@ -109,19 +120,21 @@ def score(inputs: Inputs, bound_at: int, seed: int, progress: Progress, remedies
     notes: list[str] = []
     test = None if inputs.test is None else scored
     with progress.task("classifiers", 3) as advance, _told_of_solvers(inputs, notes):
-        current, name = _current(inputs, train, power)
+        current, name = _current(inputs, train, power, device)
         predicted, predicted_train = current.predict(scored.features), current.predict(train.features)
         advance(1)
         fits = _fits(inputs, train, unseen, test, seed)
         bound = follow(fits, bound_at)
         rows = bound.attained.rows
         advance(1)
-        fitted = fitted_to_training(current, train) | {call: fitted_remedy(call, train) for call in remedies}
+        fitted = fitted_to_training(current, train, device) | {call: fitted_remedy(call, train) for call in remedies}
         rebalanced, layer = choose(fitted, fits, unseen, test, rows)
         advance(1)
     if is_large(train, len(inputs.names)):
         notes.append(LEFT_OUT)
-    now = Scored.by(current, Rows(scored.features[rows], scored.labels[rows]))
+    if is_long(train, len(inputs.names)):
+        notes.append(BATCHES)
+    now = Scored.by(current, Rows(take_rows(scored.features, rows), scored.labels[rows]))
     for reached, by in ((rebalanced.correct, rebalanced.best), (now.correct, name)):
         if (difference(reached, bound.attained.correct, bound.attained.inflation).ci95 or (0.0,))[0] > 0:
             bound = bound.at_least(reached, by)
@@ -149,7 +162,7 @@ def _arrays(table: FeatureTable, power: int) -> Rows:
     return Rows(features.numpy(), table.labels.numpy())
 
 
-def _current(inputs: Inputs, train: Rows, power: int) -> tuple[LinearClassifier, str]:
+def _current(inputs: Inputs, train: Rows, power: int, device: torch.device | None) -> tuple[LinearClassifier, str]:
     """Return the classifier in use, on features that were multiplied by 2 ** power, and its name."""
     given = inputs.classifier
     if given is not None:
@@ -161,7 +174,10 @@ def _current(inputs: Inputs, train: Rows, power: int) -> tuple[LinearClassifier,
                 f"{given.source}: weight or bias is beyond {train.features.dtype}, the type of the features"
             )
         return fixed(weight, bias), given.source
-    model = SoftmaxRegression(**stopping_of(train, len(inputs.names))).fit(*train)
+    if is_long(train, len(inputs.names)):
+        model = fit_by_batches(SoftmaxRegression(), *train, device=device)
+    else:
+        model = SoftmaxRegression(**stopping_of(train, len(inputs.names))).fit(*train)
     return fixed(model.coef_, model.intercept_), OWN_CLASSIFIER
 
 

@@ -8,10 +8,11 @@ on a test set, or, fold by fold, on the unseen samples that took no part in the 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypedDict
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from tailscope.classifiers import (
@@ -27,10 +28,14 @@ from tailscope.classifiers import (
     TauNorm,
 )
 from tailscope.classifiers.base import Diverged, FeatureClassifier, Floats, IntArray, row_blocks
-from tailscope.diagnosis.curve_fits import PENALTIES, BoolArray, Rows, Task
-from tailscope.diagnosis.learning_curve import Fits, final
+from tailscope.classifiers.batches import fit_by_batches
+from tailscope.diagnosis.curve_fits import PENALTIES, SHRINKAGES, BoolArray, Rows, Task, Trial
+from tailscope.diagnosis.learning_curve import Fits, final, pooled_kind
+from tailscope.effort import MOST_CHOSEN_ON, is_long_search
 from tailscope.errors import UserError, foreign_code
 from tailscope.intervals import FloatArray, Interval, Z, proportion
+from tailscope.seeds import numpy_stream
+from tailscope.tables.mapped import take_rows
 
 TAUS = (0.5, 1.0, 1.5)
 L2S = (0.001, 0.01, 0.1)  # from a classifier in use, which is seldom penalised more
@@ -45,6 +50,10 @@ POOLED = " on training and unseen samples"
 LEFT_OUT = (
     "the training set is so large that of the remedies that train a classifier only class-balanced retraining with one "
     "penalty was tried"
+)
+BATCHES = (
+    "there are so many training samples and classes that softmax regressions were fitted to them by mini-batches in a "
+    "few passes, and not to the optimum"
 )
 BINS = 15
 
@@ -186,10 +195,13 @@ def _best(correct: BoolArray, pooled: BoolArray) -> int:
     return best if lead.mean() > lead.std() / len(lead) ** 0.5 else other
 
 
-def fitted_to_training(current: LinearClassifier, train: Rows) -> dict[str, FeatureClassifier]:
+def fitted_to_training(
+    current: LinearClassifier, train: Rows, device: torch.device | None = None
+) -> dict[str, FeatureClassifier]:
     """Return what re-balances a classifier on frozen features, fitted to training samples, simplest first.
 
-    Of large training sets only what is quickly fitted. Searches begin at the classifier in use.
+    Of large training sets only what is quickly fitted. Searches begin at the classifier in use; those by mini-batches
+    are made on the device.
     """
     classes = len(current.classes_)
     large, stopping = is_large(train, classes), stopping_of(train, classes)
@@ -204,6 +216,9 @@ def fitted_to_training(current: LinearClassifier, train: Rows) -> dict[str, Feat
     }
     for remedy in found.values():
         remedy.fit(*train)
+    if is_long(train, classes):
+        start = current.coef_, current.intercept_
+        return found | {f"crt(l2={L2S[0]})": fit_by_batches(CRT(l2=L2S[0]), *train, start, device)}
     found |= _path("crt", CRT(**stopping), train, L2S[:1] if large else L2S, current)
     if large:
         return found
@@ -247,6 +262,11 @@ def is_large(train: Rows, classes: int) -> bool:
     return train.features.size * classes > LARGE
 
 
+def is_long(train: Rows, classes: int) -> bool:
+    """Return whether there is no time for a search over all training samples: then mini-batches take its place."""
+    return is_long_search(*train.features.shape, classes)
+
+
 def stopping_of(train: Rows, classes: int) -> _Stopping:
     """Return at which relative change a classifier's search stops, and after how many iterations."""
     return {"tol": LARGE_TOL if is_large(train, classes) else TOL, "max_iter": MAX_ITER}
@@ -266,15 +286,17 @@ def choose(
     """
     task, pooled = fits.task, fits.pooled
     held_out = task.fold < len(pooled.classifiers)
-    rows = task.rows[held_out]
-    chosen_on = Rows(unseen.features[rows], unseen.labels[rows])
+    some = _chosen_on(task, held_out)
+    rows = task.rows[some]
+    chosen_on = Rows(take_rows(unseen.features, rows), unseen.labels[rows])
     tried = {name: Scored.by(classifier, chosen_on) for name, classifier in fitted.items()}
-    kept = [s for s in pooled.classifiers[0] if PENALTIES[s] > WEAKEST] or [min(pooled.classifiers[0])]
     # A pooled fit knows no class without unseen samples: it could not take the place of the classifier in use.
-    strengths = {f"crt(l2={PENALTIES[s]:.3g}){POOLED}": s for s in kept if not task.withheld}
-    tried |= {name: _cross_fitted(fits, s).at(held_out) for name, s in strengths.items()}
-    nested = select_nested(tried, task.fold[held_out])
-    whole = final(task, 1, strengths[nested.best]) if nested.best in strengths else None
+    strengths = {} if task.withheld else _pooled_names(task, pooled)
+    tried |= {name: _cross_fitted(fits, s, some) for name, s in strengths.items()}
+    nested = select_nested(tried, task.fold[some])
+    if test is None and not np.array_equal(some, held_out):
+        nested = _on_all(nested, fitted, strengths, fits, unseen)
+    whole = final(task, pooled_kind(task), strengths[nested.best]) if nested.best in strengths else None
     layer = _layer(nested, fitted, task, whole)
     if test is None:
         return nested, layer
@@ -282,9 +304,50 @@ def choose(
         placed, labels, _ = task.test
         scored = _placed(whole, placed, labels)
     else:
-        scored = Scored.by(fitted[nested.best], Rows(test.features[items], test.labels[items]))
+        scored = Scored.by(fitted[nested.best], Rows(take_rows(test.features, items), test.labels[items]))
     best = Selection(scored, proportion(scored.correct[None]), (nested.best,), nested.best, nested.tried)
     return best, layer
+
+
+def _chosen_on(task: Task, held_out: BoolArray) -> BoolArray:
+    """Return which unseen samples remedies are chosen on: where the task is short and they are many, some at random."""
+    places = np.flatnonzero(held_out)
+    if not task.short or len(places) <= MOST_CHOSEN_ON:
+        return held_out
+    some = np.zeros_like(held_out)
+    some[numpy_stream(task.seed, "remedies", "chosen on").permutation(places)[:MOST_CHOSEN_ON]] = True
+    return some
+
+
+def _pooled_names(task: Task, pooled: Trial) -> dict[str, int]:
+    """Return the strengths of pooled fits that are remedies, by the remedies' names."""
+    if task.short:
+        return {f"discriminants(shrinkage={SHRINKAGES[s]}){POOLED}": s for s in pooled.classifiers[0]}
+    kept = [s for s in pooled.classifiers[0] if PENALTIES[s] > WEAKEST] or [min(pooled.classifiers[0])]
+    return {f"crt(l2={PENALTIES[s]:.3g}){POOLED}": s for s in kept}
+
+
+def _on_all(
+    nested: Selection,
+    fitted: Mapping[str, FeatureClassifier],
+    strengths: Mapping[str, int],
+    fits: Fits,
+    unseen: Rows,
+) -> Selection:
+    """Score what was chosen on some unseen samples on all that folds hold out, each under its fold's choice."""
+    task = fits.task
+    held_out = task.fold < len(fits.pooled.classifiers)
+    scored = Scored(np.zeros(len(task.fold), dtype=bool), np.zeros(len(task.fold)))
+    for name in dict.fromkeys(nested.chosen):
+        of = held_out & np.isin(task.fold, [q for q, one in enumerate(nested.chosen) if one == name])
+        if name in strengths:
+            one = _cross_fitted(fits, strengths[name], of)
+        else:
+            rows = task.rows[of]
+            one = Scored.by(fitted[name], Rows(take_rows(unseen.features, rows), unseen.labels[rows]))
+        scored.correct[of], scored.confidence[of] = one
+    scored = scored.at(held_out)
+    return replace(nested, scored=scored, accuracy=proportion(scored.correct[None]))
 
 
 def _layer(
@@ -303,16 +366,16 @@ def _layer(
     return Replacement(name, linear[name].coef_, linear[name].intercept_)
 
 
-def _cross_fitted(fits: Fits, strength: int) -> Scored:
-    """Return what pooled fits make of the unseen samples that each was not fitted to, [m]; others are wrong."""
+def _cross_fitted(fits: Fits, strength: int, some: BoolArray) -> Scored:
+    """Return what pooled fits make of some of the unseen samples, [m] of bool, that each was not fitted to."""
     task, samples = fits.task, fits.task.samples
     found = Scored(np.zeros(len(task.unseen), dtype=bool), np.zeros(len(task.unseen)))
     for q, classifiers in enumerate(fits.pooled.classifiers):
-        held = task.fold == q
+        held = some & (task.fold == q)
         places = task.unseen[held]
         one = _placed(classifiers[strength], samples.placed[places], samples.labels[places])
         found.correct[held], found.confidence[held] = one
-    return found
+    return found.at(some)
 
 
 def _placed(classifier: Tensor, placed: Tensor, labels: IntArray) -> Scored:

@@ -25,6 +25,7 @@ from tailscope.intervals import FloatArray
 from tailscope.measures.angles import angles_to
 from tailscope.measures.rows import scaled
 from tailscope.seeds import derive, numpy_stream
+from tailscope.tables.mapped import take_rows
 
 if TYPE_CHECKING:
     from tailscope.diagnosis.outcomes import Outcomes
@@ -59,7 +60,9 @@ class Looks(NamedTuple):
         classes = np.setdiff1d(np.arange(len(current.classes_)), fits.task.withheld)
         found, probability, own = doubt_labels(logits, labels, len(classes))
         suspected = np.where(found < 0, -1, classes[found])
-        return cls(_margins(current, Rows(scored.features[rows], scored.labels[rows])), suspected, probability, own)
+        return cls(
+            _margins(current, Rows(take_rows(scored.features, rows), scored.labels[rows])), suspected, probability, own
+        )
 
 
 def doubt_labels(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tailscope.diagnosis.inputs import Inputs, named
+from tailscope.effort import are_many_pairs
 from tailscope.errors import first_few
 from tailscope.measures.angles import class_centers
 from tailscope.measures.rows import ClassRows, exponent, find_copies, gather, scaled, unseen_copies
@@ -96,12 +97,15 @@ def mixed_rows(predicted: Any, labels: Any, classes: int) -> dict[int, int]:
     """Return the classes that a classifier takes for one another as if its rows were in another order: class -> row.
 
     Of the assignments of classes to rows by which most samples of each class are right, it takes the cycles that get
-    half of their samples more right than the given one, beyond the best of so many assignments by chance.
+    half of their samples more right than the given one, beyond the best of so many assignments by chance. Of so many
+    classes that their pairs cannot all be held it looks at none; a classifier that does worse than chance shows anyway.
 
     >>> labels = np.repeat(np.arange(3), 20)
     >>> mixed_rows(np.array([1, 0, 2])[labels], labels, 3), mixed_rows(np.zeros(60, int), labels, 3)
     ({0: 1, 1: 0}, {})
     """
+    if are_many_pairs(classes):
+        return {}
     hits = np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
     recall = hits / np.maximum(1, hits.sum(axis=1, keepdims=True))
     found: dict[int, int] = {}

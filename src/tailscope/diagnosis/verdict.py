@@ -21,7 +21,7 @@ from typing import Any, Literal, TypedDict, cast
 import numpy as np
 from scipy.special import stdtr
 
-from tailscope.diagnosis.learning_curve import DRAWS, KINDS
+from tailscope.diagnosis.learning_curve import DRAWS, KINDS, OF_UNSEEN
 from tailscope.diagnosis.outcomes import OWN_CLASSIFIER, Outcomes, difference
 from tailscope.diagnosis.remedies import BINS, POOLED, Scored
 from tailscope.groups import GROUPS, SHOTS, shots
@@ -191,7 +191,7 @@ def shares(outcomes: Outcomes, entries: Sequence[Entry]) -> FloatArray:
     """
     bound, even = outcomes.bound, np.ones(len(entries))
     fitted = bound.attained.classifier
-    trained = np.array([0 if fitted == KINDS[0] else entry["train_count"] for entry in entries])
+    trained = np.array([0 if fitted in OF_UNSEEN else entry["train_count"] for entry in entries])
     held = np.array([entry["unseen_count"] if fitted in KINDS or fitted.endswith(POOLED) else 0 for entry in entries])
     more = np.log(np.maximum(1.0, bound.bound_at / np.maximum(1, trained + held)))
     own = more / more.mean() if more.any() else even

@@ -181,8 +181,20 @@ def extract_to_file(
     """
     options = options or Options()
     files.check_writable(out)
-    made_by = spec_of(encoder, images, runtime, options)
-    _try_first(encoder, images, options)
+    try_first(encoder, images, options)
+    return extract_part(encoder, images, out, runtime, options, provenance, spec_of(encoder, images, runtime, options))
+
+
+def extract_part(
+    encoder: Encoder,
+    images: Images,
+    out: Path,
+    runtime: Runtime,
+    options: Options,
+    provenance: dict[str, Any] | None,
+    made_by: dict[str, Any],
+) -> Extraction:
+    """Do as `extract_to_file` with some of the images that `made_by` describes, without trying them first."""
     shards = Shards(out, len(images))
     with shards.opened(made_by):
         resumed = shards.readable()
@@ -203,7 +215,7 @@ def spec_of(encoder: Encoder, images: Images, runtime: Runtime, options: Options
     return {**encoder.spec(), "precision": precision, "stored": options.stored, "images": images.fingerprint()}
 
 
-def _try_first(encoder: Encoder, images: Images, options: Options) -> None:
+def try_first(encoder: Encoder, images: Images, options: Options) -> None:
     """Preprocess a few images from all over the data, so that what cannot work fails before the work."""
     rows = from_all_over(len(images))
     for _ in decode(images, encoder.preprocessing, [rows] if options.batch > 1 else [[row] for row in rows], workers=0):

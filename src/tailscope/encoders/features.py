@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from tailscope.data.decoding import find_unreadable, from_all_over, refuse
 from tailscope.data.images import ImageError, Images, Rows
 from tailscope.data.sources import Division, OpenedImages, Parts, divide, open_images
-from tailscope.device import Runtime
+from tailscope.device import Runtime, Solo, Team
 from tailscope.encoders.extract import Batches, Options, extract_to_file, pass_through, spec_of, table_of
 from tailscope.encoders.loading import PREFIX, StoredBackbone, find_stored, load, of_module, require_no_logits
 from tailscope.encoders.networks import Encoder
+from tailscope.encoders.parts import Written, extract_to_folder
 from tailscope.encoders.preprocessing import Normalization, Wishes
 from tailscope.errors import UserError, message_of, unknown
 from tailscope.report.diagnosis_schema import Sample
@@ -96,17 +97,19 @@ def run_features(
     overwrite: bool = False,
     options: Options | None = None,
     runtime: Runtime | None = None,
+    folder: bool = False,
+    team: Team | None = None,
 ) -> FeaturesResult:
-    """Extract features with any encoder from any images, to a file; its classifier goes beside it.
+    """Extract features with any encoder from any images, to a file or a folder; its classifier goes beside it.
 
     The arguments are the options of `tailscope features`, which `tailscope.verbs.features` describes; `runtime` is
-    automatic and silent by default.
+    automatic and silent by default. To a `folder` the processes of a `team` write together, each its part.
 
     Raises:
         UserError: as the functions it calls; or `out` is there already.
     """
-    options, runtime = options or Options(), runtime or Runtime.choose()
-    if out.exists() and not overwrite:
+    options, runtime, team = options or Options(), runtime or Runtime.choose(), team or Solo()
+    if out.exists() and not (overwrite or folder):
         raise UserError(f"--out {out}: is there already; --overwrite replaces it")
     network = Network(
         checkpoint=checkpoint,
@@ -125,33 +128,42 @@ def run_features(
     if verify:
         _refuse_unreadable(images, options, runtime)
     encoder = _encoder(model, stored, network, opened, images)
-    own, warnings = encoder.classifier, [*images.notes, *encoder.notes]
-    if own is not None and len(own.weight) != (classes := len(images.class_names)):
-        warnings.append(f"{model}: its classifier has {len(own.weight)} outputs, the data {classes} classes")
-    elif own is not None and own.class_names is not None and {*own.class_names} != {*images.class_names}:
-        own = replace(own, class_names=None)
-        warnings.append(
-            f"{model}: its classifier names its classes otherwise; they are taken in the order of the data's"
-        )
+    own, said = _own_classifier(encoder, model, images)
+    warnings = [*images.notes, *encoder.notes, *said]
     for note in warnings:
         runtime.progress.note(note)
-    extraction = extract_to_file(encoder, images, out, runtime, options, {"data": data, "split": split, "part": part})
-    if extraction.skipped:
-        warnings.append(str(refuse(images, extraction.skipped)))
+    origin = {"data": data, "split": split, "part": part}
+    if folder:
+        written = extract_to_folder(encoder, images, out, runtime, options, origin, team=team, overwrite=overwrite)
+    else:
+        written = Written.of(extract_to_file(encoder, images, out, runtime, options, origin))
+    warnings += written.notes(images)
     classifier = None
     if own is not None:
-        classifier = out.with_name(f"{out.stem}.classifier.npz")
-        own.save(classifier)
+        classifier = out.with_name(f"{out.name if folder else out.stem}.classifier.npz")
+        if team.rank == 0:
+            own.save(classifier)
     return FeaturesResult(
         out,
-        len(extraction.table),
+        written.rows,
         encoder.width,
         len(images.class_names),
-        extraction.resumed,
-        len(extraction.skipped),
+        written.resumed,
+        written.skipped,
         classifier,
         tuple(warnings),
     )
+
+
+def _own_classifier(encoder: Encoder, model: str, images: Images) -> tuple[LinearLayer | None, list[str]]:
+    """Return the checkpoint's classifier, without names that are not the data's, and what is to be said of it."""
+    own = encoder.classifier
+    if own is not None and len(own.weight) != (classes := len(images.class_names)):
+        return own, [f"{model}: its classifier has {len(own.weight)} outputs, the data {classes} classes"]
+    if own is not None and own.class_names is not None and {*own.class_names} != {*images.class_names}:
+        otherwise = "its classifier names its classes otherwise; they are taken in the order of the data's"
+        return replace(own, class_names=None), [f"{model}: {otherwise}"]
+    return own, []
 
 
 def _stored(model: str, store: Path | None, checkpoint: Path | None) -> StoredBackbone | None:

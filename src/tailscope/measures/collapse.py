@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tailscope.effort import are_many_pairs, nearest_step
 from tailscope.measures.fields import COLLAPSE, MOST
-from tailscope.measures.rows import row_blocks
+from tailscope.measures.rows import BLOCK_ELEMENTS, row_blocks
 
 Numbers = dict[str, float | None]
 ROUNDING = 1e-10
@@ -128,6 +129,11 @@ def _simplex(centred: Tensor) -> Numbers:
     if lengths.min() > ROUNDING * lengths.max():
         number = len(centred)
         unit = centred / lengths[:, None]
+        if are_many_pairs(number):
+            total = sum((part @ unit.T + 1 / (number - 1)).abs().sum().item() for part in row_blocks(unit, number))
+            own = (unit.square().sum(dim=1) + 1 / (number - 1)).sum().item()
+            found["nc2_angles"] = (total - own) / (number * (number - 1))
+            return found
         off = ~torch.eye(number, dtype=torch.bool, device=unit.device)
         found["nc2_angles"] = ((unit @ unit.T)[off] + 1 / (number - 1)).abs().mean().item()
     return found
@@ -145,6 +151,8 @@ def _duality(centred: Tensor, weight: Tensor | None) -> float | None:
 def _cdnv(means: Tensor, variances: Tensor) -> float | None:
     """Return the mean over pairs of classes; None where two means are the same."""
     total, number = 0.0, len(means)
+    if are_many_pairs(number):
+        return _cdnv_in_blocks(means, variances)
     for k in range(number - 1):
         apart = (means[k + 1 :] - means[k]).square().sum(dim=1)
         if not apart.min() > 0:
@@ -153,12 +161,27 @@ def _cdnv(means: Tensor, variances: Tensor) -> float | None:
     return total / (number * (number - 1) / 2)
 
 
+def _cdnv_in_blocks(means: Tensor, variances: Tensor) -> float | None:
+    """Return the same for many classes: squared distances come from products, good to nine digits."""
+    centred, total, number = means - means.mean(dim=0), 0.0, len(means)
+    squares = centred.square().sum(dim=1)
+    for block in torch.split(torch.arange(number, device=means.device), max(1, BLOCK_ELEMENTS // number)):
+        sums = squares[block, None] + squares
+        apart = sums - 2 * centred[block] @ centred.T
+        apart[torch.arange(len(block)), block] = torch.inf
+        if not (apart > ROUNDING * sums).all():
+            return None
+        total += ((variances[block, None] + variances) / (4 * apart)).sum().item()
+    return total / (number * (number - 1) / 2)
+
+
 def _disagreement(features: Tensor, weight: Tensor, bias: Tensor, means: Tensor) -> float:
-    """Return the share of rows whose largest logit and nearest mean are not of one class."""
+    """Return the share of rows whose largest logit and nearest mean are not of one class, of every k-th of many."""
     origin = means[~means.isnan().any(dim=1)].mean(dim=0)
     centres = (means - origin).to(features.device)
     half = torch.nan_to_num(0.5 * centres.square().sum(dim=1), nan=torch.inf)
     centres, wide, other = torch.nan_to_num(centres), weight.double(), 0
+    features = features[:: nearest_step(*features.shape, len(weight))]
     for rows, _ in _blocks(features, torch.zeros(len(features), device=features.device)):
         for part in row_blocks(rows, len(weight)):
             by_logit = (part @ wide.T + bias.double()).argmax(dim=1)

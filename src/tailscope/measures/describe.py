@@ -25,6 +25,7 @@ from tailscope.measures.fields import EXCESSES, MEASURES, MOST, NUMBERS, Entry
 from tailscope.measures.measure import Facts, measure_class
 from tailscope.measures.rows import FAR, ClassRows, exponent, gather, group_rows, map_mixed, median, scaled
 from tailscope.seeds import numpy_stream
+from tailscope.tables.mapped import map_rows
 
 MOST_APART = 30  # powers of two between the lengths of train and unseen features
 SQUARED = [measure.name for measure in MEASURES.values() if measure.unit == "squared"]
@@ -98,7 +99,11 @@ def describe(
     unseen = group_rows(unseen_features, unseen_labels, class_names, "unseen")
     _check_lengths(train, unseen)
     power = exponent(train.lengths, unseen.lengths)
-    train, unseen = (replace(rows, features=scaled(rows.features, power)) for rows in (train, unseen))
+    if power:
+        train, unseen = (
+            replace(rows, features=map_rows(rows.features, lambda block: scaled(block, power)))
+            for rows in (train, unseen)
+        )
     groups, rule = assign_groups(_training_counts(train, class_names, train_counts))
     keys = _stream_keys(class_names)
     centers = class_centers(train, unseen)

@@ -105,12 +105,12 @@ def require_room(where: Path | str, name: str, shape: Sequence[int], itemsize: i
     if any(length < 0 for length in shape):
         raise UserError(f"{where}: {name} declares the shape {list(shape)}: damaged")
     size = math.prod(shape) * max(itemsize, 1)
-    if size > _memory():
+    if size > machine_memory():
         raise UserError(f"{where}: {name} declares {size / 2**30:,.0f} GiB, more than this machine's memory")
     return size
 
 
-def _memory() -> int:
+def machine_memory() -> int:
     """Return the machine's memory in bytes; where the system does not tell, what 48 bits address."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -177,7 +177,7 @@ def read_npz(path: Path, required: Sequence[str], optional: Sequence[str]) -> Co
 def read_single(path: Path, required: Sequence[str], optional: Sequence[str]) -> Contents:
     """Return the array of an `.npy` as `SINGLE`, mapped into memory as it is needed; it has no fields."""
     with path.open("rb") as file:
-        _check(path, SINGLE, file, path.stat().st_size)
+        _check(path, SINGLE, file, path.stat().st_size, mapped=True)
     # Copied where it is written to, which is nowhere: PyTorch wants memory that it may write to.
     return Contents({SINGLE: np.load(path, mmap_mode="c", allow_pickle=False)})
 
@@ -217,14 +217,18 @@ def _array(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: 
     return array
 
 
-def _check(path: Path, name: str, file: IO[bytes], size: int) -> None:
-    """Check that an open `.npy` of `size` bytes holds plain numbers or text, exactly as many as it declares."""
+def _check(path: Path, name: str, file: IO[bytes], size: int, *, mapped: bool = False) -> None:
+    """Check that an open `.npy` of `size` bytes holds plain numbers or text, exactly as many as it declares.
+
+    One that is mapped may be larger than memory.
+    """
     shape, dtype = _header(file)
     if dtype.hasobject:
         raise UserError(f"{path}: {name} holds Python objects, which are never unpickled; save plain arrays")
     if dtype.kind == "V" or (dtype.itemsize == 0 and math.prod(shape) > 0):
         raise UserError(f"{path}: {name} is {dtype}; expected plain numbers or text")
-    require_room(path, name, shape, dtype.itemsize)
+    if not mapped:
+        require_room(path, name, shape, dtype.itemsize)
     if math.prod(shape) * dtype.itemsize != size - file.tell():
         raise ValueError(f"{name} declares {dtype} {list(shape)}, but {size - file.tell()} bytes follow")
 

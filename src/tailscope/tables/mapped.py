@@ -8,10 +8,13 @@ once it is large: a file without a name, in the cache, which is gone with the ar
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,6 +25,7 @@ CACHE = "TAILSCOPE_CACHE"
 HELD = 2**28
 """Bytes of rows from which on they are written to a file instead of being held in memory."""
 _BLOCK_VALUES = 2**22
+Floats = npt.NDArray[np.floating[Any]]
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +51,7 @@ def map_rows(features: Tensor, change: Callable[[Tensor], Tensor], rows: Tensor 
     small = features.ndim == 1 or number * width * kind.itemsize <= HELD
     if small or features.device.type != "cpu":
         return change(features if rows is None else features[rows])
-    found = _empty(number, width, kind)
+    found = empty_rows(number, width, kind)
     step = max(1, _BLOCK_VALUES // width)
     for start in range(0, number, step):
         part = slice(start, start + step)
@@ -55,9 +59,32 @@ def map_rows(features: Tensor, change: Callable[[Tensor], Tensor], rows: Tensor 
     return found
 
 
-def _empty(number: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Return rows to fill, on disk; in memory where the disk has no room for them."""
+def take_rows(features: Floats, rows: npt.NDArray[Any]) -> Floats:
+    """Return some rows of features [N, d], a number or a truth each [m] or [N], as `map_rows` does."""
+    index = np.flatnonzero(rows) if rows.dtype == np.bool_ else rows
+    if np.array_equal(index, np.arange(len(features))):
+        return features
+    given = torch.from_numpy(np.require(features, requirements=["W"]))
+    found: Floats = map_rows(given, lambda block: block, torch.from_numpy(index)).numpy()
+    return found
+
+
+@contextmanager
+def held_below(size: int) -> Iterator[None]:
+    """Write rows to files from fewer bytes on, within the block."""
+    global HELD
+    before, HELD = HELD, min(HELD, size)
+    try:
+        yield
+    finally:
+        HELD = before
+
+
+def empty_rows(number: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Return rows to fill, once they are large on disk; in memory where the disk has no room for them."""
     size = number * width * dtype.itemsize
+    if size <= HELD:
+        return torch.empty(number, width, dtype=dtype)
     try:
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)

@@ -62,6 +62,15 @@ def read_parquet(path: Path, required: Sequence[str], optional: Sequence[str]) -
         raise ValueError(str(error)) from error
 
 
+def rows_in(path: Path) -> int | None:
+    """Return how many rows a file says that it has; None where there is none that can be read."""
+    try:
+        with path.open("rb") as opened:
+            return int(pyarrow(path).parquet.read_metadata(opened).num_rows)
+    except (OSError, pyarrow(path).ArrowException):
+        return None
+
+
 def _read(path: Path, file: Any, optional: Sequence[str]) -> Contents:
     part = _part(path, file)
     _check_sizes(path, file, part.chosen)

@@ -48,9 +48,15 @@ class _FeaturesRequest(DecodingOptions, EncoderOptions):
 
     model: Annotated[str, MODEL] = field(kw_only=False)
     data: Annotated[str | Path, IMAGES, str] = field(kw_only=False)
-    out: Annotated[Path | str, Option(help="Feature file to write: .npz, .safetensors or .parquet."), Path] = field(
-        kw_only=False
-    )
+    out: Annotated[
+        Path | str,
+        Option(
+            metavar="PATH",
+            help="Feature file to write: .npz, .safetensors or .parquet; or, with a slash at its end, a folder of"
+            " Parquet files.",
+        ),
+        str,
+    ] = field(kw_only=False)
     split: Annotated[str | None, Option(help="Split of the data; needed where there are several.")] = None
     part: Annotated[
         str | None,
@@ -61,6 +67,10 @@ class _FeaturesRequest(DecodingOptions, EncoderOptions):
     )
     mixed: Annotated[bool, Option("--mixed", help="bfloat16 where the device has it; geometry wants fp32.")] = False
     half: Annotated[bool, Option("--half", help="Store float16: half the size, three significant digits.")] = False
+    devices: Annotated[
+        int | None,
+        Option(min=1, help="Processes on this machine that write a folder, one GPU each. [default: 1]"),
+    ] = None
     device: Device = "auto"
     overwrite: Overwrite = False
     console: Console | None = None
@@ -70,15 +80,19 @@ class _FeaturesRequest(DecodingOptions, EncoderOptions):
 def features(request: _FeaturesRequest) -> "FeaturesResult":
     """Extract features with any encoder from any images. Interrupted, the same command continues.
 
-    A checkpoint's classifier is written beside the features, for `diagnose --classifier`.
+    A folder (`--out f/`) gets Parquet files, which together may be larger than memory. With `--devices N`, or started
+    by torchrun, several processes write it, each its part; its rows are the same as with one. A checkpoint's classifier
+    is written beside the features, for `diagnose --classifier`.
 
     Examples: `tailscope features --model timm:resnet50 --checkpoint w.pth --data folder:photos --out f.npz`;
     `tailscope features --model resnet32 --checkpoint ldam.pth.tar --data cifar10 --split test --out unseen.npz`;
-    `tailscope features --model store:892e --store out/store --data cifar10 --split train --part unseen --out u.npz`
+    `tailscope features --model store:892e --store out/store --data cifar10 --split train --part unseen --out u.npz`;
+    `tailscope features --model timm:resnet50 --pretrained --data folder:photos --out f/ --devices 4`
     """
-    from tailscope.device import Runtime
+    from tailscope.device import Runtime, Solo, form
     from tailscope.encoders.extract import Options
     from tailscope.encoders.features import run_features
+    from tailscope.encoders.parts import is_folder
 
     options = Options(
         precision="auto" if request.mixed else "fp32",
@@ -86,10 +100,16 @@ def features(request: _FeaturesRequest) -> "FeaturesResult":
         **_of(DecodingOptions, request),
     )
     chosen = {name: getattr(request, name) for name in ("model", "split", "part", "verify", "overwrite")}
-    chosen |= {"data": str(request.data), "out": Path(request.out)}
-    with shown_on(request.console) as progress:
-        runtime = Runtime.choose(request.device, progress=progress)
-        return run_features(**chosen, **_of(EncoderOptions, request), options=options, runtime=runtime)
+    chosen |= {"data": str(request.data), "out": Path(request.out), "folder": is_folder(request.out)}
+    runtime = Runtime.choose(request.device)
+    if not chosen["folder"] and request.devices not in (None, 1):
+        raise UserError(f"--devices {request.devices}: several processes write a folder; give --out {request.out}/")
+    team = form(request.devices, 1, runtime.device.type) if chosen["folder"] else Solo()
+    with shown_on(request.console if team.rank == 0 else None) as progress:
+        runtime = replace(runtime, progress=progress, device=team.device or runtime.device)
+        found = run_features(**chosen, **_of(EncoderOptions, request), options=options, runtime=runtime, team=team)
+    team.leave()
+    return found
 
 
 def _of(options: type, request: Any) -> dict[str, Any]:
@@ -170,6 +190,13 @@ class _DiagnosisRequest(DecodingOptions, EncoderOptions, _Samples):
             help="auto, cpu or cuda. [default: auto for a --model, cpu for the geometry; classifiers fit on the CPU]"
         ),
     ] = None
+    memory: Annotated[
+        str | None,
+        Option(
+            help="The most memory to hold, such as 2GiB; features in folders, .npy and .safetensors are not held."
+            " [default: three quarters of the machine's]"
+        ),
+    ] = None
     overwrite: Overwrite = False
     logger: Logger = None
     console: Console | None = None
@@ -228,6 +255,7 @@ def diagnose(request: _DiagnosisRequest) -> "Diagnosis":
     """
     from tailscope.device import Runtime
     from tailscope.diagnosis.diagnose import OtherBound, prepare, run, spec
+    from tailscope.diagnosis.memory import to_bytes
     from tailscope.report import build
     from tailscope.report.objects import Diagnosis
     from tailscope.report.thumbnails import Thumbnails
@@ -236,6 +264,7 @@ def diagnose(request: _DiagnosisRequest) -> "Diagnosis":
 
     request.check()
     settings, out = request.settings, None if request.out is None else Path(request.out)
+    limit = None if request.memory is None else to_bytes(request.memory)
     runtime = Runtime.choose(request.device or "cpu", keep_memory=False)
     with shown_on(request.console) as shown, logging_to(shown, request.logger, out) as progress:
         given, pictures = _features_of(request, progress)
@@ -245,7 +274,7 @@ def diagnose(request: _DiagnosisRequest) -> "Diagnosis":
             settings = replace(settings, ceiling_from=other)
         if out is not None:
             check_free(make_folder(out, "--out"), "diagnosis", spec(inputs, settings), overwrite=request.overwrite)
-        found, layer = run(inputs, settings, replace(runtime, progress=progress))
+        found, layer = run(inputs, settings, replace(runtime, progress=progress), limit)
         result = Diagnosis(found, layer, Thumbnails.of(found, pictures, progress))
         progress.log("diagnosis", 0, result.scalars(), last=True)
     if out is not None:

@@ -1,0 +1,64 @@
+"""How much is too much: estimates of what exact methods cost, and the limits from which a diagnosis approximates.
+
+Costs are counted in multiply-adds of matrix products. What else is done to one logit (its exponential, a maximum, a
+comparison) takes about as long as `ELEMENT` of them, so that few features hardly make it cheaper. Two cores of a laptop
+do about 3e10 a second. What is small is computed exactly; a result that is not says so.
+"""
+
+import math
+
+ELEMENT = 100
+# One evaluation of a search over all rows: a learning curve takes about 300 of them, one classifier about 40.
+MOST_CURVE, MOST_SEARCH = 3e10, 3e11
+# Once over held-out samples for each of about 20 classifiers that are only scored.
+MOST_SCORING = 1e12
+MOST_NEAREST = 1e11  # both the largest logit and the nearest mean of rows, in float64
+MOST_PAIRS = 2e7  # of classes: what holds a number for each takes 160 MB in float64
+MOST_DRAWN = 2e9  # elements of all classes' permutations beyond the first ones, each [permutations, samples, samples]
+MOST_CHOSEN_ON = 30_000  # samples that tell which remedy is best, where they are more: standard error 0.3 points
+FEWEST_FIRST = 99
+
+
+def of_logits(rows: int, features: int, classes: int) -> float:
+    """Return the cost of all classes' logits for some rows.
+
+    >>> of_logits(1_000, 28, 10)
+    1280000.0
+    """
+    return float(rows) * classes * (features + ELEMENT)
+
+
+def is_long_curve(rows: int, features: int, classes: int) -> bool:
+    """Return whether the searches of a learning curve take too long.
+
+    >>> is_long_curve(50_000, 512, 100), is_long_curve(40_000, 64, 10_000)
+    (False, True)
+    """
+    return of_logits(rows, features, classes) > MOST_CURVE
+
+
+def is_long_search(rows: int, features: int, classes: int) -> bool:
+    """Return whether a search for one classifier over all rows takes too long.
+
+    >>> is_long_search(50_000, 512, 100), is_long_search(500_000, 64, 10_000)
+    (False, True)
+    """
+    return of_logits(rows, features, classes) > MOST_SEARCH
+
+
+def are_many_pairs(classes: int) -> bool:
+    """Return whether pairs of classes are too many to hold a number for each.
+
+    >>> are_many_pairs(4_000), are_many_pairs(10_000)
+    (False, True)
+    """
+    return classes**2 > MOST_PAIRS
+
+
+def nearest_step(rows: int, features: int, classes: int) -> int:
+    """Return which k of every k-th row says often enough whether the largest logit is that of the nearest mean.
+
+    >>> nearest_step(50_000, 512, 100), nearest_step(500_000, 64, 10_000)
+    (1, 9)
+    """
+    return max(1, math.ceil(of_logits(rows, features, classes) / MOST_NEAREST))

@@ -1,0 +1,188 @@
+"""Extraction to a folder: the rows of one file, in parts, whoever writes them and is killed meanwhile."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from tailscope.data.images import Images
+from tailscope.data.sources import open_images
+from tailscope.device import Runtime, Team
+from tailscope.encoders import Encoder, Options, extract_to_file, load, parts
+from tailscope.encoders.features import run_features
+from tailscope.encoders.preprocessing import Wishes
+from tailscope.errors import UserError
+from tailscope.tables.table import FeatureTable
+
+CPU = Runtime(torch.device("cpu"), torch.bfloat16)
+SMALL = Options(batch=16, shard=32)
+
+
+@pytest.fixture(autouse=True)
+def small_parts(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TAILSCOPE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(parts, "PART_BYTES", 50 * 32 * 4)  # 48 images of 32 features
+
+
+@pytest.fixture(scope="module")
+def images() -> Images:
+    """Return 250 of the digits."""
+    return open_images("digits").splits["train"].take(np.arange(0, 1250, 5))
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return load("resnet8", channels=1, wishes=Wishes(normalize="0.3/0.4"))
+
+
+@pytest.fixture
+def whole(tmp_path: Path, encoder, images) -> FeatureTable:
+    return extract_to_file(encoder, images, tmp_path / "whole.npz", CPU, SMALL).table
+
+
+def write(encoder, images, folder: Path, team: Team | None = None, **changes) -> parts.Written:
+    options = replace(SMALL, **changes)
+    return parts.extract_to_folder(encoder, images, folder, CPU, options, {"data": "digits"}, team=team or Team())
+
+
+def rows_of(folder: Path) -> FeatureTable:
+    """Read the files one after the other, as they lie there."""
+    tables = [FeatureTable.load(file) for file in sorted(folder.glob("*.parquet"))]
+    features = torch.cat([table.features for table in tables])
+    labels, ids = (np.concatenate([getattr(table, name) for table in tables]) for name in ("labels", "ids"))
+    return FeatureTable.from_arrays(features, labels, ids=ids)
+
+
+def same(folder: Path, whole: FeatureTable) -> None:
+    found = rows_of(folder)
+    assert torch.equal(found.features, whole.features)
+    assert torch.equal(found.labels, whole.labels)
+    assert found.ids.tolist() == whole.ids.tolist()
+
+
+class Of(Team):
+    """One of two processes."""
+
+    size = 2
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+
+def test_the_files_hold_the_rows_of_one_file_bit_for_bit(tmp_path, encoder, images, whole):
+    done = write(encoder, images, tmp_path / "f")
+    assert done == parts.Written(250, 0, 0)
+    assert [path.name for path in sorted((tmp_path / "f").glob("*.parquet"))] == [
+        f"{start:012d}.parquet" for start in range(0, 250, 48)
+    ]
+    same(tmp_path / "f", whole)
+    order = np.argsort(whole.labels.numpy(), kind="stable")  # a folder is read as a table sorted by class
+    assert torch.equal(FeatureTable.load(tmp_path / "f").features, whole.features[order])
+
+
+def test_two_processes_write_what_one_writes(tmp_path, encoder, images, whole):
+    write(encoder, images, tmp_path / "f", Of(0))
+    assert len(list((tmp_path / "f").glob("*.parquet"))) == 3
+    assert write(encoder, images, tmp_path / "f", Of(1)).rows == 250
+    same(tmp_path / "f", whole)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+@pytest.mark.parametrize("team", [Team(), Of(0)])
+def test_a_killed_run_goes_on_with_any_number_of_processes(tmp_path, encoder, images, whole, team):
+    seen = []
+
+    def dying(model, x):
+        if len(seen) == 6:  # the fourth part has one of its two shards
+            raise Killed
+        seen.append(len(x))
+        return encoder.function(model, x)
+
+    with pytest.raises(Killed):
+        write(replace(encoder, function=dying), images, tmp_path / "f", team)
+    done = write(encoder, images, tmp_path / "f")
+    assert done.resumed == 96
+    assert done.rows == 250
+    same(tmp_path / "f", whole)
+    assert not list((tmp_path / "f").glob("*.shards"))
+    assert write(encoder, images, tmp_path / "f").resumed == 250
+
+
+def test_a_damaged_file_is_written_again(tmp_path, encoder, images, whole):
+    write(encoder, images, tmp_path / "f")
+    file = tmp_path / "f" / f"{48:012d}.parquet"
+    file.write_bytes(file.read_bytes()[:100])
+    assert write(encoder, images, tmp_path / "f").resumed == 250 - 48
+    same(tmp_path / "f", whole)
+
+
+@pytest.mark.parametrize(("change", "says"), [({"stored": "float16"}, "stored"), ({"batch": 25}, "part")])
+def test_features_of_another_extraction_are_never_mixed_in(tmp_path, encoder, images, change, says):
+    write(encoder, images, tmp_path / "f")
+    with pytest.raises(UserError, match=f"holds features of another extraction .*{says}"):
+        write(encoder, images, tmp_path / "f", **change)
+    before = (tmp_path / "f" / f"{0:012d}.parquet").read_bytes()
+    parts.extract_to_folder(
+        encoder, images, tmp_path / "f", CPU, replace(SMALL, stored="float16"), {}, team=Team(), overwrite=True
+    )
+    assert (tmp_path / "f" / f"{0:012d}.parquet").read_bytes() != before
+    assert rows_of(tmp_path / "f").features.dtype == torch.float16
+
+
+def test_a_folder_with_other_parquet_files_is_left_alone(tmp_path, encoder, images):
+    other = tmp_path / "f" / "mine.parquet"
+    other.parent.mkdir()
+    other.write_bytes(b"precious")
+    with pytest.raises(UserError, match=r"holds mine\.parquet, which is none of its files"):
+        write(encoder, images, tmp_path / "f")
+    assert other.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("skipped", [1, 49])
+def test_images_that_cannot_be_read_are_counted(tmp_path, skipped):
+    from PIL import Image
+
+    for k in range(60):
+        path = tmp_path / "photos" / f"class{k % 2}" / f"{k:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((9, 9, 3), 3 * k + 9, np.uint8)).save(path)
+    files = sorted((tmp_path / "photos").rglob("*.png"))
+    for path in files[20 : 20 + skipped // 2 + 1]:
+        path.write_bytes(b"no image")
+    found = run_features(
+        "resnet8", f"folder:{tmp_path / 'photos'}", tmp_path / "f", image_size=8, normalize="none",
+        options=replace(SMALL, skip_unreadable=True), runtime=CPU, folder=True,
+    )  # fmt: skip
+    assert (found.rows, found.skipped) == (60 - skipped // 2 - 1, skipped // 2 + 1)
+    assert len(FeatureTable.load(tmp_path / "f")) == found.rows
+
+
+def test_what_the_command_refuses(tailscope_, tmp_path):
+    run = tailscope_("features", "--model", "resnet8", "--data", "digits", "--out", tmp_path / "f.npz", "--devices", 2)
+    assert run.code == 2
+    assert "several processes write a folder; give --out" in run.err
+
+
+@pytest.mark.slow
+def test_two_real_processes(tmp_path, whole):
+    command = [sys.executable, "-m", "tailscope", "features", "--model", "resnet20", "--data", "digits"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    for name, more in (("one", []), ("two", ["--devices", "2", "--device", "cpu"])):
+        ended = subprocess.run(
+            [*command, "--split", "train", "--batch", "16", "--out", f"{tmp_path / name}/", *more],
+            env=environment, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert ended.returncode == 0, ended.stderr
+    names = [path.name for path in sorted((tmp_path / "one").glob("*.parquet"))]
+    assert names == [path.name for path in sorted((tmp_path / "two").glob("*.parquet"))]
+    for name in names:
+        assert pq.read_table(tmp_path / "one" / name).equals(pq.read_table(tmp_path / "two" / name))
