@@ -26,8 +26,8 @@ from tailscope.data.sources import ImageData
 from tailscope.device import Runtime
 from tailscope.experiments.runs import Run
 from tailscope.experiments.stages import Stages
+from tailscope.experiments.trainings import Trainings
 from tailscope.progress import Deadline, Quiet
-from tailscope.reproduce.trainings import Trainings
 from tailscope.store import Store
 from tailscope.training import loop
 from tailscope.training.recipes import RECIPES
