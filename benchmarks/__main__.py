@@ -3,7 +3,8 @@
 Full records go to results/bench and from there into docs/performance.md; quick ones to out/bench-quick. The verdict's
 own test (`--only verdicts`) goes to results/verdicts.json and docs/verdicts.md, what re-balancing gains in a user's
 network (`--only rebalance`) to results/rebalance.json and docs/howto-export.md, and how long a stranger's first steps
-take (`--only strangers`) to results/strangers.json and docs/get-started.md.
+take (`--only strangers`) to results/strangers.json and docs/get-started.md, and what a sweep on Ray costs (`--only
+sweep`) to results/sweep.json and docs/howto-cluster.md.
 """
 
 import argparse
@@ -27,7 +28,12 @@ NAMES = ("train", "augment", "concurrent", "swap", "stage2", "geometry", "scalin
 SCALE = "scale"
 """Takes an hour or more and gigabytes of disk: runs only where it is asked for, and has a page of its own."""
 VERDICTS = "verdicts"
-PAGES = {VERDICTS: "verdicts.md", "rebalance": "howto-export.md", "strangers": "get-started.md"}
+PAGES = {
+    VERDICTS: "verdicts.md",
+    "rebalance": "howto-export.md",
+    "strangers": "get-started.md",
+    "sweep": "howto-cluster.md",
+}
 """What runs only where it is asked for, by itself: each has a result, results/NAME.json, and a page of its own."""
 
 
@@ -87,6 +93,10 @@ def examine(name: str, asked: argparse.Namespace) -> int:
         from benchmarks import classes
 
         content = classes.run(options, asked.threads)
+    elif name == "sweep":
+        from benchmarks import sweep
+
+        content = sweep.run(options)
     else:
         from benchmarks import strangers
 

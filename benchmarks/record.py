@@ -19,7 +19,7 @@ from tailscope.results import command_line, versions
 # -- records ----------------------------------------------------------------------------------------------------------
 
 
-PACKAGES = ("tailscope", "torch", "torchvision", "lightning", "numpy", "scikit-learn")
+PACKAGES = ("tailscope", "torch", "torchvision", "lightning", "ray", "numpy", "scikit-learn")
 
 
 @dataclass(frozen=True)

@@ -268,6 +268,7 @@ def reproduce(request: Reproduction) -> dict[str, Any]:
     Examples: `tailscope reproduce table1 --dataset cifar10-lt --data-root DIR --quick --seeds 1`;
     `tailscope reproduce all --dataset cifar10-lt --data-root DIR --plan`;
     `tailscope reproduce everything --data-root DIR --time-limit 9m --out results`;
+    `tailscope reproduce all --dataset cifar10-lt --data-root DIR --on ray --gpus 0.25 --out results`;
     `tailscope reproduce table1 --dataset imagenet-lt --data list:TRAIN.txt,TEST.txt --data-root DIR --devices 4`
     """
     request.check()

@@ -114,9 +114,9 @@ def run(request: Comparison) -> Compared:
     settings = CompareSettings.of(request)
     if request.plan:
         store = store_root(request.out, request.store)
-        unwritten = replace(request, out=None, store=store)
+        unwritten = replace(request, out=None, store=store, jobs=None, on=None)
         return Compared(plans.run(unwritten, ["compare"], settings, {"compare": plan})["compare"])
-    result = Compared(plans.run(request, ["compare"], settings, {"compare": compare})["compare"])
+    result = Compared(plans.run(request, ["compare"], settings, {"compare": compare}, _waves)["compare"])
     if request.out is not None:
         build(request.out)
     return result
@@ -240,16 +240,36 @@ def _chosen_runs(
     yield from _runs(methods, settings, sets, seed)
 
 
+def _tried(stages: Stages, settings: CompareSettings, data: TrainingSet, seed: int) -> list[_Run]:
+    """Return the runs without a seed's cut that hyper-parameters are chosen by."""
+    if settings.tune != "cut":
+        return []
+    rest = stages.without(data, _cut(stages, data, seed))
+    open_ = [choices for method in settings.parsed() if len(choices := method.choices()) > 1]
+    return [_run_of(one, settings.recipe, rest, seed) for choices in open_ for one in choices]
+
+
+def _waves(stages: Stages, settings: CompareSettings) -> Iterator[list[Run]]:
+    """Yield what a comparison needs: first what hyper-parameters are chosen by, with all that has nothing to choose."""
+    sets = {seed: training_sets(stages, settings, seed) for seed in settings.seeds}
+    methods = settings.parsed()
+    fixed_ = [method for method in methods if settings.tune == "none" or len(method.choices()) <= 1]
+    yield [
+        run
+        for seed, of in sets.items()
+        for run in (*_tried(stages, settings, of["lt"], seed), *_runs(fixed_, settings, of, seed))
+    ]
+    if len(fixed_) < len(methods):
+        runs = partial(_chosen_runs, stages, _Outcomes())
+        yield [run for seed, of in sets.items() for run in runs(settings, of, seed)]
+
+
 def plan(stages: Stages, settings: CompareSettings) -> dict[str, Any]:
     """Return what a comparison would train, and what of it is stored, without training anything."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for seed in settings.seeds:
         sets = training_sets(stages, settings, seed)
-        runs = list(_runs(settings.parsed(), settings, sets, seed))
-        if settings.tune == "cut":
-            rest = stages.without(sets["lt"], _cut(stages, sets["lt"], seed))
-            open_ = [one for method in settings.parsed() if len(one := method.choices()) > 1]
-            runs += [_run_of(one, settings.recipe, rest, seed) for choices in open_ for one in choices]
+        runs = [*_runs(settings.parsed(), settings, sets, seed), *_tried(stages, settings, sets["lt"], seed)]
         for run in runs:
             row = {"seed": seed, "what": "backbone", "name": run.encoder}
             if run.stage1.pretrain:

@@ -136,7 +136,43 @@ class FileOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Work(FileOptions):
+class Placing:
+    """Where the stages of a sweep are made, and how many at a time."""
+
+    jobs: Annotated[
+        int | None,
+        Option(min=1, help="Stages that are made at a time, each by a process of its own. [default: 1; Ray: all fit]"),
+    ] = None
+    on: Annotated[
+        str | None,
+        Option(help="ray: make stages on the Ray cluster of $RAY_ADDRESS, else here; or ray://HOST:PORT."),
+    ] = None
+    cpus: Annotated[float | None, Option(min=0, help="With --on: cores for each stage. [default: 1]")] = None
+    gpus: Annotated[
+        float | None,
+        Option(min=0, help="With --on: GPUs for each stage, such as 0.25. [default: 1 where the cluster has some]"),
+    ] = None
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether stages are made ahead, in other processes or by threads."""
+        return self.on is not None or (self.jobs or 1) > 1
+
+    def check_place(self) -> None:
+        """Refuse options that do not go together, with a `UserError`."""
+        if self.on is not None and self.on != "ray" and not self.on.startswith("ray://"):
+            raise UserError(f"--on {self.on}: expected ray, or ray://HOST:PORT")
+        for name in ("cpus", "gpus"):
+            if self.on is None and getattr(self, name) is not None:
+                raise UserError(f"--{name}: only with --on ray")
+        if self.elsewhere and (getattr(self, "devices", None) or 1) * getattr(self, "num_nodes", 1) > 1:
+            raise UserError(
+                "--devices: several processes for one training, and --jobs or --on many trainings; take one"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work(FileOptions, Placing):
     """Where work is done, and where it is shown."""
 
     store: StoreRoot = None
@@ -259,9 +295,6 @@ class _OfThePaper:
         str | None,
         Option(help="Stop in time, such as 9m or 1h30m, one finished piece after the other; the same command goes on."),
     ] = None
-    jobs: Annotated[
-        int, Option(min=1, help="With a time limit or everything: backbones trained at a time; 4 may suit a GPU.")
-    ] = 1
     wait_for_data: Annotated[
         bool,
         Option("--wait-for-data", help="With a time limit or everything: train as soon as NAME.npz is in DATA_ROOT."),
@@ -294,11 +327,12 @@ class Reproduction(_Work, _OfThePaper):
 
     def check(self) -> None:
         """Refuse options that do not go together, with a `UserError`."""
+        self.check_place()
         if self.queued and (self.data is not None or self.dataset == "imagenet-lt"):
             raise UserError(
                 "--time-limit: only for the CIFAR data sets; a training on files goes on where it was stopped"
             )
-        alone = {"--jobs": self.jobs > 1, "--wait-for-data": self.wait_for_data, "--bundle": self.bundle is not None}
+        alone = {"--wait-for-data": self.wait_for_data, "--bundle": self.bundle is not None}
         for option in [] if self.queued else [option for option, given in alone.items() if given]:
             raise UserError(f"{option}: only with --time-limit or `everything`")
         if self.wait_for_data and self.data_root is None:

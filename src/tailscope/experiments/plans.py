@@ -23,8 +23,9 @@ from tailscope.data.sources import ImageData, load
 from tailscope.device import Runtime, Solo, Team, form
 from tailscope.errors import UserError, one_line
 from tailscope.experiments.options import FileOptions, Request
-from tailscope.experiments.runs import Experiment, Run, Settings, evaluate, store_root, training_sets
+from tailscope.experiments.runs import Experiment, Run, RunsOf, Settings, evaluate, store_root, training_sets
 from tailscope.experiments.stages import Backbone, Stages, TrainingSet, follow, require_trainable
+from tailscope.experiments.trainings import make_ahead
 from tailscope.experiments.traps import traps
 from tailscope.groups import assign_groups
 from tailscope.intervals import CELLS, attribute, summarize
@@ -258,6 +259,23 @@ EXPERIMENTS: dict[str, Callable[[Stages, Any], dict[str, Any]]] = {
 }
 """Each takes the stages and its settings; `experiments.compare` brings one of its own, with more settings."""
 
+RUNS: dict[str, RunsOf] = {"swap": swap_runs, "ladder": ladder_runs, "geometry": geometry_runs}
+"""What each of them trains."""
+
+Waves = Callable[[Stages, Any], Iterator[list[Run]]]
+"""What an experiment needs, as far as it is known when what came before is stored."""
+
+
+def waves_of(verbs: Sequence[str]) -> Waves:
+    """Return all that these experiments need, in one wave."""
+
+    def waves(stages: Stages, settings: Settings) -> Iterator[list[Run]]:
+        sets = {seed: training_sets(stages, settings, seed) for seed in settings.seeds}
+        of = [RUNS[verb] for verb in verbs if verb in RUNS]
+        yield [run for seed in settings.seeds for runs in of for run in runs(settings, sets[seed], seed)]
+
+    return waves
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -321,15 +339,18 @@ def run(
     verbs: Sequence[str],
     settings: Settings | None = None,
     experiments: Mapping[str, Callable[[Stages, Any], dict[str, Any]]] = EXPERIMENTS,
+    waves: Waves | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Run experiments that share a store, and the verb `subset`; write their results where the request names an OUT.
 
     Everything that can be refused is refused before the first training. Settings are those of the request, unless
-    they are given. Returns the results by verb.
+    they are given. Where the request names a place, what `waves` tell is made there first, and then recalled. Returns
+    the results by verb.
 
     Raises:
         UserError: an option, the data or OUT is not usable.
     """
+    request.check_place()
     console = request.console or Console(quiet=True)
     notes = partial(Console(stderr=True, quiet=console.quiet).out, highlight=False)
     settings = settings or Settings.of(request)
@@ -350,7 +371,9 @@ def run(
         if data.in_memory:  # which files can be read, and so the spec, is known later
             _check_free(data, settings, request, verbs)
         stages = processes.stages(Store(store_root(request.out, request.store)), progress, notes)
-        results = _run(stages, settings, request, verbs, experiments)
+        drawn = _check_free(stages.data, settings, request, verbs)
+        make_ahead(stages, (waves or waves_of(verbs))(stages, settings), request, request.device, notes)
+        results = _run(stages, settings, request, verbs, experiments, drawn)
     if stages.trained == 0 < stages.recalled:
         console.print(f"Nothing was trained: all {stages.recalled} stages were in the store.")
     return results
@@ -362,9 +385,9 @@ def _run(
     request: Request,
     verbs: Sequence[str],
     experiments: Mapping[str, Callable[[Stages, Any], dict[str, Any]]],
+    drawn: dict[str, Any],
 ) -> dict[str, dict[str, Any]]:
-    """Run the experiments and write their results, unless OUT holds others."""
-    drawn = _check_free(stages.data, settings, request, verbs)
+    """Run the experiments and write their results, and the subset that was drawn."""
     results: dict[str, dict[str, Any]] = {}
     for verb in verbs:
         result = drawn if verb == "subset" else experiments[verb](stages, settings)

@@ -143,6 +143,7 @@ class Stages:
         data: every image can be read (`decoding.readable`).
         normalize: pixel statistics, of images in memory those of the true training set.
         trained, recalled: how many stages were, so far.
+        workers: processes that decode files; None decides.
     """
 
     def __init__(
@@ -154,7 +155,7 @@ class Stages:
             UserError: the images are too small for the networks.
         """
         self.data, self.store, self.runtime = data, store, runtime
-        self._team, self._workers = team or Solo(), workers
+        self._team, self.workers = team or Solo(), workers
         self.trained = self.recalled = 0
         self._models: dict[str, Backbone] = {}
         self.normalize = IMAGENET
@@ -166,6 +167,12 @@ class Stages:
                     f" {_SMALLEST}"
                 )
             self.normalize = Normalizer.of(data.train.images)
+
+    def working(self, runtime: Runtime, store: Store | None = None) -> "Stages":
+        """Return the same on another runtime, in another store perhaps, with a model of its own: for another thread."""
+        other = copy.copy(self)
+        other.runtime, other.store, other._models = runtime, store or self.store, {}
+        return other
 
     def true(self) -> TrainingSet:
         """Return the whole training set, D*."""
@@ -205,7 +212,7 @@ class Stages:
         require_trainable(self.data, self._team, stage.train, stage.augment)
         key = backbone_key(stage, seed)
         if key not in self._models:
-            start, before = self._pretrained(stage, rows, seed, label) if stage.pretrain else ({}, {})
+            start, before = self.pretrained(stage, rows, seed, label) if stage.pretrain else ({}, {})
             labelled, told = self._labelled(stage, rows, seed, label) if stage.unlabelled else (None, {})
 
             def make(scratch: Path) -> tuple[Tensors, Meta]:
@@ -217,7 +224,7 @@ class Stages:
             self._models = {key: self._load(key, stage, artifact)}  # one at a time: a plan groups runs by backbone
         return self._models[key]
 
-    def _pretrained(self, stage: StageSpec, rows: Rows, seed: int, label: str) -> tuple[Tensors, Meta]:
+    def pretrained(self, stage: StageSpec, rows: Rows, seed: int, label: str) -> tuple[Tensors, Meta]:
         """Pre-train a backbone or recall it; return its weights, without the classifier's, and what it took."""
         first, said = pretraining(stage), f"{label}, pre-training"
         key = backbone_key(first, seed)
@@ -260,7 +267,7 @@ class Stages:
         start: Tensors,
         labelled: tuple[Rows, Tensor] | None = None,
     ) -> tuple[Tensors, Meta]:
-        data, own = self.data.train.take(rows), (self.runtime, scratch, label, self._team, self._workers, start)
+        data, own = self.data.train.take(rows), (self.runtime, scratch, label, self._team, self.workers, start)
         if labelled is not None:
             whole = self.data.train.take(np.concatenate([rows, labelled[0]]))
             data = replace(cast(Any, whole), labels=torch.cat([data.labels, labelled[1]]))
@@ -392,7 +399,7 @@ class Stages:
         # This wrapper gathers statistics of what it sees: this process alone shows it every image.
         team = Solo() if isinstance(wanted.model, _Estimating) else self._team
         with team.lead(replace(wanted, model=copy.deepcopy(wanted.model).cpu()) if team.size > 1 else None):
-            return extract_wanted(wanted, self.normalize, self.runtime, label, team=team, workers=self._workers)
+            return extract_wanted(wanted, self.normalize, self.runtime, label, team=team, workers=self.workers)
 
 
 def _view_label(stage: StageSpec, view: int) -> str:

@@ -4,7 +4,6 @@ The plan says what will be trained, what is stored already, and how long the res
 what the store remembers of trainings here, else from a measurement of a few seconds.
 """
 
-import copy
 import os
 import statistics
 import time
@@ -20,11 +19,11 @@ import torch
 from tailscope.data.images import ImageSet
 from tailscope.device import Runtime, arithmetic_of
 from tailscope.errors import UserError
-from tailscope.experiments import plans
 from tailscope.experiments.options import Reproduction
-from tailscope.experiments.plans import EXPERIMENTS, start_processes
+from tailscope.experiments.plans import EXPERIMENTS, RUNS, start_processes
 from tailscope.experiments.runs import Run, Settings, evaluate, store_root, training_sets
 from tailscope.experiments.stages import Stages
+from tailscope.experiments.trainings import make_ahead
 from tailscope.methods.augmentations import build
 from tailscope.progress import Progress, Quiet, duration
 from tailscope.report.rows import load as load_results
@@ -47,7 +46,6 @@ AUGMENTED, EXTRACTED = 1_024, 256
 
 Augment = tuple[str, ...]
 Tell = Callable[[str], object]
-_RUNS = {"swap": plans.swap_runs, "ladder": plans.ladder_runs, "geometry": plans.geometry_runs}
 
 
 def run_reproduce(
@@ -91,6 +89,8 @@ def _reproduce(reproduction: Reproduction, lab: Stages, settings: Settings, tell
         tell(f"estimated time here: {duration(seconds)}{by}; geometry's tests come on top{busy and f'; {busy}'}")
     if reproduction.plan:
         return done
+    needed = [run for experiment in wanted for run in runs(lab, settings, experiment)]
+    make_ahead(lab, [needed], reproduction, reproduction.device, tell)
     for experiment in wanted:
         write(reproduction.out, experiment, EXPERIMENTS[experiment](lab, settings))
     return {**done, **conclude(lab, settings, reproduction.out)}
@@ -117,7 +117,7 @@ def conclude(lab: Stages, settings: Settings, out: Path) -> dict[str, Any]:
     as claims.json has them, and `tables`: rows by name.
     """
     spec = fixed_part(settings.spec(lab.data))
-    found: dict[str, Any] = {verb: result for verb, result in load_results(out).items() if verb in _RUNS}
+    found: dict[str, Any] = {verb: result for verb, result in load_results(out).items() if verb in RUNS}
     results = {verb: result for verb, result in found.items() if fixed_part(result["spec"]) == spec}
     evidence = Evidence(results, _recalled(lab, settings, results))
     document = claims.document(evidence, claims.check(evidence), datetime.now(UTC).isoformat(timespec="seconds"))
@@ -146,19 +146,12 @@ def draw(out: Path, tell: Tell) -> None:
 
 def outcomes(lab: Stages, settings: Settings, experiment: str) -> Outcomes:
     """Return which test images each row of `swap` or `ladder` gets right; everything must have been trained."""
-    quiet = with_progress(lab, Quiet())
+    quiet = lab.working(replace(lab.runtime, progress=Quiet()))
     found: dict[str, list[Any]] = {}
     for run in runs(lab, settings, experiment):
         backbone = quiet.backbone(run.stage1, run.trained_on.rows, run.seed, run.encoder)
         found.setdefault(run.row, []).append(evaluate(quiet, run, backbone, run.row))
     return {row: np.stack(per_seed) for row, per_seed in found.items()}
-
-
-def with_progress(lab: Stages, progress: Progress) -> Stages:
-    """Return the same lab, with a model of its own, that reports to another progress: for another thread, say."""
-    other = copy.copy(lab)
-    other.runtime = replace(lab.runtime, progress=progress)
-    return other
 
 
 def _recalled(lab: Stages, settings: Settings, results: Mapping[str, Any]) -> Outcomes:
@@ -188,7 +181,7 @@ def fixed_part(spec: Mapping[str, Any]) -> dict[str, Any]:
 def runs(lab: Stages, settings: Settings, experiment: str) -> Iterator[Run]:
     """Yield the runs of `swap`, `ladder` or `geometry` over all seeds, those of a backbone together."""
     for seed in settings.seeds:
-        yield from _RUNS[experiment](settings, training_sets(lab, settings, seed), seed)
+        yield from RUNS[experiment](settings, training_sets(lab, settings, seed), seed)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from tailscope.experiments.options import (
     Data,
     DataRoot,
     Overwrite,
+    Placing,
     Profile,
     Protocol,
     Request,
@@ -44,7 +45,8 @@ def swap(request: Request) -> "Result":
 
     Examples: `tailscope swap --data digits --recipe demo --out out`;
     `tailscope swap --data cifar10 --data-root DIR --profile exp:100 --protocol ldam --recipe paper`;
-    `tailscope swap --data list:TRAIN.txt,TEST.txt --data-root DIR --profile FILE.json --recipe imagenet --devices 4`
+    `tailscope swap --data list:TRAIN.txt,TEST.txt --data-root DIR --profile FILE.json --recipe imagenet --devices 4`;
+    `tailscope swap --data cifar10 --data-root DIR --seeds 12 --jobs 4 --out out`
     """
     return _experiments(request, "swap")["swap"]
 
@@ -53,7 +55,8 @@ def swap(request: Request) -> "Result":
 def ladder(request: Request) -> "Result":
     """See how far augmentation and class-balanced retraining close the gap (Figure 3).
 
-    Example: `tailscope ladder --data digits --recipe demo --out out` (re-uses what `swap` trained there).
+    Examples: `tailscope ladder --data digits --recipe demo --out out` (re-uses what `swap` trained there);
+    `tailscope ladder --data cifar10 --data-root DIR --seeds 12 --on ray --out out`
     """
     return _experiments(request, "ladder")["ladder"]
 
@@ -66,6 +69,8 @@ def geometry(request: Request) -> "Result":
     """
     return _experiments(request, "geometry")["geometry"]
 
+
+_PLACING = {option.name for option in fields(Placing)}
 
 _FIXED = {"last_layer", "weights", "sampler", "mix", "augment", "schedule", "stage2_loss", "stage2_sampler"}
 """What every method of a comparison chooses for itself."""
@@ -80,7 +85,8 @@ def compare(request: Comparison) -> "Compared":
 
     Examples: `tailscope compare --data digits --recipe demo --methods "ce; la; crt; mixup + crt" --out out`;
     `tailscope compare --data cifar10 --data-root DIR --protocol ldam --methods "ce; tau; lws" --tune cut`;
-    `tailscope compare --data cifar10 --data-root DIR --methods "ce; balanced_softmax; loss:focal(gamma=1)" --plan`
+    `tailscope compare --data cifar10 --data-root DIR --methods "ce; balanced_softmax; loss:focal(gamma=1)" --plan`;
+    `tailscope compare --data cifar10 --data-root DIR --seeds 12 --on ray --gpus 0.25 --out out`
     """
     from tailscope.experiments.compare import run
 
@@ -142,7 +148,9 @@ def subset(
     return result
 
 
-@taking(Request, leave_out={"out", "store", "overwrite", "permutations", "device", "engine", "logger", "verify"})
+@taking(
+    Request, leave_out={"out", "store", "overwrite", "permutations", "device", "engine", "logger", "verify", *_PLACING}
+)
 def check(request: Request) -> dict[str, Any]:
     """Look for traps in what a training is about to do, without training.
 
