@@ -334,24 +334,33 @@ def _show_story(_: object, options: Options) -> Iterator[RenderableType]:
 
 def _show_comparison(result: dict[str, Any], options: Options) -> Iterator[RenderableType]:
     from tailscope.report import comparison
-    from tailscope.report.schema import Comparison
 
+    yield from _show_words(comparison, "compare", result, options)
+
+
+def _show_memorization(result: dict[str, Any], options: Options) -> Iterator[RenderableType]:
+    from tailscope.report import memorization
+
+    yield from _show_words(memorization, "memorization", result, options)
+
+
+def _show_words(words: Any, verb: str, result: dict[str, Any], options: Options) -> Iterator[RenderableType]:
+    """Show what the module `words` says of a result, or its plan."""
     if "plan" in result:
         yield from _show_plan(result)
         return
-    found = cast(Comparison, result)
-    heading, lines = comparison.summary_rows(found)
+    heading, lines = words.summary_rows(result)
     table = Table(*map(one_line, heading), box=None)
     for line in lines:
         table.add_row(*map(_plain, line))
     yield table
     yield ""
-    yield from (f"- {one_line(text)}" for text in comparison.findings(found))
-    yield from (f"Keep in mind: {one_line(text)}" for text in comparison.caveats(found)[:1])
-    yield from (f"What to do: {one_line(text)}" for text in comparison.advice(found))
+    yield from (f"- {one_line(text)}" for text in words.findings(result))
+    yield from (f"Keep in mind: {one_line(text)}" for text in words.caveats(result)[:1])
+    yield from (f"What to do: {one_line(text)}" for text in words.advice(result))
     if options["verbose"]:
-        yield from (f"warning: {one_line(text)}" for text in found["warnings"])
-    yield f"written: {options['out'] / 'compare.json'}"
+        yield from (f"warning: {one_line(text)}" for text in result["warnings"])
+    yield f"written: {options['out'] / f'{verb}.json'}"
     yield f"report: {options['out']}"
 
 
@@ -360,8 +369,8 @@ def _show_plan(result: dict[str, Any]) -> Iterator[RenderableType]:
     for row in result["plan"]:
         table.add_row(str(row["seed"]), row["what"], _plain(row["name"]), "yes" if row["stored"] else "no")
     yield table
-    missing = result["to_train"]
-    yield f"to train: {missing['backbone']} backbones and {missing['classifier']} classifiers; the rest is stored"
+    missing = " and ".join(f"{number} {what}s" for what, number in result["to_train"].items())
+    yield f"to train: {missing}; the rest is stored"
 
 
 def _show_traps(found: dict[str, Any], _: Options) -> Iterator[RenderableType]:
@@ -472,6 +481,7 @@ _add_command(verbs.demo, _show_story, out=Path("demo"))
 for _experiment in (verbs.swap, verbs.ladder, verbs.geometry):
     _add_command(_experiment, _show_story, with_imports=True, out=Path("out"))
 _add_command(verbs.compare, _show_comparison, with_imports=True, out=Path("out"))
+_add_command(verbs.memorization, _show_memorization, with_imports=True, out=Path("out"))
 _add_command(verbs.check, _show_traps, with_imports=True)
 _add_command(verbs.subset, _show_subset)
 _add_command(verbs.report, lambda path, _: iter([str(path)]), with_json=False)

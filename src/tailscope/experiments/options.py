@@ -276,6 +276,16 @@ class Comparison(Request):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Memorization(Request):
+    """The options of `memorization`, as given."""
+
+    seeds: Seeds = 1
+    trainings: Annotated[int, Option(min=2, help="Networks for each seed, each trained on a random part.")] = 20
+    share: Annotated[float, Option(help="Share of the long-tailed set that each of them is trained on.")] = 0.7
+    plan: Annotated[bool, Option("--plan", help="Only say what would be trained, and what is stored already.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class _OfThePaper:
     """What of the paper is reproduced."""
 

@@ -212,7 +212,7 @@ class Experiment:
             self.lt_sets.append(sets["lt"])
             for run in list(runs(self.settings, sets, seed)):  # parts that do not fit are refused before any training
                 label = f"seed {seed}: backbone on {run.encoder}"
-                backbone = self.stages.backbone(run.stage1, run.trained_on.rows, seed, label)
+                backbone = self.stages.backbone(run.stage1, run.trained_on.rows, run.seed, label)
                 self.specs += [stage for stage in (run.stage1, run.stage2) if stage is not None]
                 yield run, backbone
                 self.cards.append(_card(self.stages.store, run, backbone))

@@ -344,6 +344,70 @@ def check_comparison(comparison: Comparison) -> Comparison:
     return comparison
 
 
+# ---- memorisation
+
+
+class RankCorrelation(TypedDict):
+    """Spearman's correlation over classes."""
+
+    spearman: Number | None
+    ci95: Bounds | None
+
+
+class _Correlations(RankCorrelation):
+    classes: Count
+    given_counts: RankCorrelation
+
+
+class MemorizedClasses(TypedDict):
+    """What is memorised of some images: of all, of a class or of a group."""
+
+    memorization: Number | None
+    ci95: NotRequired[Bounds | None]
+    recall_kept: Share | None
+    recall_left_out: Share | None
+    above: Share | None
+    above_by_chance: Share | None
+    images: Count
+    undefined: Count
+    spread_gap_deg: NotRequired[Number | None]
+
+
+class MemorizedClass(MemorizedClasses):
+    """The same of one class, and which it is."""
+
+    index: Count
+    name: str
+    group: Group | None
+    count: Count
+    put_back: Count
+    spread_gap_ci95: Bounds | None
+
+
+class Memorization(Trained):
+    """memorization.json."""
+
+    share: Share
+    trainings: Annotated[int, Field(ge=2)]
+    threshold: Number
+    classes: list[MemorizedClass]
+    by_group: dict[str, MemorizedClasses | None]
+    total: MemorizedClasses
+    correlation: _Correlations
+
+
+def check_memorization(memorization: Memorization) -> Memorization:
+    """Check what one field says of another."""
+    _of_all_classes(memorization)
+    if [entry["index"] for entry in memorization["classes"]] != list(range(len(memorization["counts"]))):
+        raise ValueError("field 'classes' does not hold class after class")
+    for name, entry in memorization["by_group"].items():
+        require_fields(f"by_group.{name}", entry or {"ci95": None, "spread_gap_deg": None}, ("ci95", "spread_gap_deg"))
+    for entry in memorization["classes"]:
+        require_fields(f"classes.{entry['index']}", entry, ("ci95", "spread_gap_deg"))
+    return memorization
+
+
 class Results(TypedDict, total=False):
     """The results of one folder that a report tells together."""
 

@@ -11,6 +11,7 @@ from tailscope.experiments.options import (
     Comparison,
     Data,
     DataRoot,
+    Memorization,
     Overwrite,
     Placing,
     Profile,
@@ -24,6 +25,7 @@ from tailscope.training import REGISTRIES
 if TYPE_CHECKING:
     from tailscope.data.sources import ImageData
     from tailscope.report.objects import Comparison as Compared
+    from tailscope.report.objects import Memorization as Memorized
     from tailscope.report.objects import Result
 
 
@@ -89,6 +91,26 @@ def compare(request: Comparison) -> "Compared":
     `tailscope compare --data cifar10 --data-root DIR --seeds 12 --on ray --gpus 0.25 --out out`
     """
     from tailscope.experiments.compare import run
+
+    return run(request)
+
+
+_STAGE2 = {"stage2_loss", "stage2_sampler", "matched", "backbones", "bn_mode", "permutations", "logger"}
+"""What an experiment without a second stage has no use for."""
+
+
+@taking(Memorization, leave_out=_STAGE2)
+def memorization(request: Memorization) -> "Memorized":
+    """Find what networks memorise, by training on random parts (Feldman and Zhang 2020), beside the spread gap.
+
+    An image is memorised as far as a network gets it right only because it was trained on it. Trains a backbone on the
+    whole long-tailed set and `--trainings` on parts, for each seed. Interrupted, the same command continues, and a
+    higher `--trainings` (with `--overwrite`) adds to what is there.
+
+    Examples: `tailscope memorization --data digits --recipe demo --trainings 30 --out out`;
+    `tailscope memorization --data cifar10 --data-root DIR --protocol ldam --trainings 8 --plan`
+    """
+    from tailscope.experiments.memorization import run
 
     return run(request)
 
