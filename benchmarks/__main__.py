@@ -27,6 +27,8 @@ NAMES = ("train", "augment", "concurrent", "swap", "stage2", "geometry", "scalin
 VERDICTS = "verdicts"
 PAGES = {VERDICTS: "verdicts.md", "rebalance": "howto-export.md", "strangers": "get-started.md"}
 """What runs only where it is asked for, by itself: each has a result, results/NAME.json, and a page of its own."""
+ASKED_FOR = {"images": "imagenet.md"}
+"""Timings that run only where they are asked for, and the page that shows them."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,19 +36,20 @@ def main(arguments: list[str] | None = None) -> int:
     asked = _parse(arguments)
     if asked.action == "table":
         return fill_document(check=asked.check)
-    unknown = [name for name in asked.only if name not in (*NAMES, *PAGES)]
+    unknown = [name for name in asked.only if name not in (*NAMES, *ASKED_FOR, *PAGES)]
     alone = [name for name in asked.only if name in PAGES]
     if unknown or (alone and len(asked.only) > 1):
-        known = f"known are {', '.join(NAMES)}, and by itself {' or '.join(PAGES)}"
+        known = f"known are {', '.join((*NAMES, *ASKED_FOR))}, and by itself {' or '.join(PAGES)}"
         print(f"error: --only {','.join(unknown or asked.only)}: {known}", file=sys.stderr)
         return 2
     if alone:
         return examine_verdicts(asked) if alone == [VERDICTS] else examine(alone[0], asked)
-    options = Options("quick" if asked.quick else "full", find_images(asked.data_root), asked.device)
+    cache = str(asked.cache) if asked.cache else None
+    options = Options("quick" if asked.quick else "full", find_images(asked.data_root), asked.device, cache)
     folder = asked.out or (REPOSITORY / "out" / "bench-quick" if asked.quick else RECORDS)
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as kept:
         # Every run compiles and chooses engines anew, so that warm-ups are comparable.
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ["XDG_CACHE_HOME"] = cache
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ["XDG_CACHE_HOME"] = kept
         hardware = record.hardware(options)
         for name in asked.only or NAMES:
             run(name, options, folder, hardware)
@@ -126,7 +129,7 @@ def fill_document(*, check: bool) -> int:
             module = importlib.import_module(f"benchmarks.{name}{'.summary' if name == VERDICTS else ''}")
             tables[name] = module.table(json.loads(stored.read_text(encoding="utf-8")))
     old = 0
-    for page in (DOCUMENT, *(DOCUMENT.with_name(name) for name in PAGES.values())):
+    for page in (DOCUMENT, *(DOCUMENT.with_name(name) for name in (*ASKED_FOR.values(), *PAGES.values()))):
         text = page.read_text(encoding="utf-8")
         filled = record.render(text, tables)
         old += text != filled
@@ -154,10 +157,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--only",
         default=(),
         type=lambda text: text.split(","),
-        help=f"some of {','.join(NAMES)}; or {' or '.join(PAGES)}",
+        help=f"some of {','.join((*NAMES, *ASKED_FOR))}; or {' or '.join(PAGES)}",
     )
     parser.add_argument("--data-root", type=Path, help="folder with cifar10.npz [default: $TAILSCOPE_DATA]")
-    parser.add_argument("--cache", type=Path, help=f"of {VERDICTS} and rebalance: what is done")
+    parser.add_argument("--cache", type=Path, help=f"of {VERDICTS} and rebalance: what is done; of images: the tree")
     parser.add_argument("--store", type=Path, help=f"of {VERDICTS} and rebalance: a store with backbones of CIFAR")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help=f"of {VERDICTS}")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
