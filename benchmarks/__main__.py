@@ -1,6 +1,7 @@
 """Command line: `python -m benchmarks [--quick] [--only train,swap]`, `python -m benchmarks table` for the documents.
 
-Full records go to results/bench and from there into docs/performance.md; quick ones to out/bench-quick. The verdict's
+Full records go to results/bench and from there into docs/performance.md; quick ones to out/bench-quick. What is about
+images in files (`--only images,hours`) runs only where it is asked for, and goes into docs/imagenet.md. The verdict's
 own test (`--only verdicts`) goes to results/verdicts.json and docs/verdicts.md, what re-balancing gains in a user's
 network (`--only rebalance`) to results/rebalance.json and docs/howto-export.md, and how long a stranger's first steps
 take (`--only strangers`) to results/strangers.json and docs/get-started.md.
@@ -27,7 +28,7 @@ NAMES = ("train", "augment", "concurrent", "swap", "stage2", "geometry", "scalin
 VERDICTS = "verdicts"
 PAGES = {VERDICTS: "verdicts.md", "rebalance": "howto-export.md", "strangers": "get-started.md"}
 """What runs only where it is asked for, by itself: each has a result, results/NAME.json, and a page of its own."""
-ASKED_FOR = {"images": "imagenet.md"}
+ASKED_FOR = {"images": "imagenet.md", "hours": "imagenet.md"}
 """Timings that run only where they are asked for, and the page that shows them."""
 
 
@@ -114,7 +115,7 @@ def run(name: str, options: Options, folder: Path, hardware: dict[str, Any]) -> 
 
 def benchmark(name: str) -> Callable[[Options], Record]:
     """Return the function that measures what is asked for."""
-    module = {"augment": "train", "concurrent": "train", "breakdown": "scaling"}.get(name, name)
+    module = {"augment": "train", "concurrent": "train", "breakdown": "scaling", "hours": "images"}.get(name, name)
     function = "run" if module == name else name
     found: Callable[[Options], Record] = getattr(importlib.import_module(f"benchmarks.{module}"), function)
     return found
@@ -129,7 +130,7 @@ def fill_document(*, check: bool) -> int:
             module = importlib.import_module(f"benchmarks.{name}{'.summary' if name == VERDICTS else ''}")
             tables[name] = module.table(json.loads(stored.read_text(encoding="utf-8")))
     old = 0
-    for page in (DOCUMENT, *(DOCUMENT.with_name(name) for name in (*ASKED_FOR.values(), *PAGES.values()))):
+    for page in (DOCUMENT, *(DOCUMENT.with_name(name) for name in {*ASKED_FOR.values(), *PAGES.values()})):
         text = page.read_text(encoding="utf-8")
         filled = record.render(text, tables)
         old += text != filled

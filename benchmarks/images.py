@@ -1,8 +1,11 @@
 """images: files decoded and augmented against torchvision's own loader, and a whole swap on a tree of them.
 
+hours: what a plan of ImageNet-LT says here, of this machine and of one, four and eight GPUs.
+
 The tree is made (`tailscope.data.made`) in a temporary folder and removed at the end: 20,000 JPEGs of 200 classes.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -136,7 +139,7 @@ def _loaders(tree: Path, size: Size, crop: int, options: Options, raw: dict[str,
 def _by_processor(measured: Measured) -> list[float]:
     """Return the seconds of the processor that an image took in each slice, of an arm without workers."""
     told = [measured.warm_up.told, *(s.told for s in measured.slices)]
-    return [(b["cpu"] - a["cpu"]) / (b["seen"] - a["seen"]) for a, b in zip(told, told[1:], strict=False)]
+    return [(b["cpu"] - a["cpu"]) / (b["seen"] - a["seen"]) for a, b in itertools.pairwise(told)]
 
 
 def _seen(measured: Measured, size: Size) -> str:
@@ -231,3 +234,42 @@ def _swap_rows(swapped: dict[str, Any], made: dict[str, Any], size: Size) -> lis
         Row("its store and report on disk", Spread.of([sum(disk.values()) / 1e6]), "MB"),
     ]  # fmt: skip
     return rows
+
+
+# -- the plan ---------------------------------------------------------------------------------------------------------
+
+WORKERS = 8
+"""Cores that decode for each GPU, in the plan."""
+
+
+def hours(options: Options) -> Record:
+    """Plan Table 1 of ImageNet-LT, as the command line does, and return what it says."""
+    recipe = ["--recipe", "imagenet(size=24, width=4, epochs=1)"] if options.size == "tiny" else []
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            "reproduce", "table1", "--dataset", "imagenet-lt", "--plan", "--seeds", "1", "--device", options.device,
+            "--workers", str(WORKERS), *recipe, "--json", "--out", folder,
+        ]  # fmt: skip
+        ended = subprocess.run([sys.executable, "-m", "tailscope", *command], capture_output=True, text=True)
+    if ended.returncode:
+        raise RuntimeError(f"the plan ended with {ended.returncode}: {ended.stderr}")
+    found = json.loads(ended.stdout)
+    rates, record = found["rates"], Record("hours", options)
+    one = {"augmented": "decodes and augments", "cropped": "decodes and crops", "read": "decodes, no more"}
+    for name, what in one.items():
+        record.rows.append(Row(f"a core {what}", Spread.of([rates[name]]), "images/s"))
+    speed = rates["trained"] or rates["step"]
+    record.rows.append(Row(f"trained by {rates['processor']}", Spread.of([speed]), "images/s", note=rates["origin"]))
+    record.rows += [_machine(estimate, rates) for estimate in found["estimates"]]
+    for what, size in (("disk", sum(found["disk_bytes"].values())), ("memory", found["memory_bytes"])):
+        record.rows.append(Row(f"{what} of features and networks", Spread.of([size / 1e9]), "GB"))
+    record.raw = found
+    return record
+
+
+def _machine(estimate: dict[str, Any], rates: dict[str, Any]) -> Row:
+    number, known = estimate["devices"], estimate["seconds"] is not None
+    name = f"{number} GPU{'s' if number > 1 else ''}" if estimate["gpu"] else f"this CPU, {rates['cores']} cores"
+    bound = f"bound by {estimate['bound']}" if known else "at least: no rate of a GPU is known here"
+    cores = f"{number * WORKERS} cores decode" if estimate["gpu"] else ""
+    return Row(name, Spread.of([estimate["at_least"] / 3600]), "h", note=joined([bound, cores]))

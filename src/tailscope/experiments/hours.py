@@ -208,8 +208,8 @@ def _read(name: str) -> FileRates:
     return replace(FileRates(**values), origin=f"read from {Path(name).name}")
 
 
-def measure(stages: Stages, recipe: Recipe, seconds: float = SECONDS) -> FileRates:
-    """Measure every rate in about `seconds`, in this process.
+def measure(stages: Stages, recipe: Recipe, seconds: float | None = None) -> FileRates:
+    """Measure every rate in about `seconds`, by default `SECONDS`, in this process.
 
     What a core decodes is counted by the core's own time, so that other work does not count; nor does waiting for a
     disk. What a processor computes is counted by the clock.
@@ -217,7 +217,7 @@ def measure(stages: Stages, recipe: Recipe, seconds: float = SECONDS) -> FileRat
     Raises:
         UserError: no image of the sample can be read.
     """
-    runtime, share = replace(stages.runtime, progress=Quiet()), seconds / 7
+    runtime, share = replace(stages.runtime, progress=Quiet()), (SECONDS if seconds is None else seconds) / 7
     images, gpu = stages.data.train, runtime.device.type == "cuda"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     decoded = partial(_decoding, images, seconds=share)
