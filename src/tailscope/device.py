@@ -476,7 +476,7 @@ def form(devices: int | None, num_nodes: int, accelerator: str) -> Team:
         accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=DDPStrategy(timeout=_PATIENCE)
     )
     # Lightning's own watch ends this process by SIGKILL, without a word, where another has ended.
-    launchers = importlib.import_module("lightning.fabric.strategies.launchers.subprocess_script")
+    launchers: Any = importlib.import_module("lightning.fabric.strategies.launchers.subprocess_script")
     if hasattr(launchers, "_launch_process_observer"):
         launchers._launch_process_observer = _watch
     fabric.launch()
