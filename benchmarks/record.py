@@ -31,11 +31,13 @@ class Options:
             for tests.
         data: an image `.npz` with CIFAR-10, or None for random images of its shape.
         device: cpu or cuda.
+        cache: a folder for what may be used again, if any.
     """
 
     size: Literal["full", "quick", "tiny"] = "full"
     data: str | None = None
     device: str = "cpu"
+    cache: str | None = None
 
     @property
     def inline(self) -> bool:

@@ -90,9 +90,15 @@ def _run(received: list[int]) -> int:
     except Exception as error:  # the net under everything: no traceback where a line can be told
         code = INTERRUPTED if received else _unexpected(error)  # workers that a signal ended too are no surprise
     if code == INTERRUPTED:  # typer turns the interrupt of a running verb into this code
-        print("\ninterrupted; the same command keeps what is finished and does the rest", file=sys.stderr)  # noqa: T201
+        if not _follows():
+            print("\ninterrupted; the same command keeps what is finished and does the rest", file=sys.stderr)  # noqa: T201
         return 128 + received[0] if received else INTERRUPTED
     return code if isinstance(code, int) else 0
+
+
+def _follows() -> bool:
+    """Whether another process of this run leads, which tells what both would; Lightning and torchrun number them."""
+    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) not in ("", "0")
 
 
 @contextmanager
@@ -317,6 +323,13 @@ def _plain(text: str) -> Text:
     return Text(one_line(text))
 
 
+def _show_swap(result: dict[str, Any], options: Options) -> Iterator[RenderableType]:
+    if "plan" in result:
+        yield from map(_plain, result["told"])
+    else:
+        yield from _show_story(result, options)
+
+
 def _show_story(_: object, options: Options) -> Iterator[RenderableType]:
     from tailscope.report import load, story
 
@@ -478,7 +491,8 @@ _add_command(verbs.diagnose, _show_diagnosis, with_imports=True, out=Path("out")
 _add_command(verbs.features, _show_features, with_imports=True)
 _add_command(verbs.rebalance, lambda path, _: iter([f"written: {path}"]), with_json=False, with_imports=True)
 _add_command(verbs.demo, _show_story, out=Path("demo"))
-for _experiment in (verbs.swap, verbs.ladder, verbs.geometry):
+_add_command(verbs.swap, _show_swap, with_imports=True, out=Path("out"))
+for _experiment in (verbs.ladder, verbs.geometry):
     _add_command(_experiment, _show_story, with_imports=True, out=Path("out"))
 _add_command(verbs.compare, _show_comparison, with_imports=True, out=Path("out"))
 _add_command(verbs.memorization, _show_memorization, with_imports=True, out=Path("out"))

@@ -248,6 +248,28 @@ class Request(_Work, _Training):
     """The options of an experiment, as given."""
 
 
+Rate: TypeAlias = Annotated[
+    str | None,
+    Option(help="With --plan: images a second that a GPU trains, or a file of what --plan --json prints on one."),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planning(Request):
+    """The options of an experiment that may only be planned, as given."""
+
+    plan: Annotated[
+        bool,
+        Option("--plan", help="Only say what would be trained, and of images in files how long and how much disk."),
+    ] = False
+    rate: Rate = None
+
+    def __post_init__(self) -> None:
+        """Refuse a rate without a plan."""
+        if self.rate is not None and not self.plan:
+            raise UserError("--rate: only with --plan")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Comparison(Request):
     """The options of `compare`, as given."""
@@ -301,6 +323,7 @@ class _OfThePaper:
         bool, Option("--quick", help="A shortened run, recipe fast or imagenet-fast: no reproduction.")
     ] = False
     plan: Annotated[bool, Option("--plan", help="Only say what would be trained and how long it would take.")] = False
+    rate: Rate = None
     time_limit: Annotated[
         str | None,
         Option(help="Stop in time, such as 9m or 1h30m, one finished piece after the other; the same command goes on."),
@@ -349,14 +372,22 @@ class Reproduction(_Work, _OfThePaper):
             raise UserError(
                 "--wait-for-data: give --data-root, the folder where cifar10.npz or cifar100.npz will appear"
             )
+        if self.rate is not None and not (self.plan and paper.benchmark(self.dataset).in_files):
+            raise UserError("--rate: only with --plan, of images in files")
         if self.queued and self.plan:
             raise UserError("--plan: leave out --time-limit, and take `all` of one data set instead of `everything`")
 
     def open(self) -> "ImageData":
-        """Return the data set; `UserError` where imagenet-lt comes without `data`, or another with it."""
+        """Return the data set; `UserError` where imagenet-lt comes without `data`, or another with it.
+
+        A plan of imagenet-lt needs no `data`: how many images there are is known.
+        """
+        from tailscope.data.made import promised
         from tailscope.data.sources import load
 
         known = paper.benchmark(self.dataset)
+        if known.in_files and self.data is None and self.plan:
+            return promised(known.data, paper.IMAGENET_TRAIN, paper.IMAGENET_TEST)
         if known.in_files and self.data is None:
             raise UserError(
                 f"--dataset {self.dataset}: give all of ImageNet with --data list:TRAIN.txt,TEST.txt (and"

@@ -14,6 +14,7 @@ from tailscope.experiments.options import (
     Memorization,
     Overwrite,
     Placing,
+    Planning,
     Profile,
     Protocol,
     Request,
@@ -39,17 +40,24 @@ def load(source: str | Path, *, data_root: Path | str | None = None) -> "ImageDa
 # -- experiments ----------------------------------------------------------------------------------------------------
 
 
-@taking(Request, leave_out={"permutations"})
-def swap(request: Request) -> "Result":
+@taking(Planning, leave_out={"permutations"})
+def swap(request: Planning) -> "Result":
     """Swap the data set between the two stages and divide the gap (Table 1, Figure 2).
 
     Trains a backbone on the long-tailed (lt) and one on the full (true) training set, and two classifiers on each.
+    With `--plan` it only says what it would train; of images in files also how long on one, four and eight GPUs, how
+    much disk it takes, and whether decoding binds it or the GPU.
 
     Examples: `tailscope swap --data digits --recipe demo --out out`;
     `tailscope swap --data cifar10 --data-root DIR --profile exp:100 --protocol ldam --recipe paper`;
     `tailscope swap --data list:TRAIN.txt,TEST.txt --data-root DIR --profile FILE.json --recipe imagenet --devices 4`;
     `tailscope swap --data cifar10 --data-root DIR --seeds 12 --jobs 4 --out out`
     """
+    if request.plan:
+        from tailscope.experiments.hours import plan_swap
+        from tailscope.report.objects import Result
+
+        return Result(plan_swap(request))
     return _experiments(request, "swap")["swap"]
 
 
