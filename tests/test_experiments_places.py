@@ -377,6 +377,7 @@ def test_without_ray_a_line_says_what_to_install(tailscope_, tmp_path, monkeypat
 def two_nodes(monkeypatch):
     """A Ray cluster of two machines' worth of processes, a core each."""
     pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # beside other work the default would starve them
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})

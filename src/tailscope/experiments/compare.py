@@ -250,18 +250,12 @@ def _tried(stages: Stages, settings: CompareSettings, data: TrainingSet, seed: i
 
 
 def _waves(stages: Stages, settings: CompareSettings) -> Iterator[list[Run]]:
-    """Yield what a comparison needs: first what hyper-parameters are chosen by, with all that has nothing to choose."""
+    """Yield what a comparison needs: what hyper-parameters are chosen by, then the methods with those chosen."""
     sets = {seed: training_sets(stages, settings, seed) for seed in settings.seeds}
-    methods = settings.parsed()
-    fixed_ = [method for method in methods if settings.tune == "none" or len(method.choices()) <= 1]
-    yield [
-        run
-        for seed, of in sets.items()
-        for run in (*_tried(stages, settings, of["lt"], seed), *_runs(fixed_, settings, of, seed))
-    ]
-    if len(fixed_) < len(methods):
-        runs = partial(_chosen_runs, stages, _Outcomes())
-        yield [run for seed, of in sets.items() for run in runs(settings, of, seed)]
+    if settings.tune == "cut":
+        yield [run for seed, of in sets.items() for run in _tried(stages, settings, of["lt"], seed)]
+    runs = partial(_chosen_runs, stages, _Outcomes())
+    yield [run for seed, of in sets.items() for run in runs(settings, of, seed)]
 
 
 def plan(stages: Stages, settings: CompareSettings) -> dict[str, Any]:

@@ -25,7 +25,6 @@ from tailscope.errors import UserError, one_line
 from tailscope.experiments.options import FileOptions, Request
 from tailscope.experiments.runs import Experiment, Run, RunsOf, Settings, evaluate, store_root, training_sets
 from tailscope.experiments.stages import Backbone, Stages, TrainingSet, follow, require_trainable
-from tailscope.experiments.trainings import make_ahead
 from tailscope.experiments.traps import traps
 from tailscope.groups import assign_groups
 from tailscope.intervals import CELLS, attribute, summarize
@@ -372,7 +371,10 @@ def run(
             _check_free(data, settings, request, verbs)
         stages = processes.stages(Store(store_root(request.out, request.store)), progress, notes)
         drawn = _check_free(stages.data, settings, request, verbs)
-        make_ahead(stages, (waves or waves_of(verbs))(stages, settings), request, request.device, notes)
+        if request.elsewhere:
+            from tailscope.experiments.trainings import make_ahead  # here because most runs do without it
+
+            make_ahead(stages, (waves or waves_of(verbs))(stages, settings), request, request.device, notes)
         results = _run(stages, settings, request, verbs, experiments, drawn)
     if stages.trained == 0 < stages.recalled:
         console.print(f"Nothing was trained: all {stages.recalled} stages were in the store.")

@@ -80,7 +80,9 @@ def geometry(request: Request) -> "Result":
     return _experiments(request, "geometry")["geometry"]
 
 
-_PLACING = {option.name for option in fields(Placing)}
+_NO_TRAINING = {"out", "store", "overwrite", "permutations", "device", "engine", "logger", "verify"}
+_NO_TRAINING |= {option.name for option in fields(Placing)}
+"""What only matters where something is trained."""
 
 _FIXED = {"last_layer", "weights", "sampler", "mix", "augment", "schedule", "stage2_loss", "stage2_sampler"}
 """What every method of a comparison chooses for itself."""
@@ -178,9 +180,7 @@ def subset(
     return result
 
 
-@taking(
-    Request, leave_out={"out", "store", "overwrite", "permutations", "device", "engine", "logger", "verify", *_PLACING}
-)
+@taking(Request, leave_out=_NO_TRAINING)
 def check(request: Request) -> dict[str, Any]:
     """Look for traps in what a training is about to do, without training.
 
