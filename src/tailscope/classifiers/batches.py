@@ -16,7 +16,7 @@ from tailscope.classifiers.estimators import SoftmaxRegression
 from tailscope.seeds import derive
 
 ROWS = 512  # of a batch, at most
-PASSES = 3
+PASSES, LEAST_STEPS = 3, 1000
 STEP = 0.03  # of a coordinate of a weight; features have a deviation near 1 there
 DECAYS = 0.9, 0.99
 Model = TypeVar("Model", bound=SoftmaxRegression)
@@ -60,8 +60,10 @@ def fit_by_batches(
     search = _Descent(first.to(device), penalty.to(device))
     order = torch.Generator().manual_seed(derive(model.random_state, "batches") % 2**63)
     size = min(ROWS, max(16, LOGITS_AT_ONCE // len(counts)))
-    codes, steps = torch.from_numpy(labels), PASSES * -(-len(rows) // size)
-    for _ in range(PASSES):
+    codes, batches = torch.from_numpy(labels), -(-len(rows) // size)
+    passes = max(PASSES, -(-LEAST_STEPS // batches))
+    steps = passes * batches
+    for _ in range(passes):
         for chosen in torch.split(torch.randperm(len(rows), generator=order), size):
             batch = torch.cat([(rows[chosen] - mean) @ basis, torch.ones(len(chosen), 1)], dim=1)
             search.step(batch.to(device), codes[chosen].to(device), weights[chosen].to(device), steps)
