@@ -121,7 +121,12 @@ def benchmark(name: str) -> Callable[[Options], Record]:
 
 def fill_document(*, check: bool) -> int:
     """Fill the tables of docs/performance.md and of `PAGES`; with `check`, only say whether they are up to date."""
-    tables = {name: record.table(found) for name, found in record.read(RECORDS).items()}
+    records = record.read(RECORDS)
+    tables = {name: record.table(found) for name, found in records.items()}
+    if SCALE in records:
+        from benchmarks import scale_page  # here because it imports PyTorch
+
+        tables |= scale_page.tables(records[SCALE])
     for name in PAGES:
         stored = RECORDS.parent / f"{name}.json"
         if stored.is_file():

@@ -39,7 +39,7 @@ Counts = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Size:
-    """The whole data: training rows, held-out rows, features, classes and what `--memory` is given."""
+    """The whole data: training rows, held-out rows, features, classes and what `--memory` is given (3 GB at most)."""
 
     train: int
     unseen: int
@@ -49,7 +49,7 @@ class Size:
 
 
 SIZES = {
-    "full": Size(1_280_000, 50_000, 512, 1_000, "2GiB"),
+    "full": Size(1_280_000, 50_000, 512, 1_000, "2.75GiB"),
     "quick": Size(20_000, 3_000, 512, 1_000, "2GiB"),
     "tiny": Size(800, 200, 16, 10, "2GiB"),
 }

@@ -15,6 +15,7 @@ from tailscope.classifiers import CLASSIFIERS
 from tailscope.device import Runtime
 from tailscope.diagnosis.compare import compare, confusable_pairs, paired_inputs, same_names
 from tailscope.diagnosis.inputs import Inputs, bursts, read, without_far_rows
+from tailscope.diagnosis.memory import within
 from tailscope.diagnosis.soundness import doubts, doubts_of_outcomes
 from tailscope.effort import nearest_step
 from tailscope.errors import UserError, first_few
@@ -178,15 +179,23 @@ def spec(inputs: dict[str, Inputs], settings: DiagnosisSettings) -> dict[str, An
 
 
 def run(
-    inputs: dict[str, Inputs], settings: DiagnosisSettings, runtime: Runtime
+    inputs: dict[str, Inputs], settings: DiagnosisSettings, runtime: Runtime, memory: int | None = None
 ) -> tuple[dict[str, Any], LinearLayer | None]:
     """Diagnose prepared inputs; of several encoders the first is the reference, flat at the top of the result.
 
     Beside the result is the re-balanced classifier of the first, as a linear layer; None where none can be advised.
+    No more than `memory` bytes are held; None: as `within` says.
 
     Raises:
-        UserError: the unseen samples are too few for a verdict.
+        UserError: the unseen samples are too few for a verdict; or the memory does not suffice.
     """
+    with within(inputs, settings.verdict, settings.permutations, memory):
+        return _run(inputs, settings, runtime)
+
+
+def _run(
+    inputs: dict[str, Inputs], settings: DiagnosisSettings, runtime: Runtime
+) -> tuple[dict[str, Any], LinearLayer | None]:
     results, outcomes = {}, {}
     kept = without_far_rows(inputs)
     reasons = doubts(kept)

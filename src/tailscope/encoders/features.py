@@ -128,26 +128,16 @@ def run_features(
     if verify:
         _refuse_unreadable(images, options, runtime)
     encoder = _encoder(model, stored, network, opened, images)
-    own, warnings = encoder.classifier, [*images.notes, *encoder.notes]
-    if own is not None and len(own.weight) != (classes := len(images.class_names)):
-        warnings.append(f"{model}: its classifier has {len(own.weight)} outputs, the data {classes} classes")
-    elif own is not None and own.class_names is not None and {*own.class_names} != {*images.class_names}:
-        own = replace(own, class_names=None)
-        warnings.append(
-            f"{model}: its classifier names its classes otherwise; they are taken in the order of the data's"
-        )
+    own, said = _own_classifier(encoder, model, images)
+    warnings = [*images.notes, *encoder.notes, *said]
     for note in warnings:
         runtime.progress.note(note)
     origin = {"data": data, "split": split, "part": part}
     if folder:
         written = extract_to_folder(encoder, images, out, runtime, options, origin, team=team, overwrite=overwrite)
-        if written.skipped:
-            warnings.append(f"{images.name}: {written.skipped:,} of {len(images):,} images cannot be read")
     else:
-        extraction = extract_to_file(encoder, images, out, runtime, options, origin)
-        written = Written(len(extraction.table), extraction.resumed, len(extraction.skipped))
-        if extraction.skipped:
-            warnings.append(str(refuse(images, extraction.skipped)))
+        written = Written.of(extract_to_file(encoder, images, out, runtime, options, origin))
+    warnings += written.notes(images)
     classifier = None
     if own is not None:
         classifier = out.with_name(f"{out.name if folder else out.stem}.classifier.npz")
@@ -163,6 +153,17 @@ def run_features(
         classifier,
         tuple(warnings),
     )
+
+
+def _own_classifier(encoder: Encoder, model: str, images: Images) -> tuple[LinearLayer | None, list[str]]:
+    """Return the checkpoint's classifier, without names that are not the data's, and what is to be said of it."""
+    own = encoder.classifier
+    if own is not None and len(own.weight) != (classes := len(images.class_names)):
+        return own, [f"{model}: its classifier has {len(own.weight)} outputs, the data {classes} classes"]
+    if own is not None and own.class_names is not None and {*own.class_names} != {*images.class_names}:
+        otherwise = "its classifier names its classes otherwise; they are taken in the order of the data's"
+        return replace(own, class_names=None), [f"{model}: {otherwise}"]
+    return own, []
 
 
 def _stored(model: str, store: Path | None, checkpoint: Path | None) -> StoredBackbone | None:

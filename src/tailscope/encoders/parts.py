@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from tailscope.data.decoding import Unreadable, refuse
 from tailscope.data.images import Images
 from tailscope.device import Runtime, Team
-from tailscope.encoders.extract import Options, extract_part, spec_of, try_first
+from tailscope.encoders.extract import Extraction, Options, extract_part, spec_of, try_first
 from tailscope.encoders.networks import Encoder
 from tailscope.errors import UserError
 from tailscope.results import read_json
@@ -40,11 +41,27 @@ def is_folder(out: Path | str) -> bool:
 
 @dataclass(frozen=True)
 class Written:
-    """What a folder holds: rows of all files, those that were there before, and images that cannot be read."""
+    """What a file or folder holds: rows, those that were there before, images that cannot be read, and what they are.
+
+    Those are named of a file by itself; of a folder only their number is known.
+    """
 
     rows: int
     resumed: int
     skipped: int
+    unreadable: tuple[Unreadable, ...] = ()
+
+    @classmethod
+    def of(cls, extraction: Extraction) -> "Written":
+        """Return what was written to a file."""
+        skipped = extraction.skipped
+        return cls(len(extraction.table), extraction.resumed, len(skipped), tuple(skipped))
+
+    def notes(self, images: Images) -> list[str]:
+        """Say which images, or how many, cannot be read."""
+        if self.unreadable:
+            return [str(refuse(images, self.unreadable))]
+        return [f"{images.name}: {self.skipped:,} of {len(images):,} images cannot be read"] * bool(self.skipped)
 
 
 def extract_to_folder(

@@ -255,7 +255,7 @@ def diagnose(request: _DiagnosisRequest) -> "Diagnosis":
     """
     from tailscope.device import Runtime
     from tailscope.diagnosis.diagnose import OtherBound, prepare, run, spec
-    from tailscope.diagnosis.memory import to_bytes, within
+    from tailscope.diagnosis.memory import to_bytes
     from tailscope.report import build
     from tailscope.report.objects import Diagnosis
     from tailscope.report.thumbnails import Thumbnails
@@ -274,8 +274,7 @@ def diagnose(request: _DiagnosisRequest) -> "Diagnosis":
             settings = replace(settings, ceiling_from=other)
         if out is not None:
             check_free(make_folder(out, "--out"), "diagnosis", spec(inputs, settings), overwrite=request.overwrite)
-        with within(inputs, settings.verdict, settings.permutations, limit):
-            found, layer = run(inputs, settings, replace(runtime, progress=progress))
+        found, layer = run(inputs, settings, replace(runtime, progress=progress), limit)
         result = Diagnosis(found, layer, Thumbnails.of(found, pictures, progress))
         progress.log("diagnosis", 0, result.scalars(), last=True)
     if out is not None:

@@ -1,0 +1,87 @@
+"""The most that a diagnosis may hold: what is refused, and that it is kept."""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import scale
+from diagnosis_cases import separable
+from tailscope import diagnose
+from tailscope.diagnosis import memory
+from tailscope.errors import UserError
+from tailscope.tables import mapped
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("2GiB", 2**31), ("2 gb", 2**31), ("1.5M", 3 * 2**19), ("123", 123), ("1t", 2**40)]
+)
+def test_sizes_as_users_write_them(text, size):
+    assert memory.to_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "0", "-1GiB", "2 GiB 3", "GiB"])
+def test_what_is_no_size(text):
+    with pytest.raises(UserError, match="expected a size such as 2GiB"):
+        memory.to_bytes(text)
+
+
+def test_too_little_memory_is_said_before_the_work_and_with_what_is_needed():
+    train, unseen = separable()
+    with pytest.raises(
+        UserError, match=r"--memory 20 MiB: a diagnosis of these features needs about .* for .*give"
+    ) as no:
+        diagnose(train, unseen, memory="20MiB")
+    needed = re.search(r"needs about ([\d.]+ [GM]iB)", str(no.value))
+    assert memory.to_bytes(needed[1]) > 100 * 2**20
+
+
+def test_rows_that_are_held_are_a_small_share_of_the_limit(monkeypatch):
+    seen = []
+    monkeypatch.setattr("tailscope.diagnosis.diagnose.without_far_rows", lambda _: seen.append(mapped.HELD) or 1 / 0)
+    before = mapped.HELD
+    with pytest.raises(ZeroDivisionError):
+        diagnose(*separable(), memory="3GiB")
+    assert seen == [3 * 2**30 // memory.SHARE]
+    assert before == mapped.HELD
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"rows": 10**6}, {"width": 256}, {"classes": 1000}, {"largest": 50_000}, {"item": 8}],
+)
+def test_more_classes_samples_and_features_need_more(more):
+    shape = memory.Shape(10**5, 64, 100, 500)
+    first, second = (sum(memory.needed(one, True, 999, 2**27).values()) for one in (shape, replace(shape, **more)))
+    assert first < second
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc to tell memory")
+@pytest.mark.parametrize(("rows", "width", "classes"), [(150_000, 256, 20), (6_000, 64, 400), (40_000, 512, 5)])
+def test_a_diagnosis_keeps_to_the_memory_that_it_says_it_needs(tmp_path, rows, width, classes):
+    size = scale.Size(rows, 50 * classes, width, classes, "")
+    scale.generate(tmp_path / "train", scale.counts(rows, classes), size, 1)
+    scale.generate(tmp_path / "unseen", np.full(classes, 50), size, 2)
+    command = [
+        sys.executable,
+        "-m",
+        "tailscope",
+        "diagnose",
+        "--train",
+        tmp_path / "train",
+        "--unseen",
+        tmp_path / "unseen",
+    ]
+    command = [*map(str, command), "--permutations", "99", "--memory"]
+    environment = {**os.environ, "TAILSCOPE_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    refused = subprocess.run([*command, "100MiB"], env=environment, capture_output=True, text=True)
+    needed = re.search(r"needs about ([\d.]+ [GM]iB)", refused.stderr)[1]
+    limit = memory.to_bytes(needed) + 2**27  # it is rounded
+    held = scale.watch([*command, f"{limit}", "--no-report", "--out", str(tmp_path / "out")], environment)["peak_bytes"]
+    assert 0.4 * limit < held < limit
