@@ -50,6 +50,9 @@ def test_the_approximate_verdict_is_the_exact_one(monkeypatch, weak, bad):
     exact = tailscope.diagnose(train, unseen, **given)
     force(monkeypatch)
     found = tailscope.diagnose(train, unseen, **given)
+    said = {learning_curve.SHORT, remedies.BATCHES}
+    assert said <= set(found["warnings"])
+    assert not said & set(exact["warnings"])
     assert (
         found["verdict"]["bottleneck"]
         == exact["verdict"]["bottleneck"]
