@@ -35,7 +35,7 @@ PAGES = {
 }
 """What runs only where it is asked for, by itself: each has a result, results/NAME.json, and a page of its own."""
 SCALE = "scale"
-ASKED_FOR = {"images": "imagenet.md", "hours": "imagenet.md", SCALE: "scale.md"}
+ASKED_FOR = {"images": "imagenet.md", "hours": "imagenet.md", SCALE: "scale.md", "classes": "scale.md"}
 """Timings that run only where they are asked for, since they take long or much disk, and the page that shows them."""
 
 
@@ -92,10 +92,6 @@ def examine(name: str, asked: argparse.Namespace) -> int:
             print("error: --only rebalance: give --store, the folder of trained backbones", file=sys.stderr)
             return 2
         content = {"cases": rebalance.run(asked.store, data, asked.cache or user_cache() / name)}
-    elif name == "classes":
-        from benchmarks import classes
-
-        content = classes.run(options, asked.threads)
     elif name == "sweep":
         from benchmarks import sweep
 

@@ -12,18 +12,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.record import Options, origin
+from benchmarks.measure import Spread
+from benchmarks.record import Options, Record, Row
 
 Floats = NDArray[np.float32]
 IntArray = NDArray[np.int64]
-APART, CLOSE = 0.8, 1.0  # deviation of the means along each feature; distance of a weak pair's means
+CLOSE = 1.0  # distance of a weak pair's means, in deviations of the samples
 LOST = 0.6  # of the samples of a class whose classifier is bad
 TESTED = 10  # fresh samples of a class, on which truth is measured
 WEAK, BAD, SOUND = "representation", "classifier", "neither"
@@ -32,7 +33,7 @@ MOST_MINUTES, MOST_GIB, MOST_PAGE = 15, 4, 5_000_000
 
 @dataclass(frozen=True)
 class World:
-    """How large, and which shares of the classes have weak features and a bad classifier."""
+    """How large, which shares of classes are weak and badly classified, and the means' deviation along a feature."""
 
     classes: int
     features: int = 64
@@ -41,6 +42,12 @@ class World:
     held_out: int = 30
     weak: float = 0.15
     bad: float = 0.45
+    apart: float = 0.8
+
+    @property
+    def rows(self) -> int:
+        """Of both files."""
+        return int(self.counts.sum()) + self.classes * self.held_out
 
     @property
     def counts(self) -> IntArray:
@@ -49,7 +56,7 @@ class World:
         return np.round(self.most * (self.least / self.most) ** share).astype(np.int64)
 
 
-SIZES = {"full": (World(10_000),), "quick": (World(1_000),), "tiny": (World(60, 8),)}
+SIZES = {"full": (World(10_000),), "quick": (World(1_000),), "tiny": (World(60, 8, apart=2.2),)}
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ class Truth:
     @classmethod
     def of(cls, world: World, stream: np.random.Generator) -> "Truth":
         """Draw the means and kinds, and make the classifier in use."""
-        means = (APART * stream.normal(size=(world.classes, world.features))).astype(np.float32)
+        means = (world.apart * stream.normal(size=(world.classes, world.features))).astype(np.float32)
         order = stream.permutation(world.classes)
         weak, bad = 2 * round(world.weak * world.classes / 2), round(world.bad * world.classes)
         kinds = np.full(world.classes, SOUND, dtype="<U14")
@@ -195,57 +202,58 @@ def compared(result: dict[str, Any], truth: Truth, accuracies: dict[str, float])
     }
 
 
-def run(options: Options, threads: int = 2) -> dict[str, Any]:
-    """Furnish each world in a folder that is deleted afterwards, diagnose it, and compare."""
-    rows = []
+def run(options: Options) -> Record:
+    """Furnish each world in a folder that is deleted afterwards, diagnose it, compare, and return the rows.
+
+    Threads are as many as $OMP_NUM_THREADS says, else two.
+    """
+    record, threads = Record("classes", options), int(os.environ.get("OMP_NUM_THREADS") or 2)
     for world in SIZES[options.size]:
         with tempfile.TemporaryDirectory() as name:
             truth, accuracies = furnish(world, Path(name))
             found = diagnose(Path(name), threads)
         result = found.pop("result")
-        rows.append(
-            {
-                "classes": world.classes,
-                "features": world.features,
-                "train": int(world.counts.sum()),
-                "unseen": world.classes * world.held_out,
-                "threads": threads,
-                "weak_classes": int((truth.kinds == WEAK).sum()),
-                "badly_classified": int((truth.kinds == BAD).sum()),
-                **found,
-                "verdict": compared(result, truth, accuracies),
-                "warnings": result["warnings"],
-            }
-        )
-    return {"worlds": rows}
+        found |= {"verdict": compared(result, truth, accuracies), "warnings": result["warnings"], "threads": threads}
+        what = f"{world.classes:,} classes"
+        record.rows += _rows(what, found, f"{int(world.counts.sum()):,} training and {world.rows:,} rows in all")
+        record.raw[what] = {**asdict(world), **found}
+    return record
 
 
-def table(document: dict[str, Any]) -> str:
-    """Return the result as a Markdown table, with a line about the machine below."""
-    lines = ["| | measured | goal |", "|---|---|---|"]
-    for world in document["worlds"]:
-        rows = f"{world['train'] + world['unseen']:,} rows of {world['features']} features"
-        lines.append(f"| **{world['classes']:,} classes, {rows}** | | |")
-        for phase, (clock, used) in world["seconds"].items():
-            goal = f"≤ {MOST_MINUTES} minutes" if phase == "all" else ""
-            lines.append(f"| {phase} | {clock:,.0f} s, of the processors {used:,.0f} s | {goal} |")
-        peaks = {name: size / 2**30 for name, size in world["peak_bytes"].items()}
-        memory = f"{peaks['both']:.2f} GiB, {peaks['anonymous']:.2f} of it anonymous"
-        lines.append(f"| peak memory | {memory} | ≤ {MOST_GIB} GiB |")
-        lines.append(f"| report.html | {world['page_bytes'] / 1e6:.1f} MB | ≤ {MOST_PAGE / 1e6:.0f} MB |")
-        lines.append(f"| diagnosis.json | {world['json_bytes'] / 1e6:.1f} MB | |")
-        lines += _verdict(world["verdict"])
-    return "\n".join([*lines, "", f"{origin(document)}."])
-
-
-def _verdict(found: dict[str, Any]) -> list[str]:
-    bound, bottleneck = found["bound"], found["bottleneck"]
-    told = "unknown" if bound["said"] is None else "{:.1%} [{:.1%}, {:.1%}]".format(bound["said"], *bound["ci95"])
-    lines = [
-        f"| bottleneck | {bottleneck['said']} | {bottleneck['true']} |",
-        f"| classifier bound | {told} | {bound['true']:.1%} |",
+def _rows(what: str, found: dict[str, Any], note: str) -> list[Row]:
+    threads = found["threads"]
+    used = f"{note}; {threads} thread{'s' if threads > 1 else ''}"
+    clock, processor = (Spread.of([value]) for value in found["seconds"]["all"])
+    share = Spread.of([found["seconds"]["all"][1] / (60 * MOST_MINUTES)])
+    both = found["peak_bytes"]["both"]
+    rows = [
+        Row(f"{what}: on the clock", clock, "s", note=used),
+        Row(f"{what}: of the processor", processor, "s", share, f"of {MOST_MINUTES} minutes", 1, at_most=True),
+        *(
+            Row(f"— {phase}", Spread.of([seconds[1]]), "s", note="of the processor")
+            for phase, seconds in found["seconds"].items()
+            if phase != "all"
+        ),
+        _limited(f"{what}: peak memory", both / 2**20, "MiB", MOST_GIB * 1024, f"of {MOST_GIB} GiB", _peaks(found)),
+        _limited(f"{what}: report.html", found["page_bytes"] / 1e6, "MB", MOST_PAGE / 1e6, "of 5 MB"),
+        Row(f"{what}: diagnosis.json", Spread.of([found["json_bytes"] / 1e6]), "MB"),
     ]
-    for kind, said in found["classes"].items():
-        text = ", ".join(f"{number:,} {name}" for name, number in said.items())
-        lines.append(f"| classes said to be held back by | {text} | {sum(said.values()):,} {kind} |")
-    return lines
+    verdict = found["verdict"]
+    told, bound = verdict["bottleneck"], verdict["bound"]
+    said = None if bound["said"] is None else Spread(100 * bound["said"], *(100 * end for end in bound["ci95"]))
+    right = f"said: {told['said']}, true: {told['true']}"
+    rows.append(Row(f"{what}: verdict is right", Spread.of([float(told["said"] == told["true"])]), "", note=right))
+    if said is not None:
+        rows.append(Row(f"{what}: classifier bound", said, "%", note=f"true: {bound['true']:.1%}"))
+    for kind, by in verdict["classes"].items():
+        sides = ", ".join(f"{number:,} {say}" for say, number in by.items())
+        rows.append(Row(f"{what}: truly held back by {kind}", Spread.of([sum(by.values())]), "classes", note=sides))
+    return rows
+
+
+def _limited(what: str, value: float, unit: str, limit: float, ratio_is: str, note: str = "") -> Row:
+    return Row(what, Spread.of([value]), unit, Spread.of([value / limit]), ratio_is, 1, at_most=True, note=note)
+
+
+def _peaks(found: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {found['peak_bytes'][name] / 2**20:,.0f} MiB" for name in ("anonymous", "mapped"))

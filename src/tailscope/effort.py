@@ -14,9 +14,8 @@ MOST_CURVE, MOST_SEARCH = 3e10, 3e11
 MOST_SCORING = 1e12
 MOST_NEAREST = 1e11  # both the largest logit and the nearest mean of rows, in float64
 MOST_PAIRS = 2e7  # of classes: what holds a number for each takes 160 MB in float64
-MOST_DRAWN = 2e9  # elements of all classes' permutations beyond the first ones, each [permutations, samples, samples]
+MOST_DRAWN = 5e9  # permutations times samples, of all classes that more permutations than the first might yet flag
 MOST_CHOSEN_ON = 30_000  # samples that tell which remedy is best, where they are more: standard error 0.3 points
-FEWEST_FIRST = 99
 
 
 def of_logits(rows: int, features: int, classes: int) -> float:

@@ -16,7 +16,7 @@ from tailscope.classifiers.estimators import SoftmaxRegression
 from tailscope.seeds import derive
 
 ROWS = 512  # of a batch, at most
-PASSES = 3
+PASSES, LEAST_STEPS = 3, 1000
 STEP = 0.03  # of a coordinate of a weight; features have a deviation near 1 there
 DECAYS = 0.9, 0.99
 Model = TypeVar("Model", bound=SoftmaxRegression)
@@ -47,9 +47,9 @@ def fit_by_batches(
     [0, 1]
     """
     counts = np.bincount(labels)
-    variant = {"class_weight": np.ones(len(counts)), **model._variant(counts)}
-    rows = torch.from_numpy(np.require(features, np.float32, ["C", "W"]))
-    weights = torch.from_numpy(variant["class_weight"]).float()[torch.from_numpy(labels)]
+    rows, codes = torch.from_numpy(np.require(features, np.float32, ["C", "W"])), torch.from_numpy(labels)
+    class_weight = model._variant(counts).get("class_weight", np.ones(len(counts)))
+    weights = torch.from_numpy(class_weight).float()[codes]
     mean, variance, axes = spectrum(rows, weights / len(rows), rows.shape[1])
     basis, inverse = damped_whitening(*axes, variance, model.l2, torch.float32)
     first = torch.zeros(len(counts), rows.shape[1] + 1)
@@ -60,23 +60,20 @@ def fit_by_batches(
     search = _Descent(first.to(device), penalty.to(device))
     order = torch.Generator().manual_seed(derive(model.random_state, "batches") % 2**63)
     size = min(ROWS, max(16, LOGITS_AT_ONCE // len(counts)))
-    codes, steps = torch.from_numpy(labels), PASSES * -(-len(rows) // size)
-    for _ in range(PASSES):
+    batches = -(-len(rows) // size)
+    passes = max(PASSES, -(-LEAST_STEPS // batches))
+    for _ in range(passes):
         for chosen in torch.split(torch.randperm(len(rows), generator=order), size):
             batch = torch.cat([(rows[chosen] - mean) @ basis, torch.ones(len(chosen), 1)], dim=1)
-            search.step(batch.to(device), codes[chosen].to(device), weights[chosen].to(device), steps)
+            search.step(batch.to(device), codes[chosen].to(device), weights[chosen].to(device), passes * batches)
     placed = search.here.cpu()
     if not placed.isfinite().all():
         raise Diverged("the loss or its gradient is not finite")
     weight = placed[:, :-1] @ basis.T
     model.coef_ = weight.numpy().astype(features.dtype)
     model.intercept_ = (placed[:, -1] - weight @ mean).numpy().astype(features.dtype)
-    model.classes_, model.n_features_in_, model.l2_, model.n_iter_ = (
-        np.arange(len(counts)),
-        rows.shape[1],
-        model.l2,
-        steps,
-    )
+    model.classes_, model.n_features_in_ = np.arange(len(counts)), rows.shape[1]
+    model.l2_, model.n_iter_ = model.l2, passes * batches
     return model
 
 

@@ -112,7 +112,10 @@ def _cross_fitted(fits: Fits, rows: IntArray) -> tuple[Callable[[slice], Floats]
         placed, labels = task.samples.placed[places], task.samples.labels[places]
 
     def logits(block: slice) -> Floats:
-        found = np.empty((len(labels[block]), len(pooled[0][strength])))
+        if task.short:  # in single precision, which is much faster
+            found = np.empty((len(labels[block]), len(pooled[0][strength])), dtype=np.float32)
+        else:
+            found = np.empty((len(labels[block]), len(pooled[0][strength])))
         for q in np.unique(fold[block]):
             held = fold[block] == q
             found[held] = (placed[block][held] @ pooled[q][strength].T).numpy()
@@ -141,7 +144,7 @@ def drill_down(inputs: Inputs, outcomes: "Outcomes", centers: Tensor, seed: int)
     return {
         "file": "unseen" if inputs.test is None else "test",
         "scored": len(outcomes.labels),
-        "listed": min(LISTED, MOST_LISTED // len(inputs.names)),
+        "listed": min(LISTED, MOST_LISTED // len(inputs.names)) or LISTED,
         "confusions": _confusions(outcomes, inputs.names),
         "classes": _classes(inputs, outcomes, angles),
         "map": _map(inputs, outcomes, seed),
@@ -177,7 +180,9 @@ def _classes(inputs: Inputs, outcomes: "Outcomes", angles: FloatArray) -> list[d
     right = np.bincount(outcomes.labels[outcomes.current], minlength=classes)
     order = np.argsort(outcomes.labels, kind="stable")
     members = np.split(order, np.cumsum(of)[:-1])
-    listed = min(LISTED, MOST_LISTED // classes)
+    most = np.full(classes, min(LISTED, MOST_LISTED // classes))
+    if not most.any():  # so many classes that only those with most mistakes have samples listed
+        most[np.argsort(right - of, kind="stable")[: MOST_LISTED // LISTED]] = LISTED
     return [
         {
             "scored": int(of[k]),
@@ -185,7 +190,7 @@ def _classes(inputs: Inputs, outcomes: "Outcomes", angles: FloatArray) -> list[d
             "precision": _ratio(right[k], named[k]),
             "recall": _ratio(right[k], of[k]),
             "f1": _ratio(2 * right[k], of[k] + named[k]),
-            "samples": _samples(inputs, outcomes, angles, members[k], listed),
+            "samples": _samples(inputs, outcomes, angles, members[k], int(most[k])),
         }
         for k in range(classes)
     ]

@@ -9,12 +9,13 @@ video) change sides together. All subsets of a chunk are evaluated at once: two 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import accumulate, chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tailscope.effort import MOST_DRAWN
 from tailscope.errors import UserError
 from tailscope.measures.angles import resolution_deg
 from tailscope.measures.fields import Entry
@@ -288,7 +289,7 @@ class ClassTests:
     """Permutation tests of all classes: `run` once a class, in any thread, then `finish`.
 
     Single samples change sides, or bursts of related ones. A burst with rows on both sides counts as one unit on each;
-    `straddling` counts such bursts.
+    `straddling` counts such bursts. `undrawn` counts classes that would need more permutations than there is time for.
     """
 
     def __init__(
@@ -303,6 +304,7 @@ class ClassTests:
             if part.shape != side.features.shape[:1] or part.dtype.kind == "f":
                 raise UserError(f"{what}_bursts: expected {len(side.features)} integers, got {list(part.shape)}")
         self.straddling = len(np.intersect1d(self._bursts[0], self._bursts[1])) if self._bursts else 0
+        self.undrawn = 0
         self._permutations, self._alpha, self._seed, self._keys = permutations, alpha, seed, keys
         # For the group tests; one array, since thousands of small ones would keep the threads' memory from being freed.
         self._standardized = np.full((len(TESTS), len(keys), permutations + 1), np.nan)
@@ -363,6 +365,18 @@ class ClassTests:
                 entry["spread_gap_material"] = bool(large or entry["escape_rank"] >= MATERIAL_RANK)
         return differing
 
+    def _affordable(self, found: list[tuple[int, Count]], limit: int) -> list[tuple[int, Count]]:
+        """Return those classes that there is time to draw on for, up to the limit each: the most extreme ones first."""
+        costs = [(limit - count.draws) * sum(side.count(k) for side in self._sides) for k, count in found]
+        if sum(costs) <= MOST_DRAWN:
+            return found
+        order = sorted(range(len(found)), key=lambda i: (min(found[i][1].high, found[i][1].low), i))
+        kept = sorted(
+            i for i, total in zip(order, accumulate(costs[i] for i in order), strict=True) if total <= MOST_DRAWN
+        )
+        self.undrawn = max(self.undrawn, len(found) - len(kept))
+        return [found[i] for i in kept]
+
     def group_p(self, name: str, classes: Sequence[int]) -> float | None:
         """Return the p-value of one test over a group of classes, however small each is; None where undefined."""
         i = [test[0] for test in TESTS].index(name)
@@ -383,6 +397,7 @@ class ClassTests:
             return
         limit = math.ceil(sides * len(family) / self._alpha)
         found = [(k, c) for k, c in enumerate(counts) if c is not None and c.is_open(two_sided) and c.draws < limit]
+        found = self._affordable(found, limit)
 
         def one(i: int) -> tuple[float, int]:
             k, count = found[i]

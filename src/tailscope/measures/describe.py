@@ -133,6 +133,7 @@ def describe(
     undefined = _undefined_notes(entries)
     warnings = [
         *_input_notes(train, unseen, tests.straddling),
+        *_undrawn_note(tests.undrawn, permutations),
         *_class_notes(entries, facts, [a + b > 0 for a, b in zip(train.dropped, unseen.dropped, strict=True)]),
         *_verdict_notes(entries, differing),
         *undefined,
@@ -277,6 +278,13 @@ def _input_notes(train: ClassRows, unseen: ClassRows, straddling: int) -> list[s
         f"{straddling} bursts have rows both in train and in unseen: each side is permuted by itself": straddling,
     }
     return [note for note, count in notes.items() if count]
+
+
+def _undrawn_note(classes: int, permutations: int) -> list[str]:
+    few = (
+        f"would need more permutations than there is time for: their p-values are those of {permutations} permutations"
+    )
+    return [f"{classes} of so many classes {few}"] if classes else []
 
 
 def _class_notes(entries: Sequence[Entry], facts: Sequence[Facts], dropped: Sequence[bool]) -> list[str]:

@@ -77,11 +77,20 @@ def note(result: Diagnosis, shown: "Shown | None" = None) -> str:
     stored = result.get("drilldown")
     if stored is None:
         return ""
-    left_out = len(stored["classes"]) - len(_folded(stored))
-    rest = f" The {plural(left_out, 'class')} with fewer mistakes are in tables/diagnosis-samples.csv." * (left_out > 0)
+    left_out, without = len(stored["classes"]) - len(_folded(stored)), _unlisted(stored)
+    in_table = left_out - without
+    rest = f" The {plural(in_table, 'class')} with fewer mistakes are in tables/diagnosis-samples.csv." * (in_table > 0)
+    if without:
+        rest += f" Of {plural(without, 'class')} with still fewer none are listed, for their number."
     kept = f"Of each kind at most {stored['listed']} samples a class are listed"
     of = f"of the {plural(stored['scored'], 'scored sample')} in the {stored['file']} file"
     return f"{kept}, {of}.{rest}{_thumbnails(shown)}"
+
+
+def _unlisted(stored: DrillDown) -> int:
+    """Return how many classes have no samples listed although they have mistakes."""
+    kinds = [entry["samples"]["nearest_misses"] for entry in stored["classes"]]
+    return sum(kind["count"] > 0 and not kind["first"] for kind in kinds)
 
 
 def shown_samples(stored: DrillDown) -> list[Sample]:

@@ -78,7 +78,39 @@
   const shown = document.getElementById("shown");
   const more = document.getElementById("more");
   const entries = document.querySelector("#class-scroll tbody");
-  const texts = new Map([...entries.rows].map((row) => [row, row.textContent.toLowerCase()]));
+  const texts = new Map();
+  const note = (row) => texts.set(row, row.textContent.toLowerCase());
+  [...entries.rows].forEach(note);
+
+  // Of very many classes all but the first lie in the page as texts: they become rows when the table is first opened.
+  const rest = document.getElementById("class-rest") ? read("class-rest") : { cells: [[]], fields: [], anchors: {} };
+  const total = texts.size + rest.cells[0].length;
+  function complete() {
+    if (texts.size === total) return;
+    const heads = [...entries.closest("table").tHead.rows[0].cells];
+    for (let k = 0; k < rest.cells[0].length; k += 1) {
+      const row = entries.insertRow();
+      row.hidden = true;
+      rest.fields.forEach((field, index) => {
+        const cell = row.insertCell();
+        const text = rest.cells[index][k];
+        let inner = cell;
+        if (field === "name" && rest.anchors[k]) {
+          inner = cell.appendChild(document.createElement("a"));
+          inner.href = `#${rest.anchors[k]}`;
+        } else if (field === "group" && text !== "–") {
+          row.dataset.group = text;
+          inner = cell.appendChild(document.createElement("span"));
+          inner.className = `group ${text}`;
+        }
+        inner.textContent = text;
+        if (heads[index].dataset.type === "number") cell.classList.add("number");
+      });
+      note(row);
+    }
+  }
+  entries.closest("details.part")?.addEventListener("toggle", () => { complete(); filter(); });
+
   let limit = PAGE;
   function filter() {
     const wanted = find.value.trim().toLowerCase();
@@ -89,7 +121,7 @@
       count += keep;
       row.hidden = !keep || count > limit;
     }
-    const found = count === texts.size ? `${count} classes` : `${count} of ${texts.size} classes`;
+    const found = texts.size < total ? `${total} classes` : count === total ? `${count} classes` : `${count} of ${total} classes`;
     shown.textContent = count > limit ? `${found}, the first ${limit} shown` : found;
     more.hidden = count <= limit;
   }

@@ -41,6 +41,7 @@ from tailscope.report.thumbnails import Thumbnails
 from tailscope.store.files import write
 
 LAST_SECTIONS = (("warnings", "Warnings"), ("provenance", "How it was made"), ("words", "Words"))
+MANY_ROWS, FIRST_ROWS = 2_000, 500  # of the table by class: beyond, only the first are elements in the page
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 Facts = list[tuple[str, str]]
 
@@ -377,8 +378,22 @@ def _template(name: str) -> Any:
     environment = Environment(
         loader=FunctionLoader(_asset), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["prose"] = _prose
+    environment.filters |= {"prose": _prose, "texts_after": _texts_after}
+    environment.globals |= {"MANY_ROWS": MANY_ROWS, "FIRST_ROWS": FIRST_ROWS}
     return environment.get_template(name)
+
+
+def _texts_after(table: Table, first: int) -> dict[str, Any]:
+    """Return a table's rows after the first ones as texts, by column, for the page's script to make rows of.
+
+    Rows of elements would take several times as much.
+    """
+    rest = table.rows[first:]
+    return {
+        "cells": [[column.written(row).replace(" %", "\u00a0%") for row in rest] for column in table.columns],
+        "fields": [column.field for column in table.columns],
+        "anchors": {k: row["anchor"] for k, row in enumerate(rest) if row.get("anchor")},
+    }
 
 
 @cache
