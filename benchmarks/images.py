@@ -210,7 +210,7 @@ def _images(meta: dict[str, Any]) -> int:
     if "images" in meta:
         return int(meta["images"])
     if "images_per_second" in meta:
-        return round(meta["images_per_second"] * meta["seconds"])
+        return round(float(meta["images_per_second"]) * float(meta["seconds"]))
     images: int = meta["epochs"] * sum(meta["spec"]["data"]["counts"])
     return images
 
