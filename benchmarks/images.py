@@ -162,9 +162,10 @@ def swap(tree: Path, out: Path, size: Size) -> dict[str, Any]:
             [sys.executable, "-m", "tailscope", *command], env={**os.environ, **threads}, stdout=log, stderr=log
         )
         _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
         log.seek(0)
-        if status:
-            raise RuntimeError(f"the swap ended with {os.waitstatus_to_exitcode(status)}: {log.read()}")
+        if process.returncode:
+            raise RuntimeError(f"the swap ended with {process.returncode}: {log.read()}")
     if not (out / "report.html").is_file():
         raise RuntimeError("the swap left no report")
     seconds, result = time.monotonic() - started, json.loads((out / "swap.json").read_text())
@@ -209,7 +210,7 @@ def _images(meta: dict[str, Any]) -> int:
     if "images" in meta:
         return int(meta["images"])
     if "images_per_second" in meta:
-        return round(meta["images_per_second"] * meta["seconds"])
+        return round(float(meta["images_per_second"]) * float(meta["seconds"]))
     images: int = meta["epochs"] * sum(meta["spec"]["data"]["counts"])
     return images
 

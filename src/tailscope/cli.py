@@ -82,7 +82,7 @@ def _run(received: list[int]) -> int:
         with from_command_line(sys.argv[1:]):
             code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except UserError as error:
-        code = _fail(str(error))
+        code = INTERRUPTED if received else _fail(str(error))  # such as that another process has ended, by Ctrl-C too
     except typer.TyperException as error:
         code = _fail(error.format_message())
     except (typer.Abort, KeyboardInterrupt):
