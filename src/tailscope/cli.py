@@ -19,6 +19,8 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, is_dataclass
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast, get_args
@@ -345,32 +347,24 @@ def _show_story(_: object, options: Options) -> Iterator[RenderableType]:
     yield f"report: {options['out'] / 'report.html'}"
 
 
-def _show_comparison(result: dict[str, Any], options: Options) -> Iterator[RenderableType]:
-    from tailscope.report import comparison
-
-    yield from _show_words(comparison, "compare", result, options)
+_WORDS = {"compare": "comparison", "memorization": "memorization"}
 
 
-def _show_memorization(result: dict[str, Any], options: Options) -> Iterator[RenderableType]:
-    from tailscope.report import memorization
-
-    yield from _show_words(memorization, "memorization", result, options)
-
-
-def _show_words(words: Any, verb: str, result: dict[str, Any], options: Options) -> Iterator[RenderableType]:
-    """Show what the module `words` says of a result, or its plan."""
+def _show_words(verb: str, result: dict[str, Any], options: Options) -> Iterator[RenderableType]:
+    """Show what a module of `report` says of a result, or its plan."""
     if "plan" in result:
         yield from _show_plan(result)
         return
-    heading, lines = words.summary_rows(result)
+    said = import_module(f"tailscope.report.{_WORDS[verb]}")
+    heading, lines = said.summary_rows(result)
     table = Table(*map(one_line, heading), box=None)
     for line in lines:
         table.add_row(*map(_plain, line))
     yield table
     yield ""
-    yield from (f"- {one_line(text)}" for text in words.findings(result))
-    yield from (f"Keep in mind: {one_line(text)}" for text in words.caveats(result)[:1])
-    yield from (f"What to do: {one_line(text)}" for text in words.advice(result))
+    yield from (f"- {one_line(text)}" for text in said.findings(result))
+    yield from (f"Keep in mind: {one_line(text)}" for text in said.caveats(result)[:1])
+    yield from (f"What to do: {one_line(text)}" for text in said.advice(result))
     if options["verbose"]:
         yield from (f"warning: {one_line(text)}" for text in result["warnings"])
     yield f"written: {options['out'] / f'{verb}.json'}"
@@ -494,8 +488,8 @@ _add_command(verbs.demo, _show_story, out=Path("demo"))
 _add_command(verbs.swap, _show_swap, with_imports=True, out=Path("out"))
 for _experiment in (verbs.ladder, verbs.geometry):
     _add_command(_experiment, _show_story, with_imports=True, out=Path("out"))
-_add_command(verbs.compare, _show_comparison, with_imports=True, out=Path("out"))
-_add_command(verbs.memorization, _show_memorization, with_imports=True, out=Path("out"))
+_add_command(verbs.compare, partial(_show_words, "compare"), with_imports=True, out=Path("out"))
+_add_command(verbs.memorization, partial(_show_words, "memorization"), with_imports=True, out=Path("out"))
 _add_command(verbs.check, _show_traps, with_imports=True)
 _add_command(verbs.subset, _show_subset)
 _add_command(verbs.report, lambda path, _: iter([str(path)]), with_json=False)

@@ -198,9 +198,8 @@ def _run_of(method: Method, recipe: Recipe, data: TrainingSet, seed: int) -> _Ru
     stage2 = None if system.stage2 is None else _changed(recipe.classifier, data, system.stage2)
     for stage in filter(None, (stage1, stage2)):
         Objective(stage, data.spec.counts, 1, seed, torch.device("cpu"))
-    changes = ", ".join(
-        name if value is True else f"{name} {_said(value)}" for name, value in sorted(spelled(system.stage1).items())
-    )
+    said = {k: " + ".join(v) if isinstance(v, list | tuple) else v for k, v in sorted(spelled(system.stage1).items())}
+    changes = ", ".join(name if value is True else f"{name} {value}" for name, value in said.items())
     plain = stage1 == recipe.backbone(data.spec)
     encoder = data.name if plain else f"{data.name}, {changes}"
     retrained = None if stage2 is None else data
@@ -214,10 +213,6 @@ def spelled(changes: Mapping[str, Any]) -> dict[str, Any]:
     {'loss': 'focal(gamma=2.0)', 'bn_mode': 'shifted'}
     """
     return {name: CALLS[name].canonical(v) if name in CALLS and v else v for name, v in changes.items()}
-
-
-def _said(value: Any) -> str:
-    return " + ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _changed(make: Callable[..., StageSpec], data: TrainingSet, changes: Mapping[str, Any]) -> StageSpec:
@@ -496,13 +491,10 @@ def _unlabelled(methods: Sequence[Method], images: int) -> list[str]:
 
 def _same_predictions(found: _Outcomes, methods: Sequence[Method]) -> list[str]:
     """Return a warning for each method that says of every test image what one before it says."""
-    warned = []
-    for place, method in enumerate(methods):
-        for other in methods[:place]:
-            if np.array_equal(found.predicted(method), found.predicted(other)):
-                warned.append(
-                    f"{method.name} predicts the same as {other.name} for every test image and seed: on these data"
-                    " the two are one method"
-                )
-                break
-    return warned
+    said = [(method.name, found.predicted(method)) for method in methods]
+    before = [next((a for a, own in said[:k] if np.array_equal(own, right)), None) for k, (_, right) in enumerate(said)]
+    return [
+        f"{name} predicts the same as {other} for every test image and seed: on these data the two are one method"
+        for (name, _), other in zip(said, before, strict=True)
+        if other is not None
+    ]
