@@ -69,7 +69,7 @@ def geometry(request: Request) -> "Result":
     return _experiments(request, "geometry")["geometry"]
 
 
-_FIXED = {"last_layer", "weights", "sampler", "mix", "augment", "schedule", "stage2_loss", "stage2_sampler"}
+_FIXED = {"last_layer", "weights", "sampler", "mix", "pretrain", "augment", "schedule", "stage2_loss", "stage2_sampler"}
 """What every method of a comparison chooses for itself."""
 
 
