@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 INTRODUCTION = """# Measures
 
 The fields of `classes` and `groups` in `diagnosis.json` and `geometry.json`, and, [at the end](#all-classes-together),
-those of `collapse` in `diagnosis.json`. This page is generated (`python scripts/docs_pages.py`).
+those of `collapse` in both files. This page is generated (`python scripts/docs_pages.py`).
 
 S are a class's n training samples, U its m unseen ones, T both together; mu_S, mu_U and mu_T their means, Sigma_S,
 Sigma_U and Sigma_T their sample covariances (denominator n - 1). Angles are in degrees between raw vectors. A field is
@@ -114,11 +114,12 @@ class has no p and q; its group is tested instead. A group's field is the mean o
 
 TOGETHER = """## All classes together
 
-The fields of `collapse.train` and `collapse.unseen` in `diagnosis.json`: one number for all classes, of the training
-samples and of the unseen ones. C is the number of classes, S_W and S_B are the covariances within and between them.
-Every class counts once, however many samples it has; variances have the denominator n - 1, and no sample is paired with
-itself; for classes of one size the formulas are otherwise the papers'. A class with one sample takes no part. The
-classifier is the one in use; without one (`--no-verdict` without `--classifier`), `nc3` and `nc4` are `null`.
+The fields of `collapse.train` and `collapse.unseen` in `diagnosis.json`, and in each entry of `geometry.json`: one
+number for all classes, of the training samples and of the unseen ones. C is the number of classes, S_W and S_B are the
+covariances within and between them. Every class counts once, however many samples it has; variances have the
+denominator n - 1, and no sample is paired with itself; for classes of one size the formulas are otherwise the papers'.
+A class with one sample takes no part. The classifier is the one in use, in `geometry.json` the one that was trained
+with the encoder; without one (`--no-verdict` without `--classifier`), `nc3` and `nc4` are `null`.
 
 Read the two sets beside each other. Training long after the last mistake draws the *training* samples of a class
 together, so that `nc1` and `cdnv` go to 0 there (Papyan et al. 2020); how far from 0 they stay on unseen samples tells

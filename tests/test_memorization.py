@@ -339,7 +339,7 @@ def test_the_verb_writes_a_result_that_reads_back_and_says_itself(tailscope_, tm
     ("spearman", "ci95", "given", "head", "advised"),
     [
         (0.9, [0.5, 0.99], [0.1, 0.9], "wider spread gap are memorised more", "instead of many."),
-        (0.9, [0.5, 0.99], [-0.4, 0.9], "wider spread gap are memorised more", "it says no more"),
+        (0.9, [0.5, 0.99], [-0.4, 0.9], "wider spread gap are memorised more", "it may say no more"),
         (-0.9, [-0.99, -0.5], None, "wider spread gap are memorised less", "Do not read"),
         (0.3, [-0.4, 0.8], None, "no clear relation over 2 classes", "Train more networks"),
         (None, None, None, "no clear relation", "Train more networks"),

@@ -209,6 +209,10 @@ class _Training:
         str | None,
         Option(help="What mixes every backbone's batches, such as 'mixup(alpha=0.2)'. [default: nothing]"),
     ] = None
+    pretrain: Annotated[
+        str | None,
+        Option(help="What backbones learn from the images without labels before stage 1, such as rotation."),
+    ] = None
     augment: Annotated[
         Sequence[str] | None,
         Option(help="Another augmentation than the recipe's, in both stages; repeat for several in order, or none."),

@@ -29,6 +29,7 @@ from tailscope.experiments.traps import traps
 from tailscope.groups import assign_groups
 from tailscope.intervals import CELLS, attribute, summarize
 from tailscope.measures import describe
+from tailscope.measures.collapse import class_means, collapse
 from tailscope.progress import Advance, Progress, logging_to, shown_on
 from tailscope.registry import split_call
 from tailscope.results import check_free, versions, write
@@ -191,14 +192,16 @@ def geometry_runs(settings: Settings, sets: Mapping[str, TrainingSet], seed: int
 
 
 def _measure(stages: Stages, settings: Settings, backbone: Backbone, lt: TrainingSet, label: str) -> dict[str, Any]:
-    """Return the `paper` and the `calibrated` description of one encoder."""
+    """Return the `paper` and the `calibrated` description of one encoder, beside the classifier that came with it."""
     data = stages.data
     train, test = stages.clean_features(backbone, "train"), stages.clean_features(backbone, "test")
     labels, seen = data.train.labels, torch.from_numpy(lt.rows)
     is_unseen = torch.ones(len(labels), dtype=torch.bool)
     is_unseen[seen] = False
     unseen = {"paper": (train[is_unseen], labels[is_unseen]), "calibrated": (test, data.test.labels)}
-    described = {}
+    means = class_means(train[seen], labels[seen], data.train.num_classes)
+    classifier = (backbone.weight, backbone.bias, means)
+    collapsed, described = collapse(train[seen], labels[seen], *classifier), {}
     for variant, (features, classes) in unseen.items():
         with stages.runtime.progress.task(f"{label}, geometry ({variant})", data.train.num_classes) as advance:
             described[variant] = describe(
@@ -210,6 +213,7 @@ def _measure(stages: Stages, settings: Settings, backbone: Backbone, lt: Trainin
                 permutations=settings.permutations,
                 progress=partial(_advance_by_one, advance),
             ).to_json()
+        described[variant]["collapse"] = {"train": collapsed, "unseen": collapse(features, classes, *classifier)}
     return described
 
 
@@ -218,14 +222,15 @@ def _advance_by_one(advance: Advance, *_: int) -> None:
 
 
 def _mean_over_seeds(runs: Mapping[str, Any], variant: str) -> dict[str, Any]:
-    """Return the mean over seeds of every number of every class and group."""
+    """Return the mean over seeds of every number of every class and group, and of all classes together."""
     per_seed = [run[variant] for run in runs.values()]
     groups = {}
     for name in per_seed[0]["groups"]:
         entries = [run["groups"][name] for run in per_seed if run["groups"][name] is not None]
         groups[name] = mean_entry(entries) if entries else None
     classes = [mean_entry(entries) for entries in zip(*(run["classes"] for run in per_seed), strict=True)]
-    return {"classes": classes, "groups": groups}
+    together = {part: mean_entry([run["collapse"][part] for run in per_seed]) for part in ("train", "unseen")}
+    return {"classes": classes, "groups": groups, "collapse": together}
 
 
 def mean_entry(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -322,9 +322,17 @@ def _card(store: Store, run: Run, backbone: Backbone) -> dict[str, Any]:
         "fused": meta.get("fused", False),
         "device": meta["device"]["gpu"] or meta["device"]["cpu"],
         **{name: meta[name] for name in ("seconds", "images_per_second")},
+        **_pretraining_card(stage1, meta),
         "key": backbone.key,
         "arithmetic": arithmetic_of(meta),
     }
+
+
+def _pretraining_card(stage1: StageSpec, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a backbone was pre-trained on, and for how long; nothing where it was not."""
+    if stage1.pretrain is None:
+        return {}
+    return {"pretrain": stage1.pretrain, "pretraining_seconds": meta["pretraining_seconds"]}
 
 
 def _stage2_card(store: Store, run: Run, backbone: Backbone) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from typing import Any
 
 from tailscope.groups import GROUPS
 from tailscope.report.rows import CI, CLASS, Row, ends, ranks
+from tailscope.report.schema import Correlations, MemorizedClasses, RankCorrelation
 from tailscope.report.schema import Memorization as Stored
-from tailscope.report.schema import MemorizedClasses, RankCorrelation
 from tailscope.report.text import Column, Table, listed, number, percent, plural, significant, with_interval
 
 SHOWN_CLASSES = 20
@@ -34,7 +34,7 @@ def findings(result: Stored) -> list[str]:
     found = [
         f"Over {plural(correlation['classes'], 'class')}, the rank correlation of memorisation and spread gap is"
         f" {_correlation(correlation)}; among classes of like count (partial) it is"
-        f" {_correlation(correlation['given_counts'])}."
+        f" {_given(correlation)}."
     ]
     if total["memorization"] is not None:
         found.append(
@@ -67,6 +67,12 @@ def _correlation(one: RankCorrelation) -> str:
     return "undefined" if one["spearman"] is None else _with(one["spearman"], one["ci95"])
 
 
+def _given(correlation: Correlations) -> str:
+    given = correlation["given_counts"]
+    undefined = "undefined, for one of the two ranks the classes just as their counts do"
+    return undefined if correlation["spearman"] is not None and given["spearman"] is None else _correlation(given)
+
+
 def _with(value: float | None, bounds: list[float] | None) -> str:
     return with_interval(number(value, 2), bounds, 2, 1.0)
 
@@ -96,7 +102,7 @@ def advice(result: Stored) -> list[str]:
     if side < 0:
         return ["Do not read a wide spread gap as memorisation on data like these."]
     given = _side(result["correlation"]["given_counts"])
-    rest = "" if given == 1 else ", though among classes of like count it says no more"
+    rest = "" if given == 1 else ", though it may say no more than how many images the class has"
     return [f"Read a class’s spread gap as a sign of memorisation{rest}: it needs one network instead of many."]
 
 
@@ -149,7 +155,7 @@ def summary_rows(result: Stored) -> tuple[list[str], list[list[str]]]:
         [
             str(row["name" if few else "group"]),
             number(row["count"] if few else row["images"], 0),
-            MEASURED[0].written(row),
+            _with(row["memorization"], row["ci95"]),
             *(percent(row[name]) for name in ("recall_kept", "recall_left_out", "above", "above_by_chance")),
             significant(row["spread_gap_deg"]),
         ]

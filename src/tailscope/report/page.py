@@ -144,13 +144,19 @@ def of_experiments(results: Results) -> Page:
             *LAST_SECTIONS,
         ],
         "geometry": [figure.name for figure in figures if figure.variant],
-        "by_measure": {v: rows.measures_table(results, v) for v in VARIANTS[::-1]} if "geometry" in results else {},
+        "by_measure": _by_measure(results) if "geometry" in results else [],
         "groups": [group for group in GROUPS if group in result["groups"]],
         "class_note": story.class_note(results),
         "runs": [_provenance(verb, results[verb]) for verb in TRAINED if verb in results],
         "sources": ", ".join(f"{verb}.json" for verb in results),
     }
     return Page("experiments.html.j2", figures, charts.data(results), rows.tables(results), content)
+
+
+def _by_measure(results: Results) -> list[Table]:
+    """Return what of the geometry is shown as tables, of either variant."""
+    made = [one for v in VARIANTS[::-1] for one in (rows.measures_table(results, v), rows.collapse_table(results, v))]
+    return [table for table in made if table.rows]
 
 
 def of_diagnosis(result: Diagnosis, thumbnails: Thumbnails | None = None) -> Page:

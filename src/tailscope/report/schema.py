@@ -213,11 +213,19 @@ def check_ladder(ladder: Ladder) -> Ladder:
 # ---- geometry and claims
 
 
+class Collapse(TypedDict):
+    """How far features have collapsed to one point a class."""
+
+    train: dict[str, Number | None]
+    unseen: dict[str, Number | None]
+
+
 class _Run(TypedDict):
     """The geometry of one encoder's features: of one seed, or the mean over seeds."""
 
     classes: list[Annotated[MeasuredClass, AfterValidator(measures_are_numbers)]]
     groups: dict[str, Annotated[Measured, AfterValidator(measures_are_numbers)] | None]
+    collapse: NotRequired[Collapse]
     warnings: NotRequired[list[str]]
 
 
@@ -354,7 +362,9 @@ class RankCorrelation(TypedDict):
     ci95: Bounds | None
 
 
-class _Correlations(RankCorrelation):
+class Correlations(RankCorrelation):
+    """The same, and what is left of it with the counts taken out."""
+
     classes: Count
     given_counts: RankCorrelation
 
@@ -393,7 +403,7 @@ class Memorization(Trained):
     classes: list[MemorizedClass]
     by_group: dict[str, MemorizedClasses | None]
     total: MemorizedClasses
-    correlation: _Correlations
+    correlation: Correlations
 
 
 def check_memorization(memorization: Memorization) -> Memorization:

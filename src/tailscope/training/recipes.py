@@ -124,6 +124,7 @@ CHOICES = {
     "weights": _Choice("Stage 1", "class weights", WEIGHTS),
     "sampler": _Choice("Stage 1", "sampler", SAMPLERS),
     "always_mix": _Choice("Stage 1", "mixing", MIXINGS),
+    "pretrain": _Choice("Stage 1", "pre-training", TASKS),
     "stage2_loss": _Choice("Stage 2", "loss", LOSSES),
     "stage2_sampler": _Choice("Stage 2", "sampler", SAMPLERS),
 }
@@ -149,6 +150,7 @@ class Recipe(Frozen):
         stage2_augment: whether stage 2 sees augmented views; without, one view of the images as they are.
         last_layer: what turns features into logits in stage 1, see `StageSpec.last_layer`.
         weights: the classes' weights in stage 1's loss, see `StageSpec.weights`.
+        pretrain: the task that backbones are pre-trained on, see `StageSpec.pretrain`.
     """
 
     name: str
@@ -171,9 +173,10 @@ class Recipe(Frozen):
     stage2_loss: str = "cross_entropy"
     stage2_sampler: str = "instance"
     always_mix: str | None = None
+    pretrain: str | None = None
     later = (
         "bn_mode", "loss", "stage2_start", "stage2_augment", "last_layer", "weights", "sampler", "stage2_loss",
-        "stage2_sampler", "always_mix",
+        "stage2_sampler", "always_mix", "pretrain",
     )  # fmt: skip
 
     @model_validator(mode="after")
@@ -212,6 +215,7 @@ class Recipe(Frozen):
             sampler=self.sampler,
             last_layer=self.last_layer,
             weights=self.weights,
+            pretrain=self.pretrain,
         )
         require_fitting(stage)
         return with_plugins(stage)

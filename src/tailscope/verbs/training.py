@@ -84,7 +84,7 @@ _NO_TRAINING = {"out", "store", "overwrite", "permutations", "device", "engine",
 _NO_TRAINING |= {option.name for option in fields(Placing)}
 """What only matters where something is trained."""
 
-_FIXED = {"last_layer", "weights", "sampler", "mix", "augment", "schedule", "stage2_loss", "stage2_sampler"}
+_FIXED = {"last_layer", "weights", "sampler", "mix", "pretrain", "augment", "schedule", "stage2_loss", "stage2_sampler"}
 """What every method of a comparison chooses for itself."""
 
 
