@@ -37,7 +37,7 @@ def classes(result: Diagnosis) -> list[Row]:
     """Return one row a class: its geometry, rank, recalls and verdict."""
     names, counts = result["dataset"]["class_names"], result["counts"]
     parts: Sequence[Judged | None] = result["verdict"]["classes"] if result["verdict"] else [None] * len(counts)
-    found = []
+    found, scores = [], drilldown.scores(result.get("drilldown"), len(counts))
     for k, (rank, entry, part) in enumerate(zip(ranks(counts), result["classes"], parts, strict=True)):
         recalls = {
             f"recall_{name}": result["accuracy"][name]["per_class"][k] if result["accuracy"] else None
@@ -45,8 +45,7 @@ def classes(result: Diagnosis) -> list[Row]:
         }
         nearest = entry["nearest_center_true_class"]
         about = {"rank": rank, "count": counts[k], "nearest": None if nearest is None else names[nearest]}
-        scores = drilldown.scores(result.get("drilldown"), k)
-        found.append({**dict.fromkeys(SHOWN), **entry, **about, **recalls, **scores, **_judged(part)})
+        found.append({**dict.fromkeys(SHOWN), **entry, **about, **recalls, **scores[k], **_judged(part)})
     return found
 
 

@@ -35,13 +35,15 @@ SAMPLES = (Column("class", "class"), *SAMPLE)
 # ---- rows and tables
 
 
-def scores(stored: DrillDown | None, k: int) -> Row:
-    """Return precision and F1 of class k, and the anchor of its samples; undefined where nothing was judged."""
+def scores(stored: DrillDown | None, classes: int) -> list[Row]:
+    """Return precision and F1 of each class, and the anchor of its samples; undefined where nothing was judged."""
     if stored is None:
-        return {"precision": None, "f1": None}
-    entry = stored["classes"][k]
-    shown = k in _folded(stored)
-    return {"precision": entry["precision"], "f1": entry["f1"], "anchor": f"samples-{k}" if shown else None}
+        return [{"precision": None, "f1": None}] * classes
+    shown = set(_folded(stored))
+    return [
+        {"precision": entry["precision"], "f1": entry["f1"], "anchor": f"samples-{k}" if k in shown else None}
+        for k, entry in enumerate(stored["classes"])
+    ]
 
 
 def tables(result: Diagnosis) -> list[Table]:
