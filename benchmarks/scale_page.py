@@ -26,7 +26,7 @@ def tables(record: Mapping[str, Any]) -> dict[str, str]:
     """Return the tables, by the names of their blocks."""
     found = sorted(record["raw"].values(), key=lambda one: one["train"])
     return {
-        "scale-rows": f"{_measured(found)}\n\n{origin(record)}.",
+        "scale-rows": f"{_measured(found)}\n\n{origin(dict(record))}.",
         "scale-growth": _growth(found),
         "scale-21k": _extrapolated(found[-1]),
         "scale-cost": _cost(found),
@@ -121,4 +121,4 @@ def _cost(found: Sequence[Found]) -> str:
 def _training_hours(path: Path) -> float:
     """Return how long a backbone took, the median of a result's."""
     provenance = json.loads(path.read_text(encoding="utf-8"))["provenance"]
-    return statistics.median({one["key"]: one["seconds"] for one in provenance}.values()) / 3600
+    return float(statistics.median({one["key"]: one["seconds"] for one in provenance}.values())) / 3600

@@ -76,9 +76,10 @@ def run(request: Memorization) -> Memorized:
     """
     settings = MemorizationSettings.of(request)
     if request.plan:
-        unwritten = replace(request, out=None, store=store_root(request.out, request.store))
+        unwritten = replace(request, out=None, store=store_root(request.out, request.store), jobs=None, on=None)
         return Memorized(plans.run(unwritten, ["memorization"], settings, {"memorization": plan})["memorization"])
-    result = Memorized(plans.run(request, ["memorization"], settings, {"memorization": memorization})["memorization"])
+    verbs = {"memorization": memorization}
+    result = Memorized(plans.run(request, ["memorization"], settings, verbs, _waves)["memorization"])
     if request.out is not None:
         build(request.out)
     return result
@@ -132,6 +133,13 @@ class _Run(Run):
 
     kept: BoolArray | None = None
     put_back: tuple[int, ...] = ()
+
+
+def _waves(stages: Stages, settings: MemorizationSettings) -> Iterator[list[Run]]:
+    """Yield all that is trained, in one wave."""
+    yield [
+        run for seed in settings.seeds for run in _runs(stages, settings, training_sets(stages, settings, seed), seed)
+    ]
 
 
 def _runs(stages: Stages, settings: MemorizationSettings, sets: Mapping[str, TrainingSet], seed: int) -> Iterator[_Run]:
