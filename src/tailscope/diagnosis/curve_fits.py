@@ -323,7 +323,7 @@ class Task:
     @classmethod
     def of(cls, train: Rows, unseen: Rows, test: Rows | None, bursts: ArrayLike | None, seed: int) -> "Task":
         """Take the classes that have unseen samples, and as many rows as there is time for."""
-        code, withheld = class_codes(*(None if rows is None else rows.labels for rows in (train, unseen, test)))
+        code, withheld = class_codes(train.labels, unseen.labels, None if test is None else test.labels)
         work = train.features.shape[1] * (int(code.max()) + 1)
         seen, kept, short = used_rows(code[train.labels], code[unseen.labels], train.features.shape[1], seed)
         features = _together((train.features, seen), (unseen.features, kept))

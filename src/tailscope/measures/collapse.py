@@ -181,7 +181,7 @@ def _disagreement(features: Tensor, weight: Tensor, bias: Tensor, means: Tensor)
     centres = (means - origin).to(features.device)
     half = torch.nan_to_num(0.5 * centres.square().sum(dim=1), nan=torch.inf)
     centres, wide, other = torch.nan_to_num(centres), weight.double(), 0
-    features = features[:: nearest_step(*features.shape, len(weight))]
+    features = features[:: nearest_step(len(features), features.shape[1], len(weight))]
     for rows, _ in _blocks(features, torch.zeros(len(features), device=features.device)):
         for part in row_blocks(rows, len(weight)):
             by_logit = (part @ wide.T + bias.double()).argmax(dim=1)
