@@ -1,8 +1,8 @@
 """How much memory a diagnosis needs, told before it begins: what is larger than a share of the limit lies in files.
 
 Nothing in a result depends on the limit. What grows with the rows lies in mapped files, but for a few numbers of each;
-what has to be held grows with the classes and with the most frequent one. The estimate is meant to err high: what was
-measured on several shapes, `benchmarks/scale.py` among them, is 0.5 to 0.9 of it.
+what has to be held grows with the classes and with the most frequent one. The estimate is meant to err high; nothing
+watches the process afterwards.
 """
 
 import math
