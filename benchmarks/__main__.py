@@ -1,9 +1,11 @@
 """Command line: `python -m benchmarks [--quick] [--only train,swap]`, `python -m benchmarks table` for the documents.
 
-Full records go to results/bench and from there into docs/performance.md; quick ones to out/bench-quick. The verdict's
+Full records go to results/bench and from there into docs/performance.md; quick ones to out/bench-quick. What is about
+images in files (`--only images,hours`) runs only where it is asked for, and goes into docs/imagenet.md. The verdict's
 own test (`--only verdicts`) goes to results/verdicts.json and docs/verdicts.md, what re-balancing gains in a user's
 network (`--only rebalance`) to results/rebalance.json and docs/howto-export.md, and how long a stranger's first steps
-take (`--only strangers`) to results/strangers.json and docs/get-started.md.
+take (`--only strangers`) to results/strangers.json and docs/get-started.md, and what a sweep on Ray costs (`--only
+sweep`) to results/sweep.json and docs/howto-cluster.md.
 """
 
 import argparse
@@ -24,13 +26,17 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RECORDS = REPOSITORY / "results" / "bench"
 DOCUMENT = REPOSITORY / "docs" / "performance.md"
 NAMES = ("train", "augment", "concurrent", "swap", "stage2", "geometry", "scaling", "breakdown")
-SCALE = "scale"
-"""Takes an hour or more and gigabytes of disk: runs only where it is asked for, and has a page of its own."""
-CLASSES = "classes"
-"""Takes a quarter of an hour: runs only where it is asked for."""
 VERDICTS = "verdicts"
-PAGES = {VERDICTS: "verdicts.md", "rebalance": "howto-export.md", "strangers": "get-started.md"}
+PAGES = {
+    VERDICTS: "verdicts.md",
+    "rebalance": "howto-export.md",
+    "strangers": "get-started.md",
+    "sweep": "howto-cluster.md",
+}
 """What runs only where it is asked for, by itself: each has a result, results/NAME.json, and a page of its own."""
+SCALE = "scale"
+ASKED_FOR = {"images": "imagenet.md", "hours": "imagenet.md", SCALE: "scale.md", "classes": "scale.md"}
+"""Timings that run only where they are asked for, since they take long or much disk, and the page that shows them."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,19 +44,20 @@ def main(arguments: list[str] | None = None) -> int:
     asked = _parse(arguments)
     if asked.action == "table":
         return fill_document(check=asked.check)
-    unknown = [name for name in asked.only if name not in (*NAMES, SCALE, CLASSES, *PAGES)]
+    unknown = [name for name in asked.only if name not in (*NAMES, *ASKED_FOR, *PAGES)]
     alone = [name for name in asked.only if name in PAGES]
     if unknown or (alone and len(asked.only) > 1):
-        known = f"known are {', '.join((*NAMES, SCALE, CLASSES))}, and by itself {' or '.join(PAGES)}"
+        known = f"known are {', '.join((*NAMES, *ASKED_FOR))}, and by itself {' or '.join(PAGES)}"
         print(f"error: --only {','.join(unknown or asked.only)}: {known}", file=sys.stderr)
         return 2
     if alone:
         return examine_verdicts(asked) if alone == [VERDICTS] else examine(alone[0], asked)
-    options = Options("quick" if asked.quick else "full", find_images(asked.data_root), asked.device)
+    cache = str(asked.cache) if asked.cache else None
+    options = Options("quick" if asked.quick else "full", find_images(asked.data_root), asked.device, cache)
     folder = asked.out or (REPOSITORY / "out" / "bench-quick" if asked.quick else RECORDS)
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as kept:
         # Every run compiles and chooses engines anew, so that warm-ups are comparable.
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ["XDG_CACHE_HOME"] = cache
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ["XDG_CACHE_HOME"] = kept
         hardware = record.hardware(options)
         for name in asked.only or NAMES:
             run(name, options, folder, hardware)
@@ -85,6 +92,10 @@ def examine(name: str, asked: argparse.Namespace) -> int:
             print("error: --only rebalance: give --store, the folder of trained backbones", file=sys.stderr)
             return 2
         content = {"cases": rebalance.run(asked.store, data, asked.cache or user_cache() / name)}
+    elif name == "sweep":
+        from benchmarks import sweep
+
+        content = sweep.run(options)
     else:
         from benchmarks import strangers
 
@@ -115,7 +126,7 @@ def run(name: str, options: Options, folder: Path, hardware: dict[str, Any]) -> 
 
 def benchmark(name: str) -> Callable[[Options], Record]:
     """Return the function that measures what is asked for."""
-    module = {"augment": "train", "concurrent": "train", "breakdown": "scaling"}.get(name, name)
+    module = {"augment": "train", "concurrent": "train", "breakdown": "scaling", "hours": "images"}.get(name, name)
     function = "run" if module == name else name
     found: Callable[[Options], Record] = getattr(importlib.import_module(f"benchmarks.{module}"), function)
     return found
@@ -135,7 +146,7 @@ def fill_document(*, check: bool) -> int:
             module = importlib.import_module(f"benchmarks.{name}{'.summary' if name == VERDICTS else ''}")
             tables[name] = module.table(json.loads(stored.read_text(encoding="utf-8")))
     old = 0
-    for page in (DOCUMENT, DOCUMENT.with_name("scale.md"), *(DOCUMENT.with_name(name) for name in PAGES.values())):
+    for page in (DOCUMENT, *(DOCUMENT.with_name(name) for name in {*ASKED_FOR.values(), *PAGES.values()})):
         text = page.read_text(encoding="utf-8")
         filled = record.render(text, tables)
         old += text != filled
@@ -163,10 +174,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--only",
         default=(),
         type=lambda text: text.split(","),
-        help=f"some of {','.join((*NAMES, SCALE, CLASSES))}; or {' or '.join(PAGES)}",
+        help=f"some of {','.join((*NAMES, *ASKED_FOR))}; or {' or '.join(PAGES)}",
     )
     parser.add_argument("--data-root", type=Path, help="folder with cifar10.npz [default: $TAILSCOPE_DATA]")
-    parser.add_argument("--cache", type=Path, help=f"of {VERDICTS} and rebalance: what is done")
+    parser.add_argument("--cache", type=Path, help=f"of {VERDICTS} and rebalance: what is done; of images: the tree")
     parser.add_argument("--store", type=Path, help=f"of {VERDICTS} and rebalance: a store with backbones of CIFAR")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help=f"of {VERDICTS}")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")

@@ -19,7 +19,7 @@ from tailscope.results import command_line, versions
 # -- records ----------------------------------------------------------------------------------------------------------
 
 
-PACKAGES = ("tailscope", "torch", "torchvision", "lightning", "numpy", "scikit-learn")
+PACKAGES = ("tailscope", "torch", "torchvision", "lightning", "ray", "numpy", "scikit-learn")
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,13 @@ class Options:
             for tests.
         data: an image `.npz` with CIFAR-10, or None for random images of its shape.
         device: cpu or cuda.
+        cache: a folder for what may be used again, if any.
     """
 
     size: Literal["full", "quick", "tiny"] = "full"
     data: str | None = None
     device: str = "cpu"
+    cache: str | None = None
 
     @property
     def inline(self) -> bool:

@@ -92,7 +92,8 @@ def measure(folder: Path, size: Size, part: int) -> dict[str, Any]:
 def counts(rows: int, classes: int) -> Counts:
     """Return how many samples each class has, falling exponentially; at least 2."""
     shape = IMBALANCE ** (-np.arange(classes) / (classes - 1))
-    return np.maximum(2, np.round(rows * shape / shape.sum())).astype(np.int64)
+    found: Counts = np.maximum(2, np.round(rows * shape / shape.sum())).astype(np.int64)
+    return found
 
 
 def means_of(size: Size) -> Floats:

@@ -7,6 +7,7 @@ given as so many times P, the price of one processor for an hour.
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def tables(record: Mapping[str, Any]) -> dict[str, str]:
     """Return the tables, by the names of their blocks."""
     found = sorted(record["raw"].values(), key=lambda one: one["train"])
     return {
-        "scale-rows": f"{_measured(found)}\n\n{origin(record)}.",
+        "scale-rows": f"{_measured(found)}\n\n{origin(dict(record))}.",
         "scale-growth": _growth(found),
         "scale-21k": _extrapolated(found[-1]),
         "scale-cost": _cost(found),
@@ -62,7 +63,7 @@ def _rows(one: Found) -> int:
 def _growth(found: Sequence[Found]) -> str:
     """Return what the rows between two sizes cost, each."""
     rows = []
-    for one, other in zip(found, found[1:], strict=False):
+    for one, other in pairwise(found):
         more = other["train"] - one["train"]
         seconds, held = (other[name] - one[name] for name in ("cpu_seconds", "peak_bytes"))
         per_row = [part["cpu_seconds"] / _rows(part) for part in (one, other)]
@@ -120,4 +121,4 @@ def _cost(found: Sequence[Found]) -> str:
 def _training_hours(path: Path) -> float:
     """Return how long a backbone took, the median of a result's."""
     provenance = json.loads(path.read_text(encoding="utf-8"))["provenance"]
-    return statistics.median({one["key"]: one["seconds"] for one in provenance}.values()) / 3600
+    return float(statistics.median({one["key"]: one["seconds"] for one in provenance}.values())) / 3600

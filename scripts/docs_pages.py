@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 INTRODUCTION = """# Measures
 
 The fields of `classes` and `groups` in `diagnosis.json` and `geometry.json`, and, [at the end](#all-classes-together),
-those of `collapse` in `diagnosis.json`. This page is generated (`python scripts/docs_pages.py`).
+those of `collapse` in both files. This page is generated (`python scripts/docs_pages.py`).
 
 S are a class's n training samples, U its m unseen ones, T both together; mu_S, mu_U and mu_T their means, Sigma_S,
 Sigma_U and Sigma_T their sample covariances (denominator n - 1). Angles are in degrees between raw vectors. A field is
@@ -114,11 +114,12 @@ class has no p and q; its group is tested instead. A group's field is the mean o
 
 TOGETHER = """## All classes together
 
-The fields of `collapse.train` and `collapse.unseen` in `diagnosis.json`: one number for all classes, of the training
-samples and of the unseen ones. C is the number of classes, S_W and S_B are the covariances within and between them.
-Every class counts once, however many samples it has; variances have the denominator n - 1, and no sample is paired with
-itself; for classes of one size the formulas are otherwise the papers'. A class with one sample takes no part. The
-classifier is the one in use; without one (`--no-verdict` without `--classifier`), `nc3` and `nc4` are `null`.
+The fields of `collapse.train` and `collapse.unseen` in `diagnosis.json`, and in each entry of `geometry.json`: one
+number for all classes, of the training samples and of the unseen ones. C is the number of classes, S_W and S_B are the
+covariances within and between them. Every class counts once, however many samples it has; variances have the
+denominator n - 1, and no sample is paired with itself; for classes of one size the formulas are otherwise the papers'.
+A class with one sample takes no part. The classifier is the one in use, in `geometry.json` the one that was trained
+with the encoder; without one (`--no-verdict` without `--classifier`), `nc3` and `nc4` are `null`.
 
 Read the two sets beside each other. Training long after the last mistake draws the *training* samples of a class
 together, so that `nc1` and `cdnv` go to 0 there (Papyan et al. 2020); how far from 0 they stay on unseen samples tells
@@ -173,10 +174,12 @@ A factory is registered under a name. What stands before the `/` the program sup
   takes; `task(images, generator)` returns the images as they are shown, and the answers, int64 [B].
 - A **last layer** takes the network's linear layer and returns the module in its place, features [B, d] to logits [B,
   C]. It has `as_linear()`, a weight and a bias that decide alike, and `cosines(features)` or `distances(features)`
-  if it computes them.
+  if it computes them. Where that linear layer's logits are not the layer's own, as with cosines, `inputs(features)` is
+  what `on_inputs()`, a weight and a bias, makes them of: what re-balances a classifier starts from these.
 - A **model** takes the numbers of channels and classes. It has `features(images)` [B, d], `feature_dim` and
   `classifier`, a linear layer. To be mixed inside it has `hidden_places`, and `features(images, between)` calls
-  `between(place, activations)` at each.
+  `between(place, activations)` at each. To end in two branches, for `bbn`, it names its last stage, a sequence of
+  blocks whose channels are averaged to features, in `last_stage`.
 
 `progress` is the share of the training that is done, in [0, 1): a tensor for losses and weights, since a GPU replays
 captured steps (so `torch.where`, not `if`), and a plain number for samplers, as it is when the epoch begins.

@@ -53,6 +53,7 @@ _SAID = {
     "geometry": "What `tailscope geometry` writes.",
     "claims": "What `tailscope reproduce` writes about the paper's claims.",
     "compare": "What `tailscope compare` writes.",
+    "memorization": "What `tailscope memorization` writes.",
     "diagnosis": "What `tailscope diagnose` writes.",
 }
 

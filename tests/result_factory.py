@@ -11,6 +11,7 @@ import numpy as np
 
 from tailscope.groups import GROUPS, assign_groups
 from tailscope.intervals import attribute, summarize
+from tailscope.measures.fields import COLLAPSE
 
 CELLS = ("lt->lt", "lt->true", "true->lt", "true->true")
 MATCHED = ("matched->lt", "matched->true", "lt->matched", "true->matched", "matched->matched")
@@ -247,10 +248,18 @@ def geometry(classes=10, seeds=3, *, name="digits", names=None, converged=False,
                 runs[str(s)][variant] = {
                     "classes": entries,
                     "groups": pooled,
+                    "collapse": {
+                        part: {name: float(rng.uniform(0, 1)) for name in COLLAPSE} | {"nc3": None}
+                        for part in ("train", "unseen")
+                    },
                     "warnings": ["class 0 has no unseen samples"] if variant == "paper" else [],
                 }
         mean = {
             variant: {
+                "collapse": {
+                    part: mean_of([run[variant]["collapse"][part] for run in runs.values()])
+                    for part in ("train", "unseen")
+                },
                 "classes": [mean_of([run[variant]["classes"][k] for run in runs.values()]) for k in range(classes)],
                 "groups": {
                     group: mean_of([run[variant]["groups"][group] for run in runs.values()])

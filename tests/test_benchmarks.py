@@ -122,6 +122,12 @@ def test_every_benchmark_runs(name: str) -> None:
     assert len(record.table(content).splitlines()) == len(content["rows"]) + 4
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", command.ASKED_FOR)
+def test_what_runs_where_it_is_asked_for_runs(name: str) -> None:
+    test_every_benchmark_runs(name)
+
+
 def test_the_goals_of_the_rows_are_judged_by_the_median() -> None:
     value = Spread.of([1.0])
     assert Row("", value, "s", Spread(3.1, 2.0, 4.0), goal=3.0).reached is True

@@ -166,6 +166,28 @@ def test_a_classifier_of_cosines_is_as_sure_as_its_scale_says(tmp_path):
     )
 
 
+def test_what_rebalances_a_classifier_of_cosines_starts_from_its_logits(tmp_path):
+    """Of `ldam + la` they are s cos(w, f) - log prior, whatever the length of f (Menon et al. 2021, equation 9)."""
+    lab = experiment_setups.lab(tmp_path)
+    result = by_name(compare.compare(lab, settings("ce; ldam + la; ldam + tau", seeds=(0,), gaps="none")))
+    lt, recipe = training_sets(lab, settings(), 0)["lt"], settings().recipe
+    changes = {"loss": "ldam(max_margin=0.5, scale=30.0)", "last_layer": "cosine(scale=30.0)"}
+    stage1 = recipe.backbone(lt.spec).model_copy(update=changes)
+    features = lab.clean_features(lab.backbone(stage1, lt.rows, 0, ""), "test").double().numpy()
+    weight = lab.store.read("stage1", backbone_key(stage1, 0)).tensors["classifier.weight"].double().numpy()
+    cosines = (features @ weight.T) / np.linalg.norm(features, axis=1)[:, None] / np.linalg.norm(weight, axis=1)
+    logits = {"ldam + tau": cosines, "ldam + la": 30 * cosines - np.log(np.array(lt.spec.counts) / len(lt.rows))}
+    for name, found in logits.items():
+        right = found.argmax(1) == lab.data.test.labels.numpy()
+        assert result[name]["mean"] == pytest.approx(right.mean())
+        if name == "ldam + la":
+            sure = np.exp(found - found.max(1, keepdims=True))
+            confidence = (sure / sure.sum(1, keepdims=True)).max(1)
+            assert result[name]["calibration_error"]["mean"] == pytest.approx(
+                calibration_error(confidence, right), abs=1e-4
+            )
+
+
 def test_mislas_sees_the_statistics_of_balanced_draws_only_where_it_is_asked_to(tmp_path):
     lab = experiment_setups.lab(tmp_path)
     methods = "mixup; mislas; mislas(bn_mode='shifted'); ldam_drw; ce_drs"

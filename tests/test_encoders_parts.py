@@ -172,17 +172,28 @@ def test_what_the_command_refuses(tailscope_, tmp_path):
     assert "several processes write a folder; give --out" in run.err
 
 
+SCRIPT = """
+import sys
+from tailscope.cli import main
+from tailscope.encoders import parts
+parts.PART_BYTES = 300 * 32 * 4
+sys.exit(main())
+"""
+
+
 @pytest.mark.slow
-def test_two_real_processes(tmp_path, whole):
-    command = [sys.executable, "-m", "tailscope", "features", "--model", "resnet20", "--data", "digits"]
+def test_two_real_processes(tmp_path):
+    (tmp_path / "small.py").write_text(SCRIPT)
+    command = [sys.executable, str(tmp_path / "small.py"), "features", "--model", "resnet8", "--data", "digits"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     for name, more in (("one", []), ("two", ["--devices", "2", "--device", "cpu"])):
         ended = subprocess.run(
-            [*command, "--split", "train", "--batch", "16", "--out", f"{tmp_path / name}/", *more],
-            env=environment, capture_output=True, text=True, timeout=300,
+            [*command, "--split", "train", "--out", f"{tmp_path / name}/", *more],
+            env=environment, capture_output=True, text=True,
         )  # fmt: skip
         assert ended.returncode == 0, ended.stderr
     names = [path.name for path in sorted((tmp_path / "one").glob("*.parquet"))]
+    assert len(names) == 6
     assert names == [path.name for path in sorted((tmp_path / "two").glob("*.parquet"))]
     for name in names:
         assert pq.read_table(tmp_path / "one" / name).equals(pq.read_table(tmp_path / "two" / name))

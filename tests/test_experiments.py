@@ -9,11 +9,12 @@ import torch
 
 from experiment_setups import EXPERIMENTS, TINY, entries, lab, settings, small_digits, timeless
 from tailscope.data.subsets import resolve, subset
-from tailscope.experiments.plans import mean_entry, swap
+from tailscope.experiments.plans import ladder_runs, mean_entry, swap
 from tailscope.experiments.runs import training_sets
+from tailscope.experiments.stages import pretraining
 from tailscope.measures import FIELDS
 from tailscope.networks import MODELS
-from tailscope.spec import RunSpec
+from tailscope.spec import RunSpec, backbone_key
 from tailscope.store import Store
 from tailscope.training.step import Normalizer
 
@@ -241,6 +242,53 @@ def test_a_geometry_entry_is_what_numpy_gives(story):
     a, b = features[seen].mean(0), x.mean(0)
     cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
     assert entry["center_shift_deg"] == pytest.approx(np.degrees(np.arccos(cosine)), abs=1e-2)
+
+
+def test_collapse_is_what_numpy_gives_beside_the_classifier_of_stage_1(story):
+    own = lab(story.folder, story.data)
+    lt = training_sets(own, settings(), 0)["lt"]
+    backbone = own.backbone(TINY.backbone(lt.spec), lt.rows, 0, "")
+    train, test = (own.clean_features(backbone, split).double().numpy() for split in ("train", "test"))
+    labels, answers = story.data.train.labels.numpy(), story.data.test.labels.numpy()
+    rest = np.setdiff1d(np.arange(len(labels)), lt.rows)
+    means = np.stack([train[lt.rows][labels[lt.rows] == k].mean(0) for k in range(10)])
+    weight, bias = backbone.weight.double().numpy(), backbone.bias.double().numpy()
+    sets = {
+        ("paper", "train"): (train[lt.rows], labels[lt.rows]),
+        ("paper", "unseen"): (train[rest], labels[rest]),
+        ("calibrated", "unseen"): (test, answers),
+    }
+    entry = story.results["geometry"]["encoders"]["lt"]
+    for (variant, part), (features, classes) in sets.items():
+        found = entry["seeds"]["0"][variant]["collapse"][part]
+        nearest = ((features[:, None] - means[None]) ** 2).sum(-1).argmin(1)
+        assert found["nc4"] == pytest.approx(((features @ weight.T + bias).argmax(1) != nearest).mean(), abs=0.01)
+        some = [features[classes == k] for k in range(10) if (classes == k).sum() > 1]
+        pairs = [
+            (a.var(0, ddof=1).sum() + b.var(0, ddof=1).sum()) / 2 / ((a.mean(0) - b.mean(0)) ** 2).sum()
+            for i, a in enumerate(some)
+            for b in some[:i]
+        ]
+        assert found["cdnv"] == pytest.approx(np.mean(pairs), rel=1e-4)
+        seeds = [run[variant]["collapse"][part]["nc1"] for run in entry["seeds"].values()]
+        assert entry["mean"][variant]["collapse"][part]["nc1"] == pytest.approx(np.mean(seeds))
+    assert entry["seeds"]["0"]["calibrated"]["collapse"]["train"] == entry["seeds"]["0"]["paper"]["collapse"]["train"]
+
+
+def test_pre_training_is_an_option_of_swap_and_ladder(tmp_path, story):
+    own = lab(tmp_path, story.data)
+    recipe = TINY.with_methods(pretrain="rotation")
+    result = swap(own, settings(recipe=recipe, seeds=(0,)))
+    assert (entries(own.store, "pretrained"), entries(own.store, "stage1")) == (2, 2)
+    assert result["spec"]["recipe"]["pretrain"] == "rotation(length=1.0)"
+    assert "pretrain" not in story.results["swap"]["spec"]["recipe"]
+    card = result["provenance"][0]
+    assert card["pretrain"] == "rotation(length=1.0)"
+    assert card["pretraining_seconds"] > 0
+    assert card["key"] not in [row["key"] for row in story.results["swap"]["provenance"]]
+    runs = list(ladder_runs(settings(recipe=recipe), training_sets(own, settings(), 0), 0))
+    assert {run.stage1.pretrain for run in runs} == {"rotation(length=1.0)"}
+    assert len({backbone_key(pretraining(run.stage1), 0) for run in runs}) == 2  # mixing comes after it
 
 
 def test_means_over_seeds_average_measurements_and_nothing_else():

@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -128,6 +130,50 @@ def test_a_killed_run_of_two_processes_goes_on_with_any_number(tree, tmp_path, d
         assert trained(tmp_path / "cut")[key]["losses"] == pytest.approx(meta["losses"], rel=1e-4)
 
 
+def children(pid: int) -> list[int]:
+    """The followers that a process has started, by Linux's alone; workers that decode are forks of their own."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            if parent == pid and b"LOCAL_RANK=1" in stat.with_name("environ").read_bytes():
+                found.append(int(stat.parent.name))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for the other process in /proc")
+@pytest.mark.parametrize("how", ["Ctrl-C", "one is killed"])
+def test_two_processes_end_together_with_one_true_line_and_go_on(tree, tmp_path, how):
+    arguments = swap(tree, tmp_path / "out", "--devices", 2, "--workers", 0)
+    arguments[arguments.index("--recipe") + 1] = RECIPE.replace("epochs=2", "epochs=12")
+    command, environment = [sys.executable, "-m", "tailscope", *arguments], {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as running:
+        while not list((tmp_path / "out").glob("store/scratch/*/checkpoint.safetensors")):
+            assert running.poll() is None
+            time.sleep(0.05)
+        (follower,) = children(running.pid)
+        if how == "Ctrl-C":
+            os.killpg(running.pid, signal.SIGINT)
+        else:
+            os.kill(follower, signal.SIGKILL)
+        said = running.communicate(timeout=300)[1].strip()
+    if how == "Ctrl-C":
+        assert (running.returncode, said) == (
+            130, "interrupted; the same command keeps what is finished and does the rest",
+        )  # fmt: skip
+    else:
+        assert running.returncode == 2
+        assert said.startswith("error: another process of this run has ended, with a message of its own or killed")
+        assert "\n" not in said
+    assert trained(tmp_path / "out") == {}
+    assert children(running.pid) == []
+    assert subprocess.run(command, env=environment).returncode == 0
+    assert {meta["epochs"] for meta in trained(tmp_path / "out").values()} == {12}
+
+
 def test_the_same_again_trains_nothing_and_workers_do_not_matter(tailscope_, tree, tmp_path):
     first = tailscope_(*swap(tree, tmp_path, "--json"))
     assert first.code == 0
@@ -168,6 +214,16 @@ def test_verify_lists_all_that_cannot_be_read_and_stops(tailscope_, damaged, tmp
     assert lines[0] == "train.txt line 4: train/n00/3.jpg: missing"
     assert last.startswith("error: train: 3 images cannot be read: train.txt line 4: train/n00/3.jpg (missing); ")
     assert trained(tmp_path / "out") == {}
+
+
+def test_a_broken_jpeg_in_a_folder_is_named_by_its_path(tailscope_, damaged, tmp_path):
+    arguments = swap(damaged, tmp_path / "out", "--verify")
+    arguments[arguments.index("--data") + 1] = f"folder:{damaged}"
+    shown = tailscope_(*arguments)
+    assert shown.code == 2
+    first, *_, last = shown.err.splitlines()
+    assert first.startswith("train/n02/9.jpg: cannot be decoded, ")
+    assert "2 images cannot be read: train/n02/9.jpg (cannot be decoded, " in last  # the missing one is in no folder
 
 
 def test_without_verify_they_take_no_part_and_are_counted(tailscope_, damaged, tmp_path, monkeypatch):

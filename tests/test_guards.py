@@ -74,12 +74,13 @@ def test_the_fields_of_every_result(tailscope_, tmp_path, monkeypatch):
         ("ladder", *small),
         ("geometry", *run, "--seeds", 1),
         ("compare", *small, "--methods", "ce; la + mixup; crt"),
+        ("memorization", *run[:4], "--recipe", "miniature", "--out", tmp_path, "--trainings", 2),
         ("diagnose", "--train", train, "--unseen", unseen, "--test", unseen, *run[6:]),
     ):
         ended = tailscope_(*verb)
         assert (ended.code, ended.err) == (0, ""), ended.err
     found = {path.stem: sorted(fields(json.loads(path.read_text()))) for path in tmp_path.glob("*.json")}
-    assert set(found) == {"subset", "swap", "ladder", "geometry", "compare", "diagnosis"}
+    assert set(found) == {"subset", "swap", "ladder", "geometry", "compare", "diagnosis", "memorization"}
     assert_recorded("fields", found)
 
 

@@ -16,7 +16,7 @@ SOURCES = sorted((REPOSITORY / "src").rglob("*.py"))
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 50
 MAX_LINES_OF_NINE_IN_TEN = 20
-MAX_MODULES = 115  # 75 when the house was built; a new subject may have a room
+MAX_MODULES = 124  # 75 when the house was built; a new subject may have a room
 MIN_LINES_FOR_ONE_IMPORTER = 120
 
 # Written in pieces, so that this file passes its own check.

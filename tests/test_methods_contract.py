@@ -34,6 +34,11 @@ def test_promise_is_kept(one, call):
     contract.run(one, call)
 
 
+@pytest.mark.parametrize("changes", [{"second_sampler": "reverse"}, {"unlabelled": 0.5}], ids=lambda c: next(iter(c)))
+def test_what_no_registry_names_trains_and_resumes_too(changes):
+    contract._resumes(contract._stage(**changes))
+
+
 @pytest.mark.parametrize("registry", EVERY, ids=lambda r: r.kind)
 def test_every_entry_has_a_one_line_summary(registry):
     for entry in registry:

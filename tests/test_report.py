@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 import result_factory as factory
 from diagnosis_cases import scattered
 from tailscope import paper, report
 from tailscope.errors import UserError
 from tailscope.groups import GROUPS
+from tailscope.measures.fields import COLLAPSE
 from tailscope.report import charts, marks, rows, schema, story, text
 from tailscope.report.text import Column, Table
 
@@ -322,6 +324,35 @@ def test_csv_holds_every_number_in_full(classes, tmp_path):
     assert float(first["variance"]) == stored_first["variance"]
     assert stored_first["center_shift_deg"] is None
     assert first["center_shift_deg"] == ""
+
+
+def test_swap_and_ladder_tables_have_the_geometric_and_harmonic_mean_of_recalls():
+    results = {"swap": factory.swap(per_class=200), "ladder": factory.ladder(per_class=200)}
+    stored = {table.name: table for table in rows.tables(results)}
+    cells = [*results["swap"]["cells"].values()]
+    rungs = [cell for of in results["ladder"]["augmentations"].values() for cell in of.values()]
+    for name, found in (("swap", cells), ("ladder", rungs)):
+        assert {"g_mean", "h_mean"} < set(stored[name].fields)
+        for row, cell in zip(stored[name].rows, found, strict=True):
+            assert row["g_mean"] == pytest.approx(stats.gmean(cell["per_class"]))
+            assert row["h_mean"] == pytest.approx(stats.hmean(cell["per_class"]))
+    for cell in cells:
+        del cell["g_mean"], cell["h_mean"]
+    assert not {"g_mean", "h_mean"} & set(rows.tables(results)[0].fields)  # a file from before these were there
+
+
+def test_collapse_is_shown_of_every_encoder_and_left_out_of_older_files():
+    geometry = factory.geometry()
+    tables = {table.name: table for table in rows.tables({"geometry": geometry})}
+    table = tables["geometry-collapse-calibrated"]
+    assert [row["measure"] for row in table.rows] == [measure.title for measure in COLLAPSE.values()]
+    stored = geometry["encoders"]["lt+mixup"]["mean"]["calibrated"]["collapse"]["unseen"]
+    assert [row["lt+mixup_unseen"] for row in table.rows] == [stored[name] for name in COLLAPSE]
+    assert text.to_csv(table).splitlines()[0].startswith("measure,lt_train,lt_unseen,lt+mixup_train")
+    for encoder in geometry["encoders"].values():
+        for variant in encoder["mean"].values():
+            del variant["collapse"]
+    assert not any("collapse" in table.name for table in rows.tables({"geometry": geometry}))
 
 
 @given(st.lists(st.text(max_size=20), min_size=1, max_size=5))

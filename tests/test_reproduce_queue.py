@@ -16,12 +16,13 @@ from tailscope import paper
 from tailscope.data.sources import load
 from tailscope.device import Runtime
 from tailscope.errors import UserError
+from tailscope.experiments.places import Here
 from tailscope.experiments.stages import Stages
+from tailscope.experiments.trainings import Trainings
 from tailscope.progress import Deadline, Quiet, TimeIsUp
 from tailscope.reproduce import queue
 from tailscope.reproduce.queue import Piece, order, parse_duration, run_queue
 from tailscope.reproduce.reproduce import Reproduction, run_reproduce, runs
-from tailscope.reproduce.trainings import Trainings
 from tailscope.store import Store, add, packed_bytes
 from tailscope.store.files import save_tensors
 from tailscope.training import loop
@@ -254,7 +255,7 @@ def test_the_verb_tells_what_is_left_and_exits_with_0(at_once, tailscope_):
 
 def test_what_only_a_queue_can_do_is_refused_elsewhere(tmp_path, tailscope_):
     command = ("reproduce", "table1", "--dataset", "digits-lt", "--recipe", "tiny", "--out", tmp_path)
-    for option in (("--jobs", 2), ("--wait-for-data",), ("--bundle", tmp_path / "bundle")):
+    for option in (("--wait-for-data",), ("--bundle", tmp_path / "bundle")):
         refused = tailscope_(*command, *option)
         assert refused.code == 2
         assert f"{option[0]}: only with --time-limit or `everything`" in refused.err
@@ -327,8 +328,9 @@ def test_with_jobs_too_a_piece_is_written_while_later_ones_are_trained(tmp_path,
     asked = []
 
     def act(trainings, training, progress):
-        asked.append(training.run.backbone_key)
-        if len(asked) <= 2:
+        if training.order.kind == "stage1":
+            asked.append(training.run.backbone_key)
+        if training.order.kind == "stage2" or len(asked) <= 2:
             return real_train(trainings, training, Deadline(Quiet(), 60))
         until = time.monotonic() + 20
         while not (tmp_path / "swap.json").is_file() and time.monotonic() < until:
@@ -351,7 +353,7 @@ def trainings_of(store, jobs, *, seeds="2", what="table1", seconds=60.0, closing
     lab = Stages(load("digits"), Store(store), runtime)
     settings = reproduction_of(store, what, seeds=seeds).settings()
     found = [run for verb in paper.experiments(what, "digits-lt") for run in runs(lab, settings, verb)]
-    return Trainings(jobs, runtime, Deadline(Quiet(), seconds), closing, tell), lab, found
+    return Trainings(Here(jobs), runtime, Deadline(Quiet(), seconds), closing, tell), lab, found
 
 
 def test_trainings_in_threads_do_not_disturb_one_another(tmp_path):
@@ -447,7 +449,7 @@ def test_shortly_before_the_time_is_up_no_training_begins(tmp_path, workers, job
         trainings.add(lab, needed)
         assert not trainings.train(run.backbone_key for run in needed)
         assert not trainings.busy
-    assert trainings._count("waiting") == trainings.total == 4
+    assert trainings._backbones("waiting", "queued") == trainings.total == 4
 
 
 def test_the_last_minute_of_a_short_limit_is_a_tenth_of_it(tmp_path, monkeypatch):
@@ -521,7 +523,7 @@ def test_a_piece_that_cannot_be_written_costs_the_trainings_nothing(tmp_path, mo
 
 
 def test_threads_say_every_minute_how_far_they_are(tmp_path, monkeypatch):
-    monkeypatch.setattr("tailscope.reproduce.trainings.STATUS", 0.05)
+    monkeypatch.setattr("tailscope.experiments.trainings.STATUS", 0.05)
     said = []
     run_queue(reproduction_of(tmp_path, "table1", seeds="1", jobs=2), tell=said.append)
     lines = [line for line in said if "images/s" in line]

@@ -53,6 +53,8 @@ DECISIVE_STAGE: dict[str, Any] = {
     "weights": "drw(start=0.8, beta=0.9999, mean_over='classes')",
     "pretrain": "rotation(length=1.0)",
     "task": "rotation(length=2.0)",
+    "second_sampler": "reverse",
+    "unlabelled": 0.5,
     "plugins": (("my_methods", "ab12"),),
 }
 

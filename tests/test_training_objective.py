@@ -131,16 +131,17 @@ def trained(capture, steps=9, **changes):
     """Return the losses of some steps, and the state after them."""
     images = digits(64)
     spec = stage1_spec(images, batch=16, **changes)
-    model = new_model("resnet8(width=4)", 1, 10, 0, spec.last_layer).train()
+    model = new_model("resnet8(width=4)", 1, 10, 0, spec.last_layer, spec.branches).train()
     objective = Objective(spec, images.counts(), model.feature_dim, 0, CPU.device)
     compute = loss_function(model, objective, Normalizer.of(images.images), torch.float32)
     stepper, losses = Stepper(model, objective, compute, spec.train, capture=capture), []
     mixing = loop.mixing_of(spec, images.counts(), model)
+    weights = torch.linspace(0.5, 2, 16 * spec.branches) if spec.unlabelled else None
     for step in range(steps):
-        rows = torch.arange(16) + 16 * (step % 4)
+        rows = (torch.arange(16 * spec.branches) + 16 * step) % 64
         mix = mixing.draw(images.labels[rows][None], (8, 8), torch_stream(step)).of(0, CPU.device) if mixing else Mix()
         objective.at(step / steps)
-        losses.append(stepper(images.images[rows], images.labels[rows], 0.1 + 0.1 * step, mix))
+        losses.append(stepper(images.images[rows], images.labels[rows], 0.1 + 0.1 * step, mix, weights))
     return torch.stack(losses), stepper.state()
 
 
@@ -154,6 +155,8 @@ PARTS = {
     "CutMix": {"mix": "cutmix(probability=1)"},
     "Manifold MixUp": {"mix": "manifold_mixup", "loss": "centers"},
     "Remix": {"mix": "remix", "weights": "inverse"},
+    "two branches": {"second_sampler": "reverse", "weights": "drw(start=0.5)"},
+    "weights of images": {"unlabelled": 0.5, "mix": "mixup"},
 }
 
 
@@ -300,7 +303,7 @@ def test_manifold_mixup_mixes_activations_between_the_stages():
     for place in range(3):
         weights = torch.ones(3)
         weights[place] = 0.3
-        loss = compute(images.images, y, weights[0].view(1, 1, 1, 1), torch.tensor([0.3]), partner, weights[1:])
+        loss = compute(images.images, y, None, weights[0].view(1, 1, 1, 1), torch.tensor([0.3]), partner, weights[1:])
         x = normalizer(images.images)
         for number, stage in enumerate([lambda x: x, lambda x: model.layer1(model.bn1(model.conv1(x))), model.layer2]):
             x = stage(x)
@@ -319,7 +322,7 @@ def test_cutmix_and_remix_reach_pixels_and_labels_separately():
     stream = torch.Generator().manual_seed(0)
     mask, own, partner = torch.ones(1, 1, 8, 8), torch.rand(20, generator=stream), torch.randperm(20, generator=stream)
     mask[:, :, 2:5, 1:4] = 0
-    loss = compute(images.images, y, mask, own, partner, None)
+    loss = compute(images.images, y, None, mask, own, partner, None)
     pasted = images.images.clone()
     pasted[:, 2:5, 1:4] = images.images[partner][:, 2:5, 1:4]
     logits = model(normalizer(pasted)).double()

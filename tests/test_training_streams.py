@@ -17,9 +17,9 @@ from tailscope.device import Runtime, Solo
 from tailscope.encoders import load as load_encoder
 from tailscope.encoders.preprocessing import Wishes
 from tailscope.errors import UserError
+from tailscope.experiments.trainings import prepare_thread
 from tailscope.methods import MIXINGS, augmentations
 from tailscope.progress import Quiet
-from tailscope.reproduce.trainings import prepare_thread
 from tailscope.seeds import derive, keyed, numpy_stream, torch_stream
 from tailscope.spec import StageSpec, TrainSpec
 from tailscope.training.extract import extract, fit_classifier

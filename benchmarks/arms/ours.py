@@ -26,10 +26,10 @@ from tailscope.device import Engine, Runtime
 from tailscope.experiments.plans import swap
 from tailscope.experiments.runs import Settings, training_sets
 from tailscope.experiments.stages import Stages
+from tailscope.experiments.trainings import prepare_thread
 from tailscope.measures import describe
 from tailscope.methods.augmentations import build
 from tailscope.progress import Advance, Progress, Quiet
-from tailscope.reproduce.trainings import prepare_thread
 from tailscope.spec import StageSpec, TrainSpec
 from tailscope.store import Store
 from tailscope.training.extract import extract, fit_classifier

@@ -24,10 +24,11 @@ import torch
 from tailscope.data.images import ImageSet
 from tailscope.data.sources import ImageData
 from tailscope.device import Runtime
+from tailscope.experiments.places import Here
 from tailscope.experiments.runs import Run
 from tailscope.experiments.stages import Stages
+from tailscope.experiments.trainings import Trainings
 from tailscope.progress import Deadline, Quiet
-from tailscope.reproduce.trainings import Trainings
 from tailscope.store import Store
 from tailscope.training import loop
 from tailscope.training.recipes import RECIPES
@@ -65,7 +66,7 @@ class Bench:
             short = self.recipe.stage1.model_copy(update={"epochs": epochs, "steps": None, "schedule": "multistep"})
             stage, true = self.recipe.model_copy(update={"stage1": short}).backbone(lab.true().spec), lab.true()
             runs = [Run("smoke", seed, "smoke", stage, true) for seed in range(seeds)]
-            with Trainings(jobs, self.runtime, Deadline(Quiet(), 3600.0), 0.0, str) as trainings:
+            with Trainings(Here(jobs), self.runtime, Deadline(Quiet(), 3600.0), 0.0, str) as trainings:
                 trainings.add(lab, runs)
                 yield trainings, lab, [run.backbone_key for run in runs]
 

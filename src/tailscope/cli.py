@@ -19,6 +19,8 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, is_dataclass
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast, get_args
@@ -82,7 +84,7 @@ def _run(received: list[int]) -> int:
         with from_command_line(sys.argv[1:]):
             code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except UserError as error:
-        code = _fail(str(error))
+        code = INTERRUPTED if received else _fail(str(error))  # such as that another process has ended, by Ctrl-C too
     except typer.TyperException as error:
         code = _fail(error.format_message())
     except (typer.Abort, KeyboardInterrupt):
@@ -90,9 +92,15 @@ def _run(received: list[int]) -> int:
     except Exception as error:  # the net under everything: no traceback where a line can be told
         code = INTERRUPTED if received else _unexpected(error)  # workers that a signal ended too are no surprise
     if code == INTERRUPTED:  # typer turns the interrupt of a running verb into this code
-        print("\ninterrupted; the same command keeps what is finished and does the rest", file=sys.stderr)  # noqa: T201
+        if not _follows():
+            print("\ninterrupted; the same command keeps what is finished and does the rest", file=sys.stderr)  # noqa: T201
         return 128 + received[0] if received else INTERRUPTED
     return code if isinstance(code, int) else 0
+
+
+def _follows() -> bool:
+    """Whether another process of this run leads, which tells what both would; Lightning and torchrun number them."""
+    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) not in ("", "0")
 
 
 @contextmanager
@@ -268,6 +276,7 @@ def reproduce(request: Reproduction) -> dict[str, Any]:
     Examples: `tailscope reproduce table1 --dataset cifar10-lt --data-root DIR --quick --seeds 1`;
     `tailscope reproduce all --dataset cifar10-lt --data-root DIR --plan`;
     `tailscope reproduce everything --data-root DIR --time-limit 9m --out results`;
+    `tailscope reproduce all --dataset cifar10-lt --data-root DIR --on ray --gpus 0.25 --out results`;
     `tailscope reproduce table1 --dataset imagenet-lt --data list:TRAIN.txt,TEST.txt --data-root DIR --devices 4`
     """
     request.check()
@@ -316,6 +325,13 @@ def _plain(text: str) -> Text:
     return Text(one_line(text))
 
 
+def _show_swap(result: dict[str, Any], options: Options) -> Iterator[RenderableType]:
+    if "plan" in result:
+        yield from map(_plain, result["told"])
+    else:
+        yield from _show_story(result, options)
+
+
 def _show_story(_: object, options: Options) -> Iterator[RenderableType]:
     from tailscope.report import load, story
 
@@ -331,26 +347,27 @@ def _show_story(_: object, options: Options) -> Iterator[RenderableType]:
     yield f"report: {options['out'] / 'report.html'}"
 
 
-def _show_comparison(result: dict[str, Any], options: Options) -> Iterator[RenderableType]:
-    from tailscope.report import comparison
-    from tailscope.report.schema import Comparison
+_WORDS = {"compare": "comparison", "memorization": "memorization"}
 
+
+def _show_words(verb: str, result: dict[str, Any], options: Options) -> Iterator[RenderableType]:
+    """Show what a module of `report` says of a result, or its plan."""
     if "plan" in result:
         yield from _show_plan(result)
         return
-    found = cast(Comparison, result)
-    heading, lines = comparison.summary_rows(found)
+    said = import_module(f"tailscope.report.{_WORDS[verb]}")
+    heading, lines = said.summary_rows(result)
     table = Table(*map(one_line, heading), box=None)
     for line in lines:
         table.add_row(*map(_plain, line))
     yield table
     yield ""
-    yield from (f"- {one_line(text)}" for text in comparison.findings(found))
-    yield from (f"Keep in mind: {one_line(text)}" for text in comparison.caveats(found)[:1])
-    yield from (f"What to do: {one_line(text)}" for text in comparison.advice(found))
+    yield from (f"- {one_line(text)}" for text in said.findings(result))
+    yield from (f"Keep in mind: {one_line(text)}" for text in said.caveats(result)[:1])
+    yield from (f"What to do: {one_line(text)}" for text in said.advice(result))
     if options["verbose"]:
-        yield from (f"warning: {one_line(text)}" for text in found["warnings"])
-    yield f"written: {options['out'] / 'compare.json'}"
+        yield from (f"warning: {one_line(text)}" for text in result["warnings"])
+    yield f"written: {options['out'] / f'{verb}.json'}"
     yield f"report: {options['out']}"
 
 
@@ -359,8 +376,8 @@ def _show_plan(result: dict[str, Any]) -> Iterator[RenderableType]:
     for row in result["plan"]:
         table.add_row(str(row["seed"]), row["what"], _plain(row["name"]), "yes" if row["stored"] else "no")
     yield table
-    missing = result["to_train"]
-    yield f"to train: {missing['backbone']} backbones and {missing['classifier']} classifiers; the rest is stored"
+    missing = " and ".join(f"{number} {what}s" for what, number in result["to_train"].items())
+    yield f"to train: {missing}; the rest is stored"
 
 
 def _show_traps(found: dict[str, Any], _: Options) -> Iterator[RenderableType]:
@@ -468,9 +485,11 @@ _add_command(verbs.diagnose, _show_diagnosis, with_imports=True, out=Path("out")
 _add_command(verbs.features, _show_features, with_imports=True)
 _add_command(verbs.rebalance, lambda path, _: iter([f"written: {path}"]), with_json=False, with_imports=True)
 _add_command(verbs.demo, _show_story, out=Path("demo"))
-for _experiment in (verbs.swap, verbs.ladder, verbs.geometry):
+_add_command(verbs.swap, _show_swap, with_imports=True, out=Path("out"))
+for _experiment in (verbs.ladder, verbs.geometry):
     _add_command(_experiment, _show_story, with_imports=True, out=Path("out"))
-_add_command(verbs.compare, _show_comparison, with_imports=True, out=Path("out"))
+_add_command(verbs.compare, partial(_show_words, "compare"), with_imports=True, out=Path("out"))
+_add_command(verbs.memorization, partial(_show_words, "memorization"), with_imports=True, out=Path("out"))
 _add_command(verbs.check, _show_traps, with_imports=True)
 _add_command(verbs.subset, _show_subset)
 _add_command(verbs.report, lambda path, _: iter([str(path)]), with_json=False)

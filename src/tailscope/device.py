@@ -16,11 +16,13 @@ announces an order, all carry it out, and sum what they found. Lightning Fabric 
 
 import ctypes
 import hashlib
+import importlib
 import json
 import logging
 import math
 import os
 import platform
+import re
 import shutil
 import sys
 import sysconfig
@@ -418,13 +420,37 @@ class _FabricTeam(Team):
             raise SystemExit(0)
 
 
+_ENDED = "another process of this run has ended, with a message of its own or killed, for want of memory perhaps"
+_GOES_ON = "the same command goes on from what is finished"
+_GRACE = 20.0
+"""Seconds that this process has to notice by itself that another has ended; on GPUs it may wait for it for ever."""
+
+
+def _watch(processes: Sequence[Any], pause: float = 0.5) -> None:
+    """End this process with one line, some time after one of those that it has started failed."""
+
+    def watch() -> None:
+        while not any(process.poll() for process in processes):
+            time.sleep(pause)
+        time.sleep(_GRACE)
+        for process in processes:
+            process.kill()
+        os.write(2, f"error: {_ENDED}; {_GOES_ON}\n".encode())
+        os._exit(2)
+
+    if processes:
+        threading.Thread(target=watch, daemon=True, name="watch-processes").start()
+
+
 @contextmanager
 def _connected() -> Iterator[None]:
     """Turn a broken connection, which only says that another process has ended, into one line."""
     try:
         yield
     except RuntimeError as error:
-        raise UserError(f"another process of this run has ended ({one_line(str(error))}); see its message") from None
+        said = one_line(str(error))
+        lost = re.search("connection (was )?(closed|reset|refused)|broken pipe", said, re.IGNORECASE)
+        raise UserError(f"{_ENDED}; {_GOES_ON}{'' if lost else f' ({said})'}") from None
 
 
 def form(devices: int | None, num_nodes: int, accelerator: str) -> Team:
@@ -457,6 +483,10 @@ def form(devices: int | None, num_nodes: int, accelerator: str) -> Team:
     fabric = Fabric(
         accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=DDPStrategy(timeout=_PATIENCE)
     )
+    # Lightning's own watch ends this process by SIGKILL, without a word, where another has ended.
+    launchers: Any = importlib.import_module("lightning.fabric.strategies.launchers.subprocess_script")
+    if hasattr(launchers, "_launch_process_observer"):
+        launchers._launch_process_observer = _watch
     fabric.launch()
     if accelerator == "cpu":
         torch.set_num_threads(max(1, threads // devices))

@@ -67,6 +67,10 @@ BENCHMARKS: dict[str, Benchmark] = {
 }
 
 
+IMAGENET_TRAIN, IMAGENET_TEST = [1_282] * 167 + [1_281] * 833, [50] * 1_000
+"""About how many images each class of ImageNet has (732 to 1,300), 1,281,167 in all, and exactly of its test split."""
+
+
 def benchmark(dataset: str) -> Benchmark:
     """Return the benchmark of that name.
 

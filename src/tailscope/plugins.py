@@ -11,10 +11,13 @@ itself. Of a notebook, which has no file, it is the source of what is registered
 """
 
 import ast
+import atexit
 import hashlib
 import inspect
+import shutil
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module, invalidate_caches
@@ -47,6 +50,43 @@ class Plugin:
     sha256: str
 
 
+@dataclass(frozen=True)
+class Named:
+    """A plug-in as other processes, on other machines perhaps, load it.
+
+    Attributes:
+        name: the module's.
+        folder: where it was found.
+        files: its sources, by their paths in that folder; not those of what is installed beside it.
+    """
+
+    name: str
+    folder: Path
+    files: Mapping[str, bytes]
+
+    def load(self) -> None:
+        """Import it from where it was found; where that place has it not, from a copy of its sources.
+
+        Raises:
+            UserError: it cannot be imported.
+        """
+        if self.name in sys.modules:
+            return
+        folder = self.folder
+        if str(folder) not in _INSTALLED and not all((folder / name).is_file() for name in self.files):
+            folder = Path(tempfile.mkdtemp(prefix="tailscope-plugin-"))
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            for name, source in self.files.items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes(source)
+        _add_to_path(folder)
+        load(self.name)
+
+
+named: list[Named] = []
+"""What `load` has imported."""
+
+
 def load(name: str, option: str = "--import") -> None:
     """Import a module, or a .py file, as from the current folder, so that what it registers can be named.
 
@@ -72,6 +112,9 @@ def load(name: str, option: str = "--import") -> None:
         module = import_module(name)
     if path.suffix == ".py" and Path(module.__file__ or "").resolve() != path.resolve():
         raise UserError(f"{option} {path}: there is another module {name}, {module.__file__}; rename the file")
+    if module.__file__ is not None and all(name != one.name for one in named):
+        root, sources = _sources(Path(module.__file__).resolve(), name.count(".") + hasattr(module, "__path__"))
+        named.append(Named(name, root, {path.relative_to(root).as_posix(): sources[path] for path in sources}))
 
 
 def _origin(name: str, option: str) -> object:
@@ -149,6 +192,13 @@ def _version(top: str) -> str | None:
 
 def _digest(file: Path, depth: int) -> str:
     """Return the SHA-256 of a module's file, or of the package `depth` folders up, and of what they import beside."""
+    root, found = _sources(file, depth)
+    parts = ((path.relative_to(root).as_posix(), found[path]) for path in sorted(found))
+    return hashlib.sha256(repr([(name, hashlib.sha256(text).hexdigest()) for name, text in parts]).encode()).hexdigest()
+
+
+def _sources(file: Path, depth: int) -> tuple[Path, dict[Path, bytes]]:
+    """Return the folder that a module's top lies in, and the sources that `_digest` is of."""
     root, waiting, found = file.parents[depth], [[file]], dict[Path, bytes]()
     if depth:
         waiting = [_package(file.parents[depth - 1])]
@@ -157,8 +207,7 @@ def _digest(file: Path, depth: int) -> str:
             if source not in found:
                 found[source] = source.read_bytes().replace(b"\r\n", b"\n")
                 waiting += [_beside(root, name) for name in _imported(found[source])]
-    parts = ((path.relative_to(root).as_posix(), found[path]) for path in sorted(found))
-    return hashlib.sha256(repr([(name, hashlib.sha256(text).hexdigest()) for name, text in parts]).encode()).hexdigest()
+    return root, found
 
 
 def _package(folder: Path) -> list[Path]:

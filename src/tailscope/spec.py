@@ -118,6 +118,10 @@ class StageSpec(Frozen):
         pretrain: stage 1 only: call-string of the task that the backbone is pre-trained on, or None. Pre-training is a
             stage of its own, on the same images and otherwise optimised alike.
         task: of such a stage: what is learnt in place of the labels.
+        second_sampler: stage 1 only: call-string of the rule that draws a second batch for each step, which a second
+            branch of the network sees (BBN: Zhou et al. 2020); None for a network of one branch.
+        unlabelled: stage 1 only: weight of the loss of the training images outside of `data`, whose labels are hidden
+            and which a network that this stage trains without them labels (Yang and Xu 2020); None leaves them out.
         plugins: name and SHA-256 of the code from outside the package that the call-strings name (`plugins.Plugin`).
     """
 
@@ -135,8 +139,21 @@ class StageSpec(Frozen):
     weights: str | None = None
     pretrain: str | None = None
     task: str | None = None
+    second_sampler: str | None = None
+    unlabelled: float | None = Field(default=None, gt=0)
     plugins: tuple[tuple[str, str], ...] = ()
-    later = ("bn_mode", "start", "last_layer", "weights", "pretrain", "task", "plugins")
+    later = (
+        "bn_mode", "start", "last_layer", "weights", "pretrain", "task", "second_sampler", "unlabelled", "plugins",
+    )  # fmt: skip
+
+    @property
+    def branches(self) -> int:
+        """How many branches the network ends in; each sees a batch of its own in every step."""
+        return 1 if self.second_sampler is None else 2
+
+    def epoch(self, images: int) -> int:
+        """Return how many images make an epoch: all, or as many as have labels of their own, so that none is longer."""
+        return images if self.unlabelled is None else sum(self.data.counts)
 
     def content(self) -> dict[str, Any]:
         """Return everything about this stage that changes its result."""

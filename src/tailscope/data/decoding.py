@@ -5,6 +5,7 @@ batch or process that an image falls into changes the draws.
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -229,12 +230,14 @@ def readable(
             raise refuse(data.train, unreadable)
         return data
 
-    def make(_: Path) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
-        found = find()
+    def make(_: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        started, found = time.monotonic(), find()
         rows = {k: torch.tensor([bad.row for bad in of_split], dtype=torch.int64) for k, of_split in found.items()}
-        return rows, {"unreadable": [f"{bad.where} ({bad.reason})" for bad in chain.from_iterable(found.values())]}
+        unreadable = [f"{bad.where} ({bad.reason})" for bad in chain.from_iterable(found.values())]
+        took = {"seconds": time.monotonic() - started, "images": sum(map(len, splits.values()))}
+        return rows, {"unreadable": unreadable, **took}
 
-    checked = store.get_or_make("checked", digest({"checked": data.fingerprint}), make, progress)[0]
+    checked = store.get_or_make("checked", _key(data), make, progress)[0]
     skipped = checked.meta["unreadable"]
     if not skipped:
         return data
@@ -243,3 +246,12 @@ def readable(
         if had > has == 0:
             raise UserError(f"{data.name}: class {name} has no training image that can be read; {skipped[0]}")
     return replace(data, train=train, test=test, skipped=tuple(skipped))
+
+
+def was_checked(data: ImageData, store: Store) -> bool:
+    """Whether the store knows which images can be read, so that `readable` decodes none."""
+    return store.has("checked", _key(data))
+
+
+def _key(data: ImageData) -> str:
+    return digest({"checked": data.fingerprint})

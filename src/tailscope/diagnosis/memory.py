@@ -54,7 +54,8 @@ def within(inputs: Mapping[str, Inputs], verdict: bool, permutations: int, limit
     limit = int(DEFAULT_SHARE * machine_memory()) if limit is None else limit
     held = min(HELD, max(LEAST_HELD, limit // SHARE))
     needs = [needed(Shape.of(one), verdict, permutations, held) for one in inputs.values()]
-    parts = {"what is held already": anonymous(), **max(needs, key=lambda one: sum(one.values()))}
+    most_of_all = needs[max(range(len(needs)), key=lambda i: sum(needs[i].values()))]
+    parts = {"what is held already": anonymous(), **most_of_all}
     if (total := sum(parts.values())) > limit:
         most = max(parts, key=lambda name: parts[name])
         mend = "use --no-verdict" if verdict and most == "classifiers" else "diagnose fewer samples or classes"

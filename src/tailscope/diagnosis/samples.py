@@ -112,10 +112,8 @@ def _cross_fitted(fits: Fits, rows: IntArray) -> tuple[Callable[[slice], Floats]
         placed, labels = task.samples.placed[places], task.samples.labels[places]
 
     def logits(block: slice) -> Floats:
-        if task.short:  # in single precision, which is much faster
-            found = np.empty((len(labels[block]), len(pooled[0][strength])), dtype=np.float32)
-        else:
-            found = np.empty((len(labels[block]), len(pooled[0][strength])))
+        kind = np.float32 if task.short else np.float64  # single precision is much faster
+        found: Floats = np.empty((len(labels[block]), len(pooled[0][strength])), dtype=kind)
         for q in np.unique(fold[block]):
             held = fold[block] == q
             found[held] = (placed[block][held] @ pooled[q][strength].T).numpy()

@@ -83,20 +83,21 @@ def extract_to_folder(
         UserError: as `extract_to_file`; or the folder holds features of another extraction, or other Parquet files.
     """
     made_by = spec_of(encoder, images, runtime, options)
-    said = {"schema": "tailscope.features/1", "images": len(images), "part": _rows_of_a_part(encoder, options)}
+    part = _rows_of_a_part(encoder, options)
+    said = {"schema": "tailscope.features/1", "images": len(images), "part": part}
     if team.rank == 0:
         _prepare(make_folder(folder, "--out"), {**said, "spec": made_by}, overwrite)
         try_first(encoder, images, options)
     team.share(None)  # nobody begins before the folder is ready
-    files = {folder / f"{start:012d}.parquet": start for start in range(0, len(images), said["part"])}
+    files = {folder / f"{start:012d}.parquet": start for start in range(0, len(images), part)}
     resumed = sum(filter(None, map(rows_in, files)))
     for number, (file, start) in enumerate(files.items()):
         if number % team.size == team.rank and rows_in(file) is None:
-            rows = np.arange(start, min(start + said["part"], len(images)))
+            rows = np.arange(start, min(start + part, len(images)))
             resumed += extract_part(encoder, images.take(rows), file, runtime, options, provenance, made_by).resumed
     team.share(None)  # all are done
-    rows = sum(filter(None, map(rows_in, files)))
-    return Written(rows, resumed, len(images) - rows)
+    written = sum(filter(None, map(rows_in, files)))
+    return Written(written, resumed, len(images) - written)
 
 
 def _rows_of_a_part(encoder: Encoder, options: Options) -> int:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
-from torch import Tensor, nn
+from torch import Tensor
 
 from tailscope.classifiers import CLASSIFIERS
 from tailscope.classifiers.base import Diverged
@@ -31,11 +31,12 @@ from tailscope.errors import UserError, unknown
 from tailscope.experiments import plans
 from tailscope.experiments.options import Comparison, Request
 from tailscope.experiments.runs import Experiment, Run, Settings, evaluate, store_root, training_sets
-from tailscope.experiments.stages import Backbone, Stages, TrainingSet, pretraining
+from tailscope.experiments.stages import SPENT, Backbone, Stages, TrainingSet, labeller, pretraining
 from tailscope.intervals import holm, p_of_zero, paired, summarize
 from tailscope.methods import LOSSES, MIXINGS, SAMPLERS, TASKS, WEIGHTS
 from tailscope.methods.systems import Method, System, parse
 from tailscope.networks import LAST_LAYERS
+from tailscope.networks.last_layers import as_sure
 from tailscope.registry import Registry
 from tailscope.report import build
 from tailscope.report.objects import Comparison as Compared
@@ -63,6 +64,7 @@ CALLS: dict[str, Registry[Any]] = {
     "mix": MIXINGS,
     "last_layer": LAST_LAYERS,
     "pretrain": TASKS,
+    "second_sampler": SAMPLERS,
 }
 """Fields of a stage that are call-strings; in keys of the store they are written in full."""
 
@@ -112,9 +114,9 @@ def run(request: Comparison) -> Compared:
     settings = CompareSettings.of(request)
     if request.plan:
         store = store_root(request.out, request.store)
-        unwritten = replace(request, out=None, store=store)
+        unwritten = replace(request, out=None, store=store, jobs=None, on=None)
         return Compared(plans.run(unwritten, ["compare"], settings, {"compare": plan})["compare"])
-    result = Compared(plans.run(request, ["compare"], settings, {"compare": compare})["compare"])
+    result = Compared(plans.run(request, ["compare"], settings, {"compare": compare}, _waves)["compare"])
     if request.out is not None:
         build(request.out)
     return result
@@ -133,7 +135,8 @@ def compare(stages: Stages, settings: CompareSettings) -> dict[str, Any]:
             found.add(run, backbone, _scored(stages, run, backbone, label, found.notes))
     result = experiment.header("compare")
     labels, methods = stages.data.test.labels.numpy(), settings.parsed()
-    result["warnings"] += [*found.notes, *_same_predictions(found, methods)]
+    unlabelled = len(stages.data.train) - sum(result["counts"])
+    result["warnings"] += [*_unlabelled(methods, unlabelled), *found.notes, *_same_predictions(found, methods)]
     entries = [_entry(found, method, methods[0], settings, labels, result["groups"]) for method in methods]
     others = [entry for entry in entries if entry["difference"]]
     _adjust([entry["difference"] for entry in others])
@@ -168,6 +171,8 @@ def _runs(
     recipe, by_backbone = settings.recipe, defaultdict[str, list[_Run]](list)
     for method in methods:
         run = _run_of(method, recipe, sets["lt"], seed)
+        if run.stage1.unlabelled and len(run.trained_on.rows) == len(sets["true"].rows):
+            raise UserError(f"{method.name}: --profile {settings.profile} leaves no training images to be unlabelled")
         by_backbone[run.backbone_key].append(run)
     for runs in by_backbone.values():
         yield from runs
@@ -188,12 +193,13 @@ def _run_of(method: Method, recipe: Recipe, data: TrainingSet, seed: int) -> _Ru
     """
     system = method.system()
     stage1 = _changed(recipe.backbone, data, system.stage1)
+    if stage1.unlabelled and data.name == "cut":
+        raise UserError(f"--tune cut: {method.name} trains on held-out images too; write its hyper-parameters out")
     stage2 = None if system.stage2 is None else _changed(recipe.classifier, data, system.stage2)
     for stage in filter(None, (stage1, stage2)):
         Objective(stage, data.spec.counts, 1, seed, torch.device("cpu"))
-    changes = ", ".join(
-        name if value is True else f"{name} {_said(value)}" for name, value in sorted(spelled(system.stage1).items())
-    )
+    said = {k: " + ".join(v) if isinstance(v, list | tuple) else v for k, v in sorted(spelled(system.stage1).items())}
+    changes = ", ".join(name if value is True else f"{name} {value}" for name, value in said.items())
     plain = stage1 == recipe.backbone(data.spec)
     encoder = data.name if plain else f"{data.name}, {changes}"
     retrained = None if stage2 is None else data
@@ -207,10 +213,6 @@ def spelled(changes: Mapping[str, Any]) -> dict[str, Any]:
     {'loss': 'focal(gamma=2.0)', 'bn_mode': 'shifted'}
     """
     return {name: CALLS[name].canonical(v) if name in CALLS and v else v for name, v in changes.items()}
-
-
-def _said(value: Any) -> str:
-    return " + ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _changed(make: Callable[..., StageSpec], data: TrainingSet, changes: Mapping[str, Any]) -> StageSpec:
@@ -233,21 +235,38 @@ def _chosen_runs(
     yield from _runs(methods, settings, sets, seed)
 
 
+def _tried(stages: Stages, settings: CompareSettings, data: TrainingSet, seed: int) -> list[_Run]:
+    """Return the runs without a seed's cut that hyper-parameters are chosen by."""
+    if settings.tune != "cut":
+        return []
+    rest = stages.without(data, _cut(stages, data, seed))
+    open_ = [choices for method in settings.parsed() if len(choices := method.choices()) > 1]
+    return [_run_of(one, settings.recipe, rest, seed) for choices in open_ for one in choices]
+
+
+def _waves(stages: Stages, settings: CompareSettings) -> Iterator[list[Run]]:
+    """Yield what a comparison needs: what hyper-parameters are chosen by, then the methods with those chosen."""
+    sets = {seed: training_sets(stages, settings, seed) for seed in settings.seeds}
+    if settings.tune == "cut":
+        yield [run for seed, of in sets.items() for run in _tried(stages, settings, of["lt"], seed)]
+    runs = partial(_chosen_runs, stages, _Outcomes())
+    yield [run for seed, of in sets.items() for run in runs(settings, of, seed)]
+
+
 def plan(stages: Stages, settings: CompareSettings) -> dict[str, Any]:
     """Return what a comparison would train, and what of it is stored, without training anything."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for seed in settings.seeds:
         sets = training_sets(stages, settings, seed)
-        runs = list(_runs(settings.parsed(), settings, sets, seed))
-        if settings.tune == "cut":
-            rest = stages.without(sets["lt"], _cut(stages, sets["lt"], seed))
-            open_ = [one for method in settings.parsed() if len(one := method.choices()) > 1]
-            runs += [_run_of(one, settings.recipe, rest, seed) for choices in open_ for one in choices]
+        runs = [*_runs(settings.parsed(), settings, sets, seed), *_tried(stages, settings, sets["lt"], seed)]
         for run in runs:
             row = {"seed": seed, "what": "backbone", "name": run.encoder}
             if run.stage1.pretrain:
                 before = row | {"name": f"{run.encoder}, pre-training"}
                 rows.setdefault(("pretrained", backbone_key(pretraining(run.stage1), seed)), before)
+            if run.stage1.unlabelled:
+                first = row | {"name": f"{run.encoder}, to label the others"}
+                rows.setdefault(("stage1", backbone_key(labeller(run.stage1), seed)), first)
             rows.setdefault(("stage1", run.backbone_key), row)
             if (spec := run.spec()) is not None:
                 rows.setdefault(("stage2", spec.key()), row | {"what": "classifier", "name": run.row})
@@ -331,7 +350,7 @@ class _Outcomes:
         """Take in a method's outcome of one seed."""
         self.scored[run.row].append(scored)
         self.runs[run.row].append(run)
-        self.seconds[run.row].append(sum(float(backbone.meta.get(n, 0)) for n in ("pretraining_seconds", "seconds")))
+        self.seconds[run.row].append(sum(float(backbone.meta.get(n, 0)) for n in SPENT))
 
     def predicted(self, method: Method) -> IntArray:
         """Return a method's predictions [S, M]."""
@@ -360,43 +379,36 @@ def _classifier(
     stages: Stages, run: _Run, backbone: Backbone, label: str, notes: list[str]
 ) -> tuple[Backbone, Logits, float]:
     """Return the backbone as a method's classifier sees it, that classifier, and the seconds that fitting it took."""
-    weight, bias, seconds, rows = backbone.weight, backbone.bias, 0.0, run.trained_on.rows
+    (inputs, weight, bias), seconds, rows = as_sure(backbone.model.classifier), 0.0, run.trained_on.rows
     if run.stage2 is not None:
         spec = cast(RunSpec, run.spec())
         backbone = stages.for_stage2(backbone, run.stage2, rows, run.seed)
         artifact = stages.classifier(spec, backbone, rows, label)
-        weight, bias, seconds = artifact.tensors["weight"], artifact.tensors["bias"], float(artifact.meta["seconds"])
+        inputs, weight, bias = Tensor.float, artifact.tensors["weight"], artifact.tensors["bias"]
+        seconds = float(artifact.meta["seconds"])
     if run.system.classifier is None:
-        layer = backbone.model.classifier
-        if run.stage2 is None and not isinstance(layer, nn.Linear):  # as a linear one it decides alike, not as surely
-            return backbone, partial(_through, layer), seconds
-        return backbone, lambda features: (features @ weight.T + bias).numpy(), seconds
+        return backbone, lambda features: (inputs(features) @ weight.T + bias).numpy(), seconds
     if run.system.bn_mode != "frozen":
         changes = {"bn_mode": run.system.bn_mode, "sampler": "class_balanced", "views": 1}
         seen = run.stage1.model_copy(update=changes)
         backbone = stages.for_stage2(backbone, seen, rows, run.seed)
-    features, labels = stages.clean_features(backbone, "train", rows), stages.data.train.labels[rows]
+    rows, labels = stages.trained_on(backbone, rows)
+    features = stages.clean_features(backbone, "train", rows)
     model = CLASSIFIERS.make(run.system.classifier)
     if getattr(model, "base", None) == "softmax":  # unless another was asked for, it re-balances the network's own
         model.set_params(base=fixed(weight.numpy(), bias.numpy()))
+    else:
+        inputs = Tensor.float
     started = time.monotonic()
     with stages.runtime.progress.task(label, 1) as advance, warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", ConvergenceWarning)
         try:
-            model.fit(features.numpy(), labels.numpy())
+            model.fit(inputs(features).numpy(), labels.numpy())
         except ValueError as error:
             raise UserError(f"{label}: the classifier {run.system.classifier} cannot be fitted: {error}") from None
         advance(1)
     notes += [f"{label}: {one.message}" for one in told if issubclass(one.category, ConvergenceWarning)]
-    return backbone, lambda features: model.logits(features.numpy()), seconds + time.monotonic() - started
-
-
-@torch.inference_mode()
-def _through(layer: nn.Module, features: Tensor) -> Floats:
-    """Return what a network's last layer, on any device, makes of features [n, d]."""
-    device = next(layer.parameters()).device
-    logits: Floats = layer(features.to(device)).float().cpu().numpy()
-    return logits
+    return backbone, lambda features: model.logits(inputs(features).numpy()), seconds + time.monotonic() - started
 
 
 # -- what the result says ---------------------------------------------------------------------------------------------
@@ -467,15 +479,22 @@ def _adjust(tested: Sequence[dict[str, Any]]) -> None:
         one["p_holm"] = p
 
 
+def _unlabelled(methods: Sequence[Method], images: int) -> list[str]:
+    """Return a warning for each method that sees the images outside of the long-tailed subset without labels."""
+    return [
+        f"{method.name} sees {images:,} training images without their labels, which methods that are not named here do"
+        " not see: its gain over these is not that of a method alone"
+        for method in methods
+        if "unlabelled" in method.system().stage1
+    ]
+
+
 def _same_predictions(found: _Outcomes, methods: Sequence[Method]) -> list[str]:
     """Return a warning for each method that says of every test image what one before it says."""
-    warned = []
-    for place, method in enumerate(methods):
-        for other in methods[:place]:
-            if np.array_equal(found.predicted(method), found.predicted(other)):
-                warned.append(
-                    f"{method.name} predicts the same as {other.name} for every test image and seed: on these data"
-                    " the two are one method"
-                )
-                break
-    return warned
+    said = [(method.name, found.predicted(method)) for method in methods]
+    before = [next((a for a, own in said[:k] if np.array_equal(own, right)), None) for k, (_, right) in enumerate(said)]
+    return [
+        f"{name} predicts the same as {other} for every test image and seed: on these data the two are one method"
+        for (name, _), other in zip(said, before, strict=True)
+        if other is not None
+    ]

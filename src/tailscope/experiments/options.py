@@ -136,7 +136,43 @@ class FileOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Work(FileOptions):
+class Placing:
+    """Where the stages of a sweep are made, and how many at a time."""
+
+    jobs: Annotated[
+        int | None,
+        Option(min=1, help="Stages that are made at a time, each by a process of its own. [default: 1; Ray: all fit]"),
+    ] = None
+    on: Annotated[
+        str | None,
+        Option(help="ray: make stages on the Ray cluster of $RAY_ADDRESS, else here; or ray://HOST:PORT."),
+    ] = None
+    cpus: Annotated[float | None, Option(min=0, help="With --on: cores for each stage. [default: 1]")] = None
+    gpus: Annotated[
+        float | None,
+        Option(min=0, help="With --on: GPUs for each stage, such as 0.25. [default: 1 where the cluster has some]"),
+    ] = None
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether stages are made ahead, in other processes or by threads."""
+        return self.on is not None or (self.jobs or 1) > 1
+
+    def check_place(self) -> None:
+        """Refuse options that do not go together, with a `UserError`."""
+        if self.on is not None and self.on != "ray" and not self.on.startswith("ray://"):
+            raise UserError(f"--on {self.on}: expected ray, or ray://HOST:PORT")
+        for name in ("cpus", "gpus"):
+            if self.on is None and getattr(self, name) is not None:
+                raise UserError(f"--{name}: only with --on ray")
+        if self.elsewhere and (getattr(self, "devices", None) or 1) * getattr(self, "num_nodes", 1) > 1:
+            raise UserError(
+                "--devices: several processes for one training, and --jobs or --on many trainings; take one"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work(FileOptions, Placing):
     """Where work is done, and where it is shown."""
 
     store: StoreRoot = None
@@ -172,6 +208,10 @@ class _Training:
     mix: Annotated[
         str | None,
         Option(help="What mixes every backbone's batches, such as 'mixup(alpha=0.2)'. [default: nothing]"),
+    ] = None
+    pretrain: Annotated[
+        str | None,
+        Option(help="What backbones learn from the images without labels before stage 1, such as rotation."),
     ] = None
     augment: Annotated[
         Sequence[str] | None,
@@ -212,6 +252,28 @@ class Request(_Work, _Training):
     """The options of an experiment, as given."""
 
 
+Rate: TypeAlias = Annotated[
+    str | None,
+    Option(help="With --plan: images a second that a GPU trains, or a file of what --plan --json prints on one."),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planning(Request):
+    """The options of an experiment that may only be planned, as given."""
+
+    plan: Annotated[
+        bool,
+        Option("--plan", help="Only say what would be trained, and of images in files how long and how much disk."),
+    ] = False
+    rate: Rate = None
+
+    def __post_init__(self) -> None:
+        """Refuse a rate without a plan."""
+        if self.rate is not None and not self.plan:
+            raise UserError("--rate: only with --plan")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Comparison(Request):
     """The options of `compare`, as given."""
@@ -240,6 +302,16 @@ class Comparison(Request):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Memorization(Request):
+    """The options of `memorization`, as given."""
+
+    seeds: Seeds = 1
+    trainings: Annotated[int, Option(min=2, help="Networks for each seed, each trained on a random part.")] = 20
+    share: Annotated[float, Option(help="Share of the long-tailed set that each of them is trained on.")] = 0.7
+    plan: Annotated[bool, Option("--plan", help="Only say what would be trained, and what is stored already.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class _OfThePaper:
     """What of the paper is reproduced."""
 
@@ -255,13 +327,11 @@ class _OfThePaper:
         bool, Option("--quick", help="A shortened run, recipe fast or imagenet-fast: no reproduction.")
     ] = False
     plan: Annotated[bool, Option("--plan", help="Only say what would be trained and how long it would take.")] = False
+    rate: Rate = None
     time_limit: Annotated[
         str | None,
         Option(help="Stop in time, such as 9m or 1h30m, one finished piece after the other; the same command goes on."),
     ] = None
-    jobs: Annotated[
-        int, Option(min=1, help="With a time limit or everything: backbones trained at a time; 4 may suit a GPU.")
-    ] = 1
     wait_for_data: Annotated[
         bool,
         Option("--wait-for-data", help="With a time limit or everything: train as soon as NAME.npz is in DATA_ROOT."),
@@ -294,25 +364,34 @@ class Reproduction(_Work, _OfThePaper):
 
     def check(self) -> None:
         """Refuse options that do not go together, with a `UserError`."""
+        self.check_place()
         if self.queued and (self.data is not None or self.dataset == "imagenet-lt"):
             raise UserError(
                 "--time-limit: only for the CIFAR data sets; a training on files goes on where it was stopped"
             )
-        alone = {"--jobs": self.jobs > 1, "--wait-for-data": self.wait_for_data, "--bundle": self.bundle is not None}
+        alone = {"--wait-for-data": self.wait_for_data, "--bundle": self.bundle is not None}
         for option in [] if self.queued else [option for option, given in alone.items() if given]:
             raise UserError(f"{option}: only with --time-limit or `everything`")
         if self.wait_for_data and self.data_root is None:
             raise UserError(
                 "--wait-for-data: give --data-root, the folder where cifar10.npz or cifar100.npz will appear"
             )
+        if self.rate is not None and not (self.plan and paper.benchmark(self.dataset).in_files):
+            raise UserError("--rate: only with --plan, of images in files")
         if self.queued and self.plan:
             raise UserError("--plan: leave out --time-limit, and take `all` of one data set instead of `everything`")
 
     def open(self) -> "ImageData":
-        """Return the data set; `UserError` where imagenet-lt comes without `data`, or another with it."""
+        """Return the data set; `UserError` where imagenet-lt comes without `data`, or another with it.
+
+        A plan of imagenet-lt needs no `data`: how many images there are is known.
+        """
+        from tailscope.data.made import promised
         from tailscope.data.sources import load
 
         known = paper.benchmark(self.dataset)
+        if known.in_files and self.data is None and self.plan:
+            return promised(known.data, paper.IMAGENET_TRAIN, paper.IMAGENET_TEST)
         if known.in_files and self.data is None:
             raise UserError(
                 f"--dataset {self.dataset}: give all of ImageNet with --data list:TRAIN.txt,TEST.txt (and"

@@ -23,12 +23,13 @@ from tailscope.data.sources import ImageData, load
 from tailscope.device import Runtime, Solo, Team, form
 from tailscope.errors import UserError, one_line
 from tailscope.experiments.options import FileOptions, Request
-from tailscope.experiments.runs import Experiment, Run, Settings, evaluate, store_root, training_sets
+from tailscope.experiments.runs import Experiment, Run, RunsOf, Settings, evaluate, store_root, training_sets
 from tailscope.experiments.stages import Backbone, Stages, TrainingSet, follow, require_trainable
 from tailscope.experiments.traps import traps
 from tailscope.groups import assign_groups
 from tailscope.intervals import CELLS, attribute, summarize
 from tailscope.measures import describe
+from tailscope.measures.collapse import class_means, collapse
 from tailscope.progress import Advance, Progress, logging_to, shown_on
 from tailscope.registry import split_call
 from tailscope.results import check_free, versions, write
@@ -191,14 +192,16 @@ def geometry_runs(settings: Settings, sets: Mapping[str, TrainingSet], seed: int
 
 
 def _measure(stages: Stages, settings: Settings, backbone: Backbone, lt: TrainingSet, label: str) -> dict[str, Any]:
-    """Return the `paper` and the `calibrated` description of one encoder."""
+    """Return the `paper` and the `calibrated` description of one encoder, beside the classifier that came with it."""
     data = stages.data
     train, test = stages.clean_features(backbone, "train"), stages.clean_features(backbone, "test")
     labels, seen = data.train.labels, torch.from_numpy(lt.rows)
     is_unseen = torch.ones(len(labels), dtype=torch.bool)
     is_unseen[seen] = False
     unseen = {"paper": (train[is_unseen], labels[is_unseen]), "calibrated": (test, data.test.labels)}
-    described = {}
+    means = class_means(train[seen], labels[seen], data.train.num_classes)
+    classifier = (backbone.weight, backbone.bias, means)
+    collapsed, described = collapse(train[seen], labels[seen], *classifier), {}
     for variant, (features, classes) in unseen.items():
         with stages.runtime.progress.task(f"{label}, geometry ({variant})", data.train.num_classes) as advance:
             described[variant] = describe(
@@ -210,6 +213,7 @@ def _measure(stages: Stages, settings: Settings, backbone: Backbone, lt: Trainin
                 permutations=settings.permutations,
                 progress=partial(_advance_by_one, advance),
             ).to_json()
+        described[variant]["collapse"] = {"train": collapsed, "unseen": collapse(features, classes, *classifier)}
     return described
 
 
@@ -218,14 +222,15 @@ def _advance_by_one(advance: Advance, *_: int) -> None:
 
 
 def _mean_over_seeds(runs: Mapping[str, Any], variant: str) -> dict[str, Any]:
-    """Return the mean over seeds of every number of every class and group."""
+    """Return the mean over seeds of every number of every class and group, and of all classes together."""
     per_seed = [run[variant] for run in runs.values()]
     groups = {}
     for name in per_seed[0]["groups"]:
         entries = [run["groups"][name] for run in per_seed if run["groups"][name] is not None]
         groups[name] = mean_entry(entries) if entries else None
     classes = [mean_entry(entries) for entries in zip(*(run["classes"] for run in per_seed), strict=True)]
-    return {"classes": classes, "groups": groups}
+    together = {part: mean_entry([run["collapse"][part] for run in per_seed]) for part in ("train", "unseen")}
+    return {"classes": classes, "groups": groups, "collapse": together}
 
 
 def mean_entry(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -257,6 +262,23 @@ EXPERIMENTS: dict[str, Callable[[Stages, Any], dict[str, Any]]] = {
     "geometry": geometry,
 }
 """Each takes the stages and its settings; `experiments.compare` brings one of its own, with more settings."""
+
+RUNS: dict[str, RunsOf] = {"swap": swap_runs, "ladder": ladder_runs, "geometry": geometry_runs}
+"""What each of them trains."""
+
+Waves = Callable[[Stages, Any], Iterator[list[Run]]]
+"""What an experiment needs, as far as it is known when what came before is stored."""
+
+
+def waves_of(verbs: Sequence[str]) -> Waves:
+    """Return all that these experiments need, in one wave."""
+
+    def waves(stages: Stages, settings: Settings) -> Iterator[list[Run]]:
+        sets = {seed: training_sets(stages, settings, seed) for seed in settings.seeds}
+        of = [RUNS[verb] for verb in verbs if verb in RUNS]
+        yield [run for seed in settings.seeds for runs in of for run in runs(settings, sets[seed], seed)]
+
+    return waves
 
 
 @dataclass(frozen=True)
@@ -321,15 +343,18 @@ def run(
     verbs: Sequence[str],
     settings: Settings | None = None,
     experiments: Mapping[str, Callable[[Stages, Any], dict[str, Any]]] = EXPERIMENTS,
+    waves: Waves | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Run experiments that share a store, and the verb `subset`; write their results where the request names an OUT.
 
     Everything that can be refused is refused before the first training. Settings are those of the request, unless
-    they are given. Returns the results by verb.
+    they are given. Where the request names a place, what `waves` tell is made there first, and then recalled. Returns
+    the results by verb.
 
     Raises:
         UserError: an option, the data or OUT is not usable.
     """
+    request.check_place()
     console = request.console or Console(quiet=True)
     notes = partial(Console(stderr=True, quiet=console.quiet).out, highlight=False)
     settings = settings or Settings.of(request)
@@ -350,7 +375,12 @@ def run(
         if data.in_memory:  # which files can be read, and so the spec, is known later
             _check_free(data, settings, request, verbs)
         stages = processes.stages(Store(store_root(request.out, request.store)), progress, notes)
-        results = _run(stages, settings, request, verbs, experiments)
+        drawn = _check_free(stages.data, settings, request, verbs)
+        if request.elsewhere:
+            from tailscope.experiments.trainings import make_ahead  # here because most runs do without it
+
+            make_ahead(stages, (waves or waves_of(verbs))(stages, settings), request, request.device, notes)
+        results = _run(stages, settings, request, verbs, experiments, drawn)
     if stages.trained == 0 < stages.recalled:
         console.print(f"Nothing was trained: all {stages.recalled} stages were in the store.")
     return results
@@ -362,9 +392,9 @@ def _run(
     request: Request,
     verbs: Sequence[str],
     experiments: Mapping[str, Callable[[Stages, Any], dict[str, Any]]],
+    drawn: dict[str, Any],
 ) -> dict[str, dict[str, Any]]:
-    """Run the experiments and write their results, unless OUT holds others."""
-    drawn = _check_free(stages.data, settings, request, verbs)
+    """Run the experiments and write their results, and the subset that was drawn."""
     results: dict[str, dict[str, Any]] = {}
     for verb in verbs:
         result = drawn if verb == "subset" else experiments[verb](stages, settings)

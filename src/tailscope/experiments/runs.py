@@ -212,7 +212,7 @@ class Experiment:
             self.lt_sets.append(sets["lt"])
             for run in list(runs(self.settings, sets, seed)):  # parts that do not fit are refused before any training
                 label = f"seed {seed}: backbone on {run.encoder}"
-                backbone = self.stages.backbone(run.stage1, run.trained_on.rows, seed, label)
+                backbone = self.stages.backbone(run.stage1, run.trained_on.rows, run.seed, label)
                 self.specs += [stage for stage in (run.stage1, run.stage2) if stage is not None]
                 yield run, backbone
                 self.cards.append(_card(self.stages.store, run, backbone))
@@ -322,9 +322,17 @@ def _card(store: Store, run: Run, backbone: Backbone) -> dict[str, Any]:
         "fused": meta.get("fused", False),
         "device": meta["device"]["gpu"] or meta["device"]["cpu"],
         **{name: meta[name] for name in ("seconds", "images_per_second")},
+        **_pretraining_card(stage1, meta),
         "key": backbone.key,
         "arithmetic": arithmetic_of(meta),
     }
+
+
+def _pretraining_card(stage1: StageSpec, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a backbone was pre-trained on, and for how long; nothing where it was not."""
+    if stage1.pretrain is None:
+        return {}
+    return {"pretrain": stage1.pretrain, "pretraining_seconds": meta["pretraining_seconds"]}
 
 
 def _stage2_card(store: Store, run: Run, backbone: Backbone) -> dict[str, Any]:

@@ -101,6 +101,15 @@ def pretraining(stage: StageSpec) -> StageSpec:
     return with_plugins(first)
 
 
+def labeller(stage: StageSpec) -> StageSpec:
+    """Return the stage whose network labels the images of a stage that has `unlabelled`: the same without them."""
+    return stage.model_copy(update={"unlabelled": None})
+
+
+SPENT = ("pretraining_seconds", "labeller_seconds", "seconds")
+"""What the description of a backbone says of the time that it took."""
+
+
 @dataclass(frozen=True, eq=False)
 class TrainingSet:
     """Rows of the true training set, by their name (lt, true or matched), with the spec that describes them."""
@@ -112,7 +121,11 @@ class TrainingSet:
 
 @dataclass(frozen=True, eq=False)
 class Backbone:
-    """A trained, frozen encoder with where it came from, and a linear layer that decides as its own classifier does."""
+    """A trained, frozen encoder with where it came from, and a linear layer that decides as its own classifier does.
+
+    Attributes:
+        predicted: labels, int64, that it was trained on of the images that its stage has without labels; None without.
+    """
 
     key: str
     stage1: StageSpec
@@ -120,6 +133,7 @@ class Backbone:
     meta: dict[str, Any]
     weight: Tensor
     bias: Tensor
+    predicted: Tensor | None = None
 
 
 class Stages:
@@ -129,6 +143,7 @@ class Stages:
         data: every image can be read (`decoding.readable`).
         normalize: pixel statistics, of images in memory those of the true training set.
         trained, recalled: how many stages were, so far.
+        workers: processes that decode files; None decides.
     """
 
     def __init__(
@@ -140,7 +155,7 @@ class Stages:
             UserError: the images are too small for the networks.
         """
         self.data, self.store, self.runtime = data, store, runtime
-        self._team, self._workers = team or Solo(), workers
+        self._team, self.workers = team or Solo(), workers
         self.trained = self.recalled = 0
         self._models: dict[str, Backbone] = {}
         self.normalize = IMAGENET
@@ -152,6 +167,12 @@ class Stages:
                     f" {_SMALLEST}"
                 )
             self.normalize = Normalizer.of(data.train.images)
+
+    def working(self, runtime: Runtime, store: Store | None = None) -> "Stages":
+        """Return the same on another runtime, in another store perhaps, with a model of its own: for another thread."""
+        other = copy.copy(self)
+        other.runtime, other.store, other._models = runtime, store or self.store, {}
+        return other
 
     def true(self) -> TrainingSet:
         """Return the whole training set, D*."""
@@ -191,17 +212,19 @@ class Stages:
         require_trainable(self.data, self._team, stage.train, stage.augment)
         key = backbone_key(stage, seed)
         if key not in self._models:
-            start, before = self._pretrained(stage, rows, seed, label) if stage.pretrain else ({}, {})
+            start, before = self.pretrained(stage, rows, seed, label) if stage.pretrain else ({}, {})
+            labelled, told = self._labelled(stage, rows, seed, label) if stage.unlabelled else (None, {})
 
             def make(scratch: Path) -> tuple[Tensors, Meta]:
-                tensors, meta = self._train(stage, rows, seed, scratch, label, start)
-                return {**tensors, "rows": torch.from_numpy(rows)}, {**meta, **before}
+                tensors, meta = self._train(stage, rows, seed, scratch, label, start, labelled)
+                predicted = {} if labelled is None else {"predicted": labelled[1]}
+                return {**tensors, "rows": torch.from_numpy(rows), **predicted}, {**meta, **before, **told}
 
             artifact = self._get_or_train("stage1", key, make, label)
             self._models = {key: self._load(key, stage, artifact)}  # one at a time: a plan groups runs by backbone
         return self._models[key]
 
-    def _pretrained(self, stage: StageSpec, rows: Rows, seed: int, label: str) -> tuple[Tensors, Meta]:
+    def pretrained(self, stage: StageSpec, rows: Rows, seed: int, label: str) -> tuple[Tensors, Meta]:
         """Pre-train a backbone or recall it; return its weights, without the classifier's, and what it took."""
         first, said = pretraining(stage), f"{label}, pre-training"
         key = backbone_key(first, seed)
@@ -211,20 +234,55 @@ class Stages:
         weights = {name: t for name, t in artifact.tensors.items() if not name.startswith("classifier.")}
         return weights, {"pretrained": key, "pretraining_seconds": artifact.meta["seconds"]}
 
+    def _labelled(
+        self, stage: StageSpec, rows: Rows, seed: int, label: str
+    ) -> tuple[tuple[Rows, Tensor], dict[str, Any]]:
+        """Return all rows but `rows` with the labels that are predicted for them, int64, and what predicted these.
+
+        The network that predicts is trained or recalled as `labeller` says, which the stage's key thus covers.
+        """
+        first = self.backbone(labeller(stage), rows, seed, f"{label}, to label the others")
+        others = self._others(rows)
+        logits = self.clean_features(first, "train", others) @ first.weight.T + first.bias
+        told = {"labeller": first.key, "labeller_seconds": first.meta["seconds"], "unlabelled_images": len(others)}
+        return (others, logits.argmax(1)), told
+
+    def _others(self, rows: Rows) -> Rows:
+        return np.setdiff1d(np.arange(len(self.data.train), dtype=np.int64), rows)
+
+    def trained_on(self, backbone: Backbone, rows: Rows) -> tuple[Rows, Tensor]:
+        """Return the rows that a backbone with the labels of `rows` was trained on, and the labels that it saw."""
+        labels = self.data.train.labels[rows]
+        if backbone.predicted is None:
+            return rows, labels
+        return np.concatenate([rows, self._others(rows)]), torch.cat([labels, backbone.predicted])
+
     def _train(
-        self, stage: StageSpec, rows: Rows, seed: int, scratch: Path, label: str, start: Tensors
+        self,
+        stage: StageSpec,
+        rows: Rows,
+        seed: int,
+        scratch: Path,
+        label: str,
+        start: Tensors,
+        labelled: tuple[Rows, Tensor] | None = None,
     ) -> tuple[Tensors, Meta]:
-        data, own = self.data.train.take(rows), (self.runtime, scratch, label, self._team, self._workers, start)
+        data, own = self.data.train.take(rows), (self.runtime, scratch, label, self._team, self.workers, start)
+        if labelled is not None:
+            whole = self.data.train.take(np.concatenate([rows, labelled[0]]))
+            data = replace(cast(Any, whole), labels=torch.cat([data.labels, labelled[1]]))
         with self._team.lead((stage, data, seed, start)):
             return Training(stage, data, self.normalize, seed, *own).run()
 
     def _load(self, key: str, stage: StageSpec, artifact: Artifact) -> Backbone:
         assert stage.model is not None
-        model = new_model(stage.model, self.data.train.channels, self.data.train.num_classes, 0, stage.last_layer)
-        state = {name: t for name, t in artifact.tensors.items() if name != "rows"}
+        size = self.data.train.channels, self.data.train.num_classes
+        model = new_model(stage.model, *size, 0, stage.last_layer, stage.branches)
+        state = dict(artifact.tensors)
+        predicted, _ = state.pop("predicted", None), state.pop("rows", None)
         model.load_state_dict(state)
         model = model.to(self.runtime.device).eval()
-        return Backbone(key, stage, model, artifact.meta, *as_linear(model.classifier))
+        return Backbone(key, stage, model, artifact.meta, *as_linear(model.classifier), predicted)
 
     def for_stage2(self, backbone: Backbone, stage2: StageSpec, rows: Rows, seed: int) -> Backbone:
         """Return the backbone as stage 2 on `rows` and the test images see it: itself, or with shifted statistics."""
@@ -341,7 +399,7 @@ class Stages:
         # This wrapper gathers statistics of what it sees: this process alone shows it every image.
         team = Solo() if isinstance(wanted.model, _Estimating) else self._team
         with team.lead(replace(wanted, model=copy.deepcopy(wanted.model).cpu()) if team.size > 1 else None):
-            return extract_wanted(wanted, self.normalize, self.runtime, label, team=team, workers=self._workers)
+            return extract_wanted(wanted, self.normalize, self.runtime, label, team=team, workers=self.workers)
 
 
 def _view_label(stage: StageSpec, view: int) -> str:
@@ -349,7 +407,7 @@ def _view_label(stage: StageSpec, view: int) -> str:
 
 
 class _Estimating(nn.Module):
-    """A network that, whatever mode it is set to, normalises by batches and averages their statistics."""
+    """A network in eval mode that all the same normalises by batches and averages their statistics."""
 
     def __init__(self, model: nn.Module) -> None:
         """Forget the running statistics of `model`, which is changed."""
@@ -361,7 +419,9 @@ class _Estimating(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Return the features [n, d] of a normalised batch [n, C, H, W], and count its statistics in."""
-        return cast(CifarResNet, self.model.train()).features(images)
+        for layer in self._layers().values():
+            layer.train()
+        return cast(CifarResNet, self.model).features(images)
 
     def statistics(self) -> dict[str, Tensor]:
         """Return the running statistics under their names in the model's state."""

@@ -391,6 +391,40 @@ def ssp(length: float = 1.0) -> System:
     return System(stage1={"pretrain": f"rotation(length={length})"})
 
 
+@SYSTEMS.register("bbn")
+def bbn() -> System:
+    """Two branches, the second on rare classes, and a shift from one to the other: BBN (Zhou et al. 2020, equation 3).
+
+    The branches share all but the last block. Each step shows the first a batch that is drawn as in other methods, and
+    the second one drawn in inverse proportion to the counts (equation 4). The classifier adds up alpha W_c f_c and
+    (1 - alpha) W_r f_r (equation 1), the loss is alpha L(y_c) + (1 - alpha) L(y_r), and alpha = 1 - (T / T_max)^2 falls
+    from step to step (equation 5). In evaluation both branches see an image, alpha is 1/2, and the features are f_c
+    beside f_r.
+
+    So a step shows twice as many images as one of other methods, and takes about twice as long.
+    """
+    return System(stage1={"second_sampler": "reverse"})
+
+
+@SYSTEMS.register("pseudo_labels")
+def pseudo_labels(omega: float = 1.0) -> System:
+    """Train on predicted labels of images without labels, too: self-training (Yang and Xu 2020, section 2).
+
+    The images are the training images outside of the long-tailed subset. The network that the method trains without
+    them predicts their labels; a second one, which starts anew, minimises L(own labels) + omega L(predicted labels),
+    each a sum over images that are drawn equally often. No label of theirs is ever read, but the images are: other
+    methods do not see them, so its gain is not that of a method alone. Both networks are optimised for as many steps as
+    any other method's, so the second sees each image less often. A classifier that is fitted to its features, as in
+    `pseudo_labels + la`, is fitted to both kinds of images; one of a stage 2 to those with labels of their own.
+
+    Raises:
+        UserError: `omega` is not positive.
+    """
+    if not omega > 0:
+        raise UserError(f"pseudo_labels(omega={omega}): omega must be positive; without these images leave it out")
+    return System(stage1={"unlabelled": omega})
+
+
 # stage 2, on the frozen backbone
 
 

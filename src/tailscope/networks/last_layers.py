@@ -4,9 +4,11 @@ A factory takes the linear layer that the network was made with, so that initial
 whatever the last layer is, and returns the module that takes its place: features [B, d] of any float type -> logits
 [B, C]. One that computes cosines has `cosines(features)`, float32 [B, C], for losses that need them, one that computes
 squared distances `distances(features)`; both have `as_linear()`: the weight [C, d] and the bias [C] of a linear layer
-that decides as they do.
+that decides as they do. Where that one's logits are not the layer's own, `inputs(features)` are features of which
+`on_inputs()`, a weight and a bias again, makes those.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,7 +38,7 @@ class CosineLayer(nn.Module):
         """Features [B, d] -> cosines, float32 [B, C]; a feature of length 0 has the cosine 0 with all."""
         # In bfloat16 a cosine has two decimals, which a scale of 30 makes errors that are larger than margins.
         with torch.autocast(features.device.type, enabled=False):
-            return F.linear(F.normalize(features.float()), F.normalize(self.weight))
+            return F.linear(self.inputs(features), F.normalize(self.weight))
 
     def forward(self, features: Tensor) -> Tensor:
         """Features [B, d] -> logits, float32 [B, C]."""
@@ -46,6 +48,15 @@ class CosineLayer(nn.Module):
         """Return the rows at length 1 and zeros: `forward` without each sample's factor `scale / |feature|`."""
         weight = F.normalize(self.weight.detach())
         return weight, weight.new_zeros(len(weight))
+
+    def inputs(self, features: Tensor) -> Tensor:
+        """Return features at length 1, float32: what is linear here."""
+        return F.normalize(features.float())
+
+    def on_inputs(self) -> tuple[Tensor, Tensor]:
+        """Return the rows at length `scale` and zeros."""
+        weight, bias = self.as_linear()
+        return self.scale * weight, bias
 
 
 @LAST_LAYERS.register("cosine")
@@ -96,6 +107,17 @@ def as_linear(layer: Any) -> tuple[Tensor, Tensor]:
     """
     weight, bias = (layer.weight.detach(), layer.bias.detach()) if isinstance(layer, nn.Linear) else layer.as_linear()
     return weight.cpu().float(), bias.cpu().float()
+
+
+def as_sure(layer: Any) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:
+    """Return what becomes of features, and the weight and bias that then make a last layer's own logits of them.
+
+    They are its logits but for what all classes of a sample share: besides deciding alike, they are as sure.
+    """
+    if not hasattr(layer, "inputs"):
+        return torch.Tensor.float, *as_linear(layer)
+    weight, bias = layer.on_inputs()
+    return layer.inputs, weight.cpu().float(), bias.cpu().float()
 
 
 def computes(what: str, call: str) -> bool:

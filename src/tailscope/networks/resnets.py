@@ -4,6 +4,7 @@ ResNet-10 for 224x224 images (Liu et al. 2019) has one basic block in each of th
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,7 @@ class CifarResNet(nn.Module):
     """
 
     hidden_places = 2
+    last_stage = "layer3"
 
     def __init__(self, depth: int, width: int, in_channels: int, num_classes: int) -> None:
         super().__init__()
@@ -85,6 +87,49 @@ class CifarResNet(nn.Module):
 def _stage(blocks: int, in_channels: int, channels: int, stride: int) -> nn.Sequential:
     first = CifarBlock(in_channels, channels, stride)
     return nn.Sequential(first, *(CifarBlock(channels, channels, 1) for _ in range(blocks - 1)))
+
+
+class TwoBranches(nn.Module):
+    """Two blocks side by side, whose channels [B, 2 C, H, W] come after each other, the first block's first.
+
+    In training a batch [2 B, ...] is two of B: the first block sees the first one, the second block the second.
+    """
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        """Take in the two blocks."""
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[2 B, in, H, W] in training, [B, in, H, W] in evaluation -> [B, 2 C, H', W']."""
+        own, others = x.chunk(2) if self.training else (x, x)
+        return torch.cat([self.first(own), self.second(others)], 1)
+
+
+def add_branch(model: Any, other: Any, call: str) -> None:
+    """Let a network end in two branches that share all but the last residual block, as in BBN (Zhou et al. 2020).
+
+    The second block and its part of the classifier's weights are those of `other`, which is made like `model`. Features
+    are those of both branches, and the classifier adds up W_c f_c and W_r f_r. What is before the branches normalises
+    the two batches of a step together, where the authors' code shows it one after the other.
+
+    Raises:
+        UserError: the network, `call`, does not say which is its `last_stage`: the name of a sequence of blocks.
+    """
+    stages = [getattr(one, getattr(one, "last_stage", ""), None) for one in (model, other)]
+    layers = [one.classifier for one in (model, other)]
+    first, second = stages
+    if not (isinstance(first, nn.Sequential) and isinstance(second, nn.Sequential)):
+        raise UserError(
+            f"model {call}: cannot end in two branches: it does not say which of its stages is the last (`last_stage`)"
+        )
+    first[-1] = TwoBranches(first[-1], second[-1])
+    weight = torch.cat([layer.weight.detach() for layer in layers], 1)
+    classifier = nn.Linear(weight.shape[1], weight.shape[0])
+    with torch.no_grad():
+        classifier.weight.copy_(weight)
+        classifier.bias.copy_(layers[0].bias)
+    model.classifier, model.feature_dim = classifier, weight.shape[1]
 
 
 @MODELS.register("resnet20")
@@ -134,6 +179,7 @@ class ResNet10(nn.Module):
     """
 
     hidden_places = 3
+    last_stage = "layer4"
 
     def __init__(self, width: int, in_channels: int, num_classes: int) -> None:
         super().__init__()

@@ -7,7 +7,7 @@ from tailscope.groups import GROUPS, SHOTS
 from tailscope.measures.fields import COLLAPSE, SHOWN
 from tailscope.report import drilldown, encoders
 from tailscope.report.diagnosis_schema import ACCURACIES, Accuracy, Diagnosis, Judged, Recalls, Verdict
-from tailscope.report.rows import CI, GROUP, GROUP_RECALLS, MEASURES, Row, ends, ranks
+from tailscope.report.rows import CI, GROUP, GROUP_RECALLS, MEASURES, RECALL_MEANS, Row, ends, ranks
 from tailscope.report.schema import Points
 from tailscope.report.text import Column, Table, accuracy, in_points, number, percent, plural, with_interval
 
@@ -149,8 +149,7 @@ ACCURACY = (
     Column("mean", "accuracy", "share", "Share of scored samples that are right, with its 95 % interval.", CI),
     *GROUP_RECALLS,
     *(Column(shot, f"{shot} recall", "share", f"{text} training samples.") for shot, text in OF_SHOTS.items()),
-    Column("g_mean", "G-mean", "share", "Geometric mean of the recalls of all classes: 0 where one is never found."),
-    Column("h_mean", "H-mean", "share", "Harmonic mean of the same recalls, which the lowest pull down furthest."),
+    *RECALL_MEANS,
 )
 COLLAPSED = (
     Column("measure", "measure"),

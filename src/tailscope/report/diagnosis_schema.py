@@ -9,6 +9,7 @@ from tailscope.groups import GROUPS
 from tailscope.report.schema import (
     AnyResult,
     Bounds,
+    Collapse,
     Count,
     Dataset,
     Group,
@@ -264,13 +265,6 @@ class DrillDown(TypedDict):
     confusions: _Confusions
     classes: list[_SampledClass]
     map: _Map
-
-
-class Collapse(TypedDict):
-    """How far features have collapsed to one point a class."""
-
-    train: dict[str, Number | None]
-    unseen: dict[str, Number | None]
 
 
 class Diagnosis(AnyResult):

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import numpy as np
 
 from tailscope.errors import UserError, first_few, one_line, unknown
-from tailscope.report import comparison, diagnosis, rows, story
+from tailscope.report import comparison, diagnosis, memorization, rows, story
 from tailscope.report.diagnosis_schema import Diagnosis as StoredDiagnosis
 from tailscope.report.rows import Row
 from tailscope.report.schema import Comparison as StoredComparison
+from tailscope.report.schema import Memorization as StoredMemorization
 from tailscope.report.schema import Results, Verb
 from tailscope.report.text import Table, to_csv, to_html
 from tailscope.results import write
@@ -183,17 +184,7 @@ class Comparison(Result):
 
     def summary(self) -> str:
         """Return what was found, the main caveat and a line a method."""
-        heading, lines = comparison.summary_rows(self._stored)
-        found = [
-            *comparison.findings(self._stored),
-            *(f"Keep in mind: {one}" for one in comparison.caveats(self._stored)[:1]),
-            *(f"What to do: {one}" for one in comparison.advice(self._stored)),
-        ]
-        widths = [max(map(len, column)) for column in zip(heading, *lines, strict=True)]
-        rows = (
-            "  ".join(f"{text:<{width}}" for text, width in zip(one, widths, strict=True)) for one in (heading, *lines)
-        )
-        return "\n".join([*map(one_line, found), *(row.rstrip() for row in rows)])
+        return _summary(comparison, self._stored)
 
     @property
     def _stored(self) -> StoredComparison:
@@ -216,6 +207,54 @@ class Comparison(Result):
         from tailscope.report import page
 
         return page.of_comparison(self._stored)
+
+
+class Memorization(Result):
+    """The result of `memorization`, as memorization.json has it."""
+
+    @property
+    def headline(self) -> str:
+        """Whether the spread gap tells what is memorised, in one sentence."""
+        return memorization.headline(self._stored)
+
+    def summary(self) -> str:
+        """Return what was found, the main caveat and a line a class, or where these are many a group."""
+        return _summary(memorization, self._stored)
+
+    @property
+    def _stored(self) -> StoredMemorization:
+        return cast(StoredMemorization, self)
+
+    def _tables(self) -> dict[str, Table]:
+        return {table.name.removeprefix("memorization-"): table for table in memorization.tables(self._stored)}
+
+    def _figures(self) -> "dict[str, Figure]":
+        from tailscope.report import memorization_charts
+
+        return {figure.name: figure for figure in memorization_charts.figures(self._stored)}
+
+    def _data(self) -> Mapping[str, Sequence[Row]]:
+        from tailscope.report import memorization_charts
+
+        return memorization_charts.data(self._stored)
+
+    def _page(self) -> "Page":
+        from tailscope.report import page
+
+        return page.of_memorization(self._stored)
+
+
+def _summary(words: Any, result: Any) -> str:
+    """Return what the module `words` says of a result, and its lines in columns."""
+    heading, lines = words.summary_rows(result)
+    found = [
+        *words.findings(result),
+        *(f"Keep in mind: {one}" for one in words.caveats(result)[:1]),
+        *(f"What to do: {one}" for one in words.advice(result)),
+    ]
+    widths = [max(map(len, column)) for column in zip(heading, *lines, strict=True)]
+    rows = ("  ".join(f"{text:<{width}}" for text, width in zip(one, widths, strict=True)) for one in (heading, *lines))
+    return "\n".join([*map(one_line, found), *(row.rstrip() for row in rows)])
 
 
 @dataclass(frozen=True)

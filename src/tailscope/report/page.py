@@ -26,6 +26,8 @@ from tailscope.report import (
     drilldown,
     encoders,
     marks,
+    memorization,
+    memorization_charts,
     reading,
     rows,
     story,
@@ -33,8 +35,8 @@ from tailscope.report import (
 from tailscope.report.diagnosis_schema import Diagnosis
 from tailscope.report.marks import Figure
 from tailscope.report.rows import Row
-from tailscope.report.schema import TRAINED, VARIANTS, AnyResult, Comparison, Results
-from tailscope.report.text import DASH, Table, arrow, number, plural, significant, write_tables
+from tailscope.report.schema import TRAINED, VARIANTS, AnyResult, Comparison, Memorization, Results
+from tailscope.report.text import DASH, Table, arrow, number, percent, plural, significant, write_tables
 from tailscope.report.thumbnails import Thumbnails
 from tailscope.store.files import write
 
@@ -66,7 +68,11 @@ def build(out: Path, *, figures: bool = True) -> Path:
     def diagnosed(result: Any) -> Page:
         return of_diagnosis(result, Thumbnails.load(out, result))
 
-    makers: dict[str, Callable[[Any], Page]] = {"diagnosis": diagnosed, "compare": of_comparison}
+    makers: dict[str, Callable[[Any], Page]] = {
+        "diagnosis": diagnosed,
+        "compare": of_comparison,
+        "memorization": of_memorization,
+    }
     alone = [verb for verb in makers if (out / f"{verb}.json").exists()]
     trained = any((out / f"{verb}.json").exists() for verb in TRAINED)
     written = None
@@ -138,13 +144,19 @@ def of_experiments(results: Results) -> Page:
             *LAST_SECTIONS,
         ],
         "geometry": [figure.name for figure in figures if figure.variant],
-        "by_measure": {v: rows.measures_table(results, v) for v in VARIANTS[::-1]} if "geometry" in results else {},
+        "by_measure": _by_measure(results) if "geometry" in results else [],
         "groups": [group for group in GROUPS if group in result["groups"]],
         "class_note": story.class_note(results),
         "runs": [_provenance(verb, results[verb]) for verb in TRAINED if verb in results],
         "sources": ", ".join(f"{verb}.json" for verb in results),
     }
     return Page("experiments.html.j2", figures, charts.data(results), rows.tables(results), content)
+
+
+def _by_measure(results: Results) -> list[Table]:
+    """Return what of the geometry is shown as tables, of either variant."""
+    made = [one for v in VARIANTS[::-1] for one in (rows.measures_table(results, v), rows.collapse_table(results, v))]
+    return [table for table in made if table.rows]
 
 
 def of_diagnosis(result: Diagnosis, thumbnails: Thumbnails | None = None) -> Page:
@@ -223,6 +235,38 @@ def of_comparison(result: Comparison) -> Page:
         "sources": "compare.json",
     }
     return Page("comparison.html.j2", figures, comparison_charts.data(result), comparison.tables(result), content)
+
+
+def of_memorization(result: Memorization) -> Page:
+    """Return the page of memorisation by subsampled training."""
+    parts = [card for card in result["provenance"] if card["row"] == "part"]
+    seconds = [taken for card in parts if (taken := card.get("seconds")) is not None]
+    whole = [card for card in result["provenance"] if card["row"] != "part"]
+    content = {
+        "headline": memorization.headline(result),
+        "findings": memorization.findings(result),
+        "caveats": memorization.caveats(result),
+        "advice": [{"text": text} for text in memorization.advice(result)],
+        "warnings": result["warnings"],
+        "dataset": result["dataset"],
+        "recipe": result["recipe"],
+        "facts": memorization.facts(result),
+        "sections": [
+            ("verdict", "Verdict"),
+            ("memorised-classes", "Memorised"),
+            ("gap", "Spread gap"),
+            ("classes-table", "Classes"),
+            *LAST_SECTIONS,
+        ],
+        "groups": [group for group in GROUPS if group in result["groups"]],
+        "share": percent(result["share"], 0),
+        "trainings": parts,
+        "seconds": number(sum(seconds) / len(seconds)) if seconds else DASH,
+        "run": _provenance("memorization", {**result, "provenance": whole}),
+        "sources": "memorization.json",
+    }
+    figures, tables = memorization_charts.figures(result), memorization.tables(result)
+    return Page("memorization.html.j2", figures, memorization_charts.data(result), tables, content)
 
 
 def _columns(data: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, list[Any]]]:

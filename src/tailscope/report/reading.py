@@ -13,10 +13,12 @@ from tailscope.report.schema import (
     Comparison,
     Geometry,
     Ladder,
+    Memorization,
     Swap,
     check_comparison,
     check_geometry,
     check_ladder,
+    check_memorization,
     check_swap,
     shown,
 )
@@ -29,6 +31,7 @@ KINDS: dict[str, TypeAdapter[Any]] = {
     "geometry": TypeAdapter(Annotated[Geometry, AfterValidator(check_geometry)]),
     "claims": TypeAdapter(Claims),
     "compare": TypeAdapter(Annotated[Comparison, AfterValidator(check_comparison)]),
+    "memorization": TypeAdapter(Annotated[Memorization, AfterValidator(check_memorization)]),
     "diagnosis": TypeAdapter(Annotated[Diagnosis, AfterValidator(check_diagnosis)]),
 }
 """The results that the report knows, by the verb that writes them."""

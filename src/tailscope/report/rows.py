@@ -10,7 +10,7 @@ from typing import Any, cast
 from tailscope import paper
 from tailscope.errors import UserError
 from tailscope.groups import GROUPS
-from tailscope.measures.fields import SHOWN
+from tailscope.measures.fields import COLLAPSE, SHOWN
 from tailscope.report.reading import read
 from tailscope.report.schema import CELLS, PARTS, TRAINED, VARIANTS, Cell, Measured, Part, Results, Swap, Trained
 from tailscope.report.text import Column, Table, arrow, write_tables
@@ -111,7 +111,8 @@ def ordered_cells(swap: Swap) -> list[str]:
 def accuracy(cell: Cell) -> Row:
     """Return a cell's mean accuracy with its interval, its best seed, and its groups' mean recalls."""
     groups = {group: cell["groups"].get(group) for group in GROUPS}
-    return {"mean": cell["mean"], "highest": max(cell["accuracy"]), **ends("ci", cell["ci95"]), **groups}
+    means = {name: cell.get(name) for name in ("g_mean", "h_mean")}
+    return {"mean": cell["mean"], "highest": max(cell["accuracy"]), **ends("ci", cell["ci95"]), **groups, **means}
 
 
 def cells(results: Results) -> list[Row]:
@@ -241,6 +242,23 @@ def geometry_groups(results: Results, variant: str) -> list[Row]:
     return found
 
 
+def collapse(results: Results, variant: str) -> list[Row]:
+    """Return one row a measure of all classes together: each encoder's training and unseen samples, means over seeds.
+
+    There are none in files from before these were measured.
+    """
+    known = {
+        encoder: of
+        for encoder in encoders(results)
+        if (of := results["geometry"]["encoders"][encoder]["mean"][variant].get("collapse"))
+    }
+    return [
+        {"measure": measure.title, "meaning": measure.meaning}
+        | {f"{encoder}_{part}": of[part].get(name) for encoder, of in known.items() for part in ("train", "unseen")}
+        for name, measure in (COLLAPSE.items() if known else ())
+    ]
+
+
 def warnings(results: Results) -> list[str]:
     """Return the warnings of all result files, each once, and those of files that do not belong together."""
     found = [text for verb in TRAINED if verb in results for text in results[verb]["warnings"]]
@@ -283,6 +301,10 @@ CI = ("ci_low", "ci_high")
 ACCURACY = Column("mean", "accuracy", "share", "Mean over seeds, with its 95 % interval.", CI)
 GROUP = Column("group", "group")
 GROUP_RECALLS = tuple(Column(group, f"{group} recall", "share", f"Mean recall of {group} classes.") for group in GROUPS)
+RECALL_MEANS = (
+    Column("g_mean", "G-mean", "share", "Geometric mean of the recalls of all classes: 0 where one is never found."),
+    Column("h_mean", "H-mean", "share", "Harmonic mean of the same recalls, which the lowest pull down furthest."),
+)
 CLASS = (
     Column("name", "class"),
     Column("rank", "rank", "count", "Frequency rank: 1 has the most training images."),
@@ -327,12 +349,14 @@ def tables(results: Results) -> list[Table]:
             found += _gap_tables(results)
     if "ladder" in results:
         labelled = [row | {name: row[f"{name}_label"] for name in ("augmentation", "rung")} for row in ladder(results)]
-        columns = [Column("augmentation", "augmentation of stage 1"), Column("rung", "rung"), ACCURACY, *GROUP_RECALLS]
+        columns = [Column("augmentation", "augmentation of stage 1"), Column("rung", "rung")]
+        columns += [ACCURACY, *GROUP_RECALLS, *_recall_means(labelled)]
         found.append(Table("ladder", "The augmentation ladder", columns, labelled))
     found.append(_class_table(results))
     if "geometry" in results:
         for variant in VARIANTS:
             found += _geometry_tables(results, variant)
+            found += [table for table in [collapse_table(results, variant)] if table.rows]
     if "claims" in results:
         found.append(_claims_table(results))
     trained: list[Row] = [
@@ -349,8 +373,13 @@ def _swap_table(results: Results) -> Table:
         single = zip(seeds, stored[row["cell"]]["accuracy"], strict=True)
         found.append(row | {"pair": arrow(row["cell"])} | {f"seed_{seed}": value for seed, value in single})
     by_seed = [Column(f"seed_{seed}", f"seed {seed}", "share") for seed in seeds] if len(seeds) > 1 else []
-    columns = [Column("pair", "backbone → classifier"), ACCURACY, *GROUP_RECALLS, *by_seed]
+    columns = [Column("pair", "backbone → classifier"), ACCURACY, *GROUP_RECALLS, *_recall_means(found), *by_seed]
     return Table("swap", "Accuracy by training set of backbone and classifier", columns, found)
+
+
+def _recall_means(found: Sequence[Row]) -> Sequence[Column]:
+    """Return the columns of mean recalls, none for files from before these were measured."""
+    return RECALL_MEANS if any(row["g_mean"] is not None for row in found) else ()
 
 
 def _gap_tables(results: Results) -> list[Table]:
@@ -393,6 +422,19 @@ def _geometry_tables(results: Results, variant: str) -> list[Table]:
             (f"geometry-groups-{variant}", f"Geometry by group, {variant}", (GROUP,), by_group),
         )
     ]
+
+
+def collapse_table(results: Results, variant: str) -> Table:
+    """Return how far features have collapsed, of each encoder's training and unseen samples."""
+    found = collapse(results, variant)
+    columns = [
+        Column(f"{encoder}_{part}", f"{encoder}, {said}", "plain")
+        for encoder in encoders(results)
+        for part, said in (("train", "training"), ("unseen", "unseen"))
+        if found and f"{encoder}_{part}" in found[0]
+    ]
+    columns = [Column("measure", "measure"), *columns, Column("meaning", "in words")]
+    return Table(f"geometry-collapse-{variant}", f"How far the features have collapsed, {variant}", columns, found)
 
 
 def measures_table(results: Results, variant: str) -> Table:

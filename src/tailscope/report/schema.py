@@ -213,11 +213,19 @@ def check_ladder(ladder: Ladder) -> Ladder:
 # ---- geometry and claims
 
 
+class Collapse(TypedDict):
+    """How far features have collapsed to one point a class."""
+
+    train: dict[str, Number | None]
+    unseen: dict[str, Number | None]
+
+
 class _Run(TypedDict):
     """The geometry of one encoder's features: of one seed, or the mean over seeds."""
 
     classes: list[Annotated[MeasuredClass, AfterValidator(measures_are_numbers)]]
     groups: dict[str, Annotated[Measured, AfterValidator(measures_are_numbers)] | None]
+    collapse: NotRequired[Collapse]
     warnings: NotRequired[list[str]]
 
 
@@ -342,6 +350,72 @@ def check_comparison(comparison: Comparison) -> Comparison:
                 raise ValueError(f"field 'methods.{name}.gaps.change' must be there for all but the baseline")
             require_fields(f"methods.{name}.gaps.change", gaps["change"] or PARTS, PARTS)
     return comparison
+
+
+# ---- memorisation
+
+
+class RankCorrelation(TypedDict):
+    """Spearman's correlation over classes."""
+
+    spearman: Number | None
+    ci95: Bounds | None
+
+
+class Correlations(RankCorrelation):
+    """The same, and what is left of it with the counts taken out."""
+
+    classes: Count
+    given_counts: RankCorrelation
+
+
+class MemorizedClasses(TypedDict):
+    """What is memorised of some images: of all, of a class or of a group."""
+
+    memorization: Number | None
+    ci95: NotRequired[Bounds | None]
+    recall_kept: Share | None
+    recall_left_out: Share | None
+    above: Share | None
+    above_by_chance: Share | None
+    images: Count
+    undefined: Count
+    spread_gap_deg: NotRequired[Number | None]
+
+
+class MemorizedClass(MemorizedClasses):
+    """The same of one class, and which it is."""
+
+    index: Count
+    name: str
+    group: Group | None
+    count: Count
+    put_back: Count
+    spread_gap_ci95: Bounds | None
+
+
+class Memorization(Trained):
+    """memorization.json."""
+
+    share: Share
+    trainings: Annotated[int, Field(ge=2)]
+    threshold: Number
+    classes: list[MemorizedClass]
+    by_group: dict[str, MemorizedClasses | None]
+    total: MemorizedClasses
+    correlation: Correlations
+
+
+def check_memorization(memorization: Memorization) -> Memorization:
+    """Check what one field says of another."""
+    _of_all_classes(memorization)
+    if [entry["index"] for entry in memorization["classes"]] != list(range(len(memorization["counts"]))):
+        raise ValueError("field 'classes' does not hold class after class")
+    for name, entry in memorization["by_group"].items():
+        require_fields(f"by_group.{name}", entry or {"ci95": None, "spread_gap_deg": None}, ("ci95", "spread_gap_deg"))
+    for entry in memorization["classes"]:
+        require_fields(f"classes.{entry['index']}", entry, ("ci95", "spread_gap_deg"))
+    return memorization
 
 
 class Results(TypedDict, total=False):

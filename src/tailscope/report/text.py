@@ -142,12 +142,17 @@ WRITERS: dict[str, Callable[[Any], str]] = {
     "points": points,
     "degrees": lambda value: number(value, 1),
     "plain": significant,
+    "decimal": lambda value: number(value, 2),
     "seconds": lambda value: significant(value) if value is None or value < 10 else number(value, 0),
     "squared": significant,
     "p": p_value,
 }
 UNITS = {"points": "points", "degrees": "°"}
-BOUND_DIGITS = {"share": (1, 100.0), "whole": (0, 100.0), "points": (1, 100.0), "plain": (2, 1.0)}
+BOUND_DIGITS = {
+    **{"share": (1, 100.0), "whole": (0, 100.0), "points": (1, 100.0)},
+    **{"degrees": (1, 1.0), "decimal": (2, 1.0), "plain": (2, 1.0)},
+}
+"""Decimals of an interval's ends, and what they are multiplied by, by kind of column."""
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {

@@ -2,7 +2,7 @@
 
 A *piece* is one experiment on one data set with the seeds so far. Pieces are worked off in order; each is written, with
 claims and tables, when it is finished. With one job a piece's backbones are trained when its turn comes. With several,
-threads train all of them and fit the classifiers on each (`reproduce.trainings`), and a piece is written as soon as
+threads train all of them and fit the classifiers on each (`experiments.trainings`), and a piece is written as soon as
 its own are there. When the time is up the work stops at the end of an epoch or of an extraction, which the store
 keeps, and the same command goes on from there.
 """
@@ -21,13 +21,14 @@ from tailscope.data.sources import load
 from tailscope.device import Runtime
 from tailscope.errors import UserError, expanded
 from tailscope.experiments.options import Reproduction
+from tailscope.experiments.places import Here
 from tailscope.experiments.plans import EXPERIMENTS
 from tailscope.experiments.runs import Run, Settings, store_root
 from tailscope.experiments.stages import Stages
+from tailscope.experiments.trainings import Trainings, failure, place_of
 from tailscope.progress import Deadline, Progress, Quiet, TimeIsUp, duration
 from tailscope.reproduce import claims
 from tailscope.reproduce.reproduce import Tell, conclude, draw, fixed_part, runs
-from tailscope.reproduce.trainings import Trainings, failure
 from tailscope.results import check_free, command, stored_spec, write
 from tailscope.store import Store, make_folder, pack, packed_bytes
 
@@ -94,7 +95,9 @@ def run_queue(reproduction: Reproduction, *, tell: Tell = print, progress: Progr
     deadline = Deadline(progress or Quiet(), float("inf") if limit is None else limit)
     runtime = replace(Runtime.choose(reproduction.device, engine=reproduction.engine), progress=deadline)
     make_folder(reproduction.out, "--out")
-    trainings = Trainings(reproduction.jobs, runtime, deadline, 0.0 if limit is None else min(LAST, limit / 10), tell)
+    on_ray = reproduction.on is not None  # threads here take their turns with the pieces, on a GPU side by side
+    place = place_of(reproduction, reproduction.device, runtime, tell) if on_ray else Here(reproduction.jobs or 1)
+    trainings = Trainings(place, runtime, deadline, 0.0 if limit is None else min(LAST, limit / 10), tell)
     queue = _Queue(reproduction, trainings, tell, limit)
     try:
         with trainings:
@@ -181,8 +184,8 @@ class _Queue:
         coming = self._take_in()
         label = claims.label_of(self._settings.recipe.model_dump())
         self._tell(f"{len(self._pieces)} pieces, {len(self._done)} done before; {label}")
-        if self._reproduction.jobs > 1:
-            self._tell(f"{self._trainings.total} backbones to train, {self._reproduction.jobs} at a time")
+        if self._trainings.ahead:
+            self._tell(f"{self._trainings.total} backbones to train, {self._trainings.place.slots} at a time")
         for dataset in coming:
             self._tell(f"waiting for the data of {dataset}")
         while self._left() and not self._trainings.deadline.passed:
@@ -212,7 +215,7 @@ class _Queue:
 
     def _step(self) -> bool:
         """Write one piece or, without threads, train one backbone; return whether there was anything to do."""
-        trainings, threads = self._trainings, self._reproduction.jobs > 1
+        trainings, threads = self._trainings, self._trainings.ahead
         for piece in self._left():
             part = self._parts[piece.dataset]
             if not part.open or piece in self._broken:
@@ -230,7 +233,7 @@ class _Queue:
 
     def _write(self, piece: Piece, part: _Part) -> None:
         """Write a piece. Where threads train beside it, what goes wrong costs the piece alone, not them."""
-        if self._reproduction.jobs == 1:
+        if not self._trainings.ahead:
             part.write(piece)
         elif failure(piece, lambda: part.write(piece), self._tell):
             self._broken.add(piece)

@@ -4,8 +4,6 @@ The plan says what will be trained, what is stored already, and how long the res
 what the store remembers of trainings here, else from a measurement of a few seconds.
 """
 
-import copy
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,14 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from tailscope import paper
 from tailscope.data.images import ImageSet
 from tailscope.device import Runtime, arithmetic_of
 from tailscope.errors import UserError
-from tailscope.experiments import plans
+from tailscope.experiments import hours
 from tailscope.experiments.options import Reproduction
-from tailscope.experiments.plans import EXPERIMENTS, start_processes
+from tailscope.experiments.planned import Augment, Plan, other_work, planned
+from tailscope.experiments.plans import EXPERIMENTS, RUNS, start_processes
 from tailscope.experiments.runs import Run, Settings, evaluate, store_root, training_sets
 from tailscope.experiments.stages import Stages
+from tailscope.experiments.trainings import make_ahead
 from tailscope.methods.augmentations import build
 from tailscope.progress import Progress, Quiet, duration
 from tailscope.report.rows import load as load_results
@@ -32,7 +33,6 @@ from tailscope.reproduce import claims
 from tailscope.reproduce.evidence import Evidence, Outcomes
 from tailscope.results import check_free, write
 from tailscope.seeds import torch_stream
-from tailscope.spec import StageSpec
 from tailscope.store import Store, make_folder
 from tailscope.training.extract import extract
 from tailscope.training.loop import Training, new_model
@@ -45,9 +45,7 @@ FEWEST = 5
 AUGMENTED, EXTRACTED = 1_024, 256
 """How many images the measurement augments at once, and extracts features of."""
 
-Augment = tuple[str, ...]
 Tell = Callable[[str], object]
-_RUNS = {"swap": plans.swap_runs, "ladder": plans.ladder_runs, "geometry": plans.geometry_runs}
 
 
 def run_reproduce(
@@ -63,6 +61,8 @@ def run_reproduce(
         UserError: something about the reproduction, the data or OUT is not usable; before any training.
     """
     reproduction.settings(), reproduction.wanted()
+    if reproduction.plan and paper.benchmark(reproduction.dataset).in_files:
+        return _plan_of_files(reproduction, tell)
     runtime = Runtime.choose(reproduction.device, engine=reproduction.engine)
     with start_processes(reproduction.open(), reproduction.on_files, runtime) as place:
         recipe = place.recipe(reproduction.settings().recipe)
@@ -70,6 +70,20 @@ def run_reproduce(
         make_folder(reproduction.out, "--out")
         lab = place.stages(Store(store_root(reproduction.out, reproduction.store)), progress or Quiet(), tell)
         return _reproduce(reproduction, lab, settings, tell)
+
+
+def _plan_of_files(reproduction: Reproduction, tell: Tell) -> dict[str, Any]:
+    """Plan a reproduction on files: no process is started, no image checked, and the images need not be there."""
+    lab, settings = hours.opened(reproduction.open(), reproduction.settings(), reproduction)
+    plan = make_plan(lab, settings, reproduction.wanted())
+    label = claims.label_of(settings.recipe.model_dump())
+    _tell_plan(tell, reproduction, settings, plan, label)
+    found = hours.estimate(lab, settings.recipe, plan, reproduction)
+    if reproduction.data is None:
+        tell("without --data: ImageNet's numbers of images, and made photographs of its size to measure with")
+    for line in hours.lines(found):
+        tell(line)
+    return {"label": label, "plan": asdict(plan), **found}
 
 
 def _reproduce(reproduction: Reproduction, lab: Stages, settings: Settings, tell: Tell) -> dict[str, Any]:
@@ -82,7 +96,7 @@ def _reproduce(reproduction: Reproduction, lab: Stages, settings: Settings, tell
     _tell_plan(tell, reproduction, settings, plan, label)
     done: dict[str, Any] = {"label": label, "plan": asdict(plan)}
     if not plan.complete and not lab.data.in_memory:
-        tell("estimated time here: not measured for images in files; progress shows images a second")
+        tell("estimated time: see --plan, which measures it for images in files; progress shows images a second")
     elif not plan.complete:
         busy = other_work()  # before we add to it
         rates = measure(lab, settings.recipe, plan)
@@ -91,20 +105,18 @@ def _reproduce(reproduction: Reproduction, lab: Stages, settings: Settings, tell
         tell(f"estimated time here: {duration(seconds)}{by}; geometry's tests come on top{busy and f'; {busy}'}")
     if reproduction.plan:
         return done
+    needed = [run for experiment in wanted for run in runs(lab, settings, experiment)]
+    make_ahead(lab, [needed], reproduction, reproduction.device, tell)
     for experiment in wanted:
         write(reproduction.out, experiment, EXPERIMENTS[experiment](lab, settings))
     return {**done, **conclude(lab, settings, reproduction.out)}
 
 
-def _tell_plan(tell: Tell, reproduction: Reproduction, settings: Settings, plan: "Plan", label: str) -> None:
+def _tell_plan(tell: Tell, reproduction: Reproduction, settings: Settings, plan: Plan, label: str) -> None:
     seeds = " ".join(map(str, settings.seeds))
     tell(f"{reproduction.what} of {reproduction.dataset}, seeds {seeds}, subset seed {settings.subset_seed}; {label}")
-    for backbone in plan.backbones:
-        tell(f"  seed {backbone.seed}, backbone {backbone.encoder}: {backbone.describe()}")
-    if plan.classifiers or plan.classifiers_stored:
-        tell(f"  classifiers: {plan.classifiers} to fit, {plan.classifiers_stored} stored")
-    if plan.complete:
-        tell("  nothing to train: every stage is stored")
+    for line in plan.lines():
+        tell(f"  {line}")
 
 
 # -- what results say -----------------------------------------------------------------------------------------------
@@ -117,7 +129,7 @@ def conclude(lab: Stages, settings: Settings, out: Path) -> dict[str, Any]:
     as claims.json has them, and `tables`: rows by name.
     """
     spec = fixed_part(settings.spec(lab.data))
-    found: dict[str, Any] = {verb: result for verb, result in load_results(out).items() if verb in _RUNS}
+    found: dict[str, Any] = {verb: result for verb, result in load_results(out).items() if verb in RUNS}
     results = {verb: result for verb, result in found.items() if fixed_part(result["spec"]) == spec}
     evidence = Evidence(results, _recalled(lab, settings, results))
     document = claims.document(evidence, claims.check(evidence), datetime.now(UTC).isoformat(timespec="seconds"))
@@ -146,19 +158,12 @@ def draw(out: Path, tell: Tell) -> None:
 
 def outcomes(lab: Stages, settings: Settings, experiment: str) -> Outcomes:
     """Return which test images each row of `swap` or `ladder` gets right; everything must have been trained."""
-    quiet = with_progress(lab, Quiet())
+    quiet = lab.working(replace(lab.runtime, progress=Quiet()))
     found: dict[str, list[Any]] = {}
     for run in runs(lab, settings, experiment):
         backbone = quiet.backbone(run.stage1, run.trained_on.rows, run.seed, run.encoder)
         found.setdefault(run.row, []).append(evaluate(quiet, run, backbone, run.row))
     return {row: np.stack(per_seed) for row, per_seed in found.items()}
-
-
-def with_progress(lab: Stages, progress: Progress) -> Stages:
-    """Return the same lab, with a model of its own, that reports to another progress: for another thread, say."""
-    other = copy.copy(lab)
-    other.runtime = replace(lab.runtime, progress=progress)
-    return other
 
 
 def _recalled(lab: Stages, settings: Settings, results: Mapping[str, Any]) -> Outcomes:
@@ -188,100 +193,12 @@ def fixed_part(spec: Mapping[str, Any]) -> dict[str, Any]:
 def runs(lab: Stages, settings: Settings, experiment: str) -> Iterator[Run]:
     """Yield the runs of `swap`, `ladder` or `geometry` over all seeds, those of a backbone together."""
     for seed in settings.seeds:
-        yield from _RUNS[experiment](settings, training_sets(lab, settings, seed), seed)
-
-
-@dataclass(frozen=True)
-class PlannedBackbone:
-    """A backbone that the plan needs, with the image passes and the steps of its training, and what is left of them."""
-
-    seed: int
-    encoder: str
-    key: str
-    stored: bool
-    augment: Augment
-    images: int
-    steps: int
-    epochs_done: int
-    images_left: int
-
-    @classmethod
-    def of(cls, lab: Stages, run: Run) -> "PlannedBackbone":
-        """Look up a run's backbone in the store."""
-        key, images = run.backbone_key, len(run.trained_on.rows)
-        passes, steps = run.stage1.train.images(images), run.stage1.train.lengths(images)[1]
-        stored = lab.store.has("stage1", key)
-        saved = None if stored else lab.store.checkpoint("stage1", key)
-        done = saved["epochs"] if saved else 0
-        left = 0 if stored else passes - min(passes, done * images)
-        return cls(run.seed, run.encoder, key, stored, run.stage1.augment, passes, steps, done, left)
-
-    def describe(self) -> str:
-        """Return what is to be done."""
-        if self.stored:
-            return "stored"
-        saved = f"; goes on after epoch {self.epochs_done:,}" if self.epochs_done else ""
-        return f"to train: {self.steps:,} steps, {self.images:,} images{saved}"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The work that is left and the work that is stored: each backbone once, in the order of training.
-
-    `views` are images of augmented views to extract for stage 2, `clean` un-augmented ones, in float32, for test
-    accuracy and geometry.
-    """
-
-    backbones: tuple[PlannedBackbone, ...]
-    classifiers: int
-    classifiers_stored: int
-    views: int
-    clean: int
-
-    @property
-    def to_train(self) -> list[PlannedBackbone]:
-        """The backbones that are not stored."""
-        return [b for b in self.backbones if not b.stored]
-
-    @property
-    def complete(self) -> bool:
-        """Whether every stage is stored."""
-        return not self.to_train and not self.classifiers
+        yield from RUNS[experiment](settings, training_sets(lab, settings, seed), seed)
 
 
 def make_plan(lab: Stages, settings: Settings, experiments: Sequence[str]) -> Plan:
-    """Look up in the store every stage that the experiments need.
-
-    Features that are stored are counted as work where that cannot be seen from the stages: the estimate errs high.
-    """
-    backbones: dict[str, PlannedBackbone] = {}
-    classifiers: dict[str, bool] = {}
-    views: dict[tuple[str, ...], int] = {}
-    clean: dict[tuple[str, str], int] = {}
-    for experiment in experiments:
-        for run in runs(lab, settings, experiment):
-            key = run.backbone_key
-            if key not in backbones:
-                backbones[key] = PlannedBackbone.of(lab, run)
-            if not backbones[key].stored:
-                clean[key, "test"] = len(lab.data.test)
-            if experiment == "geometry":
-                clean[key, "train"] = len(lab.data.train)
-            if spec := run.spec():
-                classifiers[spec.key()] = stored = lab.store.has("stage2", spec.key())
-                views |= {} if stored else _views(spec.stage2, key, len(lab.data.train))
-    fitted = sum(classifiers.values())
-    unfitted = len(classifiers) - fitted
-    return Plan(tuple(backbones.values()), unfitted, fitted, sum(views.values()), sum(clean.values()))
-
-
-def _views(stage: StageSpec, backbone: str, everything: int) -> dict[tuple[str, ...], int]:
-    """Return the images of a classifier's views, by what decides whether classifiers share them."""
-    assert stage.views is not None
-    if stage.sampler == "instance":
-        return {(backbone, *stage.augment): stage.views * everything}
-    drawn = sum(stage.data.counts)
-    return {(backbone, *stage.augment, stage.sampler, stage.data.indices_sha256): stage.views * drawn}
+    """Look up in the store every stage that the experiments need."""
+    return planned(lab, {experiment: runs(lab, settings, experiment) for experiment in experiments})
 
 
 # -- how long it takes ----------------------------------------------------------------------------------------------
@@ -401,11 +318,3 @@ def _seconds_each(work: Callable[[], object], images: int, seconds: float) -> fl
         work()
         times.append(time.monotonic() - started)
     return statistics.median(times) / images
-
-
-def other_work() -> str:
-    """Return a warning where other processes keep the processor busy, else nothing."""
-    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
-    if load < max(1.0, cores / 4):
-        return ""
-    return f"other work is running here (load {load:.1f} on {cores} cores): without it this may take a fraction"

@@ -19,9 +19,8 @@ from tailscope.progress import Progress, Quiet
 from tailscope.seeds import derive, keyed, torch_stream
 from tailscope.spec import StageSpec
 from tailscope.store import Meta, Tensors
-from tailscope.training.loop import Epochs
 from tailscope.training.objective import Objective
-from tailscope.training.step import Flat, Normalizer, sgd
+from tailscope.training.step import Epochs, Flat, Normalizer, sgd
 
 BATCH, FILES_BATCH = 500, 128
 """Images that a process passes through the network at once: those in memory, and those that are decoded."""

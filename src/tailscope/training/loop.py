@@ -28,15 +28,14 @@ from tailscope.errors import UserError
 from tailscope.methods import SAMPLERS, TASKS, augmentations
 from tailscope.methods.mixing import Mix, Mixing
 from tailscope.networks import LAST_LAYERS, MODELS
-from tailscope.networks.resnets import CifarResNet, count_parameters
+from tailscope.networks.resnets import CifarResNet, add_branch, count_parameters
 from tailscope.registry import split_call
 from tailscope.seeds import derive, keyed, torch_stream
 from tailscope.spec import StageSpec
 from tailscope.store import Meta, Tensors
 from tailscope.store.files import CHECKPOINT, save_tensors, whole_checkpoint
-from tailscope.training import SCHEDULES
 from tailscope.training.objective import NOT_MIXED, Objective, mixing_of
-from tailscope.training.step import CudaCapture, Flat, Normalizer, Stepper, capturing, loss_function
+from tailscope.training.step import CudaCapture, Epochs, Flat, Normalizer, Stepper, capturing, loss_function
 
 CHUNK_BATCHES = 64
 """How many batches are augmented at once: vectorised, and bounded in memory."""
@@ -45,83 +44,19 @@ SPACING = 20
 """How many times longer than writing a checkpoint training goes on before the next: writing takes 5 % at most."""
 
 
-def new_model(call: str, channels: int, num_classes: int, seed: int, last_layer: str = "linear") -> CifarResNet:
-    """Build a freshly initialised model in channels-last layout, without touching the global random state."""
+def new_model(
+    call: str, channels: int, num_classes: int, seed: int, last_layer: str = "linear", branches: int = 1
+) -> CifarResNet:
+    """Build a freshly initialised model in channels-last layout, without touching the global random state.
+
+    Of `branches` there may be two, see `networks.resnets.add_branch`.
+    """
     with keyed(derive(seed, "init")):
         model = MODELS.make(call, channels, num_classes)
+        if branches == 2:
+            add_branch(model, MODELS.make(call, channels, num_classes), call)
         model.classifier = LAST_LAYERS.make(last_layer, model.classifier)
     return model.to(memory_format=torch.channels_last)
-
-
-class Epochs:
-    """How long a stage trains, at which rates, and whether it still has numbers to train with."""
-
-    def __init__(self, stage: StageSpec, images: int, label: str) -> None:
-        """Plan a stage on `images` training images; `label` names it in messages."""
-        self._stage, self._label, self._images = stage, label, images
-        self.batch = stage.train.batch
-        self.number, self.steps = stage.train.lengths(images)
-        self._per_epoch = -(-images // self.batch)
-        self._multipliers = SCHEDULES.make(stage.train.schedule, self.steps, self._per_epoch)
-
-    def images_before(self, epoch: int) -> int:
-        """Return how many images the epochs before show, in full batches."""
-        return min(self.steps, epoch * self._per_epoch) * self.batch
-
-    def multipliers(self, epoch: int) -> list[float]:
-        """Return the multiplier of the base learning rate for each step of an epoch; the last may be cut short."""
-        return self._multipliers[epoch * self._per_epoch : (epoch + 1) * self._per_epoch]
-
-    def progress(self, epoch: int) -> list[float]:
-        """Return the share of all steps that are done before each step of an epoch."""
-        first = epoch * self._per_epoch
-        return [step / self.steps for step in range(first, first + len(self.multipliers(epoch)))]
-
-    def numbers(self, epoch: int, loss: float, seconds: float) -> dict[str, float]:
-        """Return what loggers get of an epoch: its loss, the learning rate of its last step, and how fast it was."""
-        multipliers = self.multipliers(epoch)
-        return {
-            "loss": loss,
-            "learning_rate": self._stage.train.learning_rate * multipliers[-1],
-            "images_per_second": min(self._images, len(multipliers) * self.batch) / max(seconds, 1e-9),
-        }
-
-    def mean_loss(self, epoch: int, losses: list[Tensor]) -> float:
-        """Return the mean of an epoch's losses; they are read here, all at once, so that no step waits for its own.
-
-        Raises:
-            UserError: one of them is not finite; the first is named.
-        """
-        together = torch.stack(losses)
-        mean = float(together.mean())
-        if math.isfinite(mean):  # then all of them are
-            return mean
-        infinite = (~together.isfinite()).nonzero().flatten().tolist()
-        step = infinite[0] if infinite else int(together.argmax())
-        loss = f"the loss is {float(together[step])}"
-        if epoch == step == 0:
-            raise UserError(
-                f"{self._label}: {loss} at the first step, before anything was learnt, so not by the learning rate;"
-                f" look at the loss {self._stage.loss} and at what it is computed from"
-            )
-        raise self._diverged(loss, epoch, step)
-
-    def require_finite(self, epoch: int, state: Flat) -> None:
-        """Refuse weights that an epoch left without numbers; the loss of its last step does not show what that did.
-
-        Raises:
-            UserError: a weight, a running statistic or a momentum is not finite.
-        """
-        if not state.finite():
-            raise self._diverged("weights are no longer finite", epoch, len(self.multipliers(epoch)) - 1)
-
-    def _diverged(self, what: str, epoch: int, step: int) -> UserError:
-        rate, multipliers = self._stage.train.learning_rate, self.multipliers(epoch)
-        how = f", as in --recipe 'NAME(learning_rate={rate / 10:g})'" if self._stage.model else " for stage 2"
-        return UserError(
-            f"{self._label}: training diverged, {what} in epoch {epoch + 1} of {self.number}, step {step + 1} of"
-            f" {len(multipliers)}, learning rate {rate * multipliers[step]:.3g}; take a lower one{how}"
-        )
 
 
 @dataclass
@@ -184,7 +119,8 @@ class Training:
     device, so that a seed means one training.
 
     Attributes:
-        data: the training images, already the subset that `spec.data` names.
+        data: the training images, already the subset that `spec.data` names; after them, where `spec.unlabelled` is
+            given, those without labels of their own, with the labels that were predicted.
         normalize: pixel statistics, those of the true training set for every backbone.
         scratch: folder for the checkpoint; None keeps none, as in followers.
         label: what progress calls this training.
@@ -224,7 +160,7 @@ class Training:
         """Return the model, its loss and its optimiser on the runtime's device, as they begin."""
         spec, device = self.spec, self.runtime.device
         assert spec.model is not None
-        model = new_model(spec.model, self.data.channels, self._classes, self.seed, spec.last_layer)
+        model = new_model(spec.model, self.data.channels, self._classes, self.seed, spec.last_layer, spec.branches)
         model.load_state_dict({**model.state_dict(), **self.start})
         model = model.to(device).train()
         objective = Objective(spec, self.data.counts(), model.feature_dim, self.seed, device)
@@ -246,7 +182,7 @@ class Training:
         train, hardware = self.spec.train, self.runtime.describe()
         parts = (self.spec.loss, self.spec.last_layer, self.spec.mix, self.spec.weights)
         alike = {
-            "model": self.spec.model,
+            "model": f"{self.spec.model}{' in two branches' * (self.spec.branches - 1)}",
             "images": self._shape,
             "parts": [part and split_call(part)[0] for part in parts],
             "processor": hardware["gpu"] or hardware["cpu"],
@@ -254,7 +190,7 @@ class Training:
             "precision": named(self._precision),
             "torch": torch.__version__,
         }
-        work = Work(alike, self._shape, train.lengths(len(self.data))[1] * train.micro_batches)
+        work = Work(alike, self._shape, train.lengths(self._images)[1] * train.micro_batches)
         return engines.choose(possible, work, partial(self._trial, stepper.capture), self.runtime.progress.note)
 
     @property
@@ -262,18 +198,23 @@ class Training:
         return TASKS.make(self.spec.task).classes if self.spec.task else self.data.num_classes
 
     @property
+    def _images(self) -> int:
+        """How many make an epoch."""
+        return self.spec.epoch(len(self.data))
+
+    @property
     def _precision(self) -> torch.dtype:
         return self.runtime.dtype(self.spec.train.precision)
 
     @property
     def _shape(self) -> tuple[int, int, int, int]:
-        """Of a micro-batch of images [B, H, W, C]."""
+        """Of a micro-batch of images [B, H, W, C], of all branches."""
         if isinstance(self.data, ImageSet):
             height, width = self.data.images.shape[1:3]
         else:
             height = width = augmentations.size_of(self.spec.augment)
         train = self.spec.train
-        return -(-train.batch // train.micro_batches), height, width, self.data.channels
+        return self.spec.branches * -(-train.batch // train.micro_batches), height, width, self.data.channels
 
     def _trial(self, capture: CudaCapture | None, engine: Engine) -> Callable[[], object]:
         """Return what takes a step of a copy of the network on random images, and waits for it."""
@@ -293,7 +234,7 @@ class Training:
         if tensors:
             stepper.restore(tensors)
         history = History(**meta)
-        if history.epochs < self.spec.train.lengths(len(self.data))[0] or not history.engines:
+        if history.epochs < self.spec.train.lengths(self._images)[0] or not history.engines:
             engine = self.team.share(self.engine(stepper, history.engines) if self.team.rank == 0 else None)
             if history.engines[-1:] != [engine]:
                 history.engines.append(engine)
@@ -301,7 +242,7 @@ class Training:
 
     def _train(self, stepper: Stepper, history: History) -> None:
         """Train the epochs that the history lacks."""
-        epochs, keeper = Epochs(self.spec, len(self.data), self.label or "stage 1"), Keeper(self.scratch)
+        epochs, keeper = Epochs(self.spec, self._images, self.label or "stage 1"), Keeper(self.scratch)
         mixing = mixing_of(self.spec, self.data.counts(), stepper.model)
         batches = _Batches(self.spec, self.data, mixing, self.seed, self.runtime.device, self.team, self.workers)
         done = epochs.images_before(history.epochs)
@@ -329,7 +270,7 @@ class Training:
 
     def _described(self, stepper: Stepper, history: History) -> Meta:
         """Return what is told of every trained backbone; its device has the threads that trained."""
-        spec, images = self.spec, len(self.data)
+        spec, images = self.spec, self._images
         return {
             "spec": spec.model_dump(mode="json"),
             "seed": self.seed,
@@ -344,18 +285,23 @@ class Training:
             "device": self.runtime.describe(),
             "processes": self.team.size,
             "seconds": history.seconds,
-            "images_per_second": spec.train.images(images) / max(history.seconds, 1e-9),
+            "images_per_second": spec.branches * spec.train.images(images) / max(history.seconds, 1e-9),
             "selection": "last epoch",
         }
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step is computed on: uint8 images [B, H, W, C], labels [B], and how they are mixed."""
+    """What a step is computed on: uint8 images [B, H, W, C], labels [B], how they are mixed, and their losses' weights.
+
+    Weights are [B], None where all are 1. For two branches the first half of all is the batch of the one, the second
+    half that of the other.
+    """
 
     images: Tensor
     labels: Tensor
     mix: Mix = NOT_MIXED
+    weights: Tensor | None = None
 
 
 def cut(rows: Rows, batch: int, micro_batches: int) -> list[Rows]:
@@ -393,20 +339,30 @@ class _Batches:
         workers: int | None,
     ) -> None:
         self._spec, self._data, self._seed, self._device = spec, data, seed, device
-        self._team, self._workers, self._batch = team, workers, spec.train.batch
+        self._team, self._workers, self._batch = team, workers, spec.branches * spec.train.batch
         self._labels, self._drawn_labels = data.labels.to(device), data.labels.cpu()
         self._images = data.images.to(device) if isinstance(data, ImageSet) else None
-        self._sampler = SAMPLERS.make(spec.sampler, self._drawn_labels, data.num_classes)
-        self._sampler_moves = "progress" in SAMPLERS.needs(spec.sampler)
+        named = {"order": spec.sampler, **({"second order": spec.second_sampler} if spec.second_sampler else {})}
+        self._samplers = {
+            draws: (SAMPLERS.make(call, self._drawn_labels, data.num_classes), "progress" in SAMPLERS.needs(call))
+            for draws, call in named.items()
+        }
         self._mixing, self._task = mixing, TASKS.make(spec.task) if spec.task else None
+        self._weights = None
+        if spec.unlabelled not in (None, 1.0):
+            self._weights = torch.ones(len(data), device=device)
+            self._weights[spec.epoch(len(data)) :] = spec.unlabelled
 
     def epoch(self, epoch: int, steps: int, progress: float) -> Iterator[tuple[list[int], Iterator[Batch]]]:
         """Yield for each of the first `steps` batches the sizes of all its micro-batches, and this process's own.
 
         `progress` is the share of the training that is done before the epoch.
         """
-        stream, asked = torch_stream(self._seed, "order", epoch), (progress,) if self._sampler_moves else ()
-        order = self._sampler(len(self._labels), stream, *asked)[: steps * self._batch]
+        images, orders = self._spec.epoch(len(self._labels)), []
+        for draws, (sampler, moves) in self._samplers.items():
+            orders.append(sampler(images, torch_stream(self._seed, draws, epoch), *((progress,) if moves else ())))
+        parts = torch.split(torch.stack(orders), self._spec.train.batch, 1)  # one branch's batch, then the other's
+        order = torch.cat([part.flatten() for part in parts])[: steps * self._batch]
         if self._images is None:
             yield from self._from_files(order.numpy(), epoch)
         else:
@@ -422,8 +378,9 @@ class _Batches:
             images, labels = augment(pixels[rows], stream), self._labels[rows]
             if self._task is not None:
                 images, labels = self._task(images, asked)
-            for batch in zip(torch.split(images, self._batch), torch.split(labels, self._batch), strict=True):
-                yield Batch(*batch, next(mixes))
+            each = (torch.split(tensor, self._batch) for tensor in (images, labels, rows))
+            for shown, answers, these in zip(*each, strict=True):
+                yield Batch(shown, answers, next(mixes), self._weights_of(these))
 
     def _mixes(self, labels: Tensor, size: tuple[int, int], epoch: int) -> Iterator[Mix]:
         """Yield how each batch of an epoch is mixed, whose images have these labels and this size."""
@@ -437,11 +394,12 @@ class _Batches:
             yield from (drawn.of(step, self._device) for step in range(len(several)))
 
     def _from_files(self, order: Rows, epoch: int) -> Iterator[tuple[list[int], Iterator[Batch]]]:
-        rank, size, batch = self._team.rank, self._team.size, self._batch
-        places = [
-            cut(np.arange(start, min(start + batch, len(order))), batch, self._spec.train.micro_batches)
-            for start in range(0, len(order), batch)
-        ]
+        rank, size, train = self._team.rank, self._team.size, self._spec.train
+        places = []
+        for start in range(0, len(order), self._batch):
+            halves = np.split(np.arange(start, min(start + self._batch, len(order))), self._spec.branches)
+            each = (cut(half, train.batch, train.micro_batches) for half in halves)
+            places.append([np.concatenate(parts) for parts in zip(*each, strict=True)])
         decoded = decode_drawn(
             self._data,
             augmentations.training(self._spec.augment),
@@ -463,14 +421,17 @@ class _Batches:
         images, answers = decoded.images.to(self._device, non_blocking=True), self._labels[decoded.rows]
         if self._task is not None:
             images, answers = self._task(images, torch_stream(self._seed, "task", *place))
-        return Batch(images, answers, mix)
+        return Batch(images, answers, mix, self._weights_of(decoded.rows))
+
+    def _weights_of(self, rows: Tensor) -> Tensor | None:
+        return None if self._weights is None else self._weights[rows.to(self._device)]
 
 
 def _take_step(stepper: Stepper, mine: Iterator[Batch], sizes: Sequence[int], rate: float, team: Team) -> Tensor:
     """Take a step on all micro-batches of a batch, here and in other processes; return its mean loss, on the device."""
     if len(sizes) == team.size == 1:
         batch = next(mine)
-        return stepper(batch.images, batch.labels, rate, batch.mix)
+        return stepper(batch.images, batch.labels, rate, batch.mix, batch.weights)
     trained = (stepper.model, stepper.objective.own)
     parameters = [p for module in trained for p in module.parameters() if p.requires_grad]
     statistics = [b for b in stepper.model.buffers() if b.is_floating_point()]
@@ -482,7 +443,7 @@ def _take_step(stepper: Stepper, mine: Iterator[Batch], sizes: Sequence[int], ra
     mean_loss = torch.zeros((), device=parameters[0].device)
     for batch in mine:
         torch._foreach_copy_(statistics, before)
-        loss = stepper.compute(batch.images, batch.labels, *batch.mix) * (len(batch.labels) / sum(sizes))
+        loss = stepper.compute(batch.images, batch.labels, batch.weights, *batch.mix) * (len(batch.labels) / sum(sizes))
         loss.backward()  # type: ignore[no-untyped-call]
         mean_loss += loss.detach()
         torch._foreach_add_(after, statistics)

@@ -53,12 +53,16 @@ def require_fitting(stage: StageSpec) -> None:
     """Refuse a stage whose loss, last layer, mixing and sampler do not fit each other.
 
     Raises:
-        UserError: the loss needs what the last layer does not compute, or images that are not mixed; or the
-            sampler changes with time, in stage 2, whose samples are drawn beforehand.
+        UserError: the loss needs what the last layer does not compute, or images that are not mixed; two branches meet
+            another mixing or pre-training; or the sampler changes with time, in stage 2, whose samples are drawn
+            beforehand.
     """
     _require_last_layer(stage.loss, stage.last_layer)
-    if "unmixed" in LOSSES.needs(stage.loss) and stage.mix:
-        raise UserError(f"loss {stage.loss}: means nothing for mixed images; take another, or leave out {stage.mix}")
+    mixes = stage.mix or (stage.second_sampler and "two branches")
+    if "unmixed" in LOSSES.needs(stage.loss) and mixes:
+        raise UserError(f"loss {stage.loss}: means nothing for mixed images; take another, or leave out {mixes}")
+    if stage.second_sampler and (other := stage.mix or stage.pretrain):
+        raise UserError(f"a network of two branches cannot be trained with {other}; leave one of the two out")
     if stage.model is None and "progress" in SAMPLERS.needs(stage.sampler):
         raise UserError(
             f"sampler {stage.sampler}: changes while a stage is trained, and stage 2's samples are drawn before it"
@@ -96,6 +100,7 @@ def with_plugins(stage: StageSpec) -> StageSpec:
         (LAST_LAYERS, stage.last_layer),
         *((one, call) for one, call in ((MODELS, stage.model), (MIXINGS, stage.mix), (WEIGHTS, stage.weights)) if call),
         *((TASKS, call) for call in (stage.pretrain, stage.task) if call),
+        *((SAMPLERS, call) for call in (stage.second_sampler,) if call),
     ]
     return stage.model_copy(update={"plugins": tuple((one.name, one.sha256) for one in plugins_named(named))})
 
@@ -119,6 +124,7 @@ CHOICES = {
     "weights": _Choice("Stage 1", "class weights", WEIGHTS),
     "sampler": _Choice("Stage 1", "sampler", SAMPLERS),
     "always_mix": _Choice("Stage 1", "mixing", MIXINGS),
+    "pretrain": _Choice("Stage 1", "pre-training", TASKS),
     "stage2_loss": _Choice("Stage 2", "loss", LOSSES),
     "stage2_sampler": _Choice("Stage 2", "sampler", SAMPLERS),
 }
@@ -144,6 +150,7 @@ class Recipe(Frozen):
         stage2_augment: whether stage 2 sees augmented views; without, one view of the images as they are.
         last_layer: what turns features into logits in stage 1, see `StageSpec.last_layer`.
         weights: the classes' weights in stage 1's loss, see `StageSpec.weights`.
+        pretrain: the task that backbones are pre-trained on, see `StageSpec.pretrain`.
     """
 
     name: str
@@ -166,9 +173,10 @@ class Recipe(Frozen):
     stage2_loss: str = "cross_entropy"
     stage2_sampler: str = "instance"
     always_mix: str | None = None
+    pretrain: str | None = None
     later = (
         "bn_mode", "loss", "stage2_start", "stage2_augment", "last_layer", "weights", "sampler", "stage2_loss",
-        "stage2_sampler", "always_mix",
+        "stage2_sampler", "always_mix", "pretrain",
     )  # fmt: skip
 
     @model_validator(mode="after")
@@ -207,6 +215,7 @@ class Recipe(Frozen):
             sampler=self.sampler,
             last_layer=self.last_layer,
             weights=self.weights,
+            pretrain=self.pretrain,
         )
         require_fitting(stage)
         return with_plugins(stage)

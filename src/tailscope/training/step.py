@@ -1,4 +1,4 @@
-"""One optimisation step: uint8 images in, a loss out, parameters moved; on a GPU captured as a CUDA graph.
+"""A step from uint8 images to moved parameters, on a GPU captured as a CUDA graph; and how many make a training.
 
 A small network spends its time on launching kernels; a graph launches all of a step's at once. It goes on using the
 memory that it found: its own, and the workspaces that cuBLAS keeps for a stream. Two graphs of one stream share these,
@@ -20,12 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from tailscope.device import Engine
+from tailscope.errors import UserError
 from tailscope.methods.mixing import Mix
 from tailscope.networks import norm_act
 from tailscope.networks.resnets import CifarResNet
 from tailscope.seeds import alone
-from tailscope.spec import TrainSpec
+from tailscope.spec import StageSpec, TrainSpec
 from tailscope.store import Tensors
+from tailscope.training import SCHEDULES
 from tailscope.training.objective import NOT_MIXED, Objective
 
 WARM_UP = 3
@@ -165,17 +167,18 @@ LossFunction = Callable[..., Tensor]
 
 
 def loss_function(model: CifarResNet, objective: Objective, normalize: Normalizer, dtype: torch.dtype) -> LossFunction:
-    """Return (images uint8 [B, H, W, C], labels [B], the four parts of a `Mix` of one step) -> mean loss."""
+    """Return (images uint8 [B, H, W, C], labels [B], weights [B], the four parts of a step's `Mix`) -> mean loss."""
     device_type = normalize.mean.device.type
 
-    def compute(images: Tensor, labels: Tensor, *parts: Tensor | None) -> Tensor:
+    def compute(images: Tensor, labels: Tensor, weights: Tensor | None = None, *parts: Tensor | None) -> Tensor:
         mix = Mix(*parts)
         x = _mixed(normalize(images), mix.images, mix.partner)
         # Weights are cast once a step in any case; the cache would keep stale casts alive across compiled steps.
         with torch.autocast(device_type, dtype=dtype, enabled=dtype != torch.float32, cache_enabled=False):
             features = model.features(x) if mix.hidden is None else model.features(x, _mixing_between(mix))
+            features = objective.weighed(features)
             logits = objective.logits(model.classifier, features)
-        return objective(logits, features, labels, mix)
+        return objective(logits, features, labels, mix, weights)
 
     return compute
 
@@ -277,7 +280,7 @@ class Stepper:
         short batches; without, they are launched kernel by kernel.
         """
         self.model, self.objective, self.compute, self.capture = model, objective, compute, capture
-        self._batch = train.batch
+        self._batch = objective.branches * train.batch
         self._learning_rate = train.learning_rate
         device = next(model.parameters()).device
         # A captured step reads the rate from memory.
@@ -296,12 +299,14 @@ class Stepper:
             full = _compiling(partial(_step, self.optimizer, torch.compile(self.compute, dynamic=False)))
         self._full, self._short = (GraphedStep(s, capture) if capture else s for s in (full, short))
 
-    def __call__(self, images: Tensor, labels: Tensor, multiplier: float, mix: Mix = NOT_MIXED) -> Tensor:
+    def __call__(
+        self, images: Tensor, labels: Tensor, multiplier: float, mix: Mix = NOT_MIXED, weights: Tensor | None = None
+    ) -> Tensor:
         """Take one step at `multiplier` times the base learning rate; return the detached loss, still on the device."""
         self.set_rate(multiplier)
         # Batches that are not full are all of one size: an epoch's last one.
         step = self._full if len(labels) == self._batch else self._short
-        return step(images, labels, *mix)
+        return step(images, labels, weights, *mix)
 
     def set_rate(self, multiplier: float) -> None:
         """Learn at `multiplier` times the base learning rate from now on."""
@@ -341,3 +346,74 @@ class Stepper:
             if name in state:  # there is none without momentum
                 # The fused optimiser pairs elements by their place in memory: the layout must be the parameter's.
                 self.optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(state[name])
+
+
+class Epochs:
+    """How long a stage trains, at which rates, and whether it still has numbers to train with."""
+
+    def __init__(self, stage: StageSpec, images: int, label: str) -> None:
+        """Plan a stage on `images` training images; `label` names it in messages."""
+        self._stage, self._label, self._images = stage, label, images
+        self.batch = stage.train.batch
+        self.number, self.steps = stage.train.lengths(images)
+        self._per_epoch = -(-images // self.batch)
+        self._multipliers = SCHEDULES.make(stage.train.schedule, self.steps, self._per_epoch)
+
+    def images_before(self, epoch: int) -> int:
+        """Return how many images the epochs before show, in full batches."""
+        return min(self.steps, epoch * self._per_epoch) * self.batch
+
+    def multipliers(self, epoch: int) -> list[float]:
+        """Return the multiplier of the base learning rate for each step of an epoch; the last may be cut short."""
+        return self._multipliers[epoch * self._per_epoch : (epoch + 1) * self._per_epoch]
+
+    def progress(self, epoch: int) -> list[float]:
+        """Return the share of all steps that are done before each step of an epoch."""
+        first = epoch * self._per_epoch
+        return [step / self.steps for step in range(first, first + len(self.multipliers(epoch)))]
+
+    def numbers(self, epoch: int, loss: float, seconds: float) -> dict[str, float]:
+        """Return what loggers get of an epoch: its loss, the learning rate of its last step, and how fast it was."""
+        multipliers = self.multipliers(epoch)
+        return {
+            "loss": loss,
+            "learning_rate": self._stage.train.learning_rate * multipliers[-1],
+            "images_per_second": min(self._images, len(multipliers) * self.batch) / max(seconds, 1e-9),
+        }
+
+    def mean_loss(self, epoch: int, losses: list[Tensor]) -> float:
+        """Return the mean of an epoch's losses; they are read here, all at once, so that no step waits for its own.
+
+        Raises:
+            UserError: one of them is not finite; the first is named.
+        """
+        together = torch.stack(losses)
+        mean = float(together.mean())
+        if math.isfinite(mean):  # then all of them are
+            return mean
+        infinite = (~together.isfinite()).nonzero().flatten().tolist()
+        step = infinite[0] if infinite else int(together.argmax())
+        loss = f"the loss is {float(together[step])}"
+        if epoch == step == 0:
+            raise UserError(
+                f"{self._label}: {loss} at the first step, before anything was learnt, so not by the learning rate;"
+                f" look at the loss {self._stage.loss} and at what it is computed from"
+            )
+        raise self._diverged(loss, epoch, step)
+
+    def require_finite(self, epoch: int, state: Flat) -> None:
+        """Refuse weights that an epoch left without numbers; the loss of its last step does not show what that did.
+
+        Raises:
+            UserError: a weight, a running statistic or a momentum is not finite.
+        """
+        if not state.finite():
+            raise self._diverged("weights are no longer finite", epoch, len(self.multipliers(epoch)) - 1)
+
+    def _diverged(self, what: str, epoch: int, step: int) -> UserError:
+        rate, multipliers = self._stage.train.learning_rate, self.multipliers(epoch)
+        how = f", as in --recipe 'NAME(learning_rate={rate / 10:g})'" if self._stage.model else " for stage 2"
+        return UserError(
+            f"{self._label}: training diverged, {what} in epoch {epoch + 1} of {self.number}, step {step + 1} of"
+            f" {len(multipliers)}, learning rate {rate * multipliers[step]:.3g}; take a lower one{how}"
+        )

@@ -11,7 +11,10 @@ from tailscope.experiments.options import (
     Comparison,
     Data,
     DataRoot,
+    Memorization,
     Overwrite,
+    Placing,
+    Planning,
     Profile,
     Protocol,
     Request,
@@ -23,6 +26,7 @@ from tailscope.training import REGISTRIES
 if TYPE_CHECKING:
     from tailscope.data.sources import ImageData
     from tailscope.report.objects import Comparison as Compared
+    from tailscope.report.objects import Memorization as Memorized
     from tailscope.report.objects import Result
 
 
@@ -36,16 +40,24 @@ def load(source: str | Path, *, data_root: Path | str | None = None) -> "ImageDa
 # -- experiments ----------------------------------------------------------------------------------------------------
 
 
-@taking(Request, leave_out={"permutations"})
-def swap(request: Request) -> "Result":
+@taking(Planning, leave_out={"permutations"})
+def swap(request: Planning) -> "Result":
     """Swap the data set between the two stages and divide the gap (Table 1, Figure 2).
 
     Trains a backbone on the long-tailed (lt) and one on the full (true) training set, and two classifiers on each.
+    With `--plan` it only says what it would train; of images in files also how long on one, four and eight GPUs, how
+    much disk it takes, and whether decoding binds it or the GPU.
 
     Examples: `tailscope swap --data digits --recipe demo --out out`;
     `tailscope swap --data cifar10 --data-root DIR --profile exp:100 --protocol ldam --recipe paper`;
-    `tailscope swap --data list:TRAIN.txt,TEST.txt --data-root DIR --profile FILE.json --recipe imagenet --devices 4`
+    `tailscope swap --data list:TRAIN.txt,TEST.txt --data-root DIR --profile FILE.json --recipe imagenet --devices 4`;
+    `tailscope swap --data cifar10 --data-root DIR --seeds 12 --jobs 4 --out out`
     """
+    if request.plan:
+        from tailscope.experiments.hours import plan_swap
+        from tailscope.report.objects import Result
+
+        return Result(plan_swap(request))
     return _experiments(request, "swap")["swap"]
 
 
@@ -53,7 +65,8 @@ def swap(request: Request) -> "Result":
 def ladder(request: Request) -> "Result":
     """See how far augmentation and class-balanced retraining close the gap (Figure 3).
 
-    Example: `tailscope ladder --data digits --recipe demo --out out` (re-uses what `swap` trained there).
+    Examples: `tailscope ladder --data digits --recipe demo --out out` (re-uses what `swap` trained there);
+    `tailscope ladder --data cifar10 --data-root DIR --seeds 12 --on ray --out out`
     """
     return _experiments(request, "ladder")["ladder"]
 
@@ -67,7 +80,11 @@ def geometry(request: Request) -> "Result":
     return _experiments(request, "geometry")["geometry"]
 
 
-_FIXED = {"last_layer", "weights", "sampler", "mix", "augment", "schedule", "stage2_loss", "stage2_sampler"}
+_NO_TRAINING = {"out", "store", "overwrite", "permutations", "device", "engine", "logger", "verify"}
+_NO_TRAINING |= {option.name for option in fields(Placing)}
+"""What only matters where something is trained."""
+
+_FIXED = {"last_layer", "weights", "sampler", "mix", "pretrain", "augment", "schedule", "stage2_loss", "stage2_sampler"}
 """What every method of a comparison chooses for itself."""
 
 
@@ -80,9 +97,30 @@ def compare(request: Comparison) -> "Compared":
 
     Examples: `tailscope compare --data digits --recipe demo --methods "ce; la; crt; mixup + crt" --out out`;
     `tailscope compare --data cifar10 --data-root DIR --protocol ldam --methods "ce; tau; lws" --tune cut`;
-    `tailscope compare --data cifar10 --data-root DIR --methods "ce; balanced_softmax; loss:focal(gamma=1)" --plan`
+    `tailscope compare --data cifar10 --data-root DIR --methods "ce; balanced_softmax; loss:focal(gamma=1)" --plan`;
+    `tailscope compare --data cifar10 --data-root DIR --seeds 12 --on ray --gpus 0.25 --out out`
     """
     from tailscope.experiments.compare import run
+
+    return run(request)
+
+
+_STAGE2 = {"stage2_loss", "stage2_sampler", "matched", "backbones", "bn_mode", "permutations", "logger"}
+"""What an experiment without a second stage has no use for."""
+
+
+@taking(Memorization, leave_out=_STAGE2)
+def memorization(request: Memorization) -> "Memorized":
+    """Find what networks memorise, by training on random parts (Feldman and Zhang 2020), beside the spread gap.
+
+    An image is memorised as far as a network gets it right only because it was trained on it. Trains a backbone on the
+    whole long-tailed set and `--trainings` on parts, for each seed. Interrupted, the same command continues, and a
+    higher `--trainings` (with `--overwrite`) adds to what is there.
+
+    Examples: `tailscope memorization --data digits --recipe demo --trainings 30 --out out`;
+    `tailscope memorization --data cifar10 --data-root DIR --protocol ldam --trainings 8 --plan`
+    """
+    from tailscope.experiments.memorization import run
 
     return run(request)
 
@@ -142,7 +180,7 @@ def subset(
     return result
 
 
-@taking(Request, leave_out={"out", "store", "overwrite", "permutations", "device", "engine", "logger", "verify"})
+@taking(Request, leave_out=_NO_TRAINING)
 def check(request: Request) -> dict[str, Any]:
     """Look for traps in what a training is about to do, without training.
 
