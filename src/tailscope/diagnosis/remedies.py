@@ -264,7 +264,7 @@ def is_large(train: Rows, classes: int) -> bool:
 
 def is_long(train: Rows, classes: int) -> bool:
     """Return whether there is no time for a search over all training samples: then mini-batches take its place."""
-    return is_long_search(len(train.labels), train.features.shape[1], classes)
+    return is_long_search(len(train.features), train.features.shape[1], classes)
 
 
 def stopping_of(train: Rows, classes: int) -> _Stopping:

@@ -24,7 +24,7 @@ from tailscope.diagnosis.inputs import Inputs, named
 from tailscope.effort import are_many_pairs
 from tailscope.errors import first_few
 from tailscope.measures.angles import class_centers
-from tailscope.measures.rows import ClassRows, exponent, find_copies, gather, scaled, unseen_copies
+from tailscope.measures.rows import ClassRows, exponent, find_copies, gather, row_blocks, scaled, unseen_copies
 from tailscope.report.text import percent
 from tailscope.tables.mapped import map_rows
 
@@ -295,7 +295,7 @@ class _Centers:
         whichever is most.
         """
         along = self._metric(along).to(self._pooled[0][0])
-        pooled = [(part @ along.T).double().square().sum(dim=0) / max(1, free) for part, free in self._pooled]
+        pooled = [_squares_along(part, along) / max(1, free) for part, free in self._pooled]
         found: FloatArray = torch.stack(pooled).amax(dim=0).cpu().numpy()
         for i, k in enumerate(classes):
             if self._unseen.count(k) >= OWN_VARIANCE:
@@ -390,6 +390,11 @@ class _Centers:
             error = self._error(on_mu, dict(zip(moving, steps, strict=True))) if gain > least else math.inf
             scores.append(max(0.0, (gain / error) ** 2 - 2 * price) if error > 0 else 2 * MARGIN)
         return min(scores)
+
+
+def _squares_along(rows: Tensor, along: Tensor) -> Tensor:
+    """Return the sum over rows [n, d] of their squared products with each of some vectors [L, d], float64 [L]."""
+    return torch.stack([(b @ along.T).double().square().sum(dim=0) for b in row_blocks(rows, len(along))]).sum(dim=0)
 
 
 def _deviations(samples: ClassRows, classes: list[int], most: int) -> tuple[Tensor, int]:
