@@ -66,4 +66,5 @@ def timeless(result: dict[str, Any]) -> dict[str, Any]:
         del result[field]
     for row in result["provenance"]:
         del row["seconds"], row["images_per_second"]
+        row.pop("pretraining_seconds", None)
     return result

@@ -279,9 +279,9 @@ def test_a_result_that_another_process_wrote_meanwhile_is_not_lost(run, files, t
     given = ("--train", files.folder / "train.npz", "--unseen", files.folder / "unseen.npz", "--out", out)
     measured = diagnose.run
 
-    def slow(inputs, settings, runtime):
-        write(out, "diagnosis", measured(inputs, replace(settings, seed=7), runtime)[0])
-        return measured(inputs, settings, runtime)
+    def slow(inputs, settings, *others):
+        write(out, "diagnosis", measured(inputs, replace(settings, seed=7), *others)[0])
+        return measured(inputs, settings, *others)
 
     monkeypatch.setattr(diagnose, "run", slow)
     code, _, err = run(*given, *QUICK)

@@ -43,6 +43,12 @@ class InThreads(Apart):
         return self.act(job, lambda: work(job, lab.data, given, lambda *far: None))
 
 
+@pytest.fixture(autouse=True)
+def no_plug_ins(monkeypatch):
+    """What other tests imported, whose files are gone, does not travel to workers."""
+    monkeypatch.setattr(plugins, "named", [])
+
+
 def ahead(made_in, waves, place):
     """Make what the waves need in a place."""
     with Trainings(place, CPU, Deadline(Quiet(), float("inf")), 0.0, place._tell) as at_work:

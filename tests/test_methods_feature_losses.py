@@ -255,7 +255,7 @@ def test_the_labels_of_mixed_images_share_the_loss(name):
     objective = Objective(spec, COUNTS.tolist(), 6, 0, torch.device("cpu"))
     objective.at(0.5)
     given, x = scores(name).float(), FEATURES.float()
-    own, other = (objective._each(given, x, labels) for labels in (LABELS, LABELS.flip(0)))
+    own, other = (objective._each(given, x, labels, None) for labels in (LABELS, LABELS.flip(0)))
     torch.testing.assert_close(objective(given, x, LABELS, MIXED), (0.3 * own + 0.7 * other).mean())
 
 

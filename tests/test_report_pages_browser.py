@@ -85,7 +85,7 @@ def open_page(browser, address):
     assert said == []
 
 
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("width", [pytest.param(1280, marks=pytest.mark.slow), 390])
 def test_no_accessibility_rule_is_broken_with_folds_closed_and_open(open_page, width):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
     page = open_page(width)

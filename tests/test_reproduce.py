@@ -207,8 +207,8 @@ def test_a_single_slow_step_is_no_rate(monkeypatch):
     ("load", "cores", "told"), [(0.3, 2, False), (7.4, 2, True), (2.0, 64, False), (30.0, 64, True)]
 )
 def test_an_estimate_says_that_others_work_here(monkeypatch, tmp_path, load, cores, told):
-    monkeypatch.setattr(planning.os, "getloadavg", lambda: (load, 0.0, 0.0))
-    monkeypatch.setattr(planning.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
     assert (f"load {load:.1f} on {cores} cores" in other_work()) == told
     said = []
     run_reproduce(reproduction_of(tmp_path, plan=True), tell=said.append)

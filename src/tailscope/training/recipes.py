@@ -193,11 +193,8 @@ class Recipe(Frozen):
             object.__setattr__(self, name, value)
         for train in (self.stage1, self.stage2):
             object.__setattr__(train, "schedule", SCHEDULES.canonical(train.schedule))
-        self._require_fitting()
-        return self
-
-    def _require_fitting(self) -> None:
         _require_last_layer(self.loss, self.last_layer)
+        return self
 
     def backbone(self, data: DataSpec, *, autoaugment: bool = False, mix: bool = False) -> StageSpec:
         """Return stage 1 on `data`, optionally with AutoAugment and MixUp.
@@ -269,7 +266,7 @@ class Recipe(Frozen):
             named.setdefault(CHOICES[name].stage, []).append(f"the {CHOICES[name].what} {call}")
         said = " ".join(f"{stage} has {_listed(these)}." for stage, these in named.items())
         changed = self._with(said, **changes)
-        changed._require_fitting()
+        _require_last_layer(changed.loss, changed.last_layer)
         return changed
 
     def with_schedule(self, schedule: str | None) -> "Recipe":
