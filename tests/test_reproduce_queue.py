@@ -421,7 +421,8 @@ def test_the_long_trainings_of_a_seed_come_first_whenever_they_were_added(tmp_pa
 
     def act(trainings, training, progress):
         asked.append((training.run.seed, len(training.run.trained_on.rows)))
-        began.set()
+        if len(asked) == 2:  # both threads have begun
+            began.set()
         go.wait(20)
         unfinished(trainings, training, progress)
 
