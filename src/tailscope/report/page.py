@@ -8,6 +8,7 @@ from functools import cache, cached_property
 from importlib.resources import files as package_files
 from itertools import chain
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import vl_convert
@@ -207,18 +208,23 @@ def of_diagnosis(result: Diagnosis, thumbnails: Thumbnails | None = None) -> Pag
     return Page("diagnosis.html.j2", figures, diagnosis_charts.data(result), diagnosis.tables(result), content)
 
 
+def _words(words: ModuleType, result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a module of sentences says of a result, and what the result says of itself."""
+    return {
+        "headline": words.headline(result),
+        "findings": words.findings(result),
+        "caveats": words.caveats(result),
+        "advice": [{"text": text} for text in words.advice(result)],
+        **{name: result[name] for name in ("warnings", "dataset", "recipe")},
+    }
+
+
 def of_comparison(result: Comparison) -> Page:
     """Return the page of a comparison of methods."""
     figures = comparison_charts.figures(result)
     gaps = [("gaps", "Gaps")] if figures[0].name == "plane" else []
     content = {
-        "headline": comparison.headline(result),
-        "findings": comparison.findings(result),
-        "caveats": comparison.caveats(result),
-        "advice": [{"text": text} for text in comparison.advice(result)],
-        "warnings": result["warnings"],
-        "dataset": result["dataset"],
-        "recipe": result["recipe"],
+        **_words(comparison, result),
         "facts": comparison.facts(result),
         "sections": [
             ("verdict", "Verdict"),
@@ -243,13 +249,7 @@ def of_memorization(result: Memorization) -> Page:
     seconds = [taken for card in parts if (taken := card.get("seconds")) is not None]
     whole = [card for card in result["provenance"] if card["row"] != "part"]
     content = {
-        "headline": memorization.headline(result),
-        "findings": memorization.findings(result),
-        "caveats": memorization.caveats(result),
-        "advice": [{"text": text} for text in memorization.advice(result)],
-        "warnings": result["warnings"],
-        "dataset": result["dataset"],
-        "recipe": result["recipe"],
+        **_words(memorization, result),
         "facts": memorization.facts(result),
         "sections": [
             ("verdict", "Verdict"),
