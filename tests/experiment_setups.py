@@ -1,9 +1,12 @@
 """Experiments small enough for tests: a recipe of a few steps, and results without what differs between two runs."""
 
 import copy
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tailscope.data.images import ImageSet
@@ -12,8 +15,9 @@ from tailscope.device import Runtime
 from tailscope.experiments.plans import geometry, ladder, swap
 from tailscope.experiments.runs import Settings
 from tailscope.experiments.stages import Stages
-from tailscope.spec import TrainSpec
+from tailscope.spec import StageSpec, TrainSpec
 from tailscope.store import Store
+from tailscope.training.loop import Training
 from tailscope.training.recipes import Recipe
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -68,3 +72,30 @@ def timeless(result: dict[str, Any]) -> dict[str, Any]:
         del row["seconds"], row["images_per_second"]
         row.pop("pretraining_seconds", None)
     return result
+
+
+def compared_plainly(result: dict[str, Any]) -> dict[str, Any]:
+    """Return a comparison as its file holds it, without times."""
+    plain = timeless(json.loads(json.dumps(result)))
+    for method in plain["methods"]:
+        del method["seconds"]
+    return plain
+
+
+def gone_on(
+    root: Path, compared: Callable[[Stages], dict[str, Any]], ends: Callable[[StageSpec], object]
+) -> tuple[Stages, dict[str, Any]]:
+    """Interrupt a comparison where a training that `ends` begins; return the stages and the result of going on."""
+    run = Training.run
+
+    def interrupted(self: Training) -> Any:
+        if ends(self.spec):
+            raise KeyboardInterrupt
+        return run(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compared(lab(root))
+    again = lab(root)
+    return again, compared(again)

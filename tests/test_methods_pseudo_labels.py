@@ -1,6 +1,5 @@
 """Pseudo-labelling: which labels images without labels get, what is never read, and what is stored under what."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -153,31 +152,19 @@ def test_the_second_network_takes_as_many_steps_as_any_other(tmp_path):
         assert meta["steps"] == changed.train.lengths(len(lt.rows))[1]
 
 
-def test_an_interrupted_comparison_goes_on_and_shares_the_first_network(tmp_path, monkeypatch):
+def test_an_interrupted_comparison_goes_on_and_shares_the_first_network(tmp_path):
     methods = "ce; pseudo_labels; pseudo_labels(omega=0.5); pseudo_labels + la"
     whole = experiment_setups.lab(tmp_path / "whole")
     expected = compare.compare(whole, settings(methods, gaps="none"))
     assert experiment_setups.entries(whole.store, "stage1") == 3
     assert {card["steps"] for card in expected["provenance"]} == {12}
-    broken, run = experiment_setups.lab(tmp_path / "broken"), Training.run
-
-    def interrupted(self):
-        if self.spec.unlabelled:
-            raise KeyboardInterrupt
-        return run(self)
-
-    monkeypatch.setattr(Training, "run", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        compare.compare(broken, settings(methods, gaps="none"))
-    monkeypatch.undo()
-    again = experiment_setups.lab(tmp_path / "broken")
-    found = compare.compare(again, settings(methods, gaps="none"))
+    chosen = settings(methods, gaps="none")
+    again, found = experiment_setups.gone_on(
+        tmp_path / "broken", lambda lab: compare.compare(lab, chosen), lambda spec: spec.unlabelled
+    )
     assert again.trained == 2
-    for one in (expected, found):
-        for method in one["methods"]:
-            del method["seconds"]
-    timeless = experiment_setups.timeless
-    assert timeless(json.loads(json.dumps(found))) == timeless(json.loads(json.dumps(expected)))
+    plainly = experiment_setups.compared_plainly
+    assert plainly(found) == plainly(expected)
 
 
 def test_the_result_says_which_methods_saw_more_images_and_the_plan_has_the_first_network(tmp_path):

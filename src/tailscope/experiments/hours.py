@@ -31,8 +31,8 @@ from tailscope.device import Runtime, Solo, cpu_name, named
 from tailscope.errors import UserError
 from tailscope.experiments.options import Planning
 from tailscope.experiments.planned import Plan, other_work, planned
-from tailscope.experiments.plans import swap_runs
-from tailscope.experiments.runs import Settings, store_root, training_sets
+from tailscope.experiments.plans import waves_of
+from tailscope.experiments.runs import Settings, store_root
 from tailscope.experiments.stages import Stages, require_trainable
 from tailscope.methods import augmentations
 from tailscope.networks.resnets import count_parameters
@@ -99,9 +99,7 @@ def plan_swap(request: Planning) -> dict[str, Any]:
     Nothing is trained and nothing written. Raises `UserError` where an option or the data is not usable.
     """
     stages, settings = opened(load(request.data, data_root=request.data_root), Settings.of(request), request)
-    sets = {seed: training_sets(stages, settings, seed) for seed in settings.seeds}
-    runs = (run for seed in settings.seeds for run in swap_runs(settings, sets[seed], seed))
-    plan = planned(stages, {"swap": runs})
+    plan = planned(stages, {"swap": next(waves_of(["swap"])(stages, settings))})
     estimated = {} if stages.data.in_memory else estimate(stages, settings.recipe, plan, request)
     told = [*plan.lines(), *(lines(estimated) if estimated else ["hours are told of images in files alone"])]
     return {"plan": asdict(plan), **estimated, "told": told}

@@ -424,7 +424,7 @@ def find_traps(request: Request) -> list[str]:
     settings, data = Settings.of(request), load(request.data, data_root=request.data_root)
     stages = Stages(data, Store(store_root(request.out, request.store)), Runtime.choose("cpu"))
     sets = training_sets(stages, settings, settings.seeds[0])
-    runs = [run for runs_of in (swap_runs, ladder_runs, geometry_runs) for run in runs_of(settings, sets, 0)]
+    runs = [run for runs_of in RUNS.values() for run in runs_of(settings, sets, 0)]
     specs = [stage for run in runs for stage in (run.stage1, run.stage2) if stage is not None]
     return traps(data, settings.profile, list(sets["lt"].spec.counts), settings.recipe, specs)
 
