@@ -73,6 +73,11 @@ class _Decoded(Dataset[_Item]):
             return row, None, error
 
 
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def decode(
     images: Images,
     transform: Callable[[Image.Image], Tensor],
@@ -99,8 +104,7 @@ def decode(
     """
     if workers is None:
         few = sum(map(len, batches)) < 256
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = 0 if few or isinstance(images, ImageSet) else min(8, cores)
+        workers = 0 if few or isinstance(images, ImageSet) else min(8, usable_cores())
     repeats = [[0] * len(rows) for rows in batches] if repeats is None else repeats
     loader: DataLoader[Any] = DataLoader(
         _Decoded(images, transform, seed_of),

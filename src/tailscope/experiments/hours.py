@@ -9,7 +9,6 @@ decoding alone takes is told, and that no number of GPUs does it faster.
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -23,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tailscope.data.decoding import from_all_over, readable, was_checked
+from tailscope.data.decoding import from_all_over, readable, usable_cores, was_checked
 from tailscope.data.images import ImageError, Images
 from tailscope.data.made import PromisedImages
 from tailscope.data.sources import ImageData, load
@@ -217,7 +216,6 @@ def measure(stages: Stages, recipe: Recipe, seconds: float | None = None) -> Fil
     """
     runtime, share = replace(stages.runtime, progress=Quiet()), (SECONDS if seconds is None else seconds) / 7
     images, gpu = stages.data.train, runtime.device.type == "cuda"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     decoded = partial(_decoding, images, seconds=share)
     step = _step(stages, recipe, runtime, 2 * share)
     trained = remembered(stages, recipe)
@@ -232,7 +230,7 @@ def measure(stages: Stages, recipe: Recipe, seconds: float | None = None) -> Fil
         view=passed(runtime.dtype(recipe.stage2.precision)),
         clean=passed(torch.float32),
         fitted=_fitting(stages, recipe, model.feature_dim, share),
-        cores=cores,
+        cores=usable_cores(),
         processor=torch.cuda.get_device_name(runtime.device) if gpu else cpu_name(),
         gpu=gpu,
         kilobytes=_kilobytes(images),
