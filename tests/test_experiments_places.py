@@ -27,6 +27,8 @@ from tailscope.store import Store
 
 LONG = TINY.model_copy(update={"stage1": TrainSpec(epochs=60, batch=64, learning_rate=0.05, precision="fp32")})
 """Long enough to be killed in the middle, with a checkpoint after the first epoch and others later."""
+LONGER = LONG.model_copy(update={"stage1": LONG.stage1.model_copy(update={"epochs": 400})})
+"""Long enough to be killed on a Ray cluster, where it is known only half a second later who works on what."""
 
 
 class InThreads(Apart):
@@ -271,12 +273,12 @@ def test_plug_ins_reach_a_machine_that_does_not_have_their_file(tmp_path, monkey
 # -- processes of this machine ----------------------------------------------------------------------------------------
 
 
-def killer(stages, told, recipe_label):
+def killer(stages, told, recipe_label, recipe=LONG):
     """Return a `tell` that kills the first worker of a backbone once its checkpoint is there."""
     done = threading.Event()
 
     def kill(number):
-        key = next(iter_key(stages, recipe_label))
+        key = next(iter_key(stages, recipe_label, recipe))
         while not (stages.store.scratch("stage1", key) / "checkpoint.safetensors").exists():
             time.sleep(0.01)
         os.kill(number, signal.SIGKILL)
@@ -291,8 +293,8 @@ def killer(stages, told, recipe_label):
     return tell
 
 
-def iter_key(stages, label):
-    for run in next(waves_of(["swap"])(stages, settings(recipe=LONG))):
+def iter_key(stages, label, recipe=LONG):
+    for run in next(waves_of(["swap"])(stages, settings(recipe=recipe))):
         if label == f"digits seed {run.seed} {run.encoder}":
             yield run.backbone_key
 
@@ -396,9 +398,9 @@ def two_nodes(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_ray_cluster_that_loses_a_worker_gives_the_same_numbers(two_nodes, tmp_path, one_thread):
-    chosen, told = settings(recipe=LONG), []
+    chosen, told = settings(recipe=LONGER), []
     stages, alone = lab(tmp_path / "ray"), lab(tmp_path / "one")
-    tell = killer(stages, told, "digits seed 0 lt")
+    tell = killer(stages, told, "digits seed 0 lt", LONGER)
     make_ahead(stages, waves_of(["swap"])(stages, chosen), Placing(on="ray"), "cpu", tell)
     assert told[0] == "Ray: 2 machines, 2 stages at a time, each 1 cores, 0 GPUs"
     assert any(
@@ -428,7 +430,7 @@ def test_a_ray_cluster_without_a_common_store_sends_archives(two_nodes, tmp_path
 @pytest.mark.filterwarnings("ignore")
 def test_an_interrupt_ends_what_a_ray_cluster_works_on(two_nodes, tmp_path):
     stages = lab(tmp_path)
-    key = next(iter_key(stages, "digits seed 0 true"))
+    key = next(iter_key(stages, "digits seed 0 true", LONGER))
 
     def interrupt():
         while stages.store.checkpoint("stage1", key) is None:
@@ -437,7 +439,7 @@ def test_an_interrupt_ends_what_a_ray_cluster_works_on(two_nodes, tmp_path):
 
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
-        make_ahead(stages, waves_of(["swap"])(stages, settings(recipe=LONG)), Placing(on="ray"), "cpu", str)
+        make_ahead(stages, waves_of(["swap"])(stages, settings(recipe=LONGER)), Placing(on="ray"), "cpu", str)
     until = time.monotonic() + 30
     while time.monotonic() < until:
         with stages.store.held("stage1", key) as free:
