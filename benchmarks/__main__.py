@@ -21,6 +21,7 @@ from typing import Any
 
 from benchmarks import record
 from benchmarks.record import Options, Record
+from tailscope.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECORDS = REPOSITORY / "results" / "bench"
@@ -74,7 +75,11 @@ def examine_verdicts(asked: argparse.Namespace) -> int:
     data = asked.data_root or Path(os.environ.get("TAILSCOPE_DATA") or user_cache() / "data")
     place = Place(data if data.is_dir() else None, asked.cache or user_cache() / VERDICTS, asked.store)
     folder = asked.out or (REPOSITORY / "out" / "bench-quick" if asked.quick else RECORDS.parent)
-    code = examine(Options("quick" if asked.quick else "full"), place, folder, asked.processes)
+    try:
+        code = examine(Options("quick" if asked.quick else "full"), place, folder, asked.processes, asked.on)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if folder == RECORDS.parent:
         fill_document(check=False)
     return code
@@ -180,6 +185,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, help=f"of {VERDICTS} and rebalance: what is done; of images: the tree")
     parser.add_argument("--store", type=Path, help=f"of {VERDICTS} and rebalance: a store with backbones of CIFAR")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help=f"of {VERDICTS}")
+    parser.add_argument("--on", metavar="ray[://HOST:PORT]", help=f"of {VERDICTS}: a Ray cluster instead of processes")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--out", type=Path, help="folder of the records")
     parser.add_argument("--check", action="store_true", help="with table: fail where the document is out of date")

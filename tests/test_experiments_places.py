@@ -8,6 +8,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import torch
 from experiment_setups import CPU, TINY, entries, lab, settings
 from tailscope import plugins
 from tailscope.errors import UserError
-from tailscope.experiments import places
+from tailscope.experiments import on_ray, places
 from tailscope.experiments.compare import CompareSettings, _waves, compare
 from tailscope.experiments.options import Placing
 from tailscope.experiments.places import Apart, Failed, Lost, Order, Outcome, Place, Processes, work
@@ -376,6 +377,23 @@ def test_without_ray_a_line_says_what_to_install(tailscope_, tmp_path, monkeypat
     refused = tailscope_("swap", *run, "--on", "ray")
     assert (refused.code, refused.err) == (2, "error: --on ray: Ray is not installed; pip install 'tailscope[ray]'\n")
     assert not (tmp_path / "swap.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("on", "address", "said"),
+    [
+        ("ray", None, "Ray could not be started on this machine (no answer)"),
+        ("ray", "10.0.0.1:6379", "the cluster at 10.0.0.1:6379 cannot be reached (no answer); is its address right?"),
+        ("ray://a:1", None, "the cluster at ray://a:1 cannot be reached (no answer); is its address right?"),
+    ],
+)
+def test_a_cluster_that_does_not_answer_is_named(monkeypatch, on, address, said):
+    def init(**given):
+        raise ConnectionError("first line\nno answer")
+
+    monkeypatch.setenv("RAY_ADDRESS", address) if address else monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(UserError, match=re.escape(f"--on {on}: {said}")):
+        on_ray.connect(SimpleNamespace(init=init), on)
 
 
 # -- Ray --------------------------------------------------------------------------------------------------------------

@@ -231,7 +231,7 @@ def test_swap_ladder_and_geometry_print_on_six_pages(browser, tmp_path):
     assert 2 <= len(re.findall(rb"/Type\s*/Page\b", printed)) <= 6
 
 
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("width", [pytest.param(1280, marks=pytest.mark.slow), 390])
 def test_no_accessibility_rule_is_broken(open_page, width):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
     page = open_page(viewport={"width": width, "height": 800}).page

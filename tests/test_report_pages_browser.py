@@ -85,14 +85,16 @@ def open_page(browser, address):
     assert said == []
 
 
-@pytest.mark.parametrize("width", [pytest.param(1280, marks=pytest.mark.slow), 390])
-def test_no_accessibility_rule_is_broken_with_folds_closed_and_open(open_page, width):
+WIDE = [pytest.param(1280, unfold, marks=pytest.mark.slow) for unfold in ("", UNFOLD)]
+
+
+@pytest.mark.parametrize(("width", "unfold"), [(390, ""), pytest.param(390, UNFOLD, marks=pytest.mark.slow), *WIDE])
+def test_no_accessibility_rule_is_broken_with_folds_closed_and_open(open_page, width, unfold):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
     page = open_page(width)
-    for unfold in ("", UNFOLD):
-        page.evaluate(unfold)
-        page.wait_for_timeout(300)
-        assert [found["id"] for found in axe.Axe().run(page).response["violations"]] == []
+    page.evaluate(unfold)
+    page.wait_for_timeout(300)
+    assert [found["id"] for found in axe.Axe().run(page).response["violations"]] == []
 
 
 def test_the_first_screen_has_verdict_caveat_and_what_to_do(open_page):

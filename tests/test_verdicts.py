@@ -1,6 +1,7 @@
 """The verdict's own test: its truth, its draws and its counts are right, and it goes on where it was stopped."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -321,6 +322,29 @@ def test_what_cannot_be_had_is_named(tmp_path: Path):
     assert reasons["stored backbones of CIFAR"] == "no --store"
     assert all(one.name.startswith("digits") for one in chosen)
     assert len([*cases.plan(chosen)]) >= 60
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_ray_cluster_finds_the_same(tmp_path, monkeypatch):
+    """As one process of one thread does; what a worker that ends had begun is done again."""
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    found, pool = {}, run._pool
+    monkeypatch.setattr(run, "_pool", lambda processes, inline: pool(processes, inline=False))
+    for name, on in (("here", None), ("ray", "ray")):
+        assert run.run(TINY, Place(None, tmp_path / name), tmp_path / name, 1, on) == 0
+        found[name] = json.loads((tmp_path / name / "verdicts.json").read_text())["cases"]
+    assert [{**one, "seconds": 0} for one in found["ray"]] == [{**one, "seconds": 0} for one in found["here"]]
+
+    def ends_once(path: Path) -> str:
+        if not path.exists():
+            path.touch()
+            os._exit(1)
+        return path.name
+
+    with run._cluster("ray") as work:
+        assert sorted(work(ends_once, [tmp_path / "a", tmp_path / "b"])) == ["a", "b"]
 
 
 def test_it_runs_by_itself(capsys: pytest.CaptureFixture[str]):

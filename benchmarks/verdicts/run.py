@@ -20,6 +20,7 @@ from benchmarks.record import PACKAGES, Options, hardware
 from benchmarks.verdicts import cases, sources, summary, truth
 from benchmarks.verdicts.cases import Case
 from benchmarks.verdicts.sources import Place, Source
+from tailscope.experiments import on_ray
 from tailscope.results import command_line, versions
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -30,8 +31,11 @@ QUICK = ("digits-pixels", "digits-tanh3", "digits-own-demo-50-0")
 TINY = ("digits-pca8",)
 
 
-def run(options: Options, place: Place, out: Path, processes: int) -> int:
-    """Examine every case that is not in the cache yet, and write OUT/verdicts.json; return the exit code."""
+def run(options: Options, place: Place, out: Path, processes: int, on: str | None = None) -> int:
+    """Examine every case that is not in the cache yet, and write OUT/verdicts.json; return the exit code.
+
+    With `on`, `ray` or `ray://HOST:PORT`, a Ray cluster does it, whose machines see this repository and the cache.
+    """
     started = time.monotonic()
     chosen, skipped = choose(options, place)
     for entry in skipped:
@@ -41,7 +45,7 @@ def run(options: Options, place: Place, out: Path, processes: int) -> int:
     before = {**kept.records}
     complete = True
     try:
-        with _pool(processes, inline=options.inline) as work:
+        with _cluster(on) if on else _pool(processes, inline=options.inline) as work:
             _prepare(chosen, [case for case in wanted if case.key not in before], place, kept, work, len(wanted))
     except KeyboardInterrupt:
         complete = False
@@ -158,6 +162,25 @@ def _pool(processes: int, *, inline: bool) -> Iterator[Work]:
     finally:
         pool.terminate()
         pool.join()
+
+
+@contextmanager
+def _cluster(on: str) -> Iterator[Work]:
+    """Give a function that maps over tasks on a Ray cluster, a core each; one whose worker is lost is done again."""
+    ray = on_ray.imported()
+    on_ray.connect(ray, on)
+
+    def work(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
+        remote = ray.remote(num_cpus=1, max_retries=3)(function)
+        left = [remote.remote(task) for task in tasks]
+        while left:
+            (done, *_), left = ray.wait(left)
+            yield ray.get(done)
+
+    try:
+        yield work
+    finally:
+        ray.shutdown()
 
 
 def _alone() -> None:

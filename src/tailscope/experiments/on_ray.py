@@ -7,6 +7,7 @@ store. Ray's own transport pickles, and executes what it is sent: whoever reache
 """
 
 import logging
+import os
 import signal
 import threading
 import uuid
@@ -34,8 +35,8 @@ class OnRay(Apart):
         Raises:
             UserError: Ray is not installed, the cluster cannot be reached, or it lacks what a stage needs.
         """
-        self._ray = ray = _imported()
-        _connect(ray, str(placing.on))
+        self._ray = ray = imported()
+        connect(ray, str(placing.on))
         have = ray.cluster_resources()
         gpus = placing.gpus
         if gpus is None:
@@ -57,11 +58,8 @@ class OnRay(Apart):
         tell(f"Ray: {len(ray.nodes())} machines, {slots} stages at a time, each {needs['CPU']:g} cores, {gpus:g} GPUs")
 
     def _ask(self, lab: Stages, job: Job, given: bytes | None) -> Outcome:
-        ray, progress, name = (
-            self._ray,
-            lab.runtime.progress,
-            uuid.uuid4().hex,
-        )  # of this try: the board keeps what others said
+        ray, progress = self._ray, lab.runtime.progress
+        name = uuid.uuid4().hex  # of this try: the board keeps what others said
         with self._lock:
             if job.fingerprint not in self._sent:
                 self._sent[job.fingerprint] = ray.put(lab.data)
@@ -136,7 +134,12 @@ def _work(job: Job, data: list[Any], given: list[Any] | None, board: Any, name: 
     return tuple(work(job, lambda: ray.get(data[0]), fetched, report))
 
 
-def _imported() -> Any:
+def imported() -> Any:
+    """Return the module `ray`.
+
+    Raises:
+        UserError: it is not installed.
+    """
     try:
         import ray
     except ImportError:
@@ -144,17 +147,22 @@ def _imported() -> Any:
     return ray
 
 
-def _connect(ray: Any, on: str) -> None:
-    """Connect to the cluster that `--on` names, or start one here."""
+def connect(ray: Any, on: str) -> None:
+    """Connect to the cluster that `--on` names, or start one here.
+
+    Raises:
+        UserError: it cannot be reached, or started.
+    """
     address = on if on.startswith("ray://") else None
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
     with _own_signals():
         try:
             ray.init(address=address, **quiet, **({} if address else {"include_dashboard": False}))
         except Exception as error:  # Ray raises many kinds for a cluster that is not there
-            raise UserError(
-                f"--on {on}: the cluster cannot be reached ({_cause(error)}); is its address right?"
-            ) from None
+            if not (named := address or os.environ.get("RAY_ADDRESS")):
+                raise UserError(f"--on {on}: Ray could not be started on this machine ({_cause(error)})") from None
+            said = f"the cluster at {named} cannot be reached ({_cause(error)}); is its address right?"
+            raise UserError(f"--on {on}: {said}") from None
 
 
 def _cause(error: BaseException) -> str:
