@@ -77,7 +77,7 @@ class Of(Team):
 
 def test_the_files_hold_the_rows_of_one_file_bit_for_bit(tmp_path, encoder, images, whole):
     done = write(encoder, images, tmp_path / "f")
-    assert done == parts.Written(250, 0, 0)
+    assert done == parts.Written(250, 0)
     assert [path.name for path in sorted((tmp_path / "f").glob("*.parquet"))] == [
         f"{start:012d}.parquet" for start in range(0, 250, 48)
     ]
@@ -147,23 +147,45 @@ def test_a_folder_with_other_parquet_files_is_left_alone(tmp_path, encoder, imag
     assert other.read_bytes() == b"precious"
 
 
-@pytest.mark.parametrize("skipped", [1, 49])
-def test_images_that_cannot_be_read_are_counted(tmp_path, skipped):
+@pytest.fixture
+def photos(tmp_path) -> list[Path]:
+    """Sixty small photographs of two classes: a part of 48, and one of 12."""
     from PIL import Image
 
     for k in range(60):
         path = tmp_path / "photos" / f"class{k % 2}" / f"{k:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((9, 9, 3), 3 * k + 9, np.uint8)).save(path)
-    files = sorted((tmp_path / "photos").rglob("*.png"))
-    for path in files[20 : 20 + skipped // 2 + 1]:
-        path.write_bytes(b"no image")
-    found = run_features(
+    return sorted((tmp_path / "photos").rglob("*.png"))
+
+
+def of_photos(tmp_path):
+    return run_features(
         "resnet8", f"folder:{tmp_path / 'photos'}", tmp_path / "f", image_size=8, normalize="none",
         options=replace(SMALL, skip_unreadable=True), runtime=CPU, folder=True,
     )  # fmt: skip
-    assert (found.rows, found.skipped) == (60 - skipped // 2 - 1, skipped // 2 + 1)
+
+
+@pytest.mark.parametrize("bad", [range(20, 21), range(20, 45), range(40, 60), range(59, 60)])
+def test_images_that_cannot_be_read_are_named(tmp_path, photos, bad):
+    """In one part or in both; all of one; by the run that finds them, and by the next, which finds all done."""
+    for k in bad:
+        photos[k].write_bytes(b"no image")
+    for resumed in (0, 60 - len(bad)):
+        found = of_photos(tmp_path)
+        assert (found.rows, found.skipped, found.resumed) == (60 - len(bad), len(bad), resumed)
+        (said,) = (line for line in found.warnings if "cannot be read" in line)
+        assert f"{len(bad)} image{'s' * (len(bad) > 1)} cannot be read" in said
+        assert all(str(photos[k].name) in said for k in [*bad][:10])
     assert len(FeatureTable.load(tmp_path / "f")) == found.rows
+
+
+def test_where_no_image_can_be_read_nothing_is_written(tmp_path, photos):
+    for path in photos:
+        path.write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"60 images cannot be read: .*00\.png"):
+        of_photos(tmp_path)
+    assert not list((tmp_path / "f").glob("*.parquet"))
 
 
 def test_what_the_command_refuses(tailscope_, tmp_path):

@@ -185,6 +185,15 @@ def extract_to_file(
     return extract_part(encoder, images, out, runtime, options, provenance, spec_of(encoder, images, runtime, options))
 
 
+class NoneReadable(UserError):
+    """There are no images, or none that can be read: `skipped` says why."""
+
+    def __init__(self, images: Images, skipped: list[Unreadable]) -> None:
+        """Take in what there is."""
+        super().__init__(str(refuse(images, skipped)) if skipped else f"{images.name}: no images")
+        self.skipped = skipped
+
+
 def extract_part(
     encoder: Encoder,
     images: Images,
@@ -194,14 +203,18 @@ def extract_part(
     provenance: dict[str, Any] | None,
     made_by: dict[str, Any],
 ) -> Extraction:
-    """Do as `extract_to_file` with some of the images that `made_by` describes, without trying them first."""
+    """Do as `extract_to_file` with some of the images that `made_by` describes, without trying them first.
+
+    Raises:
+        NoneReadable: there is nothing to write.
+    """
     shards = Shards(out, len(images))
     with shards.opened(made_by):
         resumed = shards.readable()
         _extract_missing(encoder, images, shards, runtime, options)
         skipped = shards.unreadable()
         if shards.readable() == 0:
-            raise refuse(images, skipped) if skipped else UserError(f"{images.name}: no images")
+            raise NoneReadable(images, skipped)
         features, rows = _merge(shards)
         table = table_of(features, rows, images, {**(provenance or {}), **made_by}, str(out))
         runtime.progress.note(f"writing {out}: {len(table)} rows, d = {table.width}")

@@ -149,7 +149,7 @@ def run_features(
         encoder.width,
         len(images.class_names),
         written.resumed,
-        written.skipped,
+        len(written.unreadable),
         classifier,
         tuple(warnings),
     )

@@ -2,12 +2,14 @@
 
 The files are named by the first of their images: file after file, their rows are the images in their order. Each is
 extracted as a file by itself is (`extract_part`), written whole or not at all, and left alone by a later run.
-`extraction.json` says what they are parts of and how many images each has. A process takes every so manyth file;
+`extraction.json` says what they are parts of and how many images each has,
+and `START.unreadable.json` which of a file's images cannot be read. A process takes every so manyth file;
 batches begin at multiples of their size, so that the files are the same, however many processes write them.
 """
 
 import shutil
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import numpy as np
 from tailscope.data.decoding import Unreadable, refuse
 from tailscope.data.images import Images
 from tailscope.device import Runtime, Team
-from tailscope.encoders.extract import Extraction, Options, extract_part, spec_of, try_first
+from tailscope.encoders.extract import Extraction, NoneReadable, Options, extract_part, spec_of, try_first
 from tailscope.encoders.networks import Encoder
 from tailscope.errors import UserError
 from tailscope.results import read_json
@@ -41,27 +43,20 @@ def is_folder(out: Path | str) -> bool:
 
 @dataclass(frozen=True)
 class Written:
-    """What a file or folder holds: rows, those that were there before, images that cannot be read, and what they are.
-
-    Those are named of a file by itself; of a folder only their number is known.
-    """
+    """What a file or folder holds: rows, those that were there before, and images that could not be read."""
 
     rows: int
     resumed: int
-    skipped: int
     unreadable: tuple[Unreadable, ...] = ()
 
     @classmethod
     def of(cls, extraction: Extraction) -> "Written":
         """Return what was written to a file."""
-        skipped = extraction.skipped
-        return cls(len(extraction.table), extraction.resumed, len(skipped), tuple(skipped))
+        return cls(len(extraction.table), extraction.resumed, tuple(extraction.skipped))
 
     def notes(self, images: Images) -> list[str]:
-        """Say which images, or how many, cannot be read."""
-        if self.unreadable:
-            return [str(refuse(images, self.unreadable))]
-        return [f"{images.name}: {self.skipped:,} of {len(images):,} images cannot be read"] * bool(self.skipped)
+        """Say which images cannot be read."""
+        return [str(refuse(images, self.unreadable))] if self.unreadable else []
 
 
 def extract_to_folder(
@@ -89,15 +84,66 @@ def extract_to_folder(
         _prepare(make_folder(folder, "--out"), {**said, "spec": made_by}, overwrite)
         try_first(encoder, images, options)
     team.share(None)  # nobody begins before the folder is ready
-    files = {folder / f"{start:012d}.parquet": start for start in range(0, len(images), part)}
-    resumed = sum(filter(None, map(rows_in, files)))
-    for number, (file, start) in enumerate(files.items()):
-        if number % team.size == team.rank and rows_in(file) is None:
-            rows = np.arange(start, min(start + part, len(images)))
-            resumed += extract_part(encoder, images.take(rows), file, runtime, options, provenance, made_by).resumed
+    wanted = [Part(folder, start, min(part, len(images) - start)) for start in range(0, len(images), part)]
+    resumed = sum(one.written() for one in wanted)
+    for number, one in enumerate(wanted):
+        if number % team.size == team.rank and not one.is_done():
+            of_part = images.take(np.arange(one.start, one.start + one.images))
+            try:
+                extraction = extract_part(encoder, of_part, one.file, runtime, options, provenance, made_by)
+            except NoneReadable as error:  # in this part; whether there are others is seen at the end
+                one.remember(error.skipped)
+            else:
+                one.remember(extraction.skipped)
+                resumed += extraction.resumed
     team.share(None)  # all are done
-    written = sum(filter(None, map(rows_in, files)))
-    return Written(written, resumed, len(images) - written)
+    written = Written(
+        sum(one.written() for one in wanted),
+        resumed,
+        tuple(chain.from_iterable(one.unreadable() for one in wanted)),
+    )
+    if not written.rows:
+        raise NoneReadable(images, list(written.unreadable))
+    return written
+
+
+@dataclass(frozen=True)
+class Part:
+    """So many images from `start`, whose features lie in a file; another says which of them cannot be read, if any."""
+
+    folder: Path
+    start: int
+    images: int
+
+    @property
+    def file(self) -> Path:
+        """The features."""
+        return self.folder / f"{self.start:012d}.parquet"
+
+    def written(self) -> int:
+        """Return how many rows the file has."""
+        return rows_in(self.file) or 0
+
+    def unreadable(self) -> list[Unreadable]:
+        """Return the images that could not be read."""
+        try:
+            found = read_json(self._said)
+            return [Unreadable(int(row), str(where), str(reason)) for row, where, reason in found]
+        except (UserError, ValueError, TypeError):  # there is none, or it was damaged: the part is not done
+            return []
+
+    def is_done(self) -> bool:
+        """Return whether it is known of every image what became of it."""
+        return self.written() + len(self.unreadable()) == self.images
+
+    def remember(self, unreadable: list[Unreadable]) -> None:
+        """Say which images could not be read."""
+        if unreadable:
+            write_json(self._said, [(self.start + bad.row, bad.where, bad.reason) for bad in unreadable])
+
+    @property
+    def _said(self) -> Path:
+        return self.file.with_suffix(".unreadable.json")
 
 
 def _rows_of_a_part(encoder: Encoder, options: Options) -> int:
@@ -129,7 +175,7 @@ def _prepare(folder: Path, said: dict[str, Any], overwrite: bool) -> None:
             " --overwrite"
         )
     with writing(folder):
-        for file in ours:
+        for file in (*ours, *folder.glob("*.unreadable.json")):
             file.unlink()
         for shards in folder.glob("*.parquet.shards"):
             shutil.rmtree(shards)
