@@ -14,7 +14,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from benchmarks import __main__ as command
-from benchmarks import rebalance, record
+from benchmarks import rebalance, record, sweep
 from benchmarks.arms.common import load_images
 from benchmarks.arms.geometry_sklearn import centers_of, measure_class
 from benchmarks.arms.ours import make_features
@@ -279,3 +279,32 @@ def test_flops_count_the_products_of_a_small_shape() -> None:
 def test_the_process_that_measures_stays_free_of_pytorch():
     code = "import sys, benchmarks.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
+
+
+@pytest.mark.slow
+def test_a_sweep_gives_the_same_numbers_by_two_processes(tmp_path: Path) -> None:
+    ways = dict(list(sweep.WAYS.items())[:2])
+    found = sweep.run(Options("tiny"), ways)
+    assert found["same_numbers"]
+    assert [(way["backbones"], way["trained_twice"], way["lost"]) for way in found["ways"]] == [(1, 0, [])] * 2
+    assert all(0 < way["training"] < way["seconds"] for way in found["ways"])
+
+
+def test_what_a_sweep_costs_is_told_beside_half_of_one_after_the_other() -> None:
+    names = ("way", "seconds", "training", "beyond", "backbones", "trained_twice", "lost")
+    ways = [
+        ("one", 110.0, 100.0, 10.0, 2, 0, []),
+        ("ray", 57.0, 50.0, 7.0, 2, 0, []),
+        ("lost", 60.0, 50.0, 10.0, 2, 0, ["x: lost"]),
+    ]
+    document = {
+        "ways": [dict(zip(names, way, strict=True)) for way in ways], "same_numbers": True, "seeds": 2, "model": "m",
+        "size": "full", "created": "2026-01-01T00:00:00",
+        "environment": {"versions": {"python": "3"}, "hardware": {"cpu": "c", "threads": 1, "gpu": None}},
+    }  # fmt: skip
+    shown = sweep.table(document)
+    assert "| one | 110 | 100 | 10.0 |  |  |" in shown
+    assert "| ray | 57.0 | 50.0 | 7.00 | +4.0 % | reached |" in shown
+    assert "| lost | 60.0 | 50.0 | 10.0 | +10.0 % | **missed** |" in shown
+    assert "the same to the bit each way; backbones that were trained twice: 0" in shown
+    assert "Told: `x: lost`" in shown

@@ -72,8 +72,12 @@ def test_the_approximate_verdict_is_the_exact_one(monkeypatch, weak, bad):
 def test_without_a_classifier_and_with_a_test_file(monkeypatch):
     (train, unseen), _, truth = drawn(SMALL)
     test = table(*truth.draw(np.full(SMALL.classes, 10), np.random.default_rng(9)))
+    exact = tailscope.diagnose(train, unseen, test=test, permutations=0)["verdict"]
     force(monkeypatch)
     found = tailscope.diagnose(train, unseen, test=test, permutations=0)
+    assert found["verdict"]["bottleneck"] == exact["bottleneck"]
+    gaps = [one["representation_gap"]["points"] for one in (found["verdict"], exact)]
+    assert gaps[0] == pytest.approx(gaps[1], abs=0.04)
     best = (
         (test.features.numpy() @ truth.means.T - 0.5 * (truth.means**2).sum(1)).argmax(1) == test.labels.numpy()
     ).mean()

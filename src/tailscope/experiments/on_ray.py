@@ -53,7 +53,7 @@ class OnRay(Apart):
         seen = "cpu" if device == "auto" and not gpus else device  # a task without a GPU must not take one
         super().__init__(slots, max(1, int(needs["CPU"])), seen, tell)
         self._task = ray.remote(num_cpus=needs["CPU"], num_gpus=gpus, max_retries=0)(_work)
-        self._board = ray.remote(_Board).options(num_cpus=0, max_restarts=-1).remote()
+        self._board = ray.remote(_board()).options(num_cpus=0, max_restarts=-1).remote()
         self._sent: dict[str, Any] = {}
         tell(f"Ray: {len(ray.nodes())} machines, {slots} stages at a time, each {needs['CPU']:g} cores, {gpus:g} GPUs")
 
@@ -107,19 +107,23 @@ class OnRay(Apart):
         self._ray.shutdown()
 
 
-class _Board:
-    """What workers say, by the name of their task."""
+def _board() -> type:
+    """Return a class for what workers say, by the name of their task.
 
-    def __init__(self) -> None:
-        self._said: dict[str, tuple[str, int, int]] = {}
+    It is made here so that Ray sends it whole: its process then need not import this module, and PyTorch with it.
+    """
 
-    def write(self, name: str, where: str, done: int, total: int) -> None:
-        """Take in where a task runs, and how far it is."""
-        self._said[name] = where, done, total
+    class Board:
+        def __init__(self) -> None:
+            self._said: dict[str, tuple[str, int, int]] = {}
 
-    def read(self, name: str) -> tuple[str, int, int] | None:
-        """Return the last that was said of a task."""
-        return self._said.get(name)
+        def write(self, name: str, where: str, done: int, total: int) -> None:
+            self._said[name] = where, done, total
+
+        def read(self, name: str) -> tuple[str, int, int] | None:
+            return self._said.get(name)
+
+    return Board
 
 
 def _work(job: Job, data: list[Any], given: list[Any] | None, board: Any, name: str) -> tuple[Any, ...]:
