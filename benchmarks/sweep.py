@@ -98,7 +98,9 @@ def _told(lines: list[str], out: Path) -> dict[str, Any]:
 
 def _trained(out: Path) -> float:
     """Return the seconds that the backbones took."""
-    return sum(json.loads(path.read_text())["seconds"] for path in (out / "store" / "stage1").glob("*/meta.json"))
+    return sum(
+        float(json.loads(path.read_text())["seconds"]) for path in (out / "store" / "stage1").glob("*/meta.json")
+    )
 
 
 def _numbers(out: Path) -> Any:

@@ -299,7 +299,7 @@ def test_what_a_sweep_costs_is_told_beside_half_of_one_after_the_other() -> None
     ]
     document = {
         "ways": [dict(zip(names, way, strict=True)) for way in ways], "same_numbers": True, "seeds": 2, "model": "m",
-        "size": "full", "created": "2026-01-01T00:00:00",
+        "size": "full", "created": "2026-01-01T00:00:00", "load_before": 0.1, "seconds": 9,
         "environment": {"versions": {"python": "3"}, "hardware": {"cpu": "c", "threads": 1, "gpu": None}},
     }  # fmt: skip
     shown = sweep.table(document)
