@@ -162,8 +162,10 @@ def test_without_a_verdict_there_is_no_classifier_to_ask(given):
     assert tailscope.diagnose(*given[:2], verdict=False, permutations=0)["drilldown"] is None
 
 
-def test_of_very_many_classes_few_samples_are_listed():
-    rng, classes = np.random.default_rng(0), 900
+def test_of_very_many_classes_few_samples_are_listed(monkeypatch):
+    monkeypatch.setattr(samples, "MOST_LISTED", 200)
+    monkeypatch.setattr(samples, "DRAWN", 100)
+    rng, classes = np.random.default_rng(0), 90
     centres = rng.normal(size=(classes, 16))
     labels = np.repeat(np.arange(classes), 3)
     train, unseen = (table(centres[labels] + 0.1 * rng.normal(size=(len(labels), 16)), labels) for _ in range(2))

@@ -346,7 +346,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH: install the package chromium")
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("width", [pytest.param(1280, marks=pytest.mark.slow), 390])
 def test_a_browser_shows_every_thumbnail(hundred, width):
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     address, said = Path(hundred[0]).as_uri(), []
