@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -16,12 +18,13 @@ import torch
 from experiment_setups import CPU, TINY, entries, lab, settings
 from tailscope import plugins
 from tailscope.errors import UserError
-from tailscope.experiments import on_ray, places
+from tailscope.experiments import on_ray, places, workers
 from tailscope.experiments.compare import CompareSettings, _waves, compare
 from tailscope.experiments.options import Placing
-from tailscope.experiments.places import Apart, Failed, Lost, Order, Outcome, Place, Processes, work
+from tailscope.experiments.places import Apart, Failed, Lost, Place, Processes
 from tailscope.experiments.plans import swap, waves_of
 from tailscope.experiments.trainings import Trainings, make_ahead
+from tailscope.experiments.workers import Order, Outcome, work
 from tailscope.progress import Deadline, Quiet, TimeIsUp
 from tailscope.spec import TrainSpec
 from tailscope.store import Store
@@ -225,7 +228,7 @@ def test_a_mistake_is_told_in_its_line_and_not_tried_again(tmp_path):
 
 
 def test_what_nobody_foresaw_is_tried_once_more_and_comes_with_its_traceback(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(places, "carry_out", lambda lab, order: 1 / 0)
+    monkeypatch.setattr(workers, "carry_out", lambda lab, order: 1 / 0)
     place, stages = InThreads(lambda text: None), lab(tmp_path)
     done = ahead(stages, waves_of(["swap"])(stages, settings(seeds=(0,), backbones=("lt",))), place)
     assert [job.engine for job in place.jobs] == ["auto", "eager"]
@@ -353,6 +356,93 @@ def test_an_interrupt_ends_the_processes_and_keeps_what_is_finished(tmp_path):
         assert free  # nobody works on it any more
 
 
+SCRIPT = """
+import torch
+import tailscope
+from tailscope.methods import LOSSES
+@LOSSES.register("mine")
+def mine(counts, /):
+    '''Cross-entropy of one's own.'''
+    return lambda logits, labels: torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+def main():
+    tailscope.swap("digits", recipe="miniature", loss="mine", seeds=1, backbones="lt", jobs=2, store="store")
+"""
+
+
+def of_script(folder, start):
+    (folder / "script.py").write_text(SCRIPT + start)
+    command = [sys.executable, "script.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.slow
+def test_a_program_registers_methods_for_its_processes(tmp_path):
+    ended = of_script(tmp_path, "if __name__ == '__main__': main()")
+    assert ended.returncode == 0, ended.stderr
+    assert len(list((tmp_path / "store" / "stage1").glob("*/DONE"))) == 1
+
+
+@pytest.mark.slow
+def test_a_script_that_starts_itself_again_is_told_how_to_begin(tmp_path):
+    ended = of_script(tmp_path, "main()")
+    last = ended.stderr.strip().splitlines()[-1]
+    assert "UserError" in last
+    assert places.NEVER_BEGAN in last
+
+
+def test_code_that_ends_the_program_ends_its_piece_alone(tmp_path):
+    class Ending(Recording):
+        def make(self, lab, order):
+            sys.exit("that is enough")
+
+    done = ahead(lab(tmp_path), waves_of(["swap"])(lab(tmp_path), settings(seeds=(0,))), Ending(1))
+    assert [str(error) for error in done.errors] == ["its code ends the program (exit that is enough)"] * 2
+
+
+def test_a_store_that_a_worker_may_not_look_at_is_one_that_it_does_not_see(monkeypatch):
+    def refused(self):
+        raise PermissionError(13, "no", str(self))
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    job = SimpleNamespace(imports=(), threads=1, seconds=None, device="cpu", engine="auto", store=Path("s"), marker="m")
+    assert work(job, None, None, lambda *far: None).state == "unshared"
+
+
+def test_jobs_do_not_go_with_torchrun(tailscope_, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused = tailscope_("swap", "--data", "digits", "--jobs", 2, "--out", tmp_path)
+    assert (refused.code, "--devices: several processes for one training" in refused.err) == (2, True)
+
+
+def test_a_gpu_of_the_cluster_is_not_looked_for_here():
+    assert Placing(on="ray").own_device("cuda") == "auto"
+    assert (Placing().own_device("cuda"), Placing(on="ray").own_device("cpu")) == ("cuda", "cpu")
+
+
+@pytest.mark.parametrize(("cpus", "slots"), [(1, 8), (3, 2), (4, 2), (5, None)])
+def test_a_stage_fits_on_one_machine(monkeypatch, cpus, slots):
+    """Two machines of four cores, and one that is gone."""
+
+    class Remote:
+        def __call__(self, *_, **__):
+            return self
+
+        options = remote = __call__
+
+    nodes = [{"Resources": {"CPU": 4.0}, "Alive": alive} for alive in (True, True, False)]
+    fake = SimpleNamespace(
+        init=str, shutdown=lambda: None, cluster_resources=lambda: {"CPU": 8.0}, nodes=lambda: nodes, remote=Remote()
+    )
+    monkeypatch.setattr(on_ray, "imported", lambda: fake)
+    monkeypatch.setattr(on_ray, "connect", lambda *_: None)
+    if slots is None:
+        with pytest.raises(UserError, match="no machine of the cluster has more cores and GPUs than 4 and 0, a stage"):
+            on_ray.OnRay(Placing(on="ray", cpus=cpus), "cpu", str)
+    else:
+        assert on_ray.OnRay(Placing(on="ray", cpus=cpus), "cpu", str).slots == slots
+
+
 # -- the command line -------------------------------------------------------------------------------------------------
 
 
@@ -473,5 +563,5 @@ def test_an_interrupt_ends_what_a_ray_cluster_works_on(two_nodes, tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_more_than_a_ray_cluster_has_is_refused(two_nodes, tmp_path):
     stages = lab(tmp_path)
-    with pytest.raises(UserError, match="has 2 cores and 0 GPUs, a stage asks for 64 and 0; change --cpus or --gpus"):
+    with pytest.raises(UserError, match=r"has more cores and GPUs than 1 and 0, a stage asks for 64"):
         make_ahead(stages, iter([[]]), Placing(on="ray", cpus=64), "cpu", str)

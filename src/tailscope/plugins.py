@@ -161,7 +161,7 @@ def plugin_of(registering: Mapping[str, Any], registered: object) -> Plugin | No
     Raises:
         UserError: its source cannot be read.
     """
-    module = str(registering.get("__name__"))
+    module = str(registering.get("__name__")).replace("__mp_main__", "__main__")  # a program, in a process of its own
     top = module.partition(".")[0]
     if top == __package__:
         return None

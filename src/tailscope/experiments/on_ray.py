@@ -17,8 +17,9 @@ from typing import Any
 
 from tailscope.errors import UserError, one_line
 from tailscope.experiments.options import Placing
-from tailscope.experiments.places import GRACE, Apart, Following, Job, Lost, Outcome, Tell, here, work
+from tailscope.experiments.places import GRACE, Apart, Following, Lost, Tell
 from tailscope.experiments.stages import Stages
+from tailscope.experiments.workers import Job, Outcome, here, work
 
 MOST = 512
 """How many stages are asked for at a time at most: each has a thread here that waits."""
@@ -42,20 +43,22 @@ class OnRay(Apart):
         if gpus is None:
             gpus = 1.0 if have.get("GPU") and device != "cpu" else 0.0
         needs = {"CPU": 1.0 if placing.cpus is None else placing.cpus, "GPU": gpus}
-        fit = [int(have.get(name, 0.0) / amount + 1e-9) for name, amount in needs.items() if amount]
-        if not min(fit, default=1):
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        fit = sum(_fitting(machine, needs) for machine in machines)  # a stage does not spread over machines
+        if not fit:
             self.close()
+            most = " and ".join(f"{max(one.get(name, 0) for one in machines):g}" for name in needs)
             raise UserError(
-                f"--on {placing.on}: the cluster has {have.get('CPU', 0):g} cores and {have.get('GPU', 0):g} GPUs, a"
-                f" stage asks for {needs['CPU']:g} and {gpus:g}; change --cpus or --gpus"
+                f"--on {placing.on}: no machine of the cluster has more cores and GPUs than {most}, a stage asks for"
+                f" {needs['CPU']:g} and {gpus:g}; change --cpus or --gpus"
             )
-        slots = placing.jobs or min(MOST, *(fit or [MOST]))
+        slots = placing.jobs or min(MOST, fit)
         seen = "cpu" if device == "auto" and not gpus else device  # a task without a GPU must not take one
         super().__init__(slots, max(1, int(needs["CPU"])), seen, tell)
         self._task = ray.remote(num_cpus=needs["CPU"], num_gpus=gpus, max_retries=0)(_work)
         self._board = ray.remote(_board()).options(num_cpus=0, max_restarts=-1).remote()
         self._sent: dict[str, Any] = {}
-        tell(f"Ray: {len(ray.nodes())} machines, {slots} stages at a time, each {needs['CPU']:g} cores, {gpus:g} GPUs")
+        tell(f"Ray: {len(machines)} machines, {slots} stages at a time, each {needs['CPU']:g} cores, {gpus:g} GPUs")
 
     def _ask(self, lab: Stages, job: Job, given: bytes | None) -> Outcome:
         ray, progress = self._ray, lab.runtime.progress
@@ -107,6 +110,12 @@ class OnRay(Apart):
         self._ray.shutdown()
 
 
+def _fitting(machine: dict[str, float], needs: dict[str, float]) -> int:
+    """Return how many stages a machine has room for at a time."""
+    rooms = [int(machine.get(name, 0.0) / amount + 1e-9) for name, amount in needs.items() if amount]
+    return min(rooms, default=MOST)
+
+
 def _board() -> type:
     """Return a class for what workers say, by the name of their task.
 
@@ -114,13 +123,17 @@ def _board() -> type:
     """
 
     class Board:
+        """What workers said last."""
+
         def __init__(self) -> None:
             self._said: dict[str, tuple[str, int, int]] = {}
 
         def write(self, name: str, where: str, done: int, total: int) -> None:
+            """Take in where a task runs, and how far it is."""
             self._said[name] = where, done, total
 
         def read(self, name: str) -> tuple[str, int, int] | None:
+            """Return the last that was said of a task."""
             return self._said.get(name)
 
     return Board

@@ -4,6 +4,7 @@ A type that is named beside `typer.Option` is the one that a command line has, w
 """
 
 import inspect
+import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import wraps
@@ -158,6 +159,10 @@ class Placing:
         """Whether stages are made ahead, in other processes or by threads."""
         return self.on is not None or (self.jobs or 1) > 1
 
+    def own_device(self, device: str) -> str:
+        """Return the device of this process: one that only recalls what a cluster makes may have no GPU."""
+        return "auto" if self.on is not None and device.startswith("cuda") else device
+
     def check_place(self) -> None:
         """Refuse options that do not go together, with a `UserError`."""
         if self.on is not None and self.on != "ray" and not self.on.startswith("ray://"):
@@ -165,7 +170,8 @@ class Placing:
         for name in ("cpus", "gpus"):
             if self.on is None and getattr(self, name) is not None:
                 raise UserError(f"--{name}: only with --on ray")
-        if self.elsewhere and (getattr(self, "devices", None) or 1) * getattr(self, "num_nodes", 1) > 1:
+        processes = (getattr(self, "devices", None) or 1) * getattr(self, "num_nodes", 1)
+        if self.elsewhere and max(processes, int(os.environ.get("WORLD_SIZE") or 1)) > 1:  # torchrun sets that
             raise UserError(
                 "--devices: several processes for one training, and --jobs or --on many trainings; take one"
             )

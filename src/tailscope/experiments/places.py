@@ -1,52 +1,49 @@
 """Where the stages of an experiment are made: in this process, in others of this machine, or on a Ray cluster.
 
 A `Place` makes one stage at a time for each thread that asks, and the thread waits: which stage comes when is decided
-in `tailscope.experiments.trainings`, the same for all places. Elsewhere than in this process a worker opens the store,
-if it sees it, and makes the stage there, so that one that is killed leaves its checkpoint to the next. A worker that
-does not see the store works in a folder of its own and sends the stage home as an archive of `tailscope store pack`.
-Whichever way, the store then has the stage, and the experiment recalls it.
+in `tailscope.experiments.trainings`, the same for all places. Elsewhere than in this process a worker makes the stage
+(`tailscope.experiments.workers`): in the store, so that one that is killed leaves its checkpoint to the next, or where
+it does not see that, in a folder of its own, and it sends an archive home. Whichever way, the store then has the stage,
+and the experiment recalls it.
 """
 
 import multiprocessing
-import os
 import pickle
 import signal
-import socket
 import tempfile
-import time
-import traceback
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Lock
 from types import FrameType
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 
 from tailscope import plugins
 from tailscope.data.sources import ImageData
-from tailscope.device import Runtime
 from tailscope.errors import UserError
-from tailscope.experiments.runs import Run, evaluate
 from tailscope.experiments.stages import Stages, pretraining
-from tailscope.progress import Advance, Deadline, Progress, TimeIsUp
+from tailscope.experiments.workers import Job, Order, Outcome, carry_out, packed, work
+from tailscope.progress import Deadline, Progress, TimeIsUp
 from tailscope.spec import backbone_key
-from tailscope.store import Store, add, pack
-from tailscope.training.recipes import with_plugins
+from tailscope.store import Store, add
 
 ATTEMPTS = 4
 """How often a stage is begun at most, where its workers are lost."""
 LOOK = 0.2
 """Seconds between two looks whether a worker has answered, or is to be stopped."""
+NEVER_BEGAN = (
+    "a process for it ended as it began; a script that asks for several (--jobs) starts its work under"
+    " `if __name__ == '__main__':`, for each process imports the script anew"
+)
 GRACE = 10.0
 """Seconds that a worker has to save its last epoch when it is stopped."""
 
-Kind = Literal["pretrained", "stage1", "stage2"]
 Tell = Callable[[str], object]
 
 
@@ -56,44 +53,6 @@ class Lost(Exception):
 
 class Failed(Exception):
     """What a worker did not foresee: the message is its traceback."""
-
-
-@dataclass(frozen=True, eq=False)
-class Order:
-    """A stage to make: the pre-training or the backbone of a run, or the classifier on it."""
-
-    kind: Kind
-    run: Run
-    label: str
-
-    @property
-    def key(self) -> str:
-        """The store's key of the stage."""
-        if self.kind == "pretrained":
-            return backbone_key(pretraining(self.run.stage1), self.run.seed)
-        spec = self.run.spec() if self.kind == "stage2" else None
-        return self.run.backbone_key if spec is None else spec.key()
-
-    def plain(self) -> "Order":
-        """Return the order as it is sent: with what every run has, whatever experiment it belongs to."""
-        run = Run(**{one.name: getattr(self.run, one.name) for one in fields(Run)})
-        return Order(self.kind, run, self.label)
-
-
-def carry_out(lab: Stages, order: Order) -> None:
-    """Make a stage, unless the store has it, and the features of the test images that its evaluation needs."""
-    run = order.run
-    for stage in filter(None, (run.stage1, run.stage2)):
-        if with_plugins(stage) != stage:
-            raise UserError("a worker has other plug-ins than this process; give all of them the same files")
-    if order.kind == "pretrained":
-        lab.pretrained(run.stage1, run.trained_on.rows, run.seed, order.label)
-        return
-    backbone = lab.backbone(run.stage1, run.trained_on.rows, run.seed, order.label)
-    if order.kind == "stage1":
-        lab.clean_features(backbone, "test")
-    else:
-        evaluate(lab, run, backbone, order.label)
 
 
 class Place(ABC):
@@ -129,151 +88,6 @@ class Here(Place):
     def make(self, lab: Stages, order: Order) -> None:
         """Make the stage in the calling thread."""
         carry_out(lab, order)
-
-
-# -- what a worker does -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Job:
-    """An order with all that a worker needs to know; data come apart, since it may have them.
-
-    Attributes:
-        fingerprint: of the data set.
-        store: the store's folder, as the process that asks sees it.
-        marker: name of a file in it: a worker that finds it sees the same store.
-        device: as `--device` takes it, and `engine` as `--engine`.
-        threads: cores that the worker uses.
-        workers: processes that decode files; None decides.
-        seconds: until no further epoch may begin; None: no limit.
-        imports: the plug-ins that `--import` named.
-    """
-
-    order: Order
-    fingerprint: str
-    store: Path
-    marker: str
-    device: str
-    engine: str
-    threads: int
-    workers: int | None
-    seconds: float | None
-    imports: tuple[plugins.Named, ...]
-
-
-class Outcome(NamedTuple):
-    """A worker's answer."""
-
-    state: Literal["done", "mistake", "failed", "unfinished", "unshared"]
-    where: str
-    text: str = ""
-    archive: bytes = b""
-    """What was made, from a worker that does not see the store."""
-    logged: Sequence[tuple[str, int, Mapping[str, float], bool]] = ()
-    """What is for loggers."""
-
-
-class Reporting(Progress):
-    """A worker's progress: `report` gets images done and their number, some times a second at most."""
-
-    EVERY = 0.5
-
-    def __init__(self, report: Callable[[int, int], object]) -> None:
-        self._report, self._told = report, 0.0
-        self.logged: list[tuple[str, int, Mapping[str, float], bool]] = []
-
-    @contextmanager
-    def task(self, description: str, total: int, done: int = 0) -> Iterator[Advance]:
-        """Report how far the task is."""
-        count = done
-
-        def advance(items: int, /) -> None:
-            nonlocal count
-            count += items
-            if time.monotonic() - self._told >= self.EVERY:
-                self._told = time.monotonic()
-                self._report(count, total)
-
-        self._report(done, total)
-        yield advance
-
-    def log(self, run: str, step: int, numbers: Mapping[str, float], *, last: bool = False) -> None:
-        """Keep the numbers for the process that asked."""
-        self.logged.append((run, step, dict(numbers), last))
-
-
-def here() -> str:
-    """Return this process's name for people: machine and number."""
-    return f"{socket.gethostname()}, process {os.getpid()}"
-
-
-def work(
-    job: Job,
-    data: ImageData | Callable[[], ImageData],
-    given: bytes | Callable[[], bytes] | None,
-    report: Callable[[int, int], object],
-) -> Outcome:
-    """Carry out a job in this process, and say what came of it.
-
-    Args:
-        job: what is to be done.
-        data: the data set, or what fetches it where this process has not had it just now.
-        given: the archive of the stages that this one stands on, or what fetches it; None where it was not sent.
-        report: is told how far the work is.
-    """
-    progress = Reporting(report)
-    try:
-        for plugin in job.imports:
-            plugin.load()
-        torch.set_num_threads(job.threads)
-        limited = progress if job.seconds is None else Deadline(progress, job.seconds)
-        runtime = Runtime.choose(job.device, engine=job.engine, progress=limited)
-        if (job.store / job.marker).is_file():
-            carry_out(_lab(job, data, Store(job.store), runtime), job.order)
-            return Outcome("done", here(), logged=progress.logged)
-        if given is None:
-            return Outcome("unshared", here())
-        archive = given() if callable(given) else given
-        with tempfile.TemporaryDirectory(prefix="tailscope-") as folder:
-            made = _apart(_lab(job, data, Store(Path(folder) / "store"), runtime), job.order, archive, Path(folder))
-        return Outcome("done", here(), archive=made, logged=progress.logged)
-    except TimeIsUp:
-        return Outcome("unfinished", here(), logged=progress.logged)
-    except UserError as error:
-        return Outcome("mistake", here(), str(error))
-    except Exception:  # the net under a worker: whoever asked tells it
-        return Outcome("failed", here(), traceback.format_exc())
-
-
-_opened: dict[str, Stages] = {}
-"""The data set that this worker had last, with its statistics."""
-
-
-def _lab(job: Job, data: ImageData | Callable[[], ImageData], store: Store, runtime: Runtime) -> Stages:
-    if job.fingerprint not in _opened:
-        _opened.clear()
-        opened = data() if callable(data) else data
-        _opened[job.fingerprint] = Stages(opened, store, runtime, workers=job.workers)
-    return _opened[job.fingerprint].working(runtime, store)
-
-
-def _apart(lab: Stages, order: Order, archive: bytes, folder: Path) -> bytes:
-    """Make a stage in a store of its own, from the archive of what it stands on; return what was made, packed."""
-    if archive:
-        (folder / "given.tar").write_bytes(archive)
-        add(lab.store, folder / "given.tar")
-    before = _entries(lab.store)
-    carry_out(lab, order)
-    return packed(lab.store, [entry for entry in _entries(lab.store) if entry not in before], folder)
-
-
-def _entries(store: Store) -> list[tuple[str, str]]:
-    return [(kind, key) for kind in store.kinds() for key in store.keys(kind)]
-
-
-def packed(store: Store, entries: Sequence[tuple[str, str]], folder: Path) -> bytes:
-    """Return an archive of entries, written to a folder on the way; nothing for none."""
-    return pack(store, folder / "packed.tar", entries)[0].read_bytes() if entries else b""
 
 
 # -- places apart -----------------------------------------------------------------------------------------------------
@@ -404,6 +218,13 @@ class _Worker:
     process: Any
     connection: Connection
     knows: set[str] = field(default_factory=set)
+    has_spoken: bool = False
+
+    @property
+    def never_began(self) -> bool:
+        """Whether the process ended by a mistake of the program that it starts as, before it could work."""
+        self.process.join(GRACE)
+        return not self.has_spoken and self.process.exitcode == 1
 
     def __str__(self) -> str:
         return f"process {self.process.pid}"
@@ -437,7 +258,10 @@ class Processes(Apart):
             self._tell(f"{job.order.label}: begun by {worker}")
             outcome = _listen(worker, lab.runtime.progress, job.order.label)
         except (EOFError, OSError):
+            never_began = worker.never_began
             worker.end()
+            if never_began:
+                raise UserError(f"{job.order.label}: {NEVER_BEGAN}") from None
             raise Lost(str(worker)) from None
         except BaseException:  # it is to be stopped
             worker.end()
@@ -470,6 +294,7 @@ def _listen(worker: _Worker, progress: Progress, label: str) -> Outcome:
         while True:
             if worker.connection.poll(LOOK):
                 said = worker.connection.recv()
+                worker.has_spoken = True
                 if isinstance(said, Outcome):
                     return said
                 follow(*said)

@@ -359,7 +359,7 @@ def run(
     notes = partial(Console(stderr=True, quiet=console.quiet).out, highlight=False)
     settings = settings or Settings.of(request)
     data = load(request.data, data_root=request.data_root)
-    runtime = Runtime.choose(request.device, engine=request.engine)
+    runtime = Runtime.choose(request.own_device(request.device), engine=request.engine)
     with (
         start_processes(data, request, runtime) as processes,
         shown_on(console) as shown,

@@ -23,9 +23,10 @@ import torch
 from tailscope.device import Runtime
 from tailscope.errors import UserError
 from tailscope.experiments.options import Placing
-from tailscope.experiments.places import Failed, Here, Order, Place, Processes, Tell
+from tailscope.experiments.places import Failed, Here, Place, Processes, Tell
 from tailscope.experiments.runs import Run
 from tailscope.experiments.stages import Stages
+from tailscope.experiments.workers import Order
 from tailscope.progress import Advance, Deadline, Progress, Quiet, TimeIsUp
 
 _log = logging.getLogger(__name__)
@@ -45,9 +46,9 @@ def failure(what: object, work: Callable[[], object], tell: Tell) -> Exception |
     except UserError as error:
         tell(f"{what} failed: {error}")
         return error
-    except Exception as error:  # a net: what ends one piece of work must not end the others, nor lose their results
-        _log.exception("%s failed", what)
-        return error
+    except (Exception, SystemExit) as error:  # a net: what ends one piece of work must not end the others, nor lose
+        _log.exception("%s failed", what)  # their results; a method's code may end the program
+        return error if isinstance(error, Exception) else Failed(f"its code ends the program (exit {error})")
     return None
 
 

@@ -93,7 +93,9 @@ def run_queue(reproduction: Reproduction, *, tell: Tell = print, progress: Progr
     """
     limit = None if reproduction.time_limit is None else parse_duration(reproduction.time_limit)
     deadline = Deadline(progress or Quiet(), float("inf") if limit is None else limit)
-    runtime = replace(Runtime.choose(reproduction.device, engine=reproduction.engine), progress=deadline)
+    runtime = replace(
+        Runtime.choose(reproduction.own_device(reproduction.device), engine=reproduction.engine), progress=deadline
+    )
     make_folder(reproduction.out, "--out")
     on_ray = reproduction.on is not None  # threads here take their turns with the pieces, on a GPU side by side
     place = place_of(reproduction, reproduction.device, runtime, tell) if on_ray else Here(reproduction.jobs or 1)

@@ -63,7 +63,7 @@ def run_reproduce(
     reproduction.settings(), reproduction.wanted()
     if reproduction.plan and paper.benchmark(reproduction.dataset).in_files:
         return _plan_of_files(reproduction, tell)
-    runtime = Runtime.choose(reproduction.device, engine=reproduction.engine)
+    runtime = Runtime.choose(reproduction.own_device(reproduction.device), engine=reproduction.engine)
     with start_processes(reproduction.open(), reproduction.on_files, runtime) as place:
         recipe = place.recipe(reproduction.settings().recipe)
         settings = reproduction.settings().model_copy(update={"recipe": recipe})
