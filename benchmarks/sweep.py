@@ -6,6 +6,7 @@ each backbone is trained once.
 
 What a way costs is what passes beyond the trainings: the seconds by the clock, less those that the store remembers of
 each backbone, over those that train at a time. A machine that is faster in one minute than in the next changes both.
+Ray is held against processes of this machine, which train two at a time as well.
 """
 
 import json
@@ -32,7 +33,7 @@ SIZES = {"full": (12, "resnet32(width=32)"), "quick": (4, "resnet8"), "tiny": (1
 """Seeds and network."""
 KILL_AFTER = {"full": 15.0, "quick": 1.0, "tiny": 1.0}
 """Seconds after the third backbone is begun that its worker is killed."""
-GOAL = 1.05
+MOST = 0.05
 
 
 def run(options: Options, ways: Mapping[str, tuple[str, ...]] = WAYS) -> dict[str, Any]:
@@ -111,13 +112,16 @@ def _numbers(out: Path) -> Any:
 
 def table(document: dict[str, Any]) -> str:
     """Return the result as Markdown."""
-    first = document["ways"][0]["beyond"] / 2
-    lines = ["| | seconds | in trainings, of each slot | beyond them | overhead | |", "|---|---|---|---|---|---|"]
+    processes = document["ways"][1]
+    lines = [
+        "| | seconds | in trainings, of each slot | beyond them | overhead of Ray | |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in document["ways"]:
         cells = [row["way"], *(number(row[name]) for name in ("seconds", "training", "beyond")), "", ""]
-        if row is not document["ways"][0]:
-            cost = 1 + (row["beyond"] - first) / row["training"]
-            cells[4:] = [f"{100 * (cost - 1):+.1f} %", "reached" if cost <= GOAL else "**missed**"]
+        if row["way"].startswith("Ray"):
+            cost = (row["beyond"] - processes["beyond"]) / processes["seconds"]
+            cells[4:] = [f"{100 * cost:+.1f} %", "reached" if cost <= MOST else "**missed**"]
         lines.append(f"| {' | '.join(cells)} |")
     same = "the same to the bit each way" if document["same_numbers"] else "**not the same**"
     again = sum(row["trained_twice"] for row in document["ways"])
@@ -126,9 +130,9 @@ def table(document: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"{document['seeds']} backbones ({document['model']}, digits) and as many classifiers. The overhead is what"
-            " passes beyond the trainings, less half of what passes one after the other, as a share of the trainings;"
-            f" the goal is {100 * (GOAL - 1):.0f} %. Numbers: {same}; backbones that were trained twice: {again}.",
+            f"{document['seeds']} backbones ({document['model']}, digits) and as many classifiers. The overhead of Ray is"
+            " what passes beyond the trainings, less what does with two processes, as a share of their seconds; the goal"
+            f" is {100 * MOST:.0f} % at most. Numbers: {same}; backbones that were trained twice: {again}.",
             "",
             *(f"Told: `{line}`." for line in lost),
             "",
