@@ -130,9 +130,9 @@ def table(document: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"{document['seeds']} backbones ({document['model']}, digits) and as many classifiers. The overhead of Ray is"
-            " what passes beyond the trainings, less what does with two processes, as a share of their seconds; the goal"
-            f" is {100 * MOST:.0f} % at most. Numbers: {same}; backbones that were trained twice: {again}.",
+            f"{document['seeds']} backbones ({document['model']}, digits) and as many classifiers. The overhead of Ray"
+            " is what passes beyond the trainings, less what does with two processes, as a share of their seconds; the"
+            f" goal is {100 * MOST:.0f} % at most. Numbers: {same}; backbones that were trained twice: {again}.",
             "",
             *(f"Told: `{line}`." for line in lost),
             "",
