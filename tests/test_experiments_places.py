@@ -186,6 +186,19 @@ def test_workers_that_do_not_see_the_store_send_archives(one_after_the_other, tm
     assert any(given for given in place.given)
 
 
+def test_a_worker_that_does_not_see_the_store_gets_what_a_backbone_is_trained_from(tmp_path, monkeypatch):
+    monkeypatch.setattr(Apart, "_mark", lambda self, store: None)
+    place, stages = InThreads(lambda text: None), lab(tmp_path)
+    chosen = CompareSettings(**dict(settings(seeds=(0,))), methods="ce; pseudo_labels; ssp", gaps="none")
+    first, *others = next(_waves(stages, chosen))
+    stages.backbone(first.stage1, first.trained_on.rows, 0, "")
+    stages.pretrained(others[1].stage1, first.trained_on.rows, 0, "")
+    for run in others:
+        place.make(stages, Order("stage1", run, run.encoder))
+    assert entries(stages.store, "stage1") == 3
+    assert [bool(given) for given in place.given] == [False, True, True]  # it is asked once whether it sees the store
+
+
 def test_a_lost_worker_is_replaced_and_the_next_one_goes_on(tmp_path):
     lost, told = [], []
 

@@ -23,14 +23,13 @@ from tailscope.errors import UserError
 from tailscope.experiments import plans
 from tailscope.experiments.options import Memorization, Request
 from tailscope.experiments.runs import Experiment, Run, Settings, store_root, training_sets
-from tailscope.experiments.stages import Backbone, Stages, TrainingSet, pretraining
+from tailscope.experiments.stages import Backbone, Stages, TrainingSet
 from tailscope.groups import GROUPS
 from tailscope.intervals import Z, as_list, paired
 from tailscope.measures import describe
 from tailscope.report import build
 from tailscope.report.objects import Memorization as Memorized
 from tailscope.seeds import derive, numpy_stream
-from tailscope.spec import backbone_key
 
 Floats = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -177,9 +176,8 @@ def plan(stages: Stages, settings: MemorizationSettings) -> dict[str, Any]:
     for seed in settings.seeds:
         for run in _runs(stages, settings, training_sets(stages, settings, seed), seed):
             row = {"seed": seed, "what": "backbone", "name": run.encoder}
-            if run.stage1.pretrain:
-                stored = stages.store.has("pretrained", backbone_key(pretraining(run.stage1), run.seed))
-                rows.append({**row, "name": f"{run.encoder}, pre-training", "stored": stored})
+            for kind, key, what in stages.beneath(run.stage1, run.seed):
+                rows.append({**row, "name": f"{run.encoder}, {what}", "stored": stages.store.has(kind, key)})
             rows.append({**row, "stored": stages.store.has("stage1", run.backbone_key)})
     missing = sum(not row["stored"] for row in rows)
     return {"plan": rows, "to_train": {"backbone": missing}, "steps": settings.recipe.stage1.model_dump(mode="json")}
