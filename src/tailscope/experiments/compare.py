@@ -13,7 +13,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple, Self, cast, get_args
 
@@ -29,8 +29,9 @@ from tailscope.diagnosis.outcomes import fixed
 from tailscope.diagnosis.remedies import Scored
 from tailscope.errors import UserError, unknown
 from tailscope.experiments import plans
+from tailscope.experiments.hours import opened_for
 from tailscope.experiments.options import Comparison, Request
-from tailscope.experiments.runs import Experiment, Run, Settings, evaluate, store_root, training_sets
+from tailscope.experiments.runs import Experiment, Run, Settings, evaluate, training_sets
 from tailscope.experiments.stages import SPENT, Backbone, Stages, TrainingSet
 from tailscope.intervals import holm, p_of_zero, paired, summarize
 from tailscope.methods import LOSSES, MIXINGS, SAMPLERS, TASKS, WEIGHTS
@@ -113,9 +114,7 @@ def run(request: Comparison) -> Compared:
     """
     settings = CompareSettings.of(request)
     if request.plan:
-        store = store_root(request.out, request.store)
-        unwritten = replace(request, out=None, store=store, jobs=None, on=None)
-        return Compared(plans.run(unwritten, ["compare"], settings, {"compare": plan})["compare"])
+        return Compared(plan(*opened_for(request, settings)))
     result = Compared(plans.run(request, ["compare"], settings, {"compare": compare}, _waves)["compare"])
     if request.out is not None:
         build(request.out)
@@ -261,7 +260,7 @@ def plan(stages: Stages, settings: CompareSettings) -> dict[str, Any]:
         runs = [*_runs(settings.parsed(), settings, sets, seed), *_tried(stages, settings, sets["lt"], seed)]
         for run in runs:
             row = {"seed": seed, "what": "backbone", "name": run.encoder}
-            for kind, key, what in stages.beneath(run.stage1, seed):
+            for kind, key, what, _ in stages.beneath(run.stage1, seed):
                 rows.setdefault((kind, key), row | {"name": f"{run.encoder}, {what}"})
             rows.setdefault(("stage1", run.backbone_key), row)
             if (spec := run.spec()) is not None:

@@ -107,20 +107,23 @@ def labeller(stage: StageSpec) -> StageSpec:
 
 
 class Beneath(NamedTuple):
-    """Kind and key of a stage that a backbone is trained from, and what for."""
+    """Kind and key of a stage that a backbone is trained from, what for, and the stage."""
 
     kind: Literal["pretrained", "stage1"]
     key: str
     what: str
+    stage: StageSpec
 
 
 def beneath(stage: StageSpec, seed: int) -> list[Beneath]:
     """Return what a stage 1 is trained from: its pre-training, and the network that labels the other images."""
     found = []
     if stage.pretrain:
-        found.append(Beneath("pretrained", backbone_key(pretraining(stage), seed), "pre-training"))
+        first = pretraining(stage)
+        found.append(Beneath("pretrained", backbone_key(first, seed), "pre-training", first))
     if stage.unlabelled:
-        found.append(Beneath("stage1", backbone_key(labeller(stage), seed), "to label the others"))
+        first = labeller(stage)
+        found.append(Beneath("stage1", backbone_key(first, seed), "to label the others", first))
     return found
 
 
