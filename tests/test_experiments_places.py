@@ -488,3 +488,11 @@ def test_more_than_a_ray_cluster_has_is_refused(two_nodes, tmp_path):
     stages = lab(tmp_path)
     with pytest.raises(UserError, match="has 2 cores and 0 GPUs, a stage asks for 64 and 0; change --cpus or --gpus"):
         make_ahead(stages, iter([[]]), Placing(on="ray", cpus=64), "cpu", str)
+
+
+def test_test_images_stay_unread_while_hyper_parameters_are_chosen(tmp_path):
+    stages = lab(tmp_path)
+    chosen = CompareSettings(**dict(settings(seeds=(0,))), methods="ce; crt; tau", gaps="none", tune="cut")
+    ahead(stages, [next(_waves(stages, chosen))], InThreads(lambda text: None))
+    assert entries(stages.store, "stage1") == 1
+    assert entries(stages.store, "features") == 0
