@@ -148,3 +148,26 @@ def test_promised_images_are_numbers_alone():
     assert data.train.take([4, 0]).labels.tolist() == [1, 0]
     assert data.train.image(1).mode == "RGB"
     assert data.fingerprint != promised("imagenet", [2, 3], [1, 1]).fingerprint
+
+
+def test_a_plan_counts_pre_training(tailscope_, tree, tmp_path):
+    shown = tailscope_(*planned(tree, tmp_path / "out", "--pretrain", "rotation(length=5)", "--json"))
+    found = json.loads(shown.out)
+    names = [backbone["encoder"] for backbone in found["plan"]["backbones"]]
+    assert names == ["lt, pre-training", "lt", "true, pre-training", "true"]
+    images = {phase["what"]: phase["images"] for phase in found["estimates"][0]["phases"]}
+    assert images["backbones"] == (1 + 5) * 2 * (47 + 90)
+
+
+@pytest.mark.parametrize("verb", ["compare", "memorization"])
+def test_a_plan_reads_no_image_and_writes_nothing(tailscope_, tree, tmp_path, monkeypatch, verb):
+    def unread(*_):
+        raise AssertionError("an image is read")
+
+    monkeypatch.setattr("PIL.Image.open", unread)
+    fixed = (verb, "--data", f"folder:{tree}", "--profile", "exp:6", "--recipe", RECIPE, "--seeds", "1", "--plan")
+    shown = tailscope_(*fixed, "--device", "cpu", "--out", str(tmp_path / "out"), "--on", "ray", "--gpus", "0.25")
+    assert (shown.code, shown.err) == (0, "")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    refused = tailscope_(*fixed, "--out", str(tmp_path / "out"), "--gpus", "0.25")
+    assert (refused.code, refused.err) == (2, "error: --gpus: only with --on ray\n")

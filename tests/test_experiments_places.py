@@ -189,6 +189,19 @@ def test_workers_that_do_not_see_the_store_send_archives(one_after_the_other, tm
     assert any(given for given in place.given)
 
 
+def test_a_worker_that_does_not_see_the_store_gets_what_a_backbone_is_trained_from(tmp_path, monkeypatch):
+    monkeypatch.setattr(Apart, "_mark", lambda self, store: None)
+    place, stages = InThreads(lambda text: None), lab(tmp_path)
+    chosen = CompareSettings(**dict(settings(seeds=(0,))), methods="ce; pseudo_labels; ssp", gaps="none")
+    first, *others = next(_waves(stages, chosen))
+    stages.backbone(first.stage1, first.trained_on.rows, 0, "")
+    stages.pretrained(others[1].stage1, first.trained_on.rows, 0, "")
+    for run in others:
+        place.make(stages, Order("stage1", run, run.encoder))
+    assert entries(stages.store, "stage1") == 3
+    assert [bool(given) for given in place.given] == [False, True, True]  # it is asked once whether it sees the store
+
+
 def test_a_lost_worker_is_replaced_and_the_next_one_goes_on(tmp_path):
     lost, told = [], []
 
@@ -565,3 +578,11 @@ def test_more_than_a_ray_cluster_has_is_refused(two_nodes, tmp_path):
     stages = lab(tmp_path)
     with pytest.raises(UserError, match=r"has more cores and GPUs than 1 and 0, a stage asks for 64"):
         make_ahead(stages, iter([[]]), Placing(on="ray", cpus=64), "cpu", str)
+
+
+def test_test_images_stay_unread_while_hyper_parameters_are_chosen(tmp_path):
+    stages = lab(tmp_path)
+    chosen = CompareSettings(**dict(settings(seeds=(0,))), methods="ce; crt; tau", gaps="none", tune="cut")
+    ahead(stages, [next(_waves(stages, chosen))], InThreads(lambda text: None))
+    assert entries(stages.store, "stage1") == 1
+    assert entries(stages.store, "features") == 0

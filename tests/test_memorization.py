@@ -366,3 +366,17 @@ def test_a_result_in_python_has_tables_plots_and_a_page(memorized, tmp_path):
         (tmp_path / "memorization.json").write_text(json.dumps(result | broken))
         with pytest.raises(UserError, match=r"memorization.json: field .*; run the verb again"):
             build(tmp_path, figures=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"trainings": 0}, "--trainings 0: give at least 2"),
+        ({"trainings": 1}, "--trainings 1: give at least 2"),
+        ({"share": 0.9999}, "--share 0.9999: none of .* images is in some parts and left out of others"),
+    ],
+)
+def test_what_would_tell_nothing_of_any_image_is_refused_before_any_training(tmp_path, changes, said):
+    with pytest.raises(UserError, match=said):
+        memory.run(Request("digits", recipe="miniature", store=tmp_path, **changes))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -1,5 +1,7 @@
 """Pre-training without labels: what it shows, what it does not see, and how stage 1 goes on from it."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from tailscope.experiments.runs import training_sets
 from tailscope.experiments.stages import pretraining
 from tailscope.methods import TASKS
 from tailscope.spec import backbone_key
+from tailscope.store import Store
 from tailscope.training.loop import Training, new_model
 from tailscope.training.step import Normalizer
 from training_setups import CPU, digits
@@ -124,3 +127,30 @@ def test_the_plan_has_the_pre_training(tmp_path):
     assert plan["to_train"] == {"backbone": 5, "classifier": 0}
     compare.compare(lab, settings("ce; ssp; pretrain:rotation(length=0.5) + la", gaps="none"))
     assert lab.trained == 5
+
+
+def test_a_stored_backbone_needs_no_pre_training(tmp_path):
+    lab, chosen = experiment_setups.lab(tmp_path), settings("ce; ssp + crt", gaps="none")
+    expected = compare.compare(lab, chosen)
+    shutil.rmtree(tmp_path / "pretrained")
+    again = experiment_setups.lab(tmp_path)
+    plan = compare.plan(again, chosen)
+    assert plan["to_train"] == {"backbone": 0, "classifier": 0}
+    assert all(row["stored"] for row in plan["plan"])
+    found = compare.compare(again, chosen)
+    assert again.trained == 0
+    assert experiment_setups.compared_plainly(found) == experiment_setups.compared_plainly(expected)
+
+
+def test_what_is_carried_home_is_not_trained_again(tailscope_, tmp_path):
+    command = ("compare", "--data", "digits", "--methods", "ce; ssp + crt", "--recipe", "miniature", "--seeds", 1)
+    assert tailscope_(*command, "--gaps", "none", "--store", tmp_path / "cluster").code == 0
+    archive = tmp_path / "stages.tar"
+    assert tailscope_("store", "pack", "--store", tmp_path / "cluster", "--out", archive).code == 0
+    assert tailscope_("store", "add", archive, "--store", tmp_path / "home").code == 0
+    shown = tailscope_(*command, "--gaps", "none", "--store", tmp_path / "home")
+    assert shown.code == 0
+    assert "Nothing was trained: all" in shown.out
+    kinds = ("pretrained", "stage1", "stage2")
+    home, cluster = (Store(tmp_path / name) for name in ("home", "cluster"))
+    assert [home.keys(kind) for kind in kinds] == [cluster.keys(kind) for kind in kinds]

@@ -1,5 +1,6 @@
 """Pseudo-labelling: which labels images without labels get, what is never read, and what is stored under what."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -165,6 +166,18 @@ def test_an_interrupted_comparison_goes_on_and_shares_the_first_network(tmp_path
     assert again.trained == 2
     plainly = experiment_setups.compared_plainly
     assert plainly(found) == plainly(expected)
+
+
+def test_a_stored_second_network_needs_no_first_one(tmp_path):
+    lab = experiment_setups.lab(tmp_path)
+    stage, lt = stage_of(lab)
+    made = lab.backbone(stage, lt.rows, 0, "")
+    shutil.rmtree(lab.store.entry("stage1", made.meta["labeller"]))
+    again = experiment_setups.lab(tmp_path)
+    assert again.beneath(stage, 0) == []
+    found = again.backbone(stage, lt.rows, 0, "")
+    assert again.trained == 0
+    assert torch.equal(found.predicted, made.predicted)
 
 
 def test_the_result_says_which_methods_saw_more_images_and_the_plan_has_the_first_network(tmp_path):

@@ -178,7 +178,7 @@ def test_what_differs_is_left_and_said(run, store, tailscope_, tmp_path):
 
 MISTAKES = {
     "no store": (("list", "--store", "nowhere"), "--store nowhere: no such folder"),
-    "no key": (("pack", "zz", "--out", "a.tar"), "zz: no such key among stage1, stage2; .* holds 1 views"),
+    "no key": (("pack", "zz", "--out", "a.tar"), "zz: no such key among stage1, stage2, pretrained; .* holds 1 views"),
     "no kind": (
         ("pack", "--kind", "stage3", "--out", "a.tar"),
         "unknown --kind 'stage3'; did you mean 'stage2'",

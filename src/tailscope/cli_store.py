@@ -68,7 +68,7 @@ def verify(store: StoreRoot = None, console: Console | None = None) -> dict[str,
 def pack(
     out: Annotated[Path, Option(help="The archive, FILE.tar; with --max-size also FILE-1.tar, FILE-2.tar ...")],
     keys: Annotated[list[str] | None, Argument(metavar="[KEYS]...", help="Beginnings of keys. [default: all]")] = None,
-    kind: Annotated[str, Option(help="Kinds of entries.")] = "stage1,stage2",
+    kind: Annotated[str, Option(help="Kinds of entries.")] = "stage1,stage2,pretrained",
     checkpoints: Annotated[bool, Option("--checkpoints", help="Also the checkpoints of unfinished stages.")] = False,
     max_size: Annotated[
         str | None, Option(help="Bytes of an archive, such as 15MiB; what does not fit goes into a further one.")

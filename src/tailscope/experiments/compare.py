@@ -13,7 +13,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple, Self, cast, get_args
 
@@ -29,9 +29,10 @@ from tailscope.diagnosis.outcomes import fixed
 from tailscope.diagnosis.remedies import Scored
 from tailscope.errors import UserError, unknown
 from tailscope.experiments import plans
+from tailscope.experiments.hours import opened_for
 from tailscope.experiments.options import Comparison, Request
-from tailscope.experiments.runs import Experiment, Run, Settings, evaluate, store_root, training_sets
-from tailscope.experiments.stages import SPENT, Backbone, Stages, TrainingSet, labeller, pretraining
+from tailscope.experiments.runs import Experiment, Run, Settings, evaluate, training_sets
+from tailscope.experiments.stages import SPENT, Backbone, Stages, TrainingSet
 from tailscope.intervals import holm, p_of_zero, paired, summarize
 from tailscope.methods import LOSSES, MIXINGS, SAMPLERS, TASKS, WEIGHTS
 from tailscope.methods.systems import Method, System, parse
@@ -42,7 +43,7 @@ from tailscope.report import build
 from tailscope.report.objects import Comparison as Compared
 from tailscope.report.schema import PARTS
 from tailscope.seeds import numpy_stream
-from tailscope.spec import RunSpec, StageSpec, backbone_key
+from tailscope.spec import RunSpec, StageSpec
 from tailscope.training.objective import Objective
 from tailscope.training.recipes import Recipe, augmentations_of, with_plugins
 
@@ -113,9 +114,7 @@ def run(request: Comparison) -> Compared:
     """
     settings = CompareSettings.of(request)
     if request.plan:
-        store = store_root(request.out, request.store)
-        unwritten = replace(request, out=None, store=store, jobs=None, on=None)
-        return Compared(plans.run(unwritten, ["compare"], settings, {"compare": plan})["compare"])
+        return Compared(plan(*opened_for(request, settings)))
     result = Compared(plans.run(request, ["compare"], settings, {"compare": compare}, _waves)["compare"])
     if request.out is not None:
         build(request.out)
@@ -261,12 +260,8 @@ def plan(stages: Stages, settings: CompareSettings) -> dict[str, Any]:
         runs = [*_runs(settings.parsed(), settings, sets, seed), *_tried(stages, settings, sets["lt"], seed)]
         for run in runs:
             row = {"seed": seed, "what": "backbone", "name": run.encoder}
-            if run.stage1.pretrain:
-                before = row | {"name": f"{run.encoder}, pre-training"}
-                rows.setdefault(("pretrained", backbone_key(pretraining(run.stage1), seed)), before)
-            if run.stage1.unlabelled:
-                first = row | {"name": f"{run.encoder}, to label the others"}
-                rows.setdefault(("stage1", backbone_key(labeller(run.stage1), seed)), first)
+            for kind, key, what, _ in stages.beneath(run.stage1, seed):
+                rows.setdefault((kind, key), row | {"name": f"{run.encoder}, {what}"})
             rows.setdefault(("stage1", run.backbone_key), row)
             if (spec := run.spec()) is not None:
                 rows.setdefault(("stage2", spec.key()), row | {"what": "classifier", "name": run.row})

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,9 +28,9 @@ from tailscope.data.made import PromisedImages
 from tailscope.data.sources import ImageData, load
 from tailscope.device import Runtime, Solo, cpu_name, named
 from tailscope.errors import UserError
-from tailscope.experiments.options import Planning
+from tailscope.experiments.options import Planning, Request
 from tailscope.experiments.planned import Plan, other_work, planned
-from tailscope.experiments.plans import waves_of
+from tailscope.experiments.plans import check_file_options, waves_of
 from tailscope.experiments.runs import Settings, store_root
 from tailscope.experiments.stages import Stages, require_trainable
 from tailscope.methods import augmentations
@@ -41,6 +41,8 @@ from tailscope.store import Store
 from tailscope.training.extract import fit_classifier, forward
 from tailscope.training.loop import Training, new_model
 from tailscope.training.recipes import Recipe
+
+S = TypeVar("S", bound=Settings)
 
 SECONDS = 8.0
 """How long all measurements take together, more or less."""
@@ -97,14 +99,26 @@ def plan_swap(request: Planning) -> dict[str, Any]:
 
     Nothing is trained and nothing written. Raises `UserError` where an option or the data is not usable.
     """
-    stages, settings = opened(load(request.data, data_root=request.data_root), Settings.of(request), request)
+    stages, settings = opened_for(request, Settings.of(request))
     plan = planned(stages, {"swap": next(waves_of(["swap"])(stages, settings))})
     estimated = {} if stages.data.in_memory else estimate(stages, settings.recipe, plan, request)
     told = [*plan.lines(), *(lines(estimated) if estimated else ["hours are told of images in files alone"])]
     return {"plan": asdict(plan), **estimated, "told": told}
 
 
-def opened(data: ImageData, settings: Settings, request: Any) -> tuple[Stages, Settings]:
+def opened_for(request: Request, settings: S) -> tuple[Stages, S]:
+    """Return `opened` for the plan of an experiment; where its stages would be made does not matter.
+
+    Raises:
+        UserError: the data is not usable, or options that do not go together.
+    """
+    request.check_place()
+    data = load(request.data, data_root=request.data_root)
+    check_file_options(data, request)
+    return opened(data, settings, request)
+
+
+def opened(data: ImageData, settings: S, request: Any) -> tuple[Stages, S]:
     """Return the stages on a data set, and the settings as a run has them; no process is started, no image checked.
 
     Images that the store knows to be unreadable are left out.

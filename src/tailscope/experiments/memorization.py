@@ -11,7 +11,7 @@ network's features alone tell it, without a second training.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
 
@@ -21,16 +21,16 @@ from scipy import special, stats
 
 from tailscope.errors import UserError
 from tailscope.experiments import plans
+from tailscope.experiments.hours import opened_for
 from tailscope.experiments.options import Memorization, Request
-from tailscope.experiments.runs import Experiment, Run, Settings, store_root, training_sets
-from tailscope.experiments.stages import Backbone, Stages, TrainingSet, pretraining
+from tailscope.experiments.runs import Experiment, Run, Settings, training_sets
+from tailscope.experiments.stages import Backbone, Stages, TrainingSet
 from tailscope.groups import GROUPS
 from tailscope.intervals import Z, as_list, paired
 from tailscope.measures import describe
 from tailscope.report import build
 from tailscope.report.objects import Memorization as Memorized
 from tailscope.seeds import derive, numpy_stream
-from tailscope.spec import backbone_key
 
 Floats = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -59,6 +59,8 @@ class MemorizationSettings(Settings):
         assert isinstance(request, Memorization)
         if not 0 < request.share < 1:
             raise UserError(f"--share {request.share:g}: must lie strictly between 0 and 1")
+        if request.trainings < 2:
+            raise UserError(f"--trainings {request.trainings}: give at least 2, for images are compared between them")
         own = {"trainings": request.trainings, "share": request.share}
         return cls.model_validate({**dict(Settings.of(request)), **own})
 
@@ -76,8 +78,7 @@ def run(request: Memorization) -> Memorized:
     """
     settings = MemorizationSettings.of(request)
     if request.plan:
-        unwritten = replace(request, out=None, store=store_root(request.out, request.store), jobs=None, on=None)
-        return Memorized(plans.run(unwritten, ["memorization"], settings, {"memorization": plan})["memorization"])
+        return Memorized(plan(*opened_for(request, settings)))
     verbs = {"memorization": memorization}
     result = Memorized(plans.run(request, ["memorization"], settings, verbs, _waves)["memorization"])
     if request.out is not None:
@@ -143,12 +144,22 @@ def _waves(stages: Stages, settings: MemorizationSettings) -> Iterator[list[Run]
 
 
 def _runs(stages: Stages, settings: MemorizationSettings, sets: Mapping[str, TrainingSet], seed: int) -> Iterator[_Run]:
-    """Yield a seed's runs: the whole long-tailed set, then its parts."""
+    """Yield a seed's runs: the whole long-tailed set, then its parts.
+
+    Raises:
+        UserError: no image is in some parts and left out of others, so that nothing could be told of any.
+    """
     lt, recipe, share = sets["lt"], settings.recipe, f"{100 * settings.share:g} % of lt"
     yield _Run("lt", seed, "lt", recipe.backbone(lt.spec), lt)
     labels = stages.data.train.labels.numpy()[lt.rows]
-    for k in range(settings.trainings):
-        kept, put_back = draw(labels, settings.share, seed, k)
+    drawn = [draw(labels, settings.share, seed, k) for k in range(settings.trainings)]
+    times = np.sum([kept for kept, _ in drawn], axis=0)
+    if not ((times > 0) & (times < settings.trainings)).any():
+        raise UserError(
+            f"--share {settings.share:g}: none of {len(labels):,} images is in some parts and left out of others; give"
+            " a share nearer to one half, or more --trainings"
+        )
+    for k, (kept, put_back) in enumerate(drawn):
         part = stages.without(lt, ~kept)
         spec = part.spec.model_copy(update={"profile": f"{lt.spec.profile}, {share}"})
         own, name = derive(seed, "memorization", k), f"{share}, training {k + 1} of {settings.trainings}"
@@ -177,9 +188,8 @@ def plan(stages: Stages, settings: MemorizationSettings) -> dict[str, Any]:
     for seed in settings.seeds:
         for run in _runs(stages, settings, training_sets(stages, settings, seed), seed):
             row = {"seed": seed, "what": "backbone", "name": run.encoder}
-            if run.stage1.pretrain:
-                stored = stages.store.has("pretrained", backbone_key(pretraining(run.stage1), run.seed))
-                rows.append({**row, "name": f"{run.encoder}, pre-training", "stored": stored})
+            for kind, key, what, _ in stages.beneath(run.stage1, run.seed):
+                rows.append({**row, "name": f"{run.encoder}, {what}", "stored": stages.store.has(kind, key)})
             rows.append({**row, "stored": stages.store.has("stage1", run.backbone_key)})
     missing = sum(not row["stored"] for row in rows)
     return {"plan": rows, "to_train": {"backbone": missing}, "steps": settings.recipe.stage1.model_dump(mode="json")}

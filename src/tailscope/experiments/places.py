@@ -27,10 +27,9 @@ import torch
 from tailscope import plugins
 from tailscope.data.sources import ImageData
 from tailscope.errors import UserError
-from tailscope.experiments.stages import Stages, pretraining
+from tailscope.experiments.stages import Stages, beneath
 from tailscope.experiments.workers import Job, Order, Outcome, carry_out, packed, work
 from tailscope.progress import Deadline, Progress, TimeIsUp
-from tailscope.spec import backbone_key
 from tailscope.store import Store, add
 
 ATTEMPTS = 4
@@ -155,10 +154,9 @@ class Apart(Place):
 
     def _given(self, lab: Stages, order: Order) -> bytes:
         """Return what a stage stands on as an archive."""
-        stage1, seed = order.run.stage1, order.run.seed
         needs = [("stage1", order.run.backbone_key)] if order.kind == "stage2" else []
-        if order.kind == "stage1" and stage1.pretrain:
-            needs = [("pretrained", backbone_key(pretraining(stage1), seed))]
+        if order.kind == "stage1":  # of its labeller no order need have come before
+            needs = [one[:2] for one in beneath(order.run.stage1, order.run.seed) if lab.store.has(*one[:2])]
         with tempfile.TemporaryDirectory() as folder:
             return packed(lab.store, needs, Path(folder))
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from tailscope.experiments.runs import Run
-from tailscope.experiments.stages import Stages
+from tailscope.experiments.stages import Beneath, Stages
 from tailscope.spec import StageSpec
 
 Augment = tuple[str, ...]
@@ -13,7 +13,7 @@ Augment = tuple[str, ...]
 
 @dataclass(frozen=True)
 class PlannedBackbone:
-    """A backbone that the plan needs, with the image passes and the steps of its training, and what is left of them."""
+    """A backbone that the plan needs, or a stage before it: passes and steps of its training, and what is left."""
 
     seed: int
     encoder: str
@@ -26,15 +26,18 @@ class PlannedBackbone:
     images_left: int
 
     @classmethod
-    def of(cls, lab: Stages, run: Run) -> "PlannedBackbone":
-        """Look up a run's backbone in the store."""
-        key, images = run.backbone_key, len(run.trained_on.rows)
-        passes, steps = run.stage1.train.images(images), run.stage1.train.lengths(images)[1]
-        stored = lab.store.has("stage1", key)
-        saved = None if stored else lab.store.checkpoint("stage1", key)
+    def of(cls, lab: Stages, run: Run, first: Beneath | None = None) -> "PlannedBackbone":
+        """Look up in the store a run's backbone, or a stage that it is trained from."""
+        kind, key, stage, name = "stage1", run.backbone_key, run.stage1, run.encoder
+        if first is not None:
+            kind, key, stage, name = first.kind, first.key, first.stage, f"{run.encoder}, {first.what}"
+        images = len(run.trained_on.rows)
+        passes, steps = stage.train.images(images), stage.train.lengths(images)[1]
+        stored = lab.store.has(kind, key)
+        saved = None if stored else lab.store.checkpoint(kind, key)
         done = saved["epochs"] if saved else 0
         left = 0 if stored else passes - min(passes, done * images)
-        return cls(run.seed, run.encoder, key, stored, run.stage1.augment, passes, steps, done, left)
+        return cls(run.seed, name, key, stored, stage.augment, passes, steps, done, left)
 
     def describe(self) -> str:
         """Return what is to be done."""
@@ -93,6 +96,8 @@ def planned(lab: Stages, needed: Mapping[str, Iterable[Run]]) -> Plan:
         for run in runs:
             key = run.backbone_key
             if key not in backbones:
+                for first in lab.beneath(run.stage1, run.seed):
+                    backbones.setdefault(first.key, PlannedBackbone.of(lab, run, first))
                 backbones[key] = PlannedBackbone.of(lab, run)
             if not backbones[key].stored:
                 clean[key, "test"] = len(lab.data.test)

@@ -313,6 +313,15 @@ class Processes:
         return Stages(data, store, replace(self.runtime, progress=progress), self.team, workers)
 
 
+def check_file_options(data: ImageData, options: FileOptions) -> None:
+    """Refuse options for images in files where these are in memory, with a `UserError`."""
+    if data.in_memory and any(getattr(options, option.name) != option.default for option in fields(FileOptions)):
+        raise UserError(
+            f"{data.name}: --devices, --num-nodes, --micro-batches, --workers and --verify are for images in files"
+            " (folder:, list: or hf:)"
+        )
+
+
 @contextmanager
 def start_processes(data: ImageData, options: FileOptions, runtime: Runtime) -> Iterator[Processes]:
     """Start the processes that the options ask for; only their leader comes back from here, the others serve it.
@@ -320,12 +329,8 @@ def start_processes(data: ImageData, options: FileOptions, runtime: Runtime) -> 
     Raises:
         UserError: the options are for images in files and these are in memory; or as `form`.
     """
+    check_file_options(data, options)
     if data.in_memory:
-        if any(getattr(options, option.name) != option.default for option in fields(FileOptions)):
-            raise UserError(
-                f"{data.name}: --devices, --num-nodes, --micro-batches, --workers and --verify are for images in files"
-                " (folder:, list: or hf:)"
-            )
         yield Processes(data, runtime, Solo(), options)
         return
     team = form(options.devices, options.num_nodes, runtime.device.type)

@@ -14,6 +14,7 @@ from typing import Any, Self, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 
 from tailscope.data.sources import ImageData
 from tailscope.data.subsets import canonical
@@ -179,13 +180,18 @@ def training_sets(stages: Stages, settings: Settings, seed: int) -> dict[str, Tr
 
 def evaluate(stages: Stages, run: Run, backbone: Backbone, label: str) -> NDArray[np.bool_]:
     """Return which test images [M] a run gets right; its classifier is retrained or recalled, or the backbone's own."""
+    return stages.correct(*fitted(stages, run, backbone, label))
+
+
+def fitted(stages: Stages, run: Run, backbone: Backbone, label: str) -> tuple[Backbone, Tensor, Tensor]:
+    """Return the backbone as a run's classifier sees it, and that classifier's weight and bias."""
     spec = run.spec()
     if spec is None or run.retrained_on is None:
-        return stages.correct(backbone, backbone.weight, backbone.bias)
+        return backbone, backbone.weight, backbone.bias
     rows = run.retrained_on.rows
     encoder = stages.for_stage2(backbone, spec.stage2, rows, run.seed)
-    fitted = stages.classifier(spec, encoder, rows, label)
-    return stages.correct(encoder, fitted.tensors["weight"], fitted.tensors["bias"])
+    found = stages.classifier(spec, encoder, rows, label)
+    return encoder, found.tensors["weight"], found.tensors["bias"]
 
 
 RunsOf = Callable[[Settings, Mapping[str, TrainingSet], int], Iterator[Run]]

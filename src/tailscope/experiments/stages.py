@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, Literal, NamedTuple, NoReturn, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -104,6 +104,27 @@ def pretraining(stage: StageSpec) -> StageSpec:
 def labeller(stage: StageSpec) -> StageSpec:
     """Return the stage whose network labels the images of a stage that has `unlabelled`: the same without them."""
     return stage.model_copy(update={"unlabelled": None})
+
+
+class Beneath(NamedTuple):
+    """Kind and key of a stage that a backbone is trained from, what for, and the stage."""
+
+    kind: Literal["pretrained", "stage1"]
+    key: str
+    what: str
+    stage: StageSpec
+
+
+def beneath(stage: StageSpec, seed: int) -> list[Beneath]:
+    """Return what a stage 1 is trained from: its pre-training, and the network that labels the other images."""
+    found = []
+    if stage.pretrain:
+        first = pretraining(stage)
+        found.append(Beneath("pretrained", backbone_key(first, seed), "pre-training", first))
+    if stage.unlabelled:
+        first = labeller(stage)
+        found.append(Beneath("stage1", backbone_key(first, seed), "to label the others", first))
+    return found
 
 
 SPENT = ("pretraining_seconds", "labeller_seconds", "seconds")
@@ -212,10 +233,11 @@ class Stages:
         require_trainable(self.data, self._team, stage.train, stage.augment)
         key = backbone_key(stage, seed)
         if key not in self._models:
-            start, before = self.pretrained(stage, rows, seed, label) if stage.pretrain else ({}, {})
-            labelled, told = self._labelled(stage, rows, seed, label) if stage.unlabelled else (None, {})
 
             def make(scratch: Path) -> tuple[Tensors, Meta]:
+                # Here, under the backbone's lock: one that is stored needs nothing of what it was trained from.
+                start, before = self.pretrained(stage, rows, seed, label) if stage.pretrain else ({}, {})
+                labelled, told = self._labelled(stage, rows, seed, label) if stage.unlabelled else (None, {})
                 tensors, meta = self._train(stage, rows, seed, scratch, label, start, labelled)
                 predicted = {} if labelled is None else {"predicted": labelled[1]}
                 return {**tensors, "rows": torch.from_numpy(rows), **predicted}, {**meta, **before, **told}
@@ -223,6 +245,11 @@ class Stages:
             artifact = self._get_or_train("stage1", key, make, label)
             self._models = {key: self._load(key, stage, artifact)}  # one at a time: a plan groups runs by backbone
         return self._models[key]
+
+    def beneath(self, stage: StageSpec, seed: int) -> list[Beneath]:
+        """Return what a backbone is trained from, as far as it is stored or, since the backbone is not, is needed."""
+        there = self.store.has("stage1", backbone_key(stage, seed))
+        return [one for one in beneath(stage, seed) if not there or self.store.has(one.kind, one.key)]
 
     def pretrained(self, stage: StageSpec, rows: Rows, seed: int, label: str) -> tuple[Tensors, Meta]:
         """Pre-train a backbone or recall it; return its weights, without the classifier's, and what it took."""

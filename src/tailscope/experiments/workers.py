@@ -21,7 +21,7 @@ from tailscope import plugins
 from tailscope.data.sources import ImageData
 from tailscope.device import Runtime
 from tailscope.errors import UserError
-from tailscope.experiments.runs import Run, evaluate
+from tailscope.experiments.runs import Run, fitted
 from tailscope.experiments.stages import Stages, pretraining
 from tailscope.progress import Advance, Deadline, Progress, TimeIsUp
 from tailscope.spec import backbone_key
@@ -66,10 +66,9 @@ def carry_out(lab: Stages, order: Order) -> None:
         lab.pretrained(run.stage1, run.trained_on.rows, run.seed, order.label)
         return
     backbone = lab.backbone(run.stage1, run.trained_on.rows, run.seed, order.label)
-    if order.kind == "stage1":
-        lab.clean_features(backbone, "test")
-    else:
-        evaluate(lab, run, backbone, order.label)
+    encoder = fitted(lab, run, backbone, order.label)[0] if order.kind == "stage2" else backbone
+    if run.trained_on.name not in ("cut", "part"):  # they judge on training images, and test images stay unread
+        lab.clean_features(encoder, "test")
 
 
 @dataclass(frozen=True)
