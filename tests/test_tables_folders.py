@@ -119,6 +119,35 @@ def test_a_damaged_file_is_named_and_leaves_no_copy(tmp_path, cache):
     assert not list(cache.rglob("fields.json"))
 
 
+def test_files_without_any_row(tmp_path):
+    for name in ("0", "1"):
+        rows = pa.table({"features": pa.array([], pa.list_(pa.float32())), "label": pa.array([], pa.int64())})
+        pq.write_table(rows, tmp_path / f"{name}.parquet")
+    with pytest.raises(UserError, match=r"none of its 2 \.parquet files has a row"):
+        FeatureTable.load(tmp_path)
+
+
+@pytest.mark.parametrize("where", [".", "part=1"])
+@pytest.mark.parametrize(
+    ("said", "refused"),
+    [
+        ('{"schema": "tailscope.features/1", "images": 1500}', "500 of 1,500"),
+        ('{"schema": "tailscope.features/1", "images": 500}', None),
+        ('{"schema": "of somebody else/1", "images": 1500}', None),
+        ('{"schema": "tailscope.features/1", "images": "many"}', None),
+        ("[" * 100_000, None),
+    ],
+)
+def test_an_extraction_that_was_not_done_is_refused_wherever_in_the_folder_it_is(tmp_path, where, said, refused):
+    write(tmp_path / "set" / where, *samples(), parts=(0,))
+    (tmp_path / "set" / where / "extraction.json").write_text(said)
+    if refused is None:
+        assert len(FeatureTable.load(tmp_path / "set")) == 500
+    else:
+        with pytest.raises(UserError, match=f"{refused} images are extracted; run the same `features` command again"):
+            FeatureTable.load(tmp_path / "set")
+
+
 def test_a_full_disk_is_told_before_it_is_written(tmp_path, monkeypatch):
     features, labels, ids = samples()
     write(tmp_path / "set", features, labels, ids)

@@ -6,6 +6,9 @@ What works on one class at a time would read a folder many times over. So its ro
 ascending and each class's rows as they come in the files (sorted by name), into a NumPy file that is mapped into memory
 as it is needed. It lies in a cache, under a name that the files' paths, sizes and times make up: where one of them
 changes, it is written anew. The files are read batch by batch; only labels, ids and groups are held in memory.
+
+A folder that `tailscope features` writes (`encoders.parts`) has `extraction.json` too, which says of how many images it
+is: one that was not written to its end is refused.
 """
 
 import hashlib
@@ -37,6 +40,11 @@ from tailscope.tables.columns import LISTS, NUMBER, OTHER, Choice, choose, to_ar
 from tailscope.tables.mapped import CACHE, cache_folder
 
 _log = logging.getLogger(__name__)
+
+EXTRACTION = "extraction.json"
+EXTRACTION_SCHEMA = "tailscope.features/1"
+UNREADABLE_IMAGES = ".unreadable.json"
+"""In place of `.parquet`: which of the images that a file of an extraction is of cannot be read, a list."""
 
 _PARQUET_ROWS_AT_ONCE = 2**14
 _RAGGED = "{}: the lists in column {!r} have gaps or differ in length"
@@ -152,11 +160,14 @@ def read_folder(path: Path, required: Sequence[str], optional: Sequence[str]) ->
     Rows are sorted by label. Files in folders further down count too, in the order of their paths.
 
     Raises:
-        UserError: there is none, one cannot be read, they differ in columns, or the sorted copy finds no room.
+        UserError: there is none, one cannot be read, they differ in columns or have no rows, the sorted copy finds no
+            room, or an extraction was not done.
     """
     sources = sorted(path.rglob("*.parquet"))
     if not sources or "features" not in required:
         raise UserError(f"{path}: a folder, not a file; of folders only those with .parquet files hold features")
+    for folder in sorted({path, *(source.parent for source in sources)}):
+        _require_done(folder)
     sorted_copy = cache_folder() / "tables" / _key_of(sources)
     said = sorted_copy / "fields.json"
     if not said.exists():
@@ -167,6 +178,29 @@ def read_folder(path: Path, required: Sequence[str], optional: Sequence[str]) ->
         # Copied where it is written to, which is nowhere: PyTorch wants memory that it may write to.
         arrays["features"] = np.load(sorted_copy / "features.npy", mmap_mode="c")
     return Contents(arrays | header_to_arrays(path, described["header"]), tuple(described["notes"]))
+
+
+def _require_done(folder: Path) -> None:
+    """Refuse a folder that `tailscope features` has not written to its end, where it says of how many images it is."""
+    said = _json_in(folder / EXTRACTION)
+    images = said.get("images") if isinstance(said, dict) and said.get("schema") == EXTRACTION_SCHEMA else None
+    if not isinstance(images, int):
+        return
+    unreadable = [_json_in(file) for file in folder.glob(f"*{UNREADABLE_IMAGES}")]
+    rows = sum(rows_in(file) or 0 for file in folder.glob("*.parquet"))
+    known = rows + sum(len(found) for found in unreadable if isinstance(found, list))
+    if known != images:
+        raise UserError(
+            f"{folder}: {known:,} of {images:,} images are extracted; run the same `features` command again"
+        )
+
+
+def _json_in(file: Path) -> Any:
+    """Return what a file says as JSON; None where there is none that says anything."""
+    try:
+        return parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def _key_of(sources: Sequence[Path]) -> str:
@@ -198,6 +232,8 @@ def _sort(path: Path, sources: Sequence[Path], folder: Path, optional: Sequence[
     counts = [len(next(iter(part.rows.values()))) for part in parts]
     arrays = to_arrays(path, np.empty(0), columns)
     order = np.argsort(arrays["labels"], kind="stable")
+    if not len(order):
+        raise UserError(f"{path}: none of its {len(sources)} .parquet files has a row")
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
     with writing(folder):
