@@ -94,6 +94,8 @@ def test_mini_batches_come_near_the_optimum(kind):
     exact, found = kind().fit(features, labels), fit_by_batches(kind(), features, labels)
     again = fit_by_batches(kind(), features, labels, device=torch.device("cpu"))
     assert np.array_equal(found.coef_, again.coef_)
+    double = fit_by_batches(kind(), features.astype(np.float64), labels)
+    np.testing.assert_allclose(double.coef_, found.coef_, rtol=1e-2, atol=1e-3)
     rows, true = unseen.features.numpy(), unseen.labels.numpy()
     accuracies = [(model.predict(rows) == true).mean() for model in (exact, found)]
     assert accuracies[1] == pytest.approx(accuracies[0], abs=0.02)

@@ -16,7 +16,7 @@ from tailscope.data.sources import open_images
 from tailscope.device import Runtime, Team
 from tailscope.encoders import Encoder, Options, extract_to_file, load, parts
 from tailscope.encoders.features import run_features
-from tailscope.encoders.preprocessing import Wishes
+from tailscope.encoders.preprocessing import Preprocessing, Wishes
 from tailscope.errors import UserError
 from tailscope.tables.table import FeatureTable
 
@@ -46,9 +46,11 @@ def whole(tmp_path: Path, encoder, images) -> FeatureTable:
     return extract_to_file(encoder, images, tmp_path / "whole.npz", CPU, SMALL).table
 
 
-def write(encoder, images, folder: Path, team: Team | None = None, **changes) -> parts.Written:
-    options = replace(SMALL, **changes)
-    return parts.extract_to_folder(encoder, images, folder, CPU, options, {"data": "digits"}, team=team or Team())
+def write(encoder, images, folder: Path, team: Team | None = None, overwrite=False, **changes) -> parts.Written:
+    return parts.extract_to_folder(
+        encoder, images, folder, CPU, replace(SMALL, **changes), {"data": "digits"}, team=team or Team(),
+        overwrite=overwrite,
+    )  # fmt: skip
 
 
 def rows_of(folder: Path) -> FeatureTable:
@@ -109,8 +111,13 @@ def test_a_killed_run_goes_on_with_any_number_of_processes(tmp_path, encoder, im
 
     with pytest.raises(Killed):
         write(replace(encoder, function=dying), images, tmp_path / "f", team)
+    with pytest.raises(
+        UserError, match=r"f: (96|48) of 250 images are extracted; run the same `features` command again"
+    ):
+        FeatureTable.load(tmp_path / "f")
     done = write(encoder, images, tmp_path / "f")
     assert done.resumed == 96
+    assert len(FeatureTable.load(tmp_path / "f")) == 250
     assert done.rows == 250
     same(tmp_path / "f", whole)
     assert not list((tmp_path / "f").glob("*.shards"))
@@ -131,11 +138,27 @@ def test_features_of_another_extraction_are_never_mixed_in(tmp_path, encoder, im
     with pytest.raises(UserError, match=f"holds features of another extraction .*{says}"):
         write(encoder, images, tmp_path / "f", **change)
     before = (tmp_path / "f" / f"{0:012d}.parquet").read_bytes()
-    parts.extract_to_folder(
-        encoder, images, tmp_path / "f", CPU, replace(SMALL, stored="float16"), {}, team=Team(), overwrite=True
-    )
+    write(encoder, images, tmp_path / "f", overwrite=True, stored="float16")
     assert (tmp_path / "f" / f"{0:012d}.parquet").read_bytes() != before
     assert rows_of(tmp_path / "f").features.dtype == torch.float16
+
+
+def test_features_of_the_same_extraction_are_made_anew_where_that_is_asked_for(tmp_path, encoder, images, whole):
+    write(encoder, images, tmp_path / "f")
+    assert write(encoder, images, tmp_path / "f", overwrite=True) == parts.Written(250, 0)
+    same(tmp_path / "f", whole)
+
+
+def test_what_cannot_work_leaves_the_features_that_it_would_replace(tmp_path, encoder, images, whole):
+    write(encoder, images, tmp_path / "f")
+
+    def failing(image):
+        raise ValueError("no")
+
+    other = replace(encoder, preprocessing=Preprocessing(failing, owner="mine:net"))
+    with pytest.raises(UserError, match="no"):
+        write(other, images, tmp_path / "f", overwrite=True)
+    same(tmp_path / "f", whole)
 
 
 def test_a_folder_with_other_parquet_files_is_left_alone(tmp_path, encoder, images):
@@ -178,6 +201,30 @@ def test_images_that_cannot_be_read_are_named(tmp_path, photos, bad):
         assert f"{len(bad)} image{'s' * (len(bad) > 1)} cannot be read" in said
         assert all(str(photos[k].name) in said for k in [*bad][:10])
     assert len(FeatureTable.load(tmp_path / "f")) == found.rows
+
+
+@pytest.mark.parametrize(("bad", "mended", "resumed"), [([20, 50], [20], 11), (range(48), [3, 4], 12)])
+def test_a_later_run_takes_images_that_can_be_read_by_then(tmp_path, photos, bad, mended, resumed):
+    before = {k: photos[k].read_bytes() for k in mended}
+    for k in bad:
+        photos[k].write_bytes(b"no image".ljust(len(before.get(k, b"")), b"."))  # of the size of the whole one
+    of_photos(tmp_path)
+    for k, whole in before.items():
+        photos[k].write_bytes(whole)
+    left = len(bad) - len(mended)
+    found = of_photos(tmp_path)
+    assert (found.rows, found.skipped, found.resumed) == (60 - left, left, resumed)
+    assert len(FeatureTable.load(tmp_path / "f")) == 60 - left
+
+
+def test_a_file_that_was_deleted_is_written_again_whatever_was_known_of_it(tmp_path, photos):
+    whole = photos[20].read_bytes()
+    photos[20].write_bytes(b"no image".ljust(len(whole), b"."))
+    of_photos(tmp_path)
+    (tmp_path / "f" / f"{0:012d}.parquet").unlink()
+    photos[20].write_bytes(whole)
+    assert [of_photos(tmp_path).resumed for _ in range(2)] == [12, 60]
+    assert not list((tmp_path / "f").glob("*.unreadable.json"))
 
 
 def test_where_no_image_can_be_read_nothing_is_written(tmp_path, photos):

@@ -7,14 +7,17 @@ import numpy as np
 import pytest
 import torch
 
+import tailscope
 from image_trees import tree
 from tailscope.data import sources
+from tailscope.data.sources import load
 from tailscope.device import Runtime
 from tailscope.encoders import Options, run_features
 from tailscope.errors import UserError
 from tailscope.networks import MODELS
 from tailscope.store import Store
 from tailscope.tables.table import FeatureTable, LinearLayer, align
+from tailscope.training.loop import new_model
 from tailscope.training.step import Normalizer
 
 CPU = Runtime(torch.device("cpu"), torch.bfloat16)
@@ -220,3 +223,38 @@ def test_a_backbone_of_other_images_has_no_parts_of_these(trained, tmp_path: Pat
         run_features(
             "store:aa", str(tmp_path / "data.npz"), tmp_path / "f.npz", split="train", part="train", store=trained[0]
         )
+
+
+@pytest.fixture(scope="module")
+def systems(tmp_path_factory):
+    """The store of BBN and of pseudo-labels on the digits, and the keys of their last backbones."""
+    store = tmp_path_factory.mktemp("systems")
+    tailscope.compare("digits", methods="bbn; pseudo_labels", gaps="none", recipe="miniature", seeds=1, store=store)
+    specs = {key: Store(store).meta("stage1", key)["spec"] for key in Store(store).keys("stage1")}
+    return store, {
+        field: next(key for key, spec in specs.items() if spec.get(field)) for field in ("second_sampler", "unlabelled")
+    }
+
+
+def test_a_network_of_two_branches_gives_the_features_of_both(systems, tmp_path):
+    store, keys = systems
+    found = run_features(f"store:{keys['second_sampler']}", "digits", tmp_path / "f.npz", split="test", store=store)
+    kept = Store(store).read("stage1", keys["second_sampler"]).tensors
+    model = new_model("resnet8(width=4)", 1, 10, 0, branches=2).eval()
+    model.load_state_dict({name: kept[name] for name in model.state_dict()})
+    digits = load("digits")
+    with torch.inference_mode():
+        expected = model.features(Normalizer.of(digits.train.images)(digits.test.images))
+    table = FeatureTable.load(found.features)
+    assert table.width == model.feature_dim
+    torch.testing.assert_close(table.features, expected, rtol=2e-2, atol=2e-2)
+    assert found.classifier is not None
+
+
+def test_of_images_that_had_pseudo_labels_none_is_unseen(systems, tmp_path):
+    store, keys = systems
+    model = f"store:{keys['unlabelled']}"
+    with pytest.raises(UserError, match="--part unseen: it was trained on the other images of this data set, too"):
+        run_features(model, "digits", tmp_path / "f.npz", split="train", part="unseen", store=store)
+    with pytest.raises(UserError, match="without their labels, so that none is unseen; give others by --unseen SOURCE"):
+        tailscope.diagnose(model=model, data="digits", store=store, out=tmp_path / "out")

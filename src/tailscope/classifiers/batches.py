@@ -47,10 +47,13 @@ def fit_by_batches(
     [0, 1]
     """
     counts = np.bincount(labels)
-    rows, codes = torch.from_numpy(np.require(features, np.float32, ["C", "W"])), torch.from_numpy(labels)
+    kind = np.float64 if features.dtype == np.float64 else np.float32  # a copy of all might not find room
+    rows = torch.from_numpy(np.require(features, kind, ["C", "W"]))
+    codes = torch.from_numpy(labels)
     class_weight = model._variant(counts).get("class_weight", np.ones(len(counts)))
     weights = torch.from_numpy(class_weight).float()[codes]
-    mean, variance, axes = spectrum(rows, weights / len(rows), rows.shape[1])
+    mean, variance, axes = spectrum(rows, (weights / len(rows)).to(rows.dtype), rows.shape[1])
+    mean = mean.float()
     basis, inverse = damped_whitening(*axes, variance, model.l2, torch.float32)
     first = torch.zeros(len(counts), rows.shape[1] + 1)
     if start is not None:
@@ -64,7 +67,7 @@ def fit_by_batches(
     passes = max(PASSES, -(-LEAST_STEPS // batches))
     for _ in range(passes):
         for chosen in torch.split(torch.randperm(len(rows), generator=order), size):
-            batch = torch.cat([(rows[chosen] - mean) @ basis, torch.ones(len(chosen), 1)], dim=1)
+            batch = torch.cat([(rows[chosen].float() - mean) @ basis, torch.ones(len(chosen), 1)], dim=1)
             search.step(batch.to(device), codes[chosen].to(device), weights[chosen].to(device), passes * batches)
     placed = search.here.cpu()
     if not placed.isfinite().all():

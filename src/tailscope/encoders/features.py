@@ -36,6 +36,8 @@ from tailscope.tables.checks import listed
 from tailscope.tables.table import FeatureTable, LinearLayer, align
 from tailscope.training.step import Normalizer
 
+SAW_THE_REST = "it was trained on the other images of this data set, too, without their labels, so that none is unseen"
+
 
 @dataclass(frozen=True)
 class Network:
@@ -192,6 +194,7 @@ def _encoder(
         channels=images.channels,
         wishes=wishes,
         classes=len(images.class_names),
+        branches=1 if stored is None else stored.branches,
     )
     asked_for = wishes.resize == "none" and wishes.data_size is not None
     if not encoder.preprocessing.one_size and opened.in_memory is None and not asked_for:
@@ -220,6 +223,8 @@ def _rows(
         return None
     if part is not None and split != "train":
         raise UserError(f"--part {part}: is a part of the split train, not of {split}")
+    if part == "unseen" and stored is not None and stored.saw_the_rest:
+        raise UserError(f"--part unseen: {SAW_THE_REST}; take another split, such as --split test")
     rows = _trained_on(subset, stored, labels)
     if rows is None:
         raise UserError(f"--part {part}: needs --subset FILE or --model {PREFIX}KEY, which know the training images")
@@ -314,6 +319,8 @@ def extract_parts(
     """
     stored = _stored(model, network.store, network.checkpoint)
     opened = open_images(data, data_root=network.data_root)
+    if stored is not None and stored.saw_the_rest and wanted.unseen is None:
+        raise UserError(f"--model {model}: {SAW_THE_REST}; give others by --unseen SOURCE")
     parts = divide(opened, lambda labels: _trained_on(network.subset, stored, labels), wanted, network.data_root)
     _require_one_meaning(parts)
     encoder = _encoder(model, stored, network, opened, parts.images["train"])

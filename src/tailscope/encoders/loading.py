@@ -37,8 +37,7 @@ from tailscope.tables.checks import listed
 from tailscope.tables.table import LinearLayer
 
 PREFIX = "store:"
-_LARGEST = 1024
-"""Side in pixels beyond which no backbone was trained."""
+_LARGEST = 1024  # side in pixels beyond which no backbone was trained
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +50,7 @@ class StoredBackbone:
         rows: of the true training set, which it was trained on.
         counts: [C] of those rows.
         image_size: side of the images that it was trained on where they were cropped from files, None elsewhere.
+        branches, saw_the_rest: how many it ends in; whether it saw the other images, too, without their labels.
     """
 
     model: str
@@ -58,6 +58,8 @@ class StoredBackbone:
     rows: npt.NDArray[np.int64]
     counts: tuple[int, ...]
     image_size: int | None
+    branches: int = 1
+    saw_the_rest: bool = False
 
 
 def find_stored(root: Path | None, key: str) -> StoredBackbone:
@@ -77,8 +79,7 @@ def find_stored(root: Path | None, key: str) -> StoredBackbone:
         what = "no such backbone" if not matching else f"{len(matching)} backbones"
         have = listed([f"{known[:12]} ({describe(store.meta('stage1', known))})" for known in keys])
         raise UserError(f"--model {PREFIX}{key}: {what}; {root} has {have if keys else 'none'}")
-    path = store.tensors_file("stage1", matching[0])
-    return _stored_backbone(store.read("stage1", matching[0]), path)
+    return _stored_backbone(store.read("stage1", matching[0]), store.tensors_file("stage1", matching[0]))
 
 
 def _stored_backbone(artifact: Artifact, path: Path) -> StoredBackbone:
@@ -108,7 +109,8 @@ def _stored_backbone(artifact: Artifact, path: Path) -> StoredBackbone:
         raise UserError(f"{path}: its rows {list(rows.shape)} are no row numbers of training images")
     if size is not None and not 1 <= size <= _LARGEST:
         raise UserError(f"{path.parent / 'meta.json'}: images of {size} pixels; at most {_LARGEST} are believed")
-    return StoredBackbone(model, path, rows, counts, size)
+    branches, others = (spec.get(name) is not None for name in ("second_sampler", "unlabelled"))
+    return StoredBackbone(model, path, rows, counts, size, 1 + branches, others)
 
 
 _UNTRAINED = {"timm": "random", "torchvision": "random", "project": "random", "user": "as the factory made them"}
@@ -128,6 +130,7 @@ def load(
     channels: int = 3,
     wishes: Wishes | None = None,
     classes: int | None = None,
+    branches: int = 1,
 ) -> networks.Encoder:
     """Build a network, load its weights, and find its penultimate features.
 
@@ -141,6 +144,7 @@ def load(
         channels: of the images, for models without a checkpoint that do not say it themselves.
         wishes: size and normalisation of the input, where the model's own are not wanted, and the data's size.
         classes: how many the data have: an output of that width is no feature.
+        branches: of one of the project's, 2 where it was trained as BBN is (`networks.resnets.add_branch`).
 
     Raises:
         UserError: the model is unknown or needs a package that is not installed; the checkpoint is missing, damaged or
@@ -155,7 +159,7 @@ def load(
         raise UserError(f"--checkpoint-key {checkpoint_key}: goes with --checkpoint FILE")
     wishes = wishes or Wishes()
     stored = None if checkpoint is None else checkpoints.read(checkpoint)
-    built = _built(model, channels, stored, pretrained, wishes, classes)
+    built = _built(model, channels, stored, pretrained, wishes, classes, branches)
     notes, classifier, layer = list(built.notes), None, None
     if stored is not None:
         classifier, layer, said = checkpoints.fit(stored, built.model, model, built.classifiers, checkpoint_key)
@@ -193,6 +197,7 @@ def _built(
     pretrained: bool,
     wishes: Wishes,
     classes: int | None,
+    branches: int = 1,
 ) -> networks.Architecture:
     """Build an untrained network, or one with published weights."""
     kind, name = _kind(model)
@@ -205,7 +210,7 @@ def _built(
             case "user":
                 return _from_user(name, channels, wishes, classes)
             case _:
-                return networks.project(name, channels, stored, wishes)
+                return networks.project(name, channels, stored, wishes, branches)
 
 
 def find_layer(

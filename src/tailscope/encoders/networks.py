@@ -32,7 +32,7 @@ from tailscope.encoders.preprocessing import (
 )
 from tailscope.errors import UserError, foreign_code, guess, message_of
 from tailscope.networks import MODELS
-from tailscope.networks.resnets import CifarResNet
+from tailscope.networks.resnets import CifarResNet, add_branch
 from tailscope.tables.table import LinearLayer
 
 FeatureFunction = Callable[[nn.Module, Tensor], Tensor]
@@ -237,7 +237,7 @@ class Architecture:
     source: str = ""
 
 
-def project(call: str, channels: int, stored: Checkpoint | None, wishes: Wishes) -> Architecture:
+def project(call: str, channels: int, stored: Checkpoint | None, wishes: Wishes, branches: int = 1) -> Architecture:
     """Build one of the project's own models, which takes as many channels as the checkpoint's, else as the images.
 
     The weights of the field's codebases, whose classifiers have other names, were trained on CIFAR normalised by its
@@ -248,16 +248,16 @@ def project(call: str, channels: int, stored: Checkpoint | None, wishes: Wishes)
     """
     foreign = False
     if stored is not None:
-        own = checkpoints.backbone_of(_made(call, channels, "meta"), (_PROJECTS_CLASSIFIER,))
+        own = checkpoints.backbone_of(_made(call, channels, "meta", branches), (_PROJECTS_CLASSIFIER,))
         for place in checkpoints.places(stored, own)[:1]:
             state = place.state()
             foreign = f"{_PROJECTS_CLASSIFIER}.weight" not in state
             first = state.get("conv1.weight")  # networks of plug-ins may have none, and take the images' channels
             if first is not None and first.ndim == 4:
                 channels = first.shape[1]
-                own = checkpoints.backbone_of(_made(call, channels, "meta"), (_PROJECTS_CLASSIFIER,))
+                own = checkpoints.backbone_of(_made(call, channels, "meta", branches), (_PROJECTS_CLASSIFIER,))
         checkpoints.require_fit(stored, own, call, (_PROJECTS_CLASSIFIER,))
-    model = _made(call, channels, "cpu")
+    model = _made(call, channels, "cpu", branches)
     by_itself = MODELS.plugin(call) is not None and wishes.image_size is None and wishes.data_size is not None
     if isinstance(model, CifarResNet) or by_itself:  # trained on images in memory, as they are
         normalization = wishes.normalization(CIFAR if foreign and channels == 3 else "data", channels)
@@ -267,10 +267,12 @@ def project(call: str, channels: int, stored: Checkpoint | None, wishes: Wishes)
     return Architecture(model, by_method, "features(x)", (_PROJECTS_CLASSIFIER,), preprocessing)
 
 
-def _made(call: str, channels: int, device: str) -> nn.Module:
+def _made(call: str, channels: int, device: str, branches: int) -> nn.Module:
     try:
         with torch.device(device):
-            model: nn.Module = MODELS.make(call, channels, _CLASSES_OF_AN_UNTRAINED_MODEL)
+            model, *others = (MODELS.make(call, channels, _CLASSES_OF_AN_UNTRAINED_MODEL) for _ in range(branches))
+            for other in others:
+                add_branch(model, other, call)
     except (RuntimeError, MemoryError, OverflowError) as error:  # sizes beyond memory, or beyond what counts them
         raise UserError(f"model {call}: cannot be built ({message_of(error)[:80]}); make it smaller") from None
     return model

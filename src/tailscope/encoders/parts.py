@@ -1,7 +1,8 @@
 """Features larger than memory: a folder of Parquet files, each of some of the images, written by one or more processes.
 
 The files are named by the first of their images: file after file, their rows are the images in their order. Each is
-extracted as a file by itself is (`extract_part`), written whole or not at all, and left alone by a later run.
+extracted as a file by itself is (`extract_part`), written whole or not at all, and left alone by a later run, unless
+an image that could not be read can be by then.
 `extraction.json` says what they are parts of and how many images each has,
 and `START.unreadable.json` which of a file's images cannot be read. A process takes every so manyth file;
 batches begin at multiples of their size, so that the files are the same, however many processes write them.
@@ -15,20 +16,20 @@ from typing import Any
 
 import numpy as np
 
-from tailscope.data.decoding import Unreadable, refuse
+from tailscope.data.decoding import Unreadable, find_unreadable, refuse
 from tailscope.data.images import Images
 from tailscope.device import Runtime, Team
 from tailscope.encoders.extract import Extraction, NoneReadable, Options, extract_part, spec_of, try_first
 from tailscope.encoders.networks import Encoder
 from tailscope.errors import UserError
+from tailscope.progress import Quiet
 from tailscope.results import read_json
 from tailscope.spec import digest
 from tailscope.store import make_folder
 from tailscope.store.files import write_json, writing
 from tailscope.tables.checks import listed
-from tailscope.tables.parquet import rows_in
+from tailscope.tables.parquet import EXTRACTION, EXTRACTION_SCHEMA, UNREADABLE_IMAGES, rows_in
 
-SAID = "extraction.json"
 PART_BYTES = 2**27  # of features in a file: what a process holds, a few times over
 
 
@@ -72,27 +73,32 @@ def extract_to_folder(
 ) -> Written:
     """Write the features of all images to a folder, a part at a time, those of this process's parts.
 
-    All processes of the team must call this together; all return when all have done their part.
+    All processes of the team must call this together; all return when all have done their part. With `overwrite` what
+    the folder has is removed first, else it is kept where it is of the same extraction.
 
     Raises:
         UserError: as `extract_to_file`; or the folder holds features of another extraction, or other Parquet files.
     """
     made_by = spec_of(encoder, images, runtime, options)
     part = _rows_of_a_part(encoder, options)
-    said = {"schema": "tailscope.features/1", "images": len(images), "part": part}
+    said = {"schema": EXTRACTION_SCHEMA, "images": len(images), "part": part}
     if team.rank == 0:
-        _prepare(make_folder(folder, "--out"), {**said, "spec": made_by}, overwrite)
-        try_first(encoder, images, options)
+        make_folder(folder, "--out")
+        try_first(encoder, images, options)  # before anything is removed
+        _prepare(folder, {**said, "spec": made_by}, overwrite)
     team.share(None)  # nobody begins before the folder is ready
     wanted = [Part(folder, start, min(part, len(images) - start)) for start in range(0, len(images), part)]
     resumed = sum(one.written() for one in wanted)
     for number, one in enumerate(wanted):
-        if number % team.size == team.rank and not one.is_done():
+        if number % team.size == team.rank and not (one.is_done() and one.is_as_it_was(images)):
+            resumed -= one.written()
+            one.remove()
             of_part = images.take(np.arange(one.start, one.start + one.images))
             try:
                 extraction = extract_part(encoder, of_part, one.file, runtime, options, provenance, made_by)
             except NoneReadable as error:  # in this part; whether there are others is seen at the end
                 one.remember(error.skipped)
+                one.forget_shards()  # a later run looks at these images again
             else:
                 one.remember(extraction.skipped)
                 resumed += extraction.resumed
@@ -127,14 +133,30 @@ class Part:
     def unreadable(self) -> list[Unreadable]:
         """Return the images that could not be read."""
         try:
-            found = read_json(self._said)
-            return [Unreadable(int(row), str(where), str(reason)) for row, where, reason in found]
+            found = [Unreadable(int(row), str(where), str(reason)) for row, where, reason in read_json(self._said)]
         except (UserError, ValueError, TypeError):  # there is none, or it was damaged: the part is not done
             return []
+        return found if all(self.start <= bad.row < self.start + self.images for bad in found) else []
 
     def is_done(self) -> bool:
         """Return whether it is known of every image what became of it."""
         return self.written() + len(self.unreadable()) == self.images
+
+    def is_as_it_was(self, images: Images) -> bool:
+        """Return whether none of those of all `images` that could not be read can be by now."""
+        rows = np.array([bad.row for bad in self.unreadable()], dtype=np.int64)
+        return len(find_unreadable(images.take(rows), workers=None, progress=Quiet())) == len(rows)
+
+    def remove(self) -> None:
+        """Begin anew: a file and what is remembered of another one would never make up all images."""
+        with writing(self.folder):
+            self.file.unlink(missing_ok=True)
+            self._said.unlink(missing_ok=True)
+
+    def forget_shards(self) -> None:
+        """Remove what a run left that found nothing to write."""
+        with writing(self.folder):
+            shutil.rmtree(self.folder / f"{self.file.name}.shards", ignore_errors=True)
 
     def remember(self, unreadable: list[Unreadable]) -> None:
         """Say which images could not be read."""
@@ -143,7 +165,7 @@ class Part:
 
     @property
     def _said(self) -> Path:
-        return self.file.with_suffix(".unreadable.json")
+        return self.file.with_suffix(UNREADABLE_IMAGES)
 
 
 def _rows_of_a_part(encoder: Encoder, options: Options) -> int:
@@ -153,8 +175,8 @@ def _rows_of_a_part(encoder: Encoder, options: Options) -> int:
 
 
 def _prepare(folder: Path, said: dict[str, Any], overwrite: bool) -> None:
-    """Say in the folder what is written to it; refuse one that has something else."""
-    path = folder / SAID
+    """Say in the folder what is written to it; refuse one that has something else, or with `overwrite` empty it."""
+    path = folder / EXTRACTION
     others = [
         file for file in sorted(folder.rglob("*.parquet")) if not (file.parent == folder and file.stem.isdecimal())
     ]
@@ -167,7 +189,7 @@ def _prepare(folder: Path, said: dict[str, Any], overwrite: bool) -> None:
             found = read_json(path)
         except UserError:
             found = {}
-    if digest(found or {}) == digest(said):
+    if digest(found or {}) == digest(said) and not overwrite:
         return
     if (found is not None or ours) and not overwrite:
         raise UserError(
@@ -175,7 +197,7 @@ def _prepare(folder: Path, said: dict[str, Any], overwrite: bool) -> None:
             " --overwrite"
         )
     with writing(folder):
-        for file in (*ours, *folder.glob("*.unreadable.json")):
+        for file in (*ours, *folder.glob(f"*{UNREADABLE_IMAGES}")):
             file.unlink()
         for shards in folder.glob("*.parquet.shards"):
             shutil.rmtree(shards)
