@@ -101,12 +101,14 @@ def test_a_signal_ends_a_verb_as_ctrl_c_does(ended_by, number):
             after.extend(signal.getsignal(n) for n in cli.SIGNALS)
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and this one under nohup
     ended = ended_by(action)
     assert (ended.code, ended.out) == (128 + number, "")
     assert ended.err.strip() == "interrupted; the same command keeps what is finished and does the rest"
     assert cleaned == [True]
     assert after == [signal.SIG_DFL] * len(cli.SIGNALS)  # a second one ends at once
-    signal.signal(signal.SIGINT, before[0])
+    for number, handler in ((signal.SIGINT, before[0]), (signal.SIGHUP, before[2])):
+        signal.signal(number, handler)
     assert [signal.getsignal(n) for n in cli.SIGNALS] == before
 
 
