@@ -2,10 +2,9 @@
 
 The files are named by the first of their images: file after file, their rows are the images in their order. Each is
 extracted as a file by itself is (`extract_part`), written whole or not at all, and left alone by a later run, unless
-an image that could not be read can be by then.
-`extraction.json` says what they are parts of and how many images each has,
-and `START.unreadable.json` which of a file's images cannot be read. A process takes every so manyth file;
-batches begin at multiples of their size, so that the files are the same, however many processes write them.
+an image that could not be read can be by then. `extraction.json` says what they are parts of and how many images each
+has, and `START.unreadable.json` which of a file's images cannot be read. A process takes every so manyth file; batches
+begin at multiples of their size, so that the files are the same, however many processes write them.
 """
 
 import shutil
