@@ -19,6 +19,10 @@ from tailscope.store import Store, add
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
 SECONDS = 300  # a busy machine is no failure
+WAITING = """import time
+from tailscope.reproduce import queue
+queue.EXPERIMENTS = {**queue.EXPERIMENTS, "geometry": lambda *_: time.sleep(600)}
+"""  # lest geometry is done before the signal has come
 
 
 def random_images(folder: Path, name: str, classes: int) -> None:
@@ -106,6 +110,7 @@ def away(tmp_path_factory):
     first.until("the data of cifar100-lt have come")
     codes = [first.end(stop=True)]
     kept = stored(folder / "out-store")
+    (folder / "bare" / "sitecustomize.py").write_text(WAITING)
     document = json.loads((folder / "out" / "reproduce.json").read_text())
     second = Run(folder, *options, modules=folder / "bare")
     second.until("ladder of cifar10-lt, seed 0", "swap of cifar100-lt, seed 0")
