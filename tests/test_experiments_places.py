@@ -23,10 +23,11 @@ from tailscope.experiments.compare import CompareSettings, _waves, compare
 from tailscope.experiments.options import Placing
 from tailscope.experiments.places import Apart, Failed, Lost, Place, Processes
 from tailscope.experiments.plans import swap, waves_of
+from tailscope.experiments.stages import Stages, labeller, pretraining
 from tailscope.experiments.trainings import Trainings, make_ahead
 from tailscope.experiments.workers import Order, Outcome, work
 from tailscope.progress import Deadline, Quiet, TimeIsUp
-from tailscope.spec import TrainSpec
+from tailscope.spec import TrainSpec, backbone_key
 from tailscope.store import Store
 
 LONG = TINY.model_copy(update={"stage1": TrainSpec(epochs=60, batch=64, learning_rate=0.05, precision="fp32")})
@@ -159,6 +160,20 @@ def test_a_pre_training_that_two_backbones_share_is_made_once_and_first(tmp_path
     assert place.begun[1][1] == (place.begun[0][0].key,)
 
 
+def test_a_backbone_waits_for_the_network_that_labels_its_images(tmp_path):
+    place, stages = Recording(4), lab(tmp_path)
+    chosen = CompareSettings(**dict(settings(seeds=(0,))), methods="ssp; ssp + pseudo_labels", gaps="none")
+    runs = [run for run in next(_waves(stages, chosen)) if run.stage1.unlabelled]
+    ahead(stages, [runs], place)
+    labelling, labelled = labeller(runs[0].stage1), runs[0].backbone_key
+    assert [(order.kind, order.key) for order, _ in place.begun] == [
+        ("pretrained", backbone_key(pretraining(labelling), 0)),
+        ("stage1", backbone_key(labelling, 0)),
+        ("stage1", labelled),
+    ]
+    assert [len(before) for _, before in place.begun] == [0, 1, 2]
+
+
 def test_what_is_stored_is_not_made_again(one_after_the_other, tmp_path):
     place, stages = Recording(2), lab(one_after_the_other[0].root)
     assert ahead(stages, waves_of(["swap"])(stages, settings()), place).made == 0
@@ -180,12 +195,14 @@ def test_workers_that_see_the_store_make_the_same_to_the_bit(one_after_the_other
 
 def test_workers_that_do_not_see_the_store_send_archives(one_after_the_other, tmp_path, monkeypatch):
     monkeypatch.setattr(Apart, "_mark", lambda self, store: None)
-    told = []
+    told, extracted, extract = [], [], Stages._extract
+    monkeypatch.setattr(Stages, "_extract", lambda *it: extracted.append(it[2]) or extract(*it))
     place, stages = InThreads(told.append), lab(tmp_path)
     ahead(stages, waves_of(["swap"])(stages, settings()), place)
     assert same_stages(one_after_the_other[0], stages.store)
     assert sum("does not see" in line and "begins anew" in line for line in told) == 1
     assert entries(stages.store, "features") == 4  # of the test images: what a worker computes on the way comes too
+    assert len(extracted) == 4 + entries(stages.store, "views")  # and goes on to the next, which extracts none anew
     assert any(given for given in place.given)
 
 

@@ -154,9 +154,14 @@ class Apart(Place):
 
     def _given(self, lab: Stages, order: Order) -> bytes:
         """Return what a stage stands on as an archive."""
-        needs = [("stage1", order.run.backbone_key)] if order.kind == "stage2" else []
-        if order.kind == "stage1":  # of its labeller no order need have come before
-            needs = [one[:2] for one in beneath(order.run.stage1, order.run.seed) if lab.store.has(*one[:2])]
+        run, needs = order.run, list[tuple[str, str]]()
+        if order.kind == "stage1":
+            needs = [one[:2] for one in beneath(run.stage1, run.seed) if lab.store.has(*one[:2])]
+        elif order.kind == "stage2":
+            spec, trained_on = run.spec(), run.retrained_on
+            assert spec is not None
+            assert trained_on is not None
+            needs = [("stage1", run.backbone_key), *lab.extracted(spec, trained_on.rows)]
         with tempfile.TemporaryDirectory() as folder:
             return packed(lab.store, needs, Path(folder))
 

@@ -315,10 +315,7 @@ class Stages:
         """Return the backbone as stage 2 on `rows` and the test images see it: itself, or with shifted statistics."""
         if stage2.bn_mode == "frozen":
             return backbone
-        # In random order: batches of a single class would hide what separates classes.
-        drawn = rows if stage2.sampler == "instance" else self._drawn(stage2, rows, 0, seed)
-        order = drawn[torch.randperm(len(drawn), generator=torch_stream(seed, "stage2", "bn")).numpy()]
-        key = digest({**self._view_key(backbone, stage2, order, seed), "bn_mode": stage2.bn_mode})
+        order, key = self._shifted(backbone.key, stage2, rows, seed)
 
         def make(_: Path) -> tuple[Tensors, Meta]:
             started = time.monotonic()
@@ -330,6 +327,25 @@ class Stages:
         model = copy.deepcopy(backbone.model)
         model.load_state_dict({**model.state_dict(), **statistics})
         return replace(backbone, key=key, model=model.eval())
+
+    def _shifted(self, backbone: str, stage2: StageSpec, rows: Rows, seed: int) -> tuple[Rows, str]:
+        """Return what statistics are shifted to, in the order in which it is seen, and their key."""
+        # In random order: batches of a single class would hide what separates classes.
+        drawn = rows if stage2.sampler == "instance" else self._drawn(stage2, rows, 0, seed)
+        order = drawn[torch.randperm(len(drawn), generator=torch_stream(seed, "stage2", "bn")).numpy()]
+        return order, digest({**self._view_key(backbone, stage2, order, seed), "bn_mode": stage2.bn_mode})
+
+    def extracted(self, run: RunSpec, rows: Rows) -> list[tuple[str, str]]:
+        """Return kind and key of what a run's classifier is fitted and judged on, as far as the store has it."""
+        stage, key, needed = run.stage2, backbone_key(run.stage1, run.seed), []
+        if stage.bn_mode != "frozen":
+            key = self._shifted(key, stage, rows, run.seed)[1]
+            needed.append(("shifted", key))
+        assert stage.views is not None
+        views = [(self._seen(stage, rows, view, run.seed), view) for view in range(stage.views)]
+        needed += [("views", digest(self._view_key(key, stage, seen, run.seed, view))) for seen, view in views]
+        needed.append(("features", digest(self._clean_key(key, run.stage1, "test"))))
+        return [entry for entry in needed if self.store.has(*entry)]
 
     def classifier(self, run: RunSpec, backbone: Backbone, rows: Rows, label: str) -> Artifact:
         """Fit the run's classifier or recall it."""
@@ -360,13 +376,16 @@ class Stages:
     def clean_features(self, backbone: Backbone, split: Literal["train", "test"], rows: Rows | None = None) -> Tensor:
         """Return float32 features [N, d] of un-augmented images of a split, or of some rows; of files centre crops."""
         data, augment = self.data.train if split == "train" else self.data.test, backbone.stage1.augment
-        size = {} if self.data.in_memory else {"size": augment[0]}
-        some = {} if rows is None else {"rows": subsets.sha256_of(rows)}
-        key = {"backbone": backbone.key, "clean": split, "fingerprint": self.data.fingerprint, **size, **some}
         wanted = WantedFeatures(
             backbone.model, data, np.arange(len(data)) if rows is None else rows, augment, None, "fp32"
         )
+        key = self._clean_key(backbone.key, backbone.stage1, split, rows)
         return self._features("features", key, wanted, f"features of the {split} images")
+
+    def _clean_key(self, backbone: str, stage1: StageSpec, split: str, rows: Rows | None = None) -> dict[str, Any]:
+        size = {} if self.data.in_memory else {"size": stage1.augment[0]}
+        some = {} if rows is None else {"rows": subsets.sha256_of(rows)}
+        return {"backbone": backbone, "clean": split, "fingerprint": self.data.fingerprint, **size, **some}
 
     def views(self, backbone: Backbone, stage: StageSpec, rows: Rows, seed: int) -> list[View]:
         """Return the augmented views that stage 2 cycles through.
@@ -377,13 +396,14 @@ class Stages:
         assert stage.views is not None
         labels, found = self.data.train.labels, []
         for view in range(stage.views):
-            if stage.sampler == "instance":
-                everything = np.arange(len(labels))
-                found.append((self._view(backbone, stage, everything, view, seed)[rows], labels[rows]))
-            else:
-                drawn = self._drawn(stage, rows, view, seed)
-                found.append((self._view(backbone, stage, drawn, view, seed), labels[drawn]))
+            seen = self._seen(stage, rows, view, seed)
+            features = self._view(backbone, stage, seen, view, seed)
+            found.append((features[rows], labels[rows]) if stage.sampler == "instance" else (features, labels[seen]))
         return found
+
+    def _seen(self, stage: StageSpec, rows: Rows, view: int, seed: int) -> Rows:
+        """Return the rows whose features a view holds."""
+        return np.arange(len(self.data.train)) if stage.sampler == "instance" else self._drawn(stage, rows, view, seed)
 
     def _drawn(self, stage: StageSpec, rows: Rows, view: int, seed: int) -> Rows:
         """Return what the stage's sampler draws of `rows` for a view."""
@@ -393,19 +413,22 @@ class Stages:
 
     def _view(self, backbone: Backbone, stage: StageSpec, rows: Rows, view: int, seed: int) -> Tensor:
         """Return the features of one augmentation of `rows`, each row augmented by a draw of its own."""
-        key = {**self._view_key(backbone, stage, rows, seed), "view": view}
+        key = self._view_key(backbone.key, stage, rows, seed, view)
         wanted = self._wanted_view(backbone.model, stage, rows, view, seed)
         return self._features("views", key, wanted, _view_label(stage, view))
 
-    def _view_key(self, backbone: Backbone, stage: StageSpec, rows: Rows, seed: int) -> dict[str, Any]:
+    def _view_key(
+        self, backbone: str, stage: StageSpec, rows: Rows, seed: int, view: int | None = None
+    ) -> dict[str, Any]:
         return {
-            "backbone": backbone.key,
+            "backbone": backbone,
             "augment": list(stage.augment),
             "precision": stage.train.precision,
             "rows": subsets.sha256_of(rows),
             "seed": seed,
             "fingerprint": self.data.fingerprint,
             **({"plugins": stage.plugins} if stage.plugins else {}),
+            **({} if view is None else {"view": view}),
         }
 
     def _wanted_view(self, model: nn.Module, stage: StageSpec, rows: Rows, view: int, seed: int) -> WantedFeatures:

@@ -25,7 +25,7 @@ from tailscope.errors import UserError
 from tailscope.experiments.options import Placing
 from tailscope.experiments.places import Failed, Here, Place, Processes, Tell
 from tailscope.experiments.runs import Run
-from tailscope.experiments.stages import Stages
+from tailscope.experiments.stages import Stages, labeller
 from tailscope.experiments.workers import Order
 from tailscope.progress import Advance, Deadline, Progress, Quiet, TimeIsUp
 
@@ -183,9 +183,15 @@ class Trainings:
             return self._all[run.backbone_key]
         if lab.store.has("stage1", run.backbone_key):
             return None
+        return self._add(lab, Order("stage1", run, run.encoder), self._add_beneath(lab, run) if self.ahead else None)
+
+    def _add_beneath(self, lab: Stages, run: Run) -> _Piece | None:
+        """Take in what a backbone is trained from, unless the store has it, and return the piece to wait for."""
+        if run.stage1.unlabelled:  # both networks are trained from the same pre-training, if there is one
+            first = replace(run, stage1=labeller(run.stage1), encoder=f"{run.encoder}, to label the others")
+            return self._add_backbone(lab, first)
         order = Order("pretrained", run, run.encoder)
-        first = run.stage1.pretrain and self.ahead and not lab.store.has("pretrained", order.key)
-        return self._add(lab, Order("stage1", run, run.encoder), self._add(lab, order) if first else None)
+        return self._add(lab, order) if run.stage1.pretrain and not lab.store.has("pretrained", order.key) else None
 
     def _add(self, lab: Stages, order: Order, needs: _Piece | None = None, after: _Piece | None = None) -> _Piece:
         if order.key not in self._all:
