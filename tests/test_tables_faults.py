@@ -195,8 +195,8 @@ def test_bombs(tmp_path, monkeypatch):
     np.savez_compressed(path, features=np.zeros((2**18, 4), dtype=np.float32), labels=Y)  # 4 MiB in 4 KiB
     assert "features would unpack to" in refusal(path)
     pq.write_table(pa.table({"f0": np.zeros(10**6), "label": np.zeros(10**6, int)}), tmp_path / "bomb.parquet")
-    monkeypatch.setattr(arrays, "machine_memory", lambda: 10**6)
-    assert "the table declares 0 GiB, more than this machine's memory" in refusal(tmp_path / "bomb.parquet")
+    monkeypatch.setattr(arrays, "usable_memory", lambda: 10**6)
+    assert "the table declares 0 GiB, more than the memory here" in refusal(tmp_path / "bomb.parquet")
     compressed = io.BytesIO()
     with zipfile.ZipFile(compressed, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("t/data.pkl", b"\x80\x02" + b"0" * 10**7)

@@ -1,4 +1,4 @@
-"""How much is too much: estimates of what exact methods cost, and the limits from which a diagnosis approximates.
+"""How much is too much: the memory there is, what exact methods cost, and from where on a diagnosis approximates.
 
 Costs are counted in multiply-adds of matrix products. What else is done to one logit (its exponential, a maximum, a
 comparison) takes about as long as `ELEMENT` of them, so that few features hardly make it cheaper. Two cores of a laptop
@@ -6,6 +6,10 @@ do about 3e10 a second. What is small is computed exactly; a result that is not 
 """
 
 import math
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
 
 ELEMENT = 100
 # One evaluation of a search over all rows: a learning curve takes about 300 of them, one classifier about 40.
@@ -61,3 +65,33 @@ def nearest_step(rows: int, features: int, classes: int) -> int:
     (1, 9)
     """
     return max(1, math.ceil(of_logits(rows, features, classes) / MOST_NEAREST))
+
+
+def usable_memory(system: Path = Path("/")) -> int:
+    """Return how many bytes this process may hold: the machine's, or less where its container or job may have less.
+
+    Args:
+        system: where the files lie that tell of Linux's control groups, of both versions.
+    """
+    try:
+        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # the system does not tell: what 48 bits address
+        machine = 2**48
+    return min([machine, *_limits_of_groups(system)])
+
+
+def _limits_of_groups(system: Path) -> Iterator[int]:
+    """Yield what limits the memory of this process's control groups and of those around them."""
+    try:
+        lines = (system / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        mounted, file = ("memory", "memory.limit_in_bytes") if controllers else ("", "memory.max")
+        parts = PurePosixPath(path.lstrip("/")).parts
+        for depth in range(len(parts) + 1):  # a container may see its own group as the outermost one
+            with suppress(OSError, ValueError):  # there is none, or it says "max"
+                yield int((system / "sys/fs/cgroup" / mounted).joinpath(*parts[:depth], file).read_text())

@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tailscope.diagnosis.inputs import Inputs
-from tailscope.effort import are_many_pairs, is_long_curve, is_long_search
+from tailscope.effort import are_many_pairs, is_long_curve, is_long_search, usable_memory
 from tailscope.errors import UserError
 from tailscope.measures.angles import REPLICATE_ELEMENTS
 from tailscope.measures.rows import BLOCK_ELEMENTS, CHUNK_ELEMENTS
-from tailscope.tables.arrays import machine_memory
 from tailscope.tables.mapped import HELD, held_below
 
-DEFAULT_SHARE = 0.75  # of the machine's memory
+DEFAULT_SHARE = 0.75  # of the memory there is
 LEAST_HELD, SHARE = 2**20, 16  # of the limit: rows of more bytes lie in files
 LIBRARIES = 200 * 2**20  # that are imported later: scikit-learn, SciPy, pydantic
 A_ROW = 160  # bytes: label, order, length, angles, predictions, weights and their copies
@@ -46,12 +45,12 @@ def to_bytes(text: str) -> int:
 
 @contextmanager
 def within(inputs: Mapping[str, Inputs], verdict: bool, permutations: int, limit: int | None) -> Iterator[None]:
-    """Keep a diagnosis within so many bytes; None: within `DEFAULT_SHARE` of the machine's memory.
+    """Keep a diagnosis within so many bytes; None: within `DEFAULT_SHARE` of the memory there is.
 
     Raises:
         UserError: it needs more.
     """
-    limit = int(DEFAULT_SHARE * machine_memory()) if limit is None else limit
+    limit = int(DEFAULT_SHARE * usable_memory()) if limit is None else limit
     held = min(HELD, max(LEAST_HELD, limit // SHARE))
     needs = [needed(Shape.of(one), verdict, permutations, held) for one in inputs.values()]
     most_of_all = needs[max(range(len(needs)), key=lambda i: sum(needs[i].values()))]

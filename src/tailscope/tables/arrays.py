@@ -11,7 +11,6 @@ reads: the classes here stand for NumPy's and rebuild plain numbers and text fro
 import csv
 import json
 import math
-import os
 import pickle
 import pickletools
 import re
@@ -31,6 +30,7 @@ import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 
+from tailscope.effort import usable_memory
 from tailscope.errors import UserError, first_few, plain_name
 from tailscope.store.files import write_tensors
 
@@ -105,17 +105,9 @@ def require_room(where: Path | str, name: str, shape: Sequence[int], itemsize: i
     if any(length < 0 for length in shape):
         raise UserError(f"{where}: {name} declares the shape {list(shape)}: damaged")
     size = math.prod(shape) * max(itemsize, 1)
-    if size > machine_memory():
-        raise UserError(f"{where}: {name} declares {size / 2**30:,.0f} GiB, more than this machine's memory")
+    if size > usable_memory():
+        raise UserError(f"{where}: {name} declares {size / 2**30:,.0f} GiB, more than the memory here")
     return size
-
-
-def machine_memory() -> int:
-    """Return the machine's memory in bytes; where the system does not tell, what 48 bits address."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return 2**48
 
 
 class Contents(NamedTuple):

@@ -194,7 +194,7 @@ class _DiagnosisRequest(DecodingOptions, EncoderOptions, _Samples):
         str | None,
         Option(
             help="The most memory to hold, such as 2GiB; features in folders, .npy and .safetensors are not held."
-            " [default: three quarters of the machine's]"
+            " [default: three quarters of what there is]"
         ),
     ] = None
     overwrite: Overwrite = False
