@@ -19,7 +19,7 @@ test: install
 test-slow: install
 	$(BIN)/python -m pytest -m slow
 
-# Half an hour on two cores; its counts go to results/faults.json.
+# Ten minutes on two cores; its counts go to results/faults.json.
 test-faults: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults
 

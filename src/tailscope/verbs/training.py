@@ -130,7 +130,7 @@ _DEMO = {"out", "seeds", "store", "device", "engine", "overwrite", "console"}
 
 @taking(partial(Request, "digits", recipe="demo"), leave_out={option.name for option in fields(Request)} - _DEMO)
 def demo(request: Request) -> "dict[str, Result]":
-    """Tell the whole story on scikit-learn's digits in about two minutes.
+    """Tell the whole story on scikit-learn's digits in a few minutes.
 
     Subset, swap, ladder, geometry and report at imbalance factor 100, with the recipe `demo`.
 
