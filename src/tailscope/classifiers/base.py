@@ -111,6 +111,8 @@ class LinearClassifier(FeatureClassifier):
 class Rebalanced(FeatureClassifier):
     """A classifier that is made from another, `base`: a call-string of this package, or a linear estimator.
 
+    An estimator is one with `coef_`, `intercept_` and `classes_`, scikit-learn's `LogisticRegression` for instance.
+
     scikit-learn's `FrozenEstimator` keeps an estimator with `coef_` and `intercept_` from being trained again.
     """
 
@@ -120,12 +122,43 @@ class Rebalanced(FeatureClassifier):
         """Return a new classifier fitted as `base` says; a frozen one stays as it is."""
         y = self.classes_[codes]
         fitted = (CLASSIFIERS.make(self.base) if isinstance(self.base, str) else clone(self.base)).fit(X, y)
-        if not (hasattr(fitted, "coef_") and hasattr(fitted, "intercept_")):
+        if not all(hasattr(fitted, name) for name in ("coef_", "intercept_", "classes_")):
             raise ValueError(f"base must be a linear classifier, got {self.base!r}")
         if not np.array_equal(fitted.classes_, np.unique(y)):
             raise ValueError("base was fitted on other classes than the labels hold")
-        linear: LinearClassifier = fitted
-        return linear
+        if isinstance(fitted, LinearClassifier):
+            return fitted
+        weight, bias = np.atleast_2d(fitted.coef_).astype(X.dtype), np.atleast_1d(fitted.intercept_).astype(X.dtype)
+        if len(weight) == 1:  # scikit-learn has one logit for two classes
+            weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+        return fixed(weight, np.broadcast_to(bias, len(weight)), fitted.classes_)
+
+
+class _Given(LinearClassifier):
+    """A linear classifier that is there already: `fit` leaves it as it is."""
+
+    def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
+        return self
+
+    def __sklearn_clone__(self) -> Self:
+        return self
+
+
+def take_base(model: FeatureClassifier, current: LinearClassifier) -> bool:
+    """Have a classifier that is made from another one take `current`; return False if it names one, or needs none."""
+    if getattr(model, "base", None) != Rebalanced.base:
+        return False
+    model.set_params(base=current)
+    return True
+
+
+def fixed(weight: Floats, bias: Floats, classes: NDArray[Any] | None = None) -> LinearClassifier:
+    """Return a classifier [C, d] and [C] that `fit` leaves as it is, so that others are made from it."""
+    model = _Given()
+    model.coef_, model.intercept_ = weight, bias
+    model.classes_ = np.arange(len(weight)) if classes is None else classes
+    model.n_features_in_ = weight.shape[1]
+    return model
 
 
 class WeightedRows:

@@ -171,6 +171,7 @@ def spec(inputs: dict[str, Inputs], settings: DiagnosisSettings) -> dict[str, An
     Further remedies are left out where there are none, as in the files from before there were any.
     """
     found = {"encoders": {name: one.fingerprints for name, one in inputs.items()}, **asdict(settings)}
+    found["remedies"] = list(settings.remedies)  # as it comes back from the file
     if not settings.remedies:
         del found["remedies"]
     if settings.plugins:

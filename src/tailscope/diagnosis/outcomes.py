@@ -15,10 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.frozen import FrozenEstimator
 
 from tailscope.classifiers import LinearClassifier, SoftmaxRegression
-from tailscope.classifiers.base import Diverged, Floats, IntArray
+from tailscope.classifiers.base import Diverged, IntArray, fixed
 from tailscope.classifiers.batches import fit_by_batches
 from tailscope.diagnosis.curve_fits import BoolArray, Rows
 from tailscope.diagnosis.inputs import Inputs, bursts
@@ -127,7 +126,9 @@ def score(
         bound = follow(fits, bound_at)
         rows = bound.attained.rows
         advance(1)
-        fitted = fitted_to_training(current, train, device) | {call: fitted_remedy(call, train) for call in remedies}
+        fitted = fitted_to_training(current, train, device) | {
+            call: fitted_remedy(call, train, current) for call in remedies
+        }
         rebalanced, layer = choose(fitted, fits, unseen, test, rows)
         advance(1)
     if is_large(train, len(inputs.names)):
@@ -142,15 +143,6 @@ def score(
     looks = Looks.of(current, scored, rows, fits)
     layer = layer._replace(weight=np.ldexp(layer.weight, power))  # of features as they were given
     return Outcomes(*found, now, name, rebalanced, bound, tuple(notes), looks, current, layer)
-
-
-def fixed(weight: Floats, bias: Floats) -> LinearClassifier:
-    """Return a classifier that `fit` leaves as it is, so that remedies adjust it instead of training another."""
-    model = SoftmaxRegression()
-    model.coef_, model.intercept_, model.classes_ = weight, bias, np.arange(len(weight))
-    model.n_features_in_ = weight.shape[1]
-    frozen: LinearClassifier = FrozenEstimator(model)
-    return frozen
 
 
 def _arrays(table: FeatureTable, power: int) -> Rows:

@@ -27,7 +27,7 @@ from tailscope.classifiers import (
     NearestClassMean,
     TauNorm,
 )
-from tailscope.classifiers.base import Diverged, FeatureClassifier, Floats, IntArray, row_blocks
+from tailscope.classifiers.base import Diverged, FeatureClassifier, Floats, IntArray, row_blocks, take_base
 from tailscope.classifiers.batches import fit_by_batches
 from tailscope.diagnosis.curve_fits import PENALTIES, SHRINKAGES, BoolArray, Rows, Task, Trial
 from tailscope.diagnosis.learning_curve import Fits, final, pooled_kind
@@ -226,14 +226,18 @@ def fitted_to_training(
     return found | _path("label_aware_smoothing", LabelAwareSmoothing(**stopping), train, L2S, current)
 
 
-def fitted_remedy(call: str, train: Rows) -> FeatureClassifier:
+def fitted_remedy(call: str, train: Rows, current: LinearClassifier) -> FeatureClassifier:
     """Return the classifier that a call-string of `CLASSIFIERS` names, perhaps of a plug-in, fitted to samples.
+
+    What re-balances another classifier and does not say which re-balances the current one.
 
     Raises:
         UserError: it cannot be fitted, or does not give logits [n, C].
     """
     with foreign_code(f"--remedy {call}: cannot be fitted"):
-        model = CLASSIFIERS.make(call).fit(*train)
+        model = CLASSIFIERS.make(call)
+        take_base(model, current)
+        model.fit(*train)
         found, wanted = np.shape(model.logits(train.features[:2])), (2, len(model.classes_))
     if found != wanted:
         raise UserError(f"--remedy {call}: gives logits {list(found)} of 2 samples, not {list(wanted)}")

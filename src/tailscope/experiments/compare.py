@@ -24,8 +24,7 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from tailscope.classifiers import CLASSIFIERS
-from tailscope.classifiers.base import Diverged
-from tailscope.diagnosis.outcomes import fixed
+from tailscope.classifiers.base import Diverged, fixed, take_base
 from tailscope.diagnosis.remedies import Scored
 from tailscope.errors import UserError, unknown
 from tailscope.experiments import plans
@@ -390,9 +389,7 @@ def _classifier(
     rows, labels = stages.trained_on(backbone, rows)
     features = stages.clean_features(backbone, "train", rows)
     model = CLASSIFIERS.make(run.system.classifier)
-    if getattr(model, "base", None) == "softmax":  # unless another was asked for, it re-balances the network's own
-        model.set_params(base=fixed(weight.numpy(), bias.numpy()))
-    else:
+    if not take_base(model, fixed(weight.numpy(), bias.numpy())):  # what re-balances the network's own
         inputs = Tensor.float
     started = time.monotonic()
     with stages.runtime.progress.task(label, 1) as advance, warnings.catch_warnings(record=True) as told:
