@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.special import log_softmax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.frozen import FrozenEstimator
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.neighbors import NearestCentroid
 from sklearn.preprocessing import normalize
 from sklearn.utils.estimator_checks import parametrize_with_checks
@@ -19,10 +19,12 @@ from tailscope.classifiers import (
     CLASSIFIERS,
     CRT,
     LWS,
+    OLTR,
     DisAlign,
     LabelAwareSmoothing,
     LogitAdjustedSoftmax,
     LogitAdjustment,
+    MiSLAS,
     NearestClassMean,
     SoftmaxRegression,
     TauNorm,
@@ -366,3 +368,27 @@ def test_what_is_not_finite_ends_the_fit():
     model.coef_ = np.full_like(model.coef_, np.inf)
     with pytest.raises(Diverged, match="logits"):
         model.predict(X)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("kind", [LogitAdjustment, TauNorm, LWS, DisAlign, MiSLAS, OLTR])
+def test_a_linear_classifier_of_scikit_learn_may_be_the_base(kind, classes):
+    rng = np.random.default_rng(0)
+    y = np.repeat(np.array(["a", "b", "c"])[:classes], [90, 60, 30][:classes])
+    X = rng.normal(size=(len(y), 5)) + 3 * (y[:, None] == np.array(["a", "b", "c", "d", "e"]))
+    found = kind(base=LogisticRegression()).fit(X, y)
+    assert found.logits(X).shape == (len(y), classes)
+    assert found.score(X, y) > 0.85
+
+
+def test_a_base_of_two_classes_with_one_logit_decides_as_before():
+    X, y = np.random.default_rng(0).normal(size=(80, 4)), np.arange(80) % 2
+    base = LogisticRegression().fit(X, y)
+    same = LogitAdjustment(base=FrozenEstimator(base), tau=0).fit(X, y)
+    assert np.array_equal(same.predict(X), base.predict(X))
+    np.testing.assert_allclose(same.predict_proba(X), base.predict_proba(X), atol=1e-6)
+
+
+def test_a_base_that_is_no_classifier_is_refused():
+    with pytest.raises(ValueError, match="base must be a linear classifier"):
+        LogitAdjustment(base=LinearRegression()).fit(np.eye(4), np.arange(4) % 2)

@@ -279,6 +279,8 @@ def test_another_encoders_bound_as_the_ceiling(lost, tmp_path):
     }
     width, before = (one["verdict"]["representation_gap"]["ci95"] for one in (found, lost))
     assert width[1] - width[0] >= before[1] - before[0]
+    with pytest.raises(UserError, match="its encoder is that of --train; leave out --ceiling-from"):
+        tailscope.diagnose(table(*train), table(*unseen), ceiling_from=stored, permutations=0)
     for options, message in (
         ({"ceiling": 0.9}, "--ceiling and --ceiling-from: give one"),
         ({"bound_at": 20}, "its bound is at 200 samples a class"),

@@ -14,21 +14,9 @@ from benchmarks import scale
 from diagnosis_cases import separable
 from tailscope import diagnose
 from tailscope.diagnosis import memory
+from tailscope.effort import parse_size
 from tailscope.errors import UserError
 from tailscope.tables import mapped
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("2GiB", 2**31), ("2 gb", 2**31), ("1.5M", 3 * 2**19), ("123", 123), ("1t", 2**40)]
-)
-def test_sizes_as_users_write_them(text, size):
-    assert memory.to_bytes(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "much", "0", "-1GiB", "2 GiB 3", "GiB"])
-def test_what_is_no_size(text):
-    with pytest.raises(UserError, match="expected a size such as 2GiB"):
-        memory.to_bytes(text)
 
 
 def test_too_little_memory_is_said_before_the_work_and_with_what_is_needed():
@@ -38,7 +26,7 @@ def test_too_little_memory_is_said_before_the_work_and_with_what_is_needed():
     ) as no:
         diagnose(train, unseen, memory="20MiB")
     needed = re.search(r"needs about ([\d.]+ [GM]iB)", str(no.value))
-    assert memory.to_bytes(needed[1]) > 100 * 2**20
+    assert parse_size(needed[1], "--memory") > 100 * 2**20
 
 
 def test_rows_that_are_held_are_a_small_share_of_the_limit(monkeypatch):

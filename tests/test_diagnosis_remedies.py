@@ -1,5 +1,6 @@
 """Remedies: nested choice, the pooled fit, what they gain where the truth is known, and calibration."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,17 +10,19 @@ from sklearn.frozen import FrozenEstimator
 
 import tailscope
 from diagnosis_cases import FEW, around, head_biased, noise, scattered, separable, table, weak
-from tailscope.classifiers import CLASSIFIERS, SoftmaxRegression
+from tailscope.classifiers import CLASSIFIERS, NearestClassMean, SoftmaxRegression
+from tailscope.classifiers.base import fixed
 from tailscope.classifiers.estimators import CRT, LabelAwareSmoothing, LogitAdjustedSoftmax
 from tailscope.diagnosis import remedies
 from tailscope.diagnosis.curve_fits import PENALTIES, Rows, assign_folds
 from tailscope.diagnosis.learning_curve import Fits, follow
-from tailscope.diagnosis.remedies import POOLED, Scored, choose, fitted_to_training, select_nested
+from tailscope.diagnosis.remedies import POOLED, Scored, choose, fitted_remedy, fitted_to_training, select_nested
 from tailscope.errors import UserError
 from tailscope.report.reading import read
 from tailscope.results import write
 from tailscope.tables.table import LinearLayer
 
+NOBODY = None  # the classifier in use is not asked where the best remedy is a linear layer
 NOT_TRIED = {"softmax", "mislas", "feature_clouds", "cosine", "oltr"}  # the last four: not measured as remedies
 
 
@@ -121,10 +124,45 @@ def test_a_classifier_with_the_penalty_chosen_is_better_than_one_with_a_fixed_on
     fits = Fits.of(train, unseen, None, None, 0)
     base = FrozenEstimator(SoftmaxRegression().fit(*train))
     fitted = {k: v for k, v in fitted_to_training(base, train).items() if k.startswith("crt")}
-    got, _ = choose(fitted, fits, unseen, None, follow(fits, 300).attained.rows)
+    got, _ = choose(fitted, base, fits, unseen, None, follow(fits, 300).attained.rows)
     own = {float(name[len("crt(l2=") : -1]): mean for name, mean in got.tried.items() if not name.endswith(POOLED)}
     assert right[0.1] > right[0.001] + 0.02
     assert max(own, key=own.get) == 0.1
+
+
+def test_no_layer_is_offered_that_is_worse_than_the_one_in_use():
+    """Class means, no linear layer here, are best; the only layer among the remedies guesses."""
+    train, unseen = overlapping(3)
+    fits = Fits.of(train, unseen, None, None, 0)
+    fits = dataclasses.replace(fits, task=dataclasses.replace(fits.task, withheld=True))  # without pooled fits
+    base, width = SoftmaxRegression().fit(*train), train.features.shape[1]
+    guess = fixed(np.zeros((7, width), np.float32), np.zeros(7, np.float32))
+    fitted = {"ncm": NearestClassMean().fit(*train), "crt": guess}
+    for current, offered in ((base, False), (fixed(-base.coef_, -base.intercept_), True)):
+        got, layer = choose(fitted, current, fits, unseen, None, fits.task.rows)
+        assert got.best == "ncm"
+        assert (layer is not None) == offered
+
+
+def test_a_remedy_re_balances_the_classifier_in_use():
+    train, unseen = overlapping(3)
+    weight = np.random.default_rng(0).normal(size=(7, train.features.shape[1])).astype(np.float32)
+    current = fixed(weight, np.zeros(7, np.float32))
+    of_another = fitted_remedy("logit_adjustment(base='crt', tau=0)", train, current)
+    as_it_is = fitted_remedy("logit_adjustment(tau=0)", train, current)
+    assert np.array_equal(as_it_is.predict(unseen.features), current.predict(unseen.features))
+    assert not np.array_equal(of_another.predict(unseen.features), current.predict(unseen.features))
+
+
+def test_a_diagnosis_with_remedies_can_be_repeated(tmp_path):
+    given = [table(*one) for one in separable()]
+    for tau in (0.7, 0.7, 0.8):
+        options = {"remedy": [f"logit_adjustment(tau={tau})"], "out": tmp_path, "report": False}
+        if tau == 0.8:
+            with pytest.raises(UserError, match="remedies differ"):
+                tailscope.diagnose(*given, permutations=0, **options)
+        else:
+            tailscope.diagnose(*given, permutations=0, **options)
 
 
 # ---- the pooled fit
@@ -137,7 +175,7 @@ def test_the_pooled_fit_scores_no_sample_that_it_was_fitted_to():
     labels = np.repeat(np.arange(4), 60)
     train, unseen = rows(features[::2], labels[::2]), rows(features[1::2], labels[1::2])
     fits = Fits.of(train, unseen, None, None, 0)
-    got, _ = choose({}, fits, unseen, None, fits.task.rows)
+    got, _ = choose({}, NOBODY, fits, unseen, None, fits.task.rows)
     assert all(name.endswith(POOLED) for name in got.tried)
     everything = CRT(l2=1e-4).fit(features, labels)
     assert everything.score(features, labels) == 1
@@ -147,7 +185,7 @@ def test_the_pooled_fit_scores_no_sample_that_it_was_fitted_to():
 def test_the_pooled_fit_is_class_balanced_retraining_on_all_samples_but_those_of_the_fold():
     train, unseen = overlapping(4)
     fits = Fits.of(train, unseen, None, None, 0)
-    got, _ = choose({}, fits, unseen, None, fits.task.rows)
+    got, _ = choose({}, NOBODY, fits, unseen, None, fits.task.rows)
     held, task = np.empty(len(unseen.labels), dtype=int), fits.task
     l2 = PENALTIES[
         max([s for s in fits.pooled.classifiers[0] if PENALTIES[s] > 1e-3], key=lambda s: fits.pooled.right[s].mean())
@@ -169,7 +207,7 @@ def test_with_a_test_file_the_pooled_fit_holds_all_unseen_samples():
     _, test = overlapping(6, scale=2.2, per_class=400)
     fits = Fits.of(train, unseen, test, None, 0)
     items = follow(fits, 300).attained.rows
-    got, _ = choose({}, fits, unseen, test, items)
+    got, _ = choose({}, NOBODY, fits, unseen, test, items)
     both = (np.concatenate(pair) for pair in zip(train, unseen, strict=True))
     l2 = float(got.best.removesuffix(POOLED)[len("crt(l2=") : -1])
     assert got.chosen == (got.best,)
@@ -183,10 +221,10 @@ def test_a_test_file_is_not_looked_at_in_choosing():
     fits = Fits.of(train, unseen, test, None, 0)
     base = FrozenEstimator(SoftmaxRegression().fit(*train))
     fitted = fitted_to_training(base, train)
-    got, _ = choose(fitted, fits, unseen, test, np.arange(len(test.labels)))
+    got, _ = choose(fitted, base, fits, unseen, test, np.arange(len(test.labels)))
     wrong = test._replace(labels=(test.labels + 1) % 7)
     again = Fits.of(train, unseen, wrong, None, 0)
-    other, _ = choose(fitted, again, unseen, wrong, np.arange(len(test.labels)))
+    other, _ = choose(fitted, base, again, unseen, wrong, np.arange(len(test.labels)))
     assert (other.best, other.tried) == (got.best, got.tried)
     assert other.accuracy.estimate < got.accuracy.estimate
 

@@ -1,15 +1,15 @@
-"""The memory that a process may hold: the machine's, or what a container, a job or a group around them allows."""
+"""Sizes as users write them, and the memory that a process may hold: the machine's, or what a container allows."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-from tailscope.effort import usable_memory
+from tailscope.effort import parse_size, usable_memory
+from tailscope.errors import UserError
 
 GIB = 2**30
 UNLIMITED = 9223372036854771712
-pytestmark = pytest.mark.skipif(not hasattr(os, "sysconf"), reason="control groups are Linux's")
 
 
 def system(root: Path, groups: str | None, limits: dict[str, object]) -> Path:
@@ -24,6 +24,7 @@ def system(root: Path, groups: str | None, limits: dict[str, object]) -> Path:
     return root
 
 
+@pytest.mark.skipif(not hasattr(os, "sysconf"), reason="control groups are Linux's")
 @pytest.mark.parametrize(
     ("groups", "limits", "expected"),
     [
@@ -41,3 +42,25 @@ def system(root: Path, groups: str | None, limits: dict[str, object]) -> Path:
 def test_the_smallest_limit_of_the_groups_around_a_process_counts(tmp_path, groups, limits, expected):
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert usable_memory(system(tmp_path, groups, limits)) == min(machine, expected or machine)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("2GiB", 2**31),
+        ("2 gb", 2 * 10**9),
+        ("1.5M", 3 * 2**19),
+        ("123", 123),
+        ("7 B", 7),
+        ("1t", 2**40),
+        ("16MB", 16e6),
+    ],
+)
+def test_sizes_as_users_write_them(text, size):
+    assert parse_size(text, "--memory") == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "0", "-1GiB", "2 GiB 3", "GiB", "MB", "1 XB", "1iB"])
+def test_what_is_no_size(text):
+    with pytest.raises(UserError, match=f"--max-size {text}: expected a size such as 2GiB"):
+        parse_size(text, "--max-size")

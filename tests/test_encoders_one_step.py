@@ -475,6 +475,8 @@ def test_mistakes_with_a_module_are_one_line(loaders) -> None:
     cases = [
         ({"train": train}, "give its inputs as train and unseen"),
         ({"train": train, "unseen": test, "data": "digits"}, "and no data"),
+        ({"train": train, "unseen": test, "checkpoint": "c.pth"}, "checkpoint: goes with a network that is named"),
+        ({"train": train, "unseen": test, "resize": 7}, "resize: goes with a network that is named"),
         ({"train": (train[0].byte(), train[1]), "unseen": test}, r"train: its images are uint8 \[48, 3, 24, 24\]"),
         ({"train": (train[0], train[1][1:]), "unseen": test}, "train: 48 images and 47 labels"),
         ({"train": train, "unseen": "b.npz"}, "unseen: a str; beside a network, give a DataLoader or a pair"),

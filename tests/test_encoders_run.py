@@ -258,3 +258,19 @@ def test_of_images_that_had_pseudo_labels_none_is_unseen(systems, tmp_path):
         run_features(model, "digits", tmp_path / "f.npz", split="train", part="unseen", store=store)
     with pytest.raises(UserError, match="without their labels, so that none is unseen; give others by --unseen SOURCE"):
         tailscope.diagnose(model=model, data="digits", store=store, out=tmp_path / "out")
+
+
+def test_a_subset_is_of_the_training_split(tmp_path: Path) -> None:
+    (tmp_path / "subset.json").write_text(json.dumps({"indices": [[0, 1]] * 10}))
+    with pytest.raises(UserError, match=r"subset.json: says which images of the split train to take, not of test"):
+        run_features("resnet8", "digits", tmp_path / "f.npz", split="test", subset=tmp_path / "subset.json")
+
+
+def test_overwritten_features_keep_no_classifier_of_the_network_before(tmp_path: Path) -> None:
+    (tmp_path / "f.classifier.npz").write_bytes(b"of before")
+    model = MODELS.make("resnet8", 1, 10)
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("classifier.")}
+    torch.save(state, tmp_path / "c.pth")
+    given = {"checkpoint": tmp_path / "c.pth", "split": "test", "runtime": CPU, "overwrite": True}
+    assert run_features("resnet8", "digits", tmp_path / "f.npz", **given).classifier is None
+    assert not (tmp_path / "f.classifier.npz").exists()

@@ -9,6 +9,7 @@ import torch
 from image_trees import photos
 from tailscope.data import folders, sources
 from tailscope.data.sources import ImageData
+from tailscope.errors import UserError
 from tailscope.experiments.traps import of_data, of_profile, of_rate, of_stage, shared_images, traps
 from tailscope.spec import DataSpec
 from tailscope.training.recipes import RECIPES, recipe_by_name
@@ -115,3 +116,10 @@ def test_constant_images_of_a_test_set_are_one_image_each(digits):
 def test_the_verb_says_what_it_found_and_that_it_found_nothing():
     assert check("digits", recipe="demo")["traps"][0].startswith("profile exp:100: the counts run from 124 to 1")
     assert check("digits", recipe="paper", profile="exp:124") == {"traps": []}
+
+
+def test_the_verb_takes_what_swap_takes_and_refuses_what_swap_refuses():
+    assert any("MixUp for" in line for line in check("digits", recipe="demo", mix="mixup")["traps"])
+    assert check("digits", recipe="demo", augment=["autoaugment"])["traps"]
+    with pytest.raises(UserError, match=r"--devices, .* are for images in files"):
+        check("digits", recipe="demo", devices=4)

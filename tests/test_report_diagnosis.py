@@ -24,6 +24,7 @@ from tailscope.intervals import Interval
 from tailscope.measures import FIELDS
 from tailscope.measures.fields import COLLAPSE
 from tailscope.report import diagnosis, diagnosis_charts
+from tailscope.report.page import page_name
 from tailscope.report.text import percent, significant
 from tailscope.results import write
 from tailscope.tables.table import FeatureTable
@@ -131,6 +132,7 @@ def test_a_diagnosis_beside_experiments_has_a_page_of_its_own(result, tmp_path):
     result_factory.write(tmp_path, swap=result_factory.swap(seeds=1))
     write(tmp_path, "diagnosis", result)
     assert report.build(tmp_path, figures=False) == tmp_path / "report.html"
+    assert [page_name(tmp_path, verb) for verb in ("diagnosis", "swap")] == ["diagnosis.html", "report.html"]
     assert diagnosis.headline(result) not in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "From the current accuracy to the ceiling" in (tmp_path / "diagnosis.html").read_text(encoding="utf-8")
 

@@ -141,3 +141,9 @@ def test_what_the_package_offers_is_listed_and_there():
 def test_importing_the_package_imports_no_torch():
     code = "import sys, tailscope; dir(tailscope); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_plan_shows_what_it_holds():
+    plan = tailscope.swap("digits", recipe="demo", seeds=1, plan=True)
+    assert repr(plan) == repr(plan.to_dict())
+    assert plan._repr_html_() is None

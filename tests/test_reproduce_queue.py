@@ -463,6 +463,14 @@ def test_the_last_minute_of_a_short_limit_is_a_tenth_of_it(tmp_path, monkeypatch
     assert seen == [60.0, 5.0, 0.0]
 
 
+@pytest.mark.parametrize(
+    "option", [{"devices": 2}, {"num_nodes": 2}, {"micro_batches": 2}, {"workers": 1}, {"verify": True}]
+)
+def test_options_for_files_are_refused_under_a_time_limit_too(tmp_path, option):
+    with pytest.raises(UserError, match="are for images in files"):
+        reproduction_of(tmp_path, **option).check()
+
+
 @pytest.mark.parametrize("jobs", [1, 2])
 @pytest.mark.parametrize("engine", ["auto", "eager"])
 def test_a_training_that_fails_costs_only_itself(tmp_path, monkeypatch, jobs, engine, caplog):

@@ -447,7 +447,7 @@ _COLOURS = {"classifier": "cyan", "representation": "magenta"}
 
 def _show_diagnosis(result: "Diagnosis", options: Options) -> Iterator[RenderableType]:
     from tailscope.report import diagnosis as story
-    from tailscope.report import encoders
+    from tailscope.report import encoders, page
     from tailscope.report.text import listed, plural
 
     lines = encoders.lines(result)
@@ -478,7 +478,7 @@ def _show_diagnosis(result: "Diagnosis", options: Options) -> Iterator[Renderabl
     if (options["out"] / verbs.REBALANCED).exists():
         yield f"classifier: {options['out'] / verbs.REBALANCED} (`tailscope rebalance` puts it into a checkpoint)"
     if options["report"]:
-        yield f"report: {options['out'] / 'report.html'}"
+        yield f"report: {options['out'] / page.page_name(options['out'], 'diagnosis')}"
 
 
 _add_command(verbs.diagnose, _show_diagnosis, with_imports=True, out=Path("out"))

@@ -1,6 +1,5 @@
 """The verb `store`: what is trained and stored, checked, thinned out, and moved between machines as one archive."""
 
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from typer import Argument, Option
 
+from tailscope.effort import parse_size
 from tailscope.errors import UserError, unknown
 from tailscope.experiments.options import StoreRoot
 from tailscope.progress import shown_on
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 Options = dict[str, Any]
 """A verb's options as they were given, by the names of its parameters."""
-
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 app = typer.Typer(
     name="store", help="What is trained and stored: list, check, thin out, and move it between machines as one archive."
@@ -85,7 +83,7 @@ def pack(
     from tailscope.store import pack as pack_
 
     opened = _open(store)
-    limit = None if max_size is None else _parse_size(max_size)
+    limit = None if max_size is None else parse_size(max_size, "--max-size")
     kinds = kind.split(",")
     for name in kinds:
         if name not in KINDS:
@@ -149,18 +147,6 @@ def prune(
 
 
 # -- helpers --------------------------------------------------------------------------------------------------------
-
-
-def _parse_size(text: str) -> int:
-    """Return a number of bytes.
-
-    >>> _parse_size("15MiB"), _parse_size("16 MB"), _parse_size("1000")
-    (15728640, 16000000, 1000)
-    """
-    found = re.fullmatch(r"(\d+)\s*([KMG]I?B)?", text.strip().upper())
-    if found is None or int(found[1]) == 0:
-        raise UserError(f"--max-size {text}: no size; give one like 15MiB, 16MB or 16000000")
-    return int(found[1]) * _UNITS[found[2] or ""]
 
 
 def _open(root: Path | str | None, *, new: bool = False) -> "Store":

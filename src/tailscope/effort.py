@@ -7,9 +7,12 @@ do about 3e10 a second. What is small is computed exactly; a result that is not 
 
 import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
+
+from tailscope.errors import UserError
 
 ELEMENT = 100
 # One evaluation of a search over all rows: a learning curve takes about 300 of them, one classifier about 40.
@@ -65,6 +68,23 @@ def nearest_step(rows: int, features: int, classes: int) -> int:
     (1, 9)
     """
     return max(1, math.ceil(of_logits(rows, features, classes) / MOST_NEAREST))
+
+
+def parse_size(text: str, option: str) -> int:
+    """Return the bytes that a user means: `MB` are a million, `MiB` and a bare `M` 2 ** 20.
+
+    >>> parse_size("2GiB", "--memory"), parse_size("16 MB", "--memory"), parse_size("1.5g", "--memory")
+    (2147483648, 16000000, 1610612736)
+
+    Raises:
+        UserError: it is no size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?b)?|b)?", text.strip().lower())
+    number = float(found[1]) if found else 0.0
+    if found is None or not number:
+        raise UserError(f"{option} {text}: expected a size such as 2GiB, 800MiB or 16MB")
+    base = 1000 if found[3] == "b" else 1024
+    return int(number * base ** " kmgt".index(found[2] or " "))
 
 
 def usable_memory(system: Path = Path("/")) -> int:

@@ -11,14 +11,13 @@ import numpy as np
 
 from tailscope.diagnosis.compare import Pair
 from tailscope.diagnosis.remedies import POOLED
-from tailscope.diagnosis.verdict import UNDECIDED, Verdict, undecide
+from tailscope.diagnosis.verdict import UNDECIDED, Verdict, samples_needed, undecide
 from tailscope.errors import first_few
-from tailscope.intervals import Gap
+from tailscope.intervals import Gap, Interval
 from tailscope.measures.fields import Entry
 from tailscope.report.text import in_points, number, percent
 
 NAMED = 5
-MOST_SAMPLES = 50  # times as many held-out samples: beyond, the difference is too small to care about
 CONFUSED = 0.1
 IN_WORDS = {
     "logit_adjustment": "raise the outputs of rare classes by how rare they are",
@@ -187,10 +186,10 @@ def _evidence(accuracy: dict[str, Any], verdict: Verdict, entries: Sequence[Entr
     low, high = difference["ci95"]
     if low > 0 or high < 0:
         return []
-    factor = ((high - low) / 2 / difference["points"]) ** 2
+    factor = samples_needed(Interval(difference["points"], (low, high), None, "item"))
     if bound["extrapolated"] is None:
         text = f"More unseen samples of every class would decide which costs more, because {bound['reason']}."
-    elif 1 < factor <= MOST_SAMPLES:
+    elif factor is not None:
         now = float(np.median([entry["unseen_count"] for entry in entries if entry["unseen_count"]]))
         tested = ", and as many times the test samples," if len(accuracy["rebalanced"]["chosen"]) == 1 else ""
         needed = f"{float(f'{factor * now:.2g}'):,.0f} unseen samples a class instead of {number(now, 0)}{tested}"

@@ -76,16 +76,16 @@ class OtherBound:
         Raises:
             UserError: of several encoders none is best, or it is the one that `inputs` are of.
         """
-        if "encoders" not in stored:
-            return None, stored
-        name = (stored.get("comparison") or {}).get("best")
-        if name not in stored["encoders"]:
+        of = stored["spec"]["encoders"]
+        name = (stored.get("comparison") or {}).get("best") if "encoders" in stored else next(iter(of), None)
+        if name not in stored.get("encoders", of):
             alone = "diagnose one of them by itself, and give that diagnosis.json"
             raise UserError(f"{path}: none of its encoders is clearly the best; {alone}")
-        samples = stored["spec"]["encoders"].get(name, {}).get("train")
+        samples = of.get(name, {}).get("train")
         if samples and samples["sha256"] == inputs.fingerprints["train"]["sha256"]:
-            raise UserError(f"{path}: the best of its encoders, {name}, is that of --train; leave out --ceiling-from")
-        return name, stored["encoders"][name]
+            which = f"the best of its encoders, {name}," if "encoders" in stored else "its encoder"
+            raise UserError(f"{path}: {which} is that of --train; leave out --ceiling-from")
+        return (name, stored["encoders"][name]) if "encoders" in stored else (None, stored)
 
 
 @dataclass(frozen=True)

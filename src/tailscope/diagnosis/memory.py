@@ -25,22 +25,6 @@ LIBRARIES = 200 * 2**20  # that are imported later: scikit-learn, SciPy, pydanti
 A_ROW = 160  # bytes: label, order, length, angles, predictions, weights and their copies
 SOLVER, MINI_BATCHES = 32, 16  # layers that a search by SciPy's L-BFGS holds, in 64 bits; by mini-batches, in 32
 REMEDIES = 12  # layers of remedies that are kept
-_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
-
-
-def to_bytes(text: str) -> int:
-    """Return bytes of what a user writes.
-
-    >>> to_bytes("2GiB"), to_bytes("500 MB"), to_bytes("1.5g")
-    (2147483648, 524288000, 1610612736)
-
-    Raises:
-        UserError: it is no size.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", text.lower())
-    if found is None or not float(found[1]):
-        raise UserError(f"--memory {text}: expected a size such as 2GiB or 800MiB")
-    return int(float(found[1]) * _UNITS[found[2]])
 
 
 @contextmanager

@@ -129,7 +129,7 @@ def score(
         fitted = fitted_to_training(current, train, device) | {
             call: fitted_remedy(call, train, current) for call in remedies
         }
-        rebalanced, layer = choose(fitted, fits, unseen, test, rows)
+        rebalanced, layer = choose(fitted, current, fits, unseen, test, rows)
         advance(1)
     if is_large(train, len(inputs.names)):
         notes.append(LEFT_OUT)
@@ -141,7 +141,8 @@ def score(
             bound = bound.at_least(reached, by)
     found = scored.labels[rows], rows, predicted[rows], predicted_train
     looks = Looks.of(current, scored, rows, fits)
-    layer = layer._replace(weight=np.ldexp(layer.weight, power))  # of features as they were given
+    if layer is not None:  # of features as they were given
+        layer = layer._replace(weight=np.ldexp(layer.weight, power))
     return Outcomes(*found, now, name, rebalanced, bound, tuple(notes), looks, current, layer)
 
 

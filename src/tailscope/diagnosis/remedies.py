@@ -277,12 +277,20 @@ def stopping_of(train: Rows, classes: int) -> _Stopping:
 
 
 def choose(
-    fitted: Mapping[str, FeatureClassifier], fits: Fits, unseen: Rows, test: Rows | None, items: IntArray
-) -> tuple[Selection, Replacement]:
+    fitted: Mapping[str, FeatureClassifier],
+    current: LinearClassifier,
+    fits: Fits,
+    unseen: Rows,
+    test: Rows | None,
+    items: IntArray,
+) -> tuple[Selection, Replacement | None]:
     """Choose a remedy on unseen samples and score it on others; return the best that is a linear layer, too.
+
+    There is no such layer where none gets more of the samples that chose right than the classifier in use does.
 
     Args:
         fitted: to the training samples.
+        current: the classifier in use.
         fits: of the bound, of which the pooled ones are remedies, too.
         unseen: to choose on: those that the pooled fits hold out.
         test: to score on; None scores unseen samples, fold by fold.
@@ -301,7 +309,9 @@ def choose(
     if test is None and not np.array_equal(some, held_out):
         nested = _on_all(nested, fitted, strengths, fits, unseen)
     whole = final(task, pooled_kind(task), strengths[nested.best]) if nested.best in strengths else None
-    layer = _layer(nested, fitted, task, whole)
+    layer: Replacement | None = _layer(nested, fitted, task, whole)
+    if layer and layer.name != nested.best and nested.tried[layer.name] <= Scored.by(current, chosen_on).correct.mean():
+        layer = None
     if test is None:
         return nested, layer
     if whole is not None and task.test is not None:

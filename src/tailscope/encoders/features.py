@@ -140,11 +140,11 @@ def run_features(
     else:
         written = Written.of(extract_to_file(encoder, images, out, runtime, options, origin))
     warnings += written.notes(images)
-    classifier = None
-    if own is not None:
-        classifier = out.with_name(f"{out.name if folder else out.stem}.classifier.npz")
-        if team.rank == 0:
-            own.save(classifier)
+    classifier = out.with_name(f"{out.name if folder else out.stem}.classifier.npz")
+    if team.rank == 0 and own is not None:
+        own.save(classifier)
+    elif team.rank == 0 and overwrite:
+        classifier.unlink(missing_ok=True)  # of the network whose features these replace
     return FeaturesResult(
         out,
         written.rows,
@@ -152,7 +152,7 @@ def run_features(
         len(images.class_names),
         written.resumed,
         len(written.unreadable),
-        classifier,
+        None if own is None else classifier,
         tuple(warnings),
     )
 
@@ -223,6 +223,8 @@ def _rows(
         return None
     if part is not None and split != "train":
         raise UserError(f"--part {part}: is a part of the split train, not of {split}")
+    if subset is not None and split not in ("train", "all"):
+        raise UserError(f"--subset {subset}: says which images of the split train to take, not of {split}")
     if part == "unseen" and stored is not None and stored.saw_the_rest:
         raise UserError(f"--part unseen: {SAW_THE_REST}; take another split, such as --split test")
     rows = _trained_on(subset, stored, labels)

@@ -384,6 +384,8 @@ class Reproduction(_Work, _OfThePaper):
             )
         if self.rate is not None and not (self.plan and paper.benchmark(self.dataset).in_files):
             raise UserError("--rate: only with --plan, of images in files")
+        if self.queued and self.on_files != FileOptions():
+            raise UserError("--devices, --num-nodes, --micro-batches, --workers and --verify: are for images in files")
         if self.queued and self.plan:
             raise UserError("--plan: leave out --time-limit, and take `all` of one data set instead of `everything`")
 

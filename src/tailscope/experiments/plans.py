@@ -7,7 +7,7 @@ work and the data that can be read, and writes the results.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -427,9 +427,13 @@ def find_traps(request: Request) -> list[str]:
         UserError: an option or the data is not usable.
     """
     settings, data = Settings.of(request), load(request.data, data_root=request.data_root)
+    check_file_options(data, request)
     stages = Stages(data, Store(store_root(request.out, request.store)), Runtime.choose("cpu"))
     sets = training_sets(stages, settings, settings.seeds[0])
-    runs = [run for runs_of in RUNS.values() for run in runs_of(settings, sets, 0)]
+    runs = list(RUNS["swap"](settings, sets, 0))
+    for verb in ("ladder", "geometry"):
+        with suppress(UserError):  # they refuse some of what `swap` takes
+            runs += list(RUNS[verb](settings, sets, 0))
     specs = [stage for run in runs for stage in (run.stage1, run.stage2) if stage is not None]
     return traps(data, settings.profile, list(sets["lt"].spec.counts), settings.recipe, specs)
 

@@ -125,12 +125,16 @@ class Result(dict[str, Any]):
         return write(folder, self.verb, self.to_dict())
 
     def __repr__(self) -> str:
+        if "dataset" not in self:  # a plan: what would be trained, and no result yet
+            return repr(self.to_dict())
         named = f"{type(self).__name__} of {self['dataset']['name']}: {self.headline}"
         lines = map(one_line, (named, self._offers()))
         return "\n".join(line if len(line) <= SHORT else f"{line[: SHORT - 1]}…" for line in lines)
 
-    def _repr_html_(self) -> str:
-        """Return what a notebook shows: what was found, the first table and chart; no script."""
+    def _repr_html_(self) -> str | None:
+        """Return what a notebook shows: what was found, the first table and chart; no script. None for a plan."""
+        if "dataset" not in self:
+            return None
         import vl_convert  # here because it takes time to import
 
         table = to_html(next(iter(self._tables().values())))

@@ -36,7 +36,7 @@ from tailscope.report import (
 from tailscope.report.diagnosis_schema import Diagnosis
 from tailscope.report.marks import Figure
 from tailscope.report.rows import Row
-from tailscope.report.schema import TRAINED, VARIANTS, AnyResult, Comparison, Memorization, Results
+from tailscope.report.schema import ALONE, TRAINED, VARIANTS, AnyResult, Comparison, Memorization, Results
 from tailscope.report.text import DASH, Table, arrow, number, percent, plural, significant, write_tables
 from tailscope.report.thumbnails import Thumbnails
 from tailscope.store.files import write
@@ -69,21 +69,22 @@ def build(out: Path, *, figures: bool = True) -> Path:
     def diagnosed(result: Any) -> Page:
         return of_diagnosis(result, Thumbnails.load(out, result))
 
-    makers: dict[str, Callable[[Any], Page]] = {
-        "diagnosis": diagnosed,
-        "compare": of_comparison,
-        "memorization": of_memorization,
-    }
-    alone = [verb for verb in makers if (out / f"{verb}.json").exists()]
+    makers: list[Callable[[Any], Page]] = [diagnosed, of_comparison, of_memorization]
     trained = any((out / f"{verb}.json").exists() for verb in TRAINED)
     written = None
-    for verb in alone:
-        name = "report.html" if alone == [verb] and not trained else f"{verb}.html"
-        result = reading.read(out / f"{verb}.json", verb)
-        written = _write(out, name, makers[verb](result), figures=figures)
+    for verb, make in zip(ALONE, makers, strict=True):
+        if (out / f"{verb}.json").exists():
+            result = reading.read(out / f"{verb}.json", verb)
+            written = _write(out, page_name(out, verb), make(result), figures=figures)
     if trained or written is None:
         written = _write(out, "report.html", of_experiments(rows.load(out)), figures=figures)
     return written
+
+
+def page_name(out: Path, verb: str) -> str:
+    """Return the name of a result's page in a folder: of its own where the folder holds results of another kind too."""
+    others = any((out / f"{other}.json").exists() for other in (*ALONE, *TRAINED) if other != verb)
+    return f"{verb}.html" if others and verb in ALONE else "report.html"
 
 
 def write_alone(path: Path, page: Page) -> Path:

@@ -10,9 +10,10 @@ from typing import Any, cast
 from tailscope import paper
 from tailscope.errors import UserError
 from tailscope.groups import GROUPS
+from tailscope.intervals import CELLS
 from tailscope.measures.fields import COLLAPSE, SHOWN
 from tailscope.report.reading import read
-from tailscope.report.schema import CELLS, PARTS, TRAINED, VARIANTS, Cell, Measured, Part, Results, Swap, Trained
+from tailscope.report.schema import PARTS, TRAINED, VARIANTS, Cell, Measured, Part, Results, Swap, Trained
 from tailscope.report.text import Column, Table, arrow, write_tables
 
 Row = dict[str, Any]

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NotRequired, cast
 from pydantic import AfterValidator, ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
+from tailscope.intervals import CELLS
 from tailscope.measures.fields import MEASURES, MOST, NUMBERS
 
 Number = Annotated[float, Field(ge=-MOST, le=MOST, allow_inf_nan=False)]
@@ -24,8 +25,10 @@ Verb = Literal["swap", "ladder", "geometry"]
 TRAINED: tuple[Verb, ...] = ("swap", "ladder", "geometry")
 """The verbs that train, whose results one report tells together."""
 
+ALONE = "diagnosis", "compare", "memorization"
+"""The results that have a page each."""
+
 PARTS: tuple[Literal["representation", "classifier"], ...] = ("representation", "classifier")
-CELLS = ("lt->lt", "lt->true", "true->lt", "true->true")
 RUNGS = ("stage1", "stage2", "stage2_aa")
 VARIANTS = ("paper", "calibrated")
 AGAIN = "run the verb again with --overwrite"

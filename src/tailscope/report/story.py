@@ -6,9 +6,10 @@ interval from two seeds, no general claim from one.
 
 from collections.abc import Callable
 
+from tailscope.intervals import CELLS
 from tailscope.report import rows
 from tailscope.report.rows import first, mismatches
-from tailscope.report.schema import CELLS, PARTS, TRAINED, Attribution, Part, Points, Results, Swap, Trained
+from tailscope.report.schema import PARTS, TRAINED, Attribution, Part, Points, Results, Swap, Trained
 from tailscope.report.text import (
     accuracy,
     arrow,

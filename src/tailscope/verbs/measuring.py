@@ -9,6 +9,7 @@ from rich.console import Console
 from typer import Argument, Option
 
 from tailscope.classifiers import CLASSIFIERS
+from tailscope.effort import parse_size
 from tailscope.errors import UserError, one_line
 from tailscope.experiments.options import (
     IMAGES,
@@ -232,6 +233,8 @@ class _DiagnosisRequest(DecodingOptions, EncoderOptions, _Samples):
         if not isinstance(self.model, str):
             if self.data is not None or self.train is None or self.unseen is None:
                 raise UserError("model: with a module give its inputs as train and unseen, and no data")
+            if given:
+                raise UserError(f"{given[0]}: goes with a network that is named; a module has its weights")
         elif several(self.train):
             raise UserError("--model and --train: give images for the network by --data, or features without --model")
         elif self.data is None:
@@ -255,7 +258,6 @@ def diagnose(request: _DiagnosisRequest) -> "Diagnosis":
     """
     from tailscope.device import Runtime
     from tailscope.diagnosis.diagnose import OtherBound, prepare, run, spec
-    from tailscope.diagnosis.memory import to_bytes
     from tailscope.report import build
     from tailscope.report.objects import Diagnosis
     from tailscope.report.thumbnails import Thumbnails
@@ -264,7 +266,7 @@ def diagnose(request: _DiagnosisRequest) -> "Diagnosis":
 
     request.check()
     settings, out = request.settings, None if request.out is None else Path(request.out)
-    limit = None if request.memory is None else to_bytes(request.memory)
+    limit = None if request.memory is None else parse_size(request.memory, "--memory")
     runtime = Runtime.choose(request.device or "cpu", keep_memory=False)
     with shown_on(request.console) as shown, logging_to(shown, request.logger, out) as progress:
         given, pictures = _features_of(request, progress)

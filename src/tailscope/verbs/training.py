@@ -106,7 +106,7 @@ def compare(request: Comparison) -> "Compared":
 
 
 _STAGE2 = {"stage2_loss", "stage2_sampler", "matched", "backbones", "bn_mode", "permutations", "logger"}
-"""What an experiment without a second stage has no use for."""
+"""What an experiment without a second stage has no use for; its many short trainings would be many logs."""
 
 
 @taking(Memorization, leave_out=_STAGE2)
