@@ -20,7 +20,7 @@ from tailscope.diagnosis.verdict import gains_among
 from tailscope.errors import first_few
 from tailscope.groups import GROUPS
 from tailscope.intervals import FloatArray, Gap
-from tailscope.measures.describe import FEW_UNSEEN
+from tailscope.measures.fields import FEW_UNSEEN
 from tailscope.report.text import in_points, listed, plural
 from tailscope.seeds import numpy_stream
 

@@ -27,8 +27,7 @@ from tailscope.diagnosis.remedies import BINS, POOLED, Scored
 from tailscope.groups import GROUPS, SHOTS, shots
 from tailscope.intervals import BoolArray, FloatArray, Gap, Interval, Z, as_list, summarize
 from tailscope.measures.chance import VERDICT_SAMPLES, false_discovery
-from tailscope.measures.describe import FEW_UNSEEN
-from tailscope.measures.fields import Entry
+from tailscope.measures.fields import FEW_UNSEEN, Entry
 from tailscope.report.text import number, percent
 from tailscope.seeds import numpy_stream
 

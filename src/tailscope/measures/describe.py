@@ -21,7 +21,7 @@ from tailscope.measures.angles import (
     separation_by_chance,
 )
 from tailscope.measures.chance import TESTS, VERDICT_SAMPLES, Chance, ClassTests, false_discovery
-from tailscope.measures.fields import EXCESSES, MEASURES, MOST, NUMBERS, Entry
+from tailscope.measures.fields import EXCESSES, FEW_UNSEEN, MEASURES, MOST, NUMBERS, Entry
 from tailscope.measures.measure import Facts, measure_class
 from tailscope.measures.rows import FAR, ClassRows, exponent, gather, group_rows, map_mixed, median, scaled
 from tailscope.seeds import numpy_stream
@@ -29,7 +29,6 @@ from tailscope.tables.mapped import map_rows
 
 MOST_APART = 30  # powers of two between the lengths of train and unseen features
 SQUARED = [measure.name for measure in MEASURES.values() if measure.unit == "squared"]
-FEW_UNSEEN = 30
 _AVERAGED = {*NUMBERS, "quantiles"} - {"p"}
 
 

@@ -15,6 +15,9 @@ Entry = dict[str, Any]
 MOST = 1e100
 """No measure is beyond: what is computed or drawn from one does not overflow."""
 
+FEW_UNSEEN = 30
+"""Unseen samples of a class, below which comparisons are imprecise and it has no verdict of its own."""
+
 NUMBERS = ("degrees", "share", "squared", "plain", "p")
 """Units of measures that are one number."""
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tailscope.groups import GROUPS
+from tailscope.measures.fields import FEW_UNSEEN
 from tailscope.report.diagnosis_schema import Compared, Comparison, Diagnosis, Differences
 from tailscope.report.rows import Row, ends
 from tailscope.report.schema import Points
@@ -25,7 +26,6 @@ KINDS = {
     "attained": "best fitted",
     "extrapolated": "classifier bound",
 }
-FEW = 30  # scored samples, below which a difference decides nothing
 
 STANDINGS = (
     Column("encoder", "encoder"),
@@ -136,9 +136,9 @@ def _of_accuracies(part: Differences | None, names: Mapping[str | None, str]) ->
         if gap is None and kind != "extrapolated":
             continue
         points, ci95 = (gap["points"], gap["ci95"]) if gap else (None, None)
-        few = stored.get("scored", FEW) < FEW
+        few = stored.get("scored", FEW_UNSEEN) < FEW_UNSEEN
         better = None if ci95 is None or few else "reference" if ci95[1] < 0 else "other" if ci95[0] > 0 else None
-        note = f"fewer than {FEW} scored samples" if few else stored.get("reason") if gap is None else None
+        note = f"fewer than {FEW_UNSEEN} scored samples" if few else stored.get("reason") if gap is None else None
         about = {"aspect": f"accuracy, {label} (points)", "better": names.get(better), "note": note}
         if gap is not None or note:
             yield about | _difference(points, ci95, 100)
