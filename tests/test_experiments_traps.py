@@ -118,8 +118,10 @@ def test_the_verb_says_what_it_found_and_that_it_found_nothing():
     assert check("digits", recipe="paper", profile="exp:124") == {"traps": []}
 
 
-def test_the_verb_takes_what_swap_takes_and_refuses_what_swap_refuses():
+def test_the_verb_takes_what_swap_takes_and_refuses_what_swap_refuses(tmp_path, monkeypatch):
+    monkeypatch.setenv("TAILSCOPE_STORE", str(tmp_path / "store"))
     assert any("MixUp for" in line for line in check("digits", recipe="demo", mix="mixup")["traps"])
     assert check("digits", recipe="demo", augment=["autoaugment"])["traps"]
     with pytest.raises(UserError, match=r"--devices, .* are for images in files"):
         check("digits", recipe="demo", devices=4)
+    assert not list(tmp_path.iterdir())

@@ -143,7 +143,8 @@ def test_importing_the_package_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_plan_shows_what_it_holds():
-    plan = tailscope.swap("digits", recipe="demo", seeds=1, plan=True)
+def test_a_plan_shows_what_it_holds_and_writes_nothing(tmp_path):
+    plan = tailscope.swap("digits", recipe="demo", seeds=1, plan=True, out=tmp_path / "out")
+    assert not list(tmp_path.iterdir())
     assert repr(plan) == repr(plan.to_dict())
     assert plan._repr_html_() is None

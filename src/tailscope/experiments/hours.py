@@ -127,7 +127,7 @@ def opened(data: ImageData, settings: S, request: Any) -> tuple[Stages, S]:
     if not data.in_memory:
         recipe = recipe.with_micro_batches(request.micro_batches or (request.devices or 1) * request.num_nodes)
     require_trainable(data, Solo(), recipe.stage1, recipe.augment)
-    store = Store(store_root(request.out, request.store))
+    store = Store(store_root(request.out, request.store), create=False)
     if not data.in_memory and not isinstance(data.train, PromisedImages) and was_checked(data, store):
         data = readable(data, store, progress=Quiet(), tell=str)
     runtime = Runtime.choose(request.device, engine=request.engine)

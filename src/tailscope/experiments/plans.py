@@ -428,7 +428,8 @@ def find_traps(request: Request) -> list[str]:
     """
     settings, data = Settings.of(request), load(request.data, data_root=request.data_root)
     check_file_options(data, request)
-    stages = Stages(data, Store(store_root(request.out, request.store)), Runtime.choose("cpu"))
+    store = Store(store_root(request.out, request.store), create=False)
+    stages = Stages(data, store, Runtime.choose("cpu"))
     sets = training_sets(stages, settings, settings.seeds[0])
     runs = list(RUNS["swap"](settings, sets, 0))
     for verb in ("ladder", "geometry"):

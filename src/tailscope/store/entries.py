@@ -54,13 +54,16 @@ class Store:
         UserError: the store, or the entry, may not be read or cannot be written.
     """
 
-    def __init__(self, root: Path) -> None:
-        """Open the store at `root`, and create it if it is not there. Reading it takes no right to write."""
+    def __init__(self, root: Path, *, create: bool = True) -> None:
+        """Open the store at `root`, and create it if it is not there; who only looks needs neither.
+
+        Reading it takes no right to write.
+        """
         self.root = root
         files.require_utf8(root, "--store")
         with files.reading(root):
             there = root.is_dir()
-        if not there:
+        if create and not there:
             files.make_folder(root, "--store")
 
     # -- looking ------------------------------------------------------------------------------------------------
