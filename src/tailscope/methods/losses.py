@@ -278,10 +278,10 @@ def drw(counts: Tensor, /, start: float = 0.8, beta: float = 0.9999, mean_over: 
         counts: images per class, int64 [C].
         start: share of the training without weights; 160 of 200 epochs in the paper.
         beta: of the effective number.
-        mean_over: "classes" scales the weights to a mean of 1 over classes with images, as the paper writes; a batch of
-            mostly frequent classes then takes a step several times shorter than before. The published code divides by
-            the weights of the batch, which takes that back; "images" does so for the mean batch: the mean over training
-            images is 1.
+        mean_over: "classes" scales the weights to a mean of 1 over classes with images, as Cui et al. write; a batch of
+            mostly frequent classes then takes a step several times shorter than before. Algorithm 1 of Cao et al.
+            divides by the weights of the batch (`batch_mean`), which takes that back; "images" does so for the mean
+            batch: the mean over training images is 1.
     """
     require(0 <= start < 1, f"drw(start={start}): start must lie in [0, 1)")
     require(0 <= beta < 1, f"drw(beta={beta}): beta must lie in [0, 1)")

@@ -266,7 +266,12 @@ def label_aware_smoothing(head: float = 0.4, tail: float = 0.1) -> System:
 @SYSTEMS.register("drw")
 def drw(start: float = 0.8, beta: float = 0.9999) -> System:
     """Deferred re-weighting by the effective number, late in training (Cao et al. 2019, algorithm 1)."""
-    return System(stage1={"weights": f"drw(start={start}, beta={beta})"}, grid={"start": (0.6, 0.8, 0.9)})
+    return System(stage1={"weights": _deferred(start, beta)}, grid={"start": (0.6, 0.8, 0.9)})
+
+
+def _deferred(start: float, beta: float) -> str:
+    """Return the class weights of Cao et al., whose algorithm 1 divides a step by the sum of its batch's weights."""
+    return f"batch_mean(of='drw(start={start}, beta={beta})')"
 
 
 # sampling, mixing and augmentation of stage 1
@@ -301,11 +306,12 @@ def autoaugment() -> System:
 
 @SYSTEMS.register("cost_sensitive")
 def cost_sensitive(power: float = 1.0) -> System:
-    """Cross-entropy with weights in proportion to 1 / n, from the first step on (Huang et al. 2016).
+    """Cross-entropy with weights in proportion to 1 / n, over their mean in each batch (Huang et al. 2016).
 
-    `power` is the exponent of n: 1/2 weighs by the square root.
+    `power` is the exponent of n: 1/2 weighs by the square root. Without that mean, most steps would be several times
+    shorter than those of other methods.
     """
-    changes = {"loss": "cross_entropy", "weights": f"inverse(power={power})"}
+    changes = {"loss": "cross_entropy", "weights": f"batch_mean(of='inverse(power={power})')"}
     return System(stage1=changes, grid={"power": (0.5, 1.0)})
 
 
@@ -315,7 +321,7 @@ def ce_drw(start: float = 0.8, beta: float = 0.9999) -> System:
 
     It adds to mixings too: `mixup + ce_drw`, `remix + ce_drw` (Chou et al. 2020).
     """
-    return System(stage1={"loss": "cross_entropy", "weights": f"drw(start={start}, beta={beta})"})
+    return System(stage1={"loss": "cross_entropy", "weights": _deferred(start, beta)})
 
 
 @SYSTEMS.register("ce_drs")
@@ -337,7 +343,7 @@ def ldam(max_margin: float = 0.5, scale: float = 30.0) -> System:
 def ldam_drw(max_margin: float = 0.5, scale: float = 30.0, start: float = 0.8, beta: float = 0.9999) -> System:
     """LDAM with deferred re-weighting after 80 % of the steps (Cao et al. 2019, algorithm 1)."""
     plain = ldam(max_margin, scale)
-    return System(stage1={**plain.stage1, "weights": f"drw(start={start}, beta={beta})"}, grid=plain.grid)
+    return System(stage1={**plain.stage1, "weights": _deferred(start, beta)}, grid=plain.grid)
 
 
 @SYSTEMS.register("balanced_softmax_augmented")
