@@ -370,6 +370,12 @@ def test_what_is_not_finite_ends_the_fit():
         model.predict(X)
 
 
+def test_an_exponent_may_be_a_whole_number():
+    X, y = long_tailed()
+    whole, decimal = (DisAlign(rho=rho).fit(X, y) for rho in (1, 1.0))
+    np.testing.assert_array_equal(whole.logits(X), decimal.logits(X))
+
+
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("kind", [LogitAdjustment, TauNorm, LWS, DisAlign, MiSLAS, OLTR])
 def test_a_linear_classifier_of_scikit_learn_may_be_the_base(kind, classes):

@@ -14,8 +14,9 @@ from tailscope.experiments.compare import CompareSettings
 from tailscope.experiments.runs import training_sets
 from tailscope.experiments.stages import pretraining
 from tailscope.methods import TASKS
-from tailscope.spec import backbone_key
+from tailscope.spec import TrainSpec, backbone_key
 from tailscope.store import Store
+from tailscope.training import SCHEDULES
 from tailscope.training.loop import Training, new_model
 from tailscope.training.step import Normalizer
 from training_setups import CPU, digits
@@ -154,3 +155,16 @@ def test_what_is_carried_home_is_not_trained_again(tailscope_, tmp_path):
     kinds = ("pretrained", "stage1", "stage2")
     home, cluster = (Store(tmp_path / name) for name in ("home", "cluster"))
     assert [home.keys(kind) for kind in kinds] == [cluster.keys(kind) for kind in kinds]
+
+
+def test_a_longer_pre_training_stretches_its_schedule(tmp_path):
+    stage, _ = pretrained(experiment_setups.lab(tmp_path))
+    train = TrainSpec(epochs=200, batch=128, schedule="multistep(warmup=5, drops=(160, 180))")
+    rates = {}
+    for length in (0.5, 1.0, 2.0):
+        first = pretraining(stage.model_copy(update={"pretrain": f"rotation(length={length})", "train": train}))
+        rates[length] = SCHEDULES.make(first.train.schedule, first.train.epochs, 1)
+        if length == 1:
+            assert first.train == train
+    for e in range(20, 200):
+        assert rates[2.0][2 * e] == rates[2.0][2 * e + 1] == rates[1.0][e] == rates[0.5][e // 2]

@@ -280,7 +280,7 @@ class DisAlign(Rebalanced):
     def _fit(self, features: Floats, codes: IntArray) -> None:
         self.base_ = self._fitted_base(features, codes)
         counts = np.bincount(codes)
-        weights = counts**-self.rho
+        weights = counts.astype(np.float64) ** -self.rho
         rows = _Rows(features, codes, self.base_, weights * len(codes) / (weights @ counts))
         mean, variance = rows.features.mean(dim=0), rows.features.var(dim=0).mean().clamp(min=1e-12)
 

@@ -35,6 +35,7 @@ from tailscope.progress import Quiet
 from tailscope.seeds import torch_stream
 from tailscope.spec import DataSpec, RunSpec, StageSpec, TrainSpec, backbone_key, digest
 from tailscope.store import Artifact, Meta, Store, Tensors
+from tailscope.training import SCHEDULES
 from tailscope.training.extract import View, WantedFeatures, extract_wanted, fit_classifier
 from tailscope.training.loop import Training, new_model
 from tailscope.training.recipes import with_plugins
@@ -96,9 +97,23 @@ def pretraining(stage: StageSpec) -> StageSpec:
     assert stage.pretrain is not None
     length = TASKS.make(stage.pretrain).length
     longer = {n: max(1, round(length * v)) for n in ("epochs", "steps") if (v := getattr(stage.train, n)) is not None}
-    train = stage.train.model_copy(update=longer)
+    schedule = stage.train.schedule if length == 1 else _stretched(stage.train.schedule, length)
+    train = stage.train.model_copy(update={**longer, "schedule": schedule})
     first = StageSpec(data=stage.data, train=train, model=stage.model, augment=stage.augment, task=stage.pretrain)
     return with_plugins(first)
+
+
+def _stretched(schedule: str, length: float) -> str:
+    """Return a schedule for a training that is so many times as long: what it counts in epochs grows with it.
+
+    >>> _stretched("multistep(drops=(160, 180))", 0.5), _stretched("cosine", 2)
+    ('multistep(warmup=2, drops=(80, 90), factor=0.01)', 'cosine()')
+    """
+    entry, values = SCHEDULES.parse(schedule)
+    for name in {"warmup", "drops"} & values.keys():  # a schedule's other values are shares, or factors
+        old = values[name]
+        values[name] = tuple(round(length * e) for e in old) if isinstance(old, tuple) else round(length * old)
+    return f"{entry.name}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
 
 
 def labeller(stage: StageSpec) -> StageSpec:

@@ -27,6 +27,7 @@ from tailscope.measures.rows import FAR, ClassRows, exponent, gather, group_rows
 from tailscope.seeds import numpy_stream
 from tailscope.tables.mapped import map_rows
 
+TRIMMED_FROM = 20  # training samples: of fewer the trimmed gap lies below the gap by chance, 0.5 degrees at 5
 MOST_APART = 30  # powers of two between the lengths of train and unseen features
 SQUARED = [measure.name for measure in MEASURES.values() if measure.unit == "squared"]
 _AVERAGED = {*NUMBERS, "quantiles"} - {"p"}
@@ -318,7 +319,10 @@ def _verdict_notes(entries: Sequence[Entry], differing: Sequence[bool]) -> list[
     """Return warnings about verdicts that depend on a convention, on label noise, or on the sheer number of samples."""
     holds = {
         "the gap halves without the furthest tenth of samples: it may be label noise among the unseen": [
-            e["spread_gap_flagged"] and e["spread_gap_trimmed_deg"] < e["spread_gap_deg"] / 2 for e in entries
+            e["spread_gap_flagged"]
+            and e["train_count"] >= TRIMMED_FROM
+            and e["spread_gap_trimmed_deg"] < e["spread_gap_deg"] / 2
+            for e in entries
         ],
         "significant but small gap (below 2 degrees, rank below 0.6)": [
             e["spread_gap_flagged"] and not e["spread_gap_material"] for e in entries

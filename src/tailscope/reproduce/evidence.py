@@ -33,7 +33,7 @@ ONE_TRAINING = "one seed: for these trainings and other test images only"
 NEARLY_EQUAL = (0.8, 1.25)
 """A ratio within these is "nearly 1": the convention of bioequivalence trials."""
 NO_TREND = 0.5
-"""A rank correlation below this in size is "no trend" (a convention: at 10 classes 0.56 is significant)."""
+"""A rank correlation below this in size is "no trend" (a convention: at 10 classes 0.65 is significant)."""
 
 
 # -- evidence -------------------------------------------------------------------------------------------------------
