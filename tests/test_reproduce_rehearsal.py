@@ -238,18 +238,24 @@ def test_data_are_cut_into_parts_that_can_be_carried(checkout, tmp_path):
     assert (ran.returncode, "0.webp is too large: 2004 kB" in ran.stderr) == (1, True)
 
 
-@pytest.mark.parametrize(("codes", "tried"), [("0", 1), ("1 0", 2), ("137 1 139 1", 4)])
-def test_what_dies_is_started_again_more_carefully(checkout, codes, tried):
+@pytest.mark.parametrize(
+    ("codes", "tried", "looked"), [("0", 1, "1"), ("1 0", 2, None), ("137 1 139 1", 4, "1"), ("1 0", 2, "0")]
+)
+def test_what_dies_is_started_again_more_carefully(checkout, monkeypatch, codes, tried, looked):
+    monkeypatch.delenv("TAILSCOPE_GRAPHS", raising=False)
     repository, data = checkout
     script(repository, "scripts/gpu/prepare.sh", data, WHEELS=str(data))
     python = repository / "python"
     python.write_text(
-        "#!/bin/sh\necho \"$@\" >> called; echo '1 min: 0 of 2 backbones trained, 5 images/s; a 3%'\n"
+        '#!/bin/sh\necho "$@" >> called; echo "${TAILSCOPE_GRAPHS:-1}" >> graphs\n'
+        "echo '1 min: 0 of 2 backbones trained, 5 images/s; a 3%'\n"
         f"set -- {codes}; shift $(($(wc -l < called) - 1)); exit $1\n"
     )
     python.chmod(0o755)
     (repository / "out" / "gpu").mkdir(parents=True)
     (repository / "out" / "gpu" / "options").write_text("--jobs 8 --engine compiled\n")
+    if looked:
+        (repository / "out" / "gpu" / "graphs").write_text(f"{looked}\n")
     ran = script(repository, ".gpu/bin/run.sh", "attempts", PYTHON=str(python), OPTIONS="--seeds 1", DEVICE="cpu")
     called = (repository / "called").read_text().splitlines()
     assert len(called) == tried, ran.stderr
@@ -259,6 +265,8 @@ def test_what_dies_is_started_again_more_carefully(checkout, codes, tried):
     careful = ["", " --engine eager", " --engine eager --jobs 2", " --engine eager --jobs 2"]
     ends = [f"--bundle out/gpu/bundle --jobs 8 --engine compiled --seeds 1{options}" for options in careful[:tried]]
     assert all(line.endswith(end) for line, end in zip(called, ends, strict=True))
+    captures = ["0"] * 4 if looked == "0" else ["1", "1", "0", "0"]  # an eager step is captured, too
+    assert (repository / "graphs").read_text().split() == captures[:tried]
 
 
 @pytest.mark.parametrize(

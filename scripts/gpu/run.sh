@@ -50,7 +50,12 @@ take_in() {
     done
 }
 
+graphless() { # whether the look found that captures go wrong
+    [ "$(cat "$work/graphs" 2> /dev/null)" = 0 ]
+}
+
 reproduce() { # takes the place of the shell: call it in the background
+    graphless && export TAILSCOPE_GRAPHS=0
     exec "$python" -m tailscope reproduce everything --data-root "$work/npz" --wait-for-data --device "$device" \
         --out "$work/results" --store "$work/store" --bundle "$work/bundle" "$@"
 }
@@ -60,8 +65,10 @@ stuck() { # whether two lines of progress in a row told of trainings and of no i
 }
 
 attempts() { # one that dies or hangs is followed by a more careful one; what is stored is not trained again
-    local careful code log=$work/attempt.log
+    local careful code tried=0 log=$work/attempt.log
     for careful in "" "--engine eager" "--engine eager --jobs 2" "--engine eager --jobs 2"; do # one job tells of no hang
+        tried=$((tried + 1))
+        [ "$tried" -le 2 ] || export TAILSCOPE_GRAPHS=0 # an eager step is captured, too
         reproduce $(cat "$work/options" 2>/dev/null || echo "--jobs 2 --engine eager") ${OPTIONS:-} $careful > "$log" 2>&1 &
         echo $! > "$work/reproduce.pid"
         while alive reproduce; do
@@ -131,7 +138,7 @@ finish() { # SECONDS since the call began
 case ${1:-} in
 look)
     take_in
-    rm -f "$work/smoke.jsonl" "$work/options"
+    rm -f "$work/smoke.jsonl" "$work/options" "$work/graphs"
     nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader 2> /dev/null
     "$python" -m tailscope --version || echo "THE COMMAND LINE IS BROKEN: mend that before anything else"
     # Two processes: an error that sticks to one does not spoil the other. Compiling stops all other trainings meanwhile,

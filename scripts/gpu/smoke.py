@@ -4,7 +4,7 @@
     smoke.py choose                                                             print the table and choose
 
 Results go to FOLDER/smoke.jsonl, a line as soon as it is known: what hangs or dies afterwards spoils nothing. `choose`
-writes FOLDER/options, what `tailscope reproduce` is to be given.
+writes FOLDER/options, what `tailscope reproduce` is to be given, and FOLDER/graphs: 0 where captures go wrong, else 1.
 """
 
 import argparse
@@ -138,18 +138,26 @@ def measure(asked: argparse.Namespace) -> None:
         note("rate", lambda number=number: bench.rate(number, asked.seconds))
 
 
-def sound(rows: list[dict[str, object]]) -> bool:
+def sound(rows: list[dict[str, object]], *names: str) -> bool:
     """Whether losses are those of eager steps, within ten times what two eager trainings differ by, or 2 %."""
     found = [row for row in rows if row["what"] == "equality"]
-    values = [row.get(name) for row in found for name in ("noise", "alone", "together")]
+    values = [row.get(name) for row in found for name in ("noise", *(names or ("alone", "together")))]
     return bool(values) and None not in values and max(values[1:]) <= max(0.02, 10 * values[0])
 
 
+def careful(rows: list[dict[str, object]]) -> tuple[str, int]:
+    """Return the options, and whether to capture, where no rate is of use: one at a time if only many go wrong."""
+    plain = [row for row in rows if row["part"] == "plain"]
+    if plain and not sound(plain, "alone"):
+        return "--jobs 2 --engine eager", 0
+    return ("--jobs 2 --engine eager" if sound(plain) or not plain else "--jobs 1 --engine eager"), 1
+
+
 def choose(folder: Path) -> None:
-    """Print what was measured, and write the options of the best sound rate."""
+    """Print what was measured, and write the options of the best sound rate, else careful ones."""
     path = folder / "smoke.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    best, options = 0.0, "--jobs 2 --engine eager"
+    best, (options, graphs) = 0.0, careful(rows)
     for part in ENGINES:
         own = [row for row in rows if row["part"] == part]
         told = sound(own) if any(row["what"] == "equality" for row in own) else "not measured (yet)"
@@ -160,9 +168,10 @@ def choose(folder: Path) -> None:
             print("   ", {name: value for name, value in row.items() if name != "part"}, whole)
             score = images * (COMPILING_COSTS if part == "compiled" else 1.0) if sound(own) else 0.0
             if score > best:
-                best, options = score, f"--jobs {row['jobs']} --engine {ENGINES[part]}"
+                best, options, graphs = score, f"--jobs {row['jobs']} --engine {ENGINES[part]}", 1
     (folder / "options").write_text(f"{options}\n")
-    print("chosen:", options)
+    (folder / "graphs").write_text(f"{graphs}\n")
+    print("chosen:", options, "" if graphs else "without CUDA graphs (TAILSCOPE_GRAPHS=0)")
 
 
 if __name__ == "__main__":
