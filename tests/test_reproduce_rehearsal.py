@@ -287,6 +287,32 @@ def test_nothing_moves_where_two_minutes_brought_no_image(checkout, lines, hangs
     assert subprocess.run(["bash", "-c", f'{function}stuck "$1"', "-", log]).returncode == (0 if hangs else 1)
 
 
+@pytest.mark.parametrize("ends", [True, False])
+def test_where_a_capture_fails_the_process_ends_by_itself_and_a_more_careful_one_goes_on(checkout, ends):
+    """In PyTorch 2.11 those after it may fail, too; the words are those that a training warns with."""
+    repository, data = checkout
+    script(repository, "scripts/gpu/prepare.sh", data, WHEELS=str(data))
+    (repository / "warn.py").write_text(
+        "import torch\nfrom tailscope.training.step import GraphedStep\nclass Refuses:\n"
+        "    def warm_up(self, step, *given): return step(*given)\n"
+        "    def record(self, work): raise RuntimeError('captures_underway.empty() INTERNAL ASSERT')\n"
+        "step = GraphedStep(lambda x: x, Refuses())\nfor _ in range(4): step(torch.ones(1))\n"
+    )
+    python = repository / "python"
+    ending = "echo TERM >> ended; exit 143" if ends else "echo TERM >> ended"
+    python.write_text(
+        f"#!/bin/bash\ntrap '{ending}' TERM\necho x >> called; [ $(wc -l < called) = 3 ] && exit 0\n"
+        f"{sys.executable} warn.py\nwhile :; do sleep 0.1; done\n"
+    )
+    python.chmod(0o755)
+    ran = script(repository, ".gpu/bin/run.sh", "attempts", PYTHON=str(python), DEVICE="cpu", ENDING="2")
+    assert (repository / "called").read_text().split() == ["x"] * 3, ran.stderr
+    assert (repository / "ended").read_text().split() == ["TERM"] * 2  # one signal each: a second ends at once
+    log = (repository / "out" / "gpu" / "reproduce.log").read_text()
+    assert log.count("a capture failed") == 2
+    assert log.count(f"== ended with {143 if ends else 137}") == 2
+
+
 @pytest.mark.slow
 def test_the_scripts_look_begin_and_finish(checkout, tmp_path):
     repository, data = checkout
