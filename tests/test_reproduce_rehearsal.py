@@ -9,10 +9,14 @@ import subprocess
 import sys
 import tarfile
 import threading
+import tomllib
+from importlib.metadata import requires
 from pathlib import Path
 
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from conftest import REPOSITORY
 from tailscope.store import Store, add
@@ -192,6 +196,9 @@ def checkout(tmp_path):
     return repository, data
 
 
+PACKED = ("cifar10", "cifar100")
+
+
 def script(repository, name, *arguments, **environment):
     return subprocess.run(
         ["bash", name, *map(str, arguments)], cwd=repository, env={**os.environ, **environment},
@@ -218,6 +225,8 @@ def test_data_are_cut_into_parts_that_can_be_carried(checkout, tmp_path):
     everything = [f"packed/cifar10/{k}.webp" for k in range(3)] + [f"packed/cifar100/{k}.webp" for k in range(2)]
     assert [name for found in names.values() for name in found] == everything
     assert len(names) > 1
+    last = {name: max(p for p, f in names.items() if any(f"/{name}/" in file for file in f)) for name in PACKED}
+    assert ran.stdout.splitlines()[:2] == [f"{n} is whole with {part.replace('-', ' ')}" for n, part in last.items()]
     assert all(size <= 1 << 20 for size in sizes)
     assert (repository / ".gpu" / "bin" / "cifar10.list").read_text().split() == ["0.webp", "1.webp", "2.webp"]
     assert (
@@ -236,6 +245,26 @@ def test_data_are_cut_into_parts_that_can_be_carried(checkout, tmp_path):
     (data / "cifar10" / "0.webp").write_bytes(bytes(2_000_000))
     ran = script(repository, "scripts/gpu/prepare.sh", data, **wheels)
     assert (ran.returncode, "0.webp is too large: 2004 kB" in ran.stderr) == (1, True)
+
+
+THERE = {
+    "annotated-doc", "filelock", "jinja2", "numpy", "rich", "safetensors", "scikit-learn", "scipy", "shellingham",
+    "torch", "torchvision",
+}  # fmt: skip
+"""Packages of a machine for PyTorch that are new enough for us, whatever it is."""
+DRAWS = {"altair", "vl-convert-python"}
+
+
+def test_what_the_machine_lacks_is_brought_with_what_that_needs(checkout):
+    """Wheels are brought without what they depend on: each of that is brought too, or is there."""
+    repository, data = checkout
+    script(repository, "scripts/gpu/prepare.sh", data, WHEELS=str(data))
+    lines = (repository / ".gpu" / "wheels" / "needed.txt").read_text().split()
+    brought = {canonicalize_name(line.split("==")[0]) for line in lines}
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["dependencies"]
+    wanted = [Requirement(line) for line in [*project, *(need for name in brought for need in requires(name) or ())]]
+    here = {canonicalize_name(one.name) for one in wanted if one.marker is None or one.marker.evaluate({"extra": ""})}
+    assert here - THERE - DRAWS == brought
 
 
 @pytest.mark.parametrize(
