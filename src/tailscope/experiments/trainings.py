@@ -100,13 +100,17 @@ class _Piece(Quiet):
         """Count the images that a backbone is trained on; `before` of them before its checkpoint."""
         counts = self.trains and not self.images
         if counts:
-            self.images, self.before, self.total = done, done, max(1, total)
+            self.images, self.before, self.total = done, self.before + done, max(1, total)
 
         def advance(items: int, /) -> None:
             self.images += items * counts
             self.safe_point()
 
         yield advance
+
+    def begin_again(self) -> None:
+        """Count anew from the next task on; what was trained in vain stays work that was done."""
+        self.images, self.before = 0, self.before - self.images
 
     def log(self, run: str, step: int, numbers: Mapping[str, float], *, last: bool = False) -> None:
         """Pass the numbers on to what the lab reports to."""
@@ -294,6 +298,8 @@ class Trainings:
             error = failure(piece, lambda: self.place.make(lab, piece.order), self.tell)
             if error and not isinstance(error, UserError) and lab.runtime.engine != "eager":
                 lab.runtime = replace(lab.runtime, engine="eager")
+                with self._lock:
+                    piece.begin_again()
                 again = f"{piece}, once more with the engine eager,"
                 error = failure(again, lambda: self.place.make(lab, piece.order), self.tell)
             piece.error, piece.state = error, "failed" if error else "done"
