@@ -250,6 +250,15 @@ class Trainings:
         """Why."""
         return [piece.error for piece in self._all.values() if piece.error]
 
+    @property
+    def in_vain(self) -> bool:
+        """Whether what is still to come would fail as well: all has failed so far, or the device answers no more.
+
+        One alone may have failed for a reason of its own.
+        """
+        failed = len(self.failed)
+        return failed > 0 and ((failed > 1 and not self.made) or not (self.place.apart or answers(self.runtime.device)))
+
     def images(self) -> list[int]:
         """Return on how many images threads have trained each backbone so far, without those of before a checkpoint."""
         with self._lock:
@@ -319,6 +328,14 @@ class Trainings:
                 f" {(images - before) / (now - last):,.0f} images/s; {shares or 'none in training'}"
             )
             last, before = now, images
+
+
+def answers(device: torch.device) -> bool:
+    """Whether a device computes: after some errors CUDA refuses everything until the process ends."""
+    try:
+        return torch.ones(1, device=device).item() == 1
+    except RuntimeError:
+        return False
 
 
 def prepare_thread(device: torch.device, threads: int) -> None:
