@@ -34,6 +34,9 @@ from tailscope.training.objective import NOT_MIXED, Objective
 WARM_UP = 3
 """Steps before the capture: they compile, choose algorithms and create what the optimiser remembers."""
 
+REPLAYED_AFTER = WARM_UP + 2
+"""After so many steps those that follow do the same: the first replay may still load what it needs."""
+
 GRAPHS = "TAILSCOPE_GRAPHS"
 """Environment variable; 0 captures no step, for a machine on which captures go wrong."""
 
