@@ -55,7 +55,7 @@ graphless() { # whether the look found that captures go wrong
 }
 
 reproduce() { # takes the place of the shell: call it in the background
-    graphless && export TAILSCOPE_GRAPHS=0
+    graphless && export TAILSCOPE_GRAPHS=${TAILSCOPE_GRAPHS:-0} # whoever asks for them has them
     exec "$python" -m tailscope reproduce everything --data-root "$work/npz" --wait-for-data --device "$device" \
         --out "$work/results" --store "$work/store" --bundle "$work/bundle" "$@"
 }
