@@ -32,6 +32,7 @@ Every verb with all its options, as `tailscope VERB --help` shows them. This pag
 `tailscope store verify` also ends with 1 where something is damaged, and `tailscope reproduce` where a piece failed.
 
 `TAILSCOPE_DEBUG=1` shows the traceback of an unexpected error. `TAILSCOPE_STORE` is the default of `--store`.
+`TAILSCOPE_GRAPHS=0` trains on a GPU without CUDA graphs ([Performance](performance.md)).
 """
 
 RESULT_FILES = """# Result files

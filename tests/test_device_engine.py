@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,7 +14,9 @@ from tailscope.device import COMPILED_FROM_SECONDS, ROUNDS, SECONDS, Runtime, Wo
 from tailscope.errors import UserError
 from tailscope.networks import norm_act
 from tailscope.store.files import load_header
+from tailscope.training import loop
 from test_training_resume import Interrupting, Stopped, stop
+from test_training_step_graph import Again
 from training_setups import CPU, assert_same_state, digits, stage1_spec, train_stage1
 
 BATCH = (128, 32, 32, 3)
@@ -136,6 +139,28 @@ def test_compiling_is_tried_by_the_first_training_that_is_long_enough(monkeypatc
     assert choose(PLAIN, work(LONG), machine.prepare) == "fused"  # where the compiler has gone
 
 
+@pytest.mark.parametrize(
+    ("compiled", "chosen", "said"),
+    [
+        (itertools.chain([60.0], itertools.repeat(0.0999)), "fused", ""),  # gains 2 s, and compiling takes 60
+        (itertools.repeat(0.0999), "compiled", ""),
+        (iter([RuntimeError("no vector extension")]), "fused", "torch.compile fails here"),
+    ],
+)
+def test_compiling_may_be_a_part_of_the_preparation(monkeypatch, caplog, compiled, chosen, said):
+    """As it is where steps are captured: those before the capture compile."""
+    machine = Machine(monkeypatch, eager=0.2, fused=0.1, compiled=compiled)
+
+    def prepare(name):
+        step = machine.prepare(name)
+        if name == "compiled":
+            step()
+        return step
+
+    assert choose(ALL, work(LONG), prepare) == chosen
+    assert said in caplog.text
+
+
 def test_a_compiler_that_fails_is_a_warning(monkeypatch, caplog):
     machine = Machine(monkeypatch, eager=0.2, fused=0.1, compiled=RuntimeError("no\nvector extension"))
     assert choose(ALL, work(LONG), machine.prepare) == "fused"
@@ -228,6 +253,32 @@ def test_a_training_times_its_engines_once_and_its_description_names_the_fastest
         "processor": device.cpu_name(), "threads": 1,
         "precision": "float32", "torch": torch.__version__,
     }  # fmt: skip
+
+
+@FUSED
+def test_what_is_timed_of_a_captured_step_is_its_replay(tmp_path, timed, monkeypatch):
+    """Not the warm-up nor the capture; and times of steps that are captured are not those of others."""
+    images, spec, captures, at_first = digits(), stage1_spec(digits(), steps=6, model=QUICK), [], []
+
+    @contextmanager
+    def standing_in(device):
+        captures.append(Again())
+        yield captures[-1]
+
+    def in_turn(steps, seconds):
+        (capture,) = captures
+        at_first.append((capture.recorded, capture.replayed))
+        for step in steps.values():
+            step()
+        at_first.append((capture.recorded, capture.replayed))
+        return {"eager": 0.1, "fused": 0.2}
+
+    train_stage1(spec, images, tmp_path / "plain")
+    monkeypatch.setattr(loop, "capturing", standing_in)
+    monkeypatch.setattr(device, "_in_turn", in_turn)
+    train_stage1(spec, images, tmp_path / "captured")
+    assert at_first == [(2, 2 * 2), (2, 2 * 2 + 2)]
+    assert timed.calls == [["eager", "fused"]]
 
 
 @FUSED

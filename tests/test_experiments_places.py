@@ -150,6 +150,33 @@ def test_what_stands_on_what_failed_is_not_begun_and_the_rest_is_made(tmp_path):
     assert not {"digits seed 0 lt->lt", "digits seed 0 lt->true"} & labels
 
 
+class Halfway(Recording):
+    """Trains every backbone on 40 of 100 images, 10 of them before, and fails; then on another 30 of them."""
+
+    def make(self, lab, order):
+        first = order.key not in self.ended
+        super().make(lab, order)
+        if order.kind == "stage1":
+            with lab.runtime.progress.task("a training", 100, 10 if first else 0) as advance:
+                advance(30)
+                if first:
+                    raise RuntimeError("a kernel of this GPU")
+                self.shares.append([piece.images for piece in self.at_work._all.values() if piece.trains])
+
+
+def test_a_training_that_is_tried_once_more_goes_on_being_counted(tmp_path):
+    """Otherwise it seems to stand still, and whoever watches ends a process that works."""
+    stages, place = lab(tmp_path), Halfway(1)
+    place.shares = []
+    with Trainings(place, CPU, Deadline(Quiet(), float("inf")), 0.0, place._tell) as place.at_work:
+        place.at_work.add(stages, next(waves_of(["swap"])(stages, settings()))[:1])
+        while place.at_work.busy:
+            time.sleep(0.01)
+    backbone = next(n for n, piece in enumerate(place.at_work._all.values()) if piece.order.kind == "stage1")
+    assert place.at_work.images()[backbone] == 30 + 30
+    assert place.shares == [[30]]  # of 100, without what was in vain
+
+
 def test_a_pre_training_that_two_backbones_share_is_made_once_and_first(tmp_path):
     place, stages = Recording(4), lab(tmp_path)
     chosen = CompareSettings(

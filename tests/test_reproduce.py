@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -37,6 +38,7 @@ from tailscope.reproduce.reproduce import (
 from tailscope.store import Store
 from tailscope.store.files import CHECKPOINT, save_tensors
 from tailscope.training.recipes import RECIPES, Recipe
+from test_training_step_graph import Again
 
 BENCHMARK = paper.Benchmark("digits", "exp:20", "nested", tuple(paper.EXPERIMENT))
 TINY = Recipe.model_validate(
@@ -193,6 +195,30 @@ def test_an_estimate_prefers_the_rate_of_a_stored_training_like_the_plans(finish
     assert remembered(lab, other, plan) == {}
     compiled = Stages(digits, lab.store, replace(lab.runtime, engine="compiled"))
     assert remembered(compiled, settings.recipe, plan) == {}
+
+
+def test_where_steps_are_captured_a_rate_is_that_of_replays(tmp_path, monkeypatch, digits):
+    """As in the trainings that are planned."""
+    settings, captures, timed = reproduction_of(tmp_path).settings(), [], []
+    lab = Stages(digits, Store(tmp_path), Runtime.choose("cpu"))
+
+    @contextmanager
+    def standing_in(device):
+        captures.append(Again())
+        yield captures[-1]
+        captures.append("ended")
+
+    def seconds_each(work, images, seconds):
+        before = captures[0].recorded, captures[0].replayed
+        work()
+        timed.append((before, captures[0].replayed))
+        return 1.0
+
+    monkeypatch.setattr(planning, "capturing", standing_in)
+    monkeypatch.setattr(planning, "_seconds_each", seconds_each)
+    assert planning._step(lab, settings.recipe, lab.runtime, 0.1) == 1.0
+    assert timed == [((1, 2), 3)]
+    assert captures[1:] == ["ended"]
 
 
 def test_a_single_slow_step_is_no_rate(monkeypatch):

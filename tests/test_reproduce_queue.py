@@ -18,7 +18,7 @@ from tailscope.device import Runtime
 from tailscope.errors import UserError
 from tailscope.experiments.places import Here
 from tailscope.experiments.stages import Stages
-from tailscope.experiments.trainings import Trainings
+from tailscope.experiments.trainings import Trainings, answers
 from tailscope.progress import Deadline, Quiet, TimeIsUp
 from tailscope.reproduce import queue
 from tailscope.reproduce.queue import Piece, order, parse_duration, run_queue
@@ -493,6 +493,59 @@ def test_a_training_that_fails_costs_only_itself(tmp_path, monkeypatch, jobs, en
     assert json.loads((tmp_path / "swap.json").read_text())["seeds"] == [0]
     assert "a kernel of this GPU" in caplog.text
     assert len(Store(tmp_path / "store").keys("stage1")) == 4  # every other backbone
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize(
+    ("fails", "dead", "waits"),
+    [
+        ("digits", False, False),  # everything does
+        ("digits seed 0 lt+mixup", True, False),  # a CUDA context that died on its way fails whatever comes
+        ("digits seed 0 lt+mixup", False, True),  # a reason of its own
+    ],
+)
+def test_data_are_waited_for_unless_what_comes_would_fail_too(tmp_path, monkeypatch, jobs, fails, dead, waits):
+    """The second data set comes some looks after the first has come to its end, where anybody still looks."""
+    looks, failed, at_work, real, has_come = [], [], [], Stages.backbone, queue._Part.has_come
+
+    class Kept(Trainings):
+        def __enter__(self):
+            at_work.append(self)
+            return super().__enter__()
+
+    def backbone(self, stage, rows, seed, label):
+        if label.startswith(fails) and len(looks) <= 30:
+            failed.append(label)
+            raise RuntimeError("a kernel of this GPU")
+        return real(self, stage, rows, seed, label)
+
+    def comes(part):
+        if part.reproduction.dataset == "digits-lt":
+            return has_come(part)
+        if failed and at_work and not at_work[0].busy:
+            looks.append(part)
+        return len(looks) > 30
+
+    monkeypatch.setattr(queue, "Trainings", Kept)
+    monkeypatch.setattr(Stages, "backbone", backbone)
+    monkeypatch.setattr(queue._Part, "has_come", comes)
+    monkeypatch.setattr(queue, "WAIT", 0.02)
+    monkeypatch.setattr("tailscope.experiments.trainings.answers", lambda device: not dead)
+    said = []
+    document = run_queue(reproduction_of(tmp_path / "out", "everything", seeds="1", jobs=jobs), tell=said.append)
+    assert ("no longer waiting for the data of digits-step: what is to come would fail, too" in said) is not waits
+    assert any("the data of digits-step have come" in line for line in said) is waits
+    assert any(piece["done"] for piece in document["pieces"] if piece["dataset"] == "digits-step") is waits
+    assert document["failed"]
+
+
+def test_a_device_that_answers_no_more_is_noticed(monkeypatch):
+    def refuse(*_, **__):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    assert answers(torch.device("cpu"))
+    monkeypatch.setattr(torch, "ones", refuse)
+    assert not answers(torch.device("cpu"))
 
 
 def test_a_mistake_in_one_training_is_told_in_a_line_and_not_repeated(tmp_path, monkeypatch):

@@ -214,6 +214,17 @@ def test_a_training_has_one_stream_and_its_graphs_end_with_it(monkeypatch):
     assert torch.cuda.current_stream(GPU) == "default"
 
 
+@pytest.mark.parametrize(("asked", "captures"), [("0", False), ("1", True), (None, True)])
+def test_where_the_environment_asks_for_no_graphs_nothing_is_captured(monkeypatch, asked, captures):
+    cuda = FakeCuda(monkeypatch)
+    monkeypatch.delenv("TAILSCOPE_GRAPHS", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("TAILSCOPE_GRAPHS", asked)
+    with capturing(GPU) as capture:
+        assert (capture is not None) is captures
+    assert cuda.dealt == captures
+
+
 def test_trainings_at_a_time_never_share_a_stream(monkeypatch):
     """A long training beside more short ones than PyTorch has streams."""
     FakeCuda(monkeypatch)

@@ -17,8 +17,8 @@ rm -rf "$into"
 mkdir -p "$into/bin" "$into/wheels"
 cp scripts/gpu/{run.sh,smoke.py} "$data/unpack.py" "$into/bin/"
 
-# Figures are drawn at home, so what draws them stays here too.
-grep -E '^(pydantic|pydantic_core|annotated-types|typing-inspection)==' constraints.txt > "$into/wheels/needed.txt"
+# Figures are drawn at home, so what draws them stays here too. Two may be there, but too old for the others and for us.
+grep -E '^(pydantic|pydantic_core|annotated-types|typing-inspection|typing_extensions|typer)==' constraints.txt > "$into/wheels/needed.txt"
 if [ -n "${WHEELS:-}" ]; then # a folder that has them
     cp -r "$WHEELS/." "$into/wheels/"
 else
@@ -40,9 +40,10 @@ bring() { # FILE NAME: into the part that is being filled, or a new one
 }
 for archive in ${earlier:+"$earlier"/*.tar}; do bring "$archive" "stages/$(basename "$archive")"; done
 [ -z "$earlier" ] || filled=$limit # what is trained comes before any data
-for name in cifar10 cifar100; do
+for name in cifar10 cifar100; do # nothing is trained on a data set before it is whole
     (cd "$data/$name" && find . -type f | cut -c3- | sort) > "$into/bin/$name.list"
     while read -r file; do bring "$data/$name/$file" "packed/$name/$file"; done < "$into/bin/$name.list"
+    echo "$name is whole with part $number"
 done
 for part in $(seq "$number"); do
     echo "part $part: $(((fixed + $(du -sb "$into/part-$part" | cut -f1)) / 1000)) kB of $((limit / 1000)) with all the rest"

@@ -50,7 +50,12 @@ take_in() {
     done
 }
 
+graphless() { # whether the look found that captures go wrong
+    [ "$(cat "$work/graphs" 2> /dev/null)" = 0 ]
+}
+
 reproduce() { # takes the place of the shell: call it in the background
+    graphless && export TAILSCOPE_GRAPHS=${TAILSCOPE_GRAPHS:-0} # whoever asks for them has them
     exec "$python" -m tailscope reproduce everything --data-root "$work/npz" --wait-for-data --device "$device" \
         --out "$work/results" --store "$work/store" --bundle "$work/bundle" "$@"
 }
@@ -59,14 +64,27 @@ stuck() { # whether two lines of progress in a row told of trainings and of no i
     [ "$(grep ' images/s; ' "$1" | tail -n 2 | grep -c ' 0 images/s; .*%')" = 2 ]
 }
 
+uncaptured() { # whether a capture failed: in PyTorch 2.11 those after it in the same process may then fail, too
+    grep -q "is not captured as a CUDA graph" "$1"
+}
+
 attempts() { # one that dies or hangs is followed by a more careful one; what is stored is not trained again
-    local careful code log=$work/attempt.log
+    local careful code ending tried=0 log=$work/attempt.log
     for careful in "" "--engine eager" "--engine eager --jobs 2" "--engine eager --jobs 2"; do # one job tells of no hang
+        tried=$((tried + 1))
+        [ "$tried" -le 2 ] || export TAILSCOPE_GRAPHS=0 # an eager step is captured, too
         reproduce $(cat "$work/options" 2>/dev/null || echo "--jobs 2 --engine eager") ${OPTIONS:-} $careful > "$log" 2>&1 &
         echo $! > "$work/reproduce.pid"
+        ending=
         while alive reproduce; do
             sleep 1
             stuck "$log" && echo "nothing moves" >> "$log" && kill -KILL "$(cat "$work/reproduce.pid")"
+            if [ -z "$ending" ] && uncaptured "$log"; then # once: a second signal would lose what it has not yet written
+                echo "a capture failed" >> "$log"
+                kill -TERM "$(cat "$work/reproduce.pid")"
+                ending=$SECONDS
+            fi
+            [ -n "$ending" ] && [ $((SECONDS - ending)) -gt "${ENDING:-40}" ] && kill -KILL "$(cat "$work/reproduce.pid")"
         done
         wait $!
         code=$?
@@ -131,7 +149,7 @@ finish() { # SECONDS since the call began
 case ${1:-} in
 look)
     take_in
-    rm -f "$work/smoke.jsonl" "$work/options"
+    rm -f "$work/smoke.jsonl" "$work/options" "$work/graphs"
     nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader 2> /dev/null
     "$python" -m tailscope --version || echo "THE COMMAND LINE IS BROKEN: mend that before anything else"
     # Two processes: an error that sticks to one does not spoil the other. Compiling stops all other trainings meanwhile,

@@ -222,7 +222,7 @@ _log = logging.getLogger(__name__)
 _clock = time.perf_counter
 
 _Prepare = Callable[[Engine], Callable[[], object]]
-"""Returns, for an engine, what takes a step on a copy of the network and waits for it."""
+"""Returns, for an engine, what takes a step on a copy of the network and waits for it; ready to be timed."""
 
 
 @dataclass(frozen=True)
@@ -299,9 +299,9 @@ def _in_turn(steps: Mapping[Engine, Callable[[], object]], seconds: float) -> di
 
 def _with_compiled(times: _Times, best: Engine, prepare: _Prepare) -> _Times:
     """Return the times with those of compiled steps, in turn with the best others; without, where that fails."""
-    plain, compiled = prepare(best), prepare("compiled")
-    started = _clock()
+    plain, started = prepare(best), _clock()
     try:
+        compiled = prepare("compiled")  # a step that is captured is compiled here
         compiled()
     except RuntimeError as error:  # of the many that the compiler raises, all are of this kind
         _log.warning("torch.compile fails here, training goes on without: %s", one_line(str(error)))

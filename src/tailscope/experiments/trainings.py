@@ -100,13 +100,17 @@ class _Piece(Quiet):
         """Count the images that a backbone is trained on; `before` of them before its checkpoint."""
         counts = self.trains and not self.images
         if counts:
-            self.images, self.before, self.total = done, done, max(1, total)
+            self.images, self.before, self.total = done, self.before + done, max(1, total)
 
         def advance(items: int, /) -> None:
             self.images += items * counts
             self.safe_point()
 
         yield advance
+
+    def begin_again(self) -> None:
+        """Count anew from the next task on; what was trained in vain stays work that was done."""
+        self.images, self.before = 0, self.before - self.images
 
     def log(self, run: str, step: int, numbers: Mapping[str, float], *, last: bool = False) -> None:
         """Pass the numbers on to what the lab reports to."""
@@ -246,6 +250,15 @@ class Trainings:
         """Why."""
         return [piece.error for piece in self._all.values() if piece.error]
 
+    @property
+    def in_vain(self) -> bool:
+        """Whether what is still to come would fail as well: all has failed so far, or the device answers no more.
+
+        One alone may have failed for a reason of its own.
+        """
+        failed = len(self.failed)
+        return failed > 0 and ((failed > 1 and not self.made) or not (self.place.apart or answers(self.runtime.device)))
+
     def images(self) -> list[int]:
         """Return on how many images threads have trained each backbone so far, without those of before a checkpoint."""
         with self._lock:
@@ -294,6 +307,8 @@ class Trainings:
             error = failure(piece, lambda: self.place.make(lab, piece.order), self.tell)
             if error and not isinstance(error, UserError) and lab.runtime.engine != "eager":
                 lab.runtime = replace(lab.runtime, engine="eager")
+                with self._lock:
+                    piece.begin_again()
                 again = f"{piece}, once more with the engine eager,"
                 error = failure(again, lambda: self.place.make(lab, piece.order), self.tell)
             piece.error, piece.state = error, "failed" if error else "done"
@@ -313,6 +328,14 @@ class Trainings:
                 f" {(images - before) / (now - last):,.0f} images/s; {shares or 'none in training'}"
             )
             last, before = now, images
+
+
+def answers(device: torch.device) -> bool:
+    """Whether a device computes: after some errors CUDA refuses everything until the process ends."""
+    try:
+        return torch.ones(1, device=device).item() == 1
+    except RuntimeError:
+        return False
 
 
 def prepare_thread(device: torch.device, threads: int) -> None:

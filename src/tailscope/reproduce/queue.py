@@ -194,12 +194,14 @@ class _Queue:
             busy = self._trainings.busy  # before the look: what ends after it is not missed
             try:
                 if not self._step():
-                    if not busy and not coming:
+                    if not busy and (not coming or self._trainings.in_vain):
                         break
                     time.sleep(WAIT)
             except TimeIsUp:
                 break
             coming = self._take_in(coming)
+        if coming and self._trainings.in_vain:
+            self._tell(f"no longer waiting for the data of {', '.join(coming)}: what is to come would fail, too")
 
     def _take_in(self, waited: Sequence[str] = ()) -> list[str]:
         """Open the data sets that have come, and have their backbones trained; return those that are to come."""

@@ -37,6 +37,7 @@ from tailscope.store import Store, make_folder
 from tailscope.training.extract import extract
 from tailscope.training.loop import Training, new_model
 from tailscope.training.recipes import Recipe
+from tailscope.training.step import REPLAYED_AFTER, capturing
 
 SECONDS = 8.0
 """How long `measure` takes, unless single operations take longer than their share of it."""
@@ -298,12 +299,18 @@ def measure(lab: Stages, recipe: Recipe, plan: Plan, seconds: float | None = Non
 def _step(lab: Stages, recipe: Recipe, runtime: Runtime, seconds: float) -> float:
     assert isinstance(lab.data.train, ImageSet)
     train = recipe.stage1
-    images, labels = (t[: train.batch].to(runtime.device) for t in (lab.data.train.images, lab.data.train.labels))
-    stage = recipe.backbone(lab.true().spec)
-    stepper = Training(stage, lab.data.train, lab.normalize, 0, runtime, None, "timing").stepper()
-    with runtime.threads_for(train.batch * images.shape[1:3].numel()):
-        # Reading the loss waits for the device.
-        return _seconds_each(lambda: stepper(images, labels, 0.01).item(), len(labels), seconds)
+    training = Training(recipe.backbone(lab.true().spec), lab.data.train, lab.normalize, 0, runtime, None, "timing")
+    pixels = train.batch * lab.data.train.images.shape[1:3].numel()
+    with capturing(runtime.device) as capture, runtime.threads_for(pixels):
+        images, labels = (t[: train.batch].to(runtime.device) for t in (lab.data.train.images, lab.data.train.labels))
+        stepper = training.stepper(capture)
+
+        def step() -> float:
+            return stepper(images, labels, 0.01).item()  # which waits for the device
+
+        for _ in range(REPLAYED_AFTER if capture else 0):
+            step()
+        return _seconds_each(step, len(labels), seconds)
 
 
 def _seconds_each(work: Callable[[], object], images: int, seconds: float) -> float:

@@ -35,7 +35,16 @@ from tailscope.spec import StageSpec
 from tailscope.store import Meta, Tensors
 from tailscope.store.files import CHECKPOINT, save_tensors, whole_checkpoint
 from tailscope.training.objective import NOT_MIXED, Objective, mixing_of
-from tailscope.training.step import CudaCapture, Epochs, Flat, Normalizer, Stepper, capturing, loss_function
+from tailscope.training.step import (
+    REPLAYED_AFTER,
+    CudaCapture,
+    Epochs,
+    Flat,
+    Normalizer,
+    Stepper,
+    capturing,
+    loss_function,
+)
 
 CHUNK_BATCHES = 64
 """How many batches are augmented at once: vectorised, and bounded in memory."""
@@ -189,6 +198,7 @@ class Training:
             "threads": hardware["threads"],
             "precision": named(self._precision),
             "torch": torch.__version__,
+            **({"captured": True} if stepper.capture else {}),
         }
         work = Work(alike, self._shape, train.lengths(self._images)[1] * train.micro_batches)
         return engines.choose(possible, work, partial(self._trial, stepper.capture), self.runtime.progress.note)
@@ -217,7 +227,10 @@ class Training:
         return self.spec.branches * -(-train.batch // train.micro_batches), height, width, self.data.channels
 
     def _trial(self, capture: CudaCapture | None, engine: Engine) -> Callable[[], object]:
-        """Return what takes a step of a copy of the network on random images, and waits for it."""
+        """Return what takes a step of a copy of the network on random images, and waits for it.
+
+        Where steps are captured, it replays: those before, which load, compile and capture, measure no training.
+        """
         stepper, device = self.stepper(capture), self.runtime.device
         stepper.use(engine)
         images = torch.randint(256, self._shape, dtype=torch.uint8, generator=torch_stream(0, "trial")).to(device)
@@ -225,7 +238,13 @@ class Training:
         mixing = mixing_of(self.spec, self.data.counts(), stepper.model)
         drawn = mixing.draw(labels[None].cpu(), self._shape[1:3], torch_stream(0, "trial")) if mixing else NOT_MIXED
         mix = drawn.of(0, device)
-        return lambda: stepper(images, labels, 1e-3, mix).item()
+
+        def step() -> object:
+            return stepper(images, labels, 1e-3, mix).item()
+
+        for _ in range(REPLAYED_AFTER if capture else 0):
+            step()
+        return step
 
     def _resume(self, stepper: Stepper) -> History:
         """Restore the leader's last checkpoint that is whole and fits, in every process, and choose the engine."""

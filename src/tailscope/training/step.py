@@ -8,6 +8,7 @@ the same time: all of its work runs there, and its graphs end together, when the
 
 import logging
 import math
+import os
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -33,6 +34,12 @@ from tailscope.training.objective import NOT_MIXED, Objective
 WARM_UP = 3
 """Steps before the capture: they compile, choose algorithms and create what the optimiser remembers."""
 
+REPLAYED_AFTER = WARM_UP + 2
+"""After so many steps those that follow do the same: the first replay may still load what it needs."""
+
+GRAPHS = "TAILSCOPE_GRAPHS"
+"""Environment variable; 0 captures no step, for a machine on which captures go wrong."""
+
 _log = logging.getLogger(__name__)
 
 Step = Callable[..., Tensor]
@@ -47,11 +54,11 @@ _IDLE: defaultdict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)
 
 @contextmanager
 def capturing(device: torch.device) -> Iterator["CudaCapture | None"]:
-    """Give the block, a whole training, a CUDA stream of its own and what captures steps on it; nothing on a CPU.
+    """Give the block, a whole training, a CUDA stream of its own and what captures steps on it.
 
-    What was captured ends with the block.
+    There is nothing on a CPU, nor where the environment variable `GRAPHS` is 0. What was captured ends with the block.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or os.environ.get(GRAPHS) == "0":
         yield None
         return
     with _PREPARING:
