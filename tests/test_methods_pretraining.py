@@ -159,7 +159,7 @@ def test_what_is_carried_home_is_not_trained_again(tailscope_, tmp_path):
 
 def test_a_longer_pre_training_stretches_its_schedule(tmp_path):
     stage, _ = pretrained(experiment_setups.lab(tmp_path))
-    train = TrainSpec(epochs=200, batch=128, schedule="multistep(warmup=5, drops=(160, 180))")
+    train = TrainSpec(epochs=200, batch=128, learning_rate=0.1, schedule="multistep(warmup=5, drops=(160, 180))")
     rates = {}
     for length in (0.5, 1.0, 2.0):
         first = pretraining(stage.model_copy(update={"pretrain": f"rotation(length={length})", "train": train}))

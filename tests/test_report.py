@@ -20,7 +20,7 @@ from tailscope.errors import UserError
 from tailscope.groups import GROUPS
 from tailscope.measures.fields import COLLAPSE
 from tailscope.report import charts, marks, rows, schema, story, text
-from tailscope.report.text import Column, Table
+from tailscope.report.text import Column, Table, latex
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 NASTY = ["<script>alert(1)</script>", "a, b", "=SUM(A1)", '50 % "_&#', "na\nme", "{x}", "|pipe|", "[y]", "ü–→", "\\z"]
@@ -535,3 +535,20 @@ def test_means_of_two_seeds_have_their_range(digits):
     for row in rows.geometry_classes(digits, "paper"):
         assert row["variance_min"] < row["variance_max"]
         assert row["variance_min"] <= row["variance"] <= row["variance_max"]
+
+
+@pytest.mark.parametrize(
+    ("row", "written"),
+    [
+        ({"x": 0.0085, "low": 0.0057, "high": 0.0113}, "0.0085 [0.0057, 0.0113]"),
+        ({"x": -0.0072, "low": -0.0147, "high": 0.0003}, "−0.0072 [−0.0147, 0.0003]"),
+        ({"x": 0.95, "low": 0.9, "high": 1.0}, "0.95 [0.90, 1.00]"),
+        ({"x": 12.3, "low": 11.0, "high": 13.5}, "12.3 [11.00, 13.50]"),
+    ],
+)
+def test_an_interval_is_written_with_the_decimals_of_its_value(row, written):
+    assert Column("x", "x", "plain", bounds=("low", "high")).written(row) == written
+
+
+def test_latex_knows_every_character_that_a_line_may_begin_with():
+    assert latex("*a* [b] ✓ ✗") == r"{*}a{*} {[}b] $\surd$ $\times$"

@@ -26,7 +26,7 @@ LINE = 0.05
 
 def headline(result: Comparison) -> str:
     """Return what was found in a few words."""
-    best, baseline = _best(result), result["baseline"]
+    best, baseline = _recommended(result), result["baseline"]
     scope = " in these trainings" if len(result["seeds"]) == 1 else ""
     if best["difference"] is None:
         return f"Nothing does better than {baseline}{scope}"
@@ -34,17 +34,16 @@ def headline(result: Comparison) -> str:
     if best["difference"]["p_holm"] is None:
         return f"{best['name']} does best, {gain}, without an interval to back it"
     if best["difference"]["p_holm"] > LINE:
-        return f"No method clearly beats {baseline}{scope}; {best['name']} comes nearest, {gain}"
-    return f"{best['name']} does best{scope}: {gain}"
+        return f"No method clearly beats {baseline}{scope}; {best['name']} is the most accurate, {gain}"
+    most = "does best" if best is _best(result) else f"is clearly better than {baseline}"
+    return f"{best['name']} {most}{scope}: {gain}"
 
 
 def findings(result: Comparison) -> list[str]:
     """Return what was found: the best, who else is better or worse, what happens to the gaps, the rarest classes."""
     best, baseline = _best(result), _baseline(result)
-    found = [
-        f"{best['name']} reaches {accuracy(best['mean'], best['ci95'])}, {baseline['name']}"
-        f" {accuracy(baseline['mean'], baseline['ci95'])}{_difference(best)}."
-    ]
+    reached = [f"{one['name']} reaches {accuracy(one['mean'], one['ci95'])}" for one in (best, baseline)]
+    found = [f"{', '.join(dict.fromkeys(reached))}{_difference(best)}."]
     found += [text for text in (_clear(result, 1), _clear(result, -1)) if text]
     return [*found, *_gap_findings(result), *_tail(result)]
 
@@ -62,17 +61,14 @@ def _clear(result: Comparison, sign: int) -> str:
     names = [
         f"{method['name']} ({points(stored['points'], signed=True)})"
         for method in _sorted(result)[::sign]
-        if (stored := method["difference"])
-        and stored["p_holm"] is not None
-        and stored["p_holm"] <= LINE
-        and sign * stored["points"] > 0
+        if _is_clear(method, sign) and (stored := method["difference"])
     ]
     return f"Clearly {'better' if sign > 0 else 'worse'} than {result['baseline']}: {listed(names)}." if names else ""
 
 
 def _gap_findings(result: Comparison) -> list[str]:
     """Return how the baseline's distance from the full data divides, and who closes most of each part."""
-    gaps = _baseline(result)["gaps"]
+    gaps, own = _baseline(result)["gaps"], _baseline(result)["backbone"]
     if gaps is None:
         return []
     lost = [f"{in_points(one['points'], one['ci95'])} to its {part}" for part in PARTS if (one := gaps[part])]
@@ -82,15 +78,18 @@ def _gap_findings(result: Comparison) -> list[str]:
             (one["gaps"]["change"][part], one["name"])
             for one in result["methods"]
             if one["gaps"] is not None and one["gaps"]["change"] is not None
+            if part == "classifier" or one["backbone"] != own  # the baseline's features are what they are
         ]
         least = min(changed, key=lambda pair: pair[0]["points"], default=None)
-        if least is None or least[0]["points"] >= 0:
+        if least is None:
+            continue
+        if least[0]["points"] >= 0:
             found.append(f"No method closes any of the {part} gap.")
         else:
             sure = least[0]["p_holm"] is not None and least[0]["p_holm"] <= LINE
             by = in_points(least[0]["points"], least[0]["ci95"], signed=True)
             found.append(
-                f"{least[1]} closes most of the {part} gap: {by}{'' if sure else ', which is not clear after Holm'}."
+                f"{least[1]} lowers the {part} gap the most: {by}{'' if sure else ', which is not clear after Holm'}."
             )
     return found
 
@@ -108,7 +107,7 @@ def _tail(result: Comparison) -> list[str]:
     best = max(known, key=lambda method: method["groups"]["tail"] or 0.0)
     own = _baseline(result)["groups"].get("tail")
     if best["name"] == result["baseline"]:
-        return [f"{best['name']} recognises most of the tail classes' images, {percent(own)}."]
+        return [f"No method recognises more of the tail classes' images than {best['name']}, {percent(own)}."]
     head = [percent(method["groups"].get("head")) for method in (best, _baseline(result))]
     return [
         f"In the tail (few-shot classes), {best['name']} reaches {percent(best['groups']['tail'])} instead of"
@@ -134,7 +133,7 @@ def caveats(result: Comparison) -> list[str]:
 
 def advice(result: Comparison) -> list[str]:
     """Return what to do first: which method to use, or how to find out, and where to look next."""
-    best, baseline = _best(result), result["baseline"]
+    best, baseline = _recommended(result), result["baseline"]
     found = best["difference"]
     again = "the same command with a higher --seeds and --overwrite trains only what is missing"
     if found is None:
@@ -201,6 +200,16 @@ def _sorted(result: Comparison) -> list[ComparedMethod]:
 
 def _best(result: Comparison) -> ComparedMethod:
     return _sorted(result)[0]
+
+
+def _recommended(result: Comparison) -> ComparedMethod:
+    """Return the most accurate of the methods that are clearly better than the baseline; of all, where none is."""
+    return next((one for one in _sorted(result) if _is_clear(one, 1)), _best(result))
+
+
+def _is_clear(method: ComparedMethod, sign: int) -> bool:
+    stored = method["difference"]
+    return bool(stored and stored["p_holm"] is not None and stored["p_holm"] <= LINE and sign * stored["points"] > 0)
 
 
 def rows(result: Comparison) -> list[Row]:
@@ -298,7 +307,7 @@ def tables(result: Comparison) -> list[Table]:
     about = zip(ranks(result["counts"]), names, result["groups"], result["counts"], strict=True)
     classes: list[Row] = [
         {"rank": rank, "name": name, "group": group, "count": count}
-        | {f"method{m}": method["per_class"][k] for m, method in enumerate(result["methods"])}
+        | {f"recall of {method['name']}": method["per_class"][k] for method in result["methods"]}
         for k, (rank, name, group, count) in enumerate(about)
     ]
     columns = [
@@ -306,7 +315,7 @@ def tables(result: Comparison) -> list[Table]:
         Column("rank", "rank", "count", "Frequency rank: 1 has the most training images."),
         Column("group", "group"),
         Column("count", "images", "count", "Training images in the long-tailed set."),
-        *(Column(f"method{m}", method["name"], "share", "Recall.") for m, method in enumerate(result["methods"])),
+        *(Column(f"recall of {m['name']}", m["name"], "share", "Recall.") for m in result["methods"]),
     ]
     by_class = Table("compare-classes", "Recall by class", columns, classes)
     return [methods_table(result), gaps_table(result), by_class]

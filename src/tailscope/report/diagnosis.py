@@ -318,7 +318,9 @@ def _costs(verdict: Verdict) -> str:
     """Return what each half costs, and what kind of fault a representation has."""
     gain, regained = verdict["classifier_gap"], verdict["rebalancing_gap"]
     text = f"The classifier in use costs {_gap(gain)}" if gain["points"] > 0 else "The classifier in use costs nothing"
-    text += f", of which re-balancing regains {_gap(regained)}" if min(gain["points"], regained["points"]) > 0 else ""
+    if min(gain["points"], regained["points"]) > 0:
+        part = ", of which" if regained["points"] <= gain["points"] else ";"
+        text += f"{part} re-balancing regains {_gap(regained)}"
     text += f"; the representation costs at most {_gap(verdict['representation_gap'])}."
     kind = KINDS.get(verdict.get("kind") or "")
     return f"{text} {kind}" if kind else text
@@ -336,7 +338,7 @@ def _by_group(verdict: Verdict) -> list[str]:
         else:
             text += f"not decided; {part.get('reason')}"
         gain = part.get("classifier_gap")
-        if part["bottleneck"] in BLAMED and gain and gain["points"] < 0:
+        if part["bottleneck"] in BLAMED and gain and gain["ci95"] and gain["ci95"][1] < 0:
             alike = percent(part["current"] + gain["points"], 0)
             text += f". The classifier in use favours them: one that treats all classes alike would get {alike} right"
         found.append(f"{text}.")

@@ -140,7 +140,7 @@ def _of_samples(result: Diagnosis) -> list[Figure]:
     if stored is None:
         return []
     found = [_map(stored, result["dataset"]["class_names"])]
-    return [_confusion(len(result["counts"])), *found] if stored["confusions"]["matrix"] else found
+    return [_confusion(result["dataset"]["class_names"]), *found] if stored["confusions"]["matrix"] else found
 
 
 def _sample_data(result: Diagnosis) -> dict[str, list[Row]]:
@@ -178,15 +178,15 @@ def _middles(points: list[Row]) -> list[Row]:
     ]
 
 
-def _confusion(classes: int) -> Figure:
+def _confusion(names: list[str]) -> Figure:
     """Draw the confusion matrix, a row a true class: the share of its samples that is taken for each class."""
-    few = classes <= NAMED
+    few = len(names) <= NAMED
     labels = alt.Axis(labels=few, ticks=False, domain=False, labelLimit=90, labelAngle=-40, titlePadding=6)
     upright = alt.Axis(labels=few, ticks=False, domain=False, labelLimit=90, titlePadding=6)
-    order = alt.EncodingSortField(field="true", op="min")
+    every = alt.Scale(domain=names)  # of classes that have no samples, or are never named, too
     base = rows_of("confusion").encode(
-        x=alt.X("named:N", sort=alt.EncodingSortField(field="taken", op="min"), title="taken for", axis=labels),
-        y=alt.Y("class:N", sort=order, title="class", axis=upright),
+        x=alt.X("named:N", scale=every, sort=None, title="taken for", axis=labels),
+        y=alt.Y("class:N", scale=every, sort=None, title="class", axis=upright),
     )
     tooltip = [
         alt.Tooltip("class:N", title="class"),
@@ -200,7 +200,7 @@ def _confusion(classes: int) -> Figure:
     if few:
         layers.append(base.mark_text(fontSize=10).encode(text=alt.Text("count:Q", format=",d")))
     keys = (Key("right", "blue", "bar"), Key("taken for another class", "vermilion", "bar"))
-    chart: Chart = alt.layer(*layers).properties(height=max(160, min(480, 24 * classes)))
+    chart: Chart = alt.layer(*layers).properties(height=max(160, min(480, 24 * len(names))))
     return Figure("confusion", [Panel("", chart, keys)])
 
 

@@ -403,5 +403,5 @@ def _shift(results: Results) -> str:
     for encoder in seen.encoders:
         raw, chance = seen.group(encoder, "center_shift_deg"), seen.group(encoder, "center_shift_null_deg")
         if raw is not None and chance is not None:
-            found.append(f"{number(raw)}° for {encoder}, of which chance alone explains {number(chance)}°")
+            found.append(f"{number(raw)}° for {encoder}, where chance alone gives {number(chance)}°")
     return f"Centres of tail classes shift by {'; '.join(found)}." if found else ""

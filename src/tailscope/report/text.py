@@ -160,6 +160,9 @@ LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     "[": "{[}",  # after a line's end it would open an argument
+    "*": "{*}",  # and this would be taken for a part of that
+    "✓": r"$\surd$",
+    "✗": r"$\times$",
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
@@ -213,6 +216,8 @@ class Column:
         if self.bounds is None or row.get(self.bounds[0]) is None:
             return text
         digits, scale = BOUND_DIGITS[self.kind]
+        if self.kind == "plain":  # as many as the value has, which would seem to lie outside its interval otherwise
+            digits = max(digits, len(text.partition(".")[2]))
         return with_interval(text, [row[bound] for bound in self.bounds], digits, scale)
 
 
