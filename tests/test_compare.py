@@ -127,13 +127,13 @@ def test_every_registered_method_makes_a_plan_whose_parts_fit_each_other(entry, 
 @pytest.mark.parametrize(
     ("call", "stage1"),
     [
-        ("cost_sensitive", {"loss": "cross_entropy", "weights": "inverse(power=1.0, mean_over='classes')"}),
+        ("cost_sensitive", {"loss": "cross_entropy", "weights": "batch_mean(of='inverse(power=1.0)')"}),
         (
             "ldam_drw(scale=20)",
             {
                 "loss": "ldam(max_margin=0.5, scale=20.0)",
                 "last_layer": "cosine(scale=20.0)",
-                "weights": "drw(start=0.8, beta=0.9999, mean_over='classes')",
+                "weights": "batch_mean(of='drw(start=0.8, beta=0.9999)')",
             },
         ),
         ("remix + ce_drs", {"mix": "remix(alpha=1.0, kappa=3.0, tau=0.5)", "sampler": DRS, "loss": "cross_entropy"}),
