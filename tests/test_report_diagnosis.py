@@ -24,7 +24,7 @@ from tailscope.intervals import Interval
 from tailscope.measures import FIELDS
 from tailscope.measures.fields import COLLAPSE
 from tailscope.report import diagnosis, diagnosis_charts
-from tailscope.report.page import page_name
+from tailscope.report.reading import page_name
 from tailscope.report.text import percent, significant
 from tailscope.results import write
 from tailscope.tables.table import FeatureTable

@@ -368,7 +368,7 @@ def _show_words(verb: str, result: dict[str, Any], options: Options) -> Iterator
     if options["verbose"]:
         yield from (f"warning: {one_line(text)}" for text in result["warnings"])
     yield f"written: {options['out'] / f'{verb}.json'}"
-    yield f"report: {options['out']}"
+    yield f"report: {options['out'] / import_module('tailscope.report.reading').page_name(options['out'], verb)}"
 
 
 def _show_plan(result: dict[str, Any]) -> Iterator[RenderableType]:
@@ -376,7 +376,7 @@ def _show_plan(result: dict[str, Any]) -> Iterator[RenderableType]:
     for row in result["plan"]:
         table.add_row(str(row["seed"]), row["what"], _plain(row["name"]), "yes" if row["stored"] else "no")
     yield table
-    missing = " and ".join(f"{number} {what}s" for what, number in result["to_train"].items())
+    missing = " and ".join(f"{n} {what}{'s' * (n != 1)}" for what, n in result["to_train"].items())
     yield f"to train: {missing}; the rest is stored"
 
 
@@ -447,7 +447,7 @@ _COLOURS = {"classifier": "cyan", "representation": "magenta"}
 
 def _show_diagnosis(result: "Diagnosis", options: Options) -> Iterator[RenderableType]:
     from tailscope.report import diagnosis as story
-    from tailscope.report import encoders, page
+    from tailscope.report import encoders, reading
     from tailscope.report.text import listed, plural
 
     lines = encoders.lines(result)
@@ -478,7 +478,7 @@ def _show_diagnosis(result: "Diagnosis", options: Options) -> Iterator[Renderabl
     if (options["out"] / verbs.REBALANCED).exists():
         yield f"classifier: {options['out'] / verbs.REBALANCED} (`tailscope rebalance` puts it into a checkpoint)"
     if options["report"]:
-        yield f"report: {options['out'] / page.page_name(options['out'], 'diagnosis')}"
+        yield f"report: {options['out'] / reading.page_name(options['out'], 'diagnosis')}"
 
 
 _add_command(verbs.diagnose, _show_diagnosis, with_imports=True, out=Path("out"))

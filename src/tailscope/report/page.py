@@ -75,16 +75,10 @@ def build(out: Path, *, figures: bool = True) -> Path:
     for verb, make in zip(ALONE, makers, strict=True):
         if (out / f"{verb}.json").exists():
             result = reading.read(out / f"{verb}.json", verb)
-            written = _write(out, page_name(out, verb), make(result), figures=figures)
+            written = _write(out, reading.page_name(out, verb), make(result), figures=figures)
     if trained or written is None:
         written = _write(out, "report.html", of_experiments(rows.load(out)), figures=figures)
     return written
-
-
-def page_name(out: Path, verb: str) -> str:
-    """Return the name of a result's page in a folder: of its own where the folder holds results of another kind too."""
-    others = any((out / f"{other}.json").exists() for other in (*ALONE, *TRAINED) if other != verb)
-    return f"{verb}.html" if others and verb in ALONE else "report.html"
 
 
 def write_alone(path: Path, page: Page) -> Path:

@@ -9,6 +9,8 @@ from tailscope.errors import UserError
 from tailscope.report.diagnosis_schema import Diagnosis, check_diagnosis
 from tailscope.report.schema import (
     AGAIN,
+    ALONE,
+    TRAINED,
     Claims,
     Comparison,
     Geometry,
@@ -66,3 +68,9 @@ def _first(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"field {shown(field)} is missing"
     return f"field {shown(field)} is {shown(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def page_name(out: Path, verb: str) -> str:
+    """Return the name of a result's page in a folder: of its own where the folder holds results of another kind too."""
+    others = any((out / f"{other}.json").exists() for other in (*ALONE, *TRAINED) if other != verb)
+    return f"{verb}.html" if others and verb in ALONE else "report.html"
