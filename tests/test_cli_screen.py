@@ -41,6 +41,8 @@ def test_quiet_prints_the_path_alone_and_errors(tailscope_, samples):
     assert (shown.code, shown.out, shown.err) == (0, f"{samples / 'out'}\n", "")
     shown = tailscope_("methods", "--quiet")
     assert (shown.code, shown.out, shown.err) == (0, "", "")
+    shown = tailscope_("swap", "--data", "digits", "--recipe", "demo", "--plan", "-q", "--out", samples / "none")
+    assert (shown.code, shown.out, (samples / "none").exists()) == (0, "", False)  # nothing was written
     shown = tailscope_("subset", "--data", "digts", "-q")
     assert (shown.code, shown.out) == (2, "")
     assert "did you mean 'digits'?" in shown.err

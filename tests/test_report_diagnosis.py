@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -135,6 +136,14 @@ def test_a_diagnosis_beside_experiments_has_a_page_of_its_own(result, tmp_path):
     assert [page_name(tmp_path, verb) for verb in ("diagnosis", "swap")] == ["diagnosis.html", "report.html"]
     assert diagnosis.headline(result) not in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "From the current accuracy to the ceiling" in (tmp_path / "diagnosis.html").read_text(encoding="utf-8")
+
+
+def test_a_page_that_got_a_name_of_its_own_leaves_no_older_one(result, tmp_path):
+    write(tmp_path, "diagnosis", result)
+    assert report.build(tmp_path, figures=False) == tmp_path / "report.html"
+    shutil.copy(REPOSITORY / "results" / "digits-compare" / "compare.json", tmp_path)
+    report.build(tmp_path, figures=False)
+    assert sorted(path.name for path in tmp_path.glob("*.html")) == ["compare.html", "diagnosis.html"]
 
 
 def test_measures_beyond_the_moderate_are_undefined_and_the_page_builds(tmp_path):

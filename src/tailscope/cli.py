@@ -236,7 +236,7 @@ def _add_command(
         if as_json:
             plain = asdict(result) if is_dataclass(result) and not isinstance(result, type) else result
             typer.echo(json.dumps(plain, indent=1, default=os.fspath, allow_nan=False))
-        elif quiet and (path := result if isinstance(result, Path) else values.get("out")) is not None:
+        elif quiet and (path := result if isinstance(result, Path) else not values.get("plan") and values.get("out")):
             typer.echo(printable(str(path)))
         elif not quiet:
             for shown in show(result, {**values, "verbose": verbose}):

@@ -71,14 +71,16 @@ def build(out: Path, *, figures: bool = True) -> Path:
 
     makers: list[Callable[[Any], Page]] = [diagnosed, of_comparison, of_memorization]
     trained = any((out / f"{verb}.json").exists() for verb in TRAINED)
-    written = None
+    written = list[Path]()
     for verb, make in zip(ALONE, makers, strict=True):
         if (out / f"{verb}.json").exists():
             result = reading.read(out / f"{verb}.json", verb)
-            written = _write(out, reading.page_name(out, verb), make(result), figures=figures)
-    if trained or written is None:
-        written = _write(out, "report.html", of_experiments(rows.load(out)), figures=figures)
-    return written
+            written.append(_write(out, reading.page_name(out, verb), make(result), figures=figures))
+    if trained or not written:
+        written.append(_write(out, "report.html", of_experiments(rows.load(out)), figures=figures))
+    if (former := out / "report.html") not in written:  # of one of them, when it was alone here
+        former.unlink(missing_ok=True)
+    return written[-1]
 
 
 def write_alone(path: Path, page: Page) -> Path:
