@@ -237,7 +237,7 @@ def test_lines_of_slow_and_nested_work():
     assert told == [
         "[1 min] waiting for another run: 0 of 1",
         "[1 h 1 min] waiting for another run: 0 of 1",
-        "[1 h 11 min] slow: 1 of 100, about 16 h 30 min left",
+        "[1 h 11 min] slow: 1 of 100, 10 min each, about 16 h 30 min left",
     ]
 
 

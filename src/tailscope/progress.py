@@ -70,8 +70,7 @@ class Bars(Progress):
         def advance(items: int) -> None:
             nonlocal count
             count += items
-            rate = count / max(1e-9, time.monotonic() - started)
-            self._bars.update(bar, advance=items, rate=f"{rate:,.0f}/s")
+            self._bars.update(bar, advance=items, rate=_pace(count / max(1e-9, time.monotonic() - started)))
 
         try:
             yield advance
@@ -108,9 +107,7 @@ class Lines(Progress):
         def line(now: float) -> str:
             text = f"{one_line(description)}: {finished:,} of {total:,}"
             rate = (finished - done) / max(1e-9, now - started)
-            if rate >= 1:
-                text += f", {rate:,.0f}/s"
-            return f"{text}, about {duration((total - finished) / rate)} left" if rate else text
+            return f"{text}, {_pace(rate)}, about {duration((total - finished) / rate)} left" if rate else text
 
         self._open.append(line)
         begun = time.monotonic()
@@ -131,6 +128,19 @@ class Lines(Progress):
 def _log_time(description: str, started: float) -> None:
     """Tell the log how long a task took; the command line shows it with `--verbose`."""
     _log.info("%s: %.1f s", description, time.monotonic() - started)
+
+
+def _pace(rate: float) -> str:
+    """Return items a second, or how long each takes.
+
+    >>> _pace(1234.5), _pace(0.08), _pace(0.001), _pace(0.0)
+    ('1,234/s', '12 s each', '17 min each', '')
+    """
+    if not rate:
+        return ""
+    if rate >= 1:
+        return f"{rate:,.0f}/s"
+    return f"{1 / rate:.0f} s each" if rate > 1 / 100 else f"{duration(1 / rate)} each"
 
 
 def duration(seconds: float) -> str:
