@@ -20,8 +20,8 @@ INTRODUCTION = """## Systems
 Every method by name, and sums of them that were published as one, with what it computes. n_y is the number of images of
 class y, pi_y its share, z are the logits, p their softmax, f the features, w_y and b_y a class's weights and bias, C
 the number of classes, lam a draw from Beta(alpha, alpha). Published figures are accuracies in % at imbalance factor 100
-with, in parentheses, the difference from the cross-entropy of the same source: figures of different sources were had
-under different conditions, which the list below the table tells. None of them is ours.
+with, in parentheses, the difference from the cross-entropy of the same source: figures from different sources were
+obtained under different conditions, which are listed below the table. None of them is ours.
 
 `pseudo_labels` trains on more than the others: on the images of the training set that the long-tailed subset leaves
 out, without their labels. Its accuracies, here and in results, stand beside those of methods that do not see these

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Data: TypeAlias = Annotated[
     "str | Path | ImageData",
-    Option(help="digits, cifar10, cifar100, PATH.npz, folder:PATH or list:TRAIN.txt,TEST.txt."),
+    Option(help="digits, cifar10, cifar100, PATH.npz, folder:PATH, list:TRAIN.txt,TEST.txt or hf:NAME."),
     str,
 ]
 DataRoot: TypeAlias = Annotated[
@@ -142,7 +142,11 @@ class Placing:
 
     jobs: Annotated[
         int | None,
-        Option(min=1, help="Stages that are made at a time, each by a process of its own. [default: 1; Ray: all fit]"),
+        Option(
+            min=1,
+            help="Stages that are made at a time: by processes, on a GPU and under a time limit by threads."
+            " [default: 1; Ray: all fit]",
+        ),
     ] = None
     on: Annotated[
         str | None,

@@ -202,7 +202,7 @@ def methods(
         Option(metavar="NAME", help="Check all that has this name, a call-string, against what methods promise."),
     ] = None,
 ) -> dict[str, Any]:
-    """List every loss, sampler, augmentation, mixing, model, last layer, classifier, schedule, profile and recipe.
+    """List all that has a name: methods to compare, losses, class weights, samplers, models, classifiers, recipes ...
 
     With `--check` it says of each promise whether the method keeps it, and why not; the exit code is 1 if not all are.
 
