@@ -37,10 +37,10 @@ Every verb with all its options, as `tailscope VERB --help` shows them. This pag
 
 RESULT_FILES = """# Result files
 
-Verbs that measure or train write their results as JSON. [Results](results.md) and [Diagnose](diagnose.md) say what the
-numbers mean, and [Measures](measures.md) defines the fields of each class. The tables below list the fields that a
-report reads, and the type of each. All of them are checked before a report is built: one line names a field that is missing or wrong. Files
-may hold more fields than these. This page is generated (`python scripts/docs_pages.py`).
+Verbs that measure or train write their results as JSON. [Results](results.md) and [Diagnose](diagnose.md) say what
+the numbers mean, and [Measures](measures.md) defines the fields of each class. The tables below list the fields that
+a report reads, and the type of each. All of them are checked before a report is built: one line names a field that is
+missing or wrong. Files may hold more fields than these. This page is generated (`python scripts/docs_pages.py`).
 
 `*` stands for any name, such as that of a group or an encoder, and `[]` for every item of a list. Accuracies are
 fractions from 0 to 1, undefined is `null`, and every number is finite.
