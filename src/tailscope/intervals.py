@@ -5,7 +5,8 @@ Confidence intervals for statistics observed once per (seed, test item).
 Two questions, two intervals. *What would other trainings give on this test set?* is answered by Student's t over
 the seeds. *What would other trainings give on other test images?* adds the variance between items, by MOVER (the
 method of variance estimates recovery: Howe 1974; Zou & Donner 2008), which keeps its coverage at three seeds where
-bootstraps, binomial intervals and Satterthwaite's approximation do not.
+bootstraps, binomial intervals and Satterthwaite's approximation do not. Accuracies are whole images, so a few seeds can
+agree by chance; the spread between them is therefore never taken to be less than what single outcomes alone give it.
 
 How much of the long-tail gap lies in the representation and how much in the classifier.
 
@@ -99,16 +100,14 @@ def paired(values: ArrayLike) -> Interval:
     matrix = _matrix(values)
     seeds = len(matrix)
     estimate = float(matrix.mean())
-    by_seed, by_item = (float(v[0, 0]) for v in variance_components(matrix[None]))
-    several = matrix.shape[1] > 1
+    parts, several = variance_components(matrix[None]), matrix.shape[1] > 1
     if seeds < 3:
         if seeds == 2 or not several:
             return Interval(estimate, None, None, None)
-        return Interval(estimate, _around(estimate, Z * by_item**0.5), None, "item")
-    t = float(special.stdtrit(seeds - 1, 0.975))
-    over_seeds = _around(estimate, t * by_seed**0.5)
-    both = _around(estimate, (t**2 * by_seed + Z**2 * by_item) ** 0.5) if several else None
-    return Interval(estimate, both, over_seeds, "mover" if several else None)
+        return Interval(estimate, _around(estimate, Z * parts.item.item() ** 0.5), None, "item")
+    by_seed = parts.over_seeds(0.975).item()
+    both = _around(estimate, (by_seed + Z**2 * parts.item.item()) ** 0.5) if several else None
+    return Interval(estimate, both, _around(estimate, by_seed**0.5), "mover" if several else None)
 
 
 def p_of_zero(values: ArrayLike) -> float | None:
@@ -120,18 +119,17 @@ def p_of_zero(values: ArrayLike) -> float | None:
     (0.0175, 1.0)
     """
     matrix = _matrix(values)
-    seeds, estimate = len(matrix), float(matrix.mean())
+    estimate = float(matrix.mean())
     if paired(matrix).ci95 is None:
         return None
-    by_seed, by_item = (float(v[0, 0]) for v in variance_components(matrix[None]))
-    if estimate == 0 or by_seed + by_item == 0:
+    parts = variance_components(matrix[None])
+    if estimate == 0 or not any(part.item() for part in (parts.seed, parts.item, parts.residual)):
         return float(estimate == 0)
 
     def short(log_p: float) -> float:
         """Return by how much the squared half-width at a level falls short of the squared estimate."""
         half = math.exp(log_p) / 2
-        t = float(special.stdtrit(seeds - 1, half)) if seeds > 1 else 0.0
-        return estimate**2 - t**2 * by_seed - float(special.ndtri(half)) ** 2 * by_item
+        return estimate**2 - parts.over_seeds(half).item() - float(special.ndtri(half)) ** 2 * parts.item.item()
 
     low, high = math.log(1e-300), 0.0
     return math.exp(float(brentq(short, low, high))) if short(low) < 0 else 0.0
@@ -187,8 +185,8 @@ def ratio(numerator: ArrayLike, denominator: ArrayLike) -> Bounds | None:
     if seeds == 2 or items < 2:
         return None
     squared = Z**2 if seeds == 1 else float(special.stdtrit(seeds - 1, 0.975)) ** 2
-    by_seed, by_item = variance_components(both)
-    covariance = squared * (by_seed + by_item)
+    parts = variance_components(both)
+    covariance = parts.over_seeds(0.975) + squared * parts.item
     means = both.mean(axis=(1, 2))
     # The interval is where (R - x G)^2 <= t^2 Var(R - x G): a quadratic a x^2 - 2 b x + c <= 0.
     (c, b), (_, a) = np.outer(means, means) - covariance
@@ -198,28 +196,72 @@ def ratio(numerator: ArrayLike, denominator: ArrayLike) -> Bounds | None:
     return float((b - half_width) / a), float((b + half_width) / a)
 
 
-def variance_components(values: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Split the covariance of K means, each over S seeds and M items, into seed and item parts.
+@dataclass(frozen=True)
+class Components:
+    """The covariance of K means, each over S seeds and M items, by where it comes from: matrices [K, K].
 
-    The seed part is the covariance of the per-seed means over S; it holds the seed-by-item residual. The item part is
-    the covariance of the per-item means over M, less the residual that they too contain; where that correction would
-    make it negative it is cut at 0 (its nearest positive semi-definite matrix). With one seed the residual cannot be
-    told from the item part and stays in it. From values [K, S, M] come two matrices [K, K]; their sum estimates the
-    covariance over new seeds and new items.
+    Attributes:
+        seeds: S.
+        seed: the covariance of the per-seed means over S, which holds the seed-by-item residual.
+        item: that of the per-item means over M, without the residual.
+        residual: what single outcomes alone give `seed`: the covariance of the seed-by-item residuals over S M.
+    """
+
+    seeds: int
+    seed: FloatArray
+    item: FloatArray
+    residual: FloatArray
+
+    def over_seeds(self, level: float) -> FloatArray:
+        """Return the squared half-widths over new seeds at a quantile of Student's t, with S - 1 degrees of freedom.
+
+        No less than those of `residual` at the normal quantile: that part is known from (S - 1)(M - 1) residuals, where
+        `seed` has S - 1, and is 0 as soon as so few means happen to be equal.
+        """
+        if self.seeds == 1:
+            return np.zeros_like(self.seed)
+        t, z = float(special.stdtrit(self.seeds - 1, level)), float(special.ndtri(level))
+        return _larger(t**2 * self.seed, z**2 * self.residual)
+
+
+def variance_components(values: FloatArray) -> Components:
+    """Split the covariance of K means, each over S seeds and M items, into seed and item parts; values are [K, S, M].
+
+    The item part is cut at 0 where taking off the residual would make it negative (its nearest positive semi-definite
+    matrix). With one seed the residual cannot be told from the item part and stays in it; with one item it is unknown.
+    `seed` and `item` sum to an estimate of the covariance over new seeds and new items.
     """
     statistics, seeds, items = values.shape
     seed_means, item_means = values.mean(axis=2), values.mean(axis=1)
     none = np.zeros((statistics, statistics))
     by_seed = np.cov(seed_means).reshape(none.shape) / seeds if seeds > 1 else none
     if items < 2:
-        return by_seed, none
-    by_item = np.cov(item_means).reshape(none.shape) / items
+        return Components(seeds, by_seed, none, none)
+    by_item, residual = np.cov(item_means).reshape(none.shape) / items, none
     if seeds > 1:
         centred = values - seed_means[:, :, None] - item_means[:, None, :] + seed_means.mean(axis=1)[:, None, None]
-        residual = np.einsum("ksm,lsm->kl", centred, centred) / ((seeds - 1) * (items - 1))
-        by_item = by_item - residual / (seeds * items)
-    eigenvalues, vectors = np.linalg.eigh(by_item)
-    return by_seed, (vectors * np.maximum(eigenvalues, 0.0)) @ vectors.T
+        residual = np.einsum("ksm,lsm->kl", centred, centred) / ((seeds - 1) * (items - 1) * seeds * items)
+    return Components(seeds, by_seed, _positive(by_item - residual), residual)
+
+
+def _larger(a: FloatArray, b: FloatArray) -> FloatArray:
+    """Return an upper bound of two covariances: the larger variance of each statistic that is uncorrelated in both.
+
+    It moves with the statistics when they are combined otherwise, whatever their units.
+    """
+    variances, vectors = np.linalg.eigh(a + b)
+    known = variances > 1e-12 * max(0.0, variances[-1])
+    scaled, unscaled = vectors[:, known] * variances[known] ** 0.5, vectors[:, known] / variances[known] ** 0.5
+    shares, axes = np.linalg.eigh(unscaled.T @ a @ unscaled)  # of a in a + b; those of b are the rest
+    found: FloatArray = (scaled @ axes * np.maximum(shares, 1 - shares)) @ (scaled @ axes).T
+    return found
+
+
+def _positive(matrix: FloatArray) -> FloatArray:
+    """Return the nearest positive semi-definite matrix to a symmetric one."""
+    eigenvalues, vectors = np.linalg.eigh(matrix)
+    found: FloatArray = (vectors * np.maximum(eigenvalues, 0.0)) @ vectors.T
+    return found
 
 
 def _matrix(values: ArrayLike) -> FloatArray:
