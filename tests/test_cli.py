@@ -22,6 +22,7 @@ from tailscope.errors import UserError
 from tailscope.experiments import plans
 from tailscope.experiments.options import Request
 from tailscope.experiments.stages import Stages
+from tailscope.results import write
 from tailscope.training.recipes import RECIPES
 
 VERBS = [command.name or command.callback.__name__ for command in cli.app.registered_commands]
@@ -298,6 +299,17 @@ def test_a_verb_in_python_writes_where_it_is_told_to_and_is_silent(no_report, tm
     assert {path.name for path in tmp_path.iterdir()} == {"ladder.json", "store"}
     with pytest.raises(UserError, match="holds a result of another spec"):
         tailscope.ladder("digits", recipe="demo", seeds=[3], out=tmp_path)
+    ladder = plans.EXPERIMENTS["ladder"]
+
+    def slow(stages, settings):  # another process writes what it found meanwhile
+        result = ladder(stages, settings)
+        write(tmp_path / "shared", "ladder", {**result, "spec": {**result["spec"], "profile": "exp:7"}})
+        return result
+
+    with monkeypatch.context() as patched:
+        patched.setitem(plans.EXPERIMENTS, "ladder", slow)
+        with pytest.raises(UserError, match="holds a result of another spec"):
+            tailscope.ladder("digits", recipe="demo", seeds=1, out=tmp_path / "shared", store=tmp_path / "store")
     rows, labels = np.eye(3, 8).repeat(20, axis=0), np.arange(3).repeat(20)
     monkeypatch.chdir(tmp_path)
     judged = tailscope.diagnose((rows, labels), (rows + 0.1, labels), permutations=0, verdict=False)

@@ -359,6 +359,14 @@ def test_mistakes_are_told_before_anything_is_loaded(reproduction, message):
     assert message in str(error.value)
 
 
+def test_claims_that_cannot_be_read_are_replaced(finished):
+    path = finished[0] / "claims.json"
+    whole = json.loads(path.read_text())
+    path.write_text('{"schema": "tailscope.claims/0"}')
+    run_reproduce(reproduction_of(finished[0]), tell=lambda text: None)
+    assert json.loads(path.read_text())["claims"] == whole["claims"]
+
+
 def test_results_of_another_spec_are_kept_and_left_out(finished):
     out = finished[0]
     with pytest.raises(UserError, match="another spec"):

@@ -1,11 +1,13 @@
 """`reproduce` under a time limit: the order of the pieces, stopping in time, going on, and the folder it leaves."""
 
 import json
+import os
 import re
 import shutil
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -23,6 +25,7 @@ from tailscope.progress import Deadline, Quiet, TimeIsUp
 from tailscope.reproduce import queue
 from tailscope.reproduce.queue import Piece, order, parse_duration, run_queue
 from tailscope.reproduce.reproduce import Reproduction, run_reproduce, runs
+from tailscope.results import write
 from tailscope.store import Store, add, packed_bytes
 from tailscope.store.files import save_tensors
 from tailscope.training import loop
@@ -539,6 +542,39 @@ def test_data_are_waited_for_unless_what_comes_would_fail_too(tmp_path, monkeypa
     assert document["failed"]
 
 
+def test_data_that_are_still_being_copied_have_not_come(tmp_path):
+    waiting = reproduction_of(tmp_path / "out", seeds="1", data_root=tmp_path, wait_for_data=True)
+    part, path = queue._Part(waiting), tmp_path / "digits.npz"
+    assert not part.has_come()
+    np.savez(path, images=np.zeros((200, 8)))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert not part.has_come()
+    path.write_bytes(whole)
+    assert part.has_come()
+    path.write_text("never to be an archive")
+    os.utime(path, (time.time() - 2 * queue.COPIED,) * 2)
+    assert part.has_come()  # and is refused by name when it is opened
+
+
+def test_a_piece_that_another_process_wrote_meanwhile_stays(tmp_path, monkeypatch):
+    def slow(lab, settings):
+        result = swap(lab, settings)
+        write(tmp_path, "swap", {**result, "created": "by another", "spec": {**result["spec"], **elsewhere}})
+        return result
+
+    swap, said = queue.EXPERIMENTS["swap"], []
+    monkeypatch.setitem(queue.EXPERIMENTS, "swap", slow)
+    elsewhere = {}
+    assert run_queue(reproduction_of(tmp_path, "table1", seeds="1"), tell=said.append)["finished"]
+    assert json.loads((tmp_path / "swap.json").read_text())["created"] == "by another"
+    (tmp_path / "swap.json").unlink()
+    elsewhere = {"profile": "exp:7"}
+    with pytest.raises(UserError, match="another spec"):
+        run_queue(reproduction_of(tmp_path, "table1", seeds="1"), tell=said.append)
+    assert json.loads((tmp_path / "swap.json").read_text())["created"] == "by another"
+
+
 def test_a_device_that_answers_no_more_is_noticed(monkeypatch):
     def refuse(*_, **__):
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
@@ -619,12 +655,17 @@ def test_a_bundle_holds_the_most_valuable_in_as_many_bytes_as_it_may(tmp_path, m
     monkeypatch.setattr(queue._Queue, "work", lambda self: self._take_in())
     bundle, said = tmp_path / "bundle", []
     (bundle / "stages-9.tar").touch()  # of an earlier run
+    (bundle / "stages-thesis.tar").touch()  # the user's own
+    damaged = store.keys("stage2")[0]
+    path = store.tensors_file("stage2", damaged)
+    whole = path.read_bytes()
     results = (bundle / "results.tar.gz").stat().st_size + queue.TAR_END * (queue.FILES - 1)
 
     def names(room):
         monkeypatch.setattr(queue, "ROOM", results + room)
         run_queue(reproduction, tell=said.append)
         found = {file.name: file.stat().st_size for file in bundle.iterdir()}
+        del found["stages-thesis.tar"]
         assert sum(found.values()) <= results + room
         assert all(size <= archive for name, size in found.items() if name != "results.tar.gz")
         return sorted(found)
@@ -636,9 +677,20 @@ def test_a_bundle_holds_the_most_valuable_in_as_many_bytes_as_it_may(tmp_path, m
     everything = names(100 * one)
     assert everything[:3] == ["results.tar.gz", "stages-1.tar", "stages-2.tar"]
     assert "stages-9.tar" not in everything
+    path.write_bytes(whole[:-1] + b"\x11")
+    names(100 * one)
+    assert f"not in the bundle: {path}: damaged" in "".join(said)
+    assert "bundle: results, 9 stages, 2 checkpoints; " in said[-2] + said[-1]
+    path.write_bytes(whole)
+    with monkeypatch.context() as patched:
+        patched.setattr(queue, "pack", lambda *_, **__: (_ for _ in ()).throw(UserError("full")))
+        with pytest.raises(UserError, match="full"):
+            run_queue(reproduction, tell=said.append)
+    assert {"results.tar.gz", "stages-1.tar", "stages-2.tar"} <= {file.name for file in bundle.iterdir()}
+    names(100 * one)
     assert "bundle: results, 10 stages, 2 checkpoints; " in said[-2] + said[-1]
     home = Store(tmp_path / "home")
-    add(home, *sorted(bundle.glob("*.tar")))
+    add(home, *sorted(bundle.glob("stages-[0-9].tar")))
     assert home.keys("stage1") == store.keys("stage1")
     assert all(home.checkpoint("stage1", run.backbone_key)["epochs"] == 1 for run in backbones[2:])
 

@@ -107,7 +107,7 @@ def test_an_archive_is_a_plain_tar_that_is_a_store_and_the_same_for_everybody(tm
             (m.name, m.size, m.mtime, m.uid, m.mode) for m in two
         ]
     first = (tmp_path / "b.tar").read_bytes()
-    pack(store, tmp_path / "b.tar", ENTRIES, CHECKPOINTS)
+    pack(store, tmp_path / "b.tar", ENTRIES, CHECKPOINTS, overwrite=True)
     assert (tmp_path / "b.tar").read_bytes() == first
 
 

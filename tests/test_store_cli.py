@@ -138,13 +138,38 @@ def test_pack_and_add_move_what_is_asked_for(run, store, tailscope_, tmp_path):
         (["--kind", "views,stage1"], (2, 0)),
     ):
         out = tmp_path / "b.tar"
-        shown = json.loads(run("pack", *arguments, "--out", out, "--json").out)
+        shown = json.loads(run("pack", *arguments, "--out", out, "--overwrite", "--json").out)
         assert shown == {"files": [str(out)], "entries": counts[0], "checkpoints": counts[1]}
     other = tmp_path / "other"
     added = tailscope_("store", "add", tmp_path / "a.tar", "--store", other)
     assert (added.code, added.out, added.err) == (0, "2 added\n", "")
     assert tailscope_("store", "add", tmp_path / "a.tar", "--store", other).out == "2 there already\n"
     assert Store(other).meta("stage1", BACKBONE) == TRAINED
+
+
+def test_an_archive_that_is_there_stays(run, store, tmp_path):
+    for taken, options in (("a.tar", ()), ("b-2.tar", ("--checkpoints", "--max-size", "20KB"))):
+        (tmp_path / taken).write_text("a user's own")
+        shown = run("pack", *options, "--out", tmp_path / f"{taken[0]}.tar")
+        assert (shown.code, shown.err) == (2, f"error: {tmp_path / taken}: exists; use another --out or --overwrite\n")
+        assert (tmp_path / taken).read_text() == "a user's own"
+    assert sorted(path.name for path in tmp_path.glob("*.tar")) == ["a.tar", "b-2.tar"]
+
+
+def test_what_a_killed_prune_left_the_next_one_removes(store, monkeypatch):
+    def killed(path, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prune(store, kinds=["stage1"])
+    monkeypatch.undo()
+    assert not store.has("stage1", BACKBONE)
+    (left,) = store.root.glob("scratch/removing-*")
+    assert [row.key for row in prune(store, kinds=["views"], dry_run=True).removed] == [VIEW]
+    assert left.exists()
+    prune(store, kinds=["views"])
+    assert not left.exists()
 
 
 def test_packing_in_parts(run, store, tailscope_, tmp_path):
@@ -188,6 +213,10 @@ MISTAKES = {
     ),
     "too small": (("pack", "--max-size", "1KB", "--out", "a.tar"), "more than the limit of 1,000 allows"),
     "no archive": (("add", "none.tar"), "none.tar: no such file"),
+    "no key to keep": (
+        ("prune", "--kind", "stage1", "--keep", "zz"),
+        "--keep zz: no such key in .*; nothing was removed",
+    ),
     "nothing to prune": (("prune",), "say what may go: --kind, --scratch or --damaged; .* holds 1 views .*, 1 stage2"),
     "no kind to prune": (("prune", "--kind", "view"), "unknown --kind 'view'; did you mean 'views'"),
 }

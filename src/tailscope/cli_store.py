@@ -71,6 +71,7 @@ def pack(
     max_size: Annotated[
         str | None, Option(help="Bytes of an archive, such as 15MiB; what does not fit goes into a further one.")
     ] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace archives of these names.")] = False,
     store: StoreRoot = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -90,7 +91,7 @@ def pack(
             raise unknown("--kind", name, KINDS)
     entries, unfinished = _chosen(opened, keys or [], kinds, checkpoints)
     with shown_on(console) as progress:
-        files = pack_(opened, out, entries, unfinished, limit, progress)
+        files = pack_(opened, out, entries, unfinished, limit, progress, overwrite=overwrite)
     return {"files": files, "entries": len(entries), "checkpoints": len(unfinished)}
 
 

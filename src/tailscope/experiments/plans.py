@@ -406,6 +406,7 @@ def _run(
         if verb != "subset":
             results[verb] = result
         if request.out is not None:
+            check_free(request.out, verb, result["spec"], overwrite=request.overwrite)  # another may have been faster
             write(request.out, verb, result)
     return results
 

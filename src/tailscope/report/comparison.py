@@ -109,8 +109,9 @@ def _tail(result: Comparison) -> list[str]:
     if best["name"] == result["baseline"]:
         return [f"No method recognises more of the tail classes' images than {best['name']}, {percent(own)}."]
     head = [percent(method["groups"].get("head")) for method in (best, _baseline(result))]
+    few = " (few-shot classes)" if result["groups_rule"] == "counts" else ""  # a third of the classes may have many
     return [
-        f"In the tail (few-shot classes), {best['name']} reaches {percent(best['groups']['tail'])} instead of"
+        f"In the tail{few}, {best['name']} reaches {percent(best['groups']['tail'])} instead of"
         f" {percent(own)}; in the head, {head[0]} instead of {head[1]}."
     ]
 

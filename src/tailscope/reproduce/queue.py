@@ -10,6 +10,7 @@ keeps, and the same command goes on from there.
 import re
 import tarfile
 import time
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -31,6 +32,7 @@ from tailscope.reproduce import claims
 from tailscope.reproduce.reproduce import Tell, conclude, draw, fixed_part, runs
 from tailscope.results import check_free, command, stored_spec, write
 from tailscope.store import Store, make_folder, pack, packed_bytes
+from tailscope.store.files import replacing
 
 DATASETS = ("cifar10-lt", "cifar100-lt")
 """What `everything` is: the CIFAR half of the paper."""
@@ -38,6 +40,8 @@ LAST = 60.0
 """So many seconds before a time limit no training begins: compiling and the first epochs would be in vain."""
 WAIT = 0.2
 """Seconds between two looks at what threads have trained and whether data have come."""
+COPIED = 60.0
+"""Seconds without a change after which a file of data is taken for whole, whatever it is."""
 ARCHIVE, ROOM, FILES = 15 << 20, 62 << 20, 7
 """Of a bundle: the bytes of an archive and of all together. Entries of up to 4 MiB fill no more files."""
 TAR_END = 16 << 10
@@ -131,9 +135,15 @@ class _Part:
         self.open, self.changed = False, False
 
     def has_come(self) -> bool:
-        """Whether the images are there: whoever waits for them waits for NAME.npz."""
+        """Whether the images are there: whoever waits for them waits for NAME.npz, which may be half copied.
+
+        What makes it an archive is its end; a file without, to which nothing comes, is refused when it is opened.
+        """
         root = self.reproduction.data_root
-        return not self.reproduction.wait_for_data or root is None or (expanded(root) / f"{self.data}.npz").is_file()
+        if not self.reproduction.wait_for_data or root is None:
+            return True
+        path = expanded(root) / f"{self.data}.npz"
+        return path.is_file() and (zipfile.is_zipfile(path) or time.time() - path.stat().st_mtime > COPIED)
 
     def take_in(self, runtime: Runtime) -> None:
         data = load(self.data, data_root=self.reproduction.data_root)
@@ -164,7 +174,9 @@ class _Part:
     def write(self, piece: Piece) -> None:
         """Write the piece's result, with claims and tables; classifiers that are missing are fitted."""
         settings = self.settings_of(piece)
-        write(self.out, piece.experiment, EXPERIMENTS[piece.experiment](self.lab, settings))
+        result = EXPERIMENTS[piece.experiment](self.lab, settings)
+        if not self.is_done(piece):  # another process may have been faster
+            write(self.out, piece.experiment, result)
         conclude(self.lab, settings, self.out)
         self.changed = True
 
@@ -317,11 +329,12 @@ def _summary(document: Mapping[str, Any]) -> str:
 
 
 def _bundle(to: Path, out: Path, parts: Sequence[_Part], tell: Tell) -> None:
-    """Write results, then classifiers and backbones, then unfinished ones' checkpoints, as far as there is room."""
-    for old in (*to.glob("stages*.tar"), *to.glob("checkpoints*.tar")):
-        old.unlink()
+    """Write results, then classifiers and backbones, then unfinished ones' checkpoints, as far as there is room.
+
+    Archives of an earlier bundle go last: a run that ends meanwhile leaves them.
+    """
     results = to / "results.tar.gz"
-    with tarfile.open(results, "w:gz") as tar:
+    with replacing(results) as partial, tarfile.open(partial, "w:gz") as tar:
         for folder in dict.fromkeys([out, *(part.out for part in parts)]):
             for file in (*sorted(folder.glob("*.json")), *sorted(folder.glob("tables/*"))):
                 tar.add(file, file.relative_to(out).as_posix())
@@ -330,13 +343,28 @@ def _bundle(to: Path, out: Path, parts: Sequence[_Part], tell: Tell) -> None:
     if opened := [part for part in parts if part.open]:
         store = opened[0].lab.store  # all data sets have one
         stages, checkpoints = _stored(store, opened)
+        stages = [stage for stage in stages if _sound(store, stage, tell)]
         whole, room = _fitting(stages, [packed_bytes(store, *stage) for stage in stages], room)
         sizes = [packed_bytes(store, *stage, checkpoint=True) for stage in checkpoints]
         unfinished, _ = _fitting(checkpoints, sizes, room)
-        files += pack(store, to / "stages.tar", whole, unfinished, ARCHIVE) if whole or unfinished else []
+        if whole or unfinished:
+            files += pack(store, to / "stages.tar", whole, unfinished, ARCHIVE, overwrite=True)
         for name, some, every in (("stages", whole, stages), ("checkpoints", unfinished, checkpoints)):
             told.append(f"{len(some)} {name}" + (f" ({len(every)} are there)" if len(every) > len(some) else ""))
+    for old in to.glob("stages*.tar"):
+        if old not in files and re.fullmatch(r"stages(-\d+)?", old.stem):
+            old.unlink()
     tell(f"bundle: {', '.join(told)}; {sum(f.stat().st_size for f in files) / 1e6:.1f} MB in {len(files)} files")
+
+
+def _sound(store: Store, stage: Stage, tell: Tell) -> bool:
+    """Return whether every byte of a stage is what was written; say what is wrong with one that stays behind."""
+    try:
+        store.check(*stage)
+    except UserError as error:
+        tell(f"not in the bundle: {error}")
+        return False
+    return True
 
 
 def _stored(store: Store, parts: Sequence[_Part]) -> tuple[list[Stage], list[Stage]]:

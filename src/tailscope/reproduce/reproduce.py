@@ -28,7 +28,7 @@ from tailscope.experiments.stages import Stages
 from tailscope.experiments.trainings import make_ahead
 from tailscope.methods.augmentations import build
 from tailscope.progress import Progress, Quiet, duration
-from tailscope.report.rows import load as load_results
+from tailscope.report.reading import read
 from tailscope.reproduce import claims
 from tailscope.reproduce.evidence import Evidence, Outcomes
 from tailscope.results import check_free, write
@@ -109,7 +109,9 @@ def _reproduce(reproduction: Reproduction, lab: Stages, settings: Settings, tell
     needed = [run for experiment in wanted for run in runs(lab, settings, experiment)]
     make_ahead(lab, [needed], reproduction, reproduction.device, tell)
     for experiment in wanted:
-        write(reproduction.out, experiment, EXPERIMENTS[experiment](lab, settings))
+        result = EXPERIMENTS[experiment](lab, settings)
+        check_free(reproduction.out, experiment, result["spec"], overwrite=reproduction.overwrite)  # still
+        write(reproduction.out, experiment, result)
     return {**done, **conclude(lab, settings, reproduction.out)}
 
 
@@ -130,7 +132,8 @@ def conclude(lab: Stages, settings: Settings, out: Path) -> dict[str, Any]:
     as claims.json has them, and `tables`: rows by name.
     """
     spec = fixed_part(settings.spec(lab.data))
-    found: dict[str, Any] = {verb: result for verb, result in load_results(out).items() if verb in RUNS}
+    stored = {verb: path for verb in RUNS if (path := out / f"{verb}.json").exists()}  # not claims, which are replaced
+    found: dict[str, Any] = {verb: read(path, verb) for verb, path in stored.items()}
     results = {verb: result for verb, result in found.items() if fixed_part(result["spec"]) == spec}
     evidence = Evidence(results, _recalled(lab, settings, results))
     document = claims.document(evidence, claims.check(evidence), datetime.now(UTC).isoformat(timespec="seconds"))

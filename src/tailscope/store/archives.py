@@ -60,6 +60,8 @@ def pack(
     checkpoints: Sequence[Entry] = (),
     limit: int | None = None,
     progress: Progress | None = None,
+    *,
+    overwrite: bool = False,
 ) -> list[Path]:
     """Write complete entries and checkpoints, each (kind, key), to an archive in this order; return what was written.
 
@@ -67,12 +69,15 @@ def pack(
     `limit` bytes is cut, between entries, into `stages-1.tar`, `stages-2.tar` ..., each an archive of its own.
 
     Raises:
-        UserError: one is not there, damaged or larger than the limit, or the disk refuses.
+        UserError: one is not there, damaged or larger than the limit; a file is there that may not be overwritten; or
+            the disk refuses.
     """
     things = [(_pack_entry, *entry) for entry in entries] + [(_pack_checkpoint, *entry) for entry in checkpoints]
     sizes = [packed_bytes(store, kind, key, checkpoint=write is _pack_checkpoint) for write, kind, key in things]
     groups = _groups(things, sizes, limit)
     paths = [to] if len(groups) == 1 else [to.with_name(f"{to.stem}-{n}{to.suffix}") for n in range(1, len(groups) + 1)]
+    if taken := next((path for path in paths if path.exists()), None) if not overwrite else None:
+        raise UserError(f"{taken}: exists; use another --out or --overwrite")
     with (progress or Quiet()).task("packing", len(things)) as advance:
         for path, group in zip(paths, groups, strict=True):
             with _new_archive(path) as archive:

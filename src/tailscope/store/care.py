@@ -1,6 +1,7 @@
 """Looking after a store: what is in it, whether it is whole, and what of it can go."""
 
 import shutil
+import tempfile
 import time
 from collections.abc import Collection, Iterator
 from contextlib import suppress
@@ -10,12 +11,13 @@ from typing import Any, Literal
 
 from tailscope.errors import UserError, one_line, unknown
 from tailscope.progress import Progress, Quiet
-from tailscope.store.entries import DONE, KINDS, SCRATCH, Store
+from tailscope.store.entries import KINDS, SCRATCH, Store
 from tailscope.store.files import CHECKPOINT, Damaged, Meta, check_checkpoint, opened, reading, writing
 
 State = Literal["verified", "digests", "unverified", "damaged", "unreadable"]
 _STALE = 24 * 3600.0
 """Seconds after which an interrupted `add` has left its folder for good."""
+_REMOVING = "removing-"
 
 
 @dataclass(frozen=True)
@@ -92,26 +94,27 @@ def prune(
         kinds: of which everything goes.
         scratch: unfinished work goes: checkpoints, and what killed processes left.
         damaged: every byte is checked, and damaged entries go; of damaged checkpoints the one before is taken.
-        keep: beginnings of keys that stay, whatever else is said.
+        keep: beginnings of keys that stay, whatever else is said; each must be one of a key that is there.
         dry_run: only return what would go.
         progress: receives the number of entries checked.
 
     Raises:
-        UserError: a kind is unknown or may not be read, or the disk refuses.
+        UserError: a kind is unknown or may not be read, nothing begins with one of `keep`, or the disk refuses.
     """
     if others := sorted(set(kinds) - {*KINDS, *store.kinds()}):
         raise unknown("--kind", others[0], KINDS)
     rows = verify(store, progress) if damaged else inventory(store)
     if unread := next((row for row in rows if row.kind in kinds and not row.key), None):
         raise UserError(f"{unread.problem}")
+    if lost := next((key for key in keep if not any(row.key.startswith(key) for row in rows)), None):
+        raise UserError(f"--keep {lost}: no such key in {store.root}; nothing was removed")
     done = Pruned()
     for row in rows:
         by_name = scratch if row.checkpoint else row.kind in kinds
         if (by_name or (damaged and row.state == "damaged")) and not row.key.startswith(tuple(keep)):
             _remove(store, row, done, dry_run=dry_run, by_name=by_name)
-    for folder in (store.root / SCRATCH).glob("adding-*") if scratch and not dry_run else ():
-        if time.time() - folder.stat().st_mtime > _STALE:
-            shutil.rmtree(folder, ignore_errors=True)
+    if not dry_run:
+        _clean(store.root / SCRATCH, scratch=scratch)
     return done
 
 
@@ -236,6 +239,23 @@ def _remove(store: Store, row: Row, done: Pruned, *, dry_run: bool, by_name: boo
                 if row.checkpoint and not by_name:
                     store.mend_checkpoint(row.kind, row.key)
                 else:
-                    (folder / DONE).unlink(missing_ok=True)  # absent to readers before the rest goes
-                    shutil.rmtree(folder)
+                    _take_away(store, folder)
         done.removed.append(row)
+
+
+def _take_away(store: Store, folder: Path) -> None:
+    """Remove a folder, which is gone to readers at once; what a kill leaves of it, the next `prune` removes."""
+    scratch = store.root / SCRATCH
+    scratch.mkdir(exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=_REMOVING, dir=scratch))
+    folder.rename(aside / folder.name)
+    shutil.rmtree(aside)
+
+
+def _clean(folder: Path, *, scratch: bool) -> None:
+    """Remove what an interrupted `prune` left among unfinished work, and with `scratch` an interrupted `add`."""
+    left = list(folder.glob(f"{_REMOVING}*"))
+    if scratch:
+        left += [one for one in folder.glob("adding-*") if time.time() - one.stat().st_mtime > _STALE]
+    for one in left:
+        shutil.rmtree(one, ignore_errors=True)
