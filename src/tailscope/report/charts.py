@@ -51,7 +51,7 @@ def data(results: Results) -> dict[str, list[Row]]:
 
 # ---- the gap, Figure 2 and Figure 3: horizontal charts of accuracies with intervals
 
-ACCURACY = "accuracy on balanced test images"
+ACCURACY = "accuracy on test images"
 PRINTED = " Upright ticks are the numbers that the paper printed."
 RUNG_KEYS = (
     Key(rows.STAGES["stage1"], "muted", "circle"),

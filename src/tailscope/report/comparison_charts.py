@@ -152,7 +152,7 @@ def _accuracies(result: Comparison) -> Figure:
     low = min(row["mean"] if row["ci_low"] is None else row["ci_low"] for row in rows)
     high = max(row["label_at"] for row in rows)
     scale = alt.Scale(domain=[low - 0.02, high + 0.6 * (high - low) + 0.02], nice=False, zero=False)
-    title = "accuracy on balanced test images"
+    title = "accuracy on test images"
     ticks = [tick / 20 for tick in range(21) if low - 0.02 <= tick / 20 <= high + 0.05]
     axis = alt.Axis(format=".0%", title=title, values=ticks, labelSeparation=8)
 
