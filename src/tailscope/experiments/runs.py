@@ -24,7 +24,10 @@ from tailscope.experiments.options import Request
 from tailscope.experiments.stages import Backbone, Stages, TrainingSet
 from tailscope.experiments.traps import traps
 from tailscope.groups import assign_groups
-from tailscope.plugins import told
+from tailscope.methods import LOSSES, MIXINGS, SAMPLERS, TASKS, WEIGHTS
+from tailscope.networks import LAST_LAYERS
+from tailscope.plugins import Plugin, told
+from tailscope.registry import Registry
 from tailscope.results import command, versions
 from tailscope.spec import BnMode, RunSpec, StageSpec, backbone_key
 from tailscope.store import Store
@@ -33,6 +36,17 @@ from tailscope.training.recipes import CHOICES, Recipe, recipe_by_name
 _MAX_SEEDS = 1_000
 _MAX_DIGITS = 30
 """Limits that only a slip of the pen exceeds."""
+
+CALLS: dict[str, Registry[Any]] = {
+    "loss": LOSSES,
+    "weights": WEIGHTS,
+    "sampler": SAMPLERS,
+    "mix": MIXINGS,
+    "last_layer": LAST_LAYERS,
+    "pretrain": TASKS,
+    "second_sampler": SAMPLERS,
+}
+"""Fields of a stage that are call-strings; in keys of the store they are written in full."""
 
 
 class Settings(BaseModel):
@@ -67,13 +81,17 @@ class Settings(BaseModel):
             backbones=parse_backbones(request.backbones, matched=request.matched),
         )
 
+    def plugins(self) -> list[Plugin]:
+        """Return the code from outside the package that a result depends on, each once, by name."""
+        return self.recipe.plugins()
+
     def spec(self, data: ImageData) -> dict[str, Any]:
         """Return what a result depends on, as result files store it.
 
         `backbones` is left out where all are trained, as in the files from before there was a choice, and `plugins`,
         digests of code from outside the package, where there is none.
         """
-        plugins = {plugin.name: plugin.sha256 for plugin in self.recipe.plugins()}
+        plugins = {plugin.name: plugin.sha256 for plugin in self.plugins()}
         return {
             **self.model_dump(mode="json", exclude={"backbones"} if self.backbones is None else None),
             "profile": canonical(self.profile),
@@ -168,6 +186,15 @@ class Run:
         return RunSpec(stage1=self.stage1, stage2=self.stage2, seed=self.seed) if self.stage2 else None
 
 
+def spelled(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return changes of a stage with every call-string in full; `UserError` for an unknown name.
+
+    >>> spelled({"loss": "focal", "bn_mode": "shifted"})
+    {'loss': 'focal(gamma=2.0)', 'bn_mode': 'shifted'}
+    """
+    return {name: CALLS[name].canonical(v) if name in CALLS and v else v for name, v in changes.items()}
+
+
 def training_sets(stages: Stages, settings: Settings, seed: int) -> dict[str, TrainingSet]:
     """Return a seed's training sets by name: lt, true, and matched where asked for."""
     subset_seed = settings.subset_seed_of(seed)
@@ -236,7 +263,7 @@ class Experiment:
             "environment": {
                 "versions": versions(),
                 "hardware": self.stages.runtime.describe(),
-                **told(recipe.plugins()),
+                **told(self.settings.plugins()),
             },
             "dataset": {
                 "name": data.name,
