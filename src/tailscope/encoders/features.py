@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tailscope.data.decoding import find_unreadable, from_all_over, refuse
+from tailscope.data.decoding import find_unreadable, from_all_over, refuse, still_unreadable
 from tailscope.data.images import ImageError, Images, Rows
 from tailscope.data.sources import Division, OpenedImages, Parts, divide, open_images
 from tailscope.device import Runtime, Solo, Team
@@ -377,7 +377,7 @@ def _tables(
     """Return the features of all parts, kept or made; what is of something else is refused before any work."""
     files = {part: folder / f"{part}.npz" for part in parts.images}
     specs = {part: spec_of(encoder, images, runtime, options) for part, images in parts.images.items()}
-    kept = {part: _kept(file, specs[part], parts.images[part].ids, overwrite) for part, file in files.items()}
+    kept = {part: _kept(file, specs[part], parts.images[part], overwrite) for part, file in files.items()}
     tables = {}
     for part, file in files.items():
         table = kept[part]
@@ -399,10 +399,11 @@ def _require_one_meaning(parts: Parts) -> None:
     align(*labelled)
 
 
-def _kept(file: Path, spec: Mapping[str, Any], ids: Sequence[str], overwrite: bool) -> FeatureTable | None:
+def _kept(file: Path, spec: Mapping[str, Any], images: Images, overwrite: bool) -> FeatureTable | None:
     """Return the features that a file has of this very network and these images; None where they are to be made.
 
-    They are made again, too, where the same images have other ids now: a subset of another file, for instance.
+    They are made again, too, where the same images have other ids now: a subset of another file, for instance; or
+    where one that could not be read can be by now.
     """
     if not file.exists():
         return None
@@ -416,9 +417,13 @@ def _kept(file: Path, spec: Mapping[str, Any], ids: Sequence[str], overwrite: bo
     if differing and not overwrite:
         what = f"has features of another network or of other images ({listed(differing)} differ)"
         raise UserError(f"{file}: {what}; use another --out or --overwrite")
-    known = iter(ids)
-    same = table.ids is None or all(name in known for name in table.ids.tolist())  # in this order, with gaps
-    return table if same and not differing else None
+    if differing:
+        return None
+    ids = images.ids if table.ids is None else table.ids.tolist()
+    known, had = iter(images.ids), set(ids)
+    lost = np.array([row for row, name in enumerate(images.ids) if name not in had], dtype=np.int64)
+    same = all(name in known for name in ids)  # in this order, with gaps
+    return table if same and len(still_unreadable(images, lost)) == len(lost) else None
 
 
 def _classifier_in_use(
