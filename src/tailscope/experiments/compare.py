@@ -30,7 +30,7 @@ from tailscope.errors import UserError, unknown
 from tailscope.experiments import plans
 from tailscope.experiments.hours import opened_for
 from tailscope.experiments.options import Comparison, Request
-from tailscope.experiments.runs import CALLS, Experiment, Run, Settings, evaluate, spelled, training_sets
+from tailscope.experiments.runs import CALLS, Experiment, Run, Settings, evaluate, require_parts, spelled, training_sets
 from tailscope.experiments.stages import SPENT, Backbone, Stages, TrainingSet
 from tailscope.intervals import holm, p_of_zero, paired, summarize
 from tailscope.methods.systems import Method, System, parse
@@ -119,7 +119,7 @@ def run(request: Comparison) -> Compared:
     settings = CompareSettings.of(request)
     if request.plan:
         return Compared(plan(*opened_for(request, settings)))
-    result = Compared(plans.run(request, ["compare"], settings, {"compare": compare}, _waves)["compare"])
+    result = Compared(plans.run(request, ["compare"], settings, {"compare": compare}, _waves, _possible)["compare"])
     if request.out is not None:
         build(request.out)
     return result
@@ -247,13 +247,19 @@ def _waves(stages: Stages, settings: CompareSettings) -> Iterator[list[Run]]:
     yield [run for seed, of in sets.items() for run in runs(settings, of, seed)]
 
 
+def _possible(stages: Stages, settings: CompareSettings, seed: int | None = None) -> list[_Run]:
+    """Return the runs of a seed, by default the first: of all methods as given, and of all that is tried."""
+    seed = settings.seeds[0] if seed is None else seed
+    sets = training_sets(stages, settings, seed)
+    return [*_runs(settings.parsed(), settings, sets, seed), *_tried(stages, settings, sets["lt"], seed)]
+
+
 def plan(stages: Stages, settings: CompareSettings) -> dict[str, Any]:
     """Return what a comparison would train, and what of it is stored, without training anything."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
+    require_parts(stages.data, _possible(stages, settings))
     for seed in settings.seeds:
-        sets = training_sets(stages, settings, seed)
-        runs = [*_runs(settings.parsed(), settings, sets, seed), *_tried(stages, settings, sets["lt"], seed)]
-        for run in runs:
+        for run in _possible(stages, settings, seed):
             row = {"seed": seed, "what": "backbone", "name": run.encoder}
             for kind, key, what, _ in stages.beneath(run.stage1, seed):
                 rows.setdefault((kind, key), row | {"name": f"{run.encoder}, {what}"})
