@@ -100,6 +100,8 @@ def plan_swap(request: Planning) -> dict[str, Any]:
     Nothing is trained and nothing written. Raises `UserError` where an option or the data is not usable.
     """
     stages, settings = opened_for(request, Settings.of(request))
+    if request.rate is not None and stages.data.in_memory:
+        raise UserError("--rate: only with --plan, of images in files")
     runs = next(waves_of(["swap"])(stages, settings))
     require_parts(stages.data, runs)
     plan = planned(stages, {"swap": runs})
