@@ -114,7 +114,8 @@ BAD_OPTIONS = [
     (("--seeds", "-3"), "expected a number of seeds"),
     (("--seeds", "two"), "expected a number of seeds"),
     (("--seeds", "99999999999"), "more than 1,000 seeds"),
-    (("--subset-seed", "-1"), "seed -1"),
+    (("--subset-seed", "-1"), "error: --subset-seed -1: must be at least 0\n"),
+    (("--subset-seed", "4294967296", "--protocol", "ldam"), "--subset-seed 4294967296: protocol 'ldam' takes 0 to"),
     (("--subset-seed", "x"), "--subset-seed"),
     (("--protocol", "ldam", "--seeds", "4294967296,"), "seed 4294967296"),
     (("--device", "tpu"), "known: auto, cpu"),
@@ -139,7 +140,7 @@ def test_bad_options(tailscope_, tmp_path, options, says):
     [
         (("swop",), "No such command 'swop'"),
         (("swap",), "Missing option '--data'"),
-        (("subset", "--data", "digits", "--seed", "-1"), "seed -1"),
+        (("subset", "--data", "digits", "--seed", "-1"), "error: --seed -1: must be at least 0\n"),
         (("subset", "--data", "digits", "--seed", "x"), "--seed"),
         (("subset", "--data", "digits", "--profile", "exp:125"), "largest imbalance factor possible is 124"),
         (("geometry", "--data", "digits", "--permutations", "-1"), "--permutations"),

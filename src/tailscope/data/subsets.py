@@ -238,14 +238,21 @@ def subset(
     """
     if protocol not in _PROTOCOLS:
         raise unknown("protocol", protocol, _PROTOCOLS)
-    if seed < 0 or (protocol == "ldam" and seed >= 2**32):
-        raise UserError(f"seed {seed}: protocol {protocol!r} takes 0 to {2**32 - 1}")
+    require_seed(seed, protocol)
     by_class = _group(np.asarray(labels), len(counts))
     for k, (members, count) in enumerate(zip(by_class, counts, strict=True)):
         if not 1 <= count <= len(members):
             raise UserError(f"class {k}: cannot keep {count} of {len(members)} samples; counts are 1 to that")
     drawn = _PROTOCOLS[protocol](by_class, seed)
     return Subset(tuple(order[:count] for order, count in zip(drawn, counts, strict=True)))
+
+
+def require_seed(seed: int, protocol: str, name: str = "seed") -> None:
+    """Refuse a seed that a protocol cannot draw by, with a `UserError` that calls it by `name`."""
+    if seed < 0:
+        raise UserError(f"{name} {seed}: must be at least 0")
+    if protocol == "ldam" and seed >= 2**32:
+        raise UserError(f"{name} {seed}: protocol 'ldam' takes 0 to {2**32 - 1}")
 
 
 def matched(labels: Tensor | npt.NDArray[np.integer], counts: Sequence[int], *, seed: int) -> Subset:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from tailscope.data.sources import ImageData
-from tailscope.data.subsets import canonical
+from tailscope.data.subsets import canonical, require_seed
 from tailscope.device import arithmetic_of
 from tailscope.errors import UserError, expanded, unknown
 from tailscope.experiments.options import Request
@@ -75,6 +75,8 @@ class Settings(BaseModel):
             raise unknown("--bn-mode", request.bn_mode, get_args(BnMode))
         if not 0 <= request.permutations <= MOST_PERMUTATIONS:
             raise UserError(f"--permutations {request.permutations}: expected 0 to {MOST_PERMUTATIONS:,}")
+        if request.subset_seed is not None:
+            require_seed(request.subset_seed, request.protocol, "--subset-seed")
         recipe = recipe_by_name(request.recipe).with_bn_mode(cast(BnMode, request.bn_mode))
         methods = {name: getattr(request, "mix" if name == "always_mix" else name) for name in CHOICES}
         return cls(
