@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from experiment_setups import timeless
+from tailscope.training.loop import Training
 
 EXPERIMENT_VERBS = ("swap", "ladder", "geometry")
 
@@ -113,7 +114,8 @@ BAD_OPTIONS = [
     (("--seeds", "-3"), "expected a number of seeds"),
     (("--seeds", "two"), "expected a number of seeds"),
     (("--seeds", "99999999999"), "more than 1,000 seeds"),
-    (("--subset-seed", "-1"), "seed -1"),
+    (("--subset-seed", "-1"), "error: --subset-seed -1: must be at least 0\n"),
+    (("--subset-seed", "4294967296", "--protocol", "ldam"), "--subset-seed 4294967296: protocol 'ldam' takes 0 to"),
     (("--subset-seed", "x"), "--subset-seed"),
     (("--protocol", "ldam", "--seeds", "4294967296,"), "seed 4294967296"),
     (("--device", "tpu"), "known: auto, cpu"),
@@ -138,7 +140,7 @@ def test_bad_options(tailscope_, tmp_path, options, says):
     [
         (("swop",), "No such command 'swop'"),
         (("swap",), "Missing option '--data'"),
-        (("subset", "--data", "digits", "--seed", "-1"), "seed -1"),
+        (("subset", "--data", "digits", "--seed", "-1"), "error: --seed -1: must be at least 0\n"),
         (("subset", "--data", "digits", "--seed", "x"), "--seed"),
         (("subset", "--data", "digits", "--profile", "exp:125"), "largest imbalance factor possible is 124"),
         (("geometry", "--data", "digits", "--permutations", "-1"), "--permutations"),
@@ -154,6 +156,36 @@ def test_bad_commands(tailscope_, tmp_path, monkeypatch, command, says):
     monkeypatch.chdir(tmp_path)
     assert_refused(tailscope_(*command), says)
     assert list(tmp_path.iterdir()) == []
+
+
+BAD_PARTS = [
+    ("swap", "--loss", "focal(gamma=-1)", "gamma=-1"),
+    ("swap", "--stage2-loss", "focal(gamma=-1)", "gamma=-1"),
+    ("swap", "--sampler", "drs(start=2)", "start=2"),
+    ("ladder", "--sampler", "effective_number(beta=7)", "beta=7"),
+    ("swap", "--stage2-sampler", "effective_number(beta=7)", "beta=7"),
+    ("swap", "--schedule", "onecycle(peak=2)", "peak=2"),
+    ("swap", "--weights", "drw(start=5)", "start=5"),
+    ("swap", "--mix", "mixup(alpha=-1)", "alpha=-1"),
+    ("swap", "--pretrain", "rotation(length=-1)", "length=-1"),
+    ("geometry", "--augment", "cutout(size=-1)", "size=-1"),
+    ("geometry", "--permutations", "1000001", "--permutations 1000001: expected 0 to 1,000,000"),
+    ("compare", "--methods", "ce; focal(gamma=-1)", "gamma=-1"),
+    ("compare --tune cut", "--methods", "focal; mixup(alpha=-1)", "alpha=-1"),
+    ("compare", "--methods", "ce; sampler:effective_number(beta=7)", "beta=7"),
+    ("memorization", "--mix", "mixup(alpha=-1)", "alpha=-1"),
+]
+
+
+@pytest.mark.parametrize(("verb", "option", "value", "says"), BAD_PARTS)
+def test_values_that_a_part_refuses_start_no_training(tailscope_, tmp_path, monkeypatch, verb, option, value, says):
+    monkeypatch.setattr(Training, "run", lambda _: pytest.fail("trains"))
+    run = (*verb.split(), "--data", "digits", "--recipe", "demo", "--profile", "exp:20", option, value)
+    assert_refused(tailscope_(*run, "--out", tmp_path / "out"), says, out=tmp_path / "out")
+    if verb in ("swap", "compare", "memorization"):
+        assert_refused(tailscope_(*run, "--plan"), says)
+    if verb == "swap":
+        assert_refused(tailscope_("check", *run[1:]), says)
 
 
 @pytest.mark.parametrize("verb", ["demo", "subset", *EXPERIMENT_VERBS])

@@ -4,16 +4,17 @@ import errno
 import json
 import multiprocessing
 import os
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from filelock import FileLock, SoftFileLock, Timeout
+from PIL import Image
 from torch import Tensor, nn
 
-from tailscope.data.images import Images
+from tailscope.data.images import ImageError, Images
 from tailscope.data.sources import open_images
 from tailscope.device import Runtime
 from tailscope.encoders import Encoder, Options, extract, extract_to_file, load
@@ -123,6 +124,21 @@ def test_a_damaged_shard_is_named_and_its_images_are_extracted_again(
     assert (done.resumed, sum(seen)) == (112, 138)
     assert f"{shard}: damaged" in caplog.text
     torch.testing.assert_close(done.table.features, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_image_that_was_mended_while_a_run_was_down_is_extracted(tmp_path: Path, encoder, images) -> None:
+    class Damaged(type(images)):
+        def image(self, row: int) -> Image.Image:
+            if self.ids[row] == images.ids[3]:
+                raise ImageError("damaged")
+            return super().image(row)
+
+    skipping, out = replace(SMALL, skip_unreadable=True), tmp_path / "f.npz"
+    damaged = Damaged(**{field.name: getattr(images, field.name) for field in fields(images)})
+    with pytest.raises(Killed):
+        extract_to_file(dying_after(encoder, 15)[0], damaged, out, CPU, skipping)
+    done = extract_to_file(encoder, images, out, CPU, skipping)
+    assert (done.resumed, done.skipped, len(done.table)) == (112, [], 250)
 
 
 @pytest.mark.parametrize("change", ["weights", "preprocessing", "images", "stored", "precision"])

@@ -325,6 +325,20 @@ def test_images_that_cannot_be_read_stop_it_or_are_left_out(tailscope_, here: Pa
         assert result["dataset"]["unseen_images"] == 23
 
 
+def test_an_image_that_was_mended_is_extracted_though_it_is_as_long_as_before(tailscope_, here, tmp_path) -> None:
+    shutil.copytree(here / "photos", tmp_path / "photos")
+    broken = tmp_path / "photos" / "val" / "n01" / "3.jpg"
+    content = broken.read_bytes()
+    given = ["--checkpoint", here / "a.pth", "--data", f"folder:{tmp_path / 'photos'}", "--image-size", 24]
+    run = ["diagnose", "--model", NAME, *given, "--out", tmp_path / "out", "--no-verdict", "--no-report", "--json"]
+    for now, images in ((bytes(len(content)), 23), (content, 24)):
+        broken.write_bytes(now)
+        ended = tailscope_(*run, "--skip-unreadable", "--overwrite")
+        result = json.loads(ended.out)
+        assert result["dataset"]["unseen_images"] == images
+        assert any("cannot be read" in line for line in result["warnings"]) == (images == 23)
+
+
 def test_without_a_folder_nothing_is_kept(here: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     given = {"checkpoint": here / "a.pth", "data": f"folder:{here / 'photos'}", "image_size": 24}

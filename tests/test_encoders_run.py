@@ -9,7 +9,7 @@ import torch
 
 import tailscope
 from image_trees import tree
-from tailscope.data import sources
+from tailscope.data import sources, subsets
 from tailscope.data.sources import load
 from tailscope.device import Runtime
 from tailscope.encoders import Options, run_features
@@ -133,6 +133,9 @@ def test_bad_runs(tmp_path: Path) -> None:
         bad_subset.write_text(content)
         with pytest.raises(UserError, match=r"no subset.json"):
             run(subset=bad_subset)
+    bad_subset.write_text('{"indices": [[0, 2.7]]}')
+    with pytest.raises(UserError, match=r"subset.json: no subset.json .*2\.7 is no whole number"):
+        run(subset=bad_subset)
     bad_subset.write_text('{"indices": [[0], [9999]]}')
     with pytest.raises(UserError, match="are not rows of these 1297 images"):
         run(subset=bad_subset)
@@ -258,6 +261,43 @@ def test_of_images_that_had_pseudo_labels_none_is_unseen(systems, tmp_path):
         run_features(model, "digits", tmp_path / "f.npz", split="train", part="unseen", store=store)
     with pytest.raises(UserError, match="without their labels, so that none is unseen; give others by --unseen SOURCE"):
         tailscope.diagnose(model=model, data="digits", store=store, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda held: held["spec"].update(fingerprint="0" * 64, data="cifar10"), r"its spec.fingerprint .*\(cifar10\)"),
+        (lambda held: held["indices"][0].reverse(), "its sha256 is not that of its indices"),
+        (lambda held: (held.pop("spec"), held["counts"].reverse()), "its counts are not those of the classes"),
+        (lambda held: (held.pop("spec"), held.pop("sha256"), held["indices"].reverse(), held["counts"].reverse()),
+         "its counts are not those of the classes"),
+    ],
+)  # fmt: skip
+def test_a_subset_of_other_images_is_refused(tmp_path: Path, change, says: str) -> None:
+    file = tmp_path / "subset.json"
+    held = tailscope.verbs.subset("digits", profile="exp:10", out=tmp_path)
+
+    def rows() -> np.ndarray:
+        return subsets.read_rows(file, sources.load("digits").train.labels, lambda: sources.load("digits").fingerprint)
+
+    assert rows().tolist() == [row for kept in held["indices"] for row in kept]
+    change(held)
+    file.write_text(json.dumps(held))
+    with pytest.raises(UserError, match=rf"--subset {file}: {says}"):
+        rows()
+    with pytest.raises(UserError, match=rf"--subset {file}: {says}"):
+        run_features("resnet8", "digits", tmp_path / "f.npz", split="train", subset=file)
+
+
+def test_a_subset_of_a_data_set_fits_its_training_images_alone(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        tree(tmp_path / "data" / split, images=4)
+    held = tailscope.verbs.subset(f"folder:{tmp_path / 'data'}", profile="step:2", out=tmp_path)
+    train = sources.open_images(f"folder:{tmp_path / 'data' / 'train'}").splits["all"]
+    rows = subsets.read_rows(tmp_path / "subset.json", train.labels, lambda: None)
+    assert rows.tolist() == [row for kept in held["indices"] for row in kept]
+    with pytest.raises(UserError, match="its counts are not those of the classes"):
+        subsets.read_rows(tmp_path / "subset.json", train.labels.flip(0), lambda: None)
 
 
 def test_a_subset_is_of_the_training_split(tmp_path: Path) -> None:

@@ -235,8 +235,24 @@ def test_without_verify_they_take_no_part_and_are_counted(tailscope_, damaged, t
     noted = [text for text in result["warnings"] if "took no part" in text]
     assert len(noted) == 1
     assert noted[0].startswith("3 images cannot be read and took no part: train.txt line 4: train/n00/3.jpg (missing)")
-    monkeypatch.setattr(decoding, "find_unreadable", lambda *_, **__: pytest.fail("looked again"))
-    assert tailscope_(*swap(damaged, tmp_path / "out", "--json")).code == 0
+    looked_at, find = [], decoding.find_unreadable
+    monkeypatch.setattr(decoding, "find_unreadable", lambda of, **how: looked_at.append(of.ids) or find(of, **how))
+    again = tailscope_(*swap(damaged, tmp_path / "out", "--json"))
+    assert timeless(json.loads(again.out)) == timeless(result)
+    assert looked_at == [("train/n00/3.jpg", "train/n02/9.jpg"), ("test/n01/0.jpg",)]
+
+
+def test_an_image_that_was_mended_takes_part_though_it_is_as_long_as_before(tailscope_, damaged, tmp_path):
+    test, broken = damaged / "test" / "n01" / "1.jpg", damaged / "test" / "n01" / "0.jpg"
+    broken.write_bytes(bytes(test.stat().st_size))
+    first = json.loads(tailscope_(*swap(damaged, tmp_path / "out", "--json")).out)
+    assert (first["dataset"]["train_images"], first["dataset"]["test_images"]) == (88, 23)
+    broken.write_bytes(test.read_bytes())
+    result = json.loads(tailscope_(*swap(damaged, tmp_path / "out", "--json", "--overwrite")).out)
+    assert (result["dataset"]["train_images"], result["dataset"]["test_images"]) == (88, 24)
+    (noted,) = (text for text in result["warnings"] if "took no part" in text)
+    assert noted.startswith("2 images cannot be read and took no part")
+    assert "test/n01/0.jpg" not in noted
 
 
 def test_a_class_without_a_readable_image_is_refused(tailscope_, damaged, tmp_path):

@@ -124,6 +124,12 @@ def test_a_rate_without_a_plan_is_refused(tailscope_, tree, tmp_path):
     assert (shown.code, shown.err) == (2, "error: --rate: only with --plan\n")
 
 
+@pytest.mark.parametrize("rate", ["-3", "nonsense.json", "500"])
+def test_a_rate_is_of_images_in_files_alone(tailscope_, rate):
+    shown = tailscope_("swap", "--data", "digits", "--recipe", "demo", "--plan", "--rate", rate)
+    assert (shown.code, shown.out, shown.err) == (2, "", "error: --rate: only with --plan, of images in files\n")
+
+
 @pytest.mark.slow
 def test_imagenet_is_planned_without_an_image(tailscope_, tmp_path):
     fixed = ("reproduce", "table1", "--dataset", "imagenet-lt", "--plan", "--seeds", "1", "--device", "cpu")

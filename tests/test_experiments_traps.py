@@ -10,7 +10,7 @@ from image_trees import photos
 from tailscope.data import folders, sources
 from tailscope.data.sources import ImageData
 from tailscope.errors import UserError
-from tailscope.experiments.traps import of_data, of_profile, of_rate, of_stage, shared_images, traps
+from tailscope.experiments.traps import of_data, of_profile, of_rate, of_samplers, of_stage, shared_images, traps
 from tailscope.spec import DataSpec
 from tailscope.training.recipes import RECIPES, recipe_by_name
 from tailscope.verbs import check
@@ -92,10 +92,22 @@ def test_a_rate_that_does_not_go_with_the_batch(recipe, told):
 
 def test_a_sampler_on_equal_classes_takes_no_effect():
     stage = RECIPES["fast"].classifier(data_spec((40, 40, 0)), sampler="class_balanced")
-    (line,) = of_stage(stage)
+    (line,) = of_samplers([stage])
     assert line.startswith("sampler class_balanced takes no effect: every class has 40 images")
-    assert list(of_stage(RECIPES["fast"].classifier(data_spec((40, 39)), sampler="class_balanced"))) == []
-    assert list(of_stage(RECIPES["fast"].classifier(data_spec((40, 40))))) == []
+    unequal = RECIPES["fast"].classifier(data_spec((40, 39)), sampler="class_balanced")
+    assert list(of_samplers([unequal])) == []
+    assert list(of_samplers([stage, unequal])) == []  # the full set beside the long-tailed one
+    assert list(of_samplers([RECIPES["fast"].classifier(data_spec((40, 40)))])) == []
+
+
+def test_a_sampler_that_the_long_tailed_backbone_needs_is_no_trap(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (100, 8, 8, 1), np.uint8)
+    labels = np.repeat([0, 1], 50)
+    arrays = {"train_images": images, "train_labels": labels, "test_images": 255 - images, "test_labels": labels}
+    np.savez(tmp_path / "balanced.npz", **arrays)
+    given = {"data": str(tmp_path / "balanced.npz"), "recipe": "demo", "sampler": "class_balanced"}
+    assert not any("no effect" in line for line in check(**given, profile="exp:10")["traps"])
+    assert any("every class has 50 images" in line for line in check(**given, profile="full")["traps"])
 
 
 def test_mixup_in_a_short_schedule_is_told():

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from experiment_setups import settings
 from image_trees import photos
 from tailscope import plugins
 from tailscope.errors import UserError
+from tailscope.experiments.compare import CompareSettings
 from tailscope.methods import LOSSES
 from tailscope.registry import Registry
 from tailscope.training.contract import EVERY
@@ -116,6 +118,46 @@ def test_the_example_trains_and_is_recalled_until_its_source_changes(tailscope_,
     folder.write("my_methods.py", EXAMPLE)
     back = tailscope_(*SWAP, "--overwrite")
     assert "Nothing was trained" in back.out
+
+
+SYSTEM = """
+from tailscope.methods import SYSTEMS
+from tailscope.methods.systems import System
+
+@SYSTEMS.register("whole")
+def whole() -> System:
+    '''The loss of another plug-in.'''
+    return System(stage1={"loss": "mine"})
+"""
+
+
+@pytest.mark.parametrize(
+    ("methods", "named"), [("ce; la", []), ("ce; loss:mine", ["my_methods"]), ("ce; nearest_mean", ["my_methods"])]
+)
+def test_a_comparison_names_the_plugins_of_its_methods(folder, methods, named):
+    folder.write("my_methods.py", EXAMPLE)
+    plugins.load("my_methods")
+    compared = CompareSettings.model_validate({**dict(settings()), "methods": methods})
+    assert [one.name for one in compared.plugins()] == named
+
+
+def test_a_comparison_is_not_overwritten_by_one_of_another_source(tailscope_, folder):
+    folder.write("my_methods.py", EXAMPLE)
+    folder.write("systems.py", SYSTEM)
+    compare = (
+        "compare", "--data", "digits", "--profile", "exp:20", "--recipe", "demo", "--seeds", 1, "--gaps", "none",
+        "--import", "my_methods", "--import", "systems", "--methods", "ce; whole", "--out", "out",
+    )  # fmt: skip
+    first = tailscope_(*compare)
+    assert (first.code, first.err) == (0, "")
+    stored = json.loads(Path("out/compare.json").read_text())
+    named = {plugin["name"]: plugin["sha256"] for plugin in stored["environment"]["plugins"]}
+    assert stored["spec"]["plugins"] == named
+    assert list(named) == ["my_methods", "systems"]
+    folder.forget()
+    folder.write("my_methods.py", EXAMPLE + "# changed\n")
+    refused = tailscope_(*compare)
+    assert (refused.code, "holds a result of another spec (plugins differ)" in refused.err) == (2, True)
 
 
 PLAIN_NETWORK = """

@@ -301,6 +301,31 @@ def test_files_of_different_experiments_are_called_out():
     assert "differ in their counts" in warnings
 
 
+def test_results_of_one_name_whose_recipes_or_subsets_differ_are_told_apart():
+    spec = {
+        "fingerprint": "f", "protocol": "nested", "subset_seed": None, "seeds": [0, 1], "matched": True,
+        "permutations": 999, "backbones": ["lt"], "recipe": {"name": "demo", "card": "c", "stage2_loss": "focal"},
+    }  # fmt: skip
+
+    def told(verb, **changes):
+        results = {"swap": factory.swap(seeds=2), verb: getattr(factory, verb)(seeds=2)}
+        results["swap"]["spec"] = spec
+        results[verb]["spec"] = {**spec, "seeds": [0], "matched": False, "permutations": 9, **changes}
+        del results[verb]["spec"]["backbones"]
+        return [line.partition("their ")[2].partition(":")[0] for line in rows.mismatches(results)]
+
+    assert told("ladder") == told("geometry") == []
+    assert told("geometry", fingerprint="g", protocol="ldam", subset_seed=1) == ["images", "protocol", "subset seed"]
+    plain = {"name": "demo", "card": "other"}
+    assert (told("geometry", recipe=plain), told("ladder", recipe=plain)) == ([], ["recipe's stage2_loss"])
+    assert told("geometry", recipe={**plain, "loss": "focal", "stage1": {}}) == ["recipe's loss", "recipe's stage1"]
+
+
+@pytest.mark.parametrize("name", ["cifar10-fast", "cifar10-paper", "cifar100-fast"])
+def test_stored_results_of_one_folder_belong_together(name):
+    assert rows.mismatches(rows.load(Path(__file__).parents[1] / "results" / name)) == []
+
+
 # ---- tables
 
 

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from tailscope.data.images import ImageError, Images, ImageSet, Rows
 from tailscope.data.sources import ImageData, cannot_be_read
 from tailscope.errors import UserError
-from tailscope.progress import Progress
+from tailscope.progress import Progress, Quiet
 from tailscope.seeds import keyed
 from tailscope.spec import digest
 from tailscope.store import Store
@@ -198,6 +198,15 @@ def find_unreadable(
     return found
 
 
+def still_unreadable(images: Images, rows: Rows) -> list[Unreadable]:
+    """Return which of some rows, once unreadable, cannot be read now: a mended copy may be as long as the damaged one.
+
+    So no fingerprint tells it, and whoever remembers such rows asks again.
+    """
+    found = find_unreadable(images.take(rows), workers=None, progress=Quiet())
+    return [bad._replace(row=int(rows[bad.row])) for bad in found]
+
+
 def refuse(images: Images, unreadable: Sequence[Unreadable]) -> UserError:
     """Return the error that counts unreadable images and names the first of them."""
     return UserError(f"{images.name}: {cannot_be_read([f'{bad.where} ({bad.reason})' for bad in unreadable])}")
@@ -218,8 +227,9 @@ def readable(
 ) -> ImageData:
     """Decode every image in a file once and return the data set without those that cannot be read.
 
-    What was found is kept in the store, under the data set's fingerprint, and not looked for again. With `verify` all
-    are decoded whatever the store says, and none is left out: `tell` receives a line for each that cannot be read.
+    What was found is kept in the store, under the data set's fingerprint, and of all images only these are decoded
+    again. With `verify` all are decoded whatever the store says, and none is left out: `tell` receives a line for each
+    that cannot be read.
 
     Raises:
         UserError: with `verify`, an image cannot be read; or a class loses all its training images.
@@ -236,16 +246,18 @@ def readable(
 
     def make(_: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         started, found = time.monotonic(), find()
-        rows = {k: torch.tensor([bad.row for bad in of_split], dtype=torch.int64) for k, of_split in found.items()}
-        unreadable = [f"{bad.where} ({bad.reason})" for bad in chain.from_iterable(found.values())]
+        rows = {k: torch.tensor([one.row for one in of_split], dtype=torch.int64) for k, of_split in found.items()}
+        unreadable = [f"{one.where} ({one.reason})" for one in chain.from_iterable(found.values())]
         took = {"seconds": time.monotonic() - started, "images": sum(map(len, splits.values()))}
         return rows, {"unreadable": unreadable, **took}
 
     checked = store.get_or_make("checked", _key(data), make, progress)[0]
-    skipped = checked.meta["unreadable"]
+    bad = {k: still_unreadable(v, checked.tensors[k].numpy()) for k, v in splits.items() if len(checked.tensors[k])}
+    skipped = [f"{one.where} ({one.reason})" for one in chain.from_iterable(bad.values())]
     if not skipped:
         return data
-    train, test = (v.take(np.setdiff1d(np.arange(len(v)), checked.tensors[k].numpy())) for k, v in splits.items())
+    rows = {k: [one.row for one in bad.get(k, ())] for k in splits}
+    train, test = (v.take(np.setdiff1d(np.arange(len(v)), rows[k])) for k, v in splits.items())
     for name, had, has in zip(train.class_names, data.train.counts(), train.counts(), strict=True):
         if had > has == 0:
             raise UserError(f"{data.name}: class {name} has no training image that can be read; {skipped[0]}")
@@ -253,7 +265,7 @@ def readable(
 
 
 def was_checked(data: ImageData, store: Store) -> bool:
-    """Whether the store knows which images can be read, so that `readable` decodes none."""
+    """Whether the store knows which images can be read, so that `readable` decodes only those that could not be."""
     return store.has("checked", _key(data))
 
 

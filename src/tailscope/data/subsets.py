@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +20,7 @@ from torch import Tensor
 from tailscope import seeds
 from tailscope.data import PROFILES
 from tailscope.data.images import Images
-from tailscope.errors import UserError, expanded, guess, unknown
+from tailscope.errors import UserError, expanded, guess, message_of, unknown
 from tailscope.results import read_json
 
 Indices = npt.NDArray[np.int64]
@@ -161,6 +163,51 @@ def sha256_of(rows: Indices) -> str:
     return hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()
 
 
+def read_rows(path: Path, labels: Tensor, fingerprint: Callable[[], str | None]) -> Indices:
+    """Return the rows that a `subset.json` keeps of images with these labels: classes ascending, in the order drawn.
+
+    `fingerprint` says what the images' data set is told by, where that is known.
+
+    Raises:
+        UserError: the file is no `subset.json`, was changed, or was drawn from other images.
+    """
+    try:
+        held = read_json(path)
+        if others := [row for kept in held["indices"] for row in kept if type(row) is not int]:
+            raise TypeError(f"{others[0]!r} is no whole number")
+        by_class = [np.asarray(kept, dtype=np.int64) for kept in held["indices"]]
+        rows = np.concatenate(by_class)
+    except UserError as error:
+        raise UserError(f"--subset {error}; it is no subset.json") from None
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        raise UserError(f"--subset {path}: no subset.json with 'indices' per class ({message_of(error)})") from None
+    if len(rows) == 0 or rows.min() < 0 or rows.max() >= len(labels):
+        wrong = f"its indices are not rows of these {len(labels)} images; was it drawn from them?"
+    else:
+        wrong = _misfit(held, by_class, np.asarray(labels), fingerprint)
+    if wrong:
+        raise UserError(f"--subset {path}: {wrong}")
+    return rows
+
+
+def _misfit(
+    held: dict[str, Any], by_class: list[Indices], labels: npt.NDArray[np.integer], of: Callable[[], str | None]
+) -> str:
+    """Return what in a `subset.json` contradicts its rows in these images; "" where nothing does."""
+    spec = held["spec"] if isinstance(held.get("spec"), dict) else {}
+    mend = "draw one from these images with `tailscope subset`, or give its own by --data"
+    if held.get("sha256", found := sha256_of(np.concatenate(by_class))) != found:
+        return "its sha256 is not that of its indices, so one of the two was changed; draw it anew"
+    if (stated := spec.get("fingerprint")) is not None and (known := of()) is not None:
+        other = f"its spec.fingerprint is of another data set ({spec.get('data')})"
+        return "" if known == stated else f"{other}; {mend}"
+    classes = [np.unique(labels[kept]).tolist() for kept in by_class]
+    of_one_class_each = classes == [[k] for k in sorted({k for some in classes for k in some})]
+    if "counts" in held and not (of_one_class_each and [len(kept) for kept in by_class] == held["counts"]):
+        return f"its counts are not those of the classes of its indices here; {mend}"
+    return ""
+
+
 def draw(images: Images, profile: str, protocol: str, seed: int) -> Subset:
     """Draw the long-tailed subset of a data set's training images that a profile asks for.
 
@@ -191,14 +238,21 @@ def subset(
     """
     if protocol not in _PROTOCOLS:
         raise unknown("protocol", protocol, _PROTOCOLS)
-    if seed < 0 or (protocol == "ldam" and seed >= 2**32):
-        raise UserError(f"seed {seed}: protocol {protocol!r} takes 0 to {2**32 - 1}")
+    require_seed(seed, protocol)
     by_class = _group(np.asarray(labels), len(counts))
     for k, (members, count) in enumerate(zip(by_class, counts, strict=True)):
         if not 1 <= count <= len(members):
             raise UserError(f"class {k}: cannot keep {count} of {len(members)} samples; counts are 1 to that")
     drawn = _PROTOCOLS[protocol](by_class, seed)
     return Subset(tuple(order[:count] for order, count in zip(drawn, counts, strict=True)))
+
+
+def require_seed(seed: int, protocol: str, name: str = "seed") -> None:
+    """Refuse a seed that a protocol cannot draw by, with a `UserError` that calls it by `name`."""
+    if seed < 0:
+        raise UserError(f"{name} {seed}: must be at least 0")
+    if protocol == "ldam" and seed >= 2**32:
+        raise UserError(f"{name} {seed}: protocol 'ldam' takes 0 to {2**32 - 1}")
 
 
 def matched(labels: Tensor | npt.NDArray[np.integer], counts: Sequence[int], *, seed: int) -> Subset:

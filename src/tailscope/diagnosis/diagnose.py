@@ -21,6 +21,7 @@ from tailscope.effort import nearest_step
 from tailscope.errors import UserError, first_few
 from tailscope.groups import GROUPS
 from tailscope.measures import GeometryResult, describe
+from tailscope.measures.chance import MOST_PERMUTATIONS
 from tailscope.measures.collapse import class_means, collapse
 from tailscope.measures.rows import scaled
 from tailscope.plugins import Plugin, told
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 Several = Source | Sequence[Source]
 MANY_COPIES = 0.01  # of the held-out samples: from there they may change a verdict
 LEAST_ALPHA = 0.001  # a class alone among C is flagged after C / alpha permutations
-MOST_PERMUTATIONS = 10**6
 
 
 @dataclass(frozen=True)

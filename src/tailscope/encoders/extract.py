@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
-from tailscope.data.decoding import DecodedBatch, Unreadable, decode, from_all_over, refuse
+from tailscope.data.decoding import DecodedBatch, Unreadable, decode, from_all_over, refuse, still_unreadable
 from tailscope.data.images import Images
 from tailscope.device import Runtime
 from tailscope.encoders.networks import Encoder
@@ -99,6 +99,13 @@ class Shards:
             shutil.rmtree(self.folder, ignore_errors=True)
         finally:
             lock.release()
+
+    def forget_mended(self, images: Images) -> None:
+        """Remove the shards of images that could not be read and can be by now."""
+        for start in self.starts:
+            rows = np.array([bad[0] for bad in self._meta(start)["unreadable"]], dtype=np.int64)
+            if len(still_unreadable(images, rows)) < len(rows):
+                self._path(start).unlink(missing_ok=True)
 
     def _require_same(self, spec: dict[str, Any]) -> None:
         path = self.folder / "spec.json"
@@ -210,6 +217,7 @@ def extract_part(
     """
     shards = Shards(out, len(images))
     with shards.opened(made_by):
+        shards.forget_mended(images)
         resumed = shards.readable()
         _extract_missing(encoder, images, shards, runtime, options)
         skipped = shards.unreadable()

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,19 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tailscope.data.decoding import find_unreadable, from_all_over, refuse
+from tailscope.data.decoding import find_unreadable, from_all_over, refuse, still_unreadable
 from tailscope.data.images import ImageError, Images, Rows
 from tailscope.data.sources import Division, OpenedImages, Parts, divide, open_images
+from tailscope.data.subsets import read_rows
 from tailscope.device import Runtime, Solo, Team
 from tailscope.encoders.extract import Batches, Options, extract_to_file, pass_through, spec_of, table_of
 from tailscope.encoders.loading import PREFIX, StoredBackbone, find_stored, load, of_module, require_no_logits
 from tailscope.encoders.networks import Encoder
 from tailscope.encoders.parts import Written, extract_to_folder
 from tailscope.encoders.preprocessing import Normalization, Wishes
-from tailscope.errors import UserError, message_of, unknown
+from tailscope.errors import UserError, unknown
 from tailscope.report.diagnosis_schema import Sample
 from tailscope.report.thumbnails import Pictures, of_inputs
-from tailscope.results import read_json
 from tailscope.store import make_folder
 from tailscope.tables.checks import listed
 from tailscope.tables.table import FeatureTable, LinearLayer, align
@@ -124,7 +125,7 @@ def run_features(
     opened = open_images(data, data_root=data_root)
     stored = _stored(model, store, checkpoint)
     split, images = opened.split(split)
-    rows = _rows(part, subset, stored, split, images.labels)
+    rows = _rows(part, subset, stored, split, opened)
     if rows is not None:
         images = images.take(rows)
     if verify:
@@ -214,7 +215,7 @@ def _refuse_unreadable(images: Images, options: Options, runtime: Runtime) -> No
 
 
 def _rows(
-    part: str | None, subset: Path | None, stored: StoredBackbone | None, split: str, labels: Tensor
+    part: str | None, subset: Path | None, stored: StoredBackbone | None, split: str, opened: OpenedImages
 ) -> Rows | None:
     """Return which images are asked for; None for all."""
     if part not in (None, "train", "unseen"):
@@ -227,16 +228,19 @@ def _rows(
         raise UserError(f"--subset {subset}: says which images of the split train to take, not of {split}")
     if part == "unseen" and stored is not None and stored.saw_the_rest:
         raise UserError(f"--part unseen: {SAW_THE_REST}; take another split, such as --split test")
-    rows = _trained_on(subset, stored, labels)
+    labels = opened.splits[split].labels
+    rows = _trained_on(subset, stored, opened, labels)
     if rows is None:
         raise UserError(f"--part {part}: needs --subset FILE or --model {PREFIX}KEY, which know the training images")
     return np.setdiff1d(np.arange(len(labels)), rows) if part == "unseen" else rows
 
 
-def _trained_on(subset: Path | None, stored: StoredBackbone | None, labels: Tensor) -> Rows | None:
+def _trained_on(
+    subset: Path | None, stored: StoredBackbone | None, opened: OpenedImages, labels: Tensor
+) -> Rows | None:
     """Return which images of the training split were trained on, by a subset or by what a stored backbone remembers."""
     if subset is not None:
-        return _subset_rows(subset, len(labels))
+        return read_rows(subset, labels, partial(_fingerprint, opened))
     if stored is None:
         return None
     rows, counts = stored.rows, stored.counts
@@ -246,18 +250,11 @@ def _trained_on(subset: Path | None, stored: StoredBackbone | None, labels: Tens
     return rows
 
 
-def _subset_rows(path: Path, images: int) -> Rows:
-    """Return the rows that a `subset.json` keeps, classes ascending, in the order drawn."""
-    try:
-        by_class = read_json(path)["indices"]
-        rows = np.concatenate([np.asarray(kept, dtype=np.int64) for kept in by_class])
-    except UserError as error:
-        raise UserError(f"--subset {error}; it is no subset.json") from None
-    except (ValueError, TypeError, KeyError, OverflowError) as error:
-        raise UserError(f"--subset {path}: no subset.json with 'indices' per class ({message_of(error)})") from None
-    if len(rows) == 0 or rows.min() < 0 or rows.max() >= images:
-        raise UserError(f"--subset {path}: its indices are not rows of these {images} images; was it drawn from them?")
-    return rows
+def _fingerprint(opened: OpenedImages) -> str | None:
+    """Return what a subset of the source says that it was drawn from; None where none can be, without test images."""
+    with suppress(UserError):
+        return opened.for_experiment().fingerprint
+    return None
 
 
 def _size_of(images: Images) -> tuple[int, int] | None:
@@ -323,7 +320,7 @@ def extract_parts(
     opened = open_images(data, data_root=network.data_root)
     if stored is not None and stored.saw_the_rest and wanted.unseen is None:
         raise UserError(f"--model {model}: {SAW_THE_REST}; give others by --unseen SOURCE")
-    parts = divide(opened, lambda labels: _trained_on(network.subset, stored, labels), wanted, network.data_root)
+    parts = divide(opened, partial(_trained_on, network.subset, stored, opened), wanted, network.data_root)
     _require_one_meaning(parts)
     encoder = _encoder(model, stored, network, opened, parts.images["train"])
     notes = list(dict.fromkeys([*parts.notes, *(n for i in parts.images.values() for n in i.notes), *encoder.notes]))
@@ -377,7 +374,7 @@ def _tables(
     """Return the features of all parts, kept or made; what is of something else is refused before any work."""
     files = {part: folder / f"{part}.npz" for part in parts.images}
     specs = {part: spec_of(encoder, images, runtime, options) for part, images in parts.images.items()}
-    kept = {part: _kept(file, specs[part], parts.images[part].ids, overwrite) for part, file in files.items()}
+    kept = {part: _kept(file, specs[part], parts.images[part], overwrite) for part, file in files.items()}
     tables = {}
     for part, file in files.items():
         table = kept[part]
@@ -399,10 +396,11 @@ def _require_one_meaning(parts: Parts) -> None:
     align(*labelled)
 
 
-def _kept(file: Path, spec: Mapping[str, Any], ids: Sequence[str], overwrite: bool) -> FeatureTable | None:
+def _kept(file: Path, spec: Mapping[str, Any], images: Images, overwrite: bool) -> FeatureTable | None:
     """Return the features that a file has of this very network and these images; None where they are to be made.
 
-    They are made again, too, where the same images have other ids now: a subset of another file, for instance.
+    They are made again, too, where the same images have other ids now: a subset of another file, for instance; or
+    where one that could not be read can be by now.
     """
     if not file.exists():
         return None
@@ -416,9 +414,13 @@ def _kept(file: Path, spec: Mapping[str, Any], ids: Sequence[str], overwrite: bo
     if differing and not overwrite:
         what = f"has features of another network or of other images ({listed(differing)} differ)"
         raise UserError(f"{file}: {what}; use another --out or --overwrite")
-    known = iter(ids)
-    same = table.ids is None or all(name in known for name in table.ids.tolist())  # in this order, with gaps
-    return table if same and not differing else None
+    if differing:
+        return None
+    ids = images.ids if table.ids is None else table.ids.tolist()
+    known, had = iter(images.ids), set(ids)
+    lost = np.array([row for row, name in enumerate(images.ids) if name not in had], dtype=np.int64)
+    same = all(name in known for name in ids)  # in this order, with gaps
+    return table if same and len(still_unreadable(images, lost)) == len(lost) else None
 
 
 def _classifier_in_use(

@@ -15,13 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from tailscope.data.decoding import Unreadable, find_unreadable, refuse
+from tailscope.data.decoding import Unreadable, refuse, still_unreadable
 from tailscope.data.images import Images
 from tailscope.device import Runtime, Team
 from tailscope.encoders.extract import Extraction, NoneReadable, Options, extract_part, spec_of, try_first
 from tailscope.encoders.networks import Encoder
 from tailscope.errors import UserError
-from tailscope.progress import Quiet
 from tailscope.results import read_json
 from tailscope.spec import digest
 from tailscope.store import make_folder
@@ -144,7 +143,7 @@ class Part:
     def is_as_it_was(self, images: Images) -> bool:
         """Return whether none of those of all `images` that could not be read can be by now."""
         rows = np.array([bad.row for bad in self.unreadable()], dtype=np.int64)
-        return len(find_unreadable(images.take(rows), workers=None, progress=Quiet())) == len(rows)
+        return len(still_unreadable(images, rows)) == len(rows)
 
     def remove(self) -> None:
         """Begin anew: a file and what is remembered of another one would never make up all images."""

@@ -30,14 +30,13 @@ from tailscope.errors import UserError, unknown
 from tailscope.experiments import plans
 from tailscope.experiments.hours import opened_for
 from tailscope.experiments.options import Comparison, Request
-from tailscope.experiments.runs import Experiment, Run, Settings, evaluate, training_sets
+from tailscope.experiments.runs import CALLS, Experiment, Run, Settings, evaluate, require_parts, spelled, training_sets
 from tailscope.experiments.stages import SPENT, Backbone, Stages, TrainingSet
 from tailscope.intervals import holm, p_of_zero, paired, summarize
-from tailscope.methods import LOSSES, MIXINGS, SAMPLERS, TASKS, WEIGHTS
 from tailscope.methods.systems import Method, System, parse
-from tailscope.networks import LAST_LAYERS
 from tailscope.networks.last_layers import as_sure
-from tailscope.registry import Registry
+from tailscope.plugins import Plugin
+from tailscope.registry import Registry, plugins_named
 from tailscope.report import build
 from tailscope.report.objects import Comparison as Compared
 from tailscope.report.schema import PARTS
@@ -56,17 +55,6 @@ Logits = Callable[[Tensor], Floats]
 
 CUT = 0.1
 """Share of each class's training images that hyper-parameters are chosen on."""
-
-CALLS: dict[str, Registry[Any]] = {
-    "loss": LOSSES,
-    "weights": WEIGHTS,
-    "sampler": SAMPLERS,
-    "mix": MIXINGS,
-    "last_layer": LAST_LAYERS,
-    "pretrain": TASKS,
-    "second_sampler": SAMPLERS,
-}
-"""Fields of a stage that are call-strings; in keys of the store they are written in full."""
 
 RULES: dict[Tune, str] = {
     "none": "hyper-parameters are those written in the method's name, else the published ones",
@@ -98,11 +86,28 @@ class CompareSettings(Settings):
         """Return the methods, the baseline first."""
         return parse(self.methods, CLASSIFIERS)
 
+    def plugins(self) -> list[Plugin]:
+        """Return the code from outside the package that the recipe or a method names, each once, by name."""
+        calls = [call for method in self.parsed() for call in _named(method, self.recipe)]
+        found = {plugin.name: plugin for plugin in (*super().plugins(), *plugins_named(calls))}
+        return [found[name] for name in sorted(found)]
+
     def spec(self, data: Any) -> dict[str, Any]:
         """Return what the result depends on, with every method written in full."""
         whole = super().spec(data)
         kept = {name: value for name, value in whole.items() if name not in ("matched", "permutations", "backbones")}
         return kept | {"methods": [{"name": method.name, "call": method.call} for method in self.parsed()]}
+
+
+def _named(method: Method, recipe: Recipe) -> Iterator[tuple[Registry[Any], str]]:
+    """Yield every call-string of a method with its registry: of what was asked for, and of what that changes."""
+    system = method.system()
+    yield from ((part.registry, part.call.removeprefix(f"{part.kind}:")) for part in method.parts)
+    for stage in (system.stage1, system.stage2 or {}):
+        yield from ((CALLS[name], call) for name, call in stage.items() if name in CALLS and call)
+        yield from ((augmentations_of(recipe.augment), call) for call in stage.get("augment", ()))
+    if system.classifier is not None:
+        yield CLASSIFIERS, system.classifier
 
 
 def run(request: Comparison) -> Compared:
@@ -114,7 +119,7 @@ def run(request: Comparison) -> Compared:
     settings = CompareSettings.of(request)
     if request.plan:
         return Compared(plan(*opened_for(request, settings)))
-    result = Compared(plans.run(request, ["compare"], settings, {"compare": compare}, _waves)["compare"])
+    result = Compared(plans.run(request, ["compare"], settings, {"compare": compare}, _waves, _possible)["compare"])
     if request.out is not None:
         build(request.out)
     return result
@@ -204,15 +209,6 @@ def _run_of(method: Method, recipe: Recipe, data: TrainingSet, seed: int) -> _Ru
     return _Run(method.name, seed, encoder, stage1, data, stage2, retrained, method, system)
 
 
-def spelled(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return changes of a stage with every call-string in full; `UserError` for an unknown name.
-
-    >>> spelled({"loss": "focal", "bn_mode": "shifted"})
-    {'loss': 'focal(gamma=2.0)', 'bn_mode': 'shifted'}
-    """
-    return {name: CALLS[name].canonical(v) if name in CALLS and v else v for name, v in changes.items()}
-
-
 def _changed(make: Callable[..., StageSpec], data: TrainingSet, changes: Mapping[str, Any]) -> StageSpec:
     """Return a stage of a recipe, which `make` makes, with the changes of a method; `Objective` sees if they fit."""
     changes = spelled(changes)
@@ -251,13 +247,19 @@ def _waves(stages: Stages, settings: CompareSettings) -> Iterator[list[Run]]:
     yield [run for seed, of in sets.items() for run in runs(settings, of, seed)]
 
 
+def _possible(stages: Stages, settings: CompareSettings, seed: int | None = None) -> list[_Run]:
+    """Return the runs of a seed, by default the first: of all methods as given, and of all that is tried."""
+    seed = settings.seeds[0] if seed is None else seed
+    sets = training_sets(stages, settings, seed)
+    return [*_runs(settings.parsed(), settings, sets, seed), *_tried(stages, settings, sets["lt"], seed)]
+
+
 def plan(stages: Stages, settings: CompareSettings) -> dict[str, Any]:
     """Return what a comparison would train, and what of it is stored, without training anything."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
+    require_parts(stages.data, _possible(stages, settings))
     for seed in settings.seeds:
-        sets = training_sets(stages, settings, seed)
-        runs = [*_runs(settings.parsed(), settings, sets, seed), *_tried(stages, settings, sets["lt"], seed)]
-        for run in runs:
+        for run in _possible(stages, settings, seed):
             row = {"seed": seed, "what": "backbone", "name": run.encoder}
             for kind, key, what, _ in stages.beneath(run.stage1, seed):
                 rows.setdefault((kind, key), row | {"name": f"{run.encoder}, {what}"})

@@ -31,7 +31,7 @@ from tailscope.errors import UserError
 from tailscope.experiments.options import Planning, Request
 from tailscope.experiments.planned import Plan, other_work, planned
 from tailscope.experiments.plans import check_file_options, waves_of
-from tailscope.experiments.runs import Settings, store_root
+from tailscope.experiments.runs import Settings, require_parts, store_root
 from tailscope.experiments.stages import Stages, require_trainable
 from tailscope.methods import augmentations
 from tailscope.networks.resnets import count_parameters
@@ -100,7 +100,11 @@ def plan_swap(request: Planning) -> dict[str, Any]:
     Nothing is trained and nothing written. Raises `UserError` where an option or the data is not usable.
     """
     stages, settings = opened_for(request, Settings.of(request))
-    plan = planned(stages, {"swap": next(waves_of(["swap"])(stages, settings))})
+    if request.rate is not None and stages.data.in_memory:
+        raise UserError("--rate: only with --plan, of images in files")
+    runs = next(waves_of(["swap"])(stages, settings))
+    require_parts(stages.data, runs)
+    plan = planned(stages, {"swap": runs})
     estimated = {} if stages.data.in_memory else estimate(stages, settings.recipe, plan, request)
     told = [*plan.lines(), *(lines(estimated) if estimated else ["hours are told of images in files alone"])]
     return {"plan": asdict(plan), **estimated, "told": told}

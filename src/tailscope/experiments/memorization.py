@@ -23,7 +23,7 @@ from tailscope.errors import UserError
 from tailscope.experiments import plans
 from tailscope.experiments.hours import opened_for
 from tailscope.experiments.options import Memorization, Request
-from tailscope.experiments.runs import Experiment, Run, Settings, training_sets
+from tailscope.experiments.runs import Experiment, Run, Settings, require_parts, training_sets
 from tailscope.experiments.stages import Backbone, Stages, TrainingSet
 from tailscope.groups import GROUPS
 from tailscope.intervals import Z, as_list, paired
@@ -185,6 +185,7 @@ def draw(labels: IntArray, share: float, seed: int, training: int) -> tuple[Bool
 def plan(stages: Stages, settings: MemorizationSettings) -> dict[str, Any]:
     """Return what would be trained, and what of it is stored, without training anything."""
     rows = []
+    require_parts(stages.data, next(_waves(stages, settings)))
     for seed in settings.seeds:
         for run in _runs(stages, settings, training_sets(stages, settings, seed), seed):
             row = {"seed": seed, "what": "backbone", "name": run.encoder}

@@ -6,11 +6,12 @@ work and the data that can be read, and writes the results.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,16 @@ from tailscope.data.sources import ImageData, load
 from tailscope.device import Runtime, Solo, Team, form
 from tailscope.errors import UserError, one_line
 from tailscope.experiments.options import FileOptions, Request
-from tailscope.experiments.runs import Experiment, Run, RunsOf, Settings, evaluate, store_root, training_sets
+from tailscope.experiments.runs import (
+    Experiment,
+    Run,
+    RunsOf,
+    Settings,
+    evaluate,
+    require_parts,
+    store_root,
+    training_sets,
+)
 from tailscope.experiments.stages import Backbone, Stages, TrainingSet, follow, require_trainable
 from tailscope.experiments.traps import traps
 from tailscope.groups import assign_groups
@@ -349,12 +359,13 @@ def run(
     settings: Settings | None = None,
     experiments: Mapping[str, Callable[[Stages, Any], dict[str, Any]]] = EXPERIMENTS,
     waves: Waves | None = None,
+    possible: Callable[[Stages, Any], Iterable[Run]] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Run experiments that share a store, and the verb `subset`; write their results where the request names an OUT.
 
     Everything that can be refused is refused before the first training. Settings are those of the request, unless
-    they are given. Where the request names a place, what `waves` tell is made there first, and then recalled. Returns
-    the results by verb.
+    they are given. Where the request names a place, what `waves` tell is made there first, and then recalled;
+    `possible` are all runs that may come, where the first wave does not say so. Returns the results by verb.
 
     Raises:
         UserError: an option, the data or OUT is not usable.
@@ -375,6 +386,9 @@ def run(
             notes(f"warning: {one_line(note)}")
         for seed in settings.seeds:
             subsets.draw(data.train, settings.profile, settings.protocol, settings.subset_seed_of(seed))
+        waves = waves or waves_of(verbs)
+        seen = Stages(data, Store(Path(), create=False), runtime)  # to list runs, which asks no store
+        require_parts(data, possible(seen, settings) if possible else next(waves(seen, settings)))
         if request.out is not None:
             make_folder(request.out, "--out")
         if data.in_memory:  # which files can be read, and so the spec, is known later
@@ -384,7 +398,7 @@ def run(
         if request.elsewhere:
             from tailscope.experiments.trainings import make_ahead  # here because most runs do without it
 
-            make_ahead(stages, (waves or waves_of(verbs))(stages, settings), request, request.device, notes)
+            make_ahead(stages, waves(stages, settings), request, request.device, notes)
         results = _run(stages, settings, request, verbs, experiments, drawn)
     if stages.trained == 0 < stages.recalled:
         console.print(f"Nothing was trained: all {stages.recalled} stages were in the store.")
@@ -433,6 +447,7 @@ def find_traps(request: Request) -> list[str]:
     stages = Stages(data, store, Runtime.choose("cpu"))
     sets = training_sets(stages, settings, settings.seeds[0])
     runs = list(RUNS["swap"](settings, sets, 0))
+    require_parts(data, runs)
     for verb in ("ladder", "geometry"):
         with suppress(UserError):  # they refuse some of what `swap` takes
             runs += list(RUNS[verb](settings, sets, 0))

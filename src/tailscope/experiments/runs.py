@@ -5,34 +5,53 @@ reproduction's plan counts them.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self, cast, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from tailscope.data.sources import ImageData
-from tailscope.data.subsets import canonical
+from tailscope.data.subsets import canonical, require_seed
 from tailscope.device import arithmetic_of
 from tailscope.errors import UserError, expanded, unknown
 from tailscope.experiments.options import Request
 from tailscope.experiments.stages import Backbone, Stages, TrainingSet
 from tailscope.experiments.traps import traps
 from tailscope.groups import assign_groups
-from tailscope.plugins import told
+from tailscope.measures.chance import MOST_PERMUTATIONS
+from tailscope.methods import LOSSES, MIXINGS, SAMPLERS, TASKS, WEIGHTS
+from tailscope.networks import LAST_LAYERS
+from tailscope.plugins import Plugin, told
+from tailscope.registry import Registry
 from tailscope.results import command, versions
 from tailscope.spec import BnMode, RunSpec, StageSpec, backbone_key
 from tailscope.store import Store
-from tailscope.training.recipes import CHOICES, Recipe, recipe_by_name
+from tailscope.training.loop import new_model
+from tailscope.training.objective import Objective, mixing_of
+from tailscope.training.recipes import CHOICES, Recipe, augmentations_of, recipe_by_name
+from tailscope.training.step import Epochs
 
 _MAX_SEEDS = 1_000
 _MAX_DIGITS = 30
 """Limits that only a slip of the pen exceeds."""
+
+CALLS: dict[str, Registry[Any]] = {
+    "loss": LOSSES,
+    "weights": WEIGHTS,
+    "sampler": SAMPLERS,
+    "mix": MIXINGS,
+    "last_layer": LAST_LAYERS,
+    "pretrain": TASKS,
+    "second_sampler": SAMPLERS,
+}
+"""Fields of a stage that are call-strings; in keys of the store they are written in full."""
 
 
 class Settings(BaseModel):
@@ -54,6 +73,10 @@ class Settings(BaseModel):
         """Return the part of a request that decides results; raise `UserError` where an option is wrong."""
         if request.bn_mode not in get_args(BnMode):
             raise unknown("--bn-mode", request.bn_mode, get_args(BnMode))
+        if not 0 <= request.permutations <= MOST_PERMUTATIONS:
+            raise UserError(f"--permutations {request.permutations}: expected 0 to {MOST_PERMUTATIONS:,}")
+        if request.subset_seed is not None:
+            require_seed(request.subset_seed, request.protocol, "--subset-seed")
         recipe = recipe_by_name(request.recipe).with_bn_mode(cast(BnMode, request.bn_mode))
         methods = {name: getattr(request, "mix" if name == "always_mix" else name) for name in CHOICES}
         return cls(
@@ -67,13 +90,17 @@ class Settings(BaseModel):
             backbones=parse_backbones(request.backbones, matched=request.matched),
         )
 
+    def plugins(self) -> list[Plugin]:
+        """Return the code from outside the package that a result depends on, each once, by name."""
+        return self.recipe.plugins()
+
     def spec(self, data: ImageData) -> dict[str, Any]:
         """Return what a result depends on, as result files store it.
 
         `backbones` is left out where all are trained, as in the files from before there was a choice, and `plugins`,
         digests of code from outside the package, where there is none.
         """
-        plugins = {plugin.name: plugin.sha256 for plugin in self.recipe.plugins()}
+        plugins = {plugin.name: plugin.sha256 for plugin in self.plugins()}
         return {
             **self.model_dump(mode="json", exclude={"backbones"} if self.backbones is None else None),
             "profile": canonical(self.profile),
@@ -168,6 +195,54 @@ class Run:
         return RunSpec(stage1=self.stage1, stage2=self.stage2, seed=self.seed) if self.stage2 else None
 
 
+def spelled(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return changes of a stage with every call-string in full; `UserError` for an unknown name.
+
+    >>> spelled({"loss": "focal", "bn_mode": "shifted"})
+    {'loss': 'focal(gamma=2.0)', 'bn_mode': 'shifted'}
+    """
+    return {name: CALLS[name].canonical(v) if name in CALLS and v else v for name, v in changes.items()}
+
+
+def require_parts(data: ImageData, runs: Iterable[Run]) -> None:
+    """Make every part that stages of runs name, once: what refuses a value does so now, not after hours of training.
+
+    Raises:
+        UserError: one of them does.
+    """
+    models: dict[tuple[Any, ...], Any] = {}
+    seen: set[tuple[Any, ...]] = set()
+    for run in runs:
+        network = (run.stage1.model, run.stage1.last_layer, run.stage1.branches)
+        for stage in filter(None, (run.stage1, run.stage2)):
+            alike = (network, stage.data.profile, stage.model_dump_json(exclude={"data"}))  # whatever was drawn
+            if alike not in seen:
+                seen.add(alike)
+                if network not in models:
+                    models[network] = _new_model(data, run.stage1)
+                _make_parts(stage, models[network])
+
+
+def _new_model(data: ImageData, stage: StageSpec) -> Any:
+    assert stage.model is not None
+    return new_model(stage.model, data.train.channels, data.train.num_classes, 0, stage.last_layer, stage.branches)
+
+
+def _make_parts(stage: StageSpec, model: Any) -> None:
+    """Make what a stage names, but for its network, and forget it."""
+    counts = torch.tensor(stage.data.counts)
+    labels = torch.arange(len(counts)).repeat_interleave(counts)
+    Epochs(stage, len(labels), stage.data.profile)
+    Objective(stage, stage.data.counts, model.feature_dim, 0, torch.device("cpu"))
+    mixing_of(stage, stage.data.counts, model)
+    for call in filter(None, (stage.sampler, stage.second_sampler)):
+        SAMPLERS.make(call, labels, len(counts))
+    for call in stage.augment:
+        augmentations_of(stage.augment).make(call)
+    if stage.pretrain is not None:
+        TASKS.make(stage.pretrain)
+
+
 def training_sets(stages: Stages, settings: Settings, seed: int) -> dict[str, TrainingSet]:
     """Return a seed's training sets by name: lt, true, and matched where asked for."""
     subset_seed = settings.subset_seed_of(seed)
@@ -236,7 +311,7 @@ class Experiment:
             "environment": {
                 "versions": versions(),
                 "hardware": self.stages.runtime.describe(),
-                **told(recipe.plugins()),
+                **told(self.settings.plugins()),
             },
             "dataset": {
                 "name": data.name,

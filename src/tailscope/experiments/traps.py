@@ -36,7 +36,8 @@ def traps(
         recipe: how the stages are trained.
         stages: those of the run.
     """
-    found = [*of_data(data), of_profile(profile, counts), of_rate(recipe)]
+    stages = list(stages)
+    found = [*of_data(data), of_profile(profile, counts), of_rate(recipe), *of_samplers(stages)]
     found += [line for stage in stages for line in of_stage(stage)]
     return [line for line in dict.fromkeys(found) if line is not None]
 
@@ -110,15 +111,23 @@ def of_rate(recipe: Recipe) -> str | None:
     )
 
 
+def of_samplers(stages: Iterable[StageSpec]) -> Iterator[str]:
+    """Yield each sampler without effect: all that it draws from, not only the full set, has classes of one size."""
+    sizes: dict[str, list[set[int]]] = {}
+    for stage in stages:
+        sizes.setdefault(stage.sampler, []).append({n for n in stage.data.counts if n})
+    for sampler, found in sizes.items():
+        if sampler != "instance" and all(len(one) == 1 for one in found):
+            images = " or ".join(f"{n:,}" for n in sorted(set.union(*found)))
+            yield (
+                f"sampler {sampler} takes no effect: every class has {images} images; leave it out, or draw a"
+                " long-tailed set by --profile"
+            )
+
+
 def of_stage(stage: StageSpec) -> Iterator[str]:
     """Yield what a stage's parts do not do, or do badly, on its data."""
-    counts = [n for n in stage.data.counts if n]
-    if stage.sampler != "instance" and len(set(counts)) == 1:
-        yield (
-            f"sampler {stage.sampler} takes no effect: every class has {counts[0]:,} images; leave it out, or draw a"
-            " long-tailed set by --profile"
-        )
-    epochs = stage.train.lengths(sum(counts))[0]
+    epochs = stage.train.lengths(sum(stage.data.counts))[0]
     if stage.mix is not None and stage.mix.startswith("mixup") and epochs < LONG_FOR_MIXUP:
         yield (
             f"MixUp for {epochs} epochs: published gains on long-tailed data come with {LONG_FOR_MIXUP} epochs or more,"

@@ -26,6 +26,8 @@ STATISTICS = ("shift", "gap", "spread", "escape", "log_variance_ratio")
 SHIFT, GAP = STATISTICS.index("shift"), STATISTICS.index("gap")
 TESTS = (("spread_gap", GAP, False), ("center_shift", SHIFT, True))
 EXCEEDANCES = 20
+MOST_PERMUTATIONS = 10**6
+"""What a user may ask for at most."""
 VERDICT_SAMPLES = 5  # training samples below which a class gets no verdict of its own
 MATERIAL_GAP_DEG = 2.0
 MATERIAL_RANK = 0.6

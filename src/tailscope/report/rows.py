@@ -3,7 +3,7 @@
 Charts, tables and sentences all draw from these rows. The report reads nothing else and computes no experiment.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -50,20 +50,53 @@ def first(results: Results) -> Trained:
     return next(results[verb] for verb in TRAINED if verb in results)
 
 
+_OF_STAGE2 = {"stage2", "views", "bn_mode", "stage2_loss", "stage2_start", "stage2_augment"}
+"""Fields of a recipe that `geometry`, which has no stage 2, does not use."""
+_TOLD_OTHERWISE = {"name", "card", "stage2_sampler"}
+"""Those of a recipe that are told by other fields, or by the rows of `ladder` themselves."""
+
+
 def mismatches(results: Results) -> list[str]:
-    """Return a warning for each file that another data set, profile or recipe made than the first."""
-    about = {
-        verb: {"data set": one["dataset"]["name"], "counts": one["counts"], "recipe": one["recipe"]["name"]}
-        for verb in TRAINED
-        if (one := results.get(verb))
-    }
-    reference = next(iter(about))
+    """Return a warning for each file that was made of other images or by another recipe than the first.
+
+    Seeds, backbones and whatever only one of the verbs has may differ.
+    """
+    known: dict[str, Trained] = {verb: results[verb] for verb in TRAINED if verb in results}
+    reference = next(iter(known))
     return [
         f"{verb}.json and {reference}.json differ in their {field}: do not compare their numbers"
-        for verb, fields in about.items()
-        for field, value in fields.items()
-        if value != about[reference][field]
+        for verb, one in known.items()
+        for field in _differing(known[reference], one, stage2="geometry" not in (verb, reference))
     ]
+
+
+def _differing(one: Trained, other: Trained, *, stage2: bool) -> Iterator[str]:
+    """Yield in what two results differ whose numbers belong together; what older files do not say differs in nothing.
+
+    A recipe leaves out fields at their defaults. A profile is told by its counts.
+    """
+    a, b = one["spec"], other["spec"]
+    if one["dataset"]["name"] != other["dataset"]["name"]:
+        yield "data set"
+    elif _apart(a, b, "fingerprint"):
+        yield "images"
+    if one["counts"] != other["counts"]:
+        yield "counts"
+    for name in ("protocol", "subset_seed"):
+        if _apart(a, b, name):
+            yield name.replace("_", " ")
+    recipes = a.get("recipe"), b.get("recipe")
+    if one["recipe"]["name"] != other["recipe"]["name"]:
+        yield "recipe"
+    elif isinstance(recipes[0], dict) and isinstance(recipes[1], dict):
+        fields = {*recipes[0], *recipes[1]} - _TOLD_OTHERWISE - (set() if stage2 else _OF_STAGE2)
+        yield from (f"recipe's {name}" for name in sorted(fields) if recipes[0].get(name) != recipes[1].get(name))
+    sources = a.get("plugins", {}), b.get("plugins", {})
+    yield from (f"plug-in {name}" for name in sources[0] if _apart(*sources, name))
+
+
+def _apart(a: Mapping[str, Any], b: Mapping[str, Any], name: str) -> bool:
+    return name in a and name in b and a[name] != b[name]
 
 
 # ---- rows

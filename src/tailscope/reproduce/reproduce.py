@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from tailscope.experiments import hours
 from tailscope.experiments.options import Reproduction
 from tailscope.experiments.planned import Augment, Plan, other_work, planned
 from tailscope.experiments.plans import EXPERIMENTS, RUNS, start_processes
-from tailscope.experiments.runs import Run, Settings, evaluate, store_root, training_sets
+from tailscope.experiments.runs import Run, Settings, evaluate, require_parts, store_root, training_sets
 from tailscope.experiments.stages import Stages
 from tailscope.experiments.trainings import make_ahead
 from tailscope.methods.augmentations import build
@@ -201,8 +202,10 @@ def runs(lab: Stages, settings: Settings, experiment: str) -> Iterator[Run]:
 
 
 def make_plan(lab: Stages, settings: Settings, experiments: Sequence[str]) -> Plan:
-    """Look up in the store every stage that the experiments need."""
-    return planned(lab, {experiment: runs(lab, settings, experiment) for experiment in experiments})
+    """Look up in the store every stage that the experiments need; `UserError` where a part of one cannot be made."""
+    needed = {experiment: list(runs(lab, settings, experiment)) for experiment in experiments}
+    require_parts(lab.data, chain.from_iterable(needed.values()))
+    return planned(lab, needed)
 
 
 # -- how long it takes ----------------------------------------------------------------------------------------------

@@ -168,10 +168,12 @@ def subset(
     Example: `tailscope subset --data cifar10 --data-root DIR --profile exp:100 --protocol ldam --seed 0 --out out`
     """
     from tailscope.data.sources import load
+    from tailscope.data.subsets import require_seed
     from tailscope.experiments.plans import describe_subset
     from tailscope.results import check_free, write
     from tailscope.store import make_folder
 
+    require_seed(seed, protocol, "--seed")
     result = describe_subset(load(data, data_root=data_root), profile, protocol, seed)
     if out is not None:
         folder = make_folder(out, "--out")
