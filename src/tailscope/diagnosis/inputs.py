@@ -83,7 +83,7 @@ class Inputs:
         numbers = {part: (table.source, table.features, table.labels) for part, table in self.tables.items()}
         if (linear := self.classifier) is not None:
             numbers["classifier"] = linear.source, linear.weight, linear.bias
-        found = {name: {"source": named(source), "sha256": _digest(*two)} for name, (source, *two) in numbers.items()}
+        found = {name: {"source": named(source), "sha256": digest(*two)} for name, (source, *two) in numbers.items()}
         return dict.fromkeys((*PARTS, "classifier")) | found
 
 
@@ -230,9 +230,10 @@ def _uneven(inputs: Inputs) -> list[str]:
     ]
 
 
-def _digest(*tensors: torch.Tensor) -> str:
-    digest = hashlib.sha256()
+def digest(*tensors: torch.Tensor) -> str:
+    """Return the SHA-256 of tensors' types, shapes and values."""
+    found = hashlib.sha256()
     for tensor in tensors:
-        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        found.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from tailscope.diagnosis.diagnose import DiagnosisSettings
     from tailscope.encoders import FeaturesResult
     from tailscope.report.objects import Diagnosis
-    from tailscope.tables.table import LinearSource, Source
+    from tailscope.tables.table import LinearLayer, LinearSource, Source
 
 REBALANCED = "rebalanced.npz"
 """The file of a diagnosis that holds the classifier that it recommends."""
@@ -116,6 +116,12 @@ def features(request: _FeaturesRequest) -> "FeaturesResult":
 def _of(options: type, request: Any) -> dict[str, Any]:
     """Return those options of a request."""
     return {one.name: getattr(request, one.name) for one in fields(options)}
+
+
+def _tell(console: Console | None, text: str) -> None:
+    """Show a line, if anything is shown."""
+    if console is not None:
+        console.print(one_line(text), highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,8 +221,7 @@ class _DiagnosisRequest(DecodingOptions, EncoderOptions, _Samples):
 
     def tell(self, text: str) -> None:
         """Show a line, if anything is shown."""
-        if self.console is not None:
-            self.console.print(one_line(text), highlight=False, markup=False, soft_wrap=True)
+        _tell(self.console, text)
 
     def check(self) -> None:
         """Refuse options that do not go together, with a `UserError`."""
@@ -354,16 +359,18 @@ def rebalance(
     to: Annotated[
         Path | str | None, Option(help="File to write. [default: DIR/NAME-rebalanced.SUFFIX]"), Path | None
     ] = None,
+    console: Console | None = None,
 ) -> Path:
     """Put the classifier that a diagnosis recommends into a checkpoint, in the place of its last layer.
 
-    Everything else in the file stays, to the byte. Features must have been those of this checkpoint.
+    Everything else in the file stays, to the byte. Features must have been those of this checkpoint, and classes in the
+    order of its outputs, unless it names them: another order is refused.
 
     Example: `tailscope rebalance out --model timm:resnet50 --checkpoint w.pth`
     """
     from tailscope.encoders.loading import find_layer
-    from tailscope.encoders.patching import replace_classifier
-    from tailscope.errors import require_file
+    from tailscope.encoders.patching import replace_classifier, require_same_order
+    from tailscope.errors import first_few, require_file
     from tailscope.tables.table import LinearLayer
 
     out, checkpoint = Path(out), Path(checkpoint)
@@ -372,9 +379,25 @@ def rebalance(
     old, layer = find_layer(model, checkpoint, checkpoint_key)
     if old.class_names is not None:
         new = new.aligned(old.class_names, old.weight.shape[1], str(checkpoint))
+    elif not _is_classifier_of(out, old):  # whose rows the diagnosis has seen to be its classes'
+        require_same_order(checkpoint, old, new)
+        classes = f"in the order of the diagnosis: {first_few(new.class_names or ())}"
+        _tell(console, f"{checkpoint} names no classes; its outputs are taken to be classes {classes}")
     written = out / f"{checkpoint.stem}-rebalanced{checkpoint.suffix}" if to is None else Path(to)
     replace_classifier(checkpoint, layer, new, written)
     return written
+
+
+def _is_classifier_of(out: Path, layer: "LinearLayer") -> bool:
+    """Whether a diagnosis, if its file is beside the classifier that it recommends, was of this very classifier."""
+    from tailscope.diagnosis.inputs import digest
+    from tailscope.report.reading import read
+
+    if not (out / "diagnosis.json").exists():
+        return False
+    encoders = read(out / "diagnosis.json", "diagnosis")["spec"]["encoders"]
+    known = next(iter(encoders.values()), {}).get("classifier") or {}
+    return bool(known.get("sha256") == digest(layer.weight, layer.bias))
 
 
 @verb
