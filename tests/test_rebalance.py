@@ -147,10 +147,24 @@ def test_where_nothing_can_be_recommended_there_is_no_classifier(tmp_path):
         result.rebalanced()
 
 
+def test_a_gain_that_may_be_chance_is_not_handed_out(tmp_path):
+    rng = np.random.default_rng(0)
+    centres = 1.5 * rng.normal(size=(3, 4))
+    labels = [np.repeat(np.arange(3), counts) for counts in ([60, 20, 8], [15] * 3, [10] * 3)]
+    train, unseen, test = [(centres[y] + rng.normal(size=(len(y), 4)), y) for y in labels]
+    result = tailscope.diagnose(train, unseen, test=test, out=tmp_path, permutations=0, report=False)
+    gain = result["verdict"]["rebalancing_gap"]
+    assert gain["points"] > 0 > gain["ci95"][0]
+    assert result["advice"][0]["text"].startswith("Leave the classifier as it is")
+    assert not (tmp_path / "rebalanced.npz").exists()
+    with pytest.raises(UserError, match="its diagnosis recommends no classifier"):
+        tailscope.rebalance(tmp_path, "resnet20", tmp_path / "w.pth")
+
+
 def test_mistakes_are_one_line(trained, monkeypatch, tmp_path):
     folder, _, _ = trained
     monkeypatch.chdir(folder)
-    with pytest.raises(UserError, match=r"rebalanced\.npz: no such file"):
+    with pytest.raises(UserError, match="holds no diagnosis; give the folder that"):
         tailscope.rebalance(tmp_path, "mine_rebalanced:Net", folder / "w.pth")
     torch.save(MODELS.make("resnet20", 3, 7).state_dict(), tmp_path / "other.pth")
     with pytest.raises(UserError, match=r"the new classifier's \[10, 32\]"):

@@ -184,7 +184,7 @@ def run(
 ) -> tuple[dict[str, Any], LinearLayer | None]:
     """Diagnose prepared inputs; of several encoders the first is the reference, flat at the top of the result.
 
-    Beside the result is the re-balanced classifier of the first, as a linear layer; None where none can be advised.
+    Beside the result is the re-balanced classifier of the first, as a linear layer; None where none is advised.
     No more than `memory` bytes are held; None: as `within` says.
 
     Raises:
@@ -230,11 +230,12 @@ def _run(
 
 
 def _layer(result: dict[str, Any], outcomes: "Outcomes | None", inputs: Inputs) -> LinearLayer | None:
-    """Return the best remedy that is a linear layer; None where no remedy can be advised, or none gains anything."""
-    verdict = result["verdict"]
-    if outcomes is None or outcomes.layer is None or verdict.get("withheld") or not verdict["above_chance"]:
+    """Return the best remedy that is a linear layer; None where there is none, or the advice is not to take it."""
+    if outcomes is None or outcomes.layer is None:
         return None
-    if verdict["rebalancing_gap"]["points"] <= 0:
+    from tailscope.diagnosis.advice import recommends_another  # here because scikit-learn takes seconds to import
+
+    if not recommends_another(result["verdict"]):
         return None
     weight, bias = (np.asarray(values, np.float32) for values in outcomes.layer[1:])
     return LinearLayer.from_arrays(weight, bias, class_names=inputs.names, source=outcomes.layer.name)

@@ -10,7 +10,7 @@ from typer import Argument, Option
 
 from tailscope.classifiers import CLASSIFIERS
 from tailscope.effort import parse_size
-from tailscope.errors import UserError, one_line
+from tailscope.errors import UserError, one_line, require_file
 from tailscope.experiments.options import (
     IMAGES,
     MODEL,
@@ -370,11 +370,11 @@ def rebalance(
     """
     from tailscope.encoders.loading import find_layer
     from tailscope.encoders.patching import replace_classifier, require_same_order
-    from tailscope.errors import first_few, require_file
+    from tailscope.errors import first_few
     from tailscope.tables.table import LinearLayer
 
     out, checkpoint = Path(out), Path(checkpoint)
-    require_file(out / REBALANCED)
+    _require_advised(out)
     new = LinearLayer.load(out / REBALANCED)
     old, layer = find_layer(model, checkpoint, checkpoint_key)
     if old.class_names is not None:
@@ -386,6 +386,15 @@ def rebalance(
     written = out / f"{checkpoint.stem}-rebalanced{checkpoint.suffix}" if to is None else Path(to)
     replace_classifier(checkpoint, layer, new, written)
     return written
+
+
+def _require_advised(out: Path) -> None:
+    """Refuse a folder without a classifier, and say whether a diagnosis there recommends none."""
+    if not (out / REBALANCED).exists() and not (out / "diagnosis.json").exists():
+        raise UserError(f"{out}: holds no diagnosis; give the folder that `tailscope diagnose --out` has written to")
+    if not (out / REBALANCED).exists():
+        raise UserError(f"{out}: its diagnosis recommends no classifier for a last layer; see its advice")
+    require_file(out / REBALANCED)
 
 
 def _is_classifier_of(out: Path, layer: "LinearLayer") -> bool:
