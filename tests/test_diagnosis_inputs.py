@@ -290,6 +290,26 @@ def test_a_result_that_another_process_wrote_meanwhile_is_not_lost(run, files, t
     assert run(*given, *QUICK, "--overwrite")[0] == 0
 
 
+@pytest.mark.parametrize("field", ["class_names", "groups", "ids"])
+def test_a_result_of_other_names_groups_or_ids_is_not_replaced(run, files, tmp_path, field):
+    given = ("--train", files.folder / "train.npz", "--unseen", files.folder / "unseen.npz", "--out", tmp_path / "out")
+    numbers = {name: np.arange(len(one["labels"])) for name, one in files.fields.items()}
+    first = {**{name: numbers[name] // 2 for name in numbers}, "class_names": [f"class {k}" for k in range(9)]}
+    other = {**{name: numbers[name] // 4 for name in numbers}, "class_names": [f"animal {k}" for k in range(9)]}
+    for values in (first, other):
+        for name in numbers:
+            files(name, **{field: values[field if field == "class_names" else name]})
+        code, _, err = run(*given, *QUICK)
+    assert (code, "holds a result of another spec (encoders differ)" in err) == (2, True)
+    assert run(*given, *QUICK, "--overwrite")[0] == 0
+    assert run(*given, *QUICK)[0] == 0
+
+
+def test_a_spec_without_names_groups_and_ids_is_what_it_was(files):
+    bare = [(one["features"], one["labels"]) for one in files.fields.values()]
+    assert all(set(one or {}) <= {"source", "sha256"} for one in read(*bare).fingerprints.values())
+
+
 def test_a_report_that_cannot_be_written_says_where_the_diagnosis_is(run, files, tmp_path):
     (tmp_path / "out" / "report.html").mkdir(parents=True)
     given = ("--train", files.folder / "train.npz", "--unseen", files.folder / "unseen.npz", "--out", tmp_path / "out")

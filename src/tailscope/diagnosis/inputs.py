@@ -1,6 +1,7 @@
 """What a diagnosis is given: training, unseen and test features with one meaning of every label, checked together."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -76,7 +77,7 @@ class Inputs:
 
     @cached_property
     def fingerprints(self) -> dict[str, Any]:
-        """The name of each input's file and the SHA-256 of its numbers, for the result's spec.
+        """The name of each input's file and the SHA-256 of its numbers, and of what it has of `_keys`, for the spec.
 
         Not the folder: the same numbers elsewhere are the same diagnosis, and folders are nobody else's business.
         """
@@ -84,6 +85,8 @@ class Inputs:
         if (linear := self.classifier) is not None:
             numbers["classifier"] = linear.source, linear.weight, linear.bias
         found = {name: {"source": named(source), "sha256": digest(*two)} for name, (source, *two) in numbers.items()}
+        for part, table in self.tables.items():
+            found[part] |= _keys(table)
         return dict.fromkeys((*PARTS, "classifier")) | found
 
 
@@ -228,6 +231,18 @@ def _uneven(inputs: Inputs) -> list[str]:
         f"{scored.source}: {min(counts)} to {max(counts)} samples a class; accuracies weigh classes by these counts, "
         "so read the recalls of groups and classes as well"
     ]
+
+
+def _keys(table: FeatureTable) -> dict[str, str]:
+    """Return the SHA-256 of class names, bursts and ids, which change results as numbers do; left out where absent.
+
+    Names that are the numbers from 0 on count as absent: files without names have these.
+    """
+    names = table.class_names or ()
+    given = {"class_names": names if names != tuple(map(str, range(len(names)))) else None}
+    kept = given | {"groups": table.bursts, "ids": table.ids}
+    texts = {field: json.dumps(np.asarray(keys).tolist()) for field, keys in kept.items() if keys is not None}
+    return {field: hashlib.sha256(text.encode()).hexdigest() for field, text in texts.items()}
 
 
 def digest(*tensors: torch.Tensor) -> str:
