@@ -219,6 +219,23 @@ def test_duplicates_are_counted_by_copies_and_ids_and_dropped_on_demand():
         read(train, train, drop_duplicates=True)
 
 
+@pytest.mark.parametrize("ids", [True, False])
+def test_a_duplicate_with_one_encoder_is_dropped_with_all(ids):
+    (features, labels), (unseen, truth) = separable()
+    blind = unseen.copy()
+    blind[3] = features[0]  # the second encoder sees no difference
+    first, second = ({"ids": np.arange(n) + 1000 * k} if ids else {} for k, n in enumerate([len(labels), len(truth)]))
+    trains = [table(features, labels, **first)] * 2
+    others = [table(one, truth, **second) for one in (unseen, blind)]
+    found = tailscope.diagnose(trains, others, drop_duplicates=True, verdict=False, permutations=0)
+    assert found["dataset"]["unseen_images"] == len(truth) - 1
+    for one in found["encoders"].values():
+        assert "they were dropped" in one["warnings"][0]
+        assert one["warnings"][0].startswith(f"1 of {len(truth)} samples")
+    first, second = (one["warnings"][0] for one in found["encoders"].values())
+    assert ("another encoder" in first, "another encoder" in second) == (True, False)
+
+
 def test_ids_of_different_data_sets_say_nothing_about_duplicates():
     (features, labels), (unseen, truth) = separable()
     ids = np.array([f"ant/{n:03d}.png" for n in range(len(labels))])

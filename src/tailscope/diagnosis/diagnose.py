@@ -14,7 +14,7 @@ import torch
 from tailscope.classifiers import CLASSIFIERS
 from tailscope.device import Runtime
 from tailscope.diagnosis.compare import compare, confusable_pairs, paired_inputs, same_names
-from tailscope.diagnosis.inputs import Inputs, bursts, read, without_far_rows
+from tailscope.diagnosis.inputs import Inputs, bursts, read_files, settle, without_far_rows
 from tailscope.diagnosis.memory import within
 from tailscope.diagnosis.soundness import doubts, doubts_of_outcomes
 from tailscope.effort import nearest_step
@@ -144,7 +144,7 @@ def prepare(
     `name` is what results call the data; without, it is the name of the training file.
 
     Raises:
-        UserError: as `read`; or the lists differ in length or samples.
+        UserError: as `read_files` and `settle`; or the lists differ in length or samples.
     """
     trains, others = several(train), [several(given) for given in (unseen, test, classifier)]
     if not trains or not others[0]:
@@ -159,10 +159,10 @@ def prepare(
         reference = next(iter(found.values()), None)
         if reference is not None:
             table = same_names(reference.train, table)
-        inputs = read(table, second, third, linear, drop_duplicates=settings.drop_duplicates)
+        inputs = read_files(table, second, third, linear)
         own = _free_name(name or Path(table.source).stem, found)
         found[own] = inputs if reference is None else paired_inputs(reference, inputs)
-    return found
+    return settle(found, settings.drop_duplicates)
 
 
 def spec(inputs: dict[str, Inputs], settings: DiagnosisSettings) -> dict[str, Any]:
