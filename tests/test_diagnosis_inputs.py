@@ -327,6 +327,18 @@ def test_a_spec_without_names_groups_and_ids_is_what_it_was(files):
     assert all(set(one or {}) <= {"source", "sha256"} for one in read(*bare).fingerprints.values())
 
 
+@pytest.mark.parametrize(("held", "what"), [(None, "no such file"), ({"schema": "tailscope.swap/1"}, "'schema' is")])
+def test_a_ceiling_from_something_else_is_refused_before_anything_is_read(run, tmp_path, held, what):
+    other = tmp_path / "swap.json"
+    if held is not None:
+        other.write_text(json.dumps(held))
+    code, _, err = run("--train", "no.npz", "--unseen", "no.npz", "--ceiling-from", other, *QUICK)
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith(f"error: --ceiling-from {other}: ")
+    assert what in err
+    assert err.endswith("; give the diagnosis.json of another encoder\n")
+
+
 def test_a_report_that_cannot_be_written_says_where_the_diagnosis_is(run, files, tmp_path):
     (tmp_path / "out" / "report.html").mkdir(parents=True)
     given = ("--train", files.folder / "train.npz", "--unseen", files.folder / "unseen.npz", "--out", tmp_path / "out")

@@ -48,44 +48,53 @@ class OtherBound:
     ci95: list[float]
 
     @classmethod
-    def of(cls, path: Path, inputs: Inputs, bound_at: int | None) -> "OtherBound":
-        """Take it from a diagnosis.json.
+    def of(cls, path: Path, stored: dict[str, Any], inputs: Inputs, bound_at: int | None) -> "OtherBound":
+        """Take it from what `read` found.
 
         Raises:
-            UserError: it cannot be read, is of other images or at another number of samples, or has only a lower limit.
+            UserError: it is of other images, at another number of samples, or of the encoder that `inputs` are of.
+        """
+        where, counts = f"--ceiling-from {path}", inputs.train.counts()
+        theirs = stored["dataset"]["class_names"], stored["counts"], stored["dataset"]["unseen_images"]
+        if theirs != (list(inputs.names), counts, len(inputs.unseen)):
+            raise UserError(f"{where}: give a diagnosis of the same images as {inputs.train.source}")
+        name, found = cls._best(path, stored)
+        samples = stored["spec"]["encoders"].get(name, {}).get("train")
+        if samples and samples["sha256"] == inputs.fingerprints["train"]["sha256"]:
+            which = f"the best of its encoders, {name}," if "encoders" in stored else "its encoder"
+            raise UserError(f"{where}: {which} is that of --train; leave out --ceiling-from")
+        if found["bound_at"] != (bound_at or max(counts)):
+            raise UserError(f"{where}: its bound is at {found['bound_at']} samples a class; give that as --bound-at")
+        return cls(f"{path.name}, {name}" if "encoders" in stored else path.name, found["mean"], found["ci95"])
+
+    @classmethod
+    def read(cls, path: Path) -> dict[str, Any]:
+        """Read the diagnosis.json that `of` takes it from.
+
+        Raises:
+            UserError: it is none, of several encoders none is best, or it has only a lower limit.
         """
         from tailscope.report.reading import read as read_result  # here because pydantic takes time to import
 
-        stored, counts = read_result(path, "diagnosis"), inputs.train.counts()
-        theirs = stored["dataset"]["class_names"], stored["counts"], stored["dataset"]["unseen_images"]
-        if theirs != (list(inputs.names), counts, len(inputs.unseen)):
-            raise UserError(f"{path}: --ceiling-from takes a diagnosis of the same images as {inputs.train.source}")
-        name, one = cls._best(path, stored, inputs)
+        mend = "give the diagnosis.json of another encoder"
+        stored: dict[str, Any] = read_result(path, "diagnosis", option="--ceiling-from ", mend=mend)
+        cls._best(path, stored)
+        return stored
+
+    @staticmethod
+    def _best(path: Path, stored: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
+        """Return a diagnosis's encoder, the best of several, and its bound."""
+        several_there, of = "encoders" in stored, stored["spec"]["encoders"]
+        name = (stored.get("comparison") or {}).get("best") if several_there else next(iter(of), None)
+        if name not in stored.get("encoders", of):
+            alone = "diagnose one of them by itself, and give that diagnosis.json"
+            raise UserError(f"--ceiling-from {path}: none of its encoders is clearly the best; {alone}")
+        one = stored["encoders"][name] if several_there else stored
         found = ((one["accuracy"] or {}).get("classifier_bound") or {}).get("extrapolated") or {}
         if "bound_at" not in found:
             why = "field 'accuracy.classifier_bound.extrapolated' has no bound, only a lower limit is known"
-            raise UserError(f"{path}: {why}; give an accuracy by --ceiling instead")
-        if found["bound_at"] != (bound_at or max(counts)):
-            raise UserError(f"{path}: its bound is at {found['bound_at']} samples a class; give that as --bound-at")
-        return cls(f"{path.name}, {name}" if name else path.name, found["mean"], found["ci95"])
-
-    @staticmethod
-    def _best(path: Path, stored: dict[str, Any], inputs: Inputs) -> tuple[str | None, dict[str, Any]]:
-        """Return what a diagnosis says of its encoder; of several, of the best one, with its name.
-
-        Raises:
-            UserError: of several encoders none is best, or it is the one that `inputs` are of.
-        """
-        of = stored["spec"]["encoders"]
-        name = (stored.get("comparison") or {}).get("best") if "encoders" in stored else next(iter(of), None)
-        if name not in stored.get("encoders", of):
-            alone = "diagnose one of them by itself, and give that diagnosis.json"
-            raise UserError(f"{path}: none of its encoders is clearly the best; {alone}")
-        samples = of.get(name, {}).get("train")
-        if samples and samples["sha256"] == inputs.fingerprints["train"]["sha256"]:
-            which = f"the best of its encoders, {name}," if "encoders" in stored else "its encoder"
-            raise UserError(f"{path}: {which} is that of --train; leave out --ceiling-from")
-        return (name, stored["encoders"][name]) if "encoders" in stored else (None, stored)
+            raise UserError(f"--ceiling-from {path}: {why}; give an accuracy by --ceiling instead")
+        return name, found
 
 
 @dataclass(frozen=True)

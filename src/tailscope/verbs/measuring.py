@@ -272,12 +272,14 @@ def diagnose(request: _DiagnosisRequest) -> "Diagnosis":
     request.check()
     settings, out = request.settings, None if request.out is None else Path(request.out)
     limit = None if request.memory is None else parse_size(request.memory, "--memory")
+    ceiling = {} if request.ceiling_from is None else OtherBound.read(Path(request.ceiling_from))
     runtime = Runtime.choose(request.device or "cpu", keep_memory=False)
     with shown_on(request.console) as shown, logging_to(shown, request.logger, out) as progress:
         given, pictures = _features_of(request, progress)
         inputs = prepare(*given, settings)
         if request.ceiling_from is not None:
-            other = OtherBound.of(Path(request.ceiling_from), next(iter(inputs.values())), request.bound_at)
+            first = next(iter(inputs.values()))
+            other = OtherBound.of(Path(request.ceiling_from), ceiling, first, request.bound_at)
             settings = replace(settings, ceiling_from=other)
         if out is not None:
             check_free(make_folder(out, "--out"), "diagnosis", spec(inputs, settings), overwrite=request.overwrite)
