@@ -101,6 +101,17 @@ def test_load_reads_what_is_there(tmp_path, digits):
     assert report.load(tmp_path) == {"swap": digits["swap"], "claims": digits["claims"]}
 
 
+def test_a_folder_without_results_is_told_from_one_that_is_not_there(tmp_path):
+    (tmp_path / "file").write_text("")
+    for name, said in {
+        "no": "no such folder",
+        "file": "not a folder",
+        "": r"ladder\.json, .*, diagnosis\.json,",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            report.build(tmp_path / name)
+
+
 def broken(**changes):
     result = factory.swap(3, 1, per_class=5) | changes
     return json.dumps({key: value for key, value in result.items() if value is not ...})
