@@ -219,6 +219,23 @@ def test_duplicates_are_counted_by_copies_and_ids_and_dropped_on_demand():
         read(train, train, drop_duplicates=True)
 
 
+@pytest.mark.parametrize("ids", [True, False])
+def test_a_duplicate_with_one_encoder_is_dropped_with_all(ids):
+    (features, labels), (unseen, truth) = separable()
+    blind = unseen.copy()
+    blind[3] = features[0]  # the second encoder sees no difference
+    first, second = ({"ids": np.arange(n) + 1000 * k} if ids else {} for k, n in enumerate([len(labels), len(truth)]))
+    trains = [table(features, labels, **first)] * 2
+    others = [table(one, truth, **second) for one in (unseen, blind)]
+    found = tailscope.diagnose(trains, others, drop_duplicates=True, verdict=False, permutations=0)
+    assert found["dataset"]["unseen_images"] == len(truth) - 1
+    for one in found["encoders"].values():
+        assert "they were dropped" in one["warnings"][0]
+        assert one["warnings"][0].startswith(f"1 of {len(truth)} samples")
+    first, second = (one["warnings"][0] for one in found["encoders"].values())
+    assert ("another encoder" in first, "another encoder" in second) == (True, False)
+
+
 def test_ids_of_different_data_sets_say_nothing_about_duplicates():
     (features, labels), (unseen, truth) = separable()
     ids = np.array([f"ant/{n:03d}.png" for n in range(len(labels))])
@@ -288,6 +305,38 @@ def test_a_result_that_another_process_wrote_meanwhile_is_not_lost(run, files, t
     assert (code, "seed differ" in err) == (2, True)
     assert json.loads((out / "diagnosis.json").read_text())["spec"]["seed"] == 7
     assert run(*given, *QUICK, "--overwrite")[0] == 0
+
+
+@pytest.mark.parametrize("field", ["class_names", "groups", "ids"])
+def test_a_result_of_other_names_groups_or_ids_is_not_replaced(run, files, tmp_path, field):
+    given = ("--train", files.folder / "train.npz", "--unseen", files.folder / "unseen.npz", "--out", tmp_path / "out")
+    numbers = {name: np.arange(len(one["labels"])) for name, one in files.fields.items()}
+    first = {**{name: numbers[name] // 2 for name in numbers}, "class_names": [f"class {k}" for k in range(9)]}
+    other = {**{name: numbers[name] // 4 for name in numbers}, "class_names": [f"animal {k}" for k in range(9)]}
+    for values in (first, other):
+        for name in numbers:
+            files(name, **{field: values[field if field == "class_names" else name]})
+        code, _, err = run(*given, *QUICK)
+    assert (code, "holds a result of another spec (encoders differ)" in err) == (2, True)
+    assert run(*given, *QUICK, "--overwrite")[0] == 0
+    assert run(*given, *QUICK)[0] == 0
+
+
+def test_a_spec_without_names_groups_and_ids_is_what_it_was(files):
+    bare = [(one["features"], one["labels"]) for one in files.fields.values()]
+    assert all(set(one or {}) <= {"source", "sha256"} for one in read(*bare).fingerprints.values())
+
+
+@pytest.mark.parametrize(("held", "what"), [(None, "no such file"), ({"schema": "tailscope.swap/1"}, "'schema' is")])
+def test_a_ceiling_from_something_else_is_refused_before_anything_is_read(run, tmp_path, held, what):
+    other = tmp_path / "swap.json"
+    if held is not None:
+        other.write_text(json.dumps(held))
+    code, _, err = run("--train", "no.npz", "--unseen", "no.npz", "--ceiling-from", other, *QUICK)
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith(f"error: --ceiling-from {other}: ")
+    assert what in err
+    assert err.endswith("; give the diagnosis.json of another encoder\n")
 
 
 def test_a_report_that_cannot_be_written_says_where_the_diagnosis_is(run, files, tmp_path):

@@ -76,6 +76,7 @@ def test_the_patched_checkpoint_gains_what_was_promised(trained, monkeypatch):
     given = ["rebalance", "out", "--model", "mine_rebalanced:Net", "--checkpoint", "w.pth"]
     done = CliRunner().invoke(cli.app, given)
     assert done.exit_code == 0, done.output
+    assert done.output.count("\n") == 1  # no doubt about the order of the classes
     held = torch.load(folder / "out" / "w-rebalanced.pth", weights_only=True)
     assert held["epoch"] == 150
     before, (_, _, test) = accuracy(network, split()[2]), split()
@@ -146,10 +147,24 @@ def test_where_nothing_can_be_recommended_there_is_no_classifier(tmp_path):
         result.rebalanced()
 
 
+def test_a_gain_that_may_be_chance_is_not_handed_out(tmp_path):
+    rng = np.random.default_rng(0)
+    centres = 1.5 * rng.normal(size=(3, 4))
+    labels = [np.repeat(np.arange(3), counts) for counts in ([60, 20, 8], [15] * 3, [10] * 3)]
+    train, unseen, test = [(centres[y] + rng.normal(size=(len(y), 4)), y) for y in labels]
+    result = tailscope.diagnose(train, unseen, test=test, out=tmp_path, permutations=0, report=False)
+    gain = result["verdict"]["rebalancing_gap"]
+    assert gain["points"] > 0 > gain["ci95"][0]
+    assert result["advice"][0]["text"].startswith("Leave the classifier as it is")
+    assert not (tmp_path / "rebalanced.npz").exists()
+    with pytest.raises(UserError, match="its diagnosis recommends no classifier"):
+        tailscope.rebalance(tmp_path, "resnet20", tmp_path / "w.pth")
+
+
 def test_mistakes_are_one_line(trained, monkeypatch, tmp_path):
     folder, _, _ = trained
     monkeypatch.chdir(folder)
-    with pytest.raises(UserError, match=r"rebalanced\.npz: no such file"):
+    with pytest.raises(UserError, match="holds no diagnosis; give the folder that"):
         tailscope.rebalance(tmp_path, "mine_rebalanced:Net", folder / "w.pth")
     torch.save(MODELS.make("resnet20", 3, 7).state_dict(), tmp_path / "other.pth")
     with pytest.raises(UserError, match=r"the new classifier's \[10, 32\]"):
@@ -157,6 +172,47 @@ def test_mistakes_are_one_line(trained, monkeypatch, tmp_path):
     tailscope.rebalance(folder / "out", "mine_rebalanced:Net", folder / "w.pth", to=tmp_path / "new.pth")
     with pytest.raises(UserError, match="is there already"):
         tailscope.rebalance(folder / "out", "mine_rebalanced:Net", folder / "w.pth", to=tmp_path / "new.pth")
+
+
+@pytest.fixture(scope="module")
+def by_name(trained):
+    """Diagnoses of the network's features under names of classes, without its classifier: by order of the names."""
+    folder, network, _ = trained
+    orders = {
+        "same": [f"digit {k}" for k in range(10)],
+        "other": ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"],
+        "exchanged": [f"digit {k}" for k in [0, 1, 2, 3, 4, 6, 5, 7, 8, 9]],
+    }
+    for order, names in orders.items():
+        given = [(network.features(x).detach(), np.array(names)[y]) for x, y in split()]
+        tailscope.diagnose(*given[:2], test=given[2], out=folder / order, permutations=0, report=False)
+    return folder
+
+
+def rebalance(folder, out, monkeypatch):
+    monkeypatch.chdir(folder)
+    return CliRunner().invoke(
+        cli.app, ["rebalance", out, "--model", "mine_rebalanced:Net", "--checkpoint", "w.pth"], catch_exceptions=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("out", "said"), [("other", "“eight” is output 8 and not 0"), ("exchanged", "is output 6 and")]
+)
+def test_classes_in_another_order_are_refused(by_name, monkeypatch, out, said):
+    done = rebalance(by_name, out, monkeypatch)
+    assert isinstance(done.exception, UserError)
+    assert "rebalanced.npz and w.pth: their classes are in different orders" in str(done.exception)
+    assert said in str(done.exception)
+    assert not (by_name / out / "w-rebalanced.pth").exists()
+
+
+def test_the_order_of_classes_that_no_names_confirm_is_said(by_name, monkeypatch):
+    done = rebalance(by_name, "same", monkeypatch)
+    assert "taken to be classes in the order of the diagnosis: digit 0, digit 1, digit 2," in done.output
+    held = torch.load(by_name / "same" / "w-rebalanced.pth", weights_only=True)["model"]
+    with np.load(by_name / "same" / "rebalanced.npz") as stored:
+        assert np.array_equal(held["fc.weight"].numpy(), stored["weight"])
 
 
 def test_a_diagnosis_without_advice_leaves_no_classifier_of_an_earlier_one(tmp_path):

@@ -56,6 +56,13 @@ def embedded(page, name):
     return json.loads(re.search(rf'id="{name}">(.*?)</script>', page.read_text(encoding="utf-8"), re.DOTALL)[1])
 
 
+def test_noise_is_said_of_a_class_with_the_average_number_of_test_images():
+    swap = factory.swap()
+    swap["dataset"]["test_images"] = 100 * len(swap["counts"])  # of which a rare class may have few
+    found = story.noise_of_recall(swap)
+    assert "with 100 test images, as many as a class has on average, by up to 9.8 points; with fewer, by more" in found
+
+
 def embedded_charts(page):
     return page.read_text(encoding="utf-8").count('class="chart" data-spec=')
 
@@ -92,6 +99,17 @@ def test_load_reads_what_is_there(tmp_path, digits):
     factory.write(tmp_path, swap=digits["swap"], claims=digits["claims"])
     (tmp_path / "notes.json").write_text("{")
     assert report.load(tmp_path) == {"swap": digits["swap"], "claims": digits["claims"]}
+
+
+def test_a_folder_without_results_is_told_from_one_that_is_not_there(tmp_path):
+    (tmp_path / "file").write_text("")
+    for name, said in {
+        "no": "no such folder",
+        "file": "not a folder",
+        "": r"ladder\.json, .*, diagnosis\.json,",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            report.build(tmp_path / name)
 
 
 def broken(**changes):

@@ -72,6 +72,11 @@ def advise(accuracy: dict[str, Any], verdict: Verdict, entries: Sequence[Entry],
     return [*found, *_evidence(accuracy, verdict, entries)]
 
 
+def recommends_another(verdict: Verdict) -> bool:
+    """Whether to replace the classifier in use by the best remedy: this clearly gains, and nothing is withheld."""
+    return bool(verdict["above_chance"] and not verdict.get("withheld") and _above_zero(verdict["rebalancing_gap"]))
+
+
 def change_encoder(compared: Mapping[str, Any]) -> list[Advice]:
     """Return the advice to use another encoder than the first, where `compared` found one clearly best."""
     best, first = compared["best"], compared["reference"]
@@ -91,7 +96,7 @@ def change_encoder(compared: Mapping[str, Any]) -> list[Advice]:
 def _classifier(accuracy: dict[str, Any], verdict: Verdict, entries: Sequence[Entry]) -> list[Advice]:
     remedy: str = accuracy["rebalanced"]["classifier"]
     gain, reach = verdict["rebalancing_gap"], verdict["classifier_gap"]
-    if _above_zero(gain):
+    if recommends_another(verdict):
         classes = _gaining(accuracy, entries)
         most = f", most for {_names(classes)}" if classes else ""
         text = f"Replace the classifier on these features: {_in_words(remedy)}. That gains {_points(gain)}{most}."

@@ -14,7 +14,7 @@ import torch
 from tailscope.classifiers import CLASSIFIERS
 from tailscope.device import Runtime
 from tailscope.diagnosis.compare import compare, confusable_pairs, paired_inputs, same_names
-from tailscope.diagnosis.inputs import Inputs, bursts, read, without_far_rows
+from tailscope.diagnosis.inputs import Inputs, bursts, read_files, settle, without_far_rows
 from tailscope.diagnosis.memory import within
 from tailscope.diagnosis.soundness import doubts, doubts_of_outcomes
 from tailscope.effort import nearest_step
@@ -48,44 +48,53 @@ class OtherBound:
     ci95: list[float]
 
     @classmethod
-    def of(cls, path: Path, inputs: Inputs, bound_at: int | None) -> "OtherBound":
-        """Take it from a diagnosis.json.
+    def of(cls, path: Path, stored: dict[str, Any], inputs: Inputs, bound_at: int | None) -> "OtherBound":
+        """Take it from what `read` found.
 
         Raises:
-            UserError: it cannot be read, is of other images or at another number of samples, or has only a lower limit.
+            UserError: it is of other images, at another number of samples, or of the encoder that `inputs` are of.
+        """
+        where, counts = f"--ceiling-from {path}", inputs.train.counts()
+        theirs = stored["dataset"]["class_names"], stored["counts"], stored["dataset"]["unseen_images"]
+        if theirs != (list(inputs.names), counts, len(inputs.unseen)):
+            raise UserError(f"{where}: give a diagnosis of the same images as {inputs.train.source}")
+        name, found = cls._best(path, stored)
+        samples = stored["spec"]["encoders"].get(name, {}).get("train")
+        if samples and samples["sha256"] == inputs.fingerprints["train"]["sha256"]:
+            which = f"the best of its encoders, {name}," if "encoders" in stored else "its encoder"
+            raise UserError(f"{where}: {which} is that of --train; leave out --ceiling-from")
+        if found["bound_at"] != (bound_at or max(counts)):
+            raise UserError(f"{where}: its bound is at {found['bound_at']} samples a class; give that as --bound-at")
+        return cls(f"{path.name}, {name}" if "encoders" in stored else path.name, found["mean"], found["ci95"])
+
+    @classmethod
+    def read(cls, path: Path) -> dict[str, Any]:
+        """Read the diagnosis.json that `of` takes it from.
+
+        Raises:
+            UserError: it is none, of several encoders none is best, or it has only a lower limit.
         """
         from tailscope.report.reading import read as read_result  # here because pydantic takes time to import
 
-        stored, counts = read_result(path, "diagnosis"), inputs.train.counts()
-        theirs = stored["dataset"]["class_names"], stored["counts"], stored["dataset"]["unseen_images"]
-        if theirs != (list(inputs.names), counts, len(inputs.unseen)):
-            raise UserError(f"{path}: --ceiling-from takes a diagnosis of the same images as {inputs.train.source}")
-        name, one = cls._best(path, stored, inputs)
+        mend = "give the diagnosis.json of another encoder"
+        stored: dict[str, Any] = read_result(path, "diagnosis", option="--ceiling-from ", mend=mend)
+        cls._best(path, stored)
+        return stored
+
+    @staticmethod
+    def _best(path: Path, stored: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
+        """Return a diagnosis's encoder, the best of several, and its bound."""
+        several_there, of = "encoders" in stored, stored["spec"]["encoders"]
+        name = (stored.get("comparison") or {}).get("best") if several_there else next(iter(of), None)
+        if name not in stored.get("encoders", of):
+            alone = "diagnose one of them by itself, and give that diagnosis.json"
+            raise UserError(f"--ceiling-from {path}: none of its encoders is clearly the best; {alone}")
+        one = stored["encoders"][name] if several_there else stored
         found = ((one["accuracy"] or {}).get("classifier_bound") or {}).get("extrapolated") or {}
         if "bound_at" not in found:
             why = "field 'accuracy.classifier_bound.extrapolated' has no bound, only a lower limit is known"
-            raise UserError(f"{path}: {why}; give an accuracy by --ceiling instead")
-        if found["bound_at"] != (bound_at or max(counts)):
-            raise UserError(f"{path}: its bound is at {found['bound_at']} samples a class; give that as --bound-at")
-        return cls(f"{path.name}, {name}" if name else path.name, found["mean"], found["ci95"])
-
-    @staticmethod
-    def _best(path: Path, stored: dict[str, Any], inputs: Inputs) -> tuple[str | None, dict[str, Any]]:
-        """Return what a diagnosis says of its encoder; of several, of the best one, with its name.
-
-        Raises:
-            UserError: of several encoders none is best, or it is the one that `inputs` are of.
-        """
-        of = stored["spec"]["encoders"]
-        name = (stored.get("comparison") or {}).get("best") if "encoders" in stored else next(iter(of), None)
-        if name not in stored.get("encoders", of):
-            alone = "diagnose one of them by itself, and give that diagnosis.json"
-            raise UserError(f"{path}: none of its encoders is clearly the best; {alone}")
-        samples = of.get(name, {}).get("train")
-        if samples and samples["sha256"] == inputs.fingerprints["train"]["sha256"]:
-            which = f"the best of its encoders, {name}," if "encoders" in stored else "its encoder"
-            raise UserError(f"{path}: {which} is that of --train; leave out --ceiling-from")
-        return (name, stored["encoders"][name]) if "encoders" in stored else (None, stored)
+            raise UserError(f"--ceiling-from {path}: {why}; give an accuracy by --ceiling instead")
+        return name, found
 
 
 @dataclass(frozen=True)
@@ -144,7 +153,7 @@ def prepare(
     `name` is what results call the data; without, it is the name of the training file.
 
     Raises:
-        UserError: as `read`; or the lists differ in length or samples.
+        UserError: as `read_files` and `settle`; or the lists differ in length or samples.
     """
     trains, others = several(train), [several(given) for given in (unseen, test, classifier)]
     if not trains or not others[0]:
@@ -159,10 +168,10 @@ def prepare(
         reference = next(iter(found.values()), None)
         if reference is not None:
             table = same_names(reference.train, table)
-        inputs = read(table, second, third, linear, drop_duplicates=settings.drop_duplicates)
+        inputs = read_files(table, second, third, linear)
         own = _free_name(name or Path(table.source).stem, found)
         found[own] = inputs if reference is None else paired_inputs(reference, inputs)
-    return found
+    return settle(found, settings.drop_duplicates)
 
 
 def spec(inputs: dict[str, Inputs], settings: DiagnosisSettings) -> dict[str, Any]:
@@ -184,7 +193,7 @@ def run(
 ) -> tuple[dict[str, Any], LinearLayer | None]:
     """Diagnose prepared inputs; of several encoders the first is the reference, flat at the top of the result.
 
-    Beside the result is the re-balanced classifier of the first, as a linear layer; None where none can be advised.
+    Beside the result is the re-balanced classifier of the first, as a linear layer; None where none is advised.
     No more than `memory` bytes are held; None: as `within` says.
 
     Raises:
@@ -230,11 +239,12 @@ def _run(
 
 
 def _layer(result: dict[str, Any], outcomes: "Outcomes | None", inputs: Inputs) -> LinearLayer | None:
-    """Return the best remedy that is a linear layer; None where no remedy can be advised, or none gains anything."""
-    verdict = result["verdict"]
-    if outcomes is None or outcomes.layer is None or verdict.get("withheld") or not verdict["above_chance"]:
+    """Return the best remedy that is a linear layer; None where there is none, or the advice is not to take it."""
+    if outcomes is None or outcomes.layer is None:
         return None
-    if verdict["rebalancing_gap"]["points"] <= 0:
+    from tailscope.diagnosis.advice import recommends_another  # here because scikit-learn takes seconds to import
+
+    if not recommends_another(result["verdict"]):
         return None
     weight, bias = (np.asarray(values, np.float32) for values in outcomes.layer[1:])
     return LinearLayer.from_arrays(weight, bias, class_names=inputs.names, source=outcomes.layer.name)

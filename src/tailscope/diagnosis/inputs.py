@@ -1,6 +1,7 @@
 """What a diagnosis is given: training, unseen and test features with one meaning of every label, checked together."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -76,14 +77,16 @@ class Inputs:
 
     @cached_property
     def fingerprints(self) -> dict[str, Any]:
-        """The name of each input's file and the SHA-256 of its numbers, for the result's spec.
+        """The name of each input's file and the SHA-256 of its numbers, and of what it has of `_keys`, for the spec.
 
         Not the folder: the same numbers elsewhere are the same diagnosis, and folders are nobody else's business.
         """
         numbers = {part: (table.source, table.features, table.labels) for part, table in self.tables.items()}
         if (linear := self.classifier) is not None:
             numbers["classifier"] = linear.source, linear.weight, linear.bias
-        found = {name: {"source": named(source), "sha256": _digest(*two)} for name, (source, *two) in numbers.items()}
+        found = {name: {"source": named(source), "sha256": digest(*two)} for name, (source, *two) in numbers.items()}
+        for part, table in self.tables.items():
+            found[part] |= _keys(table)
         return dict.fromkeys((*PARTS, "classifier")) | found
 
 
@@ -95,13 +98,18 @@ def read(
     *,
     drop_duplicates: bool = False,
 ) -> Inputs:
-    """Read and check what a diagnosis needs.
+    """Read, check and settle what a diagnosis of one encoder needs: as `read_files` and `settle`."""
+    return settle({"": read_files(train, unseen, test, classifier)}, drop_duplicates)[""]
 
-    `drop_duplicates` leaves out unseen and test samples that are also among the training (or unseen) samples.
+
+def read_files(
+    train: Source, unseen: Source, test: Source | None = None, classifier: LinearSource | None = None
+) -> Inputs:
+    """Read and check the files of one encoder; what is to be said of them, `settle` adds once encoders are paired.
 
     Raises:
-        UserError: a file cannot be used, as `FeatureTable.load` and `align` say; a class has no training samples; the
-            classifier does not fit; or nothing is left once duplicates are dropped.
+        UserError: a file cannot be used, as `FeatureTable.load` and `align` say; a class has no training samples; or
+            the classifier does not fit.
     """
     given = zip(PARTS, (train, unseen, test), strict=True)
     first, second, *third = align(*(FeatureTable.of(source, part) for part, source in given if source is not None))
@@ -115,11 +123,8 @@ def read(
     if linear is not None:
         linear = linear.aligned(names, first.width, first.source)
     inputs = Inputs(first, second, third[0] if third else None, linear, names)
-    warnings = [note for part in inputs.tables for note in far_notes(inputs, part)]
-    inputs, duplicates = _without_duplicates(inputs, drop_duplicates)
-    notes = [note for table in inputs.tables.values() for note in table.notes] + list(linear.notes if linear else ())
-    warnings += [*duplicates, *_uneven(inputs), *_absent(inputs), *notes]
-    return replace(inputs, warnings=tuple(warnings))
+    # Here, for it tells row numbers as the files have them.
+    return replace(inputs, warnings=tuple(note for part in inputs.tables for note in far_notes(inputs, part)))
 
 
 def bursts(*tables: FeatureTable) -> list[torch.Tensor | None]:
@@ -138,27 +143,59 @@ def bursts(*tables: FeatureTable) -> list[torch.Tensor | None]:
     return [torch.from_numpy(part.astype(np.int64)) for part in np.split(codes, ends)]
 
 
-def _without_duplicates(inputs: Inputs, drop: bool) -> tuple[Inputs, list[str]]:
-    """Return the inputs, later files without samples of earlier ones where `drop` asks for it, and warnings."""
-    warnings, copied = [], 0.0
-    for i, part in enumerate(inputs.tables):
+def settle(encoders: Mapping[str, Inputs], drop_duplicates: bool) -> dict[str, Inputs]:
+    """Return all encoders' inputs with their warnings, of samples of later files that earlier ones have among others.
+
+    `drop_duplicates` leaves such samples out: what is one with any encoder goes with all, so that they stay paired.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    found, copied = dict(encoders), dict.fromkeys(encoders, 0.0)
+    said: dict[str, list[str]] = {name: [] for name in encoders}
+    for i, part in enumerate(next(iter(found.values())).tables):
         for first in PARTS[:i]:
-            earlier, later = inputs.tables[first], inputs.tables[part]
-            shared = unseen_copies(inputs.rows[first], inputs.rows[part]).numpy()
-            if earlier.ids is not None and later.ids is not None and _comparable(earlier, later):
-                shared |= np.isin(later.ids, earlier.ids)
-            if not (count := int(shared.sum())):
-                continue
-            if count == len(later) and drop:
-                raise UserError(f"{later.source}: every sample is also in {earlier.source}; nothing is left to compare")
-            effect = "make held-out samples look like training ones" if first == "train" else "flatter what was fitted"
-            kept = "they were dropped" if drop else f"they {effect}; --drop-duplicates leaves them out"
-            warnings.append(f"{count} of {len(later)} samples of {later.source} are also in {earlier.source}: {kept}")
-            if drop:
-                inputs = inputs.keep(part, np.flatnonzero(~shared))
-            elif first == "train":
-                copied = max(copied, count / len(later))
-    return replace(inputs, copied=copied), warnings
+            copies = {name: _copies(one, first, part) for name, one in found.items()}
+            dropped = np.any(list(copies.values()), axis=0) & drop_duplicates
+            for name, one in found.items():
+                said[name] += _copies_told(one, first, part, copies[name], dropped)
+                if dropped.any():
+                    found[name] = one.keep(part, np.flatnonzero(~dropped))
+                elif first == "train":
+                    copied[name] = max(copied[name], float(copies[name].mean()))
+    return {name: replace(one, copied=copied[name], warnings=_warnings(one, said[name])) for name, one in found.items()}
+
+
+def _copies(inputs: Inputs, first: str, part: str) -> npt.NDArray[np.bool_]:
+    """Return which samples of a file are also in an earlier one: by their features, or by ids that mean the same."""
+    earlier, later = inputs.tables[first], inputs.tables[part]
+    shared: npt.NDArray[np.bool_] = unseen_copies(inputs.rows[first], inputs.rows[part]).numpy()
+    if earlier.ids is not None and later.ids is not None and _comparable(earlier, later):
+        shared |= np.isin(later.ids, earlier.ids)
+    return shared
+
+
+def _copies_told(
+    inputs: Inputs, first: str, part: str, copies: npt.NDArray[np.bool_], dropped: npt.NDArray[np.bool_]
+) -> list[str]:
+    """Return a warning of a file's copies, or of those that were dropped, if there are any."""
+    earlier, later = inputs.tables[first], inputs.tables[part]
+    count = int((copies | dropped).sum())
+    if not count:
+        return []
+    if dropped.all():
+        raise UserError(f"{later.source}: every sample is also in {earlier.source}; nothing is left to compare")
+    where = " with this or another encoder" if count > copies.sum() else ""
+    effect = "make held-out samples look like training ones" if first == "train" else "flatter what was fitted"
+    kept = "they were dropped" if dropped.any() else f"they {effect}; --drop-duplicates leaves them out"
+    return [f"{count} of {len(later)} samples of {later.source} are also in {earlier.source}{where}: {kept}"]
+
+
+def _warnings(inputs: Inputs, duplicates: list[str]) -> tuple[str, ...]:
+    """Return what is to be said of inputs, in order."""
+    notes = [note for table in inputs.tables.values() for note in table.notes]
+    notes += [] if inputs.classifier is None else inputs.classifier.notes
+    return (*inputs.warnings, *duplicates, *_uneven(inputs), *_absent(inputs), *notes)
 
 
 def _comparable(*tables: FeatureTable) -> bool:
@@ -230,9 +267,22 @@ def _uneven(inputs: Inputs) -> list[str]:
     ]
 
 
-def _digest(*tensors: torch.Tensor) -> str:
-    digest = hashlib.sha256()
+def _keys(table: FeatureTable) -> dict[str, str]:
+    """Return the SHA-256 of class names, bursts and ids, which change results as numbers do; left out where absent.
+
+    Names that are the numbers from 0 on count as absent: files without names have these.
+    """
+    names = table.class_names or ()
+    given = {"class_names": names if names != tuple(map(str, range(len(names)))) else None}
+    kept = given | {"groups": table.bursts, "ids": table.ids}
+    texts = {field: json.dumps(np.asarray(keys).tolist()) for field, keys in kept.items() if keys is not None}
+    return {field: hashlib.sha256(text.encode()).hexdigest() for field, text in texts.items()}
+
+
+def digest(*tensors: torch.Tensor) -> str:
+    """Return the SHA-256 of tensors' types, shapes and values."""
+    found = hashlib.sha256()
     for tensor in tensors:
-        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        found.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()

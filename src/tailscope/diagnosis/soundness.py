@@ -109,7 +109,7 @@ def mixed_rows(predicted: Any, labels: Any, classes: int) -> dict[int, int]:
     hits = np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
     recall = hits / np.maximum(1, hits.sum(axis=1, keepdims=True))
     found: dict[int, int] = {}
-    for cycle in _cycles(range(classes), -recall):
+    for cycle in cycles(range(classes), -recall):
         given, rows = list(cycle), list(cycle.values())
         gain = (recall[given, rows] - recall[given, given]).mean()
         after, before = hits[given, rows].sum(), hits[given, given].sum()
@@ -247,9 +247,9 @@ def moved_labels(train: ClassRows, unseen: ClassRows) -> dict[int, int] | None:
     if classes > MOST_CLASSES:
         return None if alike else {}
     cost = centers.cost()
-    cycles = _cycles(shared, cost)
-    scores = [centers.score(cost, cycle, len(cycle) * math.log(classes) if alike else 0.0) for cycle in cycles]
-    found = {k: v for cycle, score in zip(cycles, scores, strict=True) if score > 0 for k, v in cycle.items()}
+    moving = cycles(shared, cost)
+    scores = [centers.score(cost, cycle, len(cycle) * math.log(classes) if alike else 0.0) for cycle in moving]
+    found = {k: v for cycle, score in zip(moving, scores, strict=True) if score > 0 for k, v in cycle.items()}
     if alike and sum(scores) <= MARGIN:
         found = centers.shift(cost)
         if centers.score(cost, found, math.log(2 * classes)) <= MARGIN:
@@ -404,12 +404,12 @@ def _deviations(samples: ClassRows, classes: list[int], most: int) -> tuple[Tens
     return torch.cat([part - part.mean(dim=0) for part in parts]), sum(len(part) - 1 for part in parts)
 
 
-def _cycles(given: Sequence[int], cost: FloatArray) -> list[dict[int, int]]:
+def cycles(given: Sequence[int], cost: FloatArray) -> list[dict[int, int]]:
     """Return what moves together in the assignment of the given classes to others that costs least.
 
     These are cycles, and chains that end at a class that is not given; `cost` is [given, all classes].
 
-    >>> _cycles([0, 1, 2, 3], -np.eye(5)[[1, 0, 2, 4]])
+    >>> cycles([0, 1, 2, 3], -np.eye(5)[[1, 0, 2, 4]])
     [{3: 4}, {0: 1, 1: 0}]
     """
     from scipy.optimize import linear_sum_assignment  # here because it takes a tenth of a second to import

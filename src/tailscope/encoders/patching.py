@@ -14,17 +14,25 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tailscope.diagnosis.soundness import cycles
 from tailscope.encoders.checkpoints import Layer
 from tailscope.encoders.unpickling import content
-from tailscope.errors import UserError
+from tailscope.errors import UserError, first_few
 from tailscope.store.files import replacing
 from tailscope.tables.table import LinearLayer
 
 _DESCRIPTOR = b"PK\x07\x08"
 _HAS_DESCRIPTOR = 0x08  # of a zip member's flags: its checksum stands behind the data, too
+
+CLEARLY = 0.25
+"""How much more alike, as a cosine, rows must be to others than to their own to mean other classes.
+
+Of two classifiers that were fitted to the same features, rows of one class have cosines of about 0.9, of two classes
+of about 0: where classes are exchanged, the difference is far above this, and otherwise far below.
+"""
 
 
 class _Bytes(NamedTuple):
@@ -63,6 +71,27 @@ def replace_classifier(checkpoint: Path, layer: Layer, new: LinearLayer, out: Pa
                 _overwrite(file, places[name], value, f"{checkpoint}: {name!r}")
         if zipfile.is_zipfile(written):
             _renew_checksums(written, [places[name].start for name in values])
+
+
+def require_same_order(checkpoint: Path, old: LinearLayer, new: LinearLayer) -> None:
+    """Refuse a new classifier whose rows are clearly those of the checkpoint's in another order of the classes.
+
+    Softmax does not see what all rows have in common, so that is taken off first.
+    """
+    if old.weight.shape != new.weight.shape:
+        return  # which is told where it is written
+    both = (layer.weight.double() for layer in (new, old))
+    mine, theirs = (nn.functional.normalize(rows - rows.mean(dim=0)) for rows in both)
+    alike, moved = (mine @ theirs.T).numpy(), {}
+    for cycle in cycles(range(len(alike)), -alike):
+        given, rows = list(cycle), list(cycle.values())
+        if (alike[given, rows] - alike[given, given]).mean() >= CLEARLY:
+            moved |= cycle
+    if moved:
+        names = new.class_names or [str(k) for k in range(len(alike))]
+        seen = first_few([f"“{names[k]}” is output {moved[k]} and not {k}" for k in sorted(moved)], 3)
+        mend = "diagnose with labels that are the numbers of the network's outputs, and its classifier by --classifier"
+        raise UserError(f"{new.source} and {checkpoint}: their classes are in different orders ({seen}); {mend}")
 
 
 def _overwrite(file: BinaryIO, place: _Bytes, value: Tensor, what: str) -> None:

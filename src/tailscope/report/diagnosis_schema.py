@@ -32,8 +32,13 @@ class _Samples(Dataset):
 
 
 class _Input(TypedDict):
+    """A file and the SHA-256 of its numbers; of its class names, groups and ids where it has some."""
+
     source: str
     sha256: str
+    class_names: NotRequired[str]
+    groups: NotRequired[str]
+    ids: NotRequired[str]
 
 
 class _DiagnosisSpec(TypedDict):

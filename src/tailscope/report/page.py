@@ -16,6 +16,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 import tailscope
+from tailscope.errors import UserError
 from tailscope.groups import GROUPS
 from tailscope.measures.fields import SHOWN
 from tailscope.report import (
@@ -70,17 +71,28 @@ def build(out: Path, *, figures: bool = True) -> Path:
         return of_diagnosis(result, Thumbnails.load(out, result))
 
     makers: list[Callable[[Any], Page]] = [diagnosed, of_comparison, of_memorization]
-    trained = any((out / f"{verb}.json").exists() for verb in TRAINED)
+    trained = _require_results(out)
     written = list[Path]()
     for verb, make in zip(ALONE, makers, strict=True):
         if (out / f"{verb}.json").exists():
             result = reading.read(out / f"{verb}.json", verb)
             written.append(_write(out, reading.page_name(out, verb), make(result), figures=figures))
-    if trained or not written:
+    if trained:
         written.append(_write(out, "report.html", of_experiments(rows.load(out)), figures=figures))
     if (former := out / "report.html") not in written:  # of one of them, when it was alone here
         former.unlink(missing_ok=True)
     return written[-1]
+
+
+def _require_results(out: Path) -> bool:
+    """Refuse a folder without any result; return whether it has some of those that one report tells together."""
+    if not out.is_dir():
+        raise UserError(f"{out}: {'not a folder' if out.exists() else 'no such folder'}; give the --out of a verb")
+    there = [verb for verb in (*TRAINED, *ALONE) if (out / f"{verb}.json").exists()]
+    if not there:
+        *some, last = (f"{verb}.json" for verb in (*TRAINED, *ALONE))
+        raise UserError(f"{out}: no results to report; run a verb that writes {', '.join(some)} or {last}")
+    return not set(there).isdisjoint(TRAINED)
 
 
 def write_alone(path: Path, page: Page) -> Path:

@@ -39,8 +39,10 @@ KINDS: dict[str, TypeAdapter[Any]] = {
 """The results that the report knows, by the verb that writes them."""
 
 
-def read(path: Path, verb: str) -> Any:
+def read(path: Path, verb: str, *, option: str = "", mend: str = AGAIN) -> Any:
     """Read a result file of a verb, whoever wrote it: a value of the type that is declared above.
+
+    Messages begin with the option that named it, if any, and end with the mend.
 
     Raises:
         UserError: it cannot be read, or a field is missing or cannot be so; the line names file and field.
@@ -48,14 +50,14 @@ def read(path: Path, verb: str) -> Any:
     try:
         result = writable(read_json(path))
     except UserError as error:
-        raise UserError(f"{error}; {AGAIN}") from None
+        raise UserError(f"{option}{error}; {mend}") from None
     found = result.get("schema") if isinstance(result, dict) else type(result).__name__
     if found != f"tailscope.{verb}/1":
-        raise UserError(f"{path}: field 'schema' is {shown(found)}, expected 'tailscope.{verb}/1'; {AGAIN}")
+        raise UserError(f"{option}{path}: field 'schema' is {shown(found)}, expected 'tailscope.{verb}/1'; {mend}")
     try:
         KINDS[verb].validate_python(result)
     except ValidationError as error:
-        raise UserError(f"{path}: {_first(error)}; {AGAIN}") from None
+        raise UserError(f"{option}{path}: {_first(error)}; {mend}") from None
     return result
 
 

@@ -299,13 +299,16 @@ def swap_reading(swap: Swap) -> str:
 
 
 def noise_of_recall(result: Trained) -> str:
-    """Return how far chance alone moves one class's recall, at worst: 1.96 sqrt(1/4n)."""
+    """Return how far chance alone moves a class's recall, at worst: 1.96 sqrt(1/4n); files hold the mean of n alone."""
     images = result["dataset"].get("test_images")
     if not images:
         return ""
     each = images / len(result["counts"])
     half = 1.96 * (0.25 / each) ** 0.5
-    return f"With {number(each, 0)} test images a class, chance moves a single recall by up to {points(half)} points."
+    images_of_it = f"{number(each, 0)} test images, as many as a class has on average"
+    return (
+        f"Chance moves the recall of a class with {images_of_it}, by up to {points(half)} points; with fewer, by more."
+    )
 
 
 # ---- geometry

@@ -10,7 +10,7 @@ from typer import Argument, Option
 
 from tailscope.classifiers import CLASSIFIERS
 from tailscope.effort import parse_size
-from tailscope.errors import UserError, one_line
+from tailscope.errors import UserError, one_line, require_file
 from tailscope.experiments.options import (
     IMAGES,
     MODEL,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from tailscope.diagnosis.diagnose import DiagnosisSettings
     from tailscope.encoders import FeaturesResult
     from tailscope.report.objects import Diagnosis
-    from tailscope.tables.table import LinearSource, Source
+    from tailscope.tables.table import LinearLayer, LinearSource, Source
 
 REBALANCED = "rebalanced.npz"
 """The file of a diagnosis that holds the classifier that it recommends."""
@@ -116,6 +116,12 @@ def features(request: _FeaturesRequest) -> "FeaturesResult":
 def _of(options: type, request: Any) -> dict[str, Any]:
     """Return those options of a request."""
     return {one.name: getattr(request, one.name) for one in fields(options)}
+
+
+def _tell(console: Console | None, text: str) -> None:
+    """Show a line, if anything is shown."""
+    if console is not None:
+        console.print(one_line(text), highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,8 +221,7 @@ class _DiagnosisRequest(DecodingOptions, EncoderOptions, _Samples):
 
     def tell(self, text: str) -> None:
         """Show a line, if anything is shown."""
-        if self.console is not None:
-            self.console.print(one_line(text), highlight=False, markup=False, soft_wrap=True)
+        _tell(self.console, text)
 
     def check(self) -> None:
         """Refuse options that do not go together, with a `UserError`."""
@@ -267,12 +272,14 @@ def diagnose(request: _DiagnosisRequest) -> "Diagnosis":
     request.check()
     settings, out = request.settings, None if request.out is None else Path(request.out)
     limit = None if request.memory is None else parse_size(request.memory, "--memory")
+    ceiling = {} if request.ceiling_from is None else OtherBound.read(Path(request.ceiling_from))
     runtime = Runtime.choose(request.device or "cpu", keep_memory=False)
     with shown_on(request.console) as shown, logging_to(shown, request.logger, out) as progress:
         given, pictures = _features_of(request, progress)
         inputs = prepare(*given, settings)
         if request.ceiling_from is not None:
-            other = OtherBound.of(Path(request.ceiling_from), next(iter(inputs.values())), request.bound_at)
+            first = next(iter(inputs.values()))
+            other = OtherBound.of(Path(request.ceiling_from), ceiling, first, request.bound_at)
             settings = replace(settings, ceiling_from=other)
         if out is not None:
             check_free(make_folder(out, "--out"), "diagnosis", spec(inputs, settings), overwrite=request.overwrite)
@@ -354,27 +361,54 @@ def rebalance(
     to: Annotated[
         Path | str | None, Option(help="File to write. [default: DIR/NAME-rebalanced.SUFFIX]"), Path | None
     ] = None,
+    console: Console | None = None,
 ) -> Path:
     """Put the classifier that a diagnosis recommends into a checkpoint, in the place of its last layer.
 
-    Everything else in the file stays, to the byte. Features must have been those of this checkpoint.
+    Everything else in the file stays, to the byte. Features must have been those of this checkpoint, and classes in the
+    order of its outputs, unless it names them: another order is refused.
 
     Example: `tailscope rebalance out --model timm:resnet50 --checkpoint w.pth`
     """
     from tailscope.encoders.loading import find_layer
-    from tailscope.encoders.patching import replace_classifier
-    from tailscope.errors import require_file
+    from tailscope.encoders.patching import replace_classifier, require_same_order
+    from tailscope.errors import first_few
     from tailscope.tables.table import LinearLayer
 
     out, checkpoint = Path(out), Path(checkpoint)
-    require_file(out / REBALANCED)
+    _require_advised(out)
     new = LinearLayer.load(out / REBALANCED)
     old, layer = find_layer(model, checkpoint, checkpoint_key)
     if old.class_names is not None:
         new = new.aligned(old.class_names, old.weight.shape[1], str(checkpoint))
+    elif not _is_classifier_of(out, old):  # whose rows the diagnosis has seen to be its classes'
+        require_same_order(checkpoint, old, new)
+        classes = f"in the order of the diagnosis: {first_few(new.class_names or ())}"
+        _tell(console, f"{checkpoint} names no classes; its outputs are taken to be classes {classes}")
     written = out / f"{checkpoint.stem}-rebalanced{checkpoint.suffix}" if to is None else Path(to)
     replace_classifier(checkpoint, layer, new, written)
     return written
+
+
+def _require_advised(out: Path) -> None:
+    """Refuse a folder without a classifier, and say whether a diagnosis there recommends none."""
+    if not (out / REBALANCED).exists() and not (out / "diagnosis.json").exists():
+        raise UserError(f"{out}: holds no diagnosis; give the folder that `tailscope diagnose --out` has written to")
+    if not (out / REBALANCED).exists():
+        raise UserError(f"{out}: its diagnosis recommends no classifier for a last layer; see its advice")
+    require_file(out / REBALANCED)
+
+
+def _is_classifier_of(out: Path, layer: "LinearLayer") -> bool:
+    """Whether a diagnosis, if its file is beside the classifier that it recommends, was of this very classifier."""
+    from tailscope.diagnosis.inputs import digest
+    from tailscope.report.reading import read
+
+    if not (out / "diagnosis.json").exists():
+        return False
+    encoders = read(out / "diagnosis.json", "diagnosis")["spec"]["encoders"]
+    known = next(iter(encoders.values()), {}).get("classifier") or {}
+    return bool(known.get("sha256") == digest(layer.weight, layer.bias))
 
 
 @verb
