@@ -339,6 +339,15 @@ def test_results_of_one_name_whose_recipes_or_subsets_differ_are_told_apart():
     assert told("geometry", recipe={**plain, "loss": "focal", "stage1": {}}) == ["recipe's loss", "recipe's stage1"]
 
 
+def test_claims_of_other_results_are_told():
+    results = {"swap": factory.swap(seeds=2), "claims": factory.claims()}
+    assert rows.mismatches(results) == []  # older files do not say whose they are
+    results["claims"]["spec"] = results["swap"]["spec"]
+    assert rows.mismatches(results) == []
+    results["swap"] = {**results["swap"], "spec": {**results["swap"]["spec"], "seeds": [0, 1, 2]}}
+    assert "claims.json was decided by another swap.json" in " ".join(rows.warnings(results))
+
+
 @pytest.mark.parametrize("name", ["cifar10-fast", "cifar10-paper", "cifar100-fast"])
 def test_stored_results_of_one_folder_belong_together(name):
     assert rows.mismatches(rows.load(Path(__file__).parents[1] / "results" / name)) == []

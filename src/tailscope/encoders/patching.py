@@ -82,7 +82,8 @@ def require_same_order(checkpoint: Path, old: LinearLayer, new: LinearLayer) -> 
         return  # which is told where it is written
     both = (layer.weight.double() for layer in (new, old))
     mine, theirs = (nn.functional.normalize(rows - rows.mean(dim=0)) for rows in both)
-    alike, moved = (mine @ theirs.T).numpy(), {}
+    alike = (mine @ theirs.T).numpy()
+    moved: dict[int, int] = {}
     for cycle in cycles(range(len(alike)), -alike):
         given, rows = list(cycle), list(cycle.values())
         if (alike[given, rows] - alike[given, given]).mean() >= CLEARLY:

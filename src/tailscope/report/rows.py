@@ -63,7 +63,9 @@ def mismatches(results: Results) -> list[str]:
     """
     known: dict[str, Trained] = {verb: results[verb] for verb in TRAINED if verb in results}
     reference = next(iter(known))
-    return [
+    decided = results.get("claims", {}).get("spec", known[reference]["spec"])
+    stale = f"claims.json was decided by another {reference}.json than this one: run `tailscope reproduce` again"
+    return [stale] * (decided != known[reference]["spec"]) + [
         f"{verb}.json and {reference}.json differ in their {field}: do not compare their numbers"
         for verb, one in known.items()
         for field in _differing(known[reference], one, stage2="geometry" not in (verb, reference))

@@ -272,9 +272,10 @@ class _Claim(TypedDict):
 
 @with_config(ConfigDict(strict=True, extra="allow"))
 class Claims(TypedDict):
-    """claims.json."""
+    """claims.json; `spec` is that of the first result that decided them."""
 
     claims: list[_Claim]
+    spec: NotRequired[dict[str, Any]]
 
 
 # ---- comparison of methods

@@ -289,8 +289,8 @@ def diagnose(request: _DiagnosisRequest) -> "Diagnosis":
     if out is not None:
         # Another process may have been faster.
         check_free(out, "diagnosis", result["spec"], overwrite=request.overwrite)
+        (out / REBALANCED).unlink(missing_ok=True)  # of an earlier diagnosis: not to stand beside this one for a moment
         result.save(out)
-        (out / REBALANCED).unlink(missing_ok=True)  # of an earlier diagnosis, whose advice is not this one's
         if result.layer is not None:
             result.layer.save(out / REBALANCED)
         if request.report:
@@ -407,7 +407,7 @@ def _is_classifier_of(out: Path, layer: "LinearLayer") -> bool:
     if not (out / "diagnosis.json").exists():
         return False
     encoders = read(out / "diagnosis.json", "diagnosis")["spec"]["encoders"]
-    known = next(iter(encoders.values()), {}).get("classifier") or {}
+    known = (next(iter(encoders.values()))["classifier"] or {}) if encoders else {}
     return bool(known.get("sha256") == digest(layer.weight, layer.bias))
 
 
