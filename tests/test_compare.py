@@ -229,13 +229,18 @@ def test_p_of_several_seeds_is_the_level_whose_interval_ends_at_zero(seed):
     seeds, items = values.shape
     residual = values - values.mean(1, keepdims=True) - values.mean(0) + values.mean()
     by_seed = values.mean(1).var(ddof=1) / seeds
-    noise = (residual**2).sum() / ((seeds - 1) * (items - 1))
-    by_item = max(0.0, values.mean(0).var(ddof=1) / items - noise / (seeds * items))
+    noise = (residual**2).sum() / ((seeds - 1) * (items - 1)) / (seeds * items)
+    by_item = max(0.0, values.mean(0).var(ddof=1) / items - noise)
     p = p_of_zero(values)
     assert p is not None
-    half = math.sqrt(stats.t.isf(p / 2, seeds - 1) ** 2 * by_seed + stats.norm.isf(p / 2) ** 2 * by_item)
+    t, z = stats.t.isf(p / 2, seeds - 1), stats.norm.isf(p / 2)
+    half = math.sqrt(max(t**2 * by_seed, z**2 * noise) + z**2 * by_item)
     assert abs(values.mean()) == pytest.approx(half, rel=1e-6)
     assert (p < 0.05) == paired(values).excludes_zero()
+
+
+def test_p_of_a_difference_that_is_everywhere_is_as_good_as_zero():
+    assert p_of_zero(np.ones((3, 60)) + 1e-9 * np.random.default_rng(0).normal(size=(3, 60))) < 1e-9
 
 
 def test_p_where_there_is_no_interval_or_no_difference():

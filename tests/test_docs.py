@@ -52,7 +52,7 @@ def blocks(text):
 
 def samples(counts, stream):
     labels = np.repeat(np.arange(len(counts)), counts)
-    return 3 * np.eye(len(counts), 8)[labels] + stream.normal(size=(len(labels), 8)), labels
+    return 2 * np.eye(len(counts), 8)[labels] + stream.normal(size=(len(labels), 8)), labels
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def space(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     stream = np.random.default_rng(0)
-    train, held_out = samples([60, 30, 8, 6], stream), samples([40] * 4, stream)
+    train, held_out = samples([300, 80, 8, 6], stream), samples([80] * 4, stream)
     for name, (features, labels) in (("train", train), ("heldout", held_out)):
         np.savez(f"{name}.npz", features=features, labels=labels)
     images = stream.integers(0, 256, (40, 8, 8), dtype=np.uint8)

@@ -131,7 +131,7 @@ def p_of_zero(values: ArrayLike) -> float | None:
         half = math.exp(log_p) / 2
         return estimate**2 - parts.over_seeds(half).item() - float(special.ndtri(half)) ** 2 * parts.item.item()
 
-    low, high = math.log(1e-300), 0.0
+    low, high = math.log(1e-100), 0.0  # below, Student's t is beyond what numbers hold
     return math.exp(float(brentq(short, low, high))) if short(low) < 0 else 0.0
 
 
