@@ -392,11 +392,11 @@ def rebalance(
 
 def _require_advised(out: Path) -> None:
     """Refuse a folder without a classifier, and say whether a diagnosis there recommends none."""
-    if not (out / REBALANCED).exists() and not (out / "diagnosis.json").exists():
-        raise UserError(f"{out}: holds no diagnosis; give the folder that `tailscope diagnose --out` has written to")
-    if not (out / REBALANCED).exists():
+    if (out / REBALANCED).exists():
+        return require_file(out / REBALANCED)
+    if (out / "diagnosis.json").exists():
         raise UserError(f"{out}: its diagnosis recommends no classifier for a last layer; see its advice")
-    require_file(out / REBALANCED)
+    raise UserError(f"{out}: holds no diagnosis; give the folder that `tailscope diagnose --out` has written to")
 
 
 def _is_classifier_of(out: Path, layer: "LinearLayer") -> bool:
